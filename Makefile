@@ -1,0 +1,61 @@
+# pscluster's daily commands. Each sets up what it needs by itself; `make help` lists them.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# The oldest supported protobuf generates the stubs, so that every newer runtime reads them.
+PROTO_VENV := .venv-proto
+PROTO_TOOLS := grpcio-tools==1.73.1 protobuf==6.30.2 setuptools==80.9.0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup fix verify test bench proto proto-check demo clean
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.ready ## create .venv with everything, torch pinned by constraints.txt
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (once; a minute or two)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+fix: setup ## format and mend what a tool can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+verify: setup proto-check ## format, lint, strict types, proto drift, policy and unit tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy pscluster master/psmaster worker/psworker paramserver/psserver
+	$(BIN)/pytest -q tests/policy tests/unit
+
+test: setup ## every test (under 10 minutes on two cores)
+	$(BIN)/pytest -q tests
+
+bench: setup ## the benchmarks, each against its baseline in one run
+	@for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
+
+$(PROTO_VENV)/.ready: Makefile
+	@$(PYTHON) -m venv $(PROTO_VENV)
+	@$(PROTO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PROTO_TOOLS)
+	@touch $@
+
+define generate_stubs
+	$(PROTO_VENV)/bin/python -m grpc_tools.protoc -I proto --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) proto/pscluster/v1/*.proto
+endef
+
+proto: $(PROTO_VENV)/.ready ## regenerate pscluster/v1 from proto/
+	$(call generate_stubs,.)
+
+proto-check: $(PROTO_VENV)/.ready ## fail when pscluster/v1 is not what proto/ generates
+	@rm -rf $(PROTO_VENV)/drift && mkdir -p $(PROTO_VENV)/drift
+	@$(call generate_stubs,$(PROTO_VENV)/drift)
+	@diff -r -x __pycache__ -x __init__.py $(PROTO_VENV)/drift/pscluster/v1 pscluster/v1 \
+	  || { echo "pscluster/v1 is out of date: run make proto"; exit 1; }
+
+demo: setup ## start a cluster, train a language model on Python's own source, show it, stop
+	@$(BIN)/python examples/demo.py
+
+clean: ## remove what the targets above made
+	rm -rf $(VENV) $(PROTO_VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,248 @@
+"""The job spec: what a user may ask for, checked once, before anything starts.
+
+`load_spec(path, overrides)` reads YAML or TOML, applies `--set key=value` pairs and validates. Every refusal is a
+`SpecError` that names the key and, for a misspelt one, the nearest key there is. A `JobSpec` is immutable;
+`canonical_json` is what is stored, hashed and sent.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pscluster.errors import SpecError
+
+PositiveInt = Annotated[int, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
+
+
+class TaskSection(_Section):
+    """Where the user's code is. `entrypoint` is "module:Class"; `args` go to the class by keyword."""
+
+    entrypoint: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+class DataSection(_Section):
+    """`uri` is handed to the task unread: a path or a name it knows. `mode: global` deals one permutation to all shards."""
+
+    uri: str = ""
+    mode: Literal["global"] = "global"
+
+
+class OptimizerSection(_Section):
+    """`no_decay`: glob patterns of parameter names without weight decay, beside norms and biases (ndim < 2)."""
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    nesterov: bool = False
+    decay_norms_and_biases: bool = False
+    no_decay: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> OptimizerSection:
+        if self.nesterov and (self.name != "sgd" or self.momentum == 0):
+            raise ValueError("nesterov needs name: sgd and momentum above 0")
+        if self.momentum and self.name != "sgd":
+            raise ValueError("momentum belongs to name: sgd; adam and adamw have betas")
+        return self
+
+
+class ScheduleSection(_Section):
+    """Learning rate over steps: linear warm-up from 0, then constant, or a half cosine down to `final_ratio` of lr."""
+
+    name: Literal["constant", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class TrainSection(_Section):
+    """One of `max_steps` and `epochs` says when training ends; with both, whichever comes first."""
+
+    mode: Literal["sync"] = "sync"
+    numerics: Literal["auto", "strict", "mixed"] = "auto"
+    global_batch: PositiveInt
+    microbatch: PositiveInt
+    epochs: PositiveInt | None = None
+    max_steps: PositiveInt | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _divisible(self) -> TrainSection:
+        if self.global_batch % self.microbatch:
+            near = max(1, round(self.global_batch / self.microbatch)) * self.microbatch
+            raise ValueError(
+                f"global_batch {self.global_batch} is not divisible by microbatch {self.microbatch} "
+                f"(the nearest that is: {near})"
+            )
+        if self.epochs is None and self.max_steps is None:
+            raise ValueError("one of epochs and max_steps is needed: nothing says when training ends")
+        return self
+
+    @property
+    def num_shards(self) -> int:
+        """D: how many microbatches make one step."""
+        return self.global_batch // self.microbatch
+
+
+class WorkersSection(_Section):
+    min: PositiveInt = 1
+    max: PositiveInt | None = None
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    threads: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _ordered(self) -> WorkersSection:
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"workers.max {self.max} is below workers.min {self.min}")
+        return self
+
+
+class ServersSection(_Section):
+    partitions: PositiveInt = 1
+
+
+class DurabilitySection(_Section):
+    """`store: null` is the cluster's own state directory."""
+
+    tier: Literal["snapshot"] = "snapshot"
+    every_steps: PositiveInt = 50
+    store: str | None = None
+
+
+class EvaluateSection(_Section):
+    """`every_steps: null` evaluates at the end only. `metric` and `goal` say which evaluated step is the best."""
+
+    every_steps: PositiveInt | None = None
+    metric: str = "loss"
+    goal: Literal["min", "max"] = "min"
+
+
+class NetworkSection(_Section):
+    transport: Literal["auto", "unix", "tcp"] = "auto"
+    push_codec: Literal["fp32"] = "fp32"
+    pull_codec: Literal["fp32"] = "fp32"
+
+
+class JobSpec(_Section):
+    """One validated job spec."""
+
+    apiVersion: Literal["ps/v1"] = "ps/v1"  # noqa: N815 - the key users know from other specs
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+    priority: int = 0
+    task: TaskSection
+    data: DataSection = DataSection()
+    train: TrainSection
+    workers: WorkersSection = WorkersSection()
+    servers: ServersSection = ServersSection()
+    durability: DurabilitySection = DurabilitySection()
+    evaluate: EvaluateSection = EvaluateSection()
+    network: NetworkSection = NetworkSection()
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+
+    @model_validator(mode="after")
+    def _shards_for_workers(self) -> JobSpec:
+        if self.workers.min > self.train.num_shards:
+            raise ValueError(
+                f"workers.min {self.workers.min} exceeds the {self.train.num_shards} shards of a step "
+                "(global_batch / microbatch): the surplus would never have work"
+            )
+        return self
+
+    def canonical_json(self) -> str:
+        """The spec as one line of JSON with sorted keys: equal specs give equal text."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+
+def parse_spec(data: object) -> JobSpec:
+    """Validate plain data (as YAML, TOML or JSON gave it). Raises SpecError naming every offending key."""
+    if not isinstance(data, Mapping):
+        raise SpecError(f"a job spec is a mapping, not {type(data).__name__}")
+    try:
+        return JobSpec.model_validate(dict(data))
+    except ValidationError as error:
+        raise SpecError(_explain(error), details={"problems": str(error.error_count())}) from None
+
+
+def load_spec(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
+    """Read a .yaml, .yml, .json or .toml spec, apply `key.path=value` overrides (values are YAML) and validate."""
+    data = read_spec_file(path)
+    for pair in overrides:
+        apply_override(data, pair)
+    return parse_spec(data)
+
+
+def read_spec_file(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SpecError(f"no spec file at {path}", action="give the path of a YAML or TOML job spec") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"cannot read {path}: {error}") from None
+    try:
+        data = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except (yaml.YAMLError, tomllib.TOMLDecodeError) as error:
+        raise SpecError(f"{path} does not parse: {error}") from None
+    if not isinstance(data, dict):
+        raise SpecError(f"{path} holds no mapping at its top")
+    return data
+
+
+def apply_override(data: dict[str, Any], pair: str) -> None:
+    """Set `a.b.c=value` in nested mappings, in place. The value is read as YAML, so numbers and null are themselves."""
+    key, separator, value = pair.partition("=")
+    if not separator or not key:
+        raise SpecError(f"--set {pair!r} is not of the form key=value")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise SpecError(f"--set {key}: the value does not parse: {error}") from None
+    *parents, last = key.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise SpecError(f"--set {key}: {parent} is not a section")
+    data[last] = parsed
+
+
+def _explain(error: ValidationError) -> str:
+    return "; ".join(_explain_one(problem) for problem in error.errors())
+
+
+def _explain_one(problem: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(problem["loc"][-1]), _keys_at(problem["loc"][:-1]), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"unknown key {where}{hint}"
+    if problem["type"] == "missing":
+        return f"{where} is missing"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where}: {message}, not {problem['input']!r}"
+
+
+def _keys_at(location: Sequence[int | str]) -> list[str]:
+    """The keys a section admits, found by walking the model."""
+    model: Any = JobSpec
+    for part in location:
+        model = model.model_fields[str(part)].annotation
+    return list(model.model_fields)
