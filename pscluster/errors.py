@@ -63,7 +63,7 @@ class PsError(Exception):
 
 
 def from_dict(data: Mapping[str, Any]) -> PsError:
-    """The error that `to_dict` described. An unknown code (a newer peer's) becomes a plain PsError that keeps it."""
+    """The error that `to_dict` described. An unknown code (a newer peer's) gives a PsError that keeps it."""
     kind = _by_code().get(str(data.get("code", "")))
     error = (kind or PsError)(
         str(data.get("cause", "")),

@@ -1,8 +1,8 @@
 """The job spec: what a user may ask for, checked once, before anything starts.
 
-`load_spec(path, overrides)` reads YAML or TOML, applies `--set key=value` pairs and validates. Every refusal is a
-`SpecError` that names the key and, for a misspelt one, the nearest key there is. A `JobSpec` is immutable;
-`canonical_json` is what is stored, hashed and sent.
+`load_spec(path, overrides)` reads YAML or TOML, applies `--set key=value` pairs and validates. Every refusal
+is a `SpecError` that names the key and, for a misspelt one, the nearest key there is. A `JobSpec` is
+immutable; `canonical_json` is what is stored, hashed and sent.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class TaskSection(_Section):
 
 
 class DataSection(_Section):
-    """`uri` is handed to the task unread: a path or a name it knows. `mode: global` deals one permutation to all shards."""
+    """`uri` is handed to the task unread. `mode: global` deals one permutation of the data to all shards."""
 
     uri: str = ""
     mode: Literal["global"] = "global"
 
 
 class OptimizerSection(_Section):
-    """`no_decay`: glob patterns of parameter names without weight decay, beside norms and biases (ndim < 2)."""
+    """`no_decay`: globs of parameter names without weight decay, beside norms and biases (ndim < 2)."""
 
     name: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
@@ -63,7 +63,7 @@ class OptimizerSection(_Section):
 
 
 class ScheduleSection(_Section):
-    """Learning rate over steps: linear warm-up from 0, then constant, or a half cosine down to `final_ratio` of lr."""
+    """Learning rate: linear warm-up from 0, then constant, or a half cosine down to `final_ratio` of lr."""
 
     name: Literal["constant", "cosine"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -128,7 +128,7 @@ class DurabilitySection(_Section):
 
 
 class EvaluateSection(_Section):
-    """`every_steps: null` evaluates at the end only. `metric` and `goal` say which evaluated step is the best."""
+    """`every_steps: null`: at the end only. `metric` and `goal` say which evaluated step is the best."""
 
     every_steps: PositiveInt | None = None
     metric: str = "loss"
@@ -182,7 +182,7 @@ def parse_spec(data: object) -> JobSpec:
 
 
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
-    """Read a .yaml, .yml, .json or .toml spec, apply `key.path=value` overrides (values are YAML) and validate."""
+    """Read a .yaml, .yml, .json or .toml spec, apply `key.path=value` overrides and validate."""
     data = read_spec_file(path)
     for pair in overrides:
         apply_override(data, pair)
@@ -193,7 +193,7 @@ def read_spec_file(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise SpecError(f"no spec file at {path}", action="give the path of a YAML or TOML job spec") from None
+        raise SpecError(f"no spec file at {path}", action="give the path of a job spec") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"cannot read {path}: {error}") from None
     try:
@@ -206,7 +206,7 @@ def read_spec_file(path: Path) -> dict[str, Any]:
 
 
 def apply_override(data: dict[str, Any], pair: str) -> None:
-    """Set `a.b.c=value` in nested mappings, in place. The value is read as YAML, so numbers and null are themselves."""
+    """Set `a.b.c=value` in nested mappings, in place. The value is read as YAML: null is None."""
     key, separator, value = pair.partition("=")
     if not separator or not key:
         raise SpecError(f"--set {pair!r} is not of the form key=value")
@@ -229,7 +229,8 @@ def _explain(error: ValidationError) -> str:
 def _explain_one(problem: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(problem["loc"][-1]), _keys_at(problem["loc"][:-1]), n=1, cutoff=0.5)
+        *section, key = problem["loc"]
+        near = difflib.get_close_matches(str(key), _keys_at(section), n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
         return f"unknown key {where}{hint}"
     if problem["type"] == "missing":

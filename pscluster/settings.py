@@ -1,0 +1,270 @@
+"""Settings: a frozen, keyword-only dataclass beside what it configures, resolved once at start.
+
+`resolve(cls, flags, environ, file)` fills such a dataclass: a flag beats the `PS_<FIELD>` environment
+variable, which beats the TOML file, which beats the field's default. `resolve_with_origins` tells where each
+value came from. Fields may be str, int, float, bool, Path, tuple[str, ...] (comma-separated in the
+environment) and each of them `| None`. Keys of flags and file that the dataclass has not are
+`SettingsError`s; environment variables are shared by all processes, so those of others pass unread.
+
+The second half says where a local cluster keeps its things: `default_state_dir`, `runtime_dir`,
+`master_address`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import os
+import stat
+import tempfile
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pscluster.errors import SettingsError, StorageError
+
+S = TypeVar("S")
+
+_WORDS = {
+    "1": True,
+    "true": True,
+    "yes": True,
+    "on": True,
+    "0": False,
+    "false": False,
+    "no": False,
+    "off": False,
+}
+# A Unix socket's path holds 107 bytes; sockets in the runtime directory have names of up to 27.
+_LONGEST_RUNTIME_DIR = 80
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a value came from: `kind` is "flag", "environment", "file" or "default", `name` which one."""
+
+    kind: str
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved(Generic[S]):
+    """Settings and, by field name, the origin of each."""
+
+    settings: S
+    origins: dict[str, Origin]
+
+
+def resolve(
+    cls: type[S], flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None = None
+) -> S:
+    """The settings of dataclass `cls`. See `resolve_with_origins`."""
+    return resolve_with_origins(cls, flags, environ, file).settings
+
+
+def resolve_with_origins(
+    cls: type[S], flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None = None
+) -> Resolved[S]:
+    """Fill dataclass `cls` and say where each value came from.
+
+    `flags` maps field names to parsed values; None means "not given". `file` is a TOML file that must exist
+    when named. Raises SettingsError for an unknown or missing key, a value of the wrong type, or one that
+    `cls` refuses by raising ValueError from `__post_init__`.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    table = _read_table(file) if file is not None else {}
+    _refuse_unknown(table, fields, f"{file}")
+    _refuse_unknown(flags, fields, "the command line")
+    values: dict[str, Any] = {}
+    origins: dict[str, Origin] = {}
+    for name, field in fields.items():
+        found = _lookup(name, flags, environ, table, file)
+        if found is None:
+            origins[name] = Origin(kind="default", name="")
+            _refuse_missing(name, field)
+            continue
+        raw, origins[name] = found
+        values[name] = _convert(raw, hints[name], name, origins[name])
+    try:
+        return Resolved(settings=cls(**values), origins=origins)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+
+
+def environment_name(field: str) -> str:
+    """The environment variable of a field: "state_dir" -> "PS_STATE_DIR"."""
+    return "PS_" + field.upper()
+
+
+def _lookup(
+    name: str,
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str],
+    table: Mapping[str, Any],
+    file: Path | None,
+) -> tuple[Any, Origin] | None:
+    if flags.get(name) is not None:
+        return flags[name], Origin(kind="flag", name="--" + name.replace("_", "-"))
+    variable = environment_name(name)
+    if environ.get(variable):
+        return environ[variable], Origin(kind="environment", name=variable)
+    if name in table:
+        return table[name], Origin(kind="file", name=str(file))
+    return None
+
+
+def _read_table(file: Path) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"cannot read the settings file {file}: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{file} does not parse: {error}") from None
+    return {key.replace("-", "_"): value for key, value in table.items()}
+
+
+def _refuse_unknown(given: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> None:
+    for key in given:
+        if key not in fields:
+            near = difflib.get_close_matches(key, list(fields), n=1, cutoff=0.5)
+            action = f"did you mean {near[0]}?" if near else f"the keys are: {', '.join(fields)}"
+            raise SettingsError(f"unknown key {key} in {where}", action=action)
+
+
+def _refuse_missing(name: str, field: dataclasses.Field[Any]) -> None:
+    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        flag = "--" + name.replace("_", "-")
+        raise SettingsError(f"{name} is not set", action=f"give {flag} or {environment_name(name)}")
+
+
+def _convert(raw: Any, hint: Any, name: str, origin: Origin) -> Any:
+    """`raw` (text, or a value that TOML or a flag parser gave) as the annotated type."""
+    plain = _without_none(hint)
+    try:
+        return _convert_plain(raw, plain)
+    except (ValueError, TypeError):
+        wanted = getattr(plain, "__name__", str(plain))
+        where = f"{origin.kind} {origin.name}".strip()
+        raise SettingsError(f"{name} must be {wanted}, not {raw!r} (from {where})") from None
+
+
+def _without_none(hint: Any) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (plain,) = (part for part in typing.get_args(hint) if part is not type(None))
+        return plain
+    return hint
+
+
+def _convert_plain(raw: Any, hint: Any) -> Any:
+    if hint is Path and isinstance(raw, str | Path):
+        return Path(raw).expanduser()
+    if typing.get_origin(hint) is tuple:
+        parts = [part.strip() for part in raw.split(",")] if isinstance(raw, str) else list(raw)
+        if not all(isinstance(part, str) for part in parts):
+            raise TypeError
+        return tuple(part for part in parts if part)
+    if hint is bool:
+        return raw if isinstance(raw, bool) else _truth(raw)
+    if hint in (int, float) and isinstance(raw, str | int | float) and not isinstance(raw, bool):
+        if hint is int and isinstance(raw, float):
+            raise TypeError
+        return hint(raw)
+    if hint is str and isinstance(raw, str):
+        return raw
+    raise TypeError
+
+
+def _truth(raw: Any) -> bool:
+    if not isinstance(raw, str) or raw.lower() not in _WORDS:
+        raise ValueError
+    return _WORDS[raw.lower()]
+
+
+def default_state_dir(environ: Mapping[str, str]) -> Path:
+    """The local cluster's state when nobody says where: $PS_STATE_DIR, else ~/.local/state/pscluster."""
+    if environ.get("PS_STATE_DIR"):
+        return Path(environ["PS_STATE_DIR"]).expanduser().absolute()
+    base = environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return (Path(base).expanduser() / "pscluster").absolute()
+
+
+def runtime_dir(state_dir: Path) -> Path:
+    """The directory of a local cluster's sockets: short whatever the state directory's length, one for each.
+
+    Only the path; `make_runtime_dir` creates it. Raises SettingsError when no temporary directory is short
+    enough.
+    """
+    digest = hashlib.sha256(os.fsencode(state_dir.expanduser().resolve())).hexdigest()[:8]
+    name = f"ps-{os.getuid()}-{digest}"
+    for base in (tempfile.gettempdir(), "/tmp"):
+        path = Path(base) / name
+        if len(os.fsencode(path)) <= _LONGEST_RUNTIME_DIR:
+            return path
+    raise SettingsError(f"no temporary directory with a short path for sockets: {path}", action="set TMPDIR")
+
+
+def make_runtime_dir(state_dir: Path) -> Path:
+    """Create `runtime_dir(state_dir)` with mode 0700, or check that the one there is ours. Idempotent.
+
+    Raises StorageError when somebody else made it, or it is a link, or others may enter it.
+    """
+    path = runtime_dir(state_dir)
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        found = path.lstat()
+    except OSError as error:
+        raise StorageError(f"cannot create {path}: {error.strerror}") from None
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        raise StorageError(
+            f"{path} is not a directory that only this user may enter", action=f"remove {path}"
+        )
+    return path
+
+
+def master_address(state_dir: Path) -> str:
+    """The address at which a local cluster's master listens, for --listen and --master."""
+    return f"unix:{runtime_dir(state_dir) / 'master.sock'}"
+
+
+def token_file(state_dir: Path) -> Path:
+    """The file of a local cluster's token, mode 0600."""
+    return state_dir / "token"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientSettings:
+    """Which cluster a client talks to. With no address and no token file: the local one of `state_dir`."""
+
+    state_dir: Path | None = None
+    address: str | None = None
+    token_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.address is not None and ":" not in self.address:
+            raise ValueError(f"address {self.address!r} is neither host:port nor unix:/path")
+
+    def located(self, environ: Mapping[str, str]) -> LocatedCluster:
+        """The settings with everything left open filled in."""
+        state_dir = (self.state_dir or default_state_dir(environ)).expanduser().absolute()
+        return LocatedCluster(
+            state_dir=state_dir,
+            address=self.address or master_address(state_dir),
+            token_file=self.token_file or token_file(state_dir),
+            local=self.address is None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocatedCluster:
+    """One cluster: its master's address, its token's file, and whether it is the local one of `state_dir`."""
+
+    state_dir: Path
+    address: str
+    token_file: Path
+    local: bool
