@@ -1,0 +1,208 @@
+"""Where each tensor of a model lives: tensors -> padded buckets -> blocks -> partitions, as pure functions.
+
+A bucket is a contiguous run of 4-byte words that holds tensors of one kind, each padded to 16 words. The kind says
+how the step treats it:
+
+    trained    parameters (fp32): gradients are summed in the tree, the optimizer updates them
+    averaged   floating-point buffers (fp32): the tree sums weight * value, the commit divides by the weight
+    carried    integer and boolean buffers (raw bytes): shard 0's value is committed
+    frozen     parameters without gradient and buffers the step must not touch (raw bytes): never change
+
+A bucket is cut into blocks of 32 Ki words, the unit of norms, and the blocks are dealt to the partitions in even
+runs. Every trainer and partition computes the same layout from the same model; `sha256` compares them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from math import prod
+from typing import Literal
+
+from pscluster.errors import LayoutError
+
+PAD_WORDS = 16  # vector lanes: a tensor on a multiple of 16 words gives the same bits wherever a chunk starts
+BLOCK_WORDS = 32 * 1024
+BUCKET_WORDS = 1024 * 1024  # a bucket is closed once it holds this many words (4 MiB)
+WORD_BYTES = 4
+
+Kind = Literal["trained", "averaged", "carried", "frozen"]
+KINDS: tuple[Kind, ...] = ("trained", "averaged", "carried", "frozen")
+ITEM_BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2}
+ITEM_BYTES |= {"int8": 1, "uint8": 1, "bool": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """One tensor of the model. `names`: its state-dict names, the canonical one first (tied weights have several).
+
+    `decay`: weight decay applies. `persistent`: part of the state dict. `dtype` is torch's name without "torch.".
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    kind: Kind
+    decay: bool = False
+    persistent: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def num_elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.num_elements * ITEM_BYTES[self.dtype]
+
+    @property
+    def num_words(self) -> int:
+        """4-byte words it fills, unpadded (the last may be partly used)."""
+        return -(-self.size_bytes // WORD_BYTES)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Tensor number `tensor` of the layout, at `offset` words from the start of its bucket."""
+
+    tensor: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """`index` is its number in the layout; `num_words` a multiple of 16; `first_block` counts over all buckets."""
+
+    index: int
+    kind: Kind
+    placed: tuple[Placed, ...]
+    num_words: int
+    first_block: int
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.num_words // BLOCK_WORDS)
+
+
+@dataclass(frozen=True)
+class Span:
+    """The words start <= w < stop of one bucket; `first_block` is the global number of the block at `start`."""
+
+    bucket: int
+    start: int
+    stop: int
+    first_block: int
+
+    @property
+    def num_words(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def size_bytes(self) -> int:
+        return self.num_words * WORD_BYTES
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors of a model in order, and everything that follows from them."""
+
+    tensors: tuple[TensorSpec, ...]
+
+    @cached_property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """Trained buckets first, in the order of the model (about the order in which forward needs them)."""
+        buckets: list[Bucket] = []
+        first_block = 0
+        for kind in KINDS:
+            members = [i for i, tensor in enumerate(self.tensors) if tensor.kind == kind]
+            for placed, num_words in _fill(self.tensors, members):
+                bucket = Bucket(len(buckets), kind, placed, num_words, first_block)
+                first_block += bucket.num_blocks
+                buckets.append(bucket)
+        return tuple(buckets)
+
+    @cached_property
+    def num_parameters(self) -> int:
+        return sum(t.num_elements for t in self.tensors if t.kind == "trained")
+
+    @cached_property
+    def bucket_of(self) -> dict[int, tuple[int, int]]:
+        """Tensor number -> (bucket index, offset in words)."""
+        return {p.tensor: (b.index, p.offset) for b in self.buckets for p in b.placed}
+
+    def span(self, bucket: int, partition: int, num_partitions: int) -> Span:
+        """The words of a bucket that a partition holds; may be empty. Runs of whole blocks, turned by one partition
+        from bucket to bucket, so that small buckets do not all fall to the same one."""
+        b = self.buckets[bucket]
+        place = (partition + bucket) % num_partitions
+        first = place * b.num_blocks // num_partitions
+        last = (place + 1) * b.num_blocks // num_partitions
+        start, stop = min(first * BLOCK_WORDS, b.num_words), min(last * BLOCK_WORDS, b.num_words)
+        return Span(bucket, start, stop, b.first_block + first)
+
+    def spans(self, partition: int, num_partitions: int) -> tuple[Span, ...]:
+        """What one partition holds: one span for each bucket, in order."""
+        return tuple(self.span(b.index, partition, num_partitions) for b in self.buckets)
+
+    def to_json(self) -> bytes:
+        """Canonical JSON: equal layouts give equal bytes."""
+        tensors = [asdict(tensor) for tensor in self.tensors]
+        return json.dumps({"format": 1, "tensors": tensors}, sort_keys=True, separators=(",", ":")).encode()
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.to_json()).hexdigest()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Layout:
+        """Raises LayoutError for what `to_json` did not write."""
+        try:
+            parsed = json.loads(data)
+            if parsed["format"] != 1:
+                raise LayoutError(f"layout format {parsed['format']} is not known here")
+            return cls(tuple(_tensor_from(entry) for entry in parsed["tensors"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise LayoutError(f"a layout does not parse: {error!r}") from None
+
+
+def difference(ours: Layout, theirs: Layout) -> str:
+    """One line naming the first tensor in which two layouts differ, for the person who must mend the model."""
+    for mine, other in zip(ours.tensors, theirs.tensors, strict=False):
+        if mine != other:
+            return f"{mine.name} {mine.dtype}{list(mine.shape)} {mine.kind} against {other.name} {other.dtype}{list(other.shape)} {other.kind}"
+    return f"{len(ours.tensors)} tensors against {len(theirs.tensors)}"
+
+
+def _fill(tensors: Sequence[TensorSpec], members: Sequence[int]) -> list[tuple[tuple[Placed, ...], int]]:
+    """Fill buckets with tensors in order; a bucket is closed when it has reached its size."""
+    filled: list[tuple[tuple[Placed, ...], int]] = []
+    placed: list[Placed] = []
+    offset = 0
+    for number in members:
+        placed.append(Placed(number, offset))
+        offset += -(-tensors[number].num_words // PAD_WORDS) * PAD_WORDS
+        if offset >= BUCKET_WORDS:
+            filled.append((tuple(placed), offset))
+            placed, offset = [], 0
+    if placed and offset:
+        filled.append((tuple(placed), offset))
+    return filled
+
+
+def _tensor_from(entry: dict[str, object]) -> TensorSpec:
+    fields = dict(entry)
+    for key in ("names", "shape"):
+        value = fields[key]
+        if not isinstance(value, list):
+            raise TypeError(f"{key} is no list")
+        fields[key] = tuple(value)
+    spec = TensorSpec(**fields)  # type: ignore[arg-type]  # a wrong key raises TypeError, which the caller names
+    if spec.kind not in KINDS or spec.dtype not in ITEM_BYTES or any(n < 0 for n in spec.shape):
+        raise ValueError(f"tensor {spec.names} is not of a known kind, dtype or shape")
+    return spec

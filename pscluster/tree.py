@@ -1,0 +1,80 @@
+"""The gradient tree: in which order a step's D microbatch gradients are added.
+
+The tree is binary and left-balanced (the shape of RFC 6962's Merkle tree): over n leaves the left child takes the
+largest power of two below n. A node is named by its first leaf and its number of leaves. The tree depends on D
+alone, so whoever adds, and wherever, the order of every floating-point addition is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import NamedTuple
+
+
+class Node(NamedTuple):
+    """A node of the tree: leaves first, first + 1, ... first + count - 1."""
+
+    first: int
+    count: int
+
+    def covers(self, other: Node) -> bool:
+        """Whether `other` is this node or lies below it."""
+        return self.first <= other.first and other.first + other.count <= self.first + self.count
+
+
+class Merge(NamedTuple):
+    """One addition: parent = left + right, in that order."""
+
+    left: Node
+    right: Node
+    parent: Node
+
+
+class Tree:
+    """The tree over `num_leaves` >= 1 leaves. Immutable; `tree_of` shares one per size."""
+
+    def __init__(self, num_leaves: int) -> None:
+        if num_leaves < 1:
+            raise ValueError(f"a tree has at least one leaf, not {num_leaves}")
+        self.root = Node(0, num_leaves)
+        self._merge_of: dict[Node, Merge] = {}
+        self._children: dict[Node, tuple[Node, Node]] = {}
+        waiting = [self.root]
+        while waiting:
+            node = waiting.pop()
+            if node.count == 1:
+                continue
+            left_count = 1 << ((node.count - 1).bit_length() - 1)
+            left = Node(node.first, left_count)
+            right = Node(node.first + left_count, node.count - left_count)
+            self._merge_of[left] = self._merge_of[right] = Merge(left, right, node)
+            self._children[node] = (left, right)
+            waiting += (left, right)
+
+    def __contains__(self, node: Node) -> bool:
+        return node == self.root or node in self._merge_of
+
+    def merge_of(self, node: Node) -> Merge | None:
+        """The addition that consumes `node`; None for the root. Raises KeyError for what is no node of the tree."""
+        return None if node == self.root else self._merge_of[node]
+
+    def cover(self, leaves: Iterable[int]) -> list[Node]:
+        """The fewest nodes that together have exactly these leaves, by first leaf: what a worker pushes."""
+        wanted = set(leaves)
+        found: list[Node] = []
+        waiting = [self.root] if wanted else []
+        while waiting:
+            node = waiting.pop()
+            have = sum(1 for leaf in range(node.first, node.first + node.count) if leaf in wanted)
+            if have == node.count:
+                found.append(node)
+            elif have:
+                waiting += reversed(self._children[node])
+        return found
+
+
+@lru_cache(maxsize=64)
+def tree_of(num_leaves: int) -> Tree:
+    """The tree over `num_leaves` leaves, shared."""
+    return Tree(num_leaves)

@@ -1,0 +1,1 @@
+"""How tensors move between processes: frames, connections, the loop that drives them."""

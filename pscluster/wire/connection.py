@@ -1,0 +1,194 @@
+"""One framed socket: reads frames into memory the receiver chose beforehand, writes without copying.
+
+A `Connection` belongs to the thread of its `Reactor`; only that thread may call it.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from pscluster.errors import FrameError, PsError
+from pscluster.wire.frame import HEADER_BYTES, Buffer, Header, checksum, pack, unpack
+
+_MAX_GATHER = 512  # buffers per sendmsg; Linux takes 1024
+_READ_BUDGET_BYTES = 16 << 20  # of one connection before the others have their turn
+
+
+class Handler(Protocol):
+    """What a process does with the frames of a connection. All calls come on the reactor's thread."""
+
+    def body_target(self, connection: Connection, header: Header) -> memoryview:
+        """Writable memory of exactly `header.length` bytes for the body; owned by the connection until `frame`.
+
+        Called before anything is allocated for the body. Raises FrameError to refuse, which closes the connection.
+        """
+
+    def frame(self, connection: Connection, header: Header, body: memoryview) -> None:
+        """A complete frame whose checksum fits; `body` is what `body_target` returned. A PsError closes."""
+
+    def closed(self, connection: Connection, error: PsError | None) -> None:
+        """The connection is gone: by the peer (None), or because of `error`. Called once."""
+
+
+@dataclass
+class _Outgoing:
+    """One frame on its way. `views` is what is still to be sent; `tag` names the memory behind it."""
+
+    views: list[memoryview]
+    tag: object
+    on_sent: Callable[[], None] | None
+
+
+class Connection:
+    """A connected non-blocking stream socket under a reactor. Made by `Reactor.adopt`."""
+
+    def __init__(self, sock: socket.socket, handler: Handler, wants: Callable[[Connection], None]) -> None:
+        self.socket = sock
+        self.handler = handler
+        self.context: object = None  # the handler's own: who is at the other end
+        self.is_open = True
+        self.reading = True
+        self.received_bytes = 0
+        self.sent_bytes = 0
+        self._wants = wants  # tells the reactor that interest in reading or writing may have changed
+        self._outgoing: deque[_Outgoing] = deque()
+        self._header_bytes = bytearray(HEADER_BYTES)
+        self._into = memoryview(self._header_bytes)
+        self._filled = 0
+        self._header: Header | None = None
+
+    @property
+    def wants_write(self) -> bool:
+        return bool(self._outgoing)
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes handed to `send` and not yet taken by the kernel."""
+        return sum(view.nbytes for item in self._outgoing for view in item.views)
+
+    def send(
+        self,
+        header: Header,
+        body: Sequence[Buffer] = (),
+        *,
+        tag: object = None,
+        on_sent: Callable[[], None] | None = None,
+    ) -> None:
+        """Queue one frame and send what the socket takes now. Never blocks.
+
+        The buffers of `body` are read until `on_sent` is called, or until `detach(tag)`: the caller must not
+        overwrite them before. On a closed connection nothing happens and `on_sent` is never called.
+        """
+        if not self.is_open:
+            return
+        parts = [memoryview(part).cast("B") for part in body if memoryview(part).nbytes]
+        header = replace(
+            header, length=sum(p.nbytes for p in parts), checksum=checksum(parts) if parts else 0
+        )
+        self._outgoing.append(_Outgoing([memoryview(pack(header)), *parts], tag, on_sent))
+        self.flush()
+
+    def detach(self, tag: object) -> None:
+        """Copy what is still to be sent of the frames with this tag, so that their memory may be overwritten."""
+        for item in self._outgoing:
+            if item.tag == tag and item.tag is not None:
+                item.views = [memoryview(bytes(view)) for view in item.views]
+                item.tag = None
+
+    def pause_reading(self) -> None:
+        """Read no further bytes until `resume_reading`; the peer feels it as a slow reader."""
+        self.reading = False
+        self._wants(self)
+
+    def resume_reading(self) -> None:
+        self.reading = True
+        self._wants(self)
+
+    def flush(self) -> None:
+        """Send what the socket takes now."""
+        try:
+            while self._outgoing:
+                item = self._outgoing[0]
+                self._advance(item, self.socket.sendmsg(item.views[:_MAX_GATHER]))
+                if item.views:
+                    continue
+                self._outgoing.popleft()
+                if item.on_sent is not None:
+                    item.on_sent()
+        except BlockingIOError:
+            pass  # the kernel's buffer is full; the reactor calls again
+        except OSError as error:
+            self.close(FrameError(f"a data connection broke while sending: {error}"))
+            return
+        self._wants(self)
+
+    def readable(self) -> None:
+        """Read and hand over frames until nothing is there, or until the others' turn."""
+        budget = _READ_BUDGET_BYTES
+        try:
+            while self.is_open and self.reading and budget > 0:
+                count = self.socket.recv_into(self._into[self._filled :])
+                if count == 0:
+                    self.close(None)
+                    return
+                budget -= count
+                self.received_bytes += count
+                self._filled += count
+                if self._filled == self._into.nbytes:
+                    self._filled_up()
+        except BlockingIOError:
+            return  # everything read; the reactor calls again
+        except OSError as error:
+            self.close(FrameError(f"a data connection broke while receiving: {error}"))
+        except PsError as error:
+            self.close(error)
+
+    def close(self, error: PsError | None = None) -> None:
+        """Close and tell the handler. Idempotent. What was queued and not sent is dropped."""
+        if not self.is_open:
+            return
+        self.is_open = False
+        self._wants(self)
+        self._outgoing.clear()
+        self.socket.close()
+        self.handler.closed(self, error)
+
+    def _advance(self, item: _Outgoing, sent: int) -> None:
+        self.sent_bytes += sent
+        done = 0
+        while done < len(item.views) and sent >= item.views[done].nbytes:
+            sent -= item.views[done].nbytes
+            done += 1
+        del item.views[:done]
+        if sent:
+            item.views[0] = item.views[0][sent:]
+
+    def _filled_up(self) -> None:
+        """The header or the body is complete."""
+        if self._header is None:
+            header = unpack(self._header_bytes)
+            self._header = header
+            if header.length:
+                target = self.handler.body_target(self, header)
+                if target.nbytes != header.length:
+                    raise FrameError(
+                        f"{header.kind.name} of {header.length} bytes where {target.nbytes} are expected",
+                        details={"field": "length"},
+                    )
+                self._into, self._filled = target, 0
+                return
+            self._into = self._into[:0]
+        self._deliver(self._header)
+
+    def _deliver(self, header: Header) -> None:
+        body, self._into, self._filled, self._header = self._into, memoryview(self._header_bytes), 0, None
+        if header.length and checksum((body,)) != header.checksum:
+            raise FrameError(
+                f"the body of a {header.kind.name} frame does not fit its checksum",
+                details={"field": "checksum"},
+            )
+        self.handler.frame(self, header, body)

@@ -1,0 +1,152 @@
+"""The data plane's frame: a fixed header, then `length` bytes of body.
+
+    magic 4s | protocol u16 | kind u8 | codec u8 | flags u16 | sender u16 | job u64 | generation u64 | step u64
+    | bucket u32 | node first u32 | node count u32 | length u64 | body checksum u32 | header checksum u32
+
+Little-endian, 64 bytes. Checksums are CRC-32C (hardware-assisted). The header's own checksum is verified before any
+field is believed, and `length` against what the receiver expects before a byte is allocated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+
+import crc32c
+
+from pscluster.errors import FrameError, VersionSkewError
+from pscluster.tree import Node
+
+MAGIC = b"PSDP"
+PROTOCOL = 1
+SUMMARY = 0xFFFF_FFFF  # the bucket number of a step's summary: loss, weight, touched bits
+MAX_SMALL_BYTES = 1 << 20  # of the kinds whose size the layout does not fix
+_HEADER = struct.Struct("<4sHBBHHQQQIIIQI")
+_CHECKSUM = struct.Struct("<I")
+HEADER_BYTES = _HEADER.size + _CHECKSUM.size
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Kind(IntEnum):
+    HELLO = 1  # who calls, with the job's token; the first frame on a connection
+    WELCOME = 2  # the answer, with what the partition holds
+    INIT = 3  # a bucket's first values, from the trainer that made them
+    PUSH = 4  # a node of the gradient tree
+    ACK = 5  # what became of a push, and how much credit it gives back
+    PULL = 6  # asks for every bucket at version `step` or newer
+    VALUES = 7  # a bucket's values at version `step`
+    DIRECTIVE = 8  # lead to trainers: what to do at version `step`
+    VOTE = 9  # partition to lead
+    VERDICT = 10  # lead to partitions
+    JOIN = 11  # partition to lead: holds version `step`, ready for the generation
+    STATISTICS = 12  # a node of an evaluation's tree, to the lead
+    MERGED = 13  # lead to the trainer of shard 0: an evaluation's root
+    OUTCOME = 14  # trainer of shard 0 to lead: finalised metrics, or the digest
+    FENCED = 15  # the sender's generation is out of date; body: the newer one
+
+
+class Codec(IntEnum):
+    FP32 = 0
+
+
+class AckResult(IntEnum):
+    """In the flags of an ACK."""
+
+    APPLIED = 0
+    DUPLICATE = 1
+    STALE = 2
+
+
+UNCHANGED = 1  # flag of a PUSH of an averaged bucket: the body is the node's weight (float64), the buffers did not move
+WITH_FROZEN = 1  # flag of a PULL: send the buckets that never change, too
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """Everything of a frame but its body. `sender`: rank or partition index. `job`: `job_number` of the job's id."""
+
+    kind: Kind
+    job: int
+    generation: int = 0
+    step: int = 0
+    bucket: int = 0
+    node: Node = Node(0, 0)
+    flags: int = 0
+    sender: int = 0
+    codec: Codec = Codec.FP32
+    length: int = 0
+    checksum: int = 0
+
+
+def job_number(job_id: str) -> int:
+    """64 bits of the job's id, by which frames of another job are told apart."""
+    return int.from_bytes(hashlib.blake2b(job_id.encode(), digest_size=8).digest(), "little")
+
+
+def checksum(buffers: Iterable[Buffer]) -> int:
+    """CRC-32C over the concatenation of the buffers."""
+    value = 0
+    for buffer in buffers:
+        value = crc32c.crc32c(buffer, value)
+    return value
+
+
+def pack(header: Header) -> bytes:
+    """The header's wire form. `length` and `checksum` must describe the body that follows."""
+    fields = _HEADER.pack(
+        MAGIC,
+        PROTOCOL,
+        header.kind,
+        header.codec,
+        header.flags,
+        header.sender,
+        header.job,
+        header.generation,
+        header.step,
+        header.bucket,
+        header.node.first,
+        header.node.count,
+        header.length,
+        header.checksum,
+    )
+    return fields + _CHECKSUM.pack(crc32c.crc32c(fields))
+
+
+def unpack(data: Buffer) -> Header:
+    """The header in `data` (HEADER_BYTES long). Raises FrameError or VersionSkewError; believes nothing before the
+    checksum fits, except the magic and the protocol number, so that an older peer is named and not called corrupt."""
+    view = memoryview(data)
+    magic, protocol, kind, codec, flags, sender, job, generation, step, bucket, first, count, length, body = (
+        _HEADER.unpack_from(view)
+    )
+    if magic != MAGIC:
+        raise FrameError("a frame does not start with the magic number", details={"field": "magic"})
+    if protocol != PROTOCOL:
+        raise VersionSkewError(
+            f"the peer speaks data-plane protocol {protocol}, this process {PROTOCOL}",
+            details={"field": "protocol"},
+        )
+    if _CHECKSUM.unpack_from(view, _HEADER.size)[0] != crc32c.crc32c(view[: _HEADER.size]):
+        raise FrameError("a frame's header does not fit its checksum", details={"field": "header"})
+    try:
+        return Header(
+            kind=Kind(kind),
+            codec=Codec(codec),
+            flags=flags,
+            sender=sender,
+            job=job,
+            generation=generation,
+            step=step,
+            bucket=bucket,
+            node=Node(first, count),
+            length=length,
+            checksum=body,
+        )
+    except ValueError as error:
+        raise FrameError(
+            f"a frame has an unknown kind or codec: {error}", details={"field": "kind"}
+        ) from None

@@ -1,0 +1,156 @@
+"""The loop that drives a process's data-plane sockets: one thread, no locks, timers, calls from other threads."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import os
+import selectors
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from pscluster.wire.connection import Connection, Handler
+from pscluster.wire.transport import accept, bind, start_dial
+
+
+class Reactor:
+    """Runs on one thread; only `post` may be called from others."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._posted: deque[Callable[[], None]] = deque()
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        self._interest: dict[Connection, int] = {}
+        self._listeners: list[tuple[socket.socket, str]] = []
+        self._stopped = False
+        self._selector.register(self._wake, selectors.EVENT_READ, self._drain_posted)
+
+    def run(self) -> None:
+        """Serve until `stop`. Blocks."""
+        while not self._stopped:
+            self.poll(None)
+
+    def stop(self) -> None:
+        self._stopped = True
+
+    def post(self, call: Callable[[], None]) -> None:
+        """Have `call` run on the reactor's thread, in order, soon. From any thread; never blocks."""
+        self._posted.append(call)
+        os.eventfd_write(self._wake, 1)
+
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> None:
+        """Have `call` run once, at least `delay_s` from now."""
+        heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._order), call))
+
+    def poll(self, timeout_s: float | None) -> None:
+        """Serve what is ready; wait up to `timeout_s` (None: for ever) when nothing is. A handler may call it with 0
+        between two long pieces of work."""
+        if self._timers:
+            until_timer = max(0.0, self._timers[0][0] - time.monotonic())
+            timeout_s = until_timer if timeout_s is None else min(timeout_s, until_timer)
+        for key, events in self._selector.select(timeout_s):
+            if isinstance(key.data, Connection):
+                if events & selectors.EVENT_WRITE and key.data.is_open:
+                    key.data.flush()
+                if events & selectors.EVENT_READ and key.data.is_open:
+                    key.data.readable()
+            else:
+                key.data()
+        while self._timers and self._timers[0][0] <= time.monotonic():
+            heapq.heappop(self._timers)[2]()
+
+    def watch(self, fd: int, call: Callable[[], None]) -> None:
+        """Have `call` run whenever `fd` is readable."""
+        self._selector.register(fd, selectors.EVENT_READ, call)
+
+    def unwatch(self, fd: int) -> None:
+        self._selector.unregister(fd)
+
+    def listen(self, address: str, handler: Handler) -> str:
+        """Accept connections at `address` for `handler`; returns the address that peers dial (port resolved).
+
+        Raises AddressInUseError."""
+        listener, bound = bind(address)
+        self._listeners.append((listener, bound))
+        self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener, handler))
+        return bound
+
+    def dial(self, address: str, handler: Handler, done: Callable[[Connection | None, str], None]) -> None:
+        """Connect to `address`; `done` is called once with the connection, or with None and the reason."""
+        try:
+            sock, connected = start_dial(address)
+        except OSError as error:
+            self.post(lambda reason=str(error): done(None, reason))  # type: ignore[misc]
+            return
+        if connected:
+            self.post(lambda: done(self.adopt(sock, handler), ""))
+            return
+        self._selector.register(sock, selectors.EVENT_WRITE, lambda: self._dialled(sock, handler, done))
+
+    def adopt(self, sock: socket.socket, handler: Handler) -> Connection:
+        """Drive a connected socket from now on. The reactor owns it."""
+        sock.setblocking(False)
+        connection = Connection(sock, handler, self._update_interest)
+        self._update_interest(connection)
+        return connection
+
+    def close(self) -> None:
+        """Close every connection and listener, and remove the listeners' socket files. After `run` has returned."""
+        for connection in list(self._interest):
+            connection.close()
+        for listener, bound in self._listeners:
+            listener.close()
+            if bound.startswith("unix:"):
+                _unlink_if_there(bound.removeprefix("unix:"))
+        self._selector.close()
+        os.close(self._wake)
+
+    def _accept(self, listener: socket.socket, handler: Handler) -> None:
+        sock = accept(listener)
+        if sock is not None:
+            self.adopt(sock, handler)
+
+    def _dialled(self, sock: socket.socket, handler: Handler, done: Callable[..., Any]) -> None:
+        self._selector.unregister(sock)
+        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            sock.close()
+            done(None, os.strerror(error))
+        else:
+            done(self.adopt(sock, handler), "")
+
+    def _drain_posted(self) -> None:
+        os.eventfd_read(self._wake)
+        for _ in range(len(self._posted)):
+            self._posted.popleft()()
+
+    def _update_interest(self, connection: Connection) -> None:
+        wanted = 0
+        if connection.is_open:
+            wanted |= selectors.EVENT_READ if connection.reading else 0
+            wanted |= selectors.EVENT_WRITE if connection.wants_write else 0
+        present = self._interest.get(connection, 0)
+        if wanted == present and connection in self._interest:
+            return
+        if present and wanted:
+            self._selector.modify(connection.socket, wanted, connection)
+        elif wanted:
+            self._selector.register(connection.socket, wanted, connection)
+        elif present:
+            self._selector.unregister(connection.socket)
+        if connection.is_open:
+            self._interest[connection] = wanted
+        else:
+            self._interest.pop(connection, None)
+
+
+def _unlink_if_there(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return
