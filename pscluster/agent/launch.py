@@ -1,0 +1,57 @@
+"""How an agent's process begins: bound to the agent's life first, then the module it is to run.
+
+    python -P -m pscluster.agent.launch psworker.trainer
+
+Between the fork and the module's slow imports (torch) nothing else happens, so an agent that is killed at
+that moment leaves no orphan. The code bundle goes first on the path only after our own packages were found: a
+bundle with a `pscluster` directory of its own does not replace ours.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import runpy
+import signal
+import sys
+
+CONTROL_FD = "PS_CONTROL_FD"
+AGENT_PID = "PS_AGENT_PID"
+SOCKET_DIR = "PS_SOCKET_DIR"
+BUNDLE_DIR = "PS_BUNDLE_DIR"
+
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_agent() -> None:
+    """Ask the kernel to SIGKILL this process when the agent's thread that started it ends. Safe to repeat.
+
+    Exits at once when that agent is already gone (the kernel would never tell). Without PS_AGENT_PID (a
+    process that no agent started) it does nothing.
+    """
+    agent = os.environ.get(AGENT_PID, "")
+    if not agent:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != int(agent):
+        os._exit(128 + signal.SIGKILL)
+
+
+def main() -> None:
+    end_with_agent()
+    module = sys.argv[1]
+    importlib.import_module(module.partition(".")[0])
+    bundle = os.environ.get(BUNDLE_DIR, "")
+    if bundle:
+        sys.path.insert(0, bundle)
+        inherited = os.environ.get("PYTHONPATH", "")
+        os.environ["PYTHONPATH"] = bundle + (os.pathsep + inherited if inherited else "")
+    del sys.argv[0]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
