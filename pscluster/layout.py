@@ -175,8 +175,13 @@ def difference(ours: Layout, theirs: Layout) -> str:
     """One line naming the first tensor in which two layouts differ, for the person who must mend the model."""
     for mine, other in zip(ours.tensors, theirs.tensors, strict=False):
         if mine != other:
-            return f"{mine.name} {mine.dtype}{list(mine.shape)} {mine.kind} against {other.name} {other.dtype}{list(other.shape)} {other.kind}"
+            return f"{_describe(mine)} against {_describe(other)}"
     return f"{len(ours.tensors)} tensors against {len(theirs.tensors)}"
+
+
+def _describe(tensor: TensorSpec) -> str:
+    decay = "" if tensor.decay else ", no decay"
+    return f"{tensor.name} {tensor.dtype}{list(tensor.shape)} {tensor.kind}{decay}"
 
 
 def _fill(tensors: Sequence[TensorSpec], members: Sequence[int]) -> list[tuple[tuple[Placed, ...], int]]:

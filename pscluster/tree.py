@@ -13,14 +13,14 @@ from typing import NamedTuple
 
 
 class Node(NamedTuple):
-    """A node of the tree: leaves first, first + 1, ... first + count - 1."""
+    """A node of the tree: leaves first, first + 1, ... first + leaves - 1."""
 
     first: int
-    count: int
+    leaves: int
 
     def covers(self, other: Node) -> bool:
         """Whether `other` is this node or lies below it."""
-        return self.first <= other.first and other.first + other.count <= self.first + self.count
+        return self.first <= other.first and other.first + other.leaves <= self.first + self.leaves
 
 
 class Merge(NamedTuple):
@@ -43,11 +43,11 @@ class Tree:
         waiting = [self.root]
         while waiting:
             node = waiting.pop()
-            if node.count == 1:
+            if node.leaves == 1:
                 continue
-            left_count = 1 << ((node.count - 1).bit_length() - 1)
+            left_count = 1 << ((node.leaves - 1).bit_length() - 1)
             left = Node(node.first, left_count)
-            right = Node(node.first + left_count, node.count - left_count)
+            right = Node(node.first + left_count, node.leaves - left_count)
             self._merge_of[left] = self._merge_of[right] = Merge(left, right, node)
             self._children[node] = (left, right)
             waiting += (left, right)
@@ -66,8 +66,8 @@ class Tree:
         waiting = [self.root] if wanted else []
         while waiting:
             node = waiting.pop()
-            have = sum(1 for leaf in range(node.first, node.first + node.count) if leaf in wanted)
-            if have == node.count:
+            have = sum(1 for leaf in range(node.first, node.first + node.leaves) if leaf in wanted)
+            if have == node.leaves:
                 found.append(node)
             elif have:
                 waiting += reversed(self._children[node])

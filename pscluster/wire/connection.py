@@ -86,9 +86,7 @@ class Connection:
         if not self.is_open:
             return
         parts = [memoryview(part).cast("B") for part in body if memoryview(part).nbytes]
-        header = replace(
-            header, length=sum(p.nbytes for p in parts), checksum=checksum(parts) if parts else 0
-        )
+        header = replace(header, length=sum(p.nbytes for p in parts), checksum=checksum(parts) if parts else 0)
         self._outgoing.append(_Outgoing([memoryview(pack(header)), *parts], tag, on_sent))
         self.flush()
 

@@ -109,7 +109,7 @@ def pack(header: Header) -> bytes:
         header.step,
         header.bucket,
         header.node.first,
-        header.node.count,
+        header.node.leaves,
         header.length,
         header.checksum,
     )
@@ -147,6 +147,4 @@ def unpack(data: Buffer) -> Header:
             checksum=body,
         )
     except ValueError as error:
-        raise FrameError(
-            f"a frame has an unknown kind or codec: {error}", details={"field": "kind"}
-        ) from None
+        raise FrameError(f"a frame has an unknown kind or codec: {error}", details={"field": "kind"}) from None
