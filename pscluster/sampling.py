@@ -70,9 +70,7 @@ def _mix(value: int, key: int) -> int:
 def epoch_permutation(num_samples: int, seed: int, epoch: int) -> Permutation:
     """The order of the samples in one epoch. The key is a hash that no Python version or machine changes."""
     packed = struct.pack("<QQ", seed, epoch)
-    return Permutation(
-        num_samples, blake2b(packed, digest_size=8 * _NUM_KEYS, person=b"ps-epoch-order").digest()
-    )
+    return Permutation(num_samples, blake2b(packed, digest_size=8 * _NUM_KEYS, person=b"ps-epoch-order").digest())
 
 
 class ShardSampler:

@@ -46,6 +46,8 @@ class Task:
 
     data_uri: str = ""
     seed: int = 0
+    # False: the loss couples the samples of a batch (in-batch negatives), so the preflight cannot halve one.
+    loss_adds_up: bool = True
 
     def build_model(self) -> nn.Module:
         """The model, on the CPU, freshly initialised. torch is seeded beforehand; float32 parameters.
@@ -94,8 +96,6 @@ class Task:
         del statistics
         return {}
 
-    def generate(
-        self, model: nn.Module, prompt: str, max_new_tokens: int, temperature: float, seed: int
-    ) -> str:
+    def generate(self, model: nn.Module, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> str:
         """A continuation of `prompt`, prompt included. Pure in its arguments; temperature 0 is greedy."""
         raise NotImplementedError(f"{type(self).__name__} does not generate")

@@ -85,9 +85,7 @@ def user_code(what: str, *, data: bool = False) -> Iterator[None]:
         raise
     except Exception as error:
         kind = DataError if data and isinstance(error, OSError) else TaskError
-        raise kind(
-            f"{what} raised {describe(error)}", details={"traceback": user_traceback(error)}
-        ) from error
+        raise kind(f"{what} raised {describe(error)}", details={"traceback": user_traceback(error)}) from error
 
 
 def describe(error: BaseException) -> str:
@@ -132,12 +130,9 @@ def _import(name: str, bundle_dir: Path | None) -> ModuleType:
         if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
             raise _import_error(name, error) from error
         near = difflib.get_close_matches(name, _modules_in(bundle_dir), n=1, cutoff=0.5)
-        where = (
-            "the submitted directory and the installed packages" if bundle_dir else "the installed packages"
-        )
+        where = "the submitted directory and the installed packages" if bundle_dir else "the installed packages"
         raise TaskError(
-            f"task.entrypoint: no module {name!r} in {where}"
-            + (f"; did you mean {near[0]}?" if near else ""),
+            f"task.entrypoint: no module {name!r} in {where}" + (f"; did you mean {near[0]}?" if near else ""),
             details={"traceback": ""},
         ) from None
     except (PsError, MemoryError):
@@ -147,9 +142,7 @@ def _import(name: str, bundle_dir: Path | None) -> ModuleType:
 
 
 def _import_error(name: str, error: BaseException) -> TaskError:
-    return TaskError(
-        f"importing {name} raised {describe(error)}", details={"traceback": user_traceback(error)}
-    )
+    return TaskError(f"importing {name} raised {describe(error)}", details={"traceback": user_traceback(error)})
 
 
 def _modules_in(bundle_dir: Path | None) -> list[str]:
@@ -165,9 +158,7 @@ def _find_class(module: ModuleType, name: str) -> type[Task]:
             f"task.entrypoint: {module.__name__}:{name} is not a subclass of pscluster.task.Task",
             details={"traceback": ""},
         )
-    tasks = [
-        k for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, Task) and v is not Task
-    ]
+    tasks = [k for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, Task) and v is not Task]
     near = difflib.get_close_matches(name, tasks, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]}?" if near else f"; its tasks: {', '.join(tasks) or 'none'}"
     raise TaskError(f"task.entrypoint: {module.__name__} has no {name}{hint}", details={"traceback": ""})

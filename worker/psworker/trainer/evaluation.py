@@ -1,0 +1,112 @@
+"""What loss() and metrics() return, checked against their contract and turned into statistics that add."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pscluster.errors import LossContractError, TaskError
+from pscluster.task import Task
+from psworker.trainer.loading import user_code
+
+LOSS_SUM, WEIGHT = "loss_sum", "weight"
+
+
+def loss_of(task: Task, model: nn.Module, batch: Any) -> tuple[Tensor, float]:
+    """Call the task's loss. Gives (loss_sum: 0-dim floating tensor, weight: finite and not negative).
+
+    A weight of 0 is a batch without targets and is fine. Raises TaskError with the user's traceback, or
+    LossContractError saying what was returned instead.
+    """
+    with user_code("loss"):
+        returned = task.loss(model, batch)
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise LossContractError(f"loss() returned {_shape_of(returned)}, not a pair (loss_sum, weight)")
+    loss_sum, weight = returned
+    if not isinstance(loss_sum, Tensor) or loss_sum.dim() != 0 or not loss_sum.is_floating_point():
+        raise LossContractError(
+            f"loss() returned {_shape_of(loss_sum)} as loss_sum, not a floating-point scalar tensor",
+            action="sum it: reduction='sum', or .sum() over the unreduced losses",
+        )
+    return loss_sum, _weight(weight)
+
+
+def _weight(weight: object) -> float:
+    scalar = isinstance(weight, Tensor) and weight.numel() == 1
+    if not (scalar or (isinstance(weight, int | float) and not isinstance(weight, bool))):
+        raise LossContractError(f"loss() returned {_shape_of(weight)} as weight, not a number")
+    value = float(weight)  # type: ignore[arg-type]  # narrowed above, which mypy does not follow
+    if not math.isfinite(value) or value < 0:
+        raise LossContractError(f"loss() returned the weight {value}; it must be finite and not negative")
+    return value
+
+
+def batch_statistics(task: Task, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+    """The statistics of one held-out batch: "loss_sum", "weight" and what metrics() returned, sorted by name.
+
+    Each is a float64 CPU tensor of the shape the task gave it; adding them over batches is exact whatever
+    the worker. The caller has put the model into eval mode and seeded. Raises TaskError, LossContractError.
+    """
+    with torch.no_grad():
+        loss_sum, weight = loss_of(task, model, batch)
+        with user_code("metrics"):
+            returned = task.metrics(model, batch)
+    if not isinstance(returned, Mapping):
+        raise TaskError(f"metrics() returned {_shape_of(returned)}, not a mapping of names to numbers or tensors")
+    statistics = {LOSS_SUM: _float64(LOSS_SUM, loss_sum), WEIGHT: _float64(WEIGHT, weight)}
+    for name, value in returned.items():
+        if name in (LOSS_SUM, WEIGHT):
+            raise TaskError(f"metrics() returned {name!r}, which is kept for what loss() returned")
+        statistics[str(name)] = _float64(str(name), value)
+    return dict(sorted(statistics.items()))
+
+
+def finalised(task: Task, statistics: Mapping[str, Tensor]) -> dict[str, float]:
+    """The metrics people read, by name, from added statistics. "loss" is the mean and always there.
+
+    Raises TaskError when finalise() raises or returns something else than numbers by name.
+    """
+    weight = float(statistics[WEIGHT])
+    metrics = {"loss": float(statistics[LOSS_SUM]) / weight if weight else math.nan}
+    with user_code("finalise"):
+        returned = task.finalise({name: value.clone() for name, value in statistics.items()})
+    if not isinstance(returned, Mapping):
+        raise TaskError(f"finalise() returned {_shape_of(returned)}, not a mapping of names to numbers")
+    for name, value in returned.items():
+        if not isinstance(value, int | float) and not (isinstance(value, Tensor) and value.numel() == 1):
+            raise TaskError(f"finalise() returned {_shape_of(value)} as {name!r}, not a number")
+        metrics[str(name)] = float(value)
+    return metrics
+
+
+def check_metric(metrics: Mapping[str, float], wanted: str) -> None:
+    """Raise TaskError, naming the nearest, unless evaluate.metric `wanted` is among `metrics`."""
+    if wanted in metrics:
+        return
+    near = difflib.get_close_matches(wanted, metrics, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(metrics))}"
+    raise TaskError(
+        f"evaluate.metric {wanted!r} is not among the task's metrics; {hint}",
+        action="correct evaluate.metric, or return it from the task's finalise()",
+    )
+
+
+def _float64(name: str, value: object) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to(device="cpu", dtype=torch.float64)
+    if isinstance(value, int | float):
+        return torch.tensor(float(value), dtype=torch.float64)
+    raise TaskError(f"metrics() returned {_shape_of(value)} as {name!r}, not a number or tensor")
+
+
+def _shape_of(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
+    if isinstance(value, tuple):
+        return f"a tuple of {len(value)}"
+    return f"a {type(value).__name__}"
