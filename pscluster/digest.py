@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class NamedBytes(NamedTuple):
-    """A tensor as the digest sees it. `dtype` is torch's name without "torch."; `data` its C-order little-endian bytes."""
+    """A tensor as the digest sees it: `dtype` is torch's name without "torch.", `data` its C-order bytes."""
 
     name: str
     dtype: str

@@ -62,6 +62,7 @@ class AckResult(IntEnum):
 
 
 UNCHANGED = 1  # flag of a PUSH of an averaged bucket: the body is the node's weight (float64), the buffers did not move
+NO_NODE = Node(0, 0)  # of the kinds that carry none
 WITH_FROZEN = 1  # flag of a PULL: send the buckets that never change, too
 
 
@@ -74,7 +75,7 @@ class Header:
     generation: int = 0
     step: int = 0
     bucket: int = 0
-    node: Node = Node(0, 0)
+    node: Node = NO_NODE
     flags: int = 0
     sender: int = 0
     codec: Codec = Codec.FP32

@@ -1,0 +1,1 @@
+"""One partition process: gate, vote, commit, optimizer, snapshots of one slice of one job."""
