@@ -1,0 +1,54 @@
+"""The public client library: what psctl is made of, and what a notebook imports.
+
+    with Cluster.connect() as cluster:
+        job_id = cluster.submit(load_spec(Path("spec.yaml")), pack(Path(".")))
+        for job in cluster.watch(job_id):
+            print(job.state, job.step, job.loss)
+
+Everything raises `pscluster.errors.PsError` kinds only.
+"""
+
+from pscluster.client.cluster import Cluster
+from pscluster.client.goals import Goal, end_error, parse_goal, reached
+from pscluster.client.records import (
+    ENDED,
+    Best,
+    Check,
+    Condition,
+    Connection,
+    Event,
+    Health,
+    Job,
+    LogLine,
+    Node,
+    PartitionSeat,
+    Plan,
+    Snapshot,
+    SnapshotPart,
+    TrainerSeat,
+)
+from pscluster.client.tether import Tether
+
+__all__ = [
+    "ENDED",
+    "Best",
+    "Check",
+    "Cluster",
+    "Condition",
+    "Connection",
+    "Event",
+    "Goal",
+    "Health",
+    "Job",
+    "LogLine",
+    "Node",
+    "PartitionSeat",
+    "Plan",
+    "Snapshot",
+    "SnapshotPart",
+    "Tether",
+    "TrainerSeat",
+    "end_error",
+    "parse_goal",
+    "reached",
+]

@@ -1,0 +1,71 @@
+"""How the client calls the master: with a deadline, errors mapped, idempotent calls repeated for a while."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import grpc
+
+from pscluster import rpc
+from pscluster.bundle import Bundle
+from pscluster.client.patience import Absence, next_delay_s
+from pscluster.errors import UnreachableError
+from pscluster.v1 import jobs_pb2
+
+T = TypeVar("T")
+
+CHUNK_BYTES = 1 << 20
+
+
+def unary(method: Any, request: Any, deadline_s: float = rpc.DEADLINE_S) -> Any:
+    """One answer of a stub's method. Blocks up to `deadline_s`; raises PsError."""
+    try:
+        return method(request, timeout=deadline_s)
+    except grpc.RpcError as failure:
+        raise rpc.error_of(failure) from None
+
+
+def stream(method: Any, request: Any, deadline_s: float = rpc.TRANSFER_DEADLINE_S) -> Iterator[Any]:
+    """All answers of a stub's streaming method, within `deadline_s`; raises PsError. Closing it ends the
+    call.
+    """
+    call = open_stream(method, request, deadline_s)
+    try:
+        yield from call
+    except grpc.RpcError as failure:
+        raise rpc.error_of(failure) from None
+    finally:
+        call.cancel()
+
+
+def open_stream(method: Any, request: Any, deadline_s: float) -> Any:
+    """A call as grpc has it: an iterator that raises grpc.RpcError, with `cancel()`."""
+    return method(request, timeout=deadline_s)
+
+
+def upload_messages(bundle: Bundle) -> Iterator[jobs_pb2.UploadBundleRequest]:
+    """A bundle as the messages of one upload: its name, then its bytes."""
+    header = jobs_pb2.BundleHeader(sha256=bundle.sha256, size_bytes=len(bundle.data))
+    yield jobs_pb2.UploadBundleRequest(header=header)
+    view = memoryview(bundle.data)
+    for start in range(0, len(view), CHUNK_BYTES):
+        yield jobs_pb2.UploadBundleRequest(data=bytes(view[start : start + CHUNK_BYTES]))
+
+
+def patiently(attempt: Callable[[], T], patience_s: float) -> T:
+    """Repeat an idempotent call while nobody answers, with growing jittered pauses, for `patience_s`. Blocks."""
+    absence: Absence | None = None
+    while True:
+        try:
+            return attempt()
+        except UnreachableError:
+            now = time.monotonic()
+            absence = absence or Absence(since_s=now)
+            delay = next_delay_s(absence, now, patience_s, random.random())
+            if delay is None:
+                raise
+            time.sleep(delay)
+            absence = Absence(since_s=absence.since_s, attempts=absence.attempts + 1)

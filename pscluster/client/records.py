@@ -1,0 +1,203 @@
+"""What a client reads of a cluster, as plain frozen records.
+
+`to_dict` gives a record as JSON: enum states are words, times are Unix seconds, what is not known yet is
+None. A record never changes; ask again for newer ones. `pscluster.client.decode` makes them from protobuf
+messages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from pscluster.errors import PsError
+
+ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
+"""The states in which nothing of a job runs."""
+
+
+class _Record:
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain JSON types, keys in the order of its fields."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        return {field.name: _plain(getattr(self, field.name)) for field in fields}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, _Record):
+        return value.to_dict()
+    if isinstance(value, PsError):
+        return value.to_dict()
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition(_Record):
+    type: str
+    status: bool
+    reason: str
+    message: str
+    since_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event(_Record):
+    time_s: float
+    reason: str
+    message: str
+    warning: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSeat(_Record):
+    """`shards` holds (first, count) runs."""
+
+    rank: int
+    node_id: str
+    attempt: int
+    active: bool
+    shards: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionSeat(_Record):
+    index: int
+    node_id: str
+    attempt: int
+    addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(_Record):
+    generation: int
+    restore_generation: int
+    resume_step: int
+    stop: bool
+    trainers: tuple[TrainerSeat, ...]
+    partitions: tuple[PartitionSeat, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Connection(_Record):
+    trainer: int
+    partition: int
+    transport: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check(_Record):
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best(_Record):
+    step: int
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(_Record):
+    """One job at one moment. `plan` is there only when the job was asked for by itself."""
+
+    job_id: str
+    name: str
+    state: str
+    reason: str
+    created_s: float
+    started_s: float | None
+    ended_s: float | None
+    step: int
+    final_step: int | None
+    loss: float | None
+    steps_per_s: float
+    samples_per_s: float
+    weight_per_s: float
+    workers_active: int
+    workers_wanted: int
+    generation: int
+    numerics: str
+    parameters_sha256: str | None
+    metrics: dict[str, float]
+    metrics_step: int
+    best: Best | None
+    error: PsError | None
+    traceback: str
+    conditions: tuple[Condition, ...]
+    events: tuple[Event, ...]
+    plan: Plan | None
+    connections: tuple[Connection, ...]
+    checks: tuple[Check, ...]
+    store: str
+    directory: str
+    bundle_sha256: str | None
+    revision: int
+    spec: dict[str, Any]
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is over: succeeded, failed or stopped."""
+        return self.state in ENDED
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node(_Record):
+    node_id: str
+    role: str
+    ready: bool
+    incarnation: str
+    cpu_cores: int
+    memory_bytes: int
+    devices: tuple[str, ...]
+    slots: int
+    last_beat_s: float | None
+    version: str
+    hostname: str
+    processes: tuple[str, ...]
+    metrics_address: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotPart(_Record):
+    """`path` is below the job's store."""
+
+    partition: int
+    path: str
+    size_bytes: int
+    checksum: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot(_Record):
+    step: int
+    best: bool
+    parts: tuple[SnapshotPart, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health(_Record):
+    healthy: bool
+    problems: tuple[str, ...]
+    version: str
+    protocol: int
+    started_s: float
+    metrics_address: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogLine(_Record):
+    """`source` is the role and rank of the process: "trainer-0"."""
+
+    source: str
+    time_s: float
+    stream: str
+    text: str
