@@ -57,11 +57,9 @@ class Prepared:
 
 
 def prepare(spec: JobSpec, bundle_dir: Path | None, device: str) -> Prepared:
-    """Load, build and check everything. `settle_numerics` must have run. Blocks for as long as user code
-    does.
+    """Load, build and check everything. `settle_numerics` must have run. Blocks for as long as user code does.
 
-    Raises the failing check's own error, or PreflightError when several fail; `checks_of(error)` is the
-    table.
+    Raises the failing check's own error, or PreflightError when several fail; `checks_of(error)` is the table.
     """
     table = Table()
     model = data = None
@@ -88,8 +86,7 @@ def run_preflight(
     device: str,
     table: Table | None = None,
 ) -> Preflight:
-    """The checks that need a model and data. The model's parameters, buffers and mode, and the generators,
-    are as before.
+    """The checks that need a model and data. Parameters, buffers, modes and generators are left as they were.
 
     Raises as `prepare` does.
     """
@@ -99,10 +96,7 @@ def run_preflight(
     with preserved_generators(), _preserved_model(model):
         samples = table.run("samples", lambda: _samples(train, spec))
         probe = _Probe(task=task, model=model, device=device, seed=spec.train.seed)
-        if samples is None:
-            table.skip("loss", "needs samples")
-        else:
-            table.run("loss", lambda: _loss(probe, samples, spec))
+        if samples is not None and table.run("loss", lambda: _loss(probe, samples, spec)):
             table.run("halving", lambda: _halving(probe, samples))
             table.run("metrics", lambda: _metrics(probe, held_out, spec))
     canary = table.run("canary", lambda: _canary(spec.workers.threads, device))
@@ -174,7 +168,7 @@ def _samples(train: MapDataset, spec: JobSpec) -> tuple[list[Any], str]:
     return samples, f"{len(samples)} in a microbatch, {sampler.steps_per_epoch:,} steps an epoch"
 
 
-def _loss(probe: _Probe, samples: Sequence[Any], spec: JobSpec) -> tuple[None, str]:
+def _loss(probe: _Probe, samples: Sequence[Any], spec: JobSpec) -> tuple[bool, str]:
     """One forward and backward in train mode, as step 0 will do it."""
     probe.model.train()
     batch = probe.collate(samples)
@@ -194,7 +188,7 @@ def _loss(probe: _Probe, samples: Sequence[Any], spec: JobSpec) -> tuple[None, s
         loss_sum.backward()  # type: ignore[no-untyped-call]
     if all(parameter.grad is None for parameter in probe.model.parameters()):
         raise LossContractError("no parameter of the model has a gradient after backward")
-    return None, f"{value / weight:.4f} = {value:.6g} / {weight:g}"
+    return True, f"{value / weight:.4f} = {value:.6g} / {weight:g}"
 
 
 def _halving(probe: _Probe, samples: Sequence[Any]) -> tuple[None, str]:
