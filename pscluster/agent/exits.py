@@ -1,0 +1,96 @@
+"""What an exit means: told from the status, the kernel's counters and the last words. Pure."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pscluster.errors import OutOfMemoryError, ProcessLostError, PsError
+from pscluster.v1.agents_pb2 import ProcessStatus
+from pscluster.v1.plan_pb2 import ErrorDetail, Failure
+
+NOT_STARTED = 127
+"""The exit code reported for a process that could not be started."""
+
+_MAX_WORDS = 4096
+_MEMORY_WORDS = re.compile(
+    r"\bMemoryError\b|can't allocate memory|cannot allocate memory|CUDA out of memory|OutOfMemoryError"
+    r"|std::bad_alloc",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exit:
+    """The facts about a process that ended.
+
+    `returncode` is the exit code, or minus the signal. `expected`: its agent was told to end it. `oom_kills`:
+    how many processes the kernel killed for want of memory in this control group while it ran. `failure`:
+    its last report of that kind. `last_words`: its last lines on stderr, oldest first.
+    """
+
+    returncode: int
+    expected: bool
+    oom_kills: int = 0
+    failure: Failure | None = None
+    last_words: Sequence[str] = ()
+
+
+def classify(process_id: str, pid: int, seen: Exit) -> ProcessStatus:
+    """The status to report for an exit. An expected or clean one carries no error."""
+    number = max(0, -seen.returncode)
+    memory = seen.returncode != 0 and not (seen.expected and number) and _out_of_memory(seen, number)
+    status = ProcessStatus(
+        process_id=process_id,
+        phase=ProcessStatus.PHASE_EXITED,
+        exit_code=max(0, seen.returncode),
+        signal=number,
+        out_of_memory=memory,
+        pid=pid,
+        expected=seen.expected,
+    )
+    if seen.returncode != 0 and not seen.expected:
+        status.error.CopyFrom(detail_of(_error(process_id, seen, number, memory)))
+    return status
+
+
+def detail_of(error: PsError) -> ErrorDetail:
+    """The error as a message."""
+    return ErrorDetail(code=error.code, cause=error.cause, action=error.action, details=error.details)
+
+
+def _out_of_memory(seen: Exit, number: int) -> bool:
+    if number == signal.SIGKILL:
+        return seen.oom_kills > 0
+    words = list(seen.last_words)
+    if seen.failure is not None:
+        if seen.failure.error.code == OutOfMemoryError.code:
+            return True
+        words += [seen.failure.error.cause, seen.failure.traceback]
+    return any(_MEMORY_WORDS.search(line) for line in words)
+
+
+def _error(process_id: str, seen: Exit, number: int, memory: bool) -> PsError:
+    words = "\n".join(seen.last_words)[-_MAX_WORDS:]
+    details = {"process_id": process_id, "stderr": words} if words else {"process_id": process_id}
+    how = f"ended by {_signal_name(number)}" if number else f"exited with code {seen.returncode}"
+    if memory:
+        return OutOfMemoryError(f"{_short(process_id)} ran out of memory ({how})", details=details)
+    last = next((line.strip() for line in reversed(seen.last_words) if line.strip()), "")
+    said = f': "{last[:200]}"' if last else ""
+    return ProcessLostError(f"{_short(process_id)} {how}{said}", details=details)
+
+
+def _short(process_id: str) -> str:
+    """ "trainer-0" of "job/trainer-0/1"."""
+    parts = process_id.split("/")
+    return parts[-2] if len(parts) > 1 else process_id
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
