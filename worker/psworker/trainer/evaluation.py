@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pscluster.errors import LossContractError, TaskError
+from pscluster.summary import Statistics, add_statistics
 from pscluster.task import Task
+from pscluster.tree import Node, tree_of
+from psworker.trainer.batches import EvalBatches, to_device
 from psworker.trainer.loading import user_code
 
 LOSS_SUM, WEIGHT = "loss_sum", "weight"
@@ -82,6 +86,73 @@ def finalised(task: Task, statistics: Mapping[str, Tensor]) -> dict[str, float]:
             raise TaskError(f"finalise() returned {_shape_of(value)} as {name!r}, not a number")
         metrics[str(name)] = float(value)
     return metrics
+
+
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def pack_statistics(statistics: Mapping[str, Tensor]) -> tuple[Statistics, Shapes]:
+    """The statistics as one float64 vector that adds, and what `unpack_metrics` needs to take it apart again."""
+    shapes = tuple((name, tuple(value.shape)) for name, value in statistics.items())
+    vectors = [value.reshape(-1).numpy() for value in statistics.values()]
+    return np.concatenate(vectors), shapes
+
+
+def unpack_metrics(task: Task, vector: Statistics, shapes: Shapes) -> dict[str, float]:
+    """`finalised` of a vector that was added up over all shards. Raises TaskError."""
+    statistics, place = {}, 0
+    for name, shape in shapes:
+        count = math.prod(shape)
+        statistics[name] = torch.from_numpy(vector[place : place + count].copy()).reshape(shape)
+        place += count
+    if place != len(vector):
+        raise TaskError(f"metrics() changed its shape: {len(vector)} numbers where {place} were expected")
+    return finalised(task, statistics)
+
+
+def shard_statistics(
+    task: Task, model: nn.Module, batches: EvalBatches, shard: int, device: str
+) -> Iterator[tuple[Statistics, Shapes]]:
+    """The running sum over the batches of one shard, after each batch; nothing for a shard without batches.
+
+    What counts is the last one. A generator, so that the caller may look after its connections between batches.
+    The model is in eval mode while it runs and in its former mode afterwards. Raises TaskError, LossContractError.
+    """
+    was_training = model.training
+    total: Statistics = np.empty(0)
+    try:
+        for batch, _ in batches.of_shard(shard):
+            model.eval()
+            packed, shapes = pack_statistics(batch_statistics(task, model, to_device(batch, device)))
+            if total.size and total.shape != packed.shape:
+                raise TaskError(f"metrics() changed its shape: {packed.size} numbers, before {total.size}")
+            total = total + packed if total.size else packed
+            yield total, shapes
+    finally:
+        model.train(was_training)
+
+
+def evaluate(task: Task, model: nn.Module, batches: EvalBatches, device: str) -> dict[str, float]:
+    """The metrics of a model over all shards, added in the job's tree: the bits of the job's own evaluation."""
+    leaves: dict[Node, Statistics] = {}
+    shapes: Shapes = ()
+    for shard in range(batches.num_shards):
+        last: tuple[Statistics, Shapes] = (np.empty(0), ())
+        for last in shard_statistics(task, model, batches, shard, device):
+            continue
+        leaves[Node(shard, 1)] = last[0]
+        shapes = shapes or last[1]
+    return unpack_metrics(task, _summed(leaves, tree_of(batches.num_shards).root), shapes)
+
+
+def _summed(leaves: Mapping[Node, Statistics], node: Node) -> Statistics:
+    if node.leaves == 1:
+        return leaves[node]
+    left = 1 << ((node.leaves - 1).bit_length() - 1)
+    return add_statistics(
+        _summed(leaves, Node(node.first, left)),
+        _summed(leaves, Node(node.first + left, node.leaves - left)),
+    )
 
 
 def check_metric(metrics: Mapping[str, float], wanted: str) -> None:
