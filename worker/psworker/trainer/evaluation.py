@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -137,11 +138,9 @@ def evaluate(task: Task, model: nn.Module, batches: EvalBatches, device: str) ->
     leaves: dict[Node, Statistics] = {}
     shapes: Shapes = ()
     for shard in range(batches.num_shards):
-        last: tuple[Statistics, Shapes] = (np.empty(0), ())
-        for last in shard_statistics(task, model, batches, shard, device):
-            continue
-        leaves[Node(shard, 1)] = last[0]
-        shapes = shapes or last[1]
+        last = deque(shard_statistics(task, model, batches, shard, device), maxlen=1)
+        leaves[Node(shard, 1)] = last[0][0] if last else np.empty(0)
+        shapes = shapes or (last[0][1] if last else ())
     return unpack_metrics(task, _summed(leaves, tree_of(batches.num_shards).root), shapes)
 
 
