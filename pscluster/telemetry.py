@@ -92,9 +92,7 @@ def split_address(listen: str) -> tuple[str, int]:
     host, separator, port = listen.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not separator or not host or not port.isdecimal() or int(port) > 65535:
-        raise SettingsError(
-            f"{listen!r} is not HOST:PORT", action='write it like "127.0.0.1:9090"; port 0 is any'
-        )
+        raise SettingsError(f"{listen!r} is not HOST:PORT", action='write it like "127.0.0.1:9090"; port 0 is any')
     return host, int(port)
 
 
@@ -119,9 +117,7 @@ class MetricsEndpoint:
         self._server.set_app(application)
         shown = f"[{host}]" if ":" in host else host
         self.address = f"{shown}:{self._server.server_address[1]}"
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(_POLL_S,), name="metrics", daemon=True
-        )
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(_POLL_S,), name="metrics", daemon=True)
         self._thread.start()
 
     def close(self) -> None:

@@ -1,0 +1,16 @@
+"""psserver: the agent of a server node. Imports no torch; its partitions do."""
+
+from __future__ import annotations
+
+import sys
+
+from pscluster.agent.daemon import run
+from psserver.agent import SERVER
+
+
+def main() -> None:
+    sys.exit(run(SERVER, sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The process of an agent: flags, settings, signals, exit code. psworker and psserver differ by their role only."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from pscluster.agent.role import AgentRole, AgentSettings
+from pscluster.errors import InternalError, PsError
+
+
+def run(role: AgentRole, argv: Sequence[str]) -> int:
+    """Be the agent that `argv` describes; returns the exit code. Must be called on the main thread.
+
+    What keeps it from starting is one line on stderr.
+    """
+    arguments = vars(parse(role, argv))
+    try:
+        # Late, so that --help answers without loading grpc.
+        from pscluster.settings import environment_name, resolve
+
+        file = arguments.pop("config")
+        settings = resolve(AgentSettings, arguments, os.environ, file)
+        own = {environment_name(field.name) for field in fields(AgentSettings)}
+        inherited = {name: value for name, value in os.environ.items() if name not in own}
+        return _attend(role, settings, inherited)
+    except PsError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+def _attend(role: AgentRole, settings: AgentSettings, environ: Mapping[str, str]) -> int:
+    import pscluster
+    from pscluster import telemetry
+    from pscluster.agent.child import Patience
+    from pscluster.agent.node import attend
+
+    telemetry.configure_logging(role.name, settings.log_level)
+    telemetry.record_build(role.name, pscluster.__version__)
+    try:
+        asyncio.run(attend(role, settings, environ, Patience()))
+    except OSError as error:
+        raise InternalError(f"the {role.name}'s agent failed: {error}") from error
+    return 0
+
+
+def parse(role: AgentRole, argv: Sequence[str]) -> argparse.Namespace:
+    """The flags, None where not given; argparse exits with 2 on a wrong one."""
+    program = f"ps{role.name}"
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=f"Runs {role.runs} on this node, as the master says. Settings come from flags, "
+        "PS_* environment variables and a TOML file, in this order.",
+    )
+    parser.add_argument("--node-id", help="name of this node, unique in the cluster: worker-0")
+    parser.add_argument("--master", metavar="ADDR", help="where the master listens: unix:/path or host:port")
+    parser.add_argument("--state-dir", type=Path, metavar="DIR", help="what this agent keeps on disk")
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="the cluster's token, mode 0600")
+    parser.add_argument("--metrics-listen", metavar="HOST:PORT", help="where to serve /metrics (default 127.0.0.1:0)")
+    parser.add_argument(
+        "--slots", type=int, metavar="N", help=f"how many {role.runs} at once (default {role.default_slots})"
+    )
+    parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning, error or critical (default info)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of the same settings")
+    return parser.parse_args(argv)

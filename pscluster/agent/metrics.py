@@ -1,0 +1,73 @@
+"""The node's /metrics: what the agent counts, and the newest counters of its living processes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from prometheus_client import Counter, Gauge
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
+
+from pscluster.v1.plan_pb2 import Counters, ProcessSpec
+
+MAX_SAMPLES = 1_000
+"""Samples taken of one process; more would be a label without bound."""
+
+_NAME = re.compile(r"[a-z_][a-z0-9_]*")
+
+PROCESSES = Gauge("ps_processes", "Processes of jobs that run on this node.")
+STARTED = Counter("ps_processes_started_total", "Processes started.")
+EXITS = Counter("ps_process_exits_total", "Processes that ended, by cause.", ["cause"])
+SILENCES = Counter("ps_process_silences_total", "Times a living process stopped beating.")
+LINES_DROPPED = Counter("ps_log_lines_dropped_total", "Lines of output given up for want of room.")
+OUTBOX_MESSAGES = Gauge("ps_outbox_messages", "Messages that the master has not acknowledged.")
+OUTBOX_DROPPED = Gauge("ps_outbox_dropped", "Messages given up for want of room since the start.")
+MASTER_CONNECTED = Gauge("ps_master_connected", "1 while the stream to the master is open.")
+
+EXIT_CAUSES = ("clean", "expected", "code", "signal", "memory", "not_started")
+for _cause in EXIT_CAUSES:
+    EXITS.labels(cause=_cause)
+
+
+class ProcessMetrics(Collector):
+    """Exports `Counters` reports as ps_<name>{job, rank or partition, ...} until the process is dropped."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[dict[str, str], Counters]] = {}
+
+    def keep(self, spec: ProcessSpec, counters: Counters) -> None:
+        """Replace what is exported for the process of `spec`."""
+        seat = "rank" if spec.kind == ProcessSpec.KIND_TRAINER else "partition"
+        self._held[spec.process_id] = ({"job": spec.job_id, seat: str(spec.rank)}, counters)
+
+    def drop(self, process_id: str) -> None:
+        """Export nothing of it any more. Safe to repeat."""
+        self._held.pop(process_id, None)
+
+    def collect(self) -> Iterable[Metric]:
+        """Called by a scrape, on its thread."""
+        families: dict[str, Metric] = {}
+        for labels, counters in list(self._held.values()):
+            for sample in counters.samples[:MAX_SAMPLES]:
+                if not _NAME.fullmatch(sample.name):
+                    continue
+                name = f"ps_{sample.name}"
+                family = families.get(name)
+                if family is None:
+                    family = families[name] = Metric(
+                        _family_name(name, sample), "Reported by a process.", _type(sample)
+                    )
+                family.add_sample(name, {**sample.labels, **labels}, sample.value)
+        return families.values()
+
+
+def _type(sample: Counters.Sample) -> str:
+    if sample.gauge:
+        return "gauge"
+    return "counter" if sample.name.endswith("_total") else "unknown"
+
+
+def _family_name(name: str, sample: Counters.Sample) -> str:
+    """A counter's family has no suffix in prometheus_client's model; its text format adds it again."""
+    return name if sample.gauge else name.removesuffix("_total")

@@ -1,0 +1,129 @@
+"""An agent put together: its directories, its processes, its stream to the master. Runs on the main thread's loop."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping
+
+import structlog
+from prometheus_client import REGISTRY
+
+import pscluster
+from pscluster.agent import metrics, resources
+from pscluster.agent.attend import Attendant
+from pscluster.agent.bundles import BundleCache
+from pscluster.agent.child import Patience
+from pscluster.agent.leftovers import AgentDirectories
+from pscluster.agent.process import Site
+from pscluster.agent.role import AgentRole, AgentSettings
+from pscluster.agent.supervisor import Supervisor
+from pscluster.rpc import PROTOCOL, read_token
+from pscluster.telemetry import MetricsEndpoint
+from pscluster.v1.agents_pb2 import RegisterRequest, Role
+
+FLUSH_S = 5.0
+"""How long the end of an agent may wait for the master to take the last messages."""
+
+ROLES = {"worker": Role.ROLE_WORKER, "server": Role.ROLE_SERVER}
+_log = structlog.get_logger(__name__)
+
+
+async def attend(role: AgentRole, settings: AgentSettings, environ: Mapping[str, str], patience: Patience) -> None:
+    """Be an agent until SIGTERM or SIGINT, then end its processes and return.
+
+    Raises PsError when it cannot start, or when a newer incarnation of the node has taken its place. `environ`
+    is what its processes inherit.
+    """
+    ending = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ending.set)
+    token = read_token(settings.token_file)
+    directories = AgentDirectories.claim(settings.state_dir)
+    try:
+        endpoint = MetricsEndpoint(settings.metrics_listen)
+        try:
+            node = describe(role, settings, environ, endpoint.address)
+            await _Agent(role, settings, token, node, directories, environ, patience).live(ending)
+        finally:
+            endpoint.close()
+    finally:
+        directories.release()
+
+
+def describe(
+    role: AgentRole, settings: AgentSettings, environ: Mapping[str, str], metrics_address: str
+) -> RegisterRequest:
+    """This node, as it registers; the incarnation is new with every call."""
+    return RegisterRequest(
+        node_id=settings.node_id,
+        role=ROLES[role.name],
+        incarnation=secrets.token_hex(8),
+        started_s=time.time(),
+        resources=resources.measure(settings.slots or role.default_slots, environ),
+        version=pscluster.__version__,
+        protocol=PROTOCOL,
+        hostname=socket.gethostname(),
+        metrics_address=metrics_address,
+    )
+
+
+class _Agent:
+    def __init__(
+        self,
+        role: AgentRole,
+        settings: AgentSettings,
+        token: str,
+        node: RegisterRequest,
+        directories: AgentDirectories,
+        environ: Mapping[str, str],
+        patience: Patience,
+    ) -> None:
+        self._attendant = Attendant(
+            settings.master, token, node, lambda: self._supervisor.states(), lambda a: self._supervisor.apply(a)
+        )
+        self._metrics = metrics.ProcessMetrics()
+        site = Site(
+            command=(sys.executable, "-P", "-m", "pscluster.agent.launch", role.module),
+            environ=environ,
+            directories=directories,
+            bundles=BundleCache(directories.bundles, self._fetch),
+            metrics=self._metrics,
+            emit=self._attendant.emit,
+            log_bytes=self._attendant.log_bytes,
+        )
+        self._supervisor = Supervisor(site, patience)
+
+    async def live(self, ending: asyncio.Event) -> None:
+        """Attend and supervise until `ending`, or until something fails; then end every process."""
+        REGISTRY.register(self._metrics)
+        attending = asyncio.create_task(self._attendant.run())
+        watching = asyncio.create_task(self._supervisor.watch())
+        told = asyncio.create_task(ending.wait())
+        try:
+            done, _ = await asyncio.wait({attending, watching, told}, return_when=asyncio.FIRST_COMPLETED)
+            _log.info("ends")
+            await self._supervisor.close()
+            if told in done and self._attendant.connected:
+                await self._flush()
+            for task in done:
+                task.result()
+        finally:
+            for task in (attending, watching, told):
+                task.cancel()
+            await asyncio.gather(attending, watching, told, return_exceptions=True)
+            REGISTRY.unregister(self._metrics)
+
+    def _fetch(self, sha256: str) -> AsyncIterator[bytes]:
+        return self._attendant.fetch(sha256)
+
+    async def _flush(self) -> None:
+        try:
+            await asyncio.wait_for(self._attendant.flushed(), FLUSH_S)
+        except TimeoutError:
+            _log.warning("the master did not take the last messages in time")

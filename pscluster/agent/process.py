@@ -1,0 +1,256 @@
+"""One process's whole life on a node: what it needs fetched, the process started, what it says relayed, its exit
+told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from pscluster.agent import cgroup, metrics
+from pscluster.agent.backoff import delay_s
+from pscluster.agent.bundles import BundleCache
+from pscluster.agent.child import Child, Ended, Patience
+from pscluster.agent.exits import NOT_STARTED, Exit, classify, detail_of
+from pscluster.agent.launch import BUNDLE_DIR, SOCKET_DIR
+from pscluster.agent.leftovers import AgentDirectories
+from pscluster.agent.output import Backlog
+from pscluster.errors import PsError, StorageError, UnreachableError
+from pscluster.v1.agents_pb2 import AgentMessage, LogLine, ProcessEvent, ProcessState, ProcessStatus
+from pscluster.v1.plan_pb2 import Failure, Plan, ProcessReport, ProcessSpec
+
+FLUSH_S = 0.2
+"""How long a line may wait for others to travel with."""
+MAX_UNACKED_LOG_BYTES = 4 * 1024 * 1024
+"""While more than this waits for the master, lines stay in the process's own backlog and age there."""
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """What all processes of an agent share. `emit` takes a message for the master; `log_bytes` is how much
+    output it has not taken yet."""
+
+    command: tuple[str, ...]
+    environ: Mapping[str, str]
+    directories: AgentDirectories
+    bundles: BundleCache
+    metrics: metrics.ProcessMetrics
+    emit: Callable[[AgentMessage], None]
+    log_bytes: Callable[[], int]
+
+
+class Process:
+    """Named by a ProcessSpec; started by `run`, once. Belongs to the agent's loop."""
+
+    def __init__(self, spec: ProcessSpec, number: int, site: Site) -> None:
+        """`number` is unique within the agent's life: it names the process's directories."""
+        self.spec = spec
+        self.plan: Plan | None = spec.plan if spec.HasField("plan") else None
+        self.beat_at: float | None = None
+        """Loop time of the last beat."""
+        self.silent = False
+        """It stopped beating, and that was noticed."""
+        self._site = site
+        self._log = _log.bind(process_id=spec.process_id)
+        self._status = ProcessStatus(process_id=spec.process_id)
+        self._ready: ProcessReport | None = None
+        self._failure: Failure | None = None
+        self._child: Child | None = None
+        self._preparation: asyncio.Task[Path] | None = None
+        self._ending = False
+        self._backlog = Backlog()
+        self._flush: asyncio.TimerHandle | None = None
+        self._sockets = site.directories.runtime / f"p{number}"
+        self._scratch = site.directories.jobs / f"p{number}"
+
+    @property
+    def living(self) -> bool:
+        """It runs, or is about to."""
+        return self._status.phase != ProcessStatus.PHASE_EXITED
+
+    def state(self) -> ProcessState:
+        """What a restarted master learns of it."""
+        generation = self.plan.generation if self.plan is not None else 0
+        return ProcessState(status=self._status, ready=self._ready, generation=generation)
+
+    async def run(self) -> None:
+        """Fetch, start, wait and tell the exit. Whatever fails becomes an exited status."""
+        kills_before = cgroup.oom_kills()
+        try:
+            self._preparation = asyncio.create_task(self._prepare())
+            directory = await self._preparation
+            self._child = self._start(directory)
+        except asyncio.CancelledError:
+            self._conclude(self._not_started(None))
+        except (PsError, OSError) as error:
+            self._conclude(self._not_started(error))
+        else:
+            self._tell_running(self._child)
+            ended = await self._child.wait()
+            self._conclude(self._classify(self._child.pid, ended, cgroup.oom_kills() - kills_before))
+        await asyncio.to_thread(self._remove_directories)
+
+    async def end(self, patience: Patience) -> None:
+        """Make it go; returns when the process is gone. `run` ends soon after. Safe to repeat."""
+        self._ending = True
+        if self._child is not None:
+            await self._child.end(patience)
+        elif self._preparation is not None:
+            self._preparation.cancel()
+
+    def forward(self, plan: Plan) -> None:
+        """Hand over a newer plan; one that comes before the start goes with it."""
+        self.plan = plan
+        if self._child is not None:
+            self._child.forward(plan)
+        else:
+            self.spec.plan.CopyFrom(plan)
+
+    # What the child says (Listener).
+
+    def reported(self, report: ProcessReport) -> None:
+        body = report.WhichOneof("body")
+        if body == "counters":
+            self._site.metrics.keep(self.spec, report.counters)
+            return
+        if body == "beat":
+            self.beat_at = asyncio.get_running_loop().time()
+            return
+        if body in ("trainer_ready", "partition_ready"):
+            self._ready = report
+        if body == "failure":
+            self._failure = report.failure
+        self._send_lines(final=True)
+        event = ProcessEvent(process_id=self.spec.process_id, report=report)
+        self._site.emit(AgentMessage(event=event))
+
+    def wrote(self, stream: str, text: str) -> None:
+        dropped = self._backlog.add(LogLine(time_s=time.time(), stream=stream, text=text))
+        metrics.LINES_DROPPED.inc(dropped)
+        if self._flush is None:
+            self._flush = asyncio.get_running_loop().call_later(FLUSH_S, self._send_lines)
+
+    def _send_lines(self, final: bool = False) -> None:
+        """`final`: something that must come after these lines follows, so they cannot wait."""
+        if self._flush is not None:
+            self._flush.cancel()
+            self._flush = None
+        while self._backlog and (final or self._site.log_bytes() < MAX_UNACKED_LOG_BYTES):
+            self._site.emit(AgentMessage(log=self._backlog.take(self.spec.process_id)))
+        if self._backlog:
+            self._flush = asyncio.get_running_loop().call_later(FLUSH_S, self._send_lines)
+
+    # Start.
+
+    async def _prepare(self) -> Path:
+        for directory in (self._sockets, self._scratch):
+            try:
+                directory.mkdir(mode=0o700)
+            except OSError as error:
+                raise StorageError(f"cannot create {directory}: {error.strerror}") from None
+        if not self.spec.bundle_sha256:
+            return self._scratch
+        failures = 0
+        while True:
+            try:
+                return await self._site.bundles.obtain(self.spec.bundle_sha256)
+            except UnreachableError as error:
+                failures += 1
+                if failures == 1:
+                    self._log.warning("waits for its code bundle", cause=error.cause)
+            await asyncio.sleep(delay_s(failures, random.random()))
+
+    def _start(self, directory: Path) -> Child:
+        threads = str(num_threads(self.spec))
+        environment = {
+            **self._site.environ,
+            SOCKET_DIR: str(self._sockets),
+            BUNDLE_DIR: str(directory),
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "OMP_DYNAMIC": "false",
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONFAULTHANDLER": "1",
+        }
+        return Child.start(self.spec, self._site.command, directory, environment, self)
+
+    def _tell_running(self, child: Child) -> None:
+        metrics.STARTED.inc()
+        self._status.phase = ProcessStatus.PHASE_RUNNING
+        self._status.pid = child.pid
+        self._site.emit(AgentMessage(status=self._status))
+        self._log.info("process started", pid=child.pid)
+
+    # End.
+
+    def _not_started(self, error: PsError | OSError | None) -> ProcessStatus:
+        status = ProcessStatus(
+            process_id=self.spec.process_id,
+            phase=ProcessStatus.PHASE_EXITED,
+            exit_code=NOT_STARTED,
+            expected=self._ending,
+        )
+        if isinstance(error, OSError):
+            error = StorageError(f"cannot start a process: {error}")
+        if error is not None:
+            status.error.CopyFrom(detail_of(error))
+        return status
+
+    def _classify(self, pid: int, ended: Ended, oom_kills: int) -> ProcessStatus:
+        facts = Exit(
+            returncode=ended.returncode,
+            expected=ended.expected,
+            oom_kills=oom_kills,
+            failure=self._failure,
+            last_words=ended.last_words,
+        )
+        return classify(self.spec.process_id, pid, facts)
+
+    def _conclude(self, status: ProcessStatus) -> None:
+        self._status = status
+        self._send_lines(final=True)
+        self._site.metrics.drop(self.spec.process_id)
+        metrics.EXITS.labels(cause=_cause(status)).inc()
+        self._site.emit(AgentMessage(status=status))
+        self._log.info(
+            "process ended",
+            exit_code=status.exit_code,
+            signal=status.signal,
+            expected=status.expected,
+            out_of_memory=status.out_of_memory,
+            cause=status.error.cause,
+        )
+
+    def _remove_directories(self) -> None:
+        for directory in (self._sockets, self._scratch):
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def num_threads(spec: ProcessSpec) -> int:
+    """Intra-op threads of a process: the spec's for a trainer, 1 for a partition."""
+    if spec.kind != ProcessSpec.KIND_TRAINER or not spec.spec_json:
+        return 1
+    workers = json.loads(spec.spec_json).get("workers", {})
+    return int(workers.get("threads", 1))
+
+
+def _cause(status: ProcessStatus) -> str:
+    """The label under which an exit is counted; one of metrics.EXIT_CAUSES."""
+    if status.expected:
+        return "expected"
+    if status.out_of_memory:
+        return "memory"
+    if status.signal:
+        return "signal"
+    if status.exit_code == NOT_STARTED and not status.pid:
+        return "not_started"
+    return "code" if status.exit_code else "clean"

@@ -1,0 +1,37 @@
+"""What makes a worker's agent differ from a server's. Imports nothing slow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentRole:
+    """`name` is "worker" or "server"; `module` is what its processes run; `runs` is what they are called."""
+
+    name: str
+    module: str
+    runs: str
+    default_slots: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentSettings:
+    """Settings of psworker and psserver. `slots: None` takes the role's default."""
+
+    node_id: str
+    master: str
+    state_dir: Path
+    token_file: Path
+    metrics_listen: str = "127.0.0.1:0"
+    slots: int | None = None
+    log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        if self.slots is not None and self.slots < 1:
+            raise ValueError(f"slots must be at least 1, not {self.slots}")
+        if not self.node_id or "/" in self.node_id:
+            raise ValueError(f"node_id {self.node_id!r} is empty or contains a slash")
+        if ":" not in self.master:
+            raise ValueError(f"master {self.master!r} is neither host:port nor unix:/path")

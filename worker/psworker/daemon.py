@@ -1,0 +1,16 @@
+"""psworker: the agent of a worker node. Imports no torch; its trainers do."""
+
+from __future__ import annotations
+
+import sys
+
+from pscluster.agent.daemon import run
+from psworker.agent import WORKER
+
+
+def main() -> None:
+    sys.exit(run(WORKER, sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
