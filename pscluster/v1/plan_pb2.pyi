@@ -42,7 +42,7 @@ class PartitionSeat(_message.Message):
     def __init__(self, index: _Optional[int] = ..., node_id: _Optional[str] = ..., attempt: _Optional[int] = ..., addresses: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("job_id", "generation", "trainers", "partitions", "layout_json", "restore_generation", "resume_step", "restore", "stop", "data_token", "kept_steps")
+    __slots__ = ("job_id", "generation", "trainers", "partitions", "layout_json", "restore_generation", "resume_step", "restore", "stop", "data_token", "kept_steps", "final_step")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     TRAINERS_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +54,7 @@ class Plan(_message.Message):
     STOP_FIELD_NUMBER: _ClassVar[int]
     DATA_TOKEN_FIELD_NUMBER: _ClassVar[int]
     KEPT_STEPS_FIELD_NUMBER: _ClassVar[int]
+    FINAL_STEP_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     generation: int
     trainers: _containers.RepeatedCompositeFieldContainer[TrainerSeat]
@@ -65,7 +66,8 @@ class Plan(_message.Message):
     stop: bool
     data_token: bytes
     kept_steps: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, job_id: _Optional[str] = ..., generation: _Optional[int] = ..., trainers: _Optional[_Iterable[_Union[TrainerSeat, _Mapping]]] = ..., partitions: _Optional[_Iterable[_Union[PartitionSeat, _Mapping]]] = ..., layout_json: _Optional[bytes] = ..., restore_generation: _Optional[int] = ..., resume_step: _Optional[int] = ..., restore: _Optional[_Union[RestorePoint, _Mapping]] = ..., stop: bool = ..., data_token: _Optional[bytes] = ..., kept_steps: _Optional[_Iterable[int]] = ...) -> None: ...
+    final_step: int
+    def __init__(self, job_id: _Optional[str] = ..., generation: _Optional[int] = ..., trainers: _Optional[_Iterable[_Union[TrainerSeat, _Mapping]]] = ..., partitions: _Optional[_Iterable[_Union[PartitionSeat, _Mapping]]] = ..., layout_json: _Optional[bytes] = ..., restore_generation: _Optional[int] = ..., resume_step: _Optional[int] = ..., restore: _Optional[_Union[RestorePoint, _Mapping]] = ..., stop: bool = ..., data_token: _Optional[bytes] = ..., kept_steps: _Optional[_Iterable[int]] = ..., final_step: _Optional[int] = ...) -> None: ...
 
 class RestorePoint(_message.Message):
     __slots__ = ("step", "parts")
@@ -122,7 +124,7 @@ class ProcessSpec(_message.Message):
     def __init__(self, process_id: _Optional[str] = ..., kind: _Optional[_Union[ProcessSpec.Kind, str]] = ..., job_id: _Optional[str] = ..., rank: _Optional[int] = ..., attempt: _Optional[int] = ..., spec_json: _Optional[str] = ..., bundle_sha256: _Optional[str] = ..., store: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ...) -> None: ...
 
 class ProcessReport(_message.Message):
-    __slots__ = ("trainer_ready", "partition_ready", "progress", "evaluated", "snapshot_part", "finished", "failure", "counters", "beat", "plan_adopted", "best")
+    __slots__ = ("trainer_ready", "partition_ready", "progress", "evaluated", "snapshot_part", "finished", "failure", "counters", "beat", "plan_adopted", "best", "warning")
     TRAINER_READY_FIELD_NUMBER: _ClassVar[int]
     PARTITION_READY_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
@@ -134,6 +136,7 @@ class ProcessReport(_message.Message):
     BEAT_FIELD_NUMBER: _ClassVar[int]
     PLAN_ADOPTED_FIELD_NUMBER: _ClassVar[int]
     BEST_FIELD_NUMBER: _ClassVar[int]
+    WARNING_FIELD_NUMBER: _ClassVar[int]
     trainer_ready: TrainerReady
     partition_ready: PartitionReady
     progress: Progress
@@ -145,7 +148,8 @@ class ProcessReport(_message.Message):
     beat: Beat
     plan_adopted: PlanAdopted
     best: BestSnapshot
-    def __init__(self, trainer_ready: _Optional[_Union[TrainerReady, _Mapping]] = ..., partition_ready: _Optional[_Union[PartitionReady, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., evaluated: _Optional[_Union[Evaluated, _Mapping]] = ..., snapshot_part: _Optional[_Union[SnapshotPart, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., counters: _Optional[_Union[Counters, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., plan_adopted: _Optional[_Union[PlanAdopted, _Mapping]] = ..., best: _Optional[_Union[BestSnapshot, _Mapping]] = ...) -> None: ...
+    warning: Warning
+    def __init__(self, trainer_ready: _Optional[_Union[TrainerReady, _Mapping]] = ..., partition_ready: _Optional[_Union[PartitionReady, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., evaluated: _Optional[_Union[Evaluated, _Mapping]] = ..., snapshot_part: _Optional[_Union[SnapshotPart, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., counters: _Optional[_Union[Counters, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., plan_adopted: _Optional[_Union[PlanAdopted, _Mapping]] = ..., best: _Optional[_Union[BestSnapshot, _Mapping]] = ..., warning: _Optional[_Union[Warning, _Mapping]] = ...) -> None: ...
 
 class PreflightCheck(_message.Message):
     __slots__ = ("name", "ok", "detail", "node_id")
@@ -283,6 +287,14 @@ class Failure(_message.Message):
     step: int
     checks: _containers.RepeatedCompositeFieldContainer[PreflightCheck]
     def __init__(self, error: _Optional[_Union[ErrorDetail, _Mapping]] = ..., traceback: _Optional[str] = ..., step: _Optional[int] = ..., checks: _Optional[_Iterable[_Union[PreflightCheck, _Mapping]]] = ...) -> None: ...
+
+class Warning(_message.Message):
+    __slots__ = ("error", "step")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    error: ErrorDetail
+    step: int
+    def __init__(self, error: _Optional[_Union[ErrorDetail, _Mapping]] = ..., step: _Optional[int] = ...) -> None: ...
 
 class ErrorDetail(_message.Message):
     __slots__ = ("code", "cause", "action", "details")

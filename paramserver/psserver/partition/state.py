@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from pscluster.snapshot import Buffer, Part, PartMeta, PieceKey, read_part
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """A contiguous one-dimensional CPU tensor's memory, writable, shared."""
-    return memoryview(tensor.numpy()).cast("B") if tensor.numel() else memoryview(bytearray())
+    return tensor.numpy().data.cast("B") if tensor.numel() else memoryview(bytearray())
 
 
 @dataclass(kw_only=True)
@@ -110,12 +109,3 @@ class PartitionState:
                 sizes[(span.bucket, "values")] = span.size_bytes
                 sizes |= {(span.bucket, f"moment{n}"): span.size_bytes for n in range(len(moments))}
         return sizes
-
-
-def touched_list(bits: bytes, num_tensors: int) -> list[bool]:
-    """The touched bits of a summary, one bool a tensor."""
-    return [bool(bits[t >> 3] >> (t & 7) & 1) for t in range(num_tensors)]
-
-
-def num_touched_bytes(tensors: Sequence[object]) -> int:
-    return -(-len(tensors) // 8)

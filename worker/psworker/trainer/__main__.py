@@ -1,0 +1,122 @@
+"""A trainer process: started by an agent, ends with it. `python -m psworker.trainer`"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from pscluster.agent.link import ProcessLink
+from pscluster.errors import OutOfMemoryError, PsError
+from pscluster.sampling import ShardSampler
+from pscluster.spec import JobSpec, parse_spec
+from pscluster.v1.plan_pb2 import ErrorDetail, Failure, PreflightCheck, ProcessReport, TrainerReady
+from psworker.canary import settle_numerics
+from psworker.replica import Replica
+from psworker.trainer.batches import Batches, EvalBatches
+from psworker.trainer.exchange import Exchange
+from psworker.trainer.loading import build_model, user_traceback
+from psworker.trainer.loop import Trainer
+from psworker.trainer.preflight import Check, Prepared, checks_of, prepare
+from psworker.trainer.telemetry import TrainerCounters
+
+EXIT_FAILED = 1
+
+
+def main() -> int:
+    """Be the trainer that the agent's start order describes; returns the exit code."""
+    faulthandler.enable()
+    link = ProcessLink.from_environment()
+    try:
+        _train(link)
+    except PsError as error:
+        link.report(ProcessReport(failure=_failure(error)))
+        print(error, file=sys.stderr)
+        return EXIT_FAILED
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            link.report(ProcessReport(failure=_failure(OutOfMemoryError(f"the trainer ran out of memory: {error}"))))
+            return EXIT_FAILED
+        raise
+    return 0
+
+
+def _train(link: ProcessLink) -> None:
+    start = link.start
+    spec = parse_spec(json.loads(start.spec_json))
+    device = "cpu"
+    settle_numerics(spec.workers.threads, device)
+    prepared = prepare(spec, Path.cwd() if start.bundle_sha256 else None, device)
+    replica = Replica(prepared.model, spec.train.optimizer)
+    sampler = ShardSampler(len(prepared.train), spec.train.num_shards, spec.train.microbatch, spec.train.seed)
+    link.report(ProcessReport(trainer_ready=_ready(prepared, replica, spec, sampler, device)))
+    counters = TrainerCounters()
+    exchange = Exchange(link, spec, replica.layout, replica.flats, counters)
+    exchange.start()
+    try:
+        Trainer(
+            spec,
+            prepared.task,
+            replica,
+            Batches(prepared.train, prepared.task.collate, sampler, spec.train.seed),
+            _held_out(prepared, spec),
+            exchange,
+            counters,
+            lambda: _rebuild(prepared, replica, spec),
+        ).run()
+    finally:
+        exchange.close()
+
+
+def _held_out(prepared: Prepared, spec: JobSpec) -> EvalBatches | None:
+    if prepared.held_out is None:
+        return None
+    train = spec.train
+    return EvalBatches(prepared.held_out, prepared.task.collate, train.num_shards, train.microbatch, train.seed)
+
+
+def _rebuild(prepared: Prepared, replica: Replica, spec: JobSpec) -> None:
+    """Set the replica's memory to the seeded first values again: the job went back to step 0."""
+    fresh = Replica(build_model(prepared.task), spec.train.optimizer)
+    for mine, theirs in zip(replica.flats, fresh.flats, strict=True):
+        with torch.no_grad():
+            mine.copy_(theirs)
+
+
+def _ready(prepared: Prepared, replica: Replica, spec: JobSpec, sampler: ShardSampler, device: str) -> TrainerReady:
+    preflight = prepared.preflight
+    return TrainerReady(
+        layout_json=replica.layout.to_json(),
+        layout_sha256=replica.layout.sha256,
+        data_fingerprint=preflight.fingerprint,
+        numerics_class=preflight.numerics_class,
+        numerics_detail=preflight.numerics_detail,
+        num_samples=preflight.num_samples,
+        checks=[_check(check) for check in preflight.checks],
+        device=device,
+        final_step=sampler.final_step(spec.train.max_steps, spec.train.epochs),
+    )
+
+
+def _failure(error: PsError) -> Failure:
+    """The error as the master stores it: the traceback apart, the preflight's table as messages."""
+    details = {key: value for key, value in error.details.items() if key not in ("traceback", "checks")}
+    traceback = error.details.get("traceback", "")
+    if not traceback and error.__cause__ is not None:
+        traceback = user_traceback(error.__cause__)
+    return Failure(
+        error=ErrorDetail(code=error.code, cause=error.cause, action=error.action, details=details),
+        traceback=traceback,
+        checks=[_check(check) for check in checks_of(error)],
+    )
+
+
+def _check(check: Check) -> PreflightCheck:
+    return PreflightCheck(name=check.name, ok=check.ok, detail=check.detail)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,456 @@
+"""A trainer's side of the data plane: what there is to do, values in, gradients out.
+
+Two threads meet here. The reactor's thread moves bytes and hears directives and plans; the main thread asks for work
+(`next_work`), waits for values, and pushes. One lock guards what they share; nothing blocks while it is held.
+
+Values land straight in the replica's memory, so they may only land while the main thread is between microbatches and
+wants exactly that version; anything else is read and dropped, and asked for again. Hence nothing is ever overwritten
+under a running forward or backward.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pscluster.agent.link import ProcessLink
+from pscluster.errors import FencedError, FrameError, PsError
+from pscluster.layout import Layout
+from pscluster.spec import JobSpec
+from pscluster.summary import Statistics, Summary, unpack_statistics
+from pscluster.tree import Node
+from pscluster.v1.plan_pb2 import Beat, Plan, PlanAdopted, ProcessReport
+from pscluster.wire.frame import SUMMARY, UNCHANGED, WITH_FROZEN, Buffer, Header, Kind, job_number
+from pscluster.wire.reactor import Reactor
+from psworker.trainer.accumulate import Gradients, gather
+from psworker.trainer.peer import Peer
+from psworker.trainer.telemetry import TrainerCounters
+
+BEAT_S = 1.0
+
+
+class SupersededError(FencedError):
+    """The step being computed is no longer wanted: it was committed without this trainer, or undone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What to do now. `shards`: of this trainer and not yet done for (timeline, version, action)."""
+
+    timeline: int
+    generation: int
+    version: int
+    action: str  # "initialise", "train", "evaluate", "finalise", "finish"
+    shards: tuple[int, ...] = ()
+    statistics: Statistics | None = None
+
+    @property
+    def key(self) -> tuple[int, int, str]:
+        return (self.timeline, self.version, self.action)
+
+
+@dataclass(frozen=True)
+class _Directive:
+    generation: int
+    version: int
+    action: str
+
+
+class Exchange:
+    """Started by `start`, ended by `close`; the public methods below are the main thread's."""
+
+    def __init__(
+        self, link: ProcessLink, spec: JobSpec, layout: Layout, flats: list[torch.Tensor], counters: TrainerCounters
+    ) -> None:
+        self._link = link
+        self._spec = spec
+        self._layout = layout
+        self._memory = [flat.numpy().data.cast("B") for flat in flats]
+        self._flats = flats  # keeps the memory alive
+        self._counters = counters
+        self._job = job_number(link.start.job_id)
+        self._rank = link.start.rank
+        self._reactor = Reactor()
+        self._thread = threading.Thread(target=self._run, name="exchange", daemon=True)
+        self._changed = threading.Condition()
+        # Shared, under `_changed`:
+        self._plan: Plan | None = None
+        self._directive: _Directive | None = None
+        self._stashed: _Directive | None = None  # of a generation whose plan is not here yet
+        self._merged: tuple[int, Statistics] | None = None
+        self._wanted = -1
+        self._to_land: dict[tuple[int, int], bool] = {}  # (partition, bucket) of the wanted version: landing begun
+        self._have_frozen = False
+        self._ahead = -1  # newest version seen that was not wanted
+        self._needs_values: set[int] = set()  # partitions that hold nothing yet
+        self._closed = False
+        self._error: BaseException | None = None
+        # The reactor thread's own:
+        self._peers: list[Peer] = []
+        self.progress = 0
+
+    # ---- the main thread ----
+
+    def start(self) -> None:
+        """Begin to listen to the agent and, once there is a plan, to connect. Called once."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the reactor and its connections; blocks briefly."""
+        self._reactor.post(self._reactor.stop)
+        self._thread.join(timeout=5)
+
+    def next_work(self, done: dict[tuple[int, int, str], set[int]]) -> Work | None:
+        """Block until there is something to do that is not in `done`; None: the agent wants this process to end.
+
+        Raises what ended the reactor's thread."""
+        with self._changed:
+            while True:
+                if self._error is not None:
+                    raise self._error
+                if self._closed:
+                    return None
+                work = self._find_work(done)
+                if work is not None:
+                    return work
+                self._changed.wait()
+
+    def is_current(self, work: Work) -> bool:
+        """Whether the plan and the directive still ask for this work."""
+        with self._changed:
+            plan, directive = self._plan, self._directive
+            return (
+                not self._closed
+                and plan is not None
+                and directive is not None
+                and plan.generation == work.generation
+                and self._timeline() == work.timeline
+                and (directive.version, directive.action) == (work.version, work.action)
+            )
+
+    def want(self, version: int) -> bool:
+        """Have exactly this version land from now on; the main thread must be between microbatches.
+
+        Going back to the version that is held succeeds while nothing of the newer one has begun to land. False:
+        it is gone, a newer directive will come."""
+        with self._changed:
+            if version == self._wanted:
+                return True
+            if version < self._wanted:
+                if any(self._to_land.values()) or len(self._to_land) < len(self._landing_keys()):
+                    return False
+                self._wanted, self._to_land = version, {}
+                return True
+            self._wanted = version
+            self._to_land = dict.fromkeys(self._landing_keys(), False)
+        self._reactor.post(self._pull_all)
+        return True
+
+    def wait_values(self, work: Work) -> None:
+        """Block until all of the wanted version has landed. Raises SupersededError when it will not."""
+        with self._changed:
+            while self._to_land:
+                if self._error is not None:
+                    raise self._error
+                if self._closed or self._ahead > self._wanted or self._timeline() != work.timeline:
+                    raise SupersededError(f"step {self._wanted} is no longer wanted")
+                self._changed.wait()
+            self._have_frozen = True
+
+    def push_gradients(self, work: Work, bucket: int, node: Node, gradients: Gradients) -> None:
+        """Owe every partition its part of a trained bucket's node. The gradients belong to the exchange now."""
+        pieces = gather(self._layout, bucket, gradients)
+        self._post_push(work, bucket, node, lambda start, stop: _cut(pieces, start, stop))
+
+    def push_words(self, work: Work, bucket: int, node: Node, words: torch.Tensor) -> None:
+        """Owe every partition its part of an averaged or carried bucket's node."""
+        data = words.numpy().data.cast("B")
+        self._post_push(work, bucket, node, lambda start, stop: [data[4 * start : 4 * stop]])
+
+    def push_unchanged(self, work: Work, bucket: int, node: Node, weight: float) -> None:
+        """Owe every partition the word that a bucket of buffers did not move in this node of `weight`."""
+        body = np.array([weight], dtype="<f8").tobytes()
+        self._post_push(work, bucket, node, lambda start, stop: [body] if stop > start else [], flags=UNCHANGED)
+
+    def push_summary(self, work: Work, node: Node, summary: Summary) -> None:
+        """Owe every partition a node of the step's summary."""
+        header = self._header(work, Kind.PUSH, bucket=SUMMARY, node=node)
+        self._owe(list(range(self._num_partitions)), len(self._layout.buckets), header, [summary.pack()])
+
+    def push_statistics(self, work: Work, node: Node, statistics: Statistics) -> None:
+        """Owe the lead a node of an evaluation."""
+        self._owe([0], 0, self._header(work, Kind.STATISTICS, bucket=SUMMARY, node=node), [statistics.tobytes()])
+
+    def send_outcome(self, work: Work, outcome: dict[str, object]) -> None:
+        """Owe the lead the finalised metrics, or the digest."""
+        header = self._header(work, Kind.OUTCOME, bucket=SUMMARY, node=Node(0, 1))
+        self._owe([0], 1, header, [json.dumps(outcome).encode()])
+
+    def send_initial(self, work: Work) -> None:
+        """Owe every partition that holds nothing the first values, which are in the replica's memory."""
+        with self._changed:
+            empty, self._needs_values = sorted(self._needs_values), set()
+        for bucket in self._layout.buckets:
+            for index in empty:
+                span = self._layout.span(bucket.index, index, self._num_partitions)
+                if span.num_words:
+                    header = self._header(work, Kind.INIT, bucket=bucket.index, node=Node(0, 1))
+                    data = bytes(self._memory[bucket.index][4 * span.start : 4 * span.stop])
+                    self._owe([index], bucket.index, header, [data])
+
+    # ---- under the lock ----
+
+    @property
+    def _num_partitions(self) -> int:
+        return self._spec.servers.partitions
+
+    def _timeline(self) -> int:
+        return self._plan.restore_generation if self._plan is not None else 0
+
+    def _my_shards(self) -> list[int]:
+        seats = [seat for seat in self._plan.trainers if seat.rank == self._rank] if self._plan else []
+        return [s for seat in seats for run in seat.shards for s in range(run.first, run.first + run.count)]
+
+    def _find_work(self, done: dict[tuple[int, int, str], set[int]]) -> Work | None:
+        plan, directive = self._plan, self._directive
+        if plan is None:
+            return None
+        mine = self._my_shards()
+
+        def work(version: int, action: str, shards: Sequence[int], statistics: Statistics | None = None) -> Work | None:
+            found = Work(
+                timeline=self._timeline(), generation=plan.generation, version=version, action=action,
+                shards=tuple(shards), statistics=statistics,
+            )  # fmt: skip
+            left = tuple(shard for shard in shards if shard not in done.get(found.key, ()))
+            return Work(**{**found.__dict__, "shards": left}) if left else None
+
+        if directive is None:
+            first = min((seat.rank for seat in plan.trainers if seat.active), default=-1)
+            may = self._needs_values and plan.resume_step == 0 and first == self._rank
+            return work(0, "initialise", [min(self._needs_values)]) if may else None
+        if directive.action == "finish":
+            return work(directive.version, "finish", [0] if 0 in mine else [])
+        found = work(directive.version, directive.action, mine)
+        if found is None and directive.action == "evaluate" and self._merged and 0 in mine:
+            version, statistics = self._merged
+            if version == directive.version:
+                return work(version, "finalise", [0], statistics)
+        return found
+
+    def _landing_keys(self) -> list[tuple[int, int]]:
+        return [
+            (index, bucket.index)
+            for bucket in self._layout.buckets
+            for index in range(self._num_partitions)
+            if (bucket.kind != "frozen" or not self._have_frozen)
+            and self._layout.span(bucket.index, index, self._num_partitions).num_words
+        ]
+
+    # ---- sending ----
+
+    def _header(self, work: Work, kind: Kind, *, bucket: int = 0, node: Node, flags: int = 0) -> Header:
+        return Header(
+            kind=kind, job=self._job, generation=work.generation, step=work.version, bucket=bucket, node=node,
+            flags=flags, sender=self._rank,
+        )  # fmt: skip
+
+    def _post_push(self, work: Work, bucket: int, node: Node, cut: object, *, flags: int = 0) -> None:
+        header = self._header(work, Kind.PUSH, bucket=bucket, node=node, flags=flags)
+        order = len(self._layout.buckets) - bucket  # backward gives the last bucket first
+        start = (self._rank + bucket) % self._num_partitions  # every rank starts at another partition
+        for step in range(self._num_partitions):
+            index = (start + step) % self._num_partitions
+            span = self._layout.span(bucket, index, self._num_partitions)
+            if span.num_words:
+                self._owe([index], order, header, cut(span.start, span.stop))  # type: ignore[operator]
+
+    def _owe(self, partitions: list[int], order: int, header: Header, parts: Sequence[Buffer]) -> None:
+        self._reactor.post(lambda: self._add_owed(partitions, order, header, parts))
+
+    def _add_owed(self, partitions: list[int], order: int, header: Header, parts: Sequence[Buffer]) -> None:
+        plan = self._plan
+        if plan is None or header.generation < plan.restore_generation:
+            return  # computed before a restore: nobody wants it
+        for index in partitions:
+            self._peers[index].outbox.add(order, header, parts)
+            self._peers[index].push()
+
+    # ---- the reactor's thread ----
+
+    def _run(self) -> None:
+        try:
+            self._reactor.watch(self._link.fileno(), self._orders)
+            self._beat()
+            self._reactor.run()
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+        finally:
+            for peer in self._peers:
+                peer.close()
+            self._reactor.close()
+
+    def _beat(self) -> None:
+        self._counters.observe(self._peers)
+        self._report(ProcessReport(beat=Beat(progress=self.progress)))
+        self._report(ProcessReport(counters=self._counters.sample()))
+        self._reactor.call_later(BEAT_S, self._beat)
+
+    def _report(self, report: ProcessReport) -> None:
+        try:
+            self._link.report(report)
+        except EOFError:
+            self._shut()
+
+    def _orders(self) -> None:
+        try:
+            orders = self._link.receive_nowait()
+        except EOFError:
+            self._shut()
+            return
+        for order in orders:
+            if order.WhichOneof("body") == "shutdown":
+                self._shut()
+            elif order.WhichOneof("body") == "plan":
+                self.adopt(order.plan)
+
+    def _shut(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._reactor.stop()
+
+    def adopt(self, plan: Plan) -> None:
+        """A newer plan is in force from here on."""
+        if self._plan is not None and plan.generation <= self._plan.generation:
+            return
+        restored = self._plan is None or plan.restore_generation != self._plan.restore_generation
+        with self._changed:
+            self._plan = plan
+            if restored:
+                self._directive, self._merged, self._wanted, self._to_land, self._ahead = None, None, -1, {}, -1
+                self._needs_values = set()
+            stashed, self._stashed = self._stashed, None
+            self._changed.notify_all()
+        self._reconnect(plan, restored)
+        if stashed is not None:
+            self._direct(stashed)
+        self._report(ProcessReport(plan_adopted=PlanAdopted(generation=plan.generation, step=max(0, self._wanted))))
+
+    def _reconnect(self, plan: Plan, restored: bool) -> None:
+        addresses = [list(seat.addresses) for seat in plan.partitions]
+        if not restored and addresses == [peer.addresses for peer in self._peers]:
+            return
+        for peer in self._peers:
+            peer.close()
+        transport = self._spec.network.transport
+        self._peers = [Peer(self._reactor, self, i, known, transport) for i, known in enumerate(addresses)]
+
+    def greeting(self, channel: str) -> tuple[Header, bytes]:
+        assert self._plan is not None
+        header = Header(kind=Kind.HELLO, job=self._job, generation=self._plan.generation, sender=self._rank)
+        told = {
+            "token": self._plan.data_token.hex(),
+            "role": "trainer",
+            "attempt": self._link.start.attempt,
+            "channel": channel,
+            "restore_generation": self._plan.restore_generation,
+        }
+        return header, json.dumps(told).encode()
+
+    def landing(self, index: int, header: Header) -> memoryview | None:
+        if header.bucket >= len(self._layout.buckets):
+            raise FrameError(f"values of bucket {header.bucket}", details={"field": "bucket"})
+        span = self._layout.span(header.bucket, index, self._num_partitions)
+        if header.length != span.size_bytes:
+            raise FrameError(
+                f"values of {header.length} bytes where {span.size_bytes} fit", details={"field": "length"}
+            )
+        with self._changed:
+            if header.step != self._wanted or (index, header.bucket) not in self._to_land:
+                return None
+            self._to_land[(index, header.bucket)] = True
+        return self._memory[header.bucket][4 * span.start : 4 * span.stop]
+
+    def landed(self, index: int, header: Header) -> None:
+        with self._changed:
+            if header.step != self._wanted:
+                self._ahead = max(self._ahead, header.step)
+                self._changed.notify_all()
+            elif self._to_land.get((index, header.bucket)):
+                del self._to_land[(index, header.bucket)]
+                if not self._to_land:
+                    self._changed.notify_all()
+
+    def heard(self, index: int, header: Header, body: memoryview) -> None:
+        told = None if header.kind is Kind.MERGED else json.loads(bytes(body)) if body else {}
+        if header.kind is Kind.WELCOME:
+            self._welcomed(index, dict(told or {}))
+        elif header.kind is Kind.DIRECTIVE:
+            self._direct(_Directive(header.generation, header.step, str((told or {})["action"])))
+        elif header.kind is Kind.MERGED:
+            with self._changed:
+                self._merged = (header.step, unpack_statistics(body))
+                self._changed.notify_all()
+
+    def _welcomed(self, index: int, told: dict[str, object]) -> None:
+        with self._changed:
+            if told.get("needs_values"):
+                self._needs_values.add(index)
+            self._changed.notify_all()
+        self._pull(index)
+
+    def _direct(self, directive: _Directive) -> None:
+        with self._changed:
+            plan = self._plan
+            if plan is None or directive.generation > plan.generation:
+                self._stashed = directive
+                return
+            if directive.generation < plan.restore_generation:
+                return
+            self._directive = directive
+            self._changed.notify_all()
+        for peer in self._peers:
+            peer.outbox.drop_before(directive.version)
+
+    def _pull_all(self) -> None:
+        for index in range(len(self._peers)):
+            self._pull(index)
+
+    def _pull(self, index: int) -> None:
+        with self._changed:
+            wanted, plan = self._wanted, self._plan
+            missing = any(i == index for i, _ in self._to_land)
+            flags = 0 if self._have_frozen else WITH_FROZEN
+        if missing and plan is not None:
+            header = Header(
+                kind=Kind.PULL, job=self._job, generation=plan.generation, step=wanted, flags=flags, sender=self._rank
+            )
+            self._peers[index].pull(header)
+
+
+def _cut(pieces: list[tuple[int, int, memoryview]], start: int, stop: int) -> list[Buffer]:
+    """The words start <= w < stop of a bucket whose pieces are given; what lies between them is zeros."""
+    cut: list[Buffer] = []
+    at = start
+    for first, last, data in pieces:
+        low, high = max(first, start), min(last, stop)
+        if low >= high:
+            continue
+        if low > at:
+            cut.append(bytes(4 * (low - at)))
+        cut.append(data[4 * (low - first) : 4 * (high - first)])
+        at = high
+    if stop > at:
+        cut.append(bytes(4 * (stop - at)))
+    return cut
+
+
+__all__ = ["Exchange", "PsError", "SupersededError", "Work"]

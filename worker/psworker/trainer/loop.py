@@ -1,0 +1,198 @@
+"""The training loop: one gradient from its batch to the wire, readable from the top down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from pscluster.spec import JobSpec
+from pscluster.summary import Statistics, Summary, add_statistics, touched_bits
+from pscluster.task import Task
+from pscluster.tree import Node, tree_of
+from psworker.replica import Replica
+from psworker.trainer.accumulate import Accumulator, Counter, SummaryCounter
+from psworker.trainer.batches import Batches, EvalBatches, seed_step, to_device
+from psworker.trainer.buffers import BufferSums
+from psworker.trainer.evaluation import Shapes, check_metric, loss_of, shard_statistics, unpack_metrics
+from psworker.trainer.exchange import Exchange, SupersededError, Work
+from psworker.trainer.loading import user_code
+from psworker.trainer.telemetry import TrainerCounters
+
+
+class Trainer:
+    """Computes what the exchange asks for until it asks for nothing more. On the main thread."""
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        task: Task,
+        replica: Replica,
+        batches: Batches,
+        held_out: EvalBatches | None,
+        exchange: Exchange,
+        counters: TrainerCounters,
+        rebuild: Callable[[], None],
+    ) -> None:
+        self._spec = spec
+        self._task = task
+        self._replica = replica
+        self._batches = batches
+        self._held_out = held_out
+        self._exchange = exchange
+        self._counters = counters
+        self._rebuild = rebuild  # sets the replica's memory to the seeded first values
+        self._pristine = True
+        self._tree = tree_of(spec.train.num_shards)
+        self._work: Work | None = None
+        self._accumulator = Accumulator(replica.layout, replica.parameters, self._tree, self._push_gradients)
+        self._summaries = SummaryCounter(self._tree)
+        self._buffers = BufferSums(replica, self._tree)
+        self._shapes: Shapes = ()  # of the task's statistics, learnt from the first evaluated batch
+        self._done: dict[tuple[int, int, str], set[int]] = {}
+
+    def run(self) -> None:
+        """Work until the agent ends this process. Raises what user code raised, as a TaskError."""
+        while True:
+            with self._counters.phase("wait"):
+                work = self._exchange.next_work(self._done)
+            if work is None:
+                return
+            self._done = {work.key: self._done.get(work.key, set())} | self._finalised(work)
+            self._work = work
+            self._exchange.progress += 1
+            try:
+                self._carry_out(work)
+            except SupersededError:
+                self._accumulator.abandon()
+                self._summaries.flush()
+                self._buffers.abandon()
+                self._done[work.key].update(work.shards)  # a newer directive is on its way
+
+    def _finalised(self, work: Work) -> dict[tuple[int, int, str], set[int]]:
+        """Of the past only what can still be asked for again at this version is remembered."""
+        return {key: shards for key, shards in self._done.items() if key[:2] == work.key[:2] and key != work.key}
+
+    def _carry_out(self, work: Work) -> None:
+        if work.action == "initialise":
+            if not self._pristine:
+                self._rebuild()
+            self._exchange.send_initial(work)
+            self._done[work.key].update(work.shards)
+            return
+        if not self._exchange.want(work.version):
+            raise SupersededError(f"version {work.version} is gone")
+        with self._counters.phase("pull"):
+            self._exchange.wait_values(work)
+        self._pristine = False
+        {"train": self._train, "evaluate": self._evaluate, "finalise": self._finalise, "finish": self._finish}[
+            work.action
+        ](work)
+
+    # ---- training ----
+
+    def _train(self, work: Work) -> None:
+        roots = self._tree.cover(work.shards)
+        self._accumulator.begin_run(roots)
+        self._summaries.begin(roots)
+        self._buffers.begin_run(roots)
+        self._replica.model.train()
+        for shard in work.shards:
+            if not self._exchange.is_current(work):
+                break
+            self._microbatch(work, shard)
+            self._done[work.key].add(shard)
+            self._exchange.progress += 1
+        self._accumulator.flush()
+        for node, summary in self._summaries.flush():
+            self._exchange.push_summary(work, node, summary)
+        self._push_buffers(work, self._buffers.flush())
+        if self._done[work.key].issuperset(work.shards):
+            self._exchange.want(work.version + 1)
+
+    def _microbatch(self, work: Work, shard: int) -> None:
+        """One shard's gradient, from batch to `push`. A microbatch without samples contributes zeros."""
+        seed_step(self._spec.train.seed, work.version, shard)
+        self._replica.restore_buffers()
+        with self._counters.phase("data"):
+            batch, num_samples = self._batches.microbatch(work.version, shard)
+        self._accumulator.begin(shard)
+        loss_sum, weight = self._forward_backward(batch) if num_samples else (0.0, 0.0)
+        touched = self._accumulator.finish()
+        with self._counters.phase("push"):
+            self._push_rest(work, shard, loss_sum, weight, num_samples, touched)
+        self._counters.microbatch(num_samples, weight)
+
+    def _forward_backward(self, batch: object) -> tuple[float, float]:
+        with self._counters.phase("forward"):
+            loss_sum, weight = loss_of(self._task, self._replica.model, to_device(batch, "cpu"))
+        with self._counters.phase("backward"), user_code("backward"):
+            loss_sum.backward()  # type: ignore[no-untyped-call]
+        self._replica.model.zero_grad(set_to_none=True)
+        return float(loss_sum.detach()), weight
+
+    def _push_rest(
+        self, work: Work, shard: int, loss_sum: float, weight: float, num_samples: int, touched: set[int]
+    ) -> None:
+        moved = self._replica.touched_buffers() if num_samples else []
+        num_tensors = len(self._replica.layout.tensors)
+        summary = Summary(
+            loss_sum=loss_sum, weight=weight, samples=num_samples, touched=touched_bits([*touched, *moved], num_tensors)
+        )
+        self._push_buffers(work, self._buffers.carry(shard, weight, moved))
+        for node, value in self._summaries.carry(Node(shard, 1), summary):
+            self._exchange.push_summary(work, node, value)
+
+    def _push_gradients(self, bucket: int, node: Node, gradients: list[torch.Tensor | None]) -> None:
+        assert self._work is not None
+        self._exchange.push_gradients(self._work, bucket, node, gradients)
+
+    def _push_buffers(self, work: Work, ready: list[tuple[int, Node, float, torch.Tensor | None]]) -> None:
+        for bucket, node, weight, words in ready:
+            if words is None:
+                self._exchange.push_unchanged(work, bucket, node, weight)
+            else:
+                self._exchange.push_words(work, bucket, node, words)
+
+    # ---- evaluation and the end ----
+
+    def _evaluate(self, work: Work) -> None:
+        counter: Counter[Statistics] = Counter(self._tree, add_statistics)
+        counter.begin(self._tree.cover(work.shards))
+        self._replica.restore_buffers()
+        for shard in work.shards:
+            if not self._exchange.is_current(work):
+                break
+            with self._counters.phase("evaluate"):
+                statistics = self._shard_statistics(shard)
+            self._done[work.key].add(shard)
+            for node, value in counter.carry(Node(shard, 1), statistics):
+                self._exchange.push_statistics(work, node, value)
+        for node, value in counter.flush():
+            self._exchange.push_statistics(work, node, value)
+
+    def _shard_statistics(self, shard: int) -> Statistics:
+        """The sum over a shard's evaluation batches, in order; empty when it has none."""
+        total: Statistics = np.zeros(0)
+        if self._held_out is not None:
+            running = shard_statistics(self._task, self._replica.model, self._held_out, shard, "cpu")
+            for so_far, shapes in running:
+                total, self._shapes = so_far, shapes
+                self._exchange.progress += 1
+        return total
+
+    def _finalise(self, work: Work) -> None:
+        assert work.statistics is not None
+        metrics: dict[str, float] = {}
+        if work.statistics.size:
+            if not self._shapes:
+                self._shard_statistics(0)  # another trainer evaluated shard 0: learn what the numbers are
+            metrics = unpack_metrics(self._task, work.statistics, self._shapes)
+            check_metric(metrics, self._spec.evaluate.metric)
+        self._exchange.send_outcome(work, {"metrics": metrics})
+        self._done[work.key].update(work.shards)
+
+    def _finish(self, work: Work) -> None:
+        self._exchange.send_outcome(work, {"sha256": self._replica.sha256()})
+        self._done[work.key].update(work.shards)

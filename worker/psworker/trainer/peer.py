@@ -1,0 +1,166 @@
+"""A trainer's two connections to one partition: pushes on one, values on the other. On the reactor's thread."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+from typing import Protocol
+
+from pscluster.errors import FrameError, PsError
+from pscluster.tree import Node
+from pscluster.wire.connection import Connection
+from pscluster.wire.frame import MAX_SMALL_BYTES, Header, Kind
+from pscluster.wire.reactor import Reactor
+from pscluster.wire.transport import choose_address, transport_of
+from psworker.trainer.outbox import Outbox
+
+ACK_BODY = struct.Struct("<BQI")  # kind acknowledged, granted bytes, lowest open bucket
+_RETRY_S = (0.02, 1.0)
+
+
+class Receiver(Protocol):
+    """Where a peer's frames go: the exchange."""
+
+    def greeting(self, channel: str) -> tuple[Header, bytes]:
+        """The HELLO to open a connection with."""
+
+    def landing(self, index: int, header: Header) -> memoryview | None:
+        """Memory for the body of a VALUES frame; None: nobody wants it."""
+
+    def landed(self, index: int, header: Header) -> None:
+        """The body that `landing` gave memory for is complete."""
+
+    def heard(self, index: int, header: Header, body: memoryview) -> None:
+        """A WELCOME of the pull connection, a DIRECTIVE, MERGED or FENCED."""
+
+
+class Peer:
+    """Dials partition `index` at its plan's address until it is closed; keeps what is owed over reconnects."""
+
+    def __init__(self, reactor: Reactor, receiver: Receiver, index: int, addresses: list[str], transport: str) -> None:
+        self.index = index
+        self.addresses = list(addresses)
+        self.outbox = Outbox()
+        self.reconnects = 0
+        self._reactor = reactor
+        self._receiver = receiver
+        self._wanted_transport = transport
+        self.transport = ""
+        self._connections: dict[str, Connection] = {}  # those that were welcomed, by channel
+        self._failures = {"push": 0, "pull": 0}
+        self._closed = False
+        self._scratch = bytearray()
+        self._pushing = False
+        for channel in ("push", "pull"):
+            self._dial(channel)
+
+    @property
+    def is_connected(self) -> bool:
+        return len(self._connections) == 2
+
+    def close(self) -> None:
+        """Drop the connections and stop dialling."""
+        self._closed = True
+        for connection in list(self._connections.values()):
+            connection.close()
+
+    def pull(self, header: Header) -> None:
+        """Ask for values, if connected; `Receiver.heard` of the WELCOME asks again after a reconnect."""
+        connection = self._connections.get("pull")
+        if connection is not None:
+            connection.send(header)
+
+    def push(self) -> None:
+        """Send what is owed as far as the credit goes."""
+        connection = self._connections.get("push")
+        if connection is None or self._pushing:
+            return
+        self._pushing = True
+        while connection.is_open and not connection.wants_write:
+            owed = self.outbox.next()
+            if owed is None:
+                break
+            connection.send(owed.header, owed.parts, on_sent=self._push_soon)
+        self._pushing = False
+
+    def _push_soon(self) -> None:
+        self._reactor.post(self.push)
+
+    def _dial(self, channel: str) -> None:
+        if self._closed:
+            return
+        try:
+            address = choose_address(self.addresses, self._wanted_transport)
+        except FrameError:
+            self._retry(channel)
+            return
+        self.transport = transport_of(address)
+        self._reactor.dial(address, self, lambda connection, _: self._dialled(channel, connection))
+
+    def _dialled(self, channel: str, connection: Connection | None) -> None:
+        if connection is None:
+            self._retry(channel)
+        elif self._closed:
+            connection.close()
+        else:
+            connection.context = channel
+            connection.send(self._receiver.greeting(channel)[0], [self._receiver.greeting(channel)[1]])
+
+    def _retry(self, channel: str) -> None:
+        self._failures[channel] += 1
+        low, high = _RETRY_S
+        delay = min(high, low * 1.5 ** min(self._failures[channel], 20)) * random.uniform(0.5, 1.5)
+        self._reactor.call_later(delay, lambda: self._dial(channel))
+
+    def body_target(self, connection: Connection, header: Header) -> memoryview:
+        """Connection's `Handler`: values land in the model's memory, the rest is small."""
+        if header.kind is Kind.VALUES and connection.context == "pull":
+            target = self._receiver.landing(self.index, header)
+            return self._discard(header.length) if target is None else target
+        if header.kind in (Kind.VALUES, Kind.PUSH) or header.length > MAX_SMALL_BYTES:
+            raise FrameError(f"{header.kind.name} of {header.length} bytes from a partition")
+        return memoryview(bytearray(header.length))
+
+    def frame(self, connection: Connection, header: Header, body: memoryview) -> None:
+        if header.kind is Kind.ACK:
+            self._acknowledged(header, body)
+        elif header.kind is Kind.VALUES:
+            self._receiver.landed(self.index, header)
+        elif header.kind is Kind.WELCOME:
+            self._welcomed(connection, header, body)
+        else:
+            self._receiver.heard(self.index, header, body)
+
+    def closed(self, connection: Connection, error: PsError | None) -> None:  # noqa: ARG002 - redialled whatever it was
+        channel = str(connection.context)
+        if self._connections.get(channel) is connection:
+            del self._connections[channel]
+            self.reconnects += 1
+            self._failures[channel] = 0
+        if not self._closed:
+            self._retry(channel)
+
+    def _welcomed(self, connection: Connection, header: Header, body: memoryview) -> None:
+        channel = str(connection.context)
+        self._connections[channel] = connection
+        self._failures[channel] = 0
+        if channel == "push":
+            told = json.loads(bytes(body))
+            self.outbox.reconnected(int(told["granted_bytes"]), int(told["open_bucket"]))
+            self.push()
+        else:
+            self._receiver.heard(self.index, header, body)
+
+    def _acknowledged(self, header: Header, body: memoryview) -> None:
+        if len(body) != ACK_BODY.size:
+            raise FrameError(f"an ACK of {len(body)} bytes", details={"field": "length"})
+        kind, self.outbox.granted_bytes, self.outbox.open_bucket = ACK_BODY.unpack(body)
+        if header.node != Node(0, 0) or header.bucket or kind:
+            self.outbox.acknowledged((Kind(kind), header.step, header.bucket, header.node.first, header.node.leaves))
+        self.push()
+
+    def _discard(self, length: int) -> memoryview:
+        if len(self._scratch) < length:
+            self._scratch = bytearray(length)
+        return memoryview(self._scratch)[:length]

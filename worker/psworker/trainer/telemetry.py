@@ -1,0 +1,66 @@
+"""What a trainer counts: time by phase, samples, bytes. Sampled once a second and handed to the agent."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from pscluster.v1.plan_pb2 import Counters
+
+if TYPE_CHECKING:
+    from psworker.trainer.peer import Peer
+
+PHASES = ("data", "pull", "forward", "backward", "push", "wait", "evaluate")
+
+
+class TrainerCounters:
+    """Absolute values since the start. The main thread adds, the reactor's thread samples."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._phase_s = dict.fromkeys(PHASES, 0.0)
+        self._samples = 0.0
+        self._weight = 0.0
+        self._microbatches = 0
+        self._reconnects = 0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time the block as part of a phase (wall-clock seconds)."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - started
+            with self._lock:
+                self._phase_s[name] += spent
+
+    def microbatch(self, samples: float, weight: float) -> None:
+        """One microbatch of training was computed."""
+        with self._lock:
+            self._samples += samples
+            self._weight += weight
+            self._microbatches += 1
+
+    def observe(self, peers: Sequence[Peer]) -> None:
+        """Take what the peers count themselves."""
+        with self._lock:
+            self._reconnects = sum(peer.reconnects for peer in peers)
+
+    def sample(self) -> Counters:
+        """Every counter as the agent exports it, prefix `ps_` and label `job` left out."""
+        with self._lock:
+            found = [
+                Counters.Sample(name="samples_total", value=self._samples),
+                Counters.Sample(name="tokens_total", value=self._weight),
+                Counters.Sample(name="microbatches_total", value=self._microbatches),
+                Counters.Sample(name="data_reconnects_total", value=self._reconnects),
+            ]
+            found += [
+                Counters.Sample(name="phase_seconds_total", labels={"phase": name}, value=seconds)
+                for name, seconds in self._phase_s.items()
+            ]
+        return Counters(samples=found)
