@@ -1,0 +1,105 @@
+"""Which snapshots of a job exist. Pure: a catalogue is a value, every change gives a new one.
+
+A snapshot exists only when every partition's part of that step has been reported. Parts of an older generation than the
+job's newest restore are refused by whoever calls `add` (see `jobs.Job.counts`); a restore drops the half-reported rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+NEWEST_KEPT = 2  # complete snapshots kept beside the best
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """One partition's file of one snapshot. `checksum` is over the whole file."""
+
+    step: int
+    partition: int
+    generation: int
+    path: str
+    size_bytes: int
+    checksum: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RestorePoint:
+    """A complete snapshot, its parts ordered by partition."""
+
+    step: int
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Catalogue:
+    """The reported parts of one job, by (step, partition)."""
+
+    num_partitions: int
+    parts: Mapping[tuple[int, int], Part] = field(default_factory=lambda: MappingProxyType({}))
+
+    def complete_steps(self) -> tuple[int, ...]:
+        """The steps of which every part is there, rising."""
+        counts: dict[int, int] = {}
+        for step, _ in self.parts:
+            counts[step] = counts.get(step, 0) + 1
+        return tuple(sorted(step for step, count in counts.items() if count == self.num_partitions))
+
+    def complete(self, step: int) -> bool:
+        return all((step, index) in self.parts for index in range(self.num_partitions))
+
+    def newest(self) -> RestorePoint | None:
+        """The newest complete snapshot; None: go back to the seed."""
+        steps = self.complete_steps()
+        return self.restore_point(steps[-1]) if steps else None
+
+    def restore_point(self, step: int) -> RestorePoint:
+        """The complete snapshot of `step`; KeyError when it is not complete."""
+        return RestorePoint(step=step, parts=tuple(self.parts[step, index] for index in range(self.num_partitions)))
+
+
+def kept_steps(catalogue: Catalogue, pinned: frozenset[int]) -> tuple[int, ...]:
+    """The steps to keep: the two newest complete ones and the pinned (best) ones, complete yet or not; rising."""
+    complete = catalogue.complete_steps()
+    return tuple(sorted(pinned.union(complete[-NEWEST_KEPT:]))) if complete else ()
+
+
+def add(catalogue: Catalogue, part: Part) -> Catalogue:
+    """With `part`. A repeat gives an equal catalogue; a newer generation's part of a step replaces the older one, a
+    late older one changes nothing, nor does one of a partition that the job does not have."""
+    key = (part.step, part.partition)
+    held = catalogue.parts.get(key)
+    if not 0 <= part.partition < catalogue.num_partitions or (held and held.generation > part.generation):
+        return catalogue
+    return replace(catalogue, parts=MappingProxyType({**catalogue.parts, key: part}))
+
+
+def prune(catalogue: Catalogue, pinned: frozenset[int]) -> Catalogue:
+    """Without the complete snapshots that are no longer kept and the half-reported ones that newer ones outran.
+
+    `pinned` are best steps: neither their snapshot nor their parts on the way are dropped."""
+    complete = catalogue.complete_steps()
+    if not complete:
+        return catalogue
+    keep = set(complete[-NEWEST_KEPT:]) | pinned
+    return _where(catalogue, lambda step: step in keep or step > complete[-1])
+
+
+def settle_for_restore(catalogue: Catalogue) -> Catalogue:
+    """What is left when the job goes back to its newest complete snapshot: the complete ones alone."""
+    complete = frozenset(catalogue.complete_steps())
+    return _where(catalogue, lambda step: step in complete)
+
+
+def without(catalogue: Catalogue, step: int) -> Catalogue:
+    """Without the snapshot of `step`, which turned out to be unreadable."""
+    return _where(catalogue, lambda held: held != step)
+
+
+def _where(catalogue: Catalogue, wanted: Callable[[int], bool]) -> Catalogue:
+    parts = {key: part for key, part in catalogue.parts.items() if wanted(key[0])}
+    if len(parts) == len(catalogue.parts):
+        return catalogue
+    return replace(catalogue, parts=MappingProxyType(parts))

@@ -1,0 +1,81 @@
+"""What people read about a job: why it is where it is, and its conditions. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from psmaster.draft import View
+from psmaster.jobs import Condition, Instant, Job, JobState
+from psmaster.processes import ready_facts
+from psmaster.seats import Kind, Seat
+
+
+def reason(job: Job, view: View, queued: str) -> str:
+    """One sentence on a live job. `queued` is what admission said, and holds while the job is queued."""
+    if job.state is JobState.QUEUED:
+        return queued
+    if job.finished is not None:
+        return f"finished at step {job.finished.step}; waits for its last snapshot"
+    if job.state is JobState.STARTING and job.plan is None:
+        return _starting(job, view)
+    if job.stopping:
+        return "stops at the next step boundary"
+    away = [seat for seat in job.partitions if not seat.active]
+    if away:
+        return "recovers: waits for " + ", ".join(_where(seat) for seat in away)
+    active = [seat for seat in job.trainers if seat.active]
+    if not active:
+        return "waits for a trainer: " + ", ".join(_where(seat) for seat in job.trainers)
+    if job.state is JobState.STARTING:
+        return "starts: waits for the first step"
+    waiting = len(job.trainers) - len(active)
+    trains = f"trains on {len(active)} worker{'s' if len(active) > 1 else ''}"
+    return trains + (f"; {waiting} more on the way" if waiting else "")
+
+
+def _starting(job: Job, view: View) -> str:
+    away = [seat for seat in job.seats if not seat.placed or ready_facts(seat, job, view.processes) is None]
+    ready = {
+        kind: sum(1 for seat in job.seats if seat.kind is kind and seat not in away)
+        for kind in (Kind.TRAINER, Kind.PARTITION)
+    }
+    counts = f"{ready[Kind.TRAINER]} of {len(job.trainers)} trainers and "
+    counts += f"{ready[Kind.PARTITION]} of {len(job.partitions)} partitions are ready"
+    shown = ", ".join(_where(seat) for seat in away[:4]) + (", ..." if len(away) > 4 else "")
+    left_out = "; ".join(f"{node_id} is left out: {why}" for node_id, _, why in job.excluded)
+    return f"starts: {counts}" + (f"; waits for {shown}" if away else "") + (f"; {left_out}" if left_out else "")
+
+
+def _where(seat: Seat) -> str:
+    if not seat.placed:
+        return f"a free {'worker' if seat.kind is Kind.TRAINER else 'server'} slot for {seat.name}"
+    again = f", attempt {seat.attempt}" if seat.attempt > 1 else ""
+    return f"{seat.name} on {seat.node_id}{again}"
+
+
+def conditions(job: Job, now: Instant) -> tuple[Condition, ...]:
+    """Admitted, Ready, Progressing, Recovering; `since_s` is kept while a status holds."""
+    live = job.state in (JobState.STARTING, JobState.RUNNING)
+    all_active = live and bool(job.seats) and all(seat.active for seat in job.seats)
+    partitions = live and bool(job.partitions) and all(seat.active for seat in job.partitions)
+    active = sum(1 for seat in job.trainers if seat.active)
+    progressing = job.state is JobState.RUNNING and partitions and active > 0
+    recovering = live and (job.recovery is not None or (job.plan is not None and not (partitions and active)))
+    ended = job.state.value.capitalize() if job.state.ended else ""
+    found = (
+        _condition("Admitted", live, "SeatsHeld" if live else ended or "Queued", "seats are held for every process"),
+        _condition("Ready", all_active, "AllReady" if all_active else ended or "Waiting", "every process is ready"),
+        _condition("Progressing", progressing, "Training" if progressing else ended or "Waiting", "steps go on"),
+        _condition("Recovering", recovering, "ProcessLost" if recovering else "NothingLost", "a loss is being mended"),
+    )
+    before = {condition.type: condition for condition in job.conditions}
+    return tuple(_with_since(condition, before.get(condition.type), now) for condition in found)
+
+
+def _condition(kind: str, status: bool, why: str, message: str) -> Condition:
+    return Condition(type=kind, status=status, reason=why, message=message if status else f"not: {message}", since_s=0)
+
+
+def _with_since(condition: Condition, before: Condition | None, now: Instant) -> Condition:
+    kept = before is not None and before.status == condition.status
+    return replace(condition, since_s=before.since_s if kept and before else now.unix_s)

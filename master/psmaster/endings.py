@@ -1,0 +1,107 @@
+"""The stages of reconciliation that end a job. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pscluster.errors import StorageError
+from psmaster.draft import Draft, View
+from psmaster.jobs import Check, JobState, Problem
+from psmaster.processes import Failure, failure_of
+from psmaster.seats import Kind, Seat
+
+
+def fail_on_reports(draft: Draft, view: View) -> None:
+    """FAILED when a process reported what another attempt would meet again.
+
+    Before the first plan the others are heard first, for one table of what is wrong where."""
+    failures = [(seat, failure) for seat in draft.job.seats if (failure := failure_of(seat, draft.job, view.processes))]
+    if not failures:
+        return
+    if draft.job.plan is None:
+        undecided = [seat for seat in draft.job.seats if seat.placed and _undecided(seat, draft, view)]
+        if undecided and not draft.wait(view.limits.gather_s):
+            return
+        draft.update(checks=_checks(draft, view))
+    seat, first = failures[0]
+    draft.fail(_told_with_place(seat, first, [other for other, _ in failures]), first.traceback)
+
+
+def _leave_out(draft: Draft, seat: Seat, failure: Failure) -> bool:
+    """Spare a running job the failure of one newcomer: its node is left out instead."""
+    job = draft.job
+    others = any(own.active for own in job.trainers)
+    if job.plan is None or seat.kind is not Kind.TRAINER or seat.active or not others:
+        return False
+    draft.exclude(seat.node_id, seat.incarnation, str(failure.error))
+    draft.unseat(seat)
+    return True
+
+
+def _undecided(seat: Seat, draft: Draft, view: View) -> bool:
+    process = view.processes.get(seat.process_id(draft.job.job_id))
+    return process is None or (process.living and process.trainer is None and process.partition is None)
+
+
+def _checks(draft: Draft, view: View) -> tuple[Check, ...]:
+    found: list[Check] = []
+    for seat in draft.job.trainers:
+        process = view.processes.get(seat.process_id(draft.job.job_id))
+        told = (process.trainer or process.failure) if process else None
+        found.extend(replace(check, node_id=seat.node_id) for check in (told.checks if told else ()))
+    return tuple(found)
+
+
+def _told_with_place(seat: Seat, failure: Failure, seats: list[Seat]) -> Problem:
+    where = ", ".join(f"{other.name} on {other.node_id}" for other in seats)
+    step = f", step {failure.step}" if failure.step else ""
+    details = {**dict(failure.error.details), "process": seat.name, "node": seat.node_id}
+    return replace(
+        failure.error, cause=f"{failure.error.cause} ({where}{step})", details=tuple(sorted(details.items()))
+    )
+
+
+def end_if_finished(draft: Draft, view: View) -> None:
+    """SUCCEEDED or STOPPED once the lead has finished and the last snapshot is complete. Without that snapshot the
+    result would be lost: FAILED when it was waited for in vain."""
+    finished = draft.job.finished
+    if finished is None:
+        return
+    complete = finished.step == 0 or draft.snapshots.complete(finished.step)
+    away = any(not seat.active for seat in draft.job.partitions)
+    if not complete and away and not finished.stopped:
+        return  # the last snapshot died with a partition: recovery takes the job back and finishes again
+    if not complete and not away and not draft.wait(view.limits.finish_grace_s):
+        return
+    if complete:
+        draft.update(parameters_sha256=finished.parameters_sha256)
+    if finished.stopped:
+        step = finished.step if complete else _newest(draft)
+        draft.end(JobState.STOPPED, f"stopped at step {finished.step} on request; it resumes from step {step}")
+    elif complete:
+        draft.end(JobState.SUCCEEDED, f"reached step {finished.step}, the last one")
+    else:
+        cause = f"not every partition reported its snapshot of the last step, {finished.step}"
+        draft.fail(Problem(code=StorageError.code, cause=cause, action="see the partitions' logs, then resume the job"))
+
+
+def end_if_stopping(draft: Draft, view: View) -> None:
+    """STOPPED at once before the first step or when a partition is gone, else when the lead says so or time is up."""
+    job = draft.job
+    if not job.stopping or job.finished is not None:
+        return
+    if job.state is JobState.STARTING:
+        draft.end(JobState.STOPPED, "stopped before its first step" if not job.step else f"stopped at step {job.step}")
+    elif any(not seat.active for seat in job.partitions):
+        draft.end(JobState.STOPPED, f"stopped while it recovered; it resumes from step {_newest(draft)}")
+    else:
+        idle = not any(seat.active for seat in job.trainers)
+        if draft.wait(view.limits.stop_idle_grace_s if idle else view.limits.stop_grace_s):
+            draft.end(
+                JobState.STOPPED, f"stopped: no step boundary came; it resumes from step {_newest(draft)}", warning=True
+            )
+
+
+def _newest(draft: Draft) -> int:
+    newest = draft.snapshots.newest()
+    return newest.step if newest else 0

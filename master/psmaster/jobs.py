@@ -1,0 +1,302 @@
+"""A job and its state machine. Everything here is immutable and pure: a transition takes a job and the time and
+returns the changed job with the events that tell people what happened.
+
+    QUEUED -> STARTING -> RUNNING -> SUCCEEDED
+       ^         |           |-----> FAILED  --+
+       |         |           `-----> STOPPED --+-- resume --> QUEUED
+       `---------+ (stop, failure: as from RUNNING)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from pscluster.errors import InternalError, StateError
+from pscluster.spec import JobSpec
+from psmaster.seats import Kind, Plan, Seat
+
+MAX_EVENTS = 200  # how many events of a job are remembered, the newest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Instant:
+    """One moment on both clocks: `mono_s` for durations and leases, `unix_s` for people and files."""
+
+    mono_s: float
+    unix_s: float
+
+
+class JobState(StrEnum):
+    QUEUED = "queued"
+    STARTING = "starting"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+    @property
+    def ended(self) -> bool:
+        return self in (JobState.SUCCEEDED, JobState.FAILED, JobState.STOPPED)
+
+
+_ALLOWED: dict[JobState, frozenset[JobState]] = {
+    JobState.QUEUED: frozenset({JobState.STARTING, JobState.STOPPED, JobState.FAILED}),
+    JobState.STARTING: frozenset({JobState.RUNNING, JobState.SUCCEEDED, JobState.FAILED, JobState.STOPPED}),
+    JobState.RUNNING: frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.STOPPED}),
+    JobState.SUCCEEDED: frozenset(),
+    JobState.FAILED: frozenset({JobState.QUEUED}),
+    JobState.STOPPED: frozenset({JobState.QUEUED}),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """What happened to a job. `seconds`: how long what it tells of took, for the metrics."""
+
+    time_s: float
+    reason: str
+    message: str
+    warning: bool = False
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Condition:
+    """The last state of one aspect of a job; `since_s` is the Unix time of its last change of status."""
+
+    type: str
+    status: bool
+    reason: str
+    message: str
+    since_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """A named error as data; see pscluster.errors."""
+
+    code: str
+    cause: str
+    action: str = ""
+    details: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.cause}" + (f" ({self.action})" if self.action else "")
+
+    def detail(self, key: str) -> str:
+        """The value under `key`, or an empty string."""
+        return dict(self.details).get(key, "")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """One preflight check on one node."""
+
+    name: str
+    ok: bool
+    detail: str
+    node_id: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Best:
+    step: int
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finished:
+    """The lead's word that training has ended; `generation` is the one it ended under."""
+
+    generation: int
+    step: int
+    stopped: bool
+    parameters_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Connection:
+    trainer: int
+    partition: int
+    transport: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One committed step in the window that rates are measured over."""
+
+    time_s: float
+    step: int
+    samples: float
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recovery:
+    """A loss that no commit has made good yet. `since_s` is monotonic; `generation` mends it (0: none yet)."""
+
+    kind: Kind
+    since_s: float
+    generation: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training run. Fields under "volatile" are not stored: a restarted master measures them anew."""
+
+    job_id: str
+    name: str
+    spec: JobSpec
+    created_s: float
+    request_id: str = ""
+    bundle_sha256: str = ""
+    data_token: bytes = field(default=b"", repr=False)
+    store: str = ""
+    directory: str = ""
+    state: JobState = JobState.QUEUED
+    reason: str = ""
+    started_s: float = 0.0
+    ended_s: float = 0.0
+    stopping: bool = False
+    trainers: tuple[Seat, ...] = ()
+    partitions: tuple[Seat, ...] = ()
+    attempts: tuple[tuple[str, int], ...] = ()  # the highest attempt ever of each seat, by its name
+    excluded: tuple[tuple[str, str, str], ...] = ()  # (node, its incarnation, why) left out of this job
+    generation: int = 0
+    plan: Plan | None = None
+    layout_json: bytes = field(default=b"", repr=False)
+    layout_sha256: str = ""
+    data_fingerprint: str = ""
+    numerics_mode: str = ""
+    numerics_class: str = ""
+    optimizer_class: str = ""
+    numerics: str = ""
+    final_step: int = 0
+    step: int = 0
+    high_step: int = 0
+    loss: float = math.nan
+    grad_norm: float = math.nan
+    nonfinite: int = 0
+    metrics: tuple[tuple[str, float], ...] = ()
+    metrics_step: int = 0
+    best: Best | None = None
+    next_best: Best | None = None  # reported, but its snapshot is not complete yet
+    finished: Finished | None = None
+    error: Problem | None = None
+    traceback: str = ""
+    parameters_sha256: str = ""
+    checks: tuple[Check, ...] = ()
+    connections: tuple[Connection, ...] = ()
+    conditions: tuple[Condition, ...] = ()
+    revision: int = 0
+    # volatile
+    deadline_s: float | None = None  # monotonic: when a wait in progress (stop, finish, failures) is over
+    window: tuple[Point, ...] = ()
+    recovery: Recovery | None = None
+
+    @property
+    def num_shards(self) -> int:
+        return self.spec.train.num_shards
+
+    @property
+    def seats(self) -> tuple[Seat, ...]:
+        return self.trainers + self.partitions
+
+    @property
+    def restore_generation(self) -> int:
+        return self.plan.restore_generation if self.plan else 0
+
+    def seat(self, kind: Kind, rank: int) -> Seat | None:
+        """The seat of that kind and rank, if the job has it now."""
+        seats = self.trainers if kind is Kind.TRAINER else self.partitions
+        return next((seat for seat in seats if seat.rank == rank), None)
+
+    @property
+    def pinned(self) -> frozenset[int]:
+        """The steps whose snapshots are kept as the best, reported or complete."""
+        return frozenset(best.step for best in (self.best, self.next_best) if best is not None)
+
+    def counts(self, generation: int) -> bool:
+        """Whether a report made under `generation` still counts: it is not older than the newest restore."""
+        return self.plan is not None and self.plan.restore_generation <= generation <= self.generation
+
+
+VOLATILE = frozenset({"deadline_s", "window", "recovery"})
+
+
+def move(job: Job, state: JobState, reason: str) -> Job:
+    """The job in `state`. Raises InternalError for a transition that the state machine does not have."""
+    if state not in _ALLOWED[job.state]:
+        raise InternalError(f"job {job.job_id} cannot go from {job.state} to {state}")
+    return replace(job, state=state, reason=reason)
+
+
+def end(job: Job, state: JobState, reason: str, now: Instant, *, warning: bool = False) -> tuple[Job, Event]:
+    """The job ended as `state`: every seat is released, nothing of it waits any more."""
+    ended = replace(
+        move(job, state, reason),
+        ended_s=now.unix_s,
+        trainers=(),
+        partitions=(),
+        excluded=(),
+        stopping=False,
+        deadline_s=None,
+        recovery=None,
+        window=(),
+    )
+    event = Event(time_s=now.unix_s, reason=state.value.capitalize(), message=reason, warning=warning)
+    return ended, event
+
+
+def fail(job: Job, problem: Problem, now: Instant, traceback: str = "") -> tuple[Job, Event]:
+    """The job ended FAILED for `problem`."""
+    named = replace(job, error=problem, traceback=traceback)
+    return end(named, JobState.FAILED, f"failed: {problem}", now, warning=True)
+
+
+def ask_stop(job: Job, now: Instant) -> tuple[Job, Event | None]:
+    """The job told to stop. Repeating it changes nothing. Raises StateError when it has ended otherwise."""
+    if job.state is JobState.STOPPED or job.stopping:
+        return job, None
+    if job.state.ended:
+        raise StateError(f"job {job.job_id} has ended as {job.state}", action="only a live job can be stopped")
+    event = Event(time_s=now.unix_s, reason="StopRequested", message="asked to stop at the next step boundary")
+    return replace(job, stopping=True), event
+
+
+def resume(job: Job, has_snapshot: bool, now: Instant) -> tuple[Job, Event | None]:
+    """The stopped or failed job queued again. Repeating it on a live job changes nothing.
+
+    Without a snapshot nothing binds it to the model and data it saw before. Raises StateError when it succeeded, or is
+    about to stop.
+    """
+    if job.state is JobState.SUCCEEDED or job.stopping:
+        what = "is stopping" if job.stopping else "has reached its last step"
+        raise StateError(f"job {job.job_id} {what}", action="only a stopped or failed job can be resumed")
+    if not job.state.ended:
+        return job, None
+    queued = replace(
+        move(job, JobState.QUEUED, "waits for its turn"),
+        ended_s=0.0,
+        plan=None,
+        finished=None,
+        error=None,
+        traceback="",
+        parameters_sha256="",
+        checks=(),
+        connections=(),
+    )
+    if not has_snapshot:
+        queued = replace(
+            queued,
+            layout_json=b"",
+            layout_sha256="",
+            data_fingerprint="",
+            numerics_mode="",
+            numerics_class="",
+            optimizer_class="",
+            numerics="",
+        )
+    return queued, Event(time_s=now.unix_s, reason="Resumed", message="queued again")

@@ -1,0 +1,90 @@
+"""Which numerics a job runs under: strict when everything agrees, mixed when it may not. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What one ready process said of its arithmetic: the hash of its canary, and in words what makes classes differ."""
+
+    node_id: str
+    numerics_class: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """`left_out` maps nodes to why. `explanation` is for people: the mode and its consequence."""
+
+    mode: str  # "strict" or "mixed"
+    trainer_class: str
+    partition_class: str
+    left_out: tuple[tuple[str, str], ...]
+    explanation: str
+
+
+def choose(
+    wanted: str, trainers: Sequence[Report], partitions: Sequence[Report], required: tuple[str, str] = ("", "")
+) -> Choice:
+    """Decide for `wanted` ("strict", "mixed" or "auto"), given at least one report of each kind.
+
+    Strict keeps the class that most nodes are in (the lowest hash among equals) and names the others left out.
+    `required`: the classes (trainers', partitions') that a strict job already has bits of; they win over the majority.
+    """
+    trainer_class = required[0] or _majority(trainers)
+    partition_class = required[1] or _majority(partitions)
+    left_out = (*_others(trainers, trainer_class), *_others(partitions, partition_class))
+    if wanted == "mixed" or (wanted == "auto" and left_out):
+        return Choice(
+            mode="mixed",
+            trainer_class="",
+            partition_class="",
+            left_out=(),
+            explanation=_explain_mixed(wanted, trainers, partitions),
+        )
+    return Choice(
+        mode="strict",
+        trainer_class=trainer_class,
+        partition_class=partition_class,
+        left_out=left_out,
+        explanation=f"strict: same bits on any number of workers (class {short(trainer_class)})",
+    )
+
+
+def differs(mode: str, wanted_class: str, report: Report) -> str:
+    """Why a node that joins later is left out; empty: it is welcome."""
+    if mode != "strict" or report.numerics_class == wanted_class:
+        return ""
+    return _why(report, wanted_class)
+
+
+def short(numerics_class: str) -> str:
+    return numerics_class[:8]
+
+
+def _majority(reports: Sequence[Report]) -> str:
+    counts = Counter(report.numerics_class for report in reports)
+    return min(counts, key=lambda name: (-counts[name], name))
+
+
+def _others(reports: Sequence[Report], kept: str) -> tuple[tuple[str, str], ...]:
+    out = {report.node_id: _why(report, kept) for report in reports if report.numerics_class != kept}
+    return tuple(sorted(out.items()))
+
+
+def _why(report: Report, kept: str) -> str:
+    detail = f" ({report.detail})" if report.detail else ""
+    return f"numerics class {short(report.numerics_class)}{detail} differs from the job's {short(kept)}"
+
+
+def _explain_mixed(wanted: str, trainers: Sequence[Report], partitions: Sequence[Report]) -> str:
+    promise = "mixed: each sample counts exactly once, but bits depend on which node computes what"
+    classes = {(report.node_id, short(report.numerics_class)) for report in (*trainers, *partitions)}
+    if wanted == "mixed":
+        return promise + " (asked for)"
+    listed = ", ".join(f"{node_id} {name}" for node_id, name in sorted(classes))
+    return f"{promise}; the nodes differ: {listed}"

@@ -1,0 +1,89 @@
+"""The stage of reconciliation that makes plans: when a new generation is due, and what is in it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from psmaster import catalogue
+from psmaster.draft import Draft, View
+from psmaster.planner import deal_shards
+from psmaster.seats import Plan, Seat
+
+
+def replan(draft: Draft, _view: View) -> None:
+    """A new generation when who computes, who holds, or whether to stop has changed; new kept steps in the same one.
+
+    While a partition is away there is no new plan: nothing can be committed, and the next one restores."""
+    job, plan = draft.job, draft.job.plan
+    if plan is None or any(not seat.active for seat in job.partitions):
+        return
+    held = {(seat.rank, seat.attempt) for seat in job.partitions}
+    active = frozenset((seat.rank, seat.attempt) for seat in job.trainers if seat.active)
+    if held != {(seat.rank, seat.attempt) for seat in plan.partitions}:
+        if active:
+            make_plan(draft, restore=True)
+    elif (active and active != plan.active) or job.stopping != plan.stop:
+        make_plan(draft, restore=False)
+    kept = catalogue.kept_steps(draft.snapshots, draft.job.pinned)
+    if draft.job.plan is not None and kept != draft.job.plan.kept_steps:
+        draft.update(plan=replace(draft.job.plan, kept_steps=kept))
+
+
+def make_plan(draft: Draft, *, restore: bool) -> None:
+    """The plan of the next generation over the seats that are active; with `restore`, from the newest snapshot."""
+    job = draft.job
+    generation = job.generation + 1
+    runs = deal_shards(job.num_shards, [seat.rank for seat in job.trainers if seat.active])
+    trainers = tuple(replace(seat, shards=runs.get(seat.rank, ())) for seat in job.trainers)
+    plan = Plan(
+        generation=generation,
+        trainers=trainers,
+        partitions=job.partitions,
+        restore_generation=generation if restore or job.plan is None else job.plan.restore_generation,
+        resume_step=0 if job.plan is None else job.plan.resume_step,
+        restore=None if job.plan is None else job.plan.restore,
+        stop=job.stopping,
+        kept_steps=() if job.plan is None else job.plan.kept_steps,
+    )
+    draft.update(trainers=trainers, plan=plan, generation=generation)
+    if job.recovery is not None:
+        draft.update(recovery=replace(job.recovery, generation=generation))
+    if restore:
+        _restore(draft, plan, fresh=job.plan is None)
+    draft.say("Planned", f"generation {generation}: " + _dealt(trainers))
+
+
+def _restore(draft: Draft, plan: Plan, *, fresh: bool) -> None:
+    """Take the whole job back to its newest complete snapshot, or to the seed."""
+    job = draft.job
+    draft.snapshots = catalogue.settle_for_restore(draft.snapshots)
+    point = draft.snapshots.newest()
+    step = point.step if point else 0
+    stale = job.metrics_step > step
+    draft.update(
+        plan=replace(plan, resume_step=step, restore=point),
+        step=step,
+        finished=None,
+        deadline_s=None,
+        next_best=None,
+        best=job.best if job.best and job.best.step <= step else None,
+        metrics=() if stale else job.metrics,
+        metrics_step=0 if stale else job.metrics_step,
+        window=(),
+    )
+    draft.cut_to = step
+    where = f"the snapshot of step {step}" if step else "the seed"
+    if not fresh:
+        draft.say("RolledBack", f"went back from step {job.step} to {where}", warning=True)
+    elif plan.generation > 1:
+        draft.say("Restored", f"goes on from {where}")
+
+
+def _dealt(trainers: tuple[Seat, ...]) -> str:
+    active = [seat for seat in trainers if seat.active]
+    listed = ", ".join(f"{seat.name} {_run_text(seat)}" for seat in active[:8])
+    return f"shards dealt to {listed}" + (", ..." if len(active) > 8 else "") if active else "no trainer is active"
+
+
+def _run_text(seat: Seat) -> str:
+    return ", ".join(f"{first}-{first + count - 1}" for first, count in seat.shards) or "none"

@@ -1,0 +1,167 @@
+"""What the master knows of processes: facts that agents reported, kept in memory only.
+
+A restarted master learns them again from the agents' first messages. Losses are judged here, purely.
+"""
+
+from __future__ import annotations
+
+import signal as signals
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pscluster.errors import OutOfMemoryError, ProcessLostError
+from psmaster.jobs import Check, Job, Problem
+from psmaster.planner import NodeView
+from psmaster.seats import Kind, Seat
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainerFacts:
+    """A trainer that loaded, built and checked."""
+
+    layout_json: bytes
+    layout_sha256: str
+    data_fingerprint: str
+    numerics_class: str
+    numerics_detail: str = ""
+    num_samples: int = 0
+    checks: tuple[Check, ...] = ()
+    device: str = "cpu"
+    final_step: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartitionFacts:
+    """A partition that listens."""
+
+    addresses: tuple[str, ...]
+    numerics_class: str
+    numerics_detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exit:
+    """How a process ended."""
+
+    exit_code: int = 0
+    signal: int = 0
+    out_of_memory: bool = False
+    error: Problem | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """Why a process said it cannot go on."""
+
+    error: Problem
+    traceback: str = ""
+    step: int = 0
+    checks: tuple[Check, ...] = ()
+
+    @property
+    def terminal(self) -> bool:
+        """Whether another attempt would meet the same: the request or the user's code is at fault."""
+        return self.error.code.startswith(("PS-1", "PS-2"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Process:
+    """One process as its agent reported it."""
+
+    process_id: str
+    node_id: str
+    trainer: TrainerFacts | None = None
+    partition: PartitionFacts | None = None
+    exit: Exit | None = None
+    failure: Failure | None = None
+
+    @property
+    def living(self) -> bool:
+        return self.exit is None and self.failure is None
+
+
+Processes = Mapping[str, Process]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loss:
+    """A seat's process is gone. `counted`: it speaks against the job and is bounded; the loss of a node does not."""
+
+    cause: str  # "exit", "signal", "memory", "failure", "node"
+    message: str
+    problem: Problem
+    counted: bool
+
+
+def failure_of(seat: Seat, job: Job, processes: Processes) -> Failure | None:
+    """The terminal failure of a seat's process: what it reported, or what its agent could not start it for."""
+    process = processes.get(seat.process_id(job.job_id))
+    if process is None:
+        return None
+    if process.failure is not None:
+        return process.failure if process.failure.terminal else None
+    if process.exit is not None and process.exit.error is not None:
+        failure = Failure(error=process.exit.error)
+        return failure if failure.terminal else None
+    return None
+
+
+def loss_of(seat: Seat, job: Job, nodes: Mapping[str, NodeView], processes: Processes) -> Loss | None:
+    """How the process in `seat` was lost; None while nothing says that it was."""
+    if not seat.placed:
+        return None
+    process = processes.get(seat.process_id(job.job_id))
+    if process is not None and process.failure is not None:
+        return _lost(seat, "failure", f"reported {process.failure.error}", process.failure.error)
+    if process is not None and process.exit is not None:
+        return _ended(seat, process.exit, job)
+    node = nodes.get(seat.node_id)
+    if node is None or not node.alive:
+        return _gone(seat, f"is lost: node {seat.node_id} is silent")
+    if node.incarnation != seat.incarnation:
+        return _gone(seat, f"is lost: the daemon of {seat.node_id} was restarted")
+    return None
+
+
+def _ended(seat: Seat, exit_: Exit, job: Job) -> Loss | None:
+    if exit_.out_of_memory:
+        problem = exit_.error or Problem(
+            code=OutOfMemoryError.code,
+            cause=f"{seat.name} on {seat.node_id} ran out of memory",
+            action=OutOfMemoryError.default_action,
+        )
+        return _lost(seat, "memory", "ran out of memory", problem)
+    if exit_.signal:
+        return _lost(seat, "signal", f"was ended by signal {exit_.signal} ({_signal_name(exit_.signal)})", exit_.error)
+    if job.finished is not None and exit_.exit_code == 0:
+        return None  # it has done its work
+    return _lost(seat, "exit", f"ended with exit code {exit_.exit_code}", exit_.error)
+
+
+def _lost(seat: Seat, cause: str, what: str, problem: Problem | None) -> Loss:
+    message = f"{seat.name} on {seat.node_id} {what}"
+    return Loss(cause=cause, message=message, problem=problem or _unexplained(message), counted=True)
+
+
+def _gone(seat: Seat, what: str) -> Loss:
+    message = f"{seat.name} {what}"
+    return Loss(cause="node", message=message, problem=_unexplained(message), counted=False)
+
+
+def _unexplained(message: str) -> Problem:
+    return Problem(code=ProcessLostError.code, cause=message, action="see `psctl logs` for its last words")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signals.Signals(number).name
+    except ValueError:
+        return "unknown"
+
+
+def ready_facts(seat: Seat, job: Job, processes: Processes) -> TrainerFacts | PartitionFacts | None:
+    """What the living process in `seat` reported as ready; None before that."""
+    process = processes.get(seat.process_id(job.job_id))
+    if process is None or not process.living:
+        return None
+    return process.trainer if seat.kind is Kind.TRAINER else process.partition

@@ -1,0 +1,117 @@
+"""The stages of reconciliation for processes that are lost, replaced and join again. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from psmaster import catalogue, numerics
+from psmaster.draft import Draft, View
+from psmaster.jobs import Problem, Recovery
+from psmaster.planner import NodeView, choose_node, max_trainers
+from psmaster.processes import PartitionFacts, TrainerFacts, failure_of, loss_of, ready_facts
+from psmaster.registry import Role
+from psmaster.seats import Kind, Seat
+
+
+def lose(draft: Draft, view: View) -> None:
+    """Empty the seats whose process is gone. FAILED when one seat loses too many without a new step in between."""
+    for seat in draft.job.seats:
+        loss = loss_of(seat, draft.job, view.nodes, view.processes)
+        if loss is None or (draft.job.finished is not None and seat.kind is Kind.TRAINER):
+            continue
+        if failure_of(seat, draft.job, view.processes) is not None:
+            continue  # it ends the job once the others' failures are heard
+        draft.say(f"{seat.kind.value.capitalize()}Lost", loss.message, warning=True)
+        _void_snapshot(draft, loss.problem)
+        losses = seat.losses + loss.counted
+        if losses > view.limits.max_losses and _spared(draft, seat):
+            draft.exclude(
+                seat.node_id, seat.incarnation, f"{seat.name} was lost there {losses} times before it was ready"
+            )
+            losses = 0
+        if losses > view.limits.max_losses:
+            cause = f"{loss.problem.cause}; {seat.name} was lost {losses} times without a new step in between"
+            draft.fail(replace(loss.problem, cause=cause))
+            return
+        if draft.job.plan is not None and seat.active:
+            _begin_recovery(draft, seat.kind)
+        draft.unseat(seat, losses=losses)
+
+
+def _spared(draft: Draft, seat: Seat) -> bool:
+    """Whether a running job can do without the node where a newcomer never becomes ready."""
+    others = any(own.active for own in draft.job.trainers)
+    return draft.job.plan is not None and seat.kind is Kind.TRAINER and not seat.active and others
+
+
+def _void_snapshot(draft: Draft, problem: Problem) -> None:
+    """A partition that cannot read a snapshot names its step: the job then falls back to an older one."""
+    step = problem.detail("void_snapshot")
+    if step.isdecimal() and draft.snapshots.complete(int(step)):
+        draft.snapshots = catalogue.without(draft.snapshots, int(step))
+        draft.say("SnapshotVoid", f"the snapshot of step {step} cannot be read: {problem.cause}", warning=True)
+
+
+def _begin_recovery(draft: Draft, kind: Kind) -> None:
+    held = draft.job.recovery
+    since = held.since_s if held else draft.now.mono_s
+    worst = Kind.PARTITION if Kind.PARTITION in (kind, held.kind if held else kind) else Kind.TRAINER
+    draft.update(recovery=Recovery(kind=worst, since_s=since))
+
+
+def place(draft: Draft, view: View) -> None:
+    """Give empty seats a node, and the job more seats when it may grow. Nothing new for a job that is about to end."""
+    job = draft.job
+    if job.stopping or (job.finished is not None and all(seat.placed for seat in job.partitions)):
+        return
+    excluded = draft.excluded(view.nodes)
+    for seat in job.seats:
+        if not seat.placed and (node := _choose(draft, view, seat, excluded)):
+            draft.place(seat.kind, seat.rank, node)
+    if not view.grow or any(not seat.placed for seat in draft.job.trainers):
+        return
+    while len(draft.job.trainers) < max_trainers(job.spec):
+        seat = Seat(kind=Kind.TRAINER, rank=max((own.rank for own in draft.job.trainers), default=-1) + 1)
+        node = _choose(draft, view, seat, excluded)
+        if node is None:
+            return
+        draft.place(seat.kind, seat.rank, node)
+        draft.say("TrainerAdded", f"{seat.name} starts on {node.node_id}, which has room")
+
+
+def _choose(draft: Draft, view: View, seat: Seat, excluded: frozenset[str]) -> NodeView | None:
+    taken = Counter(own.node_id for own in draft.job.seats if own.placed)
+    return choose_node(view.nodes, Role.of(seat.kind), taken, excluded, preferred=seat.last_node_id)
+
+
+def join(draft: Draft, view: View) -> None:
+    """Count on every process that became ready after the first plan, or leave its node out and say why."""
+    if draft.job.plan is None:
+        return
+    for seat in draft.job.seats:
+        if seat.active or not seat.placed:
+            continue
+        facts = ready_facts(seat, draft.job, view.processes)
+        if facts is None:
+            continue
+        why = _unfit(draft, seat, facts)
+        if why:
+            draft.exclude(seat.node_id, seat.incarnation, why)
+            draft.unseat(seat)
+            continue
+        addresses = facts.addresses if isinstance(facts, PartitionFacts) else ()
+        draft.put(replace(seat, active=True, addresses=addresses))
+        draft.say(f"{seat.kind.value.capitalize()}Ready", f"{seat.name} on {seat.node_id} is ready")
+
+
+def _unfit(draft: Draft, seat: Seat, facts: TrainerFacts | PartitionFacts) -> str:
+    job = draft.job
+    report = numerics.Report(node_id=seat.node_id, numerics_class=facts.numerics_class, detail=facts.numerics_detail)
+    if isinstance(facts, PartitionFacts):
+        return numerics.differs(job.numerics_mode, job.optimizer_class, report)
+    if facts.layout_sha256 != job.layout_sha256:
+        return "it built another model than the job's"
+    if facts.data_fingerprint != job.data_fingerprint:
+        return "its data differ from the job's"
+    return numerics.differs(job.numerics_mode, job.numerics_class, report)

@@ -1,0 +1,193 @@
+"""What the lead and the partitions report about a job, applied to it. Pure; repeats and the past change nothing.
+
+A report counts when it was made under a generation that is not older than the job's newest restore: moving shards cuts
+nobody's work, going back voids it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+from psmaster import catalogue, jobs
+from psmaster.catalogue import Catalogue, Part
+from psmaster.jobs import Best, Connection, Event, Finished, Instant, Job, JobState, Point
+
+RATE_WINDOW_S = 10.0
+MAX_POINTS = 512
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord:
+    """One committed step. `grad_norm` is NaN when it was skipped."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    weight: float
+    samples: float
+    skipped: bool
+    time_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    generation: int
+    step: int
+    records: tuple[StepRecord, ...] = ()
+    connections: tuple[Connection, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluated:
+    generation: int
+    step: int
+    metrics: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BestReport:
+    step: int
+    value: float
+
+
+MetricLine = StepRecord | Evaluated
+"""What becomes one line of metrics.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Applied:
+    """`lines` are new in metrics.jsonl, in order."""
+
+    job: Job
+    events: tuple[Event, ...] = ()
+    lines: tuple[MetricLine, ...] = field(default=())
+
+
+def progress(job: Job, report: Progress, now: Instant) -> Applied:
+    """Committed steps. The first one makes the job RUNNING."""
+    if job.state not in (JobState.STARTING, JobState.RUNNING) or not job.counts(report.generation):
+        return Applied(job=job)
+    records = tuple(record for record in report.records if record.step > job.step)
+    step = max([job.step, report.step, *(record.step for record in records)])
+    events: list[Event] = []
+    if job.state is JobState.STARTING and step > job.step:
+        job = jobs.move(job, JobState.RUNNING, "trains")
+        events.append(Event(time_s=now.unix_s, reason="Running", message=f"committed step {step}"))
+    if records:
+        last = records[-1]
+        job = replace(
+            job,
+            loss=last.loss,
+            grad_norm=last.grad_norm,
+            nonfinite=job.nonfinite + sum(record.skipped for record in records),
+            window=_window(job.window, records),
+        )
+    job, recovered = _mended(job, report.generation, step > job.step, now)
+    if step > job.high_step:
+        job = _reset_losses(replace(job, high_step=step))
+    connections = report.connections or job.connections
+    job = replace(job, step=step, connections=connections)
+    return Applied(job=job, events=(*events, *recovered), lines=records)
+
+
+def _window(window: tuple[Point, ...], records: tuple[StepRecord, ...]) -> tuple[Point, ...]:
+    points = [Point(time_s=r.time_s, step=r.step, samples=r.samples, weight=r.weight) for r in records]
+    everything = [*window, *points][-MAX_POINTS:]
+    recent = [point for point in everything if everything[-1].time_s - point.time_s <= RATE_WINDOW_S]
+    return tuple(recent if len(recent) >= 2 else everything[-2:])  # a rate needs a span, however slow the steps
+
+
+def _mended(job: Job, generation: int, advanced: bool, now: Instant) -> tuple[Job, tuple[Event, ...]]:
+    """The first step committed under the plan that answered a loss ends the recovery."""
+    held = job.recovery
+    if held is None or not advanced or held.generation == 0 or generation < held.generation:
+        return job, ()
+    seconds = now.mono_s - held.since_s
+    message = f"steps go on {seconds:.1f} s after a {held.kind} was lost"
+    event = Event(time_s=now.unix_s, reason="Recovered", message=message, seconds=seconds)
+    return replace(job, recovery=None), (event,)
+
+
+def _reset_losses(job: Job) -> Job:
+    """A step beyond all earlier ones: what was lost before no longer counts against seats that work."""
+    if not any(seat.losses and seat.active for seat in job.seats):
+        return job
+    return replace(
+        job,
+        trainers=tuple(replace(seat, losses=0) if seat.active else seat for seat in job.trainers),
+        partitions=tuple(replace(seat, losses=0) if seat.active else seat for seat in job.partitions),
+    )
+
+
+def evaluated(job: Job, report: Evaluated) -> Applied:
+    """A finished evaluation; the step it was made at is never evaluated twice in the record."""
+    if job.state.ended or not job.counts(report.generation) or (job.metrics and report.step <= job.metrics_step):
+        return Applied(job=job)
+    return Applied(job=replace(job, metrics=report.metrics, metrics_step=report.step), lines=(report,))
+
+
+def best(job: Job, report: BestReport, snapshots: Catalogue) -> Applied:
+    """A new best step; it is pinned now and shown once its snapshot is complete."""
+    named = Best(step=report.step, value=report.value)
+    if job.state.ended or named in (job.best, job.next_best):
+        return Applied(job=job)
+    return Applied(job=promote(replace(job, next_best=named), snapshots))
+
+
+def promote(job: Job, snapshots: Catalogue) -> Job:
+    """The job with its reported best as the best, once that snapshot is complete."""
+    if job.next_best is None or not snapshots.complete(job.next_best.step):
+        return job
+    return replace(job, best=job.next_best, next_best=None)
+
+
+def finished(job: Job, report: Finished, now: Instant) -> Applied:
+    """The lead's word that training has ended. A repeat changes nothing."""
+    if job.state not in (JobState.STARTING, JobState.RUNNING) or not job.counts(report.generation):
+        return Applied(job=job)
+    if job.finished is not None:
+        return Applied(job=job)
+    event = Event(time_s=now.unix_s, reason="Finished", message=f"the lead finished at step {report.step}")
+    step = max(job.step, report.step)
+    return Applied(job=replace(job, finished=report, step=step, deadline_s=None), events=(event,))
+
+
+def snapshot_part(job: Job, snapshots: Catalogue, part: Part, now: Instant) -> tuple[Applied, Catalogue]:
+    """One part is durable. Of an ended job too: its last parts may arrive after its end."""
+    if not job.counts(part.generation):
+        return Applied(job=job), snapshots
+    was_complete = snapshots.complete(part.step)
+    added = catalogue.add(snapshots, part)
+    job = promote(job, added)
+    kept = catalogue.prune(added, job.pinned)
+    if was_complete or not added.complete(part.step) or not kept.complete(part.step):
+        return Applied(job=job), kept
+    event = Event(time_s=now.unix_s, reason="Snapshot", message=f"the snapshot of step {part.step} is complete")
+    return Applied(job=job, events=(event,)), kept
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    steps_per_s: float = 0.0
+    samples_per_s: float = 0.0
+    weight_per_s: float = 0.0
+
+
+def rates(job: Job, now: Instant) -> Rates:
+    """Speed over the last ten seconds or so; zero once steps have stopped coming."""
+    points = job.window
+    if job.state is not JobState.RUNNING or len(points) < 2:
+        return Rates()
+    span = points[-1].time_s - points[0].time_s
+    per_step = span / (len(points) - 1)
+    silence = now.unix_s - points[-1].time_s
+    if span <= 0 or silence > RATE_WINDOW_S + 3 * per_step or math.isnan(span):
+        return Rates()
+    later = points[1:]
+    return Rates(
+        steps_per_s=(points[-1].step - points[0].step) / span,
+        samples_per_s=sum(point.samples for point in later) / span,
+        weight_per_s=sum(point.weight for point in later) / span,
+    )

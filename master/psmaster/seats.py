@@ -1,0 +1,73 @@
+"""Seats and plans: who runs what of a job, and what each process is told about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from psmaster.catalogue import RestorePoint
+
+
+class Kind(StrEnum):
+    """What runs in a process."""
+
+    TRAINER = "trainer"
+    PARTITION = "partition"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seat:
+    """A place in a job for one trainer or partition. Its process may be replaced; kind and rank stay.
+
+    `node_id` is empty while no node has room. `incarnation` is the life of the node that was asked to run it: in
+    another life of that node the process is gone. `attempt` counts the processes of this seat from 1; 0 before the
+    first. `active`: the newest plan counts on it. `shards` are (first, count) runs, trainers only; `addresses` are
+    where a partition listens. `losses`: processes lost here since the job last reached a new step.
+    """
+
+    kind: Kind
+    rank: int
+    attempt: int = 0
+    node_id: str = ""
+    incarnation: str = ""
+    last_node_id: str = ""
+    active: bool = False
+    shards: tuple[tuple[int, int], ...] = ()
+    addresses: tuple[str, ...] = ()
+    losses: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.rank}"
+
+    @property
+    def placed(self) -> bool:
+        return bool(self.node_id)
+
+    def process_id(self, job_id: str) -> str:
+        """The id of the process that fills this seat now; unique for ever."""
+        return f"{job_id}/{self.name}/{self.attempt}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """The plan of one generation. `restore_generation` is the generation that ordered the newest restore."""
+
+    generation: int
+    trainers: tuple[Seat, ...]
+    partitions: tuple[Seat, ...]
+    restore_generation: int
+    resume_step: int = 0
+    restore: RestorePoint | None = None
+    stop: bool = False
+    kept_steps: tuple[int, ...] = ()
+
+    @property
+    def active(self) -> frozenset[tuple[int, int]]:
+        """(rank, attempt) of the trainers that are counted on."""
+        return frozenset((seat.rank, seat.attempt) for seat in self.trainers if seat.active)
+
+    def names(self, seat: Seat) -> bool:
+        """Whether this plan was made for the very process that fills `seat`."""
+        seats = self.trainers if seat.kind is Kind.TRAINER else self.partitions
+        return any(own.rank == seat.rank and own.attempt == seat.attempt for own in seats)

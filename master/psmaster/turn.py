@@ -1,0 +1,298 @@
+"""One turn of the master: some inputs applied to its state, then everything reconciled. No I/O, time given.
+
+A `Turn` is a working copy. Whoever drives it (the daemon, a simulator) applies inputs, calls `finish`, makes the result
+durable, and only then lets `state` take the place of the old one and sends what follows from it. A turn that cannot be
+made durable is dropped: nothing has changed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from pscluster.errors import NotFoundError, StateError
+from psmaster import jobs, registry, reports
+from psmaster.catalogue import Catalogue, Part
+from psmaster.draft import Limits
+from psmaster.jobs import MAX_EVENTS, Event, Finished, Instant, Job, JobState
+from psmaster.planner import NodeView, admit
+from psmaster.processes import Exit, Failure, PartitionFacts, Process, Processes, TrainerFacts
+from psmaster.reconcile import reconcile
+from psmaster.registry import Health, Node, Nodes, Role
+from psmaster.reports import Applied, BestReport, Evaluated, MetricLine, Progress
+from psmaster.seats import Kind, Seat
+
+Report = TrainerFacts | PartitionFacts | Failure | Progress | Evaluated | BestReport | Finished | Part
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """All that the master knows. `nodes` and `processes` live in memory; the rest is stored."""
+
+    jobs: Mapping[str, Job] = field(default_factory=dict)
+    catalogues: Mapping[str, Catalogue] = field(default_factory=dict)
+    events: Mapping[str, tuple[Event, ...]] = field(default_factory=dict)
+    nodes: Nodes = field(default_factory=dict)
+    processes: Processes = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """What a turn made: the next state, and what must reach the disk before it counts. `cuts`: by job, the step after
+    which its metrics are void."""
+
+    state: State
+    events: tuple[tuple[str, Event], ...]
+    lines: tuple[tuple[str, MetricLine], ...]
+    cuts: Mapping[str, int]
+
+
+class Turn:
+    """Used once. Methods that refuse raise before they change anything."""
+
+    def __init__(self, state: State, now: Instant, limits: Limits) -> None:
+        self.before = state
+        self.now = now
+        self.limits = limits
+        self.jobs = dict(state.jobs)
+        self.catalogues = dict(state.catalogues)
+        self.nodes = state.nodes
+        self.processes = dict(state.processes)
+        self._events: list[tuple[str, Event]] = []
+        self._lines: list[tuple[str, MetricLine]] = []
+        self._cuts: dict[str, int] = {}
+        self._unsettled = False
+
+    # what agents say
+
+    def register(self, node: Node) -> None:
+        """A node announces a life. Raises StateError for one that a newer life displaced."""
+        self.nodes = registry.register(self.nodes, node, self.now, self.limits.suspicion_s)
+        self._unsettled = True
+
+    def attend(self, node_id: str, incarnation: str, processes: tuple[Process, ...]) -> None:
+        """A node's stream opens with all its processes. Raises StateError for a life that is not the registered one."""
+        self.nodes = registry.attend(self.nodes, node_id, incarnation, self.now)
+        for process in processes:
+            if self._seat_of(process.process_id, node_id) is not None:
+                known = self.processes.get(process.process_id)
+                self.processes[process.process_id] = replace(process, failure=known.failure if known else None)
+        self._unsettled = True
+
+    def detach(self, node_id: str, incarnation: str) -> None:
+        """A node's stream broke."""
+        self.nodes = registry.detach(self.nodes, node_id, incarnation)
+        self._unsettled = True
+
+    def beat(self, node_id: str, incarnation: str) -> None:
+        """A node is alive."""
+        self.nodes = registry.beat(self.nodes, node_id, incarnation, self.now)
+
+    def exited(self, node_id: str, process_id: str, exit_: Exit) -> None:
+        """A process ended. Of one that no seat has any more it changes nothing."""
+        if self._seat_of(process_id, node_id) is not None:
+            self._know(process_id, node_id, exit=exit_)
+
+    def reported(self, node_id: str, process_id: str, report: Report) -> None:
+        """A process reported something. What replaced processes say changes nothing, except that a snapshot part which
+        was durable in time counts whoever wrote it."""
+        job = self.jobs.get(process_id.partition("/")[0])
+        if job is None:
+            return
+        if isinstance(report, Part):
+            applied, self.catalogues[job.job_id] = reports.snapshot_part(
+                job, self.catalogues[job.job_id], report, self.now
+            )
+            self._take(applied)
+            return
+        seat = self._seat_of(process_id, node_id)
+        if seat is None:
+            return
+        if isinstance(report, TrainerFacts | PartitionFacts | Failure):
+            name = {TrainerFacts: "trainer", PartitionFacts: "partition", Failure: "failure"}[type(report)]
+            self._know(process_id, node_id, **{name: report})
+        elif seat.kind is Kind.PARTITION and seat.rank == 0:
+            self._take(self._of_lead(job, report))
+
+    def _of_lead(self, job: Job, report: Progress | Evaluated | BestReport | Finished) -> Applied:
+        if isinstance(report, Progress):
+            return reports.progress(job, report, self.now)
+        if isinstance(report, Evaluated):
+            return reports.evaluated(job, report)
+        if isinstance(report, BestReport):
+            return reports.best(job, report, self.catalogues[job.job_id])
+        return reports.finished(job, report, self.now)
+
+    def _know(self, process_id: str, node_id: str, **facts: TrainerFacts | PartitionFacts | Failure | Exit) -> None:
+        held = self.processes.get(process_id) or Process(process_id=process_id, node_id=node_id)
+        changes: dict[str, object] = {**facts}
+        self.processes[process_id] = replace(held, **changes)  # type: ignore[arg-type]
+        self._unsettled = True
+
+    def _seat_of(self, process_id: str, node_id: str) -> Seat | None:
+        """The seat that this very process fills on that node."""
+        job = self.jobs.get(process_id.partition("/")[0])
+        for seat in job.seats if job else ():
+            if seat.node_id == node_id and job and seat.process_id(job.job_id) == process_id:
+                return seat
+        return None
+
+    def _take(self, applied: Applied) -> None:
+        job_id = applied.job.job_id
+        if applied.job != self.jobs[job_id]:
+            self.jobs[job_id] = applied.job
+        self._events += [(job_id, event) for event in applied.events]
+        self._lines += [(job_id, line) for line in applied.lines]
+        self._unsettled = True
+
+    # what people ask
+
+    def submit(self, job: Job) -> str:
+        """Take in a new job; its id. A repeated request gives the first one's id. StateError: the id is taken."""
+        for held in self.jobs.values():
+            if job.request_id and held.request_id == job.request_id:
+                return held.job_id
+        if job.job_id in self.jobs:
+            raise StateError(f"job id {job.job_id} is taken", action="submit again")
+        self.jobs[job.job_id] = job
+        self.catalogues[job.job_id] = Catalogue(num_partitions=job.spec.servers.partitions)
+        event = Event(time_s=self.now.unix_s, reason="Submitted", message=f"submitted as {job.job_id}")
+        self._events.append((job.job_id, event))
+        self._unsettled = True
+        return job.job_id
+
+    def stop(self, name: str) -> str:
+        """Ask a job to stop; its id. NotFoundError, StateError (it has ended otherwise)."""
+        job = find(self.jobs, name)
+        return self._asked(*jobs.ask_stop(job, self.now))
+
+    def resume(self, name: str) -> str:
+        """Queue an ended job again; its id. NotFoundError, StateError (it succeeded)."""
+        job = find(self.jobs, name)
+        has_snapshot = self.catalogues[job.job_id].newest() is not None
+        return self._asked(*jobs.resume(job, has_snapshot, self.now))
+
+    def delete(self, name: str) -> Job:
+        """Forget an ended job; what it was. NotFoundError, StateError (it has not ended)."""
+        job = find(self.jobs, name)
+        if not job.state.ended:
+            raise StateError(f"job {job.job_id} is {job.state}", action=f"stop it first: psctl stop {job.job_id}")
+        del self.jobs[job.job_id], self.catalogues[job.job_id]
+        self._unsettled = True
+        return job
+
+    def _asked(self, job: Job, event: Event | None) -> str:
+        if event is not None:
+            self._take(Applied(job=job, events=(event,)))
+        return job.job_id
+
+    # what follows
+
+    def tick(self) -> None:
+        """Time has passed."""
+        self._unsettled = True
+
+    def finish(self) -> Changes:
+        """Reconcile everything and close the turn."""
+        if self._unsettled:
+            self._settle()
+        for job_id, job in self.jobs.items():
+            held = self.before.jobs.get(job_id)
+            if held is not None and job is not held:
+                self.jobs[job_id] = replace(job, revision=held.revision + 1)
+        events = tuple(entry for entry in self._events if entry[0] in self.jobs)
+        state = State(
+            jobs=self.jobs,
+            catalogues=self.catalogues,
+            events=self._all_events(events),
+            nodes=self.nodes,
+            processes=self.processes,
+        )
+        return Changes(state=state, events=events, lines=tuple(self._lines), cuts=self._cuts)
+
+    def _all_events(self, new: tuple[tuple[str, Event], ...]) -> Mapping[str, tuple[Event, ...]]:
+        if not new and self.jobs.keys() == self.before.events.keys():
+            return self.before.events
+        all_events = {job_id: self.before.events.get(job_id, ()) for job_id in self.jobs}
+        for job_id, event in new:
+            all_events[job_id] = (*all_events[job_id], event)[-MAX_EVENTS:]
+        return all_events
+
+    def _settle(self) -> None:
+        """Live jobs first (they may free slots), then the queue in its order, then growth with what is left."""
+        self.nodes = registry.forget(self.nodes, self.now)
+        for job in [job for job in self.jobs.values() if job.state in (JobState.STARTING, JobState.RUNNING)]:
+            self._reconcile(job.job_id)
+        ahead = ""
+        for job in _queue(self.jobs):
+            self._reconcile(job.job_id, ahead=ahead)
+            waits = self.jobs[job.job_id].state is JobState.QUEUED
+            if waits and not ahead and admit(job.spec, self._views(job.job_id)).possible:
+                ahead = job.job_id  # it gets the next slots that come free; what can never run blocks nobody
+        if not ahead:
+            for job in sorted(self.jobs.values(), key=_turn):
+                if job.state in (JobState.STARTING, JobState.RUNNING):
+                    self._reconcile(job.job_id, grow=True)
+        wanted = {seat.process_id(job.job_id) for job in self.jobs.values() for seat in job.seats}
+        self.processes = {key: process for key, process in self.processes.items() if key in wanted}
+
+    def _reconcile(self, job_id: str, *, grow: bool = False, ahead: str = "") -> None:
+        outcome = reconcile(
+            self.jobs[job_id],
+            self._views(job_id),
+            self.processes,
+            self.catalogues[job_id],
+            self.now,
+            self.limits,
+            grow=grow,
+            ahead=ahead,
+        )
+        self.jobs[job_id] = outcome.job
+        self.catalogues[job_id] = outcome.snapshots
+        self._events += [(job_id, event) for event in outcome.events]
+        if outcome.cut_to is not None:
+            self._cuts[job_id] = outcome.cut_to
+
+    def _views(self, job_id: str) -> Mapping[str, NodeView]:
+        taken = Counter(
+            (Role.of(seat.kind), seat.node_id)
+            for job in self.jobs.values()
+            if job.job_id != job_id
+            for seat in job.seats
+            if seat.placed
+        )
+        views: dict[str, NodeView] = {}
+        for node in self.nodes.values():
+            health = registry.health(node, self.now.mono_s, self.limits.suspicion_s)
+            views[node.node_id] = NodeView(
+                node_id=node.node_id,
+                role=node.role,
+                incarnation=node.incarnation,
+                alive=health is not Health.DEAD,
+                ready=health is Health.READY,
+                slots=node.slots,
+                available=node.slots - taken[node.role, node.node_id],
+            )
+        return views
+
+
+def _turn(job: Job) -> tuple[int, float, str]:
+    return -job.spec.priority, job.created_s, job.job_id
+
+
+def _queue(all_jobs: Mapping[str, Job]) -> list[Job]:
+    return sorted((job for job in all_jobs.values() if job.state is JobState.QUEUED), key=_turn)
+
+
+def find(all_jobs: Mapping[str, Job], name: str) -> Job:
+    """The job of that id, or of a name that only one job has. Raises NotFoundError."""
+    if name in all_jobs:
+        return all_jobs[name]
+    named = [job for job in all_jobs.values() if job.name == name]
+    if len(named) == 1:
+        return named[0]
+    if named:
+        ids = ", ".join(sorted(job.job_id for job in named))
+        raise NotFoundError(f"{len(named)} jobs are called {name!r}", action=f"give one of their ids: {ids}")
+    raise NotFoundError(f"there is no job {name!r}")
