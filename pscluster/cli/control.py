@@ -1,0 +1,99 @@
+"""Verbs that wait for a job or change its fate: wait, stop, resume, delete."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from pscluster.cli.formatting import parse_duration
+from pscluster.cli.session import Session, Verb, answer, pass_session, say
+from pscluster.errors import SettingsError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def duration_option(flag: str, default: str | None, text: str) -> Callable[[F], F]:
+    """An option that takes "90", "90s", "5m", "1h30m" and gives seconds; usage error for anything else."""
+
+    def convert(_ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+        if value is None:
+            return None
+        try:
+            return parse_duration(value)
+        except SettingsError as error:
+            raise click.BadParameter(f"{error.cause}; {error.action}", param=param) from None
+
+    return click.option(
+        flag, default=default, callback=convert, metavar="DURATION", show_default=default is not None, help=text
+    )
+
+
+@click.command("wait", cls=Verb)
+@click.argument("job")
+@click.option(
+    "--for",
+    "goal",
+    default="succeeded",
+    metavar="GOAL",
+    help="succeeded (default), running, step=N, stopped, failed or ended",
+)
+@duration_option("--timeout", None, "give up after this long (90s, 5m), with exit code 101")
+@pass_session
+def wait(session: Session, job: str, goal: str, timeout: float | None) -> None:
+    """Wait until JOB has succeeded, runs, or has reached a step.
+
+    Exits 100 when it failed instead, 103 when it was stopped, 101 when time ran out.
+    """
+    from pscluster.client import parse_goal
+
+    parsed = parse_goal(goal)
+    with session.connect() as cluster:
+        found = cluster.wait(job, parsed, timeout)
+    answer(found.job_id)
+
+
+@click.command("stop", cls=Verb)
+@click.argument("job")
+@click.option("--no-wait", is_flag=True, help="return once the request is stored")
+@duration_option("--timeout", "120s", "how long to wait")
+@pass_session
+def stop(session: Session, job: str, no_wait: bool, timeout: float) -> None:
+    """Stop JOB at its next step boundary, with a snapshot, and wait for it. `psctl resume` goes on from there."""
+    with session.connect() as cluster:
+        found = cluster.stop(job)
+        if not no_wait:
+            found = cluster.wait(found.job_id, "ended", timeout)
+    say(f"{found.job_id} is {found.state} at step {found.step}" if found.ended else f"{found.job_id} will stop")
+    answer(found.job_id)
+
+
+@click.command("resume", cls=Verb)
+@click.argument("job")
+@click.option("--follow", is_flag=True, help="follow it as `psctl submit --follow` does")
+@pass_session
+def resume(session: Session, job: str, follow: bool) -> None:
+    """Continue a stopped or failed JOB from its newest complete snapshot."""
+    with session.connect() as cluster:
+        found = cluster.resume(job)
+        answer(found.job_id)
+        if follow:
+            from pscluster.cli.following import follow_to_end
+
+            follow_to_end(cluster, found.job_id)
+    if not follow:
+        say(f"{found.job_id} is {found.state}; follow it with: psctl follow {found.job_id}")
+
+
+@click.command("delete", cls=Verb)
+@click.argument("jobs", metavar="JOB...", nargs=-1, required=True)
+@pass_session
+def delete(session: Session, jobs: tuple[str, ...]) -> None:
+    """Forget ended jobs and remove their snapshots, logs and metrics. Refused while one runs."""
+    with session.connect() as cluster:
+        for job in jobs:
+            answer(cluster.delete(job))
+
+
+COMMANDS = (wait, stop, resume, delete)

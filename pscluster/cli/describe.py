@@ -1,0 +1,184 @@
+"""One job as text, in sections. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from pscluster.cli import formatting as fmt
+
+if TYPE_CHECKING:
+    from pscluster.client import Job, TrainerSeat
+
+_EVENTS_SHOWN = 40
+
+
+def summary(job: Job, now_s: float) -> str:
+    """What `psctl status` prints: where the job is, in a few aligned lines."""
+    return _aligned(list(_summary(job, now_s)))
+
+
+def description(job: Job, now_s: float) -> str:
+    """What `psctl describe` prints: the summary, then a section for whatever there is to say."""
+    sections = [_aligned([*_summary(job, now_s), *_identity(job)])]
+    for title, body in (
+        ("Task", _aligned(list(_task(job.spec)))),
+        ("Conditions", _conditions(job, now_s)),
+        ("Evaluation", _evaluation(job)),
+        ("Plan", _plan(job)),
+        ("Transports", _transports(job)),
+        ("Checks", _checks(job)),
+        ("Events", _events(job, now_s)),
+        ("Last error", _error(job)),
+        ("Traceback", job.traceback.rstrip()),
+    ):
+        if body:
+            sections.append(f"{title}:\n{_indented(body)}")
+    return "\n\n".join(sections)
+
+
+def _summary(job: Job, now_s: float) -> Iterator[tuple[str, str]]:
+    yield "Name", job.job_id
+    yield "State", job.state
+    if job.reason:
+        yield "Reason", job.reason
+    yield "Step", f"{job.step} of {job.final_step}" if job.final_step else str(job.step)
+    yield "Loss", fmt.number(job.loss)
+    yield "Workers", f"{job.workers_active} active of {job.workers_wanted}"
+    if not job.ended and job.steps_per_s > 0:
+        yield "Speed", speed(job)
+        yield "Time left", fmt.duration(eta_s(job))
+    yield "Age", fmt.age(job.created_s, now_s)
+    if job.started_s:
+        yield "Ran for", fmt.duration((job.ended_s or now_s) - job.started_s)
+
+
+def speed(job: Job) -> str:
+    """Rates over the last seconds. Tokens (what the task counts) only where they are not the samples themselves."""
+    parts = [f"{fmt.count(job.steps_per_s)} steps/s", f"{fmt.count(job.samples_per_s)} samples/s"]
+    if counts_tokens(job):
+        parts.append(f"{fmt.count(job.weight_per_s)} tokens/s")
+    return ", ".join(parts)
+
+
+def counts_tokens(job: Job) -> bool:
+    """Whether the task's weight is something else than samples."""
+    return job.weight_per_s > 0 and abs(job.weight_per_s - job.samples_per_s) > 0.01 * job.samples_per_s
+
+
+def eta_s(job: Job) -> float | None:
+    """Seconds to the last step at the present speed; None when unknown."""
+    if not job.final_step or job.steps_per_s <= 0:
+        return None
+    return max(0, job.final_step - job.step) / job.steps_per_s
+
+
+def _identity(job: Job) -> Iterator[tuple[str, str]]:
+    yield "Created", fmt.clock(job.created_s)
+    yield "Generation", str(job.generation)
+    if job.numerics:
+        yield "Numerics", job.numerics
+    if job.parameters_sha256:
+        yield "Parameters", f"sha256:{job.parameters_sha256}"
+    if job.bundle_sha256:
+        yield "Bundle", f"sha256:{job.bundle_sha256}"
+    if job.store:
+        yield "Snapshots", job.store
+    if job.directory:
+        yield "Directory", job.directory
+
+
+def _task(spec: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    task, train = spec.get("task", {}), spec.get("train", {})
+    if not task or not train:
+        return
+    yield "Entrypoint", str(task.get("entrypoint", ""))
+    for key, value in task.get("args", {}).items():
+        yield f"  {key}", str(value)
+    if spec.get("data", {}).get("uri"):
+        yield "Data", spec["data"]["uri"]
+    batch, microbatch = train.get("global_batch", 0), train.get("microbatch", 1)
+    yield "Batch", f"{batch} = {batch // microbatch} shards x {microbatch}"
+    optimizer = train.get("optimizer", {})
+    yield "Optimizer", f"{optimizer.get('name')}, lr {optimizer.get('lr')}"
+    durability = spec.get("durability", {})
+    yield "Durability", f"{durability.get('tier')} every {durability.get('every_steps')} steps"
+
+
+def _conditions(job: Job, now_s: float) -> str:
+    rows = [[c.type, str(c.status), fmt.age(c.since_s, now_s), c.reason, c.message] for c in job.conditions]
+    return fmt.table(("TYPE", "STATUS", "SINCE", "REASON", "MESSAGE"), rows) if rows else ""
+
+
+def _evaluation(job: Job) -> str:
+    if not job.metrics:
+        return ""
+    lines = [("Step", str(job.metrics_step))]
+    lines += [(name, fmt.number(value)) for name, value in sorted(job.metrics.items())]
+    if job.best:
+        metric = job.spec.get("evaluate", {}).get("metric", "loss")
+        lines.append(("Best", f"{metric} {fmt.number(job.best.value)} at step {job.best.step}"))
+    return _aligned(lines)
+
+
+def _plan(job: Job) -> str:
+    if job.plan is None:
+        return ""
+    rows = [
+        [f"trainer-{t.rank}", t.node_id, str(t.attempt), "active" if t.active else "standing by", _shards(t)]
+        for t in job.plan.trainers
+    ]
+    rows += [
+        [f"partition-{p.index}", p.node_id, str(p.attempt), "lead" if p.index == 0 else "", " ".join(p.addresses)]
+        for p in job.plan.partitions
+    ]
+    head = f"Generation {job.plan.generation}"
+    if job.plan.resume_step:
+        head += f", resumed from step {job.plan.resume_step}"
+    return head + "\n" + fmt.table(("PROCESS", "NODE", "ATTEMPT", "ROLE", "SHARDS OR ADDRESS"), rows)
+
+
+def _shards(seat: TrainerSeat) -> str:
+    runs = [str(first) if run == 1 else f"{first}-{first + run - 1}" for first, run in seat.shards]
+    return ("shards " + ",".join(runs)) if runs else "none"
+
+
+def _transports(job: Job) -> str:
+    by_transport: dict[str, list[str]] = {}
+    for c in job.connections:
+        by_transport.setdefault(c.transport, []).append(f"{c.trainer}-{c.partition}")
+    lines = [(name, f"trainer-partition {', '.join(pairs)}") for name, pairs in sorted(by_transport.items())]
+    return _aligned(lines)
+
+
+def _checks(job: Job) -> str:
+    rows = [[c.name, "ok" if c.ok else "FAILED", c.detail] for c in job.checks]
+    return fmt.table(("CHECK", "RESULT", "DETAIL"), rows) if rows else ""
+
+
+def _events(job: Job, now_s: float) -> str:
+    rows = [
+        [fmt.age(e.time_s, now_s), "Warning" if e.warning else "Normal", e.reason, e.message]
+        for e in job.events[-_EVENTS_SHOWN:]
+    ]
+    return fmt.table(("AGE", "TYPE", "REASON", "MESSAGE"), rows) if rows else ""
+
+
+def _error(job: Job) -> str:
+    if job.error is None:
+        return ""
+    # A preflight table has several lines: only the cause keeps its line breaks.
+    lines = [f"{job.error.code}: {job.error.cause}"]
+    if job.error.action:
+        lines.append(f"hint: {job.error.action}")
+    lines += [f"{key}: {value}" for key, value in sorted(job.error.details.items())]
+    return "\n".join(lines)
+
+
+def _aligned(pairs: list[tuple[str, str]]) -> str:
+    width = max((len(key) for key, _ in pairs), default=0) + 1
+    return "\n".join(f"{key + ':':<{width}} {fmt.one_line(value)}".rstrip() for key, value in pairs)
+
+
+def _indented(text: str) -> str:
+    return "\n".join("  " + line if line else "" for line in text.splitlines())

@@ -1,0 +1,158 @@
+"""Following a job to its end: a progress bar on a terminal, plain lines elsewhere, both on stderr."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import click
+
+from pscluster.cli import formatting as fmt
+from pscluster.cli.narrator import Narrator, Pace, ending_line, progress_line
+from pscluster.cli.session import INTERRUPTED, say, stderr_is_terminal
+
+if TYPE_CHECKING:
+    from pscluster.client import Cluster, Job
+    from pscluster.errors import UnreachableError
+
+
+class View(Protocol):
+    """Where following is shown."""
+
+    def __enter__(self) -> View: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+    def say(self, line: str) -> None:
+        """Print a line that stays."""
+
+    def update(self, job: Job) -> None:
+        """Show the job as it is now."""
+
+    def note(self, text: str) -> None:
+        """Show a passing remark, or none."""
+
+
+class PlainView:
+    """Lines: news at once, progress every two seconds at most."""
+
+    def __init__(self) -> None:
+        self._pace = Pace()
+        self._note = ""
+
+    def __enter__(self) -> PlainView:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        return None
+
+    def say(self, line: str) -> None:
+        say(line)
+
+    def update(self, job: Job) -> None:
+        if job.step and not job.ended and self._pace.lets(job.step, time.monotonic()):
+            say(progress_line(job))
+
+    def note(self, text: str) -> None:
+        if text and not self._note:
+            say(text)
+        self._note = text
+
+
+class BarView:
+    """A bar that stays in place, with the news above it."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            TextColumn("{task.fields[line]}"),
+            console=Console(stderr=True),
+            transient=True,
+            refresh_per_second=4,
+        )
+        self._task: Any = self._bar.add_task("", total=None, line="")
+        self._shown = ""
+
+    def __enter__(self) -> BarView:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._bar.stop()
+
+    def say(self, line: str) -> None:
+        self._bar.console.print(line, markup=False, highlight=False)
+
+    def update(self, job: Job) -> None:
+        self._shown = bar_text(job)
+        self._bar.update(
+            self._task,
+            description=job.name,
+            total=job.final_step,
+            completed=job.step,
+            line=_literal(self._shown),
+        )
+
+    def note(self, text: str) -> None:
+        self._bar.update(self._task, line=_literal(text or self._shown))
+
+
+def bar_text(job: Job) -> str:
+    """What stands beside the bar: progress while it runs, the reason while it waits."""
+    if job.state != "RUNNING" or not job.step:
+        return f"{job.state}{': ' + fmt.one_line(job.reason) if job.reason else ''}"
+    parts = [progress_line(job)]
+    if job.reason and job.workers_active < job.workers_wanted:
+        parts.append(fmt.one_line(job.reason))
+    return "  ".join(parts)
+
+
+def _literal(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def follow(cluster: Cluster, job_id: str, view: View) -> Job:
+    """Show a job until it has ended; returns it as it ended. Blocks; a master that is away is waited for."""
+    from pscluster.client import Tether
+
+    def away(_error: UnreachableError, seconds: float) -> None:
+        view.note(f"the master does not answer (for {seconds:.0f} s); the job goes on without it")
+
+    narrator = Narrator()
+    job: Job | None = None
+    with view:
+        for job in cluster.watch(job_id, Tether(on_absence=away, on_return=lambda: view.note(""))):
+            for line in narrator.news(job):
+                view.say(line)
+            view.update(job)
+    if job is None:
+        raise RuntimeError("a watch ended without a job")
+    return job
+
+
+def follow_to_end(cluster: Cluster, job_id: str) -> None:
+    """Follow a job and end as it does: returns when it succeeded, else raises JobFailedError or JobStoppedError.
+
+    Ctrl-C detaches: says so and exits 130; the job goes on.
+    """
+    from pscluster.client import end_error
+
+    view: View = BarView() if stderr_is_terminal() else PlainView()
+    try:
+        job = follow(cluster, job_id, view)
+    except KeyboardInterrupt:
+        say(f"detached; {job_id} goes on")
+        say(f"  psctl follow {job_id}   attach again")
+        say(f"  psctl stop {job_id}     stop it")
+        raise click.exceptions.Exit(INTERRUPTED) from None
+    say(ending_line(job))
+    error = end_error(job)
+    if error is not None:
+        raise error

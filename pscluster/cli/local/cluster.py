@@ -1,0 +1,173 @@
+"""Bringing a local cluster up and taking it down, both idempotent."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pscluster.cli.local import processes, record
+from pscluster.cli.local.commands import command, count_of, daemon_dir, node_names
+from pscluster.cli.local.last_words import exit_error, size_of
+from pscluster.cli.local.lock import locked
+from pscluster.cli.local.readiness import wait_ready
+from pscluster.cli.local.record import Daemon
+from pscluster.errors import StorageError
+from pscluster.settings import LocatedCluster, make_runtime_dir, runtime_dir
+
+READY_DEADLINE_S = 60.0
+DEFAULT_WORKERS = 2
+DEFAULT_SERVERS = 1
+
+Say = Callable[[str], None]
+
+
+@dataclass(kw_only=True)
+class LocalCluster:
+    """The local cluster of one state directory. Methods block; `say` gets lines for a person."""
+
+    located: LocatedCluster
+    say: Say
+    running: tuple[Daemon, ...] = ()
+    _started: list[Daemon] = field(default_factory=list)
+    _log_offsets: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def state_dir(self) -> Path:
+        return self.located.state_dir
+
+    def log_of(self, name: str) -> Path:
+        """The file with a daemon's output."""
+        return self.state_dir / "logs" / f"{name}.log"
+
+    def up(self, workers: int | None, servers: int | None) -> bool:
+        """Start what is missing, end what is too much, and return when all is ready; whether anything was started.
+
+        None keeps a running cluster's count. Whatever this call started is ended again when it fails or is
+        interrupted. Raises StorageError, UnhealthyError, or the error that a daemon ended with.
+        """
+        prepare(self.state_dir, self.located.token_file)
+        with locked(self.state_dir, self.say):
+            self.running = processes.find(self.state_dir)
+            names = self._wanted(workers, servers)
+            try:
+                self._reconcile(names)
+                wait_ready(self.located, names, self.check, self.say, READY_DEADLINE_S)
+            except BaseException:
+                self._undo()
+                raise
+            return bool(self._started)
+
+    def down(self) -> bool:
+        """End every daemon and remove the sockets; jobs' state stays. Whether anything ran."""
+        if not self.state_dir.is_dir():
+            return False
+        with locked(self.state_dir, self.say):
+            found = processes.find(self.state_dir)
+            # The master first: it must not take the nodes' orderly end for their loss.
+            self._end([daemon for daemon in found if daemon.role == "master"])
+            self._end([daemon for daemon in found if daemon.role != "master"])
+            self.running = ()
+            remove_runtime_dir(self.state_dir)
+            record.record_path(self.state_dir).unlink(missing_ok=True)
+            return bool(found)
+
+    def check(self) -> None:
+        """Raise the error that tells why, if a daemon of this cluster has ended."""
+        for daemon in self.running:
+            if not processes.is_alive(daemon, self.state_dir):
+                log = self.log_of(daemon.name)
+                raise exit_error(daemon.name, log, self._log_offsets.get(daemon.name, 0))
+
+    def _wanted(self, workers: int | None, servers: int | None) -> tuple[str, ...]:
+        names = [daemon.name for daemon in self.running]
+        return node_names(
+            workers if workers is not None else count_of(names, "worker") or DEFAULT_WORKERS,
+            servers if servers is not None else count_of(names, "server") or DEFAULT_SERVERS,
+        )
+
+    def _reconcile(self, names: Sequence[str]) -> None:
+        surplus = [daemon for daemon in self.running if daemon.name not in (*names, "master")]
+        if surplus:
+            self.say(f"ending {', '.join(daemon.name for daemon in surplus)}")
+        self._end([*surplus, *self._unreachable_master()])
+        here = {daemon.name for daemon in self.running}
+        for name in ("master", *names):
+            if name not in here:
+                self._start(name)
+        record.save(self.state_dir, self.located.address, self.running)
+
+    def _unreachable_master(self) -> list[Daemon]:
+        """A master whose socket is gone (a cleaned /tmp) runs, but nobody can reach it ever again."""
+        if Path(self.located.address.removeprefix("unix:")).exists():
+            return []
+        return [daemon for daemon in self.running if daemon.role == "master"]
+
+    def _start(self, name: str) -> None:
+        log = self.log_of(name)
+        self._log_offsets[name] = size_of(log)
+        words = command(name, self.state_dir, self.located.address, self.located.token_file)
+        daemon = processes.start(name, words, daemon_dir(name, self.state_dir), log)
+        self._started.append(daemon)
+        self.running = (*self.running, daemon)
+        record.save(self.state_dir, self.located.address, self.running)
+
+    def _end(self, daemons: Sequence[Daemon]) -> None:
+        killed = processes.end(daemons, self.state_dir)
+        if killed:
+            self.say(f"{', '.join(killed)} did not end by itself and was killed")
+        self.running = tuple(daemon for daemon in self.running if daemon not in daemons)
+
+    def _undo(self) -> None:
+        """End what this call started; leave what ran before."""
+        self._end(self._started)
+        if self.running:
+            record.save(self.state_dir, self.located.address, self.running)
+            return
+        remove_runtime_dir(self.state_dir)
+        record.record_path(self.state_dir).unlink(missing_ok=True)
+
+
+def prepare(state_dir: Path, token_file: Path) -> None:
+    """Make the state directory, its token and the runtime directory, as far as they are missing.
+
+    Raises StorageError when that cannot be written.
+    """
+    try:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not token_file.exists():
+            _write_token(token_file)
+    except OSError as error:
+        raise StorageError(f"cannot write in the state directory {state_dir}: {error.strerror}") from None
+    if not os.access(state_dir, os.W_OK | os.X_OK):
+        raise StorageError(f"the state directory {state_dir} is not writable")
+    make_runtime_dir(state_dir)
+
+
+def _write_token(token_file: Path) -> None:
+    """Written aside and linked into place: nobody reads half a token, and two writers agree on one."""
+    temporary = token_file.with_name(f".{token_file.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with open(descriptor, "w", encoding="ascii") as sink:
+            sink.write(secrets.token_urlsafe(32) + "\n")
+        os.link(temporary, token_file)
+    except FileExistsError:
+        return
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_runtime_dir(state_dir: Path) -> None:
+    """Remove the directory of sockets, if it is ours. Idempotent."""
+    path = runtime_dir(state_dir)
+    try:
+        if path.lstat().st_uid == os.getuid() and not path.is_symlink():
+            shutil.rmtree(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StorageError(f"cannot remove {path}: {error.strerror}") from None

@@ -1,0 +1,60 @@
+"""Which daemons a local cluster is made of and what each is started with. Pure."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_ENTRY = {
+    "master": "psmaster.daemon",
+    "worker": "psworker.daemon",
+    "server": "psserver.daemon",
+}
+WORKER_SLOTS = 1
+"""A local worker runs one trainer at a time: more workers, not more trainers, is how one scales here."""
+SERVER_SLOTS = 16
+"""A partition of a small job costs little: any number of partitions fits on any number of local servers."""
+
+
+def node_names(workers: int, servers: int) -> tuple[str, ...]:
+    """The nodes of a cluster of that size."""
+    return tuple([f"worker-{n}" for n in range(workers)] + [f"server-{n}" for n in range(servers)])
+
+
+def count_of(names: Sequence[str], role: str) -> int:
+    """How many nodes of a role there are."""
+    return sum(1 for name in names if name.startswith(f"{role}-"))
+
+
+def daemon_dir(name: str, state_dir: Path) -> Path:
+    """A daemon's own directory."""
+    return state_dir / name
+
+
+def command(name: str, state_dir: Path, address: str, token_file: Path) -> list[str]:
+    """The command line of one daemon. -P: the directory it is started from is not searched for modules."""
+    role = name.partition("-")[0]
+    words = [sys.executable, "-P", "-c", _program(role), "--state-dir", str(daemon_dir(name, state_dir))]
+    words += ["--token-file", str(token_file), "--metrics-listen", "127.0.0.1:0"]
+    if role == "master":
+        return [*words, "--listen", address]
+    slots = WORKER_SLOTS if role == "worker" else SERVER_SLOTS
+    return [*words, "--node-id", name, "--master", address, "--slots", str(slots)]
+
+
+def _program(role: str) -> str:
+    return f"import sys; from {_ENTRY[role]} import main; sys.exit(main())"
+
+
+def name_of(command_line: Sequence[str], state_dir: Path) -> str | None:
+    """Which daemon of this state directory a process with that command line is; None: none of ours."""
+    try:
+        program = command_line[command_line.index("-c") + 1]
+        directory = Path(command_line[command_line.index("--state-dir") + 1])
+    except (ValueError, IndexError):
+        return None
+    name = directory.name
+    ours = directory == daemon_dir(name, state_dir)
+    role = name.partition("-")[0]
+    return name if ours and role in _ENTRY and program == _program(role) else None

@@ -1,0 +1,109 @@
+"""Starting, finding and ending daemons. A process is ours only when its user and its command line say so."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from pscluster.cli.local.commands import name_of
+from pscluster.cli.local.record import Daemon
+from pscluster.errors import StorageError
+
+GRACE_S = 10.0
+_KILL_WAIT_S = 5.0
+_CLOCK_SLACK_S = 2.0
+_LOG_CAP_BYTES = 16 << 20
+
+
+def start(name: str, command: Sequence[str], directory: Path, log: Path) -> Daemon:
+    """Start one daemon in a session of its own, its output appended to `log`. Returns at once."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if log.exists() and log.stat().st_size > _LOG_CAP_BYTES:
+            log.replace(log.with_suffix(".log.1"))
+        with log.open("ab") as sink:
+            process = subprocess.Popen(
+                command,
+                cwd=directory,
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                start_new_session=True,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )
+    except OSError as error:
+        raise StorageError(f"cannot start {name}: {error}") from None
+    return Daemon(name=name, pid=process.pid, created_s=psutil.Process(process.pid).create_time())
+
+
+def is_alive(daemon: Daemon, state_dir: Path) -> bool:
+    """Whether that very process still runs (a zombie does not)."""
+    return _process_of(daemon, state_dir) is not None
+
+
+def find(state_dir: Path) -> tuple[Daemon, ...]:
+    """Every running daemon of this state directory, recorded or not, by looking at this user's processes."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.uids().real != os.getuid() or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            name = name_of(process.cmdline(), state_dir)
+            if name is not None:
+                found.append(Daemon(name=name, pid=process.pid, created_s=process.create_time()))
+        except psutil.Error:
+            continue  # it ended while we looked, or is not ours to look at
+    return tuple(sorted(found, key=lambda daemon: daemon.name))
+
+
+def end(daemons: Sequence[Daemon], state_dir: Path, grace_s: float = GRACE_S) -> list[str]:
+    """End daemons and whatever they started: SIGTERM, then SIGKILL after `grace_s`. Blocks until they are gone.
+
+    Returns the names of those that had to be killed. A pid that is not ours any more is left alone.
+    """
+    processes = {d.name: process for d in daemons if (process := _process_of(d, state_dir)) is not None}
+    # Listed before the parents end: afterwards nothing would tell whose they were.
+    children = [child for process in processes.values() for child in _descendants(process)]
+    for process in processes.values():
+        _signal(process, kill=False)
+    _, left = psutil.wait_procs(list(processes.values()), timeout=grace_s)
+    for process in left:
+        _signal(process, kill=True)
+    _, orphans = psutil.wait_procs(children, timeout=_KILL_WAIT_S if left else 1.0)
+    for process in orphans:
+        _signal(process, kill=True)
+    psutil.wait_procs([*left, *orphans], timeout=_KILL_WAIT_S)
+    return sorted(name for name, process in processes.items() if process in left)
+
+
+def _process_of(daemon: Daemon, state_dir: Path) -> psutil.Process | None:
+    try:
+        process = psutil.Process(daemon.pid)
+        same_start = abs(process.create_time() - daemon.created_s) < _CLOCK_SLACK_S
+        if not same_start or process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        return process if name_of(process.cmdline(), state_dir) == daemon.name else None
+    except psutil.Error:
+        return None
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return list(process.children(recursive=True))
+    except psutil.Error:
+        return []
+
+
+def _signal(process: psutil.Process, kill: bool) -> None:
+    try:
+        if kill:
+            process.kill()
+        else:
+            process.terminate()
+    except psutil.Error:
+        return  # already gone

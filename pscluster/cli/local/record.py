@@ -1,0 +1,50 @@
+"""`cluster.json`: which daemons of a local cluster were started, and how to know them again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from pscluster.errors import StorageError
+
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Daemon:
+    """One started daemon. `name`: "master", "worker-0", "server-1"; pid and `created_s` (Unix time of the process's
+    start) together name one process for ever."""
+
+    name: str
+    pid: int
+    created_s: float
+
+    @property
+    def role(self) -> str:
+        """ "master", "worker" or "server"."""
+        return self.name.partition("-")[0]
+
+
+def record_path(state_dir: Path) -> Path:
+    return state_dir / "cluster.json"
+
+
+def save(state_dir: Path, address: str, daemons: tuple[Daemon, ...]) -> None:
+    """Replace the record, whole or not at all."""
+    body = {
+        "version": _VERSION,
+        "address": address,
+        "daemons": [dataclasses.asdict(daemon) for daemon in daemons],
+    }
+    path = record_path(state_dir)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)

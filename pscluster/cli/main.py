@@ -1,0 +1,47 @@
+"""psctl's verbs in the order people meet them."""
+
+from __future__ import annotations
+
+import click
+
+from pscluster import __version__
+from pscluster.cli import configuration, control, initialise, logs, results, show, submission, updown
+from pscluster.cli.session import Psctl
+
+
+@click.group(
+    cls=Psctl,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=(
+        "Exit codes: 0 done, 1 other, 2 usage, 3 unreachable, 4 not authorised, 5 unhealthy, 100 job failed, "
+        "101 not finished in time, 102 not found, 103 stopped, 130 interrupted."
+    ),
+)
+@click.version_option(__version__, prog_name="psctl", message="%(prog)s %(version)s")
+def psctl() -> None:
+    """Train on a pscluster: start one, submit jobs, look at them, use what they trained.
+
+    Without --address, the local cluster of --state-dir (default ~/.local/state/pscluster), which `psctl up` starts.
+    """
+
+
+for _command in (
+    *updown.COMMANDS,
+    *initialise.COMMANDS,
+    *submission.COMMANDS,
+    *show.COMMANDS,
+    *logs.COMMANDS,
+    *control.COMMANDS,
+    *results.COMMANDS,
+    *configuration.COMMANDS,
+):
+    psctl.add_command(_command)
+
+
+def main() -> None:
+    """The console script."""
+    psctl.main(prog_name="psctl")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""What is new about a job, as lines for a person. Pure: states in, lines out; time is passed in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pscluster.cli import formatting as fmt
+from pscluster.cli.describe import counts_tokens, eta_s
+
+if TYPE_CHECKING:
+    from pscluster.client import Event, Job
+
+LINE_INTERVAL_S = 2.0
+
+
+class Narrator:
+    """Tells each change of state or reason, each new event and each evaluation once, in order."""
+
+    def __init__(self) -> None:
+        self._state = ""
+        self._reason = ""
+        self._last_event: Event | None = None
+        self._evaluated: int | None = None
+        self._seen_any = False
+
+    def news(self, job: Job) -> list[str]:
+        """The lines to print now that the job is like this."""
+        lines = self._events(job)
+        if (job.state, job.reason) != (self._state, self._reason):
+            # A reason that changes while a job waits or recovers is news; an ended job's is told at the end.
+            if job.state != self._state or job.reason:
+                lines.append(f"{job.state}{': ' + fmt.one_line(job.reason) if job.reason else ''}")
+            self._state, self._reason = job.state, job.reason
+        if job.metrics and job.metrics_step != self._evaluated:
+            if self._seen_any or not job.ended:
+                lines.append(evaluation_line(job))
+            self._evaluated = job.metrics_step
+        self._seen_any = True
+        return lines
+
+    def _events(self, job: Job) -> list[str]:
+        """Events after the last one told. At first sight only warnings: what led here is in `psctl describe`."""
+        fresh = list(job.events)
+        if self._last_event in fresh:
+            fresh = fresh[len(fresh) - fresh[::-1].index(self._last_event) :]
+        if job.events:
+            self._last_event = job.events[-1]
+        if not self._seen_any:
+            fresh = [event for event in fresh if event.warning]
+        return [event_line(event) for event in fresh]
+
+
+def event_line(event: Event) -> str:
+    return f"{'! ' if event.warning else ''}{event.reason}: {fmt.one_line(event.message)}"
+
+
+def evaluation_line(job: Job) -> str:
+    values = ", ".join(f"{name} {fmt.number(value)}" for name, value in sorted(job.metrics.items()))
+    best = " (best)" if job.best and job.best.step == job.metrics_step else ""
+    return f"evaluated step {job.metrics_step}: {values}{best}"
+
+
+def progress_line(job: Job) -> str:
+    """One plain line of progress."""
+    parts = [f"step {job.step}/{job.final_step}" if job.final_step else f"step {job.step}"]
+    parts.append(f"loss {fmt.number(job.loss)}")
+    parts += rates(job)
+    left = eta_s(job)
+    parts.append(f"{fmt.duration(left)} left" if left is not None else "")
+    parts.append(f"{job.workers_active}/{job.workers_wanted} workers")
+    return "  ".join(part for part in parts if part)
+
+
+def rates(job: Job) -> list[str]:
+    """Tokens and samples per second, as far as known."""
+    found = [f"{fmt.count(job.weight_per_s)} tokens/s"] if counts_tokens(job) else []
+    if job.samples_per_s > 0:
+        found.append(f"{fmt.count(job.samples_per_s)} samples/s")
+    return found
+
+
+def ending_line(job: Job) -> str:
+    """How it ended."""
+    ran = fmt.duration((job.ended_s or 0) - job.started_s) if job.started_s else "0s"
+    parts = [f"{job.job_id} {job.state} at step {job.step} after {ran}"]
+    if job.loss is not None:
+        parts.append(f"loss {fmt.number(job.loss)}")
+    if job.parameters_sha256:
+        parts.append(f"parameters {job.parameters_sha256[:12]}")
+    return ", ".join(parts)
+
+
+class Pace:
+    """Lets a progress line through at most every LINE_INTERVAL_S, and only when the step has changed."""
+
+    def __init__(self) -> None:
+        self._last_s = float("-inf")
+        self._step = -1
+
+    def lets(self, step: int, now_s: float) -> bool:
+        if step == self._step or now_s - self._last_s < LINE_INTERVAL_S:
+            return False
+        self._last_s, self._step = now_s, step
+        return True

@@ -1,0 +1,122 @@
+"""Verbs that use what was trained: export, eval, generate. They run `psworker.tools`: psctl has no torch."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pscluster.cli import formatting as fmt
+from pscluster.cli.output import document, output_option, print_document
+from pscluster.cli.session import Session, Verb, answer, pass_session, say
+
+
+def _read_step(_ctx: click.Context, param: click.Parameter, value: str) -> int | str:
+    text = value.lower()
+    if text in ("last", "best"):
+        return text
+    if not text.isdecimal():
+        raise click.BadParameter(f"{value!r} is neither a step nor last nor best", param=param)
+    return int(text)
+
+
+_step = click.option(
+    "--step", callback=_read_step, default="last", show_default=True, metavar="N|best|last", help="which snapshot"
+)
+
+
+@click.command("export", cls=Verb)
+@click.argument("job")
+@_step
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(("safetensors", "pth")),
+    default=None,
+    help="by default what PATH ends in, else safetensors; pth is a plain state_dict",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=None, metavar="PATH", help="file to write")
+@pass_session
+def export(session: Session, job: str, step: int | str, form: str | None, output: Path | None) -> None:
+    """Write the parameters of one of JOB's snapshots to a file, and print its path."""
+    form = form or ("pth" if output is not None and output.suffix in (".pth", ".pt") else "safetensors")
+    path = (output or Path(f"{job}.{form}")).absolute()
+    if path.is_dir():
+        path = path / f"model.{form}"
+    found = _run(session, job, step, {"command": "export", "format": form, "output": str(path)})
+    say(
+        f"step {found['step']}: {found.get('tensors', '?')} tensors, {fmt.size(found.get('size_bytes', 0))}, "
+        f"parameters_sha256 {found['parameters_sha256']}"
+    )
+    answer(str(found.get("path", path)))
+
+
+@click.command("eval", cls=Verb)
+@click.argument("job")
+@_step
+@click.option("--data-uri", default=None, metavar="URI", help="other data than the job's")
+@output_option("table", "json", "yaml")
+@pass_session
+def evaluate(session: Session, job: str, step: int | str, data_uri: str | None, form: str) -> None:
+    """Evaluate one of JOB's snapshots on its held-out data, exactly as training did."""
+    request: dict[str, Any] = {"command": "eval"}
+    if data_uri is not None:
+        request["data_uri"] = data_uri
+    found = _run(session, job, step, request)
+    if form != "table":
+        print_document(document("Evaluation", {"job": job, **found}), form)
+        return
+    say(f"step {found['step']}, {found.get('num_samples', '?')} samples")
+    rows = [[name, fmt.number(value)] for name, value in sorted(found["metrics"].items())]
+    answer(fmt.table(("METRIC", "VALUE"), rows))
+
+
+@click.command("generate", cls=Verb)
+@click.argument("job")
+@click.option("--prompt", required=True, help="what to continue")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=200, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0 is greedy")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@_step
+@pass_session
+def generate(
+    session: Session, job: str, prompt: str, max_new_tokens: int, temperature: float, seed: int, step: int | str
+) -> None:
+    """Let one of JOB's snapshots continue a prompt, where its task can."""
+    request = {
+        "command": "generate",
+        "prompt": prompt,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
+    answer(str(_run(session, job, step, request)["text"]))
+
+
+def _run(session: Session, job: str, step: int | str, request: dict[str, Any]) -> dict[str, Any]:
+    """Add the job's spec, bundle and the snapshot's files to a request, and run it. Blocks."""
+    from pscluster.cli.toolrun import run_tool
+
+    with tempfile.TemporaryDirectory(prefix="psctl-") as temporary:
+        with session.connect() as cluster:
+            found = cluster.job(job)
+            snapshot = cluster.snapshot(found.job_id, step)
+            bundle: Path | None = None
+            if found.bundle_sha256:
+                bundle = Path(temporary) / "bundle.tar.gz"
+                cluster.download_bundle(found.bundle_sha256, bundle)
+        store = Path(found.store)
+        complete = {
+            **request,
+            "job": found.job_id,
+            "spec": found.spec,
+            "bundle": str(bundle) if bundle else None,
+            "parts": [str(store / part.path) for part in snapshot.parts],
+        }
+        result = run_tool(complete)
+    return {"step": snapshot.step, **result}
+
+
+COMMANDS = (export, evaluate, generate)

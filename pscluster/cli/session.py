@@ -1,0 +1,150 @@
+"""What every verb shares: which cluster is meant, how to reach it, and how an error becomes an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from pscluster.errors import InternalError, PsError
+from pscluster.settings import ClientSettings, LocatedCluster, Resolved, resolve_with_origins
+
+if TYPE_CHECKING:
+    from pscluster.client import Cluster
+
+F = TypeVar("F")
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+_DEFAULT_CONFIG = Path("~/.config/pscluster/config.toml")
+_GLOBALS: tuple[tuple[str, str, str], ...] = (
+    ("--state-dir", "DIR", "state directory of the local cluster [PS_STATE_DIR]"),
+    ("--address", "ADDR", "master of another cluster: host:port or unix:/path [PS_ADDRESS]"),
+    ("--token-file", "FILE", "its token [PS_TOKEN_FILE]"),
+)
+
+
+class Session:
+    """The global options of one call, read lazily, so that verbs without a cluster need none."""
+
+    def __init__(self) -> None:
+        self.flags: dict[str, str] = {}
+
+    def resolved(self) -> Resolved[ClientSettings]:
+        """The client settings with their origins. Raises SettingsError."""
+        return resolve_with_origins(ClientSettings, self.flags, os.environ, self.config_file())
+
+    def config_file(self) -> Path | None:
+        """The file that PS_CONFIG names, which must exist, or the user's, if there is one."""
+        named = os.environ.get("PS_CONFIG")
+        usual = _DEFAULT_CONFIG.expanduser()
+        return Path(named) if named else (usual if usual.is_file() else None)
+
+    def located(self) -> LocatedCluster:
+        """The cluster that is meant."""
+        return self.resolved().settings.located(os.environ)
+
+    def connect(self) -> Cluster:
+        """A connection to it; the caller closes it. Raises UnreachableError, AuthError, VersionSkewError."""
+        from pscluster.client import Cluster
+
+        return Cluster.connect_to(self.located())
+
+
+pass_session = click.make_pass_decorator(Session, ensure=True)
+
+
+def _remember(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    if value is not None and param.name is not None:
+        ctx.ensure_object(Session).flags[param.name] = value
+
+
+def global_options(hidden: bool) -> list[click.Option]:
+    """The options that name a cluster. Verbs take them too (hidden), since people write them last."""
+    return [
+        click.Option([flag], metavar=metavar, help=text, expose_value=False, callback=_remember, hidden=hidden)
+        for flag, metavar, text in _GLOBALS
+    ]
+
+
+class Verb(click.Command):
+    """A command that takes the global options as well."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.extend(global_options(hidden=True))
+
+
+class Psctl(click.Group):
+    """The root group: the one place where an error becomes words on stderr and an exit code."""
+
+    command_class = Verb
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.extend(global_options(hidden=False))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PsError as error:
+            report(error)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(INTERRUPTED)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            _show_traceback()
+            wrapped = InternalError(f"{type(error).__name__}: {error}")
+            report(wrapped)
+            ctx.exit(wrapped.exit_code)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            _refuse_verb(ctx, args[0], sorted(self.commands))
+        return super().resolve_command(ctx, args)
+
+
+def report(error: PsError) -> None:
+    """An error for a person, on stderr: its code and cause, then what to do."""
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {error.code}: {error.cause}", err=True)
+    if error.action:
+        click.echo(f"{click.style('hint:', fg='cyan')} {error.action}", err=True)
+
+
+def say(text: str) -> None:
+    """A line for a person, on stderr: stdout is for answers."""
+    click.echo(text, err=True)
+
+
+def answer(text: str) -> None:
+    """The answer, on stdout."""
+    click.echo(text)
+
+
+def stderr_is_terminal() -> bool:
+    """Whether colours and bars make sense. TERM=dumb says they do not."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _show_traceback() -> None:
+    import traceback
+
+    click.echo(traceback.format_exc(), err=True, nl=False)
+
+
+def _refuse_verb(ctx: click.Context, word: str, verbs: Sequence[str]) -> None:
+    import difflib
+
+    near = difflib.get_close_matches(word, verbs, n=1, cutoff=0.5)
+    suggestion = f" Did you mean {near[0]}?" if near else ""
+    raise click.UsageError(f"No such verb {word!r}.{suggestion}", ctx)

@@ -1,0 +1,147 @@
+"""Verbs that look: list, status, describe, nodes, health."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from pscluster.cli import formatting as fmt
+from pscluster.cli.output import document, list_document, output_option, print_document
+from pscluster.cli.session import Session, Verb, answer, pass_session
+from pscluster.errors import UnhealthyError
+
+if TYPE_CHECKING:
+    from pscluster.client import Job, Node
+
+_JOB_COLUMNS = ("NAME", "STATE", "STEP", "LOSS", "AGE")
+_JOB_COLUMNS_WIDE = (*_JOB_COLUMNS, "WORKERS", "SAMPLES/S", "GENERATION", "NUMERICS", "REASON")
+_NODE_COLUMNS = ("NAME", "ROLE", "READY", "USED", "LAST-BEAT", "VERSION")
+_NODE_COLUMNS_WIDE = (*_NODE_COLUMNS, "HOST", "CORES", "MEMORY", "DEVICES", "METRICS", "INCARNATION")
+
+
+@click.command("list", cls=Verb)
+@output_option()
+@pass_session
+def list_jobs(session: Session, form: str) -> None:
+    """List all jobs, newest first."""
+    with session.connect() as cluster:
+        jobs = cluster.jobs()
+    if form == "name":
+        for job in jobs:
+            answer(job.job_id)
+    elif form in ("json", "yaml"):
+        print_document(list_document("Job", [job.to_dict() for job in jobs]), form)
+    elif jobs:
+        answer(jobs_table(jobs, form == "wide", time.time()))
+    else:
+        click.echo("no jobs; `psctl submit SPEC` makes one", err=True)
+
+
+@click.command("status", cls=Verb)
+@click.argument("job")
+@output_option()
+@pass_session
+def status(session: Session, job: str, form: str) -> None:
+    """Show where one JOB is, in a few lines."""
+    with session.connect() as cluster:
+        found = cluster.job(job)
+    if form == "name":
+        answer(found.job_id)
+    elif form in ("json", "yaml"):
+        print_document(document("Job", found.to_dict()), form)
+    elif form == "wide":
+        answer(jobs_table([found], True, time.time()))
+    else:
+        from pscluster.cli.describe import summary
+
+        answer(summary(found, time.time()))
+
+
+@click.command("describe", cls=Verb)
+@click.argument("job")
+@output_option("text", "json", "yaml")
+@pass_session
+def describe(session: Session, job: str, form: str) -> None:
+    """Show everything known of one JOB: conditions, plan, transports, events, the last error and its traceback."""
+    with session.connect() as cluster:
+        found = cluster.job(job)
+    if form in ("json", "yaml"):
+        print_document(document("Job", found.to_dict()), form)
+        return
+    from pscluster.cli.describe import description
+
+    answer(description(found, time.time()))
+
+
+@click.command("nodes", cls=Verb)
+@output_option()
+@pass_session
+def nodes(session: Session, form: str) -> None:
+    """List the nodes of the cluster."""
+    with session.connect() as cluster:
+        found = cluster.nodes()
+    if form == "name":
+        for node in found:
+            answer(node.node_id)
+    elif form in ("json", "yaml"):
+        print_document(list_document("Node", [node.to_dict() for node in found]), form)
+    elif found:
+        answer(nodes_table(found, form == "wide", time.time()))
+    else:
+        click.echo("no nodes have registered", err=True)
+
+
+@click.command("health", cls=Verb)
+@output_option("table", "json", "yaml")
+@pass_session
+def health(session: Session, form: str) -> None:
+    """Tell whether master and members are well; exit 5 when any is not."""
+    with session.connect() as cluster:
+        found = cluster.health()
+    if form in ("json", "yaml"):
+        print_document(document("Health", found.to_dict()), form)
+    elif found.healthy:
+        answer("healthy")
+    if not found.healthy:
+        raise UnhealthyError(
+            "; ".join(found.problems) or "the master calls the cluster unhealthy", action="see `psctl nodes`"
+        )
+
+
+def jobs_table(jobs: list[Job], wide: bool, now_s: float) -> str:
+    """Jobs as kubectl would list them."""
+    rows = []
+    for job in jobs:
+        row = [job.job_id, job.state, steps(job), fmt.number(job.loss), fmt.age(job.created_s, now_s)]
+        if wide:
+            workers = f"{job.workers_active}/{job.workers_wanted}"
+            numerics = job.numerics.split()[0].strip(":,;") if job.numerics else "-"
+            row += [workers, fmt.count(job.samples_per_s), str(job.generation), numerics, job.reason]
+        rows.append(row)
+    return fmt.table(_JOB_COLUMNS_WIDE if wide else _JOB_COLUMNS, rows)
+
+
+def steps(job: Job) -> str:
+    """Committed step and the last one: "120/500", "120" while that is unknown."""
+    return f"{job.step}/{job.final_step}" if job.final_step else str(job.step)
+
+
+def nodes_table(found: list[Node], wide: bool, now_s: float) -> str:
+    """Nodes as kubectl would list them."""
+    rows = []
+    for node in found:
+        used = f"{len(node.processes)}/{node.slots}"
+        beat = fmt.age(node.last_beat_s, now_s)
+        row = [node.node_id, node.role, "yes" if node.ready else "no", used, beat, node.version]
+        if wide:
+            devices = ",".join(node.devices) or "cpu"
+            memory = fmt.size(node.memory_bytes)
+            row += [node.hostname, str(node.cpu_cores), memory, devices, node.metrics_address]
+            row.append(node.incarnation[:8])
+        rows.append(row)
+    return fmt.table(_NODE_COLUMNS_WIDE if wide else _NODE_COLUMNS, rows)
+
+
+COMMANDS = (list_jobs, status, describe, nodes, health)

@@ -1,0 +1,124 @@
+"""Verbs that bring a job in and watch it: submit, follow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pscluster.cli.control import duration_option
+from pscluster.cli.output import document, print_document
+from pscluster.cli.session import Session, Verb, answer, pass_session, say
+from pscluster.errors import SpecError
+
+if TYPE_CHECKING:
+    from pscluster.bundle import Bundle
+    from pscluster.spec import JobSpec
+
+_SPEC_NAMES = ("spec.yaml", "spec.yml", "spec.toml")
+
+
+@click.command("submit", cls=Verb)
+@click.argument("spec", type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="change the spec: train.max_steps=20")
+@click.option("--name", default=None, help="the job's name, instead of the spec's")
+@click.option("--follow", is_flag=True, help="show progress until the end; exit with the job's code")
+@click.option("--wait", is_flag=True, help="wait for the end in silence; exit with the job's code")
+@duration_option("--timeout", None, "with --wait: give up after this long, exit 101")
+@click.option("--dry-run", is_flag=True, help="check the spec and print the arithmetic; touch nothing")
+@click.option(
+    "-o",
+    "--output",
+    "form",
+    type=click.Choice(("text", "json", "yaml")),
+    default="text",
+    help="form of --dry-run's answer",
+)
+@pass_session
+def submit(
+    session: Session,
+    spec: Path,
+    overrides: tuple[str, ...],
+    name: str | None,
+    follow: bool,
+    wait: bool,
+    timeout: float | None,
+    dry_run: bool,
+    form: str,
+) -> None:
+    """Submit the job that SPEC describes (a YAML or TOML file, or a directory with a spec.yaml).
+
+    Prints the new job's id, alone, on stdout. A task that is not built in is bundled: the spec's directory, without
+    what its .gitignore names. Ctrl-C during --follow detaches; the job goes on.
+    """
+    parsed, bundle = prepare(spec, overrides, name)
+    if dry_run:
+        from pscluster.cli import arithmetic
+
+        found = arithmetic.reckon(parsed, bundle)
+        if form == "text":
+            answer(arithmetic.text(found))
+        else:
+            print_document(document("DryRun", found), form)
+        return
+    with session.connect() as cluster:
+        job_id = cluster.submit(parsed, bundle)
+        answer(job_id)
+        if follow:
+            from pscluster.cli.following import follow_to_end
+
+            follow_to_end(cluster, job_id)
+        elif wait:
+            cluster.wait(job_id, "succeeded", timeout)
+    if not follow and not wait:
+        say(f"submitted {job_id}; what you may want next:")
+        say(f"  psctl follow {job_id}     progress until the end")
+        say(f"  psctl logs -f {job_id}    what its processes write")
+        say(f"  psctl describe {job_id}   everything known of it")
+
+
+@click.command("follow", cls=Verb)
+@click.argument("job")
+@pass_session
+def follow_job(session: Session, job: str) -> None:
+    """Show JOB's progress until its end; exit with the job's code. Ctrl-C detaches."""
+    from pscluster.cli.following import follow_to_end
+
+    with session.connect() as cluster:
+        found = cluster.job(job)
+        follow_to_end(cluster, found.job_id)
+
+
+def prepare(path: Path, overrides: tuple[str, ...], name: str | None) -> tuple[JobSpec, Bundle | None]:
+    """The validated spec and, unless its task is built in, the bundle of its directory with the task's file in it."""
+    from pscluster.bundle import pack
+    from pscluster.cli.entrypoint import check_entrypoint, is_built_in
+    from pscluster.spec import apply_override, parse_spec, read_spec_file
+
+    file = _spec_file(path)
+    data = read_spec_file(file)
+    for pair in overrides:
+        apply_override(data, pair)
+    if name is not None:
+        data["name"] = name
+    spec = parse_spec(data)
+    if is_built_in(spec.task.entrypoint):
+        return spec, None
+    directory = file.absolute().parent
+    check_entrypoint(spec.task.entrypoint, directory)
+    bundle = pack(directory)
+    check_entrypoint(spec.task.entrypoint, directory, bundle.files)
+    return spec, bundle
+
+
+def _spec_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    for name in _SPEC_NAMES:
+        if (path / name).is_file():
+            return path / name
+    raise SpecError(f"no {_SPEC_NAMES[0]} in {path}", action="name the spec file, or make one: psctl init DIR")
+
+
+COMMANDS = (submit, follow_job)

@@ -1,0 +1,101 @@
+"""Verbs of the local cluster: up, down."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import TYPE_CHECKING
+
+import click
+
+from pscluster.cli.session import Session, Verb, answer, pass_session, say
+from pscluster.errors import SettingsError
+
+if TYPE_CHECKING:
+    from pscluster.cli.local.cluster import LocalCluster
+
+_LOOK_S = 0.5
+
+
+@click.command("up", cls=Verb)
+@click.option("--workers", type=click.IntRange(1, 64), default=None, help="worker nodes (2, or what runs already)")
+@click.option("--servers", type=click.IntRange(1, 64), default=None, help="server nodes (1, or what runs already)")
+@click.option("--foreground", is_flag=True, help="stay, and take the cluster down on Ctrl-C or SIGTERM")
+@pass_session
+def up(session: Session, workers: int | None, servers: int | None, foreground: bool) -> None:
+    """Start a cluster on this machine, or complete the one that runs; return when it is ready.
+
+    Repeating it is harmless: it starts what has ended, and with other counts it adds or removes nodes. Prints the
+    master's address.
+    """
+    cluster = _local(session)
+    with _terminable():
+        fresh = cluster.up(workers, servers)
+        _tell(cluster, fresh)
+        answer(cluster.located.address)
+        if foreground:
+            _stay(cluster)
+
+
+@click.command("down", cls=Verb)
+@pass_session
+def down(session: Session) -> None:
+    """End the local cluster. Its jobs' state stays: after the next `psctl up` unfinished ones go on."""
+    cluster = _local(session)
+    ran = cluster.down()
+    say("the cluster is down" if ran else f"no cluster runs with state directory {cluster.state_dir}")
+
+
+def _local(session: Session) -> LocalCluster:
+    from pscluster.cli.local.cluster import LocalCluster
+
+    located = session.located()
+    if not located.local:
+        raise SettingsError(
+            f"{located.address} is not a local cluster", action="choose one with --state-dir, without --address"
+        )
+    return LocalCluster(located=located, say=say)
+
+
+def _tell(cluster: LocalCluster, fresh: bool) -> None:
+    from pscluster.cli.local.commands import count_of
+
+    names = [daemon.name for daemon in cluster.running]
+    workers, servers = count_of(names, "worker"), count_of(names, "server")
+    say(
+        f"the cluster {'is up' if fresh else 'was up already'}: {workers} worker{'s' * (workers != 1)}, "
+        f"{servers} server{'s' * (servers != 1)}, state in {cluster.state_dir}"
+    )
+    if fresh:
+        say("  psctl submit SPEC --follow   train something (psctl init DIR writes an example)")
+        say("  psctl down                   end it")
+
+
+def _stay(cluster: LocalCluster) -> None:
+    """Block until a signal asks for the end, or a daemon ends by itself; then take everything down."""
+    say("running in the foreground; Ctrl-C ends it")
+    quiet = threading.Event()
+    try:
+        while not quiet.wait(_LOOK_S):
+            cluster.check()
+    except KeyboardInterrupt:
+        say("ending the cluster")
+    finally:
+        cluster.down()
+
+
+class _terminable:  # noqa: N801 - reads as a statement
+    """SIGTERM ends what is inside like Ctrl-C does: orderly."""
+
+    def __enter__(self) -> None:
+        self._before = signal.signal(signal.SIGTERM, self._interrupt)
+
+    def __exit__(self, *_exc: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    @staticmethod
+    def _interrupt(_signal: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+
+COMMANDS = (up, down)
