@@ -26,8 +26,6 @@ from types import FrameType
 
 import ngram
 
-from psworker.tasks.stdlib_lm import StdlibLm
-
 SPEC = Path(__file__).resolve().parent / "stdlib-lm.yaml"
 PSCTL = Path(sys.executable).with_name("psctl")
 PROMPT = "def "
@@ -129,6 +127,8 @@ def show(psctl: Psctl, overrides: Sequence[str], output: Path) -> None:
 
 def compare(job: dict[str, object]) -> None:
     """Print the job's held-out bits per byte beside those of n-gram models fitted on the same training text."""
+    from psworker.tasks.stdlib_lm import StdlibLm  # imports torch, which nothing before needs
+
     spec, metrics = job["spec"], job["metrics"]
     if not isinstance(spec, dict) or not isinstance(metrics, dict):
         raise CommandFailed(1)
@@ -152,16 +152,17 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 @contextmanager
 def _own_directory() -> Iterator[Path]:
-    """The demo's directory under the user's state home, locked: a second demo at the same time would end the first's."""
+    """The demo's directory under the user's state home, locked: a second demo would end the first one's cluster."""
     home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     directory = home / "pscluster-demo"
     directory.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit("another demo runs already; let it end, or end it with Ctrl-C")
         yield directory
-    except BlockingIOError:
-        sys.exit("another demo runs already; let it end, or end it with Ctrl-C")
     finally:
         os.close(descriptor)
 
