@@ -152,9 +152,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 def _size_of_regular(entry: os.DirEntry[str], relative: str) -> int:
     if entry.is_symlink():
-        raise BundleError(
-            f"{relative} is a link", action="put the file itself there, or list it in .gitignore"
-        )
+        raise BundleError(f"{relative} is a link", action="put the file itself there, or list it in .gitignore")
     found = entry.stat(follow_symlinks=False)
     if not stat.S_ISREG(found.st_mode):
         raise BundleError(f"{relative} is not a regular file", action="list it in .gitignore")
@@ -191,16 +189,21 @@ def _add(archive: tarfile.TarFile, path: Path, name: str) -> None:
 def _extract_into(data_path: Path, root: Path) -> None:
     left = CAP_BYTES
     count = 0
-    with gzip.open(data_path, "rb") as stream, tarfile.open(fileobj=_Capped(stream), mode="r|") as archive:
-        for member in archive:
-            count += 1
-            if count > MAX_FILES:
-                raise BundleError(f"the bundle holds more than {MAX_FILES} files")
-            target = root.joinpath(*_safe_parts(member))
-            left -= member.size
-            if left < 0:
-                raise BundleError(f"the bundle unpacks to more than {CAP_BYTES >> 20} MiB")
-            _write(archive, member, target)
+    with gzip.open(data_path, "rb") as stream:
+        capped = _Capped(stream)
+        with tarfile.open(fileobj=capped, mode="r|") as archive:
+            for member in archive:
+                count += 1
+                if count > MAX_FILES:
+                    raise BundleError(f"the bundle holds more than {MAX_FILES} files")
+                target = root.joinpath(*_safe_parts(member))
+                left -= member.size
+                if left < 0:
+                    raise BundleError(f"the bundle unpacks to more than {CAP_BYTES >> 20} MiB")
+                _write(archive, member, target)
+        # To the very end: only there does gzip compare its checksum.
+        while capped.read(_COPY_BYTES):
+            pass
 
 
 class _Capped(io.RawIOBase):
