@@ -48,6 +48,7 @@ class FakeMaster(AgentsServicer):  # type: ignore[misc]
         self._assignment = pb.Assignment()
         self._streams: set[Any] = set()
         self._changed = asyncio.Condition()
+        self._writing = asyncio.Lock()
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> None:
@@ -65,7 +66,7 @@ class FakeMaster(AgentsServicer):  # type: ignore[misc]
     async def assign(self, *specs: plan.ProcessSpec) -> None:
         self._assignment = pb.Assignment(revision=self._assignment.revision + 1, processes=specs)
         for stream in list(self._streams):
-            await stream.write(pb.MasterMessage(assignment=self._assignment))
+            await self._tell(stream, pb.MasterMessage(assignment=self._assignment))
 
     async def until(self, seen: Callable[[], Any]) -> Any:
         """Wait until `seen()` is true after some message; its value."""
@@ -105,11 +106,11 @@ class FakeMaster(AgentsServicer):  # type: ignore[misc]
             while (message := await context.read()) is not grpc.aio.EOF:
                 if message.HasField("hello"):
                     self._streams.add(context)
-                    await context.write(pb.MasterMessage(assignment=self._assignment))
+                    await self._tell(context, pb.MasterMessage(assignment=self._assignment))
                 await self._note(partial(self._hear, message))
                 if message.sequence and self.acknowledges:
                     ack = pb.Acknowledged(sequence=message.sequence)
-                    await context.write(pb.MasterMessage(ack=ack))
+                    await self._tell(context, pb.MasterMessage(ack=ack))
         finally:
             self._streams.discard(context)
 
@@ -123,6 +124,10 @@ class FakeMaster(AgentsServicer):  # type: ignore[misc]
             raise data
         for start in range(0, len(data), 100):
             yield pb.BundleChunk(data=data[start : start + 100])
+
+    async def _tell(self, stream: Any, message: pb.MasterMessage) -> None:
+        async with self._writing:  # a stream takes one write at a time
+            await stream.write(message)
 
     async def _note(self, change: Callable[[], Any]) -> None:
         async with self._changed:
@@ -181,12 +186,16 @@ class Bench:
             node_id="worker-0", master=master.address, state_dir=self.state_dir, token_file=self.token_file
         )
 
+    def master(self) -> FakeMaster:
+        """To be made within a loop, and started there."""
+        return FakeMaster(self.directory / "m.sock")
+
     def environ(self) -> dict[str, str]:
         path = os.pathsep.join([str(CHILD.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         return {**os.environ, "PYTHONPATH": path}
 
     async def _run(self, body: Callable[[FakeMaster], Any], patience: Patience, signal_end: bool) -> None:
-        master = FakeMaster(self.directory / "m.sock")
+        master = self.master()
         await master.start()
         agent = asyncio.create_task(attend(ROLE, self.settings(master), self.environ(), patience))
         try:
