@@ -45,7 +45,7 @@ def _weight(weight: object) -> float:
     scalar = isinstance(weight, Tensor) and weight.numel() == 1
     if not (scalar or (isinstance(weight, int | float) and not isinstance(weight, bool))):
         raise LossContractError(f"loss() returned {_shape_of(weight)} as weight, not a number")
-    value = float(weight)  # type: ignore[arg-type]  # narrowed above, which mypy does not follow
+    value = float(weight.detach() if isinstance(weight, Tensor) else weight)  # type: ignore[arg-type]
     if not math.isfinite(value) or value < 0:
         raise LossContractError(f"loss() returned the weight {value}; it must be finite and not negative")
     return value
@@ -101,13 +101,14 @@ def pack_statistics(statistics: Mapping[str, Tensor]) -> tuple[Statistics, Shape
 
 def unpack_metrics(task: Task, vector: Statistics, shapes: Shapes) -> dict[str, float]:
     """`finalised` of a vector that was added up over all shards. Raises TaskError."""
+    expected = sum(math.prod(shape) for _, shape in shapes)
+    if len(vector) != expected:
+        raise TaskError(f"metrics() changed its shape: {len(vector)} numbers where {expected} were expected")
     statistics, place = {}, 0
     for name, shape in shapes:
         count = math.prod(shape)
         statistics[name] = torch.from_numpy(vector[place : place + count].copy()).reshape(shape)
         place += count
-    if place != len(vector):
-        raise TaskError(f"metrics() changed its shape: {len(vector)} numbers where {place} were expected")
     return finalised(task, statistics)
 
 

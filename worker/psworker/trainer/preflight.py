@@ -181,7 +181,7 @@ def _loss(probe: _Probe, samples: Sequence[Any], spec: JobSpec) -> tuple[bool, s
         )
     if weight <= 0:
         raise LossContractError(f"loss() returned the weight {weight} for a batch of {len(samples)}")
-    value = float(loss_sum)
+    value = float(loss_sum.detach())
     if not torch.isfinite(loss_sum) and spec.on_nonfinite == "stop":
         raise NonFiniteError(f"the loss of the first microbatch is {value}")
     with user_code("backward"):

@@ -1,0 +1,157 @@
+"""From an entry point to a task, or to an error that carries the user's own traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from psworker.tasks.synthetic import SyntheticLm
+from psworker.trainer.loading import build_model, load_data, load_task, user_code
+
+from pscluster.errors import DataError, LayoutError, TaskError
+from pscluster.task import Task
+
+
+@pytest.fixture(autouse=True)
+def _clean_imports() -> Iterator[None]:
+    path, modules = list(sys.path), set(sys.modules)
+    yield
+    sys.path[:] = path
+    for name in set(sys.modules) - modules:
+        del sys.modules[name]
+
+
+def bundle(tmp_path: Path, source: str, name: str = "mine.py") -> Path:
+    (tmp_path / name).write_text(source)
+    return tmp_path
+
+
+def test_a_built_in_task_gets_its_args_uri_and_seed(make_spec: Any) -> None:
+    spec = make_spec(args={"d_model": 16}, data={"uri": "somewhere"}, train={"seed": 9})
+
+    task = load_task(spec, None)
+
+    assert isinstance(task, SyntheticLm)
+    assert (task.d_model, task.data_uri, task.seed) == (16, "somewhere", 9)
+
+
+def test_a_bundles_module_comes_before_an_installed_one_of_the_same_name(make_spec: Any, tmp_path: Path) -> None:
+    source = "from pscluster.task import Task\nclass Mine(Task): pass\n"
+
+    task = load_task(make_spec("ngram:Mine"), bundle(tmp_path, source, "ngram.py"))
+
+    assert sys.modules[type(task).__module__].__file__ == str(tmp_path / "ngram.py")
+
+
+@pytest.mark.parametrize(
+    ("entrypoint", "source", "expected"),
+    [
+        ("mime:Mine", "", "no module 'mime' in the submitted directory .*did you mean mine"),
+        ("mine:Mina", "class Mine(Task): pass", "mine has no Mina; did you mean Mine"),
+        ("mine:Other", "class Mine(Task): pass", "mine has no Other; its tasks: Mine"),
+        ("mine:Mine", "class Mine: pass", "not a subclass of pscluster.task.Task"),
+        ("mine:Mine", "import nowhere_to_be_found", "importing mine raised ModuleNotFoundError"),
+        ("mine:Mine", "def broken(:", "importing mine raised SyntaxError"),
+        ("mine:Mine", "raise SystemExit(3)", "importing mine raised SystemExit: 3"),
+    ],
+)
+def test_what_cannot_be_imported_is_named(
+    make_spec: Any, tmp_path: Path, entrypoint: str, source: str, expected: str
+) -> None:
+    directory = bundle(tmp_path, f"from pscluster.task import Task\n{source}\n")
+
+    with pytest.raises(TaskError, match=expected):
+        load_task(make_spec(entrypoint), directory)
+
+
+def test_the_traceback_is_the_users_alone(make_spec: Any, tmp_path: Path) -> None:
+    source = "from pscluster.task import Task\ndef boom():\n    return 1 / 0\nboom()\n"
+
+    with pytest.raises(TaskError) as caught:
+        load_task(make_spec("mine:Mine"), bundle(tmp_path, source))
+
+    lines = caught.value.details["traceback"].splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[1] == f'  File "{tmp_path}/mine.py", line 4, in <module>'
+    assert lines[-1] == "ZeroDivisionError: division by zero"
+    assert not any("importlib" in line or "loading.py" in line for line in lines)
+
+
+def test_a_misspelt_argument_is_named_with_the_nearest(make_spec: Any) -> None:
+    with pytest.raises(TaskError, match="SyntheticLm takes no 'd_modle'; did you mean d_model"):
+        load_task(make_spec(args={"d_modle": 3}), None)
+
+
+def test_a_constructor_that_raises_is_the_users_error(make_spec: Any, tmp_path: Path) -> None:
+    source = (
+        "from pscluster.task import Task\n"
+        "class Mine(Task):\n"
+        "    def __init__(self, n): raise ValueError(f'{n} is too small')\n"
+    )
+
+    with pytest.raises(TaskError, match=r"Mine\(\.\.\.\) raised ValueError: 3 is too small") as caught:
+        load_task(make_spec("mine:Mine", {"n": 3}), bundle(tmp_path, source))
+
+    assert "in __init__" in caught.value.details["traceback"]
+
+
+class _Broken(Task):
+    def __init__(self, train: object, held_out: object = None) -> None:
+        self.train = train
+        self.held_out = held_out
+
+    def build_model(self) -> object:  # type: ignore[override]
+        return "no module"
+
+    def train_data(self) -> object:  # type: ignore[override]
+        if isinstance(self.train, Exception):
+            raise self.train
+        return self.train
+
+    def eval_data(self) -> object:  # type: ignore[override]
+        return self.held_out
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "expected"),
+    [
+        (_Broken(FileNotFoundError(2, "No such file", "/data/x")), DataError, "train_data raised .*'/data/x'"),
+        (_Broken(ValueError("odd")), TaskError, "train_data raised ValueError: odd"),
+        (_Broken([]), DataError, r"train_data\(\) has no samples"),
+        (_Broken([1], []), DataError, r"eval_data\(\) has no samples"),
+        (_Broken(iter([1])), TaskError, "not a map-style data set"),
+    ],
+)
+def test_missing_or_odd_data_are_named(task: Task, kind: type[TaskError], expected: str) -> None:
+    with pytest.raises(kind, match=expected) as caught:
+        load_data(task)
+
+    assert type(caught.value) is kind
+
+
+def test_a_model_that_is_none_is_named() -> None:
+    with pytest.raises(TaskError, match=r"build_model\(\) returned str"):
+        build_model(_Broken([1]))
+
+
+def test_the_same_seed_builds_the_same_model(make_spec: Any) -> None:
+    task = load_task(make_spec(), None)
+
+    first, second = (build_model(task).state_dict() for _ in range(2))
+    task.seed += 1
+    third = build_model(task).state_dict()
+
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["tokens.weight"], third["tokens.weight"])
+
+
+@pytest.mark.parametrize("error", [LayoutError("x"), MemoryError(), KeyboardInterrupt()])
+def test_errors_that_are_not_the_users_pass_unchanged(error: BaseException) -> None:
+    with pytest.raises(type(error)) as caught, user_code("loss"):
+        raise error
+
+    assert caught.value is error

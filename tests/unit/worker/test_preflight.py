@@ -1,0 +1,217 @@
+"""What is wrong on a node is found before step 0, named, and leaves no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from psworker.trainer.checks import Check, checks_of
+from psworker.trainer.preflight import prepare, run_preflight
+from torch import Tensor, nn
+
+from pscluster.errors import (
+    DataError,
+    LossContractError,
+    NonFiniteError,
+    PreflightError,
+    PsError,
+    TaskError,
+    from_dict,
+)
+from pscluster.task import Task
+
+NORM = "psworker.tasks.synthetic:SyntheticNorm"
+
+
+class Squares(Task):
+    """A linear model whose loss is replaced by what a test passes."""
+
+    def __init__(self, loss: Any = None, dataset: Any = None) -> None:
+        self._loss = loss
+        self._dataset = dataset
+
+    def build_model(self) -> nn.Module:
+        return nn.Linear(2, 1)
+
+    def train_data(self) -> Any:
+        return self._dataset or [torch.tensor([float(i), 1.0]) for i in range(9)]
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        squares = model(batch).square()
+        return self._loss(squares) if self._loss else (squares.sum(), len(batch))
+
+
+def check(task: Task, spec: Any, held_out: Any = None) -> tuple[Check, ...]:
+    model = task.build_model()
+    return run_preflight(task, model, task.train_data(), held_out, spec, "cpu").checks
+
+
+def refused(task: Task, spec: Any, held_out: Any = None) -> PsError:
+    with pytest.raises(PsError) as caught:
+        check(task, spec, held_out)
+    return caught.value
+
+
+@pytest.mark.parametrize("entrypoint", ["psworker.tasks.synthetic:SyntheticLm", NORM])
+def test_an_honest_task_passes_every_check(make_spec: Any, entrypoint: str) -> None:
+    prepared = prepare(make_spec(entrypoint), None, "cpu")
+
+    table = {check.name: check for check in prepared.preflight.checks}
+    assert all(check.ok for check in table.values())
+    assert set(table) >= {"imports", "task", "data", "versions", "fingerprint", "loss", "halving", "metrics", "canary"}
+    assert prepared.preflight.num_samples == 512
+    assert "accuracy" in table["metrics"].detail
+    assert prepared.preflight.numerics_class[:12] in table["canary"].detail
+
+
+def test_the_model_and_the_generators_are_as_before(make_spec: Any) -> None:
+    spec = make_spec(NORM)
+    checked = prepare(spec, None, "cpu")
+    task, model = checked.task, checked.task.build_model()
+    model.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(4)
+    generator = torch.get_rng_state()
+
+    run_preflight(task, model, checked.train, checked.held_out, spec, "cpu")
+
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert not any(module.training for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_checking_twice_gives_the_same_facts(make_spec: Any) -> None:
+    first, second = (prepare(make_spec(), None, "cpu").preflight for _ in range(2))
+
+    assert (first.fingerprint, first.numerics_class) == (second.fingerprint, second.numerics_class)
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (lambda s: (s.mean(), len(s)), "loss.. returns a mean"),
+        (lambda s: (s.sum(), 1.0), "the weight must count"),
+        (lambda s: (s.sum() ** 2, len(s)), "not a sum over samples"),
+        (lambda s: s.sum(), "not a pair"),
+        (lambda s: (s, len(s)), r"a tensor of shape \(4, 1\)"),
+        (lambda s: (float(s.sum().detach()), len(s)), "a float as loss_sum"),
+        (lambda s: (s.sum(), "4"), "a str as weight"),
+        (lambda s: (s.sum(), True), "a bool as weight"),
+        (lambda s: (s.sum(), float("nan")), "weight nan"),
+        (lambda s: (s.sum(), -1), "weight -1"),
+        (lambda s: (s.sum(), 0), "weight 0"),
+        (lambda s: (s.detach().sum(), len(s)), "does not require grad"),
+        (lambda s: (torch.ones((), requires_grad=True) * 1, len(s)), "no parameter of the model has a gradient"),
+    ],
+)
+def test_a_loss_that_breaks_its_contract_is_named(make_spec: Any, loss: Any, expected: str) -> None:
+    error = refused(Squares(loss), make_spec())
+
+    assert isinstance(error, LossContractError)
+    assert error.code == "PS-2002"
+    with pytest.raises(LossContractError, match=expected):
+        raise error
+
+
+def test_a_loss_that_is_not_finite_stops_the_job_unless_told_to_skip(make_spec: Any) -> None:
+    def infinite(squares: Tensor) -> tuple[Tensor, int]:
+        return squares.sum() * float("inf"), len(squares)
+
+    assert isinstance(refused(Squares(infinite), make_spec()), NonFiniteError)
+    assert all(c.ok for c in check(Squares(infinite), make_spec(on_nonfinite="skip")))
+
+
+def test_halving_is_skipped_by_name_where_it_means_nothing(make_spec: Any) -> None:
+    def mean(squares: Tensor) -> tuple[Tensor, int]:
+        return squares.mean(), len(squares)
+
+    single = make_spec(train={"global_batch": 4, "microbatch": 1})
+    (skipped,) = [c for c in check(Squares(mean), single) if c.name == "halving"]
+    assert skipped.detail == "skipped: a microbatch has one sample"
+
+    coupled = Squares(mean)
+    coupled.loss_adds_up = False
+    (skipped,) = [c for c in check(coupled, make_spec()) if c.name == "halving"]
+    assert skipped.detail == "skipped: the task says loss_adds_up = False"
+
+
+def test_rounding_is_no_mean(make_spec: Any) -> None:
+    def rough(squares: Tensor) -> tuple[Tensor, int]:
+        return squares.sum() * (1 + 1e-5 * len(squares)), len(squares)
+
+    assert all(c.ok for c in check(Squares(rough), make_spec()))
+
+
+def test_a_step_larger_than_the_data_is_fine(make_spec: Any) -> None:
+    assert all(c.ok for c in check(Squares(), make_spec(train={"global_batch": 64, "microbatch": 16})))
+
+
+def test_an_error_of_the_users_carries_its_traceback_and_the_whole_table(make_spec: Any) -> None:
+    def broken(squares: Tensor) -> Any:
+        raise KeyError(f"no {len(squares)}")
+
+    error = refused(Squares(broken), make_spec())
+
+    assert type(error) is TaskError
+    assert error.cause == "loss raised KeyError: 'no 4'"
+    assert "in broken" in error.details["traceback"]
+    table = {c.name: c for c in checks_of(from_dict(error.to_dict()))}
+    assert (table["loss"].ok, table["loss"].detail) == (False, error.cause)
+    assert table["canary"].ok
+
+
+def test_several_failures_make_one_table(make_spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Torn(Squares):
+        def train_data(self) -> Any:
+            raise FileNotFoundError("/data/missing")
+
+        def build_model(self) -> nn.Module:
+            raise ValueError("no such layer")
+
+    monkeypatch.setattr("psworker.trainer.preflight.load_task", lambda *_: Torn())
+    with pytest.raises(PreflightError, match=r"2 of \d checks failed") as caught:
+        prepare(make_spec(), None, "cpu")
+
+    failed = [c.name for c in checks_of(caught.value) if not c.ok]
+    assert failed == ["task", "data"]
+    assert "no such layer" in caught.value.details["traceback"]
+
+
+def test_missing_data_are_a_data_error(make_spec: Any, tmp_path: Any) -> None:
+    spec = make_spec("psworker.tasks.text_lm:TextLm", data={"uri": str(tmp_path / "none.txt")})
+
+    with pytest.raises(DataError, match=r"nothing at .*none\.txt") as caught:
+        prepare(spec, None, "cpu")
+
+    assert [c.name for c in checks_of(caught.value) if not c.ok] == ["data"]
+
+
+def test_a_metric_that_is_not_there_is_named(make_spec: Any) -> None:
+    spec = make_spec(evaluate={"metric": "accurcy"})
+
+    with pytest.raises(TaskError, match="'accurcy' is not among the task's metrics; did you mean accuracy"):
+        prepare(spec, None, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("returned", "expected"),
+    [
+        ([], "metrics.. returned a list"),
+        ({"loss_sum": 1.0}, "kept for what loss.. returned"),
+        ({"x": "y"}, "returned a str as 'x'"),
+    ],
+)
+def test_statistics_of_another_form_are_named(make_spec: Any, returned: Any, expected: str) -> None:
+    class Odd(Squares):
+        def metrics(self, model: nn.Module, batch: Any) -> Mapping[str, Any]:
+            del model, batch
+            return returned  # type: ignore[no-any-return]
+
+    error = refused(Odd(), make_spec(), held_out=[torch.ones(2)])
+
+    with pytest.raises(TaskError, match=expected):
+        raise error
