@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import pytest
+import torch
 
 from pscluster.spec import JobSpec, parse_spec
 
@@ -25,3 +27,12 @@ def make_spec() -> MakeSpec:
         return parse_spec({"name": "job", "task": task, "train": train, **sections})
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def _own_numerics() -> Iterator[None]:
+    """What a test settles about torch ends with it."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)

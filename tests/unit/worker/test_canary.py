@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from psworker.canary import numerics_class, settle_numerics
 
 
 @pytest.fixture(autouse=True)
-def _settled() -> Iterator[None]:
-    threads = torch.get_num_threads()
+def _settled() -> None:
     settle_numerics(1, "cpu")
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
 
 
 def test_the_class_is_the_same_whatever_came_before() -> None:

@@ -1,0 +1,239 @@
+"""Export, evaluation and generation from a snapshot, through the process that psctl starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from psworker.export import write_weights
+from psworker.replica import Replica, named_bytes
+from psworker.tools import answer_request
+from psworker.trainer.batches import EvalBatches
+from psworker.trainer.evaluation import evaluate
+from psworker.trainer.loading import build_model, load_task
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from pscluster.bundle import pack
+from pscluster.digest import parameters_sha256
+from pscluster.errors import InternalError, SpecError, StateError, StorageError, TaskError
+from pscluster.snapshot import PartMeta, write_part
+from pscluster.spec import JobSpec
+
+STEP = 7
+NORM = "psworker.tasks.synthetic:SyntheticNorm"
+LM = "psworker.tasks.synthetic:SyntheticLm"
+
+OWN_TASK = """
+import helper
+from pscluster.task import Task
+from torch import nn
+print("loading mine")
+
+class Mine(Task):
+    def build_model(self): return nn.Linear(2, 1)
+    def train_data(self): return helper.DATA
+    def generate(self, model, prompt, max_new_tokens, temperature, seed):
+        print("generating")
+        return f"{prompt}|{max_new_tokens}|{temperature}|{seed}|{open('words.txt').read()}"
+"""
+
+
+def trained(spec: JobSpec, bundle_dir: Path | None = None) -> tuple[Any, nn.Module]:
+    """A task and a model that training has moved somewhere, buffers included."""
+    task = load_task(spec, bundle_dir)
+    model = build_model(task)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor += 1 if not tensor.is_floating_point() else torch.rand_like(tensor) / 4
+    return task, model
+
+
+def snapshot(model: nn.Module, spec: JobSpec, store: Path, partitions: int = 2) -> list[str]:
+    """The parts of one snapshot of `model`, as partitions write them."""
+    replica = Replica(model, spec.train.optimizer)
+    layout = replica.layout
+    flats = [flat.numpy().tobytes() for flat in replica.flats]
+    paths = []
+    for partition in range(partitions):
+        meta = PartMeta(
+            job="job-1", step=STEP, generation=1, partition=partition, num_partitions=partitions,
+            ages=(STEP,) * len(layout.tensors),
+        )  # fmt: skip
+        pieces = {
+            (span.bucket, "values"): flats[span.bucket][4 * span.start : 4 * span.stop]
+            for span in layout.spans(partition, partitions)
+            if span.num_words
+        }
+        paths.append(str(write_part(store / f"part-{partition}", meta, layout, pieces).path))
+    return paths
+
+
+@pytest.fixture
+def ask(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Ask in this process: everything of a request but the command has a default."""
+
+    def asking(spec: JobSpec, parts: list[str], **request: Any) -> dict[str, Any]:
+        base = {"spec": spec.model_dump(mode="json"), "bundle": None, "parts": parts, "job": "job-1"}
+        return answer_request({"output": str(tmp_path / "out"), **base, **request})
+
+    return asking
+
+
+@pytest.mark.parametrize("entrypoint", [LM, NORM])
+@pytest.mark.parametrize("form", ["safetensors", "pth"])
+def test_an_export_loads_strictly_and_has_the_models_digest(
+    make_spec: Any, ask: Any, tmp_path: Path, entrypoint: str, form: str
+) -> None:
+    spec = make_spec(entrypoint)
+    task, model = trained(spec)
+
+    answer = ask(spec, snapshot(model, spec, tmp_path), command="export", format=form)
+
+    path = Path(answer["path"])
+    loaded = load_file(path) if form == "safetensors" else torch.load(path, weights_only=True)
+    fresh = task.build_model()
+    fresh.load_state_dict(loaded, strict=True)
+    expected = model.state_dict()
+    assert set(loaded) == set(expected)
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+    digest = parameters_sha256(named_bytes(dict(loaded)))
+    assert (answer["step"], answer["parameters_sha256"]) == (STEP, digest)
+    assert answer["size_bytes"] == path.stat().st_size < 200_000
+    assert {entry.name for entry in tmp_path.iterdir()} == {"out", "part-0", "part-1"}
+
+
+def test_safetensors_say_where_they_come_from(make_spec: Any, ask: Any, tmp_path: Path) -> None:
+    spec = make_spec()
+    answer = ask(spec, snapshot(trained(spec)[1], spec, tmp_path), command="export", format="safetensors")
+
+    with safe_open(answer["path"], "pt") as file:
+        facts = file.metadata()
+
+    expected = {"format": "pt", "job": "job-1", "step": "7", "parameters_sha256": answer["parameters_sha256"]}
+    assert facts == expected
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pth"])
+def test_an_export_that_fails_leaves_the_old_file(tmp_path: Path, form: str) -> None:
+    with pytest.raises(StorageError, match="there is no such directory"):
+        write_weights({"x": torch.ones(2)}, form, tmp_path / "none" / "x", {})
+
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(StorageError, match="cannot write"):
+        write_weights({"x": torch.ones(2)}, form, tmp_path / "taken", {})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pth"])
+def test_a_full_disk_is_a_storage_error(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x").write_text("old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="No space left on device"):
+        write_weights({"x": torch.ones(2)}, form, tmp_path / "x", {})
+
+    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("x", "old")]
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="no export format 'onnx'"):
+        write_weights({}, "onnx", tmp_path / "x", {})
+
+
+def test_evaluation_gives_the_numbers_of_the_job(make_spec: Any, ask: Any, tmp_path: Path) -> None:
+    spec = make_spec(NORM)
+    task, model = trained(spec)
+    batches = EvalBatches(task.eval_data(), task.collate, spec.train.num_shards, spec.train.microbatch, spec.train.seed)
+
+    answer = ask(spec, snapshot(model, spec, tmp_path, 3), command="eval")
+
+    assert answer["metrics"] == evaluate(task, model, batches, "cpu")
+    assert answer["num_samples"] == 48
+
+
+def test_a_task_without_held_out_data_or_generation_says_so(make_spec: Any, ask: Any, tmp_path: Path) -> None:
+    spec = make_spec(NORM, {"held_out": 0})
+    parts = snapshot(trained(spec)[1], spec, tmp_path)
+
+    with pytest.raises(StateError, match="no held-out data"):
+        ask(spec, parts, command="eval")
+    with pytest.raises(TaskError, match="SyntheticNorm does not generate"):
+        ask(spec, parts, command="generate")
+
+
+def test_evaluation_takes_other_data(make_spec: Any, ask: Any, tmp_path: Path) -> None:
+    spec = make_spec("psworker.tasks.text_lm:TextLm", {"layers": 1, "d_model": 8, "heads": 2, "context": 8})
+    text = tmp_path / "other.txt"
+    text.write_text("other " * 100)
+
+    answer = ask(spec, snapshot(trained(spec)[1], spec, tmp_path), command="eval", data_uri=str(text))
+
+    assert answer["num_samples"] == 7
+
+
+def test_a_torn_snapshot_and_an_unknown_command_are_named(make_spec: Any, ask: Any, tmp_path: Path) -> None:
+    spec = make_spec()
+    parts = snapshot(trained(spec)[1], spec, tmp_path)
+    with pytest.raises(InternalError, match="no command 'frobnicate'"):
+        ask(spec, parts, command="frobnicate")
+
+    Path(parts[1]).write_bytes(Path(parts[1]).read_bytes()[:-1])
+    with pytest.raises(StorageError, match="part-1"):
+        ask(spec, parts, command="generate")
+
+
+def run_tool(request: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    return subprocess.run(
+        [sys.executable, "-m", "psworker.tools"], input=json.dumps(request), env={**os.environ, "PYTHONPATH": path},
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+
+
+def test_a_users_own_task_generates_from_its_bundle_in_its_directory(make_spec: Any, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "mine.py").write_text(OWN_TASK)
+    (source / "helper.py").write_text("DATA = [1]\n")
+    (source / "words.txt").write_text("from the bundle")
+    archive = tmp_path / "bundle.tar.gz"
+    archive.write_bytes(pack(source).data)
+    spec = make_spec("mine:Mine")
+    parts = snapshot(nn.Linear(2, 1), spec, tmp_path)
+    request = {
+        "command": "generate", "spec": spec.canonical_json(), "bundle": str(archive), "parts": parts,
+        "prompt": "hello", "max_new_tokens": 3, "temperature": 0.5, "seed": 4,
+    }  # fmt: skip
+
+    done = run_tool(request)
+
+    answer = json.loads(done.stdout)
+    assert answer["ok"], answer
+    assert answer["text"] == "hello|3|0.5|4|from the bundle"
+    assert done.returncode == 0
+    assert "loading mine" in done.stderr
+    assert "generating" in done.stderr
+
+
+def test_errors_come_as_answers_with_their_exit_status(make_spec: Any) -> None:
+    missing = {"spec": make_spec().model_dump(mode="json"), "bundle": None, "parts": ["/none"]}
+
+    named, ours = run_tool({"command": "eval", **missing}), run_tool({"command": "eval"})
+
+    error = json.loads(named.stdout)["error"]
+    assert (error["code"], named.returncode) == ("PS-4002", StorageError.exit_code)
+    assert "/none" in error["cause"]
+    error = json.loads(ours.stdout)["error"]
+    assert (error["code"], error["cause"]) == ("PS-9001", "KeyError: 'spec'")
