@@ -1,0 +1,90 @@
+"""The outbox keeps what the master has not acknowledged, in order, within its bound."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pscluster.agent.outbox import Outbox
+from pscluster.v1.agents_pb2 import AgentMessage, LogLine, LogLines, ProcessEvent, ProcessStatus
+from pscluster.v1.plan_pb2 import ProcessReport, Progress
+
+
+def status(name: str = "p") -> AgentMessage:
+    return AgentMessage(status=ProcessStatus(process_id=name))
+
+
+def log(size: int = 100) -> AgentMessage:
+    return AgentMessage(log=LogLines(lines=[LogLine(text="x" * size)]))
+
+
+def progress(size: int = 100) -> AgentMessage:
+    report = ProcessReport(progress=Progress(step=1))
+    return AgentMessage(event=ProcessEvent(process_id="x" * size, report=report))
+
+
+def sequences(outbox: Outbox, after: int = 0) -> list[int]:
+    return [message.sequence for message in outbox.after(after, 1000)]
+
+
+def test_sequences_rise_by_one_and_acknowledgement_forgets() -> None:
+    outbox = Outbox()
+    assert [outbox.add(status()) for _ in range(4)] == [1, 2, 3, 4]
+    assert sequences(outbox) == [1, 2, 3, 4]
+    assert sequences(outbox, after=2) == [3, 4]
+    assert [message.sequence for message in outbox.after(0, 2)] == [1, 2]
+    outbox.acknowledge(3)
+    outbox.acknowledge(1)
+    assert sequences(outbox) == [4]
+    outbox.acknowledge(99)
+    assert len(outbox) == 0
+    assert sequences(outbox) == []
+    assert outbox.add(status()) == 5
+
+
+def test_output_and_progress_give_way_before_anything_else() -> None:
+    outbox = Outbox(max_bytes=1_000)
+    outbox.add(status("keep"))
+    for _ in range(10):
+        outbox.add(log())
+        outbox.add(progress())
+    kinds = [message.WhichOneof("body") for message in outbox.after(0, 1000)]
+    assert kinds[0] == "status"
+    assert outbox.num_dropped == 21 - len(kinds) > 0
+    assert outbox.last_sequence == 21
+
+
+def test_the_newest_stays_even_when_it_alone_is_too_big() -> None:
+    outbox = Outbox(max_bytes=10)
+    outbox.add(status())
+    outbox.add(log(1000))
+    assert sequences(outbox) == [2]
+
+
+def test_the_share_of_output_is_known() -> None:
+    outbox = Outbox()
+    outbox.add(status())
+    assert outbox.log_bytes == 0
+    outbox.add(log(500))
+    assert outbox.log_bytes > 500
+    outbox.acknowledge(2)
+    assert outbox.log_bytes == 0
+
+
+@given(st.lists(st.tuples(st.sampled_from("slpa"), st.integers(0, 30)), max_size=60))
+def test_against_a_plain_list(actions: list[tuple[str, int]]) -> None:
+    outbox = Outbox(max_bytes=2_000)
+    acknowledged = 0
+    made = {"s": status, "l": log, "p": progress}
+    for kind, number in actions:
+        if kind == "a":
+            outbox.acknowledge(number)
+            acknowledged = max(acknowledged, min(number, outbox.last_sequence))
+        else:
+            outbox.add(made[kind]())
+        held = sequences(outbox)
+        assert held == sorted(held)
+        assert all(acknowledged < sequence <= outbox.last_sequence for sequence in held)
+        assert len(held) == len(outbox)
+        assert sum(message.ByteSize() for message in outbox.after(0, 1000)) <= 2_000
+        assert outbox.num_dropped + len(held) + acknowledged >= outbox.last_sequence
