@@ -72,6 +72,23 @@ def test_a_microbatch_is_the_same_whatever_came_before() -> None:
     assert torch.equal(one, again)
 
 
+def test_the_forward_pass_draws_the_same_whatever_the_data_drew() -> None:
+    batches_of(Noisy()).microbatch(1, 0)
+    after_noise = draws()
+    batches_of(list(range(10))).microbatch(1, 0)
+    after_nothing = draws()
+    seed_step(5, 1, 0)
+
+    assert after_noise == after_nothing == draws()
+
+
+def test_data_and_forward_pass_draw_other_numbers() -> None:
+    batch, _ = batches_of(Noisy()).microbatch(1, 0)
+    assert batch is not None
+
+    assert float(torch.rand(())) not in (batch % 1).tolist()
+
+
 def test_a_shard_without_samples_has_no_batch() -> None:
     # 10 samples, 6 a step: the second step has 4, so its second shard has one.
     batches = batches_of(Noisy())

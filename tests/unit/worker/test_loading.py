@@ -12,7 +12,7 @@ import torch
 from psworker.tasks.synthetic import SyntheticLm
 from psworker.trainer.loading import build_model, load_data, load_task, user_code
 
-from pscluster.errors import DataError, LayoutError, TaskError
+from pscluster.errors import DataError, LayoutError, OutOfMemoryError, TaskError
 from pscluster.task import Task
 
 
@@ -149,9 +149,15 @@ def test_the_same_seed_builds_the_same_model(make_spec: Any) -> None:
     assert not torch.equal(first["tokens.weight"], third["tokens.weight"])
 
 
-@pytest.mark.parametrize("error", [LayoutError("x"), MemoryError(), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [LayoutError("x"), KeyboardInterrupt()])
 def test_errors_that_are_not_the_users_pass_unchanged(error: BaseException) -> None:
     with pytest.raises(type(error)) as caught, user_code("loss"):
         raise error
 
     assert caught.value is error
+
+
+@pytest.mark.parametrize("take", [lambda: bytearray(1 << 62), lambda: torch.empty(1 << 60)])
+def test_want_of_memory_is_named_as_such(take: Any) -> None:
+    with pytest.raises(OutOfMemoryError, match="loss ran out of memory"), user_code("loss"):
+        take()

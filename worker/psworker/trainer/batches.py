@@ -31,16 +31,18 @@ class Batches:
     def microbatch(self, step: int, shard: int) -> tuple[Any | None, int]:
         """(batch, number of samples in it) of `shard` in the step that starts from version `step`.
 
-        (None, 0) when the short last step of an epoch leaves the shard without samples. Seeds every
-        generator for (step, shard) first, so that augmentation is exact; the caller seeds again before the
-        forward pass, so that dropout does not depend on how many numbers the data set drew. Blocks for as
-        long as the data set does. Raises TaskError or DataError with the user's traceback.
+        (None, 0) when the short last step of an epoch leaves the shard without samples. The generators are seeded
+        twice: for the data, so that augmentation is exact, and again before returning, so that the forward pass draws
+        the same numbers however many the data took. Blocks for as long as the data set does.
+        Raises TaskError or DataError with the user's traceback.
         """
         indices = self.sampler.indices(step, shard)
         if not indices:
             return None, 0
+        seed_step(self.seed, step, _data_stream(shard))
+        batch = self.gather(indices)
         seed_step(self.seed, step, shard)
-        return self.gather(indices), len(indices)
+        return batch, len(indices)
 
     def gather(self, indices: Sequence[int]) -> Any:
         """The collated batch of the samples at `indices`. Raises TaskError or DataError with the user's
@@ -72,12 +74,18 @@ class EvalBatches:
     def of_shard(self, shard: int) -> Iterator[tuple[Any, int]]:
         """Each (batch, number of samples) of `shard`, in order. The generators are seeded for every batch."""
         for batch in eval_batches(len(self.dataset), self.num_shards, self.microbatch, shard):
-            seed_step(self.seed, batch.start, shard)
+            seed_step(self.seed, batch.start, _data_stream(shard))
             with user_code("reading a sample of eval_data", data=True):
                 samples = [self.dataset[index] for index in batch]
             with user_code("collate"):
                 collated = self.collate(samples)
+            seed_step(self.seed, batch.start, shard)
             yield collated, len(batch)
+
+
+def _data_stream(shard: int) -> int:
+    """A shard number that no shard has: data and forward pass must not draw the same numbers."""
+    return -1 - shard
 
 
 def seed_step(seed: int, step: int, shard: int) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import pscluster
-from pscluster.errors import DataError, PsError, TaskError
+from pscluster.errors import DataError, OutOfMemoryError, PsError, TaskError
 from pscluster.spec import JobSpec
 from pscluster.task import MapDataset, Task
 
@@ -76,16 +76,26 @@ def load_data(task: Task) -> tuple[MapDataset, MapDataset | None]:
 def user_code(what: str, *, data: bool = False) -> Iterator[None]:
     """Around a call of user code: whatever it raises becomes a TaskError that says `what` was called.
 
-    details["traceback"] is the user's own, our frames cut off. With `data`, an OSError becomes a DataError.
-    Errors of our own tree, MemoryError and torch's out-of-memory pass unchanged.
+    details["traceback"] is the user's own, our frames cut off. With `data`, an OSError becomes a DataError; want of
+    memory becomes an OutOfMemoryError. Errors of our own tree pass unchanged.
     """
     try:
         yield
-    except (PsError, MemoryError, torch.OutOfMemoryError):
+    except PsError:
         raise
     except Exception as error:
+        details = {"traceback": user_traceback(error)}
+        if ran_out_of_memory(error):
+            raise OutOfMemoryError(f"{what} ran out of memory: {describe(error)}", details=details) from error
         kind = DataError if data and isinstance(error, OSError) else TaskError
-        raise kind(f"{what} raised {describe(error)}", details={"traceback": user_traceback(error)}) from error
+        raise kind(f"{what} raised {describe(error)}", details=details) from error
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether Python or torch could not have memory. torch's CPU allocator raises a plain RuntimeError."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def describe(error: BaseException) -> str:
@@ -135,7 +145,7 @@ def _import(name: str, bundle_dir: Path | None) -> ModuleType:
             f"task.entrypoint: no module {name!r} in {where}" + (f"; did you mean {near[0]}?" if near else ""),
             details={"traceback": ""},
         ) from None
-    except (PsError, MemoryError):
+    except PsError:
         raise
     except (Exception, SystemExit) as error:
         raise _import_error(name, error) from error
