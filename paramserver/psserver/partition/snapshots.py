@@ -1,4 +1,4 @@
-"""Snapshots in the background: one thread writes what the partition copied, oldest first, and deletes what is done with."""
+"""Snapshots in the background: one thread writes what the partition copied, and deletes what is done with."""
 
 from __future__ import annotations
 

@@ -45,6 +45,14 @@ class PartitionState:
         ]
         return cls(layout=layout, spans=spans, values=values, moments=moments, ages=[0] * len(layout.tensors))
 
+    def reset(self) -> None:
+        """Step 0 without values: they come from a trainer, or are zero where there are none."""
+        for moments in self.moments:
+            for moment in moments:
+                moment.zero_()
+        self.ages = [0] * len(self.layout.tensors)
+        self.filled = set()
+
     @property
     def is_filled(self) -> bool:
         """Whether every bucket has its first values."""

@@ -108,25 +108,6 @@ class Pool:
         self._free.setdefault(tensor.numel(), []).append(tensor)
 
 
-@dataclass
-class BufferNode:
-    """A node of an averaged bucket: fp32 words, or None while no microbatch in it moved a buffer.
-
-    The trainers combine by the same rule, so that it does not matter where two nodes meet."""
-
-    weight: float
-    words: torch.Tensor | None
-
-    def plus(self, right: BufferNode, committed: torch.Tensor) -> BufferNode:
-        """The parent of this node and `right`; an unchanged side becomes weight * committed, unless both are."""
-        weight = self.weight + right.weight
-        if self.words is None and right.words is None:
-            return BufferNode(weight, None)
-        left_words = committed * self.weight if self.words is None else self.words
-        right_words = committed * right.weight if right.words is None else right.words
-        return BufferNode(weight, left_words.add_(right_words))
-
-
 _scratch = torch.empty(BLOCK_WORDS, dtype=torch.float64)
 
 

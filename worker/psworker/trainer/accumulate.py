@@ -17,6 +17,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import nn
 
+from pscluster.codec import add_optional
 from pscluster.errors import TaskError
 from pscluster.layout import Layout
 from pscluster.summary import Summary
@@ -27,16 +28,8 @@ PushGradients = Callable[[int, Node, Gradients], None]
 
 
 def add_gradients(left: Gradients, right: Gradients) -> Gradients:
-    """The parent of two nodes; reuses their memory. None stands for zeros: x + 0.0 turns -0.0 into 0.0, and must,
-    for a partition that adds the same two nodes adds real zeros."""
-    return [_add(a, b) for a, b in zip(left, right, strict=True)]
-
-
-def _add(left: torch.Tensor | None, right: torch.Tensor | None) -> torch.Tensor | None:
-    if left is not None and right is not None:
-        return left.add_(right)
-    only = left if left is not None else right
-    return None if only is None else only.add_(0.0)
+    """The parent of two nodes; reuses their memory."""
+    return [add_optional(a, b) for a, b in zip(left, right, strict=True)]
 
 
 T = TypeVar("T")

@@ -1,0 +1,54 @@
+"""A partition process: started by an agent, ends with it. `python -m psserver.partition`"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+from pathlib import Path
+
+from pscluster.agent.link import ProcessLink
+from pscluster.errors import PsError
+from pscluster.spec import JobSpec, parse_spec
+from pscluster.v1.plan_pb2 import PartitionReady, ProcessReport
+from pscluster.wire.reactor import Reactor
+from psserver.canary import numerics_class, settle_numerics
+from psserver.partition.service import PartitionService
+from psserver.partition.telemetry import PartitionCounters
+
+
+def main() -> int:
+    """Be the partition that the agent's start order describes; returns the exit code."""
+    faulthandler.enable()
+    link = ProcessLink.from_environment()
+    spec = parse_spec(json.loads(link.start.spec_json))
+    settle_numerics()
+    reactor = Reactor()
+    service = PartitionService(link, spec, reactor, PartitionCounters())
+    try:
+        addresses = [reactor.listen(address, service.handler) for address in _addresses(spec)]
+        digest, detail = numerics_class()
+        ready = PartitionReady(addresses=addresses, numerics_class=digest, numerics_detail=detail)
+        link.report(ProcessReport(partition_ready=ready))
+        service.start()
+        reactor.run()
+    except PsError as error:
+        service.fail(error)
+        return 1
+    finally:
+        service.close()
+        reactor.close()
+    return 0
+
+
+def _addresses(spec: JobSpec) -> list[str]:
+    """Where to listen: a Unix socket, TCP on loopback, or both, best first."""
+    directory = Path(os.environ["PS_SOCKET_DIR"])
+    choice = {"unix": f"unix:{directory}/data.sock", "tcp": "tcp:127.0.0.1:0"}
+    wanted = spec.network.transport
+    return [address for kind, address in choice.items() if wanted in ("auto", kind)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""The lead partition's part: it collects votes, gives verdicts, says what comes next, evaluates, and reports."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pscluster.errors import NonFiniteError
+from pscluster.spec import JobSpec
+from pscluster.summary import Statistics, Summary, add_statistics
+from pscluster.tree import Node, tree_of
+from pscluster.v1.plan_pb2 import (
+    ErrorDetail,
+    Evaluated,
+    Failure,
+    Finished,
+    Plan,
+    ProcessReport,
+    Progress,
+    StepRecord,
+)
+from psserver.partition import commit
+from psserver.partition.commit import Verdict, Vote
+from psserver.partition.directive import Action, decide, next_action
+from psserver.partition.schedule import learning_rate
+from psserver.partition.sums import Entry, Sums
+
+REPORT_INTERVAL_S = 1.0
+MAX_RECORDS = 10_000  # of steps not yet reported; a report is sent when it is reached
+
+
+@dataclass(kw_only=True)
+class Outputs:
+    """What the lead asks of the process around it. None of them blocks."""
+
+    send_verdict: Callable[[int, Verdict], None]  # to one partition
+    send_call: Callable[[int], None]  # asks a partition for its vote
+    direct: Callable[[], None]  # tell every trainer `Lead.directive` (again)
+    send_merged: Callable[[], None]  # tell the trainer of shard 0 `Lead.merged`
+    report: Callable[[ProcessReport], None]
+
+
+def _no_credit(owner: object, size_bytes: int) -> None:
+    """Statistics are small: they take no credit."""
+
+
+def _statistics_sums(num_shards: int) -> Sums[Statistics]:
+    return Sums(tree_of(num_shards), add_statistics, lambda _: None, _no_credit)
+
+
+@dataclass(kw_only=True)
+class Lead:
+    """Made anew at each restore, at the restored version. On the partition's thread."""
+
+    spec: JobSpec
+    plan: Plan
+    out: Outputs
+    state: commit.Lead
+    joined: set[int] = field(default_factory=set)
+    action: Action | None = None
+    evaluated: int = -1
+    saved: int = 0
+    merged: Statistics | None = None
+    records: list[StepRecord] = field(default_factory=list)
+    summaries: dict[int, Summary] = field(default_factory=dict)  # of the open step and the one before
+    _statistics: Sums[Statistics] = field(init=False)
+    _reported_step: int = -1
+    _reported_at: float = -math.inf
+    _is_over: bool = False
+
+    def __post_init__(self) -> None:
+        self._statistics = _statistics_sums(self.spec.train.num_shards)
+
+    @classmethod
+    def at(cls, spec: JobSpec, plan: Plan, out: Outputs) -> Lead:
+        """The lead at a plan's resume step."""
+        state = commit.Lead(num_partitions=spec.servers.partitions, generation=plan.generation, step=plan.resume_step)
+        return cls(spec=spec, plan=plan, out=out, state=state, saved=plan.resume_step)
+
+    @property
+    def version(self) -> int:
+        """The newest committed version."""
+        return self.state.step
+
+    @property
+    def is_open(self) -> bool:
+        """Every partition holds the version: trainers may be told what to do."""
+        return self.action is not None
+
+    @property
+    def directive(self) -> bytes:
+        return json.dumps({"action": self.action}).encode()
+
+    def adopt(self, plan: Plan) -> None:
+        """A new generation without a restore: votes are called for anew; a stop may take effect."""
+        self.plan = plan
+        self.state = commit.lead_adopts(self.state, plan.generation)
+        if not self.is_open:
+            return
+        for index in sorted(self.joined):
+            self.out.send_call(index)
+        if self.merged is not None:
+            self.out.send_merged()
+        self._choose_action()
+
+    def join(self, index: int, step: int) -> None:
+        """A partition holds `step`. The last one to come opens the job."""
+        self.joined.add(index)
+        if step == self.version - 1:
+            self.out.send_call(index)  # it missed the last verdict
+        if len(self.joined) == self.state.num_partitions and not self.is_open:
+            self._choose_action()
+            self.report_progress(0.0, force=True)
+
+    def vote(self, vote: Vote) -> None:
+        """A partition's vote; the last one decides the step."""
+        self.state, verdict, to_all = commit.receive_vote(self.state, vote, self._decide)
+        if verdict is None:
+            return
+        if not to_all:
+            self.out.send_verdict(vote.partition, verdict)
+            return
+        self._decided(verdict)
+        for index in range(self.state.num_partitions):
+            self.out.send_verdict(index, verdict)
+
+    def take_summary(self, summary: Summary) -> None:
+        """The open step's summary is complete; before this partition's own vote."""
+        self.summaries = {step: s for step, s in self.summaries.items() if step >= self.version - 1}
+        self.summaries[self.version] = summary
+
+    def statistics(self, step: int, node: Node, value: Statistics) -> bool:
+        """A node of the evaluation at `step`; False: a duplicate, or of another evaluation."""
+        if self.action != "evaluate" or step != self.version or self.merged is not None:
+            return False
+        fresh = self._statistics.offer(node, Entry(value, None, 0))
+        if self._statistics.is_complete:
+            self.merged = self._statistics.take_root()
+            self.out.send_merged()
+        return fresh
+
+    def outcome(self, step: int, told: dict[str, object]) -> None:
+        """The trainer of shard 0 finalised an evaluation, or digested the final values. Repeats change nothing."""
+        if step != self.version or self._is_over:
+            return
+        if self.action == "evaluate" and "metrics" in told:
+            self._evaluated(told["metrics"])
+        elif self.action == "finish" and "sha256" in told:
+            self._is_over = True
+            self.report_progress(time.time(), force=True)
+            finished = Finished(
+                generation=self.plan.generation,
+                step=self.version,
+                stopped=self.version < self.plan.final_step,
+                parameters_sha256=str(told["sha256"]),
+            )
+            self.out.report(ProcessReport(finished=finished))
+
+    def report_progress(self, now_s: float, *, force: bool = False, connected: int = 0) -> None:
+        """Report the steps committed since the last report, at most once a second unless forced."""
+        due = now_s - self._reported_at >= REPORT_INTERVAL_S or len(self.records) >= MAX_RECORDS
+        if not self.is_open or not (force or (due and self._reported_step != self.version)):
+            return
+        progress = Progress(
+            generation=self.plan.generation, step=self.version, records=self.records, connected_trainers=connected
+        )
+        self.out.report(ProcessReport(progress=progress))
+        self.records, self._reported_step, self._reported_at = [], self.version, now_s
+
+    def _decide(self, votes: Mapping[int, Vote]) -> Verdict:
+        return decide(
+            votes,
+            self.summaries[self.version],
+            self.spec,
+            self.plan.final_step,
+            generation=self.plan.generation,
+            stop=self.plan.stop,
+        )
+
+    def _decided(self, verdict: Verdict) -> None:
+        summary = self.summaries[verdict.step]
+        if verdict.kind == "stop":
+            self._is_over = True
+            self.out.report(ProcessReport(failure=_non_finite(verdict.step, summary)))
+            return
+        train = self.spec.train
+        self.records.append(
+            StepRecord(
+                step=verdict.step + 1,
+                loss=summary.loss_sum / summary.weight if summary.weight else math.nan,
+                grad_norm=verdict.norm,
+                lr=learning_rate(train.optimizer.lr, train.schedule, verdict.step, self.plan.final_step),
+                weight=summary.weight,
+                samples=summary.samples,
+                skipped=verdict.kind == "skip",
+                time_s=time.time(),
+            )
+        )
+        if verdict.snapshot:
+            self.saved = self.version
+        self._choose_action()
+
+    def _choose_action(self) -> None:
+        """Say what comes at the committed version, if that is news."""
+        if self._is_over:
+            return
+        action = next_action(
+            self.version,
+            self.spec,
+            self.plan.final_step,
+            evaluated=self.evaluated,
+            saved=self.saved,
+            stop=self.plan.stop,
+        )
+        if action != "evaluate":
+            self.merged = None
+        elif self.action != "evaluate":
+            self._statistics = _statistics_sums(self.spec.train.num_shards)
+            self.merged = None
+        self.action = action
+        self.out.direct()
+
+    def _evaluated(self, metrics: object) -> None:
+        self.evaluated = self.version
+        self.merged = None
+        self.report_progress(time.time(), force=True)
+        if isinstance(metrics, dict) and metrics:
+            found = {str(name): float(value) for name, value in metrics.items()}
+            report = Evaluated(generation=self.plan.generation, step=self.version, metrics=found)
+            self.out.report(ProcessReport(evaluated=report))
+        self._choose_action()
+
+
+def _non_finite(step: int, summary: Summary) -> Failure:
+    what = "the loss" if not np.isfinite(summary.loss_sum) else "a gradient"
+    error = NonFiniteError(f"{what} is not finite in step {step + 1}", details={"step": str(step + 1)})
+    detail = ErrorDetail(code=error.code, cause=error.cause, action=error.action, details=error.details)
+    return Failure(error=detail, step=step + 1)

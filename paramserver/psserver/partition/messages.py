@@ -1,0 +1,51 @@
+"""Votes and verdicts as frame bodies."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import asdict
+
+from pscluster.errors import FrameError
+from pscluster.wire.frame import Header
+from psserver.partition.commit import Verdict, Vote
+
+_FINITE = struct.Struct("<B")
+_SQUARE = struct.Struct("<Id")
+
+
+def vote_bytes(num_blocks: int) -> int:
+    """Largest length of a packed vote over `num_blocks` blocks."""
+    return _FINITE.size + _SQUARE.size * num_blocks
+
+
+def pack_vote(vote: Vote) -> bytes:
+    """The body; generation, step and partition travel in the header."""
+    squares = b"".join(_SQUARE.pack(block, square) for block, square in vote.squares.items())
+    return _FINITE.pack(vote.finite) + squares
+
+
+def unpack_vote(header: Header, body: memoryview) -> Vote:
+    """Raises FrameError when the length does not fit."""
+    if len(body) < _FINITE.size or (len(body) - _FINITE.size) % _SQUARE.size:
+        raise FrameError(f"a vote of {len(body)} bytes", details={"field": "length"})
+    return Vote(
+        generation=header.generation,
+        step=header.step,
+        partition=header.sender,
+        finite=bool(_FINITE.unpack_from(body)[0]),
+        squares=dict(_SQUARE.iter_unpack(body[_FINITE.size :])),
+    )
+
+
+def pack_verdict(verdict: Verdict) -> bytes:
+    """JSON: Python writes floats so that they read back exactly."""
+    return json.dumps(asdict(verdict)).encode()
+
+
+def unpack_verdict(body: memoryview) -> Verdict:
+    """Raises FrameError for what `pack_verdict` did not write."""
+    try:
+        return Verdict(**json.loads(bytes(body)))
+    except (TypeError, ValueError) as error:
+        raise FrameError(f"a verdict does not parse: {error}", details={"field": "body"}) from None

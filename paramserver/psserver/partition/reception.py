@@ -1,0 +1,195 @@
+"""Frames arriving at a partition: checked against layout and step before memory is given, then handed on."""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import TYPE_CHECKING
+
+import torch
+
+from pscluster.codec import BufferNode
+from pscluster.errors import AuthError, FrameError, PsError
+from pscluster.summary import Summary, summary_bytes
+from pscluster.wire.connection import Connection
+from pscluster.wire.frame import MAX_SMALL_BYTES, SUMMARY, UNCHANGED, AckResult, Header, Kind
+from psserver.partition import messages
+from psserver.partition.clients import Client
+from psserver.partition.state import as_bytes
+
+if TYPE_CHECKING:
+    from psserver.partition.service import PartitionService
+
+_WEIGHT = struct.Struct("<d")
+_TRAINERS = frozenset({Kind.INIT, Kind.PUSH, Kind.STATISTICS, Kind.OUTCOME})
+_MAX_HELLO_BYTES = 4096
+
+
+class Reception:
+    """The `Handler` of every connection that a partition accepts."""
+
+    def __init__(self, service: PartitionService) -> None:
+        self._service = service
+
+    def body_target(self, connection: Connection, header: Header) -> memoryview:
+        """Memory for a body, or FrameError: nothing is allocated for what is not expected."""
+        client = self._service.clients.of(connection)
+        self._check_sender(client, header)
+        if header.kind is Kind.HELLO:
+            return _small(header, _MAX_HELLO_BYTES)
+        if header.kind is Kind.VOTE:
+            blocks = sum(b.num_blocks for b in self._service.state.layout.buckets) if self._service.state else 0
+            return _small(header, messages.vote_bytes(blocks))
+        if header.kind in (Kind.STATISTICS, Kind.OUTCOME, Kind.JOIN):
+            return _small(header, MAX_SMALL_BYTES)
+        if header.kind in (Kind.PUSH, Kind.INIT):
+            return self._bucket_target(client, header)
+        raise FrameError(f"an unexpected {header.kind.name}", details={"field": "kind"})
+
+    def frame(self, connection: Connection, header: Header, body: memoryview) -> None:
+        """A complete, verified frame."""
+        service, client = self._service, self._service.clients.of(connection)
+        self._check_sender(client, header)
+        if header.kind is Kind.HELLO:
+            service.greet(client, header, _json(body))
+        elif header.kind is Kind.PUSH:
+            self._push(client, header, body)
+        elif header.kind is Kind.INIT:
+            self._initial(client, header, body)
+        elif header.kind is Kind.PULL and service.state is not None:
+            service.clients.take_pull(client, header, service.state)
+            service.clients.serve_pulls(service.state, service.version_of)
+        elif header.kind in (Kind.STATISTICS, Kind.OUTCOME):
+            service.hear_statistics(client, header, body)
+        elif header.kind is Kind.VOTE and service.lead is not None:
+            service.lead.vote(messages.unpack_vote(header, body))
+        elif header.kind is Kind.JOIN and service.lead is not None:
+            service.lead.join(client.index, header.step)
+        else:
+            raise FrameError(f"an unexpected {header.kind.name}", details={"field": "kind"})
+
+    def closed(self, connection: Connection, error: PsError | None) -> None:
+        if error is not None:
+            self._service.counters.refused(error)
+        client = self._service.clients.of(connection)
+        if isinstance(client.landing, torch.Tensor) and self._service.step is not None:
+            self._service.step.pool.give(client.landing)  # a body that never became whole
+        self._service.connection_closed(connection)
+
+    def _check_sender(self, client: Client, header: Header) -> None:
+        if header.job != self._service.job:
+            raise FrameError("a frame of another job", details={"field": "job"})
+        if not client.channel and header.kind is not Kind.HELLO:
+            raise AuthError(f"a {header.kind.name} before the greeting")
+        fits = {"push": header.kind in _TRAINERS, "pull": header.kind is Kind.PULL}
+        fits["vote"] = header.kind in (Kind.VOTE, Kind.JOIN)
+        if client.channel and not fits[client.channel]:
+            raise FrameError(f"a {header.kind.name} on a {client.channel} connection", details={"field": "kind"})
+
+    # ---- pushes ----
+
+    def _bucket_target(self, client: Client, header: Header) -> memoryview:
+        state, step = self._service.state, self._service.step
+        assert state is not None and step is not None  # greeted only then
+        if header.kind is Kind.PUSH and header.bucket == SUMMARY:
+            _expect(header, summary_bytes(len(state.layout.tensors)))
+            return memoryview(bytearray(header.length))
+        if header.bucket >= len(state.spans):
+            raise FrameError(f"bucket {header.bucket} of {len(state.spans)}", details={"field": "bucket"})
+        self._check_node(header, state.layout.buckets[header.bucket].kind)
+        if header.flags & UNCHANGED:
+            _expect(header, _WEIGHT.size)
+            return memoryview(bytearray(header.length))
+        span = state.spans[header.bucket]
+        _expect(header, span.size_bytes)
+        if header.kind is Kind.PUSH and header.bucket in step.trained:
+            if not self._is_open(header) or step.trained[header.bucket].holds(header.node):
+                return client.discard(header.length)
+            words = step.pool.take(span.num_words)
+            client.landing = words
+            return as_bytes(words)
+        return memoryview(bytearray(header.length))
+
+    def _check_node(self, header: Header, kind: str) -> None:
+        service = self._service
+        tree = service.step.summary.tree if service.step else None
+        only_root = kind == "carried" or header.kind is Kind.INIT
+        known = (header.node.first, header.node.leaves) == (0, 1) if only_root else tree and header.node in tree
+        unfit = header.flags & UNCHANGED and kind not in ("averaged", "carried")
+        if not known or unfit or (header.kind is Kind.PUSH and kind == "frozen"):
+            raise FrameError(f"no node {tuple(header.node)} of a {kind} bucket", details={"field": "node"})
+
+    def _is_open(self, header: Header) -> bool:
+        plan = self._service.plan
+        in_time = plan is not None and header.generation >= plan.restore_generation
+        return in_time and header.step == self._service.member.step
+
+    def _push(self, client: Client, header: Header, body: memoryview) -> None:
+        service, landing = self._service, client.landing
+        client.landing = None
+        if header.step == service.member.step + 1 and header.bucket == SUMMARY:
+            service.hold_early(client, header, body)
+            return
+        is_open = self._is_open(header)
+        with service.counters.phase("sum"):
+            result = self._offer(client, header, body, landing) if is_open else AckResult.STALE
+        if not (is_open and isinstance(landing, torch.Tensor)):
+            client.granted_bytes += header.length  # not kept in memory; of what is kept, the sums give credit back
+        if not is_open and isinstance(landing, torch.Tensor) and service.step is not None:
+            service.step.pool.give(landing)
+        service.counters.pushed(result, header.length)
+        service.clients.acknowledge(client, header, result, service.step.open_bucket if service.step else -1)
+        service.try_vote()
+
+    def _offer(self, client: Client, header: Header, body: memoryview, landing: object) -> AckResult:
+        step, state = self._service.step, self._service.state
+        assert step is not None and state is not None
+        if header.bucket == SUMMARY:
+            fresh = step.offer_summary(header.node, Summary.unpack(body, len(state.layout.tensors)))
+        elif header.bucket not in step.trained:
+            fresh = step.offer_buffers(header.bucket, header.node, self._buffer_node(header, body), client)
+        else:  # without a landing it was known to be a duplicate before it was read
+            fresh = isinstance(landing, torch.Tensor) and step.offer_trained(
+                header.bucket, header.node, landing, client
+            )
+        return AckResult.APPLIED if fresh else AckResult.DUPLICATE
+
+    def _buffer_node(self, header: Header, body: memoryview) -> BufferNode:
+        state = self._service.state
+        assert state is not None
+        if header.flags & UNCHANGED:
+            return BufferNode(_WEIGHT.unpack(body)[0], None)
+        return BufferNode(0.0, torch.frombuffer(body, dtype=state.values[header.bucket].dtype))
+
+    def _initial(self, client: Client, header: Header, body: memoryview) -> None:
+        state = self._service.state
+        assert state is not None
+        if header.bucket not in state.filled:
+            as_bytes(state.values[header.bucket])[:] = body
+            self._service.take_initial(header.bucket)
+        self._service.clients.acknowledge(client, header, AckResult.APPLIED, -1)
+
+
+def _small(header: Header, limit: int) -> memoryview:
+    if header.length > limit:
+        raise FrameError(
+            f"{header.kind.name} of {header.length} bytes, of which {limit} are allowed", details={"field": "length"}
+        )
+    return memoryview(bytearray(header.length))
+
+
+def _expect(header: Header, length: int) -> None:
+    if header.length != length:
+        raise FrameError(
+            f"{header.kind.name} of {header.length} bytes where {length} are expected", details={"field": "length"}
+        )
+
+
+def _json(body: memoryview) -> dict[str, object]:
+    try:
+        told = json.loads(bytes(body))
+    except ValueError as error:
+        raise FrameError(f"a body does not parse: {error}", details={"field": "body"}) from None
+    if not isinstance(told, dict):
+        raise FrameError("a body is no mapping", details={"field": "body"})
+    return told

@@ -1,0 +1,414 @@
+"""The partition's process: frames and orders in, the step's state machine in the middle, frames and reports out."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import time
+from pathlib import Path
+
+from pscluster.agent.link import ProcessLink
+from pscluster.errors import AuthError, FrameError, PsError
+from pscluster.layout import Layout
+from pscluster.snapshot import Written
+from pscluster.spec import JobSpec
+from pscluster.summary import unpack_statistics
+from pscluster.v1.plan_pb2 import (
+    Beat,
+    ErrorDetail,
+    Failure,
+    Plan,
+    PlanAdopted,
+    ProcessReport,
+    SnapshotPart,
+)
+from pscluster.v1.plan_pb2 import (
+    Connection as ConnectionMessage,
+)
+from pscluster.v1.plan_pb2 import (
+    Warning as WarningMessage,
+)
+from pscluster.wire.connection import Connection
+from pscluster.wire.frame import SUMMARY, AckResult, Header, Kind, job_number
+from pscluster.wire.reactor import Reactor
+from psserver.partition import commit, messages
+from psserver.partition.clients import Client, Clients
+from psserver.partition.commit import Member, Verdict, Vote
+from psserver.partition.lead import Lead, Outputs
+from psserver.partition.optimizer import moments_of
+from psserver.partition.reception import Reception
+from psserver.partition.snapshots import SnapshotWriter
+from psserver.partition.state import PartitionState
+from psserver.partition.step import OpenStep
+from psserver.partition.telemetry import PartitionCounters
+from psserver.partition.uplink import Uplink
+
+BEAT_S = 1.0
+MIN_CREDIT_BYTES = 64 << 20
+
+
+class PartitionService:
+    """Partition `index` of one job. Everything happens on the reactor's thread but the writing of snapshots."""
+
+    def __init__(self, link: ProcessLink, spec: JobSpec, reactor: Reactor, counters: PartitionCounters) -> None:
+        self.link = link
+        self.spec = spec
+        self.index = link.start.rank
+        self.counters = counters
+        self.plan: Plan | None = None
+        self.state: PartitionState | None = None
+        self.step: OpenStep | None = None
+        self.member = Member(generation=0, step=0)
+        self.versions: dict[int, int] = {}  # of each bucket's values
+        self.version = 0  # of all of them: the newest committed step whose update is done
+        self.lead: Lead | None = None
+        self._reactor = reactor
+        self._job = job_number(link.start.job_id)
+        self.clients = Clients(self._header)
+        self._uplink: Uplink | None = None
+        self._reception = Reception(self)
+        self._snapshots = SnapshotWriter(Path(link.start.store), self.index, reactor.post)
+        self._early: list[tuple[Client, Header, bytes]] = []
+        self._verdict: Verdict | None = None  # being carried out
+        self._progress = 0
+
+    # ---- the agent ----
+
+    def start(self) -> None:
+        """Begin to listen to the agent, and to beat."""
+        self._reactor.watch(self.link.fileno(), self._orders)
+        if self.link.start.HasField("plan"):
+            self.adopt(self.link.start.plan)
+        self._beat()
+
+    def close(self) -> None:
+        """Finish the snapshots that are begun. After the reactor has stopped."""
+        self._snapshots.close()
+
+    def report(self, report: ProcessReport) -> None:
+        try:
+            self.link.report(report)
+        except EOFError:
+            self._reactor.stop()
+
+    def _orders(self) -> None:
+        try:
+            orders = self.link.receive_nowait()
+        except EOFError:
+            self._reactor.stop()
+            return
+        for order in orders:
+            if order.WhichOneof("body") == "shutdown":
+                self._reactor.stop()
+            elif order.WhichOneof("body") == "plan":
+                self.adopt(order.plan)
+
+    def _beat(self) -> None:
+        self.report(ProcessReport(beat=Beat(progress=self._progress)))
+        self.report(ProcessReport(counters=self.counters.sample(self)))
+        if self.lead is not None:
+            pushers = {client.index for client in self.clients.on("push")}
+            self.lead.report_progress(time.time(), connected=len(pushers))
+        self._reactor.call_later(BEAT_S, self._beat)
+
+    def fail(self, error: PsError) -> None:
+        """Tell the master why this process cannot go on; it is ended from there."""
+        detail = ErrorDetail(code=error.code, cause=error.cause, action=error.action, details=error.details)
+        self.report(ProcessReport(failure=Failure(error=detail, step=self.version)))
+
+    # ---- plans ----
+
+    def adopt(self, plan: Plan) -> None:
+        """A newer plan is in force from here on; with a newer restore everything older is dropped."""
+        if self.plan is not None and plan.generation <= self.plan.generation:
+            return
+        restored = self.plan is None or plan.restore_generation != self.plan.restore_generation
+        self.plan = plan
+        if restored:
+            try:
+                self._restore(plan)
+            except PsError as error:
+                self.fail(error)
+                return
+        else:
+            self.member = commit.member_adopts(self.member, plan.generation)
+            if self.lead is not None:
+                self.lead.adopt(plan)
+            self._send_vote()
+        self._snapshots.retain(plan.kept_steps)
+        self.report(ProcessReport(plan_adopted=PlanAdopted(generation=plan.generation, step=self.member.step)))
+
+    def _restore(self, plan: Plan) -> None:
+        if self._uplink is not None:
+            self._uplink.close()
+        self.clients.close_all()
+        self._early.clear()
+        self._verdict = None
+        layout = Layout.from_json(plan.layout_json)
+        num_partitions = self.spec.servers.partitions
+        if self.state is None or self.state.layout != layout:
+            moments = moments_of(self.spec.train.optimizer)
+            self.state = PartitionState.empty(layout, self.index, num_partitions, moments)
+        if plan.resume_step:
+            part = next(part for part in plan.restore.parts if part.partition == self.index)
+            path = Path(self.link.start.store) / part.path
+            self.state.load(path, self.index, num_partitions, plan.resume_step)
+        else:
+            self.state.reset()
+        self.step = OpenStep(self.state, self.spec, plan.final_step, self._credit)
+        self.member = Member(generation=plan.generation, step=plan.resume_step)
+        self.version = plan.resume_step
+        self.versions = {span.bucket: plan.resume_step for span in self.state.spans}
+        self.lead = Lead.at(self.spec, plan, self._outputs()) if self.index == 0 else None
+        lead_addresses = list(plan.partitions[0].addresses)
+        self._uplink = None if self.index == 0 else Uplink(self._reactor, self, lead_addresses)
+        if self.state.is_filled:
+            self._filled()
+
+    def _filled(self) -> None:
+        """Every value is here: this partition may take part."""
+        if self.version == 0:
+            self._write_snapshot()
+        if self.lead is not None:
+            self.lead.join(0, self.version)
+        elif self._uplink is not None:
+            self._uplink.join()
+
+    def take_initial(self, bucket: int) -> None:
+        """A bucket has its first values."""
+        assert self.state is not None
+        was_filled = self.state.is_filled
+        self.state.filled.add(bucket)
+        if self.state.is_filled and not was_filled:
+            self._filled()
+
+    # ---- votes and verdicts ----
+
+    def try_vote(self) -> None:
+        """Vote if the open step is complete and this partition has not."""
+        step = self.step
+        if step is None or self.plan is None or self.member.vote is not None or self._verdict is not None:
+            return
+        if not step.is_complete:
+            return
+        squares, finite = step.ballot()
+        if self.lead is not None:
+            self.lead.take_summary(step.summary.root)
+        vote = Vote(
+            generation=self.plan.generation,
+            step=self.member.step,
+            partition=self.index,
+            squares=squares,
+            finite=finite,
+        )
+        self.member = commit.cast_vote(self.member, vote)
+        self._send_vote()
+
+    def _send_vote(self) -> None:
+        vote = self.member.vote
+        if vote is None:
+            return
+        if self.lead is not None:
+            self.lead.vote(vote)
+        elif self._uplink is not None:
+            self._uplink.vote(vote)
+
+    def hear_call(self) -> None:
+        """The lead asks for this partition's vote."""
+        self._send_vote()
+
+    def hear_verdict(self, verdict: Verdict) -> None:
+        """Carry out a verdict, bucket by bucket, serving connections in between."""
+        self.member, now = commit.receive_verdict(self.member, verdict)
+        if not now or verdict.kind == "stop":
+            return
+        assert self.step is not None
+        self._verdict = verdict
+        self.step.decide(verdict)
+        self._update_next()
+
+    def _update_next(self) -> None:
+        step, state, verdict = self.step, self.state, self._verdict
+        if step is None or state is None or verdict is None:
+            return  # a restore came in between
+        bucket = step.next_update()
+        self._progress += 1
+        if bucket is None:
+            self._step_done(verdict)
+            return
+        with self.counters.phase("update"):
+            self.clients.overwriting(bucket)
+            step.update()
+        self.versions[bucket] = verdict.step + 1
+        self.clients.serve_pulls(state, self.version_of)
+        self._reactor.post(self._update_next)
+
+    def _step_done(self, verdict: Verdict) -> None:
+        assert self.state is not None
+        self.version = verdict.step + 1
+        self.versions = dict.fromkeys(self.versions, self.version)
+        self._verdict = None
+        self.clients.serve_pulls(self.state, self.version_of)
+        if verdict.snapshot:
+            self._write_snapshot()
+        early, self._early = self._early, []
+        for client, header, body in early:
+            if client.connection.is_open:
+                self._reception.frame(client.connection, header, memoryview(body))
+
+    def version_of(self, bucket: int) -> int:
+        """Which version a bucket's values are; frozen ones are as new as everything else."""
+        assert self.state is not None
+        frozen = self.state.layout.buckets[bucket].kind == "frozen"
+        return self.version if frozen else self.versions[bucket]
+
+    def hold_early(self, client: Client, header: Header, body: memoryview) -> None:
+        """A frame of the next step, from a trainer that needs nothing of this partition to be there already."""
+        self._early.append((client, header, bytes(body)))
+
+    # ---- snapshots ----
+
+    def _write_snapshot(self) -> None:
+        assert self.state is not None and self.plan is not None
+        generation, step = self.plan.generation, self.version
+        meta = self.state.meta(self.link.start.job_id, step, generation, self.index, self.spec.servers.partitions)
+        with self.counters.phase("snapshot"):
+            pieces = self.state.pieces()
+        self._snapshots.write(
+            meta, self.state.layout, pieces, lambda written, error: self._wrote(step, generation, written, error)
+        )
+
+    def _wrote(self, step: int, generation: int, written: Written | None, error: PsError | None) -> None:
+        if error is not None:
+            detail = ErrorDetail(code=error.code, cause=error.cause, action=error.action, details=error.details)
+            self.report(ProcessReport(warning=WarningMessage(error=detail, step=step)))
+            if self.plan is not None and step == self.plan.final_step:
+                self.fail(error)  # the result itself could not be kept
+        elif written is not None:
+            self.counters.snapshots += 1
+            part = SnapshotPart(
+                step=step,
+                partition=self.index,
+                generation=generation,
+                path=written.path.name,
+                size_bytes=written.size_bytes,
+                checksum=written.checksum,
+            )
+            self.report(ProcessReport(snapshot_part=part))
+
+    # ---- the lead's words ----
+
+    def _outputs(self) -> Outputs:
+        return Outputs(
+            send_verdict=self._send_verdict,
+            send_call=self._send_call,
+            direct=self._direct,
+            send_merged=self._send_merged,
+            report=self._report_for_lead,
+        )
+
+    def _report_for_lead(self, report: ProcessReport) -> None:
+        if report.WhichOneof("body") == "progress":
+            transports = {(c.index, "unix" if c.connection.socket.family.name == "AF_UNIX" else "tcp")
+                          for c in self.clients.on("push")}  # fmt: skip
+            report.progress.connections.extend(
+                ConnectionMessage(trainer=rank, partition=self.index, transport=transport)
+                for rank, transport in sorted(transports)
+            )
+        self.report(report)
+
+    def _send_verdict(self, index: int, verdict: Verdict) -> None:
+        if index == self.index:
+            self.hear_verdict(verdict)
+            return
+        members = [client for client in self.clients.on("vote") if client.index == index]
+        self.clients.broadcast(members, Kind.VERDICT, verdict.step, messages.pack_verdict(verdict))
+
+    def _send_call(self, index: int) -> None:
+        if index != self.index:  # its own vote is cast again by `adopt`
+            members = [client for client in self.clients.on("vote") if client.index == index]
+            self.clients.broadcast(members, Kind.JOIN, self.member.step, b"")
+
+    def _direct(self) -> None:
+        assert self.lead is not None
+        self.clients.broadcast(self.clients.on("pull"), Kind.DIRECTIVE, self.lead.version, self.lead.directive)
+
+    def _send_merged(self) -> None:
+        lead, plan = self.lead, self.plan
+        if lead is None or lead.merged is None or plan is None:
+            return
+        holders = {seat.rank for seat in plan.trainers if any(r.first <= 0 < r.first + r.count for r in seat.shards)}
+        owners = [client for client in self.clients.on("pull") if client.index in holders]
+        self.clients.broadcast(owners, Kind.MERGED, lead.version, lead.merged.tobytes())
+
+    # ---- greetings ----
+
+    def greet(self, client: Client, header: Header, told: dict[str, object]) -> None:
+        """A HELLO: check it, and welcome the caller. A caller of another timeline is sent away and comes again."""
+        plan = self.plan
+        if plan is None or self.state is None:
+            client.connection.close()  # no plan yet; the caller dials again
+            return
+        if not hmac.compare_digest(str(told.get("token", "")), plan.data_token.hex()):
+            raise AuthError("a data connection without the job's token")
+        timeline = int(str(told.get("restore_generation", 0)))
+        if timeline != plan.restore_generation:
+            if timeline < plan.restore_generation:
+                body = json.dumps({"generation": plan.generation}).encode()
+                client.connection.send(self._header(kind=Kind.FENCED), [body])
+                self.counters.fenced += 1
+            client.connection.close()
+            return
+        client.channel, client.index = str(told.get("channel", "")), header.sender
+        if client.channel not in ("push", "pull", "vote"):
+            raise FrameError(f"a connection for {client.channel!r}", details={"field": "channel"})
+        client.granted_bytes = max(MIN_CREDIT_BYTES, 2 * max((s.size_bytes for s in self.state.spans), default=0))
+        welcome = {
+            "granted_bytes": client.granted_bytes,
+            "open_bucket": self.step.open_bucket if self.step else -1,
+            "needs_values": not self.state.is_filled,
+        }
+        client.connection.send(self._header(kind=Kind.WELCOME), [json.dumps(welcome).encode()])
+        if client.channel == "pull" and self.lead is not None and self.lead.is_open:
+            self.clients.broadcast([client], Kind.DIRECTIVE, self.lead.version, self.lead.directive)
+            self._send_merged()
+
+    def hear_statistics(self, client: Client, header: Header, body: memoryview) -> None:
+        """A node of an evaluation, or its outcome: the lead's business."""
+        if self.lead is None:
+            raise FrameError(f"{header.kind.name} sent to a partition that does not lead")
+        if header.kind is Kind.STATISTICS:
+            self.lead.statistics(header.step, header.node, unpack_statistics(body))
+        else:
+            self.lead.outcome(header.step, json.loads(bytes(body)))
+        self.clients.acknowledge(client, header, AckResult.APPLIED, -1)
+
+    # ---- plumbing ----
+
+    @property
+    def handler(self) -> Reception:
+        """What accepted connections talk to."""
+        return self._reception
+
+    def _credit(self, owner: object, size_bytes: int) -> None:
+        self.clients.credit(owner, size_bytes, self.step.open_bucket if self.step else -1)
+
+    def _header(self, **fields: object) -> Header:
+        generation = self.plan.generation if self.plan else 0
+        return Header(job=self._job, generation=generation, sender=self.index, **fields)  # type: ignore[arg-type]
+
+    def header(self, **fields: object) -> Header:
+        """A header of this job, generation and sender."""
+        return self._header(**fields)
+
+    @property
+    def job(self) -> int:
+        """The job's number in frames."""
+        return self._job
+
+    def connection_closed(self, connection: Connection) -> None:
+        """A connection is gone; its nodes stay, its credit goes with it."""
+        self.clients.forget(connection)
+
+
+__all__ = ["SUMMARY", "PartitionService"]

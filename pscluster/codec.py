@@ -1,0 +1,39 @@
+"""How two nodes of the gradient tree combine, whoever does it: part of the job's numerics, so it is written once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class BufferNode:
+    """A node of an averaged bucket: fp32 words (weight * value, summed), or None while no microbatch moved a buffer.
+
+    `weight` (float64) is kept while the node is unchanged; of a changed one nobody needs it any more."""
+
+    weight: float
+    words: torch.Tensor | None
+
+    def plus(self, right: BufferNode, committed: torch.Tensor) -> BufferNode:
+        """The parent of this node and `right`; reuses this node's memory.
+
+        Unchanged + unchanged is unchanged, the weights added; otherwise the unchanged side becomes weight * committed
+        value. That follows the tree alone, so it does not matter where two nodes meet."""
+        weight = self.weight + right.weight
+        if self.words is None and right.words is None:
+            return BufferNode(weight, None)
+        left_words = committed * self.weight if self.words is None else self.words
+        right_words = committed * right.weight if right.words is None else right.words
+        return BufferNode(weight, left_words.add_(right_words))
+
+
+def add_optional(left: torch.Tensor | None, right: torch.Tensor | None) -> torch.Tensor | None:
+    """left + right, in left's memory; None stands for zeros.
+
+    x + 0.0 turns -0.0 into 0.0, and must: whoever adds the same two nodes as words adds real zeros."""
+    if left is not None and right is not None:
+        return left.add_(right)
+    only = left if left is not None else right
+    return None if only is None else only.add_(0.0)

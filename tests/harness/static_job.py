@@ -1,0 +1,225 @@
+"""Trainers and partitions as real processes under a plan that the test writes: the data plane without a master."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pscluster.agent import frames
+from pscluster.spec import JobSpec, parse_spec
+from pscluster.v1.plan_pb2 import (
+    PartitionSeat,
+    Plan,
+    ProcessOrder,
+    ProcessReport,
+    ProcessSpec,
+    RestorePoint,
+    ShardRange,
+    Shutdown,
+    SnapshotPart,
+    TrainerSeat,
+)
+
+DEADLINE_S = 120.0
+JOB = "job-abc123"
+TOKEN = b"0123456789abcdef"
+
+
+@dataclass
+class Child:
+    """One process and what it reported. `reports` keeps everything but beats and counters."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    control: socket.socket
+    directory: str
+    log: Path
+    reports: list[ProcessReport] = field(default_factory=list)
+    counters: dict[str, float] = field(default_factory=dict)
+
+    def order(self, order: ProcessOrder) -> None:
+        with contextlib.suppress(ConnectionError):
+            self.control.sendall(frames.encode(order.SerializeToString()))
+
+
+class StaticJob:
+    """Starts the processes of one job, hands out plans, and waits for what they report. A context manager."""
+
+    def __init__(self, spec: Mapping[str, Any], workers: int, root: Path) -> None:
+        self.spec: JobSpec = parse_spec(spec)
+        self.store = root / "store"
+        self.root = root
+        self.generation = 0
+        self.restore_generation = 0
+        self.resume_step = 0
+        self.children: dict[str, Child] = {}
+        self.parts: dict[int, dict[int, SnapshotPart]] = {}
+        self._arrived: queue.Queue[tuple[Child, ProcessReport | None]] = queue.Queue()
+        self._attempts: dict[str, int] = {}
+        self.workers = workers
+        root.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> StaticJob:
+        for index in range(self.spec.servers.partitions):
+            self.start("partition", index)
+        for rank in range(self.workers):
+            self.start("trainer", rank)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for child in self.children.values():
+            child.order(ProcessOrder(shutdown=Shutdown()))
+        for child in self.children.values():
+            try:
+                child.process.wait(10)
+            except subprocess.TimeoutExpired:
+                child.process.kill()
+                child.process.wait()
+            child.control.close()
+            shutil.rmtree(child.directory, ignore_errors=True)
+
+    def start(self, kind: str, number: int) -> Child:
+        """Start one process; it is the next attempt of its seat."""
+        name = f"{kind}-{number}"
+        attempt = self._attempts[name] = self._attempts.get(name, 0) + 1
+        ours, theirs = socket.socketpair()
+        directory = tempfile.mkdtemp(prefix="pst-")
+        module = "psworker.trainer" if kind == "trainer" else "psserver.partition"
+        environment = os.environ | {
+            "PS_CONTROL_FD": str(theirs.fileno()), "PS_SOCKET_DIR": directory, "PS_AGENT_PID": "",
+            "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_DYNAMIC": "false",
+        }  # fmt: skip
+        log = self.root / f"{name}.{attempt}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module],
+                env=environment, pass_fds=[theirs.fileno()], stdout=output, stderr=output,
+            )  # fmt: skip
+        theirs.close()
+        child = Child(name, process, ours, directory, log)
+        self.children[name] = child
+        spec = ProcessSpec(
+            process_id=f"{JOB}/{name}/{attempt}", job_id=JOB, rank=number, attempt=attempt,
+            kind=ProcessSpec.KIND_TRAINER if kind == "trainer" else ProcessSpec.KIND_PARTITION,
+            spec_json=self.spec.canonical_json(), store=str(self.store),
+        )  # fmt: skip
+        child.order(ProcessOrder(start=spec))
+        threading.Thread(target=self._read, args=(child,), daemon=True).start()
+        return child
+
+    def kill(self, name: str) -> None:
+        """SIGKILL, and wait until it is gone."""
+        child = self.children.pop(name)
+        child.process.send_signal(signal.SIGKILL)
+        assert child.process.wait(10) == -signal.SIGKILL
+        child.control.close()
+        shutil.rmtree(child.directory, ignore_errors=True)
+
+    def wait(self, condition: Callable[[], bool], what: str = "") -> None:
+        """Take reports as they come until the condition holds. Fails when a process fails or time is up."""
+        deadline = time.monotonic() + DEADLINE_S
+        while not condition():
+            try:
+                child, report = self._arrived.get(timeout=max(0.01, deadline - time.monotonic()))
+            except queue.Empty:
+                raise AssertionError(f"timed out waiting for {what or condition}: {self.tails()}") from None
+            if report is not None:
+                self._take(child, report)
+            elif self.children.get(child.name) is child:
+                raise AssertionError(f"{child.name} ended: {child.log.read_text()[-2000:]}")
+
+    def tails(self) -> str:
+        return " | ".join(f"{c.name}: {c.log.read_text()[-500:]}" for c in self.children.values())
+
+    def reported(self, name: str, body: str) -> list[Any]:
+        """Every report of one kind that a process made."""
+        child = self.children.get(name)
+        return [getattr(r, body) for r in child.reports if r.WhichOneof("body") == body] if child else []
+
+    def wait_ready(self) -> None:
+        """Until every process has said that it is ready."""
+        for name in list(self.children):
+            body = "trainer_ready" if name.startswith("trainer") else "partition_ready"
+            self.wait(lambda name=name, body=body: bool(self.reported(name, body)), f"{name} ready")  # type: ignore[misc]
+
+    def publish(self, shards: Sequence[Sequence[tuple[int, int]]], *, restore: bool = False, stop: bool = False) -> None:
+        """A new generation: `shards[rank]` are the (first, count) runs of each trainer."""
+        self.generation += 1
+        if restore or self.generation == 1:
+            self.restore_generation = self.generation
+            self.resume_step = self.complete_steps()[-1] if self.complete_steps() else 0
+        ready = next(r for n in self.children if n.startswith("trainer") for r in self.reported(n, "trainer_ready"))
+        plan = Plan(
+            job_id=JOB, generation=self.generation, layout_json=ready.layout_json, data_token=TOKEN, stop=stop,
+            restore_generation=self.restore_generation, resume_step=self.resume_step, final_step=ready.final_step,
+            trainers=[
+                TrainerSeat(rank=rank, active=f"trainer-{rank}" in self.children,
+                            shards=[ShardRange(first=first, count=count) for first, count in runs])
+                for rank, runs in enumerate(shards)
+            ],
+            partitions=[
+                PartitionSeat(index=i, addresses=self.reported(f"partition-{i}", "partition_ready")[-1].addresses)
+                for i in range(self.spec.servers.partitions)
+            ],
+        )  # fmt: skip
+        if self.resume_step:
+            found = self.parts[self.resume_step]
+            plan.restore.CopyFrom(RestorePoint(step=self.resume_step, parts=[found[i] for i in sorted(found)]))
+        for child in self.children.values():
+            child.order(ProcessOrder(plan=plan))
+
+    def complete_steps(self) -> list[int]:
+        """Steps of which every partition's part is written."""
+        return sorted(s for s, parts in self.parts.items() if s and len(parts) == self.spec.servers.partitions)
+
+    @property
+    def step(self) -> int:
+        """The newest committed step reported by the lead."""
+        return max((p.step for p in self.reported("partition-0", "progress")), default=-1)
+
+    def wait_step(self, step: int) -> None:
+        self.wait(lambda: self.step >= step, f"step {step}")
+
+    def wait_finished(self) -> str:
+        """The digest, when the lead has reported the end."""
+        self.wait(lambda: bool(self.reported("partition-0", "finished")), "the end")
+        return str(self.reported("partition-0", "finished")[-1].parameters_sha256)
+
+    def _read(self, child: Child) -> None:
+        splitter = frames.Splitter()
+        with contextlib.suppress(OSError):
+            while data := child.control.recv(1 << 16):
+                for message in splitter.feed(data):
+                    self._arrived.put((child, ProcessReport.FromString(message)))
+        self._arrived.put((child, None))
+
+    def _take(self, child: Child, report: ProcessReport) -> None:
+        body = report.WhichOneof("body")
+        if body == "counters":
+            labels = {
+                s.name + json.dumps(dict(s.labels), sort_keys=True): s.value for s in report.counters.samples
+            }
+            child.counters = labels
+        elif body == "failure":
+            child.reports.append(report)
+            raise AssertionError(f"{child.name} failed: {report.failure}")
+        elif body != "beat":
+            child.reports.append(report)
+        if body == "snapshot_part":
+            part = report.snapshot_part
+            if part.generation >= self.restore_generation:
+                self.parts.setdefault(part.step, {})[part.partition] = part
