@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from pscluster import __version__
@@ -40,6 +42,8 @@ for _command in (
 
 def main() -> None:
     """The console script."""
+    # A master that restarts is told by us, in words; grpc's own log would tear the progress bar.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     psctl.main(prog_name="psctl")
 
 

@@ -1,0 +1,291 @@
+"""submit and follow: what is checked, sent, printed, and what psctl exits with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pscluster.bundle import extract
+from pscluster.cli.arithmetic import reckon
+from pscluster.errors import UnreachableError
+from pscluster.spec import parse_spec
+from pscluster.v1 import jobs_pb2, plan_pb2
+from tests.unit.cli.conftest import Psctl
+from tests.unit.cli.fake_master import FakeMaster, Serving, ended_message, job_message
+
+BUILT_IN = {
+    "name": "lm",
+    "task": {"entrypoint": "psworker.tasks.text_lm:TextLm"},
+    "train": {"global_batch": 64, "microbatch": 16, "max_steps": 200},
+}
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Path:
+    path = tmp_path / "job" / "spec.yaml"
+    path.parent.mkdir()
+    path.write_text(yaml.safe_dump(BUILT_IN))
+    return path
+
+
+@pytest.fixture
+def own(spec: Path) -> Path:
+    """The spec of a task in the spec's directory."""
+    spec.write_text(yaml.safe_dump({**BUILT_IN, "task": {"entrypoint": "task:MyTask"}}))
+    (spec.parent / "task.py").write_text("class MyTask: ...\n")
+    return spec
+
+
+def test_stdout_is_the_id_alone(run: Psctl, fake: FakeMaster, spec: Path) -> None:
+    result = run("submit", str(spec), "--set", "train.max_steps=20", "--set", "train.clip_norm=null", "--name", "other")
+    assert (result.exit_code, result.stdout) == (0, "lm-abc123\n")
+    assert "psctl follow lm-abc123" in result.stderr
+    (request,) = fake.submitted
+    sent = json.loads(request.spec_json)
+    assert (sent["name"], sent["train"]["max_steps"], request.bundle_sha256) == ("other", 20, "")
+
+
+def test_a_directory_stands_for_the_spec_in_it(run: Psctl, spec: Path) -> None:
+    assert run("submit", str(spec.parent)).exit_code == 0
+    result = run("submit", str(spec.parent.parent))
+    assert result.exit_code == 2
+    assert "no spec.yaml" in result.stderr
+
+
+def test_ones_own_task_is_bundled(run: Psctl, fake: FakeMaster, own: Path, tmp_path: Path) -> None:
+    (own.parent / ".gitignore").write_text("*.bin\n")
+    (own.parent / "data.bin").write_text("big")
+    assert run("submit", str(own)).exit_code == 0
+    ((digest, data),) = fake.bundles.items()
+    assert fake.submitted[0].bundle_sha256 == digest
+    (tmp_path / "b").write_bytes(data)
+    extract(tmp_path / "b", tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [".gitignore", "spec.yaml", "task.py"]
+
+
+@pytest.mark.parametrize(
+    ("entrypoint", "words", "hint"),
+    [
+        ("tsak:MyTask", "no module tsak", "did you mean task:MyTask?"),
+        ("task:MyTusk", "task.py defines no MyTusk", "did you mean task:MyTask?"),
+        ("pkg.modle:T", "no module pkg.modle", "did you mean pkg.model:T?"),
+        ("zzz:T", "no module zzz", "put zzz.py there"),
+        ("broken:T", "broken.py, line 1", ""),
+        ("hidden:T", "hidden.py is left out", "!hidden.py"),
+    ],
+)
+def test_an_entrypoint_that_is_not_there_is_refused_at_once(
+    run: Psctl, fake: FakeMaster, own: Path, entrypoint: str, words: str, hint: str
+) -> None:
+    directory = own.parent
+    (directory / "pkg").mkdir()
+    (directory / "pkg/model.py").write_text("class T: ...")
+    (directory / "broken.py").write_text("def (")
+    (directory / "hidden.py").write_text("class T: ...")
+    (directory / ".gitignore").write_text("hidden.py\n")
+    result = run("submit", str(own), "--set", f"task.entrypoint={entrypoint}")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert words in result.stderr
+    assert hint in result.stderr
+    assert fake.submitted == []
+    assert fake.bundles == {}
+
+
+@pytest.mark.parametrize(
+    "text", ["from base import *", "from base import MyTask", "MyTask = make()", "def __getattr__(n): ..."]
+)
+def test_a_class_that_may_be_there_is_left_to_the_trainer(run: Psctl, own: Path, text: str) -> None:
+    (own.parent / "task.py").write_text(text)
+    assert run("submit", str(own)).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.max_stesp=3", "did you mean max_steps?"),
+        ("train.global_batch=65", "not divisible by microbatch"),
+        ("train.max_steps=many", "train.max_steps"),
+        ("nonsense", "not of the form key=value"),
+        ("name=Not Allowed", "name"),
+    ],
+)
+def test_a_bad_spec_exits_2_and_submits_nothing(
+    run: Psctl, fake: FakeMaster, spec: Path, override: str, words: str
+) -> None:
+    result = run("submit", str(spec), "--set", override)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "error: PS-1001: " in result.stderr
+    assert words in result.stderr
+    assert fake.submitted == []
+
+
+def test_a_missing_spec_is_named(run: Psctl, tmp_path: Path) -> None:
+    result = run("submit", str(tmp_path / "absent.yaml"))
+    assert result.exit_code == 2
+    assert "no spec file at" in result.stderr
+
+
+# --- dry run ---
+
+
+def test_dry_run_touches_nothing_and_prints_the_arithmetic(run_alone: Psctl, own: Path, tmp_path: Path) -> None:
+    result = run_alone("--state-dir", str(tmp_path / "none"), "submit", str(own), "--dry-run")
+    assert result.exit_code == 0
+    assert "4 shards x 16 samples = global batch 64" in result.stdout
+    assert "200 steps (12,800 samples)" in result.stdout
+    assert "code: 2 files" in result.stdout
+    assert [line.split() for line in result.stdout.splitlines()[-4:]] == [
+        ["1", "4", "100", "%"],
+        ["2", "2", "100", "%"],
+        ["3", "1", "or", "2", "67", "%"],
+        ["4", "1", "100", "%"],
+    ]
+    assert not (tmp_path / "none").exists()
+    document = json.loads(run_alone("submit", str(own), "--dry-run", "-o", "json").stdout)
+    assert (document["kind"], document["num_shards"], document["bundle"]["files"]) == ("DryRun", 4, 2)
+
+
+def test_dry_run_of_many_workers_shows_doublings() -> None:
+    train = {"global_batch": 1000, "microbatch": 1, "epochs": 1}
+    found = reckon(parse_spec({**BUILT_IN, "train": train, "workers": {"min": 3, "max": 100}}), None)
+    assert [row["workers"] for row in found["workers"]] == [3, 4, 8, 16, 32, 64, 100]
+    assert found["samples"] is None
+    assert found["workers"][0] == {"workers": 3, "microbatches_most": 334, "microbatches_fewest": 333, "balance": 0.998}
+
+
+# --- following ---
+
+
+def training() -> Iterator[jobs_pb2.Job]:
+    lost = jobs_pb2.Event(time_s=5.0, reason="TrainerLost", message="trainer-1: SIGKILL", warning=True)
+    queued = jobs_pb2.JOB_STATE_QUEUED
+    yield job_message(state=queued, step=0, revision=1, reason="waits for 2 workers: 1 ready", weight_per_s=0.0)
+    yield job_message(revision=2)
+    yield job_message(step=21, revision=3)
+    yield job_message(step=40, revision=4, events=[lost], workers_active=1)
+    yield job_message(step=50, revision=5, events=[lost], metrics={"loss": 2.0}, metrics_step=50)
+    yield ended_message(loss=1.5, events=[lost], metrics={"loss": 2.0}, metrics_step=50)
+
+
+def test_follow_tells_states_events_and_the_end_in_plain_lines(run: Psctl, fake: FakeMaster, spec: Path) -> None:
+    fake.watches = [training]
+    result = run("submit", str(spec), "--follow")
+    assert (result.exit_code, result.stdout) == (0, "lm-abc123\n")
+    assert result.stderr.splitlines() == [
+        "QUEUED: waits for 2 workers: 1 ready",
+        "RUNNING",
+        "step 20/100  loss 2.5000  8192 tokens/s  128 samples/s  20s left  2/2 workers",
+        "! TrainerLost: trainer-1: SIGKILL",
+        "evaluated step 50: loss 2.0000",
+        "SUCCEEDED",
+        "lm-abc123 SUCCEEDED at step 100 after 25s, loss 1.5000, parameters ffffffffffff",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "words"),
+    [(jobs_pb2.JOB_STATE_FAILED, 100, "PS-4100"), (jobs_pb2.JOB_STATE_STOPPED, 103, "PS-4103")],
+)
+@pytest.mark.parametrize("how", ["--follow", "--wait"])
+def test_submit_exits_with_the_jobs_code(
+    run: Psctl, fake: FakeMaster, spec: Path, state: int, code: int, words: str, how: str
+) -> None:
+    error = plan_pb2.ErrorDetail(code="PS-2001", cause="ValueError: x", action="correct the task")
+    fake.watches = [lambda: iter([ended_message(state, error=error)])]
+    result = run("submit", str(spec), how)
+    assert (result.exit_code, result.stdout) == (code, "lm-abc123\n")
+    assert words in result.stderr
+
+
+def test_wait_with_a_timeout_exits_101(run: Psctl, fake: FakeMaster, spec: Path) -> None:
+    hold = threading.Event()
+
+    def endless() -> Iterator[jobs_pb2.Job]:
+        yield job_message()
+        hold.wait(30)
+
+    fake.watches = [endless]
+    result = run("submit", str(spec), "--wait", "--timeout", "300ms")
+    hold.set()
+    assert result.exit_code == 101
+    assert "RUNNING at step 20" in result.stderr
+
+
+def test_follow_goes_on_while_the_master_is_away(run: Psctl, fake: FakeMaster) -> None:
+    def breaks() -> Iterator[jobs_pb2.Job]:
+        yield job_message()
+        raise UnreachableError("restarting")
+
+    fake.jobs["x"] = job_message()
+    fake.watches = [breaks, lambda: iter([ended_message()])]
+    result = run("follow", "lm")
+    assert result.exit_code == 0
+    assert "the master does not answer" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("lm-abc123 SUCCEEDED")
+
+
+def follow_in_a_process(serving: Serving) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "pscluster.cli", *serving.arguments, "follow", "lm"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_ctrl_c_detaches_says_so_and_exits_130(serving: Serving) -> None:
+    hold, watched = threading.Event(), threading.Event()
+
+    def endless() -> Iterator[jobs_pb2.Job]:
+        yield job_message()
+        watched.set()
+        hold.wait(60)
+
+    serving.fake.jobs["x"] = job_message()
+    serving.fake.watches = [endless]
+    with follow_in_a_process(serving) as process:
+        try:
+            assert process.stderr is not None
+            assert watched.wait(30)
+            first = process.stderr.readline()
+            process.send_signal(signal.SIGINT)
+            _, rest = process.communicate(timeout=30)
+        finally:
+            hold.set()
+            process.kill()
+    assert process.returncode == 130
+    assert b"RUNNING" in first
+    assert b"detached; lm-abc123 goes on" in rest
+    assert b"psctl stop lm-abc123" in rest
+    assert b"Traceback" not in rest
+
+
+def test_on_a_terminal_the_bar_goes_to_stderr_and_the_news_above_it(serving: Serving) -> None:
+    serving.fake.jobs["x"] = job_message()
+    serving.fake.watches = [training]
+    ours, theirs = os.openpty()
+    environ = {**os.environ, "TERM": "xterm", "COLUMNS": "150"}
+    environ.pop("NO_COLOR", None)
+    command = [sys.executable, "-m", "pscluster.cli", *serving.arguments, "follow", "lm"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=environ)
+    os.close(theirs)
+    shown = b""
+    try:
+        while chunk := os.read(ours, 4096):
+            shown += chunk
+    except OSError:  # how a terminal says that the other side is closed
+        pass
+    finally:
+        os.close(ours)
+    stdout, _ = process.communicate(timeout=30)
+    assert (process.returncode, stdout) == (0, b"")
+    text = shown.decode()
+    assert "! TrainerLost: trainer-1: SIGKILL" in text
+    assert "evaluated step 50: loss 2.0000" in text
+    assert "lm-abc123 SUCCEEDED at step 100" in text
+    assert "\x1b[" in text
