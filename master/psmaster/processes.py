@@ -47,6 +47,7 @@ class Exit:
     signal: int = 0
     out_of_memory: bool = False
     error: Problem | None = None
+    expected: bool = False  # its agent ended it, for instance because it was itself told to end
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,6 +125,8 @@ def loss_of(seat: Seat, job: Job, nodes: Mapping[str, NodeView], processes: Proc
 
 
 def _ended(seat: Seat, exit_: Exit, job: Job) -> Loss | None:
+    if exit_.expected:
+        return _gone(seat, f"is lost: the agent on {seat.node_id} ended it")
     if exit_.out_of_memory:
         problem = exit_.error or Problem(
             code=OutOfMemoryError.code,

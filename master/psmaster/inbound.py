@@ -1,0 +1,161 @@
+"""What agents and clients send, as the domain's values. Nothing is decided here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pscluster.errors import CallerError, InternalError
+from pscluster.v1 import agents_pb2, plan_pb2
+from psmaster.catalogue import Part
+from psmaster.jobs import Check, Connection, Finished, Problem
+from psmaster.processes import Exit, Failure, PartitionFacts, Process, TrainerFacts
+from psmaster.registry import Node, Role
+from psmaster.reports import BestReport, Evaluated, Progress, StepRecord
+from psmaster.turn import Report
+
+_ROLES = {agents_pb2.Role.ROLE_WORKER: Role.WORKER, agents_pb2.Role.ROLE_SERVER: Role.SERVER}
+
+
+def node(m: agents_pb2.RegisterRequest) -> Node:
+    """Raises CallerError for a request without id, incarnation or role."""
+    if not m.node_id or not m.incarnation or m.role not in _ROLES:
+        raise CallerError("a node registers with an id, an incarnation and a role", action="see the daemon's flags")
+    return Node(
+        node_id=m.node_id,
+        role=_ROLES[m.role],
+        incarnation=m.incarnation,
+        started_s=m.started_s,
+        slots=m.resources.slots,
+        cpu_cores=m.resources.cpu_cores,
+        memory_bytes=m.resources.memory_bytes,
+        devices=tuple(m.resources.devices),
+        version=m.version,
+        hostname=m.hostname,
+        metrics_address=m.metrics_address,
+    )
+
+
+def processes(node_id: str, states: Sequence[agents_pb2.ProcessState]) -> tuple[Process, ...]:
+    """Every process that a node's Hello names."""
+    return tuple(_process(node_id, state) for state in states)
+
+
+def _process(node_id: str, state: agents_pb2.ProcessState) -> Process:
+    ready = report(state.ready) if state.HasField("ready") else None
+    return Process(
+        process_id=state.status.process_id,
+        node_id=node_id,
+        trainer=ready if isinstance(ready, TrainerFacts) else None,
+        partition=ready if isinstance(ready, PartitionFacts) else None,
+        exit=exit_of(state.status),
+    )
+
+
+def exit_of(m: agents_pb2.ProcessStatus) -> Exit | None:
+    """How the process ended; None while it runs."""
+    if m.phase != agents_pb2.ProcessStatus.PHASE_EXITED:
+        return None
+    return Exit(
+        exit_code=m.exit_code,
+        signal=m.signal,
+        out_of_memory=m.out_of_memory,
+        error=problem(m.error) if m.HasField("error") else None,
+        expected=m.expected,
+    )
+
+
+def problem(m: plan_pb2.ErrorDetail) -> Problem:
+    return Problem(
+        code=m.code or InternalError.code,
+        cause=m.cause,
+        action=m.action,
+        details=tuple(sorted(m.details.items())),
+    )
+
+
+def report(m: plan_pb2.ProcessReport) -> Report | None:
+    """The report; None for a kind that the master has no use for (counters, beats, plan adopted, newer ones)."""
+    kind = m.WhichOneof("body")
+    if kind == "trainer_ready":
+        return _trainer(m.trainer_ready)
+    if kind == "partition_ready":
+        return PartitionFacts(
+            addresses=tuple(m.partition_ready.addresses),
+            numerics_class=m.partition_ready.numerics_class,
+            numerics_detail=m.partition_ready.numerics_detail,
+        )
+    if kind == "progress":
+        return _progress(m.progress)
+    if kind == "evaluated":
+        metrics = tuple(sorted(m.evaluated.metrics.items()))
+        return Evaluated(generation=m.evaluated.generation, step=m.evaluated.step, metrics=metrics)
+    if kind == "snapshot_part":
+        return _part(m.snapshot_part)
+    if kind == "finished":
+        return Finished(
+            generation=m.finished.generation,
+            step=m.finished.step,
+            stopped=m.finished.stopped,
+            parameters_sha256=m.finished.parameters_sha256,
+        )
+    if kind == "failure":
+        return Failure(
+            error=problem(m.failure.error),
+            traceback=m.failure.traceback,
+            step=m.failure.step,
+            checks=_checks(m.failure.checks),
+        )
+    return BestReport(step=m.best.step, value=m.best.value) if kind == "best" else None
+
+
+def _trainer(m: plan_pb2.TrainerReady) -> TrainerFacts:
+    return TrainerFacts(
+        layout_json=m.layout_json,
+        layout_sha256=m.layout_sha256,
+        data_fingerprint=m.data_fingerprint,
+        numerics_class=m.numerics_class,
+        numerics_detail=m.numerics_detail,
+        num_samples=m.num_samples,
+        checks=_checks(m.checks),
+        device=m.device,
+        final_step=m.final_step,
+    )
+
+
+def _checks(checks: Sequence[plan_pb2.PreflightCheck]) -> tuple[Check, ...]:
+    return tuple(Check(name=check.name, ok=check.ok, detail=check.detail) for check in checks)
+
+
+def _part(m: plan_pb2.SnapshotPart) -> Part:
+    return Part(
+        step=m.step,
+        partition=m.partition,
+        generation=m.generation,
+        path=m.path,
+        size_bytes=m.size_bytes,
+        checksum=m.checksum,
+    )
+
+
+def _progress(m: plan_pb2.Progress) -> Progress:
+    return Progress(
+        generation=m.generation,
+        step=m.step,
+        records=tuple(_record(record) for record in m.records),
+        connections=tuple(
+            Connection(trainer=c.trainer, partition=c.partition, transport=c.transport) for c in m.connections
+        ),
+    )
+
+
+def _record(m: plan_pb2.StepRecord) -> StepRecord:
+    return StepRecord(
+        step=m.step,
+        loss=m.loss,
+        grad_norm=m.grad_norm,
+        lr=m.lr,
+        weight=m.weight,
+        samples=m.samples,
+        skipped=m.skipped,
+        time_s=m.time_s,
+    )

@@ -1,0 +1,187 @@
+"""The master put together: lock, store, core, gRPC, metrics; and taken apart again."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import shutil
+import signal
+import socket
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import IO, Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined]
+
+from pscluster import rpc, telemetry
+from pscluster.errors import AddressInUseError, StorageError
+from pscluster.v1 import agents_pb2_grpc, jobs_pb2_grpc
+from psmaster.agents_service import AgentsService
+from psmaster.archive import Archive
+from psmaster.bundles import BundleShelf
+from psmaster.core import Core
+from psmaster.draft import Limits
+from psmaster.http import MasterMetrics
+from psmaster.jobs_service import Identity, JobsService
+from psmaster.settings import MasterSettings
+from psmaster.sqlite_store import SqliteStore
+from psmaster.store import Batch
+
+STOP_GRACE_S = 0.5  # how long calls in progress may take when the master ends
+UNCLAIMED_S = 24 * 3600.0  # a bundle that no job names is removed after this long
+_log = structlog.get_logger(__name__)
+
+
+async def serve(settings: MasterSettings) -> None:
+    """Be the master until SIGTERM or SIGINT. Raises PsError when it cannot start, or met a bug of ours."""
+    ending = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ending.set)
+    async with AsyncExitStack() as stack:
+        token = rpc.read_token(settings.token_file)
+        lock = claim(settings.state_dir)
+        stack.callback(lock.close)
+        shelf = BundleShelf(settings.state_dir / "bundles")
+        core = await _load(stack, settings, shelf)
+        metrics = MasterMetrics(core)
+        stack.callback(metrics.close)
+        endpoint = telemetry.MetricsEndpoint(settings.metrics_listen)
+        stack.callback(endpoint.close)
+        health = health_aio.HealthServicer()
+        identity = Identity(started_s=core.now().unix_s, metrics_address=endpoint.address)
+        await _listen(stack, settings, token, core, shelf, identity, health)
+        _log.info("serves", listen=list(settings.listen), metrics=endpoint.address, jobs=len(core.state.jobs))
+        await _run(core, health, ending)
+
+
+async def _load(stack: AsyncExitStack, settings: MasterSettings, shelf: BundleShelf) -> Core:
+    archive = Archive(SqliteStore(settings.state_dir / "master.db"), settings.state_dir)
+    core = Core(archive, Limits(suspicion_s=settings.suspicion_s))
+    stack.push_async_callback(core.close)
+    await core.load()
+    await core.on_disk(tidy, core, shelf, settings.state_dir / "jobs")
+    return core
+
+
+def tidy(core: Core, shelf: BundleShelf, jobs_directory: Path) -> None:
+    """Remove what nothing refers to: files of deleted jobs, bundles that were never used. Blocks."""
+    for directory in jobs_directory.iterdir() if jobs_directory.is_dir() else ():
+        if directory.name not in core.state.jobs:
+            shutil.rmtree(directory, ignore_errors=True)
+    store = core.archive.store
+    used = {job.bundle_sha256 for job in core.state.jobs.values()}
+    unclaimed = [
+        bundle.sha256
+        for bundle in store.bundles()
+        if bundle.sha256 not in used and core.now().unix_s - bundle.created_s > UNCLAIMED_S
+    ]
+    for sha256 in unclaimed:
+        shelf.remove(sha256)
+    store.write(Batch(deleted_bundles=tuple(unclaimed)))
+
+
+async def _run(core: Core, health: Any, ending: asyncio.Event) -> None:
+    """Take turns until told to end. Whatever ends the turns ends the master: a supervisor starts it again."""
+    turns = asyncio.create_task(core.run())
+    told = asyncio.create_task(ending.wait())
+    for service in ("", "ready"):
+        await health.set(service, health_pb2.HealthCheckResponse.SERVING)
+    try:
+        await asyncio.wait({turns, told}, return_when=asyncio.FIRST_COMPLETED)
+        if turns.done():
+            turns.result()
+        _log.info("ends")
+    finally:
+        await health.enter_graceful_shutdown()
+        core.hang_up()
+        for task in (turns, told):
+            task.cancel()
+        await asyncio.gather(turns, told, return_exceptions=True)
+
+
+async def _listen(
+    stack: AsyncExitStack,
+    settings: MasterSettings,
+    token: str,
+    core: Core,
+    shelf: BundleShelf,
+    identity: Identity,
+    health: Any,
+) -> None:
+    server = grpc.aio.server(
+        interceptors=[rpc.ErrorInterceptor(telemetry.observe_rpc), rpc.TokenInterceptor(token)],
+        options=rpc.SERVER_OPTIONS,
+    )
+    jobs_pb2_grpc.add_JobsServicer_to_server(JobsService(core, shelf, identity), server)  # type: ignore[no-untyped-call]
+    agents_pb2_grpc.add_AgentsServicer_to_server(AgentsService(core, shelf), server)  # type: ignore[no-untyped-call]
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)  # type: ignore[no-untyped-call]
+    for address in settings.listen:
+        bind(server, address)
+        if address.startswith("unix:"):
+            stack.callback(_remove_socket, Path(address.removeprefix("unix:")))
+    await server.start()
+    stack.push_async_callback(server.stop, STOP_GRACE_S)
+
+
+def claim(state_dir: Path) -> IO[str]:
+    """Create the state directory and lock it for this process; closing the file unlocks it.
+
+    Raises StorageError when it cannot be written or another master has it.
+    """
+    try:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = (state_dir / "lock").open("a+")
+    except OSError as error:
+        raise StorageError(f"cannot write in {state_dir}: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        lock.close()
+        raise StorageError(
+            f"another master (pid {holder}) uses {state_dir}", action="stop it, or give another --state-dir"
+        ) from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+def bind(server: grpc.aio.Server, address: str) -> int:
+    """Listen on an address; its port. A socket file that a killed master left is replaced.
+
+    Raises AddressInUseError when somebody serves there.
+    """
+    if address.startswith("unix:"):
+        _replace_stale(Path(address.removeprefix("unix:")))
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise AddressInUseError(f"cannot listen on {address}: it is taken, or not ours", details={}) from error
+    if port == 0:
+        raise AddressInUseError(f"cannot listen on {address}")
+    return port
+
+
+def _replace_stale(path: Path) -> None:
+    if not path.exists():
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+        except OSError as error:
+            raise AddressInUseError(f"cannot listen on {path}: {error.strerror}") from None
+    raise AddressInUseError(f"{path} is served by another process")
+
+
+def _remove_socket(path: Path) -> None:
+    path.unlink(missing_ok=True)
