@@ -81,6 +81,21 @@ def test_the_traceback_is_the_users_alone(make_spec: Any, tmp_path: Path) -> Non
     assert not any("importlib" in line or "loading.py" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("source", "args"), [("def broken(:", {}), ("class Mine(Task):\n    def __init__(self, n): pass", {})]
+)
+def test_a_traceback_without_frames_of_the_users_has_none_of_ours(
+    make_spec: Any, tmp_path: Path, source: str, args: dict[str, Any]
+) -> None:
+    directory = bundle(tmp_path, f"from pscluster.task import Task\n{source}\n")
+
+    with pytest.raises(TaskError) as caught:
+        load_task(make_spec("mine:Mine", args), directory)
+
+    assert "Error: " in caught.value.details["traceback"]
+    assert not any(part in caught.value.details["traceback"] for part in ("loading.py", "importlib"))
+
+
 def test_a_misspelt_argument_is_named_with_the_nearest(make_spec: Any) -> None:
     with pytest.raises(TaskError, match="SyntheticLm takes no 'd_modle'; did you mean d_model"):
         load_task(make_spec(args={"d_modle": 3}), None)

@@ -105,7 +105,7 @@ def describe(error: BaseException) -> str:
 
 
 def user_traceback(error: BaseException) -> str:
-    """The traceback as Python prints it, from the first frame that is the user's."""
+    """The traceback as Python prints it, from the first frame that is the user's; none of ours."""
     trimmed = error.with_traceback(_users_part(error.__traceback__))
     return "".join(traceback.format_exception(trimmed))
 
@@ -114,7 +114,7 @@ def _users_part(frames: TracebackType | None) -> TracebackType | None:
     rest = frames
     while rest is not None and _is_ours(rest.tb_frame.f_code.co_filename):
         rest = rest.tb_next
-    return rest or frames
+    return rest
 
 
 def _is_ours(filename: str) -> bool:
