@@ -22,7 +22,7 @@ from pscluster.agent.exits import NOT_STARTED, Exit, classify, detail_of
 from pscluster.agent.launch import BUNDLE_DIR, SOCKET_DIR
 from pscluster.agent.leftovers import AgentDirectories
 from pscluster.agent.output import Backlog
-from pscluster.errors import PsError, StorageError, UnreachableError
+from pscluster.errors import InternalError, PsError, StorageError, UnreachableError
 from pscluster.v1.agents_pb2 import AgentMessage, LogLine, ProcessEvent, ProcessState, ProcessStatus
 from pscluster.v1.plan_pb2 import Failure, Plan, ProcessReport, ProcessSpec
 
@@ -85,19 +85,28 @@ class Process:
     async def run(self) -> None:
         """Fetch, start, wait and tell the exit. Whatever fails becomes an exited status."""
         kills_before = cgroup.oom_kills()
+        problem: PsError | OSError | ValueError | None = None
         try:
-            self._preparation = asyncio.create_task(self._prepare())
-            directory = await self._preparation
-            self._child = self._start(directory)
-        except asyncio.CancelledError:
-            self._conclude(self._not_started(None))
-        except (PsError, OSError) as error:
-            self._conclude(self._not_started(error))
+            self._child = await self._started()
+        except (PsError, OSError, ValueError) as error:
+            problem = error
+        if self._child is None:
+            self._conclude(self._not_started(problem))
         else:
             self._tell_running(self._child)
             ended = await self._child.wait()
             self._conclude(self._classify(self._child.pid, ended, cgroup.oom_kills() - kills_before))
         await asyncio.to_thread(self._remove_directories)
+
+    async def _started(self) -> Child | None:
+        """None: it was told to end before it could start."""
+        self._preparation = asyncio.create_task(self._prepare())
+        await asyncio.wait({self._preparation})
+        if self._preparation.cancelled():
+            return None
+        directory = self._preparation.result()
+        # Also when the order came after the preparation was done, but before we were woken.
+        return None if self._ending else self._start(directory)
 
     async def end(self, patience: Patience) -> None:
         """Make it go; returns when the process is gone. `run` ends soon after. Safe to repeat."""
@@ -192,7 +201,7 @@ class Process:
 
     # End.
 
-    def _not_started(self, error: PsError | OSError | None) -> ProcessStatus:
+    def _not_started(self, error: PsError | OSError | ValueError | None) -> ProcessStatus:
         status = ProcessStatus(
             process_id=self.spec.process_id,
             phase=ProcessStatus.PHASE_EXITED,
@@ -201,6 +210,8 @@ class Process:
         )
         if isinstance(error, OSError):
             error = StorageError(f"cannot start a process: {error}")
+        if isinstance(error, ValueError):
+            error = InternalError(f"cannot start a process from its spec: {error}")
         if error is not None:
             status.error.CopyFrom(detail_of(error))
         return status

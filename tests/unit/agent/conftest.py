@@ -31,7 +31,7 @@ CHILD = Path(__file__).parent / "played_process.py"
 ROLE = AgentRole(name="worker", module="played_process", runs="trainers", default_slots=2)
 
 
-class FakeMaster(AgentsServicer):  # type: ignore[misc]
+class FakeMaster(AgentsServicer):
     """Records all that an agent says; acknowledges it unless told not to."""
 
     def __init__(self, socket_path: Path) -> None:

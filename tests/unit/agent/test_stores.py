@@ -1,0 +1,174 @@
+"""Bundles on a node and the agent's directories: verified, bounded, cleaned after a killed predecessor."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pscluster.agent import bundles
+from pscluster.agent.bundles import BundleCache
+from pscluster.agent.leftovers import AgentDirectories, remove_runtime
+from pscluster.bundle import pack
+from pscluster.errors import BundleError, StorageError
+from pscluster.settings import make_runtime_dir, runtime_dir
+
+
+class Shelf:
+    """Bundles by digest, and how often each was fetched."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, bytes] = {}
+        self.fetched: list[str] = []
+
+    def put(self, directory: Path, name: str) -> str:
+        code = directory / name
+        code.mkdir(parents=True)
+        (code / "task.py").write_text(f"NAME = {name!r}\n")
+        bundle = pack(code)
+        self.held[bundle.sha256] = bundle.data
+        return bundle.sha256
+
+    async def fetch(self, sha256: str) -> AsyncIterator[bytes]:
+        self.fetched.append(sha256)
+        data = self.held[sha256]
+        for start in range(0, len(data), 64):
+            await asyncio.sleep(0)
+            yield data[start : start + 64]
+
+
+@pytest.fixture
+def shelf() -> Shelf:
+    return Shelf()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    (tmp_path / "bundles").mkdir()
+    return tmp_path / "bundles"
+
+
+def test_is_fetched_once_however_many_ask(tmp_path: Path, store: Path, shelf: Shelf) -> None:
+    sha256 = shelf.put(tmp_path, "one")
+
+    async def body() -> None:
+        cache = BundleCache(store, shelf.fetch)
+        found = await asyncio.gather(*(cache.obtain(sha256) for _ in range(5)))
+        assert {path.name for path in found} == {sha256}
+        assert (found[0] / "task.py").read_text() == "NAME = 'one'\n"
+        assert await BundleCache(store, shelf.fetch).obtain(sha256) == found[0]
+
+    asyncio.run(body())
+    assert shelf.fetched == [sha256]
+    assert [path.name for path in store.iterdir()] == [sha256]
+
+
+def test_other_content_than_the_name_says_leaves_nothing(store: Path, shelf: Shelf) -> None:
+    shelf.held["0" * 64] = b"other"
+    with pytest.raises(BundleError, match="other content"):
+        asyncio.run(BundleCache(store, shelf.fetch).obtain("0" * 64))
+    assert list(store.iterdir()) == []
+
+
+def test_what_is_no_archive_is_refused(store: Path, shelf: Shelf) -> None:
+    data = b"no archive"
+    sha256 = hashlib.sha256(data).hexdigest()
+    shelf.held[sha256] = data
+    with pytest.raises(BundleError):
+        asyncio.run(BundleCache(store, shelf.fetch).obtain(sha256))
+    assert list(store.iterdir()) == []
+
+
+def test_an_endless_bundle_is_cut_off(store: Path, monkeypatch: pytest.MonkeyPatch, shelf: Shelf) -> None:
+    monkeypatch.setattr(bundles, "CAP_BYTES", 1000)
+    shelf.held["0" * 64] = bytes(5000)
+    with pytest.raises(BundleError, match="longer than 1000"):
+        asyncio.run(BundleCache(store, shelf.fetch).obtain("0" * 64))
+    assert list(store.iterdir()) == []
+
+
+def test_the_least_recently_used_goes_first_and_never_one_in_use(
+    tmp_path: Path, store: Path, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundles, "KEPT", 2)
+    names = [shelf.put(tmp_path, f"b{number}") for number in range(5)]
+
+    async def body() -> None:
+        cache = BundleCache(store, shelf.fetch)
+        for sha256 in names:
+            await cache.obtain(sha256)
+        await cache.obtain(names[1])
+        await cache.trim(in_use={names[0]})
+
+    asyncio.run(body())
+    assert {path.name for path in store.iterdir()} == {names[0], names[4], names[1]}
+
+
+def test_a_predecessors_leftovers_are_removed(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    runtime = make_runtime_dir(state)
+    (runtime / "p1").mkdir()
+    (runtime / "p1" / "data.sock").touch()
+    (state / "jobs" / "p1").mkdir(parents=True)
+    (state / "bundles" / ("a" * 64)).mkdir(parents=True)
+    (state / "bundles" / ".extract-x").mkdir()
+    (state / "bundles" / ("b" * 64 + ".part")).touch()
+    directories = AgentDirectories.claim(state)
+    try:
+        assert list(directories.runtime.iterdir()) == []
+        assert list(directories.jobs.iterdir()) == []
+        assert [path.name for path in directories.bundles.iterdir()] == ["a" * 64]
+    finally:
+        directories.release()
+    assert not runtime.exists()
+    AgentDirectories.claim(state).release()
+
+
+def test_a_link_in_place_of_the_runtime_directory_is_not_followed(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").touch()
+    state = tmp_path / "state"
+    link = runtime_dir(state)
+    link.symlink_to(precious)
+    try:
+        for act in (remove_runtime, AgentDirectories.claim):
+            with pytest.raises(StorageError, match="is a link"):
+                act(state)
+        assert (precious / "file").exists()
+    finally:
+        link.unlink()
+
+
+def test_a_state_directory_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "state").touch()
+    with pytest.raises(StorageError, match="cannot use the state directory"):
+        AgentDirectories.claim(tmp_path / "state")
+
+
+def test_removing_what_is_not_there_is_fine(tmp_path: Path) -> None:
+    remove_runtime(tmp_path)
+
+
+def test_many_processes_leave_no_descriptor_thread_or_directory(bench: Any) -> None:
+    def used() -> tuple[int, int]:
+        return len(list(Path("/proc/self/fd").iterdir())), len(list(Path("/proc/self/task").iterdir()))
+
+    async def body(master: Any) -> None:
+        async def play(names: list[str]) -> None:
+            await master.assign(*(bench.trainer(name, "fail") for name in names))
+            await master.until(lambda: all(master.exit_of(f"job/{name}/1") for name in names))
+
+        await play(["warm-0", "warm-1", "warm-2"])
+        descriptors, threads = used()
+        for number in range(4):
+            await play([f"t{number}-{n}" for n in range(3)])
+        assert used()[0] <= descriptors + 2
+        assert used()[1] <= threads + 2
+
+    bench.run(body)
+    assert list((bench.state_dir / "jobs").iterdir()) == []

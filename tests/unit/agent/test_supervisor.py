@@ -1,0 +1,127 @@
+"""The supervisor without a master: silence of a living process, and an end that waits for every exit."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from pscluster.agent import metrics
+from pscluster.agent.bundles import BundleCache
+from pscluster.agent.child import Patience
+from pscluster.agent.leftovers import AgentDirectories
+from pscluster.agent.process import Site
+from pscluster.agent.supervisor import Supervisor
+from pscluster.v1.agents_pb2 import AgentMessage, Assignment, ProcessStatus
+
+pytestmark = pytest.mark.timeout(60)
+
+
+class Heard:
+    """Messages that were emitted, and a way to wait for one."""
+
+    def __init__(self) -> None:
+        self.messages: list[AgentMessage] = []
+        self._news = asyncio.Event()
+
+    def emit(self, message: AgentMessage) -> None:
+        self.messages.append(message)
+        self._news.set()
+
+    async def until(self, seen: Callable[[], bool]) -> None:
+        async with asyncio.timeout(20):
+            while not seen():
+                self._news.clear()
+                await self._news.wait()
+
+    def bodies(self) -> list[str]:
+        return [
+            message.event.report.WhichOneof("body") if message.HasField("event") else message.WhichOneof("body")
+            for message in self.messages
+        ]
+
+
+def run(bench: Any, body: Callable[[Supervisor, Heard], Awaitable[None]]) -> None:
+    async def nothing(_sha256: str) -> AsyncIterator[bytes]:
+        raise RuntimeError("no bundle is asked for here")
+        yield b""
+
+    async def everything() -> None:
+        heard = Heard()
+        directories = AgentDirectories.claim(bench.state_dir)
+        site = Site(
+            command=(sys.executable, "-P", "-m", "pscluster.agent.launch", "played_process"),
+            environ=bench.environ(),
+            directories=directories,
+            bundles=BundleCache(directories.bundles, nothing),
+            metrics=metrics.ProcessMetrics(),
+            emit=heard.emit,
+            log_bytes=lambda: 0,
+        )
+        supervisor = Supervisor(site, Patience(terminate_s=0.2, kill_s=0.4))
+        try:
+            await body(supervisor, heard)
+        finally:
+            await supervisor.close()
+            directories.release()
+
+    asyncio.run(everything())
+
+
+def test_a_stopped_process_is_noticed_once(bench: Any) -> None:
+    async def body(supervisor: Supervisor, heard: Heard) -> None:
+        supervisor.apply(Assignment(processes=[bench.trainer("trainer-0", "count")]))
+        await heard.until(lambda: "trainer_ready" in heard.bodies())
+        os.kill(supervisor.states()[0].status.pid, signal.SIGSTOP)
+        now = asyncio.get_running_loop().time()
+        before = metrics.SILENCES._value.get()
+        supervisor.check_beats(now + 5)
+        assert metrics.SILENCES._value.get() == before
+        supervisor.check_beats(now + 20)
+        supervisor.check_beats(now + 30)
+        assert metrics.SILENCES._value.get() == before + 1
+        assert supervisor.states()[0].status.phase == ProcessStatus.PHASE_RUNNING
+
+    run(bench, body)
+
+
+def test_close_waits_for_every_exit_and_starts_nothing_more(bench: Any) -> None:
+    async def body(supervisor: Supervisor, heard: Heard) -> None:
+        named = Assignment(processes=[bench.trainer("trainer-0", "serve"), bench.trainer("trainer-1", "be_stubborn")])
+        supervisor.apply(named)
+        await heard.until(lambda: heard.bodies().count("trainer_ready") == 2)
+        await supervisor.close()
+        assert [m.status.phase for m in heard.messages if m.HasField("status")][-2:] == [ProcessStatus.PHASE_EXITED] * 2
+        supervisor.apply(Assignment(processes=[bench.trainer("trainer-2", "serve")]))
+        assert len(supervisor.states()) == 2
+
+    run(bench, body)
+
+
+def test_a_process_ended_before_it_could_start_is_told(bench: Any) -> None:
+    async def body(supervisor: Supervisor, heard: Heard) -> None:
+        supervisor.apply(Assignment(processes=[bench.trainer("trainer-0", "serve", bundle_sha256="0" * 64)]))
+        supervisor.apply(Assignment())
+        await heard.until(lambda: "status" in heard.bodies())
+        status = heard.messages[-1].status
+        assert (status.phase, status.expected, status.exit_code) == (ProcessStatus.PHASE_EXITED, True, 127)
+        supervisor.apply(Assignment())
+        assert supervisor.states() == []
+
+    run(bench, body)
+
+
+def test_a_spec_that_cannot_be_read_is_told(bench: Any) -> None:
+    async def body(supervisor: Supervisor, heard: Heard) -> None:
+        spec = bench.trainer("trainer-0", "serve")
+        spec.spec_json = "{"
+        supervisor.apply(Assignment(processes=[spec]))
+        await heard.until(lambda: "status" in heard.bodies())
+        assert heard.messages[-1].status.error.code == "PS-9001"
+
+    run(bench, body)
