@@ -20,14 +20,20 @@ def run_tool(request: dict[str, Any], command: tuple[str, ...] = COMMAND) -> dic
     """
     process = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True, check=False)
     words = process.stderr.decode("utf-8", "replace").splitlines()[-_LINES:]
-    try:
-        reply = json.loads(process.stdout)
-        ok = bool(reply.pop("ok"))
-    except (ValueError, AttributeError, KeyError):
+    reply = _parsed(process.stdout)
+    if reply is None:
         raise InternalError(
             f"psworker.tools ended with status {process.returncode} and no answer; its last words:\n  "
             + "\n  ".join(words or ["(none)"])
-        ) from None
-    if not ok:
+        )
+    if not reply.pop("ok"):
         raise from_dict(reply.get("error") or {})
-    return dict(reply)
+    return reply
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    try:
+        reply = json.loads(text)
+    except ValueError:
+        return None
+    return reply if isinstance(reply, dict) and "ok" in reply else None

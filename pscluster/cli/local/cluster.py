@@ -83,7 +83,8 @@ class LocalCluster:
                 raise exit_error(daemon.name, log, self._log_offsets.get(daemon.name, 0))
 
     def _wanted(self, workers: int | None, servers: int | None) -> tuple[str, ...]:
-        names = [daemon.name for daemon in self.running]
+        # Recorded ones too: a node that was killed is to come back.
+        names = [daemon.name for daemon in (*self.running, *record.load(self.state_dir))]
         return node_names(
             workers if workers is not None else count_of(names, "worker") or DEFAULT_WORKERS,
             servers if servers is not None else count_of(names, "server") or DEFAULT_SERVERS,

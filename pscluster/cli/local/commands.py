@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-_ENTRY = {
+_MODULE = {
     "master": "psmaster.daemon",
     "worker": "psworker.daemon",
     "server": "psserver.daemon",
@@ -22,9 +22,10 @@ def node_names(workers: int, servers: int) -> tuple[str, ...]:
     return tuple([f"worker-{n}" for n in range(workers)] + [f"server-{n}" for n in range(servers)])
 
 
-def count_of(names: Sequence[str], role: str) -> int:
-    """How many nodes of a role there are."""
-    return sum(1 for name in names if name.startswith(f"{role}-"))
+def count_of(names: Iterable[str], role: str) -> int:
+    """How many nodes of a role a cluster with these has, counted by the highest number: gaps are nodes that died."""
+    numbers = [name.partition("-")[2] for name in names if name.startswith(f"{role}-")]
+    return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
 
 
 def daemon_dir(name: str, state_dir: Path) -> Path:
@@ -35,7 +36,7 @@ def daemon_dir(name: str, state_dir: Path) -> Path:
 def command(name: str, state_dir: Path, address: str, token_file: Path) -> list[str]:
     """The command line of one daemon. -P: the directory it is started from is not searched for modules."""
     role = name.partition("-")[0]
-    words = [sys.executable, "-P", "-c", _program(role), "--state-dir", str(daemon_dir(name, state_dir))]
+    words = [sys.executable, "-P", "-m", _MODULE[role], "--state-dir", str(daemon_dir(name, state_dir))]
     words += ["--token-file", str(token_file), "--metrics-listen", "127.0.0.1:0"]
     if role == "master":
         return [*words, "--listen", address]
@@ -43,18 +44,13 @@ def command(name: str, state_dir: Path, address: str, token_file: Path) -> list[
     return [*words, "--node-id", name, "--master", address, "--slots", str(slots)]
 
 
-def _program(role: str) -> str:
-    return f"import sys; from {_ENTRY[role]} import main; sys.exit(main())"
-
-
 def name_of(command_line: Sequence[str], state_dir: Path) -> str | None:
     """Which daemon of this state directory a process with that command line is; None: none of ours."""
     try:
-        program = command_line[command_line.index("-c") + 1]
+        module = command_line[command_line.index("-m") + 1]
         directory = Path(command_line[command_line.index("--state-dir") + 1])
     except (ValueError, IndexError):
         return None
     name = directory.name
     ours = directory == daemon_dir(name, state_dir)
-    role = name.partition("-")[0]
-    return name if ours and role in _ENTRY and program == _program(role) else None
+    return name if ours and module == _MODULE.get(name.partition("-")[0]) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from pscluster.errors import StorageError
 
 GRACE_S = 10.0
 _KILL_WAIT_S = 5.0
+_ORPHAN_GRACE_S = 1.0
+_POLL_S = 0.02
 _CLOCK_SLACK_S = 2.0
 _LOG_CAP_BYTES = 16 << 20
 
@@ -71,13 +74,13 @@ def end(daemons: Sequence[Daemon], state_dir: Path, grace_s: float = GRACE_S) ->
     children = [child for process in processes.values() for child in _descendants(process)]
     for process in processes.values():
         _signal(process, kill=False)
-    _, left = psutil.wait_procs(list(processes.values()), timeout=grace_s)
+    left = _await_end(list(processes.values()), grace_s)
     for process in left:
         _signal(process, kill=True)
-    _, orphans = psutil.wait_procs(children, timeout=_KILL_WAIT_S if left else 1.0)
+    orphans = _await_end(children, _ORPHAN_GRACE_S)
     for process in orphans:
         _signal(process, kill=True)
-    psutil.wait_procs([*left, *orphans], timeout=_KILL_WAIT_S)
+    _await_end([*left, *orphans], _KILL_WAIT_S)
     return sorted(name for name, process in processes.items() if process in left)
 
 
@@ -90,6 +93,30 @@ def _process_of(daemon: Daemon, state_dir: Path) -> psutil.Process | None:
         return process if name_of(process.cmdline(), state_dir) == daemon.name else None
     except psutil.Error:
         return None
+
+
+def _await_end(processes: list[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """Wait until all have ended; returns those that have not. A zombie that nobody collects has ended too."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        processes = [process for process in processes if not _has_ended(process)]
+        if not processes or time.monotonic() >= deadline:
+            return processes
+        time.sleep(_POLL_S)
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        # Collects it when it is a child of ours.
+        process.wait(timeout=0)
+    except psutil.TimeoutExpired:
+        pass
+    except psutil.Error:
+        return True
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return True
 
 
 def _descendants(process: psutil.Process) -> list[psutil.Process]:

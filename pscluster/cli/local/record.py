@@ -32,6 +32,22 @@ def record_path(state_dir: Path) -> Path:
     return state_dir / "cluster.json"
 
 
+def load(state_dir: Path) -> tuple[Daemon, ...]:
+    """The recorded daemons, running or not. A missing or damaged record is an empty one."""
+    try:
+        data = json.loads(record_path(state_dir).read_text(encoding="utf-8"))
+        return tuple(
+            Daemon(name=str(d["name"]), pid=int(d["pid"]), created_s=float(d["created_s"])) for d in data["daemons"]
+        )
+    except FileNotFoundError:
+        return ()
+    except OSError as error:
+        raise StorageError(f"cannot read {record_path(state_dir)}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        # Nothing is lost: running daemons are found without it, and the next `up` writes it anew.
+        return ()
+
+
 def save(state_dir: Path, address: str, daemons: tuple[Daemon, ...]) -> None:
     """Replace the record, whole or not at all."""
     body = {

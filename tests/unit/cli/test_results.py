@@ -1,0 +1,130 @@
+"""export, eval, generate: what is asked of psworker.tools, and what its answers become."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pscluster.cli import toolrun
+from pscluster.errors import InternalError, TaskError
+from tests.unit.cli.conftest import Psctl
+from tests.unit.cli.fake_master import FakeMaster, ended_message, snapshot_message
+
+ANSWERS: dict[str, dict[str, Any]] = {
+    "export": {"step": 50, "parameters_sha256": "f" * 64, "tensors": 7, "size_bytes": 2048},
+    "eval": {"step": 50, "parameters_sha256": "f" * 64, "metrics": {"loss": 2.0, "accuracy": 0.5}, "num_samples": 9},
+    "generate": {"step": 50, "parameters_sha256": "f" * 64, "text": "once upon"},
+}
+
+
+@pytest.fixture
+def asked(fake: FakeMaster, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The requests made of the tool, which answers from ANSWERS."""
+    code = b"the bundle"
+    digest = hashlib.sha256(code).hexdigest()
+    fake.bundles[digest] = code
+    fake.jobs["x"] = ended_message(store="/store", bundle_sha256=digest)
+    fake.snapshots = [snapshot_message(25, best=True), snapshot_message(50)]
+    requests: list[dict[str, Any]] = []
+
+    def run_tool(request: dict[str, Any]) -> dict[str, Any]:
+        assert Path(request["bundle"]).read_bytes() == code
+        requests.append(request)
+        return ANSWERS[request["command"]]
+
+    monkeypatch.setattr(toolrun, "run_tool", run_tool)
+    return requests
+
+
+def test_export_prints_the_path(run: Psctl, asked: list[dict[str, Any]], tmp_path: Path) -> None:
+    result = run("export", "lm", "-o", str(tmp_path / "model.pth"))
+    assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 'model.pth'}\n")
+    assert "7 tensors, 2.0 KiB" in result.stderr
+    (request,) = asked
+    assert (request["command"], request["format"], request["output"]) == ("export", "pth", str(tmp_path / "model.pth"))
+    assert request["parts"] == ["/store/50/part-0", "/store/50/part-1"]
+    assert request["spec"]["name"] == "lm"
+    assert not Path(request["bundle"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "form"),
+    [
+        (["-o", "m.safetensors"], "safetensors"),
+        (["-o", "m"], "safetensors"),
+        (["-o", "m", "--format", "pth"], "pth"),
+        ([], "safetensors"),
+    ],
+)
+def test_the_format_follows_the_path_unless_given(
+    run: Psctl, asked: list[dict[str, Any]], arguments: list[str], form: str
+) -> None:
+    assert run("export", "lm", *arguments).exit_code == 0
+    assert asked[0]["format"] == form
+
+
+def test_the_step_chooses_the_snapshot(run: Psctl, asked: list[dict[str, Any]]) -> None:
+    assert run("eval", "lm", "--step", "best").exit_code == 0
+    assert run("eval", "lm", "--step", "50").exit_code == 0
+    assert [request["parts"][0] for request in asked] == ["/store/25/part-0", "/store/50/part-0"]
+    result = run("eval", "lm", "--step", "49")
+    assert result.exit_code == 102
+    assert "there are: 25 (best), 50" in result.stderr
+
+
+def test_eval_prints_metrics(run: Psctl, asked: list[dict[str, Any]]) -> None:
+    result = run("eval", "lm", "--data-uri", "other")
+    assert [line.split() for line in result.stdout.splitlines()] == [
+        ["METRIC", "VALUE"],
+        ["accuracy", "0.5000"],
+        ["loss", "2.0000"],
+    ]
+    assert asked[0]["data_uri"] == "other"
+    document = json.loads(run("eval", "lm", "-o", "json").stdout)
+    assert (document["kind"], document["metrics"]) == ("Evaluation", {"loss": 2.0, "accuracy": 0.5})
+    assert "data_uri" not in asked[1]
+
+
+def test_generate_prints_the_text_alone(run: Psctl, asked: list[dict[str, Any]]) -> None:
+    result = run("generate", "lm", "--prompt", "once", "--max-new-tokens", "5", "--temperature", "0", "--seed", "3")
+    assert (result.stdout, result.stderr) == ("once upon\n", "")
+    request = asked[0]
+    assert (request["prompt"], request["max_new_tokens"], request["temperature"], request["seed"]) == (
+        "once",
+        5,
+        0.0,
+        3,
+    )
+
+
+# --- the subprocess ---
+
+
+def program(text: str) -> tuple[str, ...]:
+    return (sys.executable, "-c", text)
+
+
+def test_the_tool_gets_the_request_and_its_answer_comes_back() -> None:
+    echo = program("import json, sys; print(json.dumps({'ok': True, 'got': json.load(sys.stdin)}))")
+    assert toolrun.run_tool({"command": "x"}, echo) == {"got": {"command": "x"}}
+
+
+def test_the_tools_error_is_raised_as_itself() -> None:
+    error = TaskError("no generate()", action="write one").to_dict()
+    failing = program(f"import json, sys; print(json.dumps({{'ok': False, 'error': {error!r}}})); sys.exit(100)")
+    with pytest.raises(TaskError, match="no generate") as caught:
+        toolrun.run_tool({}, failing)
+    assert caught.value.action == "write one"
+
+
+@pytest.mark.parametrize("text", ["", "print('half an ans')", "print('[]')", "print('{}')"])
+def test_a_tool_without_an_answer_shows_its_last_words(text: str) -> None:
+    dying = program(f"import sys; {text or 'pass'}; sys.stderr.write('the last word\\n'); sys.exit(7)")
+    with pytest.raises(InternalError, match="status 7") as caught:
+        toolrun.run_tool({}, dying)
+    assert "the last word" in caught.value.cause
