@@ -36,7 +36,7 @@ _log = structlog.get_logger(__name__)
 class Patience:
     """Seconds from the shutdown order until SIGTERM, and until SIGKILL."""
 
-    terminate_s: float = 2.0
+    terminate_s: float = 3.0
     kill_s: float = 5.0
 
 

@@ -20,7 +20,7 @@ def open_channel(address: str, token: str) -> grpc.Channel:
 
 def open_aio_channel(address: str, token: str) -> grpc.aio.Channel:
     """The same for asyncio. Belongs to the running loop; the caller closes it with `await channel.close()`."""
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS, interceptors=_aio_bearers(token))
+    return _AioBearer(grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS), token)
 
 
 def read_token(path: Path) -> str:
@@ -87,17 +87,50 @@ class _Bearer(
         return self._send(continuation, client_call_details, request_iterator)
 
 
-def _aio_bearers(token: str) -> list[Any]:
-    async def send(_self: Any, continuation: Any, details: Any, request: Any) -> Any:
-        metadata = grpc.aio.Metadata(*(details.metadata or ()))
-        metadata.add("authorization", f"Bearer {token}")
-        return await continuation(details._replace(metadata=metadata), request)
+class _AioBearer(grpc.aio.Channel):
+    """A channel whose every call carries the token.
 
-    bases = {
-        "intercept_unary_unary": grpc.aio.UnaryUnaryClientInterceptor,
-        "intercept_unary_stream": grpc.aio.UnaryStreamClientInterceptor,
-        "intercept_stream_unary": grpc.aio.StreamUnaryClientInterceptor,
-        "intercept_stream_stream": grpc.aio.StreamStreamClientInterceptor,
-    }
-    # One object per kind: grpc.aio sorts interceptors by class and takes only the first that fits.
-    return [type("_AioBearer", (base,), {name: send})() for name, base in bases.items()]
+    Not an interceptor: grpc.aio runs an intercepted stream through tasks of its own, which it leaves behind, with
+    errors in the log, when the connection breaks.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, token: str) -> None:
+        self._channel = channel
+        self._pair = ("authorization", f"Bearer {token}")
+
+    def unary_unary(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return self._with_token(self._channel.unary_unary(method, *args, **kwargs))
+
+    def unary_stream(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return self._with_token(self._channel.unary_stream(method, *args, **kwargs))
+
+    def stream_unary(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return self._with_token(self._channel.stream_unary(method, *args, **kwargs))
+
+    def stream_stream(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return self._with_token(self._channel.stream_stream(method, *args, **kwargs))
+
+    def _with_token(self, start: Any) -> Any:
+        def call(*args: Any, metadata: Any = None, **kwargs: Any) -> Any:
+            return start(*args, metadata=grpc.aio.Metadata(*(metadata or ()), self._pair), **kwargs)
+
+        return call
+
+    async def __aenter__(self) -> _AioBearer:
+        await self._channel.__aenter__()
+        return self
+
+    async def __aexit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        await self._channel.__aexit__(kind, error, traceback)
+
+    async def close(self, grace: float | None = None) -> None:
+        await self._channel.close(grace)
+
+    def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
+        return self._channel.get_state(try_to_connect)
+
+    async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
+        await self._channel.wait_for_state_change(last_observed_state)
+
+    async def channel_ready(self) -> None:
+        await self._channel.channel_ready()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import shutil
 import signal
 import tempfile
@@ -154,6 +155,18 @@ class Bench:
         self.token_file.write_text(TOKEN)
         self.token_file.chmod(0o600)
         self.runtime_dir = runtime_dir(self.state_dir)
+
+    async def gone(self, pid: int) -> bool:
+        """Wait until a process that is not a child of ours has ended."""
+        try:
+            descriptor = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return True
+        try:
+            ready, _, _ = await asyncio.to_thread(select.select, [descriptor], [], [], DEADLINE_S)
+            return bool(ready)
+        finally:
+            os.close(descriptor)
 
     def supersede(self, master: FakeMaster) -> None:
         """From now on the master knows a newer incarnation."""

@@ -97,7 +97,7 @@ def test_a_stubborn_process_is_killed_with_its_group(bench: Any) -> None:
         status = await master.until(lambda: master.exit_of("job/trainer-0/1"))
         assert (status.signal, status.expected, status.out_of_memory) == (signal.SIGKILL, True, False)
         assert not status.HasField("error")
-        assert not is_alive(below)
+        assert await bench.gone(below)
 
     bench.run(body, Patience(terminate_s=0.1, kill_s=0.3))
 
@@ -265,11 +265,3 @@ def test_two_agents_do_not_share_a_state_directory(bench: Any) -> None:
             AgentDirectories.claim(bench.state_dir)
 
     bench.run(body)
-
-
-def is_alive(pid: int) -> bool:
-    """Whether `pid` runs; a zombie does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -73,19 +72,6 @@ def run(bench: Any, body: Callable[[Any, Agents], Awaitable[None]]) -> None:
         agents.close()
 
 
-async def gone(pid: int) -> bool:
-    """Wait until a process that is not a child of ours has ended."""
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    try:
-        ready, _, _ = await asyncio.to_thread(select.select, [descriptor], [], [], DEADLINE_S)
-        return bool(ready)
-    finally:
-        os.close(descriptor)
-
-
 def test_sigterm_ends_the_processes_first_and_tells_the_master(bench: Any) -> None:
     async def body(master: Any, agents: Agents) -> None:
         agent = agents.start()
@@ -121,7 +107,7 @@ def test_kill_9_of_the_agent_leaves_no_process_and_a_successor_no_directory(benc
         await master.until(lambda: len(master.reports("trainer_ready")) == 2)
         pids = [status.pid for status in master.messages("status")]
         first.kill()
-        assert [await gone(pid) for pid in pids] == [True, True]
+        assert [await bench.gone(pid) for pid in pids] == [True, True]
         assert list(bench.runtime_dir.iterdir())
         await master.assign()
         second = agents.start()
