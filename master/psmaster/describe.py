@@ -63,17 +63,26 @@ def conditions(job: Job, now: Instant) -> tuple[Condition, ...]:
     recovering = live and (job.recovery is not None or (job.plan is not None and not (partitions and active)))
     ended = job.state.value.capitalize() if job.state.ended else ""
     found = (
-        _condition("Admitted", live, "SeatsHeld" if live else ended or "Queued", "seats are held for every process"),
-        _condition("Ready", all_active, "AllReady" if all_active else ended or "Waiting", "every process is ready"),
-        _condition("Progressing", progressing, "Training" if progressing else ended or "Waiting", "steps go on"),
-        _condition("Recovering", recovering, "ProcessLost" if recovering else "NothingLost", "a loss is being mended"),
+        _condition("Admitted", live, ("SeatsHeld", ended or "Queued"), ("seats are held", "no seats are held")),
+        _condition(
+            "Ready",
+            all_active,
+            ("AllReady", ended or "Waiting"),
+            ("every process is ready", "not every process is ready"),
+        ),
+        _condition("Progressing", progressing, ("Training", ended or "Waiting"), ("steps go on", "no steps are made")),
+        _condition(
+            "Recovering", recovering, ("ProcessLost", "NothingLost"), ("a loss is being mended", "nothing is lost")
+        ),
     )
     before = {condition.type: condition for condition in job.conditions}
     return tuple(_with_since(condition, before.get(condition.type), now) for condition in found)
 
 
-def _condition(kind: str, status: bool, why: str, message: str) -> Condition:
-    return Condition(type=kind, status=status, reason=why, message=message if status else f"not: {message}", since_s=0)
+def _condition(kind: str, status: bool, reasons: tuple[str, str], messages: tuple[str, str]) -> Condition:
+    """`reasons` and `messages`: when it holds, and when not."""
+    which = 0 if status else 1
+    return Condition(type=kind, status=status, reason=reasons[which], message=messages[which], since_s=0)
 
 
 def _with_since(condition: Condition, before: Condition | None, now: Instant) -> Condition:

@@ -71,7 +71,9 @@ def end_if_finished(draft: Draft, view: View) -> None:
     away = any(not seat.active for seat in draft.job.partitions)
     if not complete and away and not finished.stopped:
         return  # the last snapshot died with a partition: recovery takes the job back and finishes again
-    if not complete and not away and not draft.wait(view.limits.finish_grace_s):
+    trouble = draft.job.trouble
+    hopeless = trouble is not None and trouble.step == finished.step
+    if not complete and not away and not hopeless and not draft.wait(view.limits.finish_grace_s):
         return
     if complete:
         draft.update(parameters_sha256=finished.parameters_sha256)
@@ -81,8 +83,14 @@ def end_if_finished(draft: Draft, view: View) -> None:
     elif complete:
         draft.end(JobState.SUCCEEDED, f"reached step {finished.step}, the last one")
     else:
-        cause = f"not every partition reported its snapshot of the last step, {finished.step}"
-        draft.fail(Problem(code=StorageError.code, cause=cause, action="see the partitions' logs, then resume the job"))
+        draft.fail(_unsaved(finished.step, trouble.problem if trouble and hopeless else None))
+
+
+def _unsaved(step: int, problem: Problem | None) -> Problem:
+    cause = f"the snapshot of the last step, {step}, is not complete"
+    if problem is not None:
+        return replace(problem, cause=f"{cause}: {problem.cause}")
+    return Problem(code=StorageError.code, cause=cause, action="see the partitions' logs, then resume the job")
 
 
 def end_if_stopping(draft: Draft, view: View) -> None:

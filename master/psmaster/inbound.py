@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from pscluster.errors import CallerError, InternalError
 from pscluster.v1 import agents_pb2, plan_pb2
 from psmaster.catalogue import Part
-from psmaster.jobs import Check, Connection, Finished, Problem
+from psmaster.jobs import Check, Connection, Finished, Problem, Trouble
 from psmaster.processes import Exit, Failure, PartitionFacts, Process, TrainerFacts
 from psmaster.registry import Node, Role
 from psmaster.reports import BestReport, Evaluated, Progress, StepRecord
@@ -105,6 +106,9 @@ def report(m: plan_pb2.ProcessReport) -> Report | None:
             step=m.failure.step,
             checks=_checks(m.failure.checks),
         )
+    if kind == "warning":
+        told: Any = m.warning  # mypy takes the name for the built-in Warning
+        return Trouble(step=told.step, problem=problem(told.error))
     return BestReport(step=m.best.step, value=m.best.value) if kind == "best" else None
 
 

@@ -117,6 +117,14 @@ class Finished:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Trouble:
+    """The newest thing that went wrong and that training survived, with the step it concerns."""
+
+    step: int
+    problem: Problem
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Connection:
     trainer: int
     partition: int
@@ -184,6 +192,7 @@ class Job:
     best: Best | None = None
     next_best: Best | None = None  # reported, but its snapshot is not complete yet
     finished: Finished | None = None
+    trouble: Trouble | None = None
     error: Problem | None = None
     traceback: str = ""
     parameters_sha256: str = ""
@@ -282,6 +291,7 @@ def resume(job: Job, has_snapshot: bool, now: Instant) -> tuple[Job, Event | Non
         ended_s=0.0,
         plan=None,
         finished=None,
+        trouble=None,
         error=None,
         traceback="",
         parameters_sha256="",

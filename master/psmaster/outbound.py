@@ -52,6 +52,7 @@ def plan(job: Job, m: Plan) -> plan_pb2.Plan:
         resume_step=m.resume_step,
         stop=m.stop,
         kept_steps=m.kept_steps,
+        final_step=m.final_step,
     )
     if m.restore is not None:
         message.restore.step = m.restore.step

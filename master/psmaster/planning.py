@@ -44,6 +44,7 @@ def make_plan(draft: Draft, *, restore: bool) -> None:
         restore=None if job.plan is None else job.plan.restore,
         stop=job.stopping,
         kept_steps=() if job.plan is None else job.plan.kept_steps,
+        final_step=job.final_step,
     )
     draft.update(trainers=trainers, plan=plan, generation=generation)
     if job.recovery is not None:
@@ -61,7 +62,7 @@ def _restore(draft: Draft, plan: Plan, *, fresh: bool) -> None:
     step = point.step if point else 0
     stale = job.metrics_step > step
     draft.update(
-        plan=replace(plan, resume_step=step, restore=point),
+        plan=replace(plan, resume_step=step, restore=point if step else None),
         step=step,
         finished=None,
         deadline_s=None,

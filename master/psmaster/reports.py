@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from psmaster import catalogue, jobs
 from psmaster.catalogue import Catalogue, Part
-from psmaster.jobs import Best, Connection, Event, Finished, Instant, Job, JobState, Point
+from psmaster.jobs import Best, Connection, Event, Finished, Instant, Job, JobState, Point, Trouble
 
 RATE_WINDOW_S = 10.0
 MAX_POINTS = 512
@@ -166,6 +166,15 @@ def snapshot_part(job: Job, snapshots: Catalogue, part: Part, now: Instant) -> t
         return Applied(job=job), kept
     event = Event(time_s=now.unix_s, reason="Snapshot", message=f"the snapshot of step {part.step} is complete")
     return Applied(job=job, events=(event,)), kept
+
+
+def trouble(job: Job, report: Trouble, source: str, now: Instant) -> Applied:
+    """Something went wrong that training survives: told, and remembered in case the end needs an explanation."""
+    if job.state.ended or job.trouble == report:
+        return Applied(job=job)
+    message = f"{source}, step {report.step}: {report.problem}"
+    event = Event(time_s=now.unix_s, reason="Warning", message=message, warning=True)
+    return Applied(job=replace(job, trouble=report), events=(event,))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

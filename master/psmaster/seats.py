@@ -61,6 +61,7 @@ class Plan:
     restore: RestorePoint | None = None
     stop: bool = False
     kept_steps: tuple[int, ...] = ()
+    final_step: int = 0
 
     @property
     def active(self) -> frozenset[tuple[int, int]]:

@@ -15,7 +15,7 @@ from pscluster.errors import NotFoundError, StateError
 from psmaster import jobs, registry, reports
 from psmaster.catalogue import Catalogue, Part
 from psmaster.draft import Limits
-from psmaster.jobs import MAX_EVENTS, Event, Finished, Instant, Job, JobState
+from psmaster.jobs import MAX_EVENTS, Event, Finished, Instant, Job, JobState, Trouble
 from psmaster.planner import NodeView, admit
 from psmaster.processes import Exit, Failure, PartitionFacts, Process, Processes, TrainerFacts
 from psmaster.reconcile import reconcile
@@ -23,7 +23,7 @@ from psmaster.registry import Health, Node, Nodes, Role
 from psmaster.reports import Applied, BestReport, Evaluated, MetricLine, Progress
 from psmaster.seats import Kind, Seat
 
-Report = TrainerFacts | PartitionFacts | Failure | Progress | Evaluated | BestReport | Finished | Part
+Report = TrainerFacts | PartitionFacts | Failure | Progress | Evaluated | BestReport | Finished | Part | Trouble
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +112,8 @@ class Turn:
         if isinstance(report, TrainerFacts | PartitionFacts | Failure):
             name = {TrainerFacts: "trainer", PartitionFacts: "partition", Failure: "failure"}[type(report)]
             self._know(process_id, node_id, **{name: report})
+        elif isinstance(report, Trouble):
+            self._take(reports.trouble(job, report, seat.name, self.now))
         elif seat.kind is Kind.PARTITION and seat.rank == 0:
             self._take(self._of_lead(job, report))
 
