@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from pscluster.client import Event, Job
 
 LINE_INTERVAL_S = 2.0
+# What the states, the bar and the last line say already; `psctl describe` has them all.
+_ROUTINE = frozenset({"Submitted", "Admitted", "Running", "Snapshot", "Finished", "Succeeded", "Failed", "Stopped"})
 
 
 class Narrator:
@@ -27,8 +29,8 @@ class Narrator:
         """The lines to print now that the job is like this."""
         lines = self._events(job)
         if (job.state, job.reason) != (self._state, self._reason):
-            # A reason that changes while a job waits or recovers is news; an ended job's is told at the end.
-            if job.state != self._state or job.reason:
+            # A reason that changes while a job waits or recovers is news; the end has a line of its own.
+            if not job.ended and (job.state != self._state or job.reason):
                 lines.append(f"{job.state}{': ' + fmt.one_line(job.reason) if job.reason else ''}")
             self._state, self._reason = job.state, job.reason
         if job.metrics and job.metrics_step != self._evaluated:
@@ -47,7 +49,11 @@ class Narrator:
             self._last_event = job.events[-1]
         if not self._seen_any:
             fresh = [event for event in fresh if event.warning]
-        return [event_line(event) for event in fresh]
+        return [event_line(event) for event in fresh if event.warning or not _is_routine(event, job)]
+
+
+def _is_routine(event: Event, job: Job) -> bool:
+    return event.reason in _ROUTINE or (event.reason == "Planned" and job.step == 0)
 
 
 def event_line(event: Event) -> str:

@@ -75,19 +75,30 @@ class Cluster:
         """The same for settings already resolved."""
         if located.local and not Path(located.address.removeprefix("unix:")).exists():
             raise UnreachableError(f"no cluster runs with state directory {located.state_dir}")
-        channel = rpc.open_channel(located.address, token or rpc.read_token(located.token_file))
-        cluster = cls(channel)
+        cluster = cls(rpc.open_channel(located.address, token or rpc.read_token(located.token_file)))
         try:
-            health = cluster.health(deadline_s=_CONNECT_DEADLINE_S)
-            if health.protocol != rpc.PROTOCOL:
-                raise VersionSkewError(
-                    f"the master at {located.address} is pscluster {health.version} with protocol "
-                    f"{health.protocol}; this one speaks protocol {rpc.PROTOCOL}"
-                )
+            cluster._check_protocol(located)
         except PsError:
             cluster.close()
             raise
         return cluster
+
+    def _check_protocol(self, located: LocatedCluster) -> None:
+        try:
+            health = self.health(deadline_s=_CONNECT_DEADLINE_S)
+        except UnreachableError as error:
+            if not located.local:
+                raise
+            raise UnreachableError(
+                f"the master of the local cluster in {located.state_dir} does not answer",
+                action="start it again with `psctl up`",
+                details=error.details,
+            ) from None
+        if health.protocol != rpc.PROTOCOL:
+            raise VersionSkewError(
+                f"the master at {located.address} is pscluster {health.version} with protocol "
+                f"{health.protocol}; this one speaks protocol {rpc.PROTOCOL}"
+            )
 
     def close(self) -> None:
         """Close the connection. Idempotent."""
