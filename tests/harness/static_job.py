@@ -19,7 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from psworker.replica import state_tensors
+
 from pscluster.agent import frames
+from pscluster.snapshot import read_parts
 from pscluster.spec import JobSpec, parse_spec
 from pscluster.v1.plan_pb2 import (
     PartitionSeat,
@@ -156,7 +160,9 @@ class StaticJob:
             body = "trainer_ready" if name.startswith("trainer") else "partition_ready"
             self.wait(lambda name=name, body=body: bool(self.reported(name, body)), f"{name} ready")  # type: ignore[misc]
 
-    def publish(self, shards: Sequence[Sequence[tuple[int, int]]], *, restore: bool = False, stop: bool = False) -> None:
+    def publish(
+        self, shards: Sequence[Sequence[tuple[int, int]]], *, restore: bool = False, stop: bool = False
+    ) -> None:
         """A new generation: `shards[rank]` are the (first, count) runs of each trainer."""
         self.generation += 1
         if restore or self.generation == 1:
@@ -210,9 +216,7 @@ class StaticJob:
     def _take(self, child: Child, report: ProcessReport) -> None:
         body = report.WhichOneof("body")
         if body == "counters":
-            labels = {
-                s.name + json.dumps(dict(s.labels), sort_keys=True): s.value for s in report.counters.samples
-            }
+            labels = {s.name + json.dumps(dict(s.labels), sort_keys=True): s.value for s in report.counters.samples}
             child.counters = labels
         elif body == "failure":
             child.reports.append(report)
@@ -223,3 +227,12 @@ class StaticJob:
             part = report.snapshot_part
             if part.generation >= self.restore_generation:
                 self.parts.setdefault(part.step, {})[part.partition] = part
+
+
+def final_tensors(job: StaticJob) -> dict[str, torch.Tensor]:
+    """The state dict in the newest complete snapshot of a finished job."""
+    step = job.reported("partition-0", "finished")[-1].step
+    job.wait(lambda: step in job.complete_steps(), "the final snapshot")
+    paths = [job.store / part.path for _, part in sorted(job.parts[step].items())]
+    layout, words = read_parts(paths)
+    return state_tensors(layout, words)

@@ -1,0 +1,175 @@
+"""The same job gives the same bits whatever the workers, partitions, transport and plan changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness.jobs import crossed_split, even_split, lm_spec, norm_spec
+from harness.plain import train_plainly
+from harness.static_job import StaticJob, final_tensors
+from psworker.replica import named_bytes
+
+from pscluster.digest import parameters_sha256
+
+NUM_SHARDS = 7
+
+
+@pytest.fixture(scope="module")
+def lm_digest() -> str:
+    """Digest of a plain single-process loop over the same microbatches, in tree order."""
+    return train_plainly(lm_spec()).digest
+
+
+# Pairwise: every pair of (workers, partitions), (workers, transport), (partitions, transport) occurs.
+PAIRS = [(1, 1, "unix"), (2, 2, "tcp"), (3, 3, "unix"), (4, 1, "tcp"), (3, 2, "tcp"), (2, 3, "unix")]
+
+
+@pytest.mark.parametrize(("workers", "partitions", "transport"), PAIRS)
+def test_language_model_has_the_bits_of_a_plain_loop(
+    workers: int, partitions: int, transport: str, lm_digest: str, tmp_path: Path
+) -> None:
+    with StaticJob(lm_spec(partitions=partitions, transport=transport), workers, tmp_path) as job:
+        job.wait_ready()
+        job.publish(even_split(NUM_SHARDS, workers))
+        assert job.wait_finished() == lm_digest
+        seen = {c.transport for p in job.reported("partition-0", "progress") for c in p.connections}
+        assert seen == {transport}
+
+
+def test_shards_that_move_in_every_generation_change_no_bit(lm_digest: str, tmp_path: Path) -> None:
+    with StaticJob(lm_spec(partitions=2, pause_s=0.02), 3, tmp_path) as job:
+        job.wait_ready()
+        splits = [
+            even_split(NUM_SHARDS, 3),
+            crossed_split(NUM_SHARDS, 3),
+            [[(0, 7)], [], []],
+            [[(3, 2)], [(0, 3)], [(5, 2)]],
+        ]
+        moved = 0
+        while not job.reported("partition-0", "finished"):
+            job.publish(splits[moved % len(splits)])
+            moved += 1
+            target = job.generation
+            job.wait(
+                lambda target=target: (
+                    bool(job.reported("partition-0", "finished"))
+                    or any(a.generation == target for a in job.reported("trainer-0", "plan_adopted"))
+                )
+            )
+        assert moved > 4
+        assert job.wait_finished() == lm_digest
+
+
+def test_buffers_and_rarely_touched_parameters_are_exact(tmp_path: Path) -> None:
+    """One digest for all; against the plain loop within 1e-6, since torch's fused kernel takes the last elements of a
+    tensor that is no multiple of its vector length through other instructions, and the layout pads them."""
+    digests = set()
+    for workers, partitions in [(1, 1), (2, 3), (3, 2)]:
+        with StaticJob(norm_spec(partitions=partitions), workers, tmp_path / f"{workers}-{partitions}") as job:
+            job.wait_ready()
+            job.publish(crossed_split(NUM_SHARDS, workers))
+            digests.add(job.wait_finished())
+            tensors = final_tensors(job)
+    assert len(digests) == 1
+    assert digests == {parameters_sha256(named_bytes(tensors))}
+    plain = train_plainly(norm_spec()).model.state_dict()
+    assert tensors.keys() == plain.keys()
+    for name, tensor in plain.items():
+        torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=1e-6, msg=name)
+
+
+def test_evaluation_is_exact_too(tmp_path: Path) -> None:
+    plain = train_plainly(lm_spec())
+    with StaticJob(lm_spec(partitions=2), 2, tmp_path) as job:
+        job.wait_ready()
+        job.publish(crossed_split(NUM_SHARDS, 2))
+        job.wait_finished()
+        seen = {e.step: dict(e.metrics) for e in job.reported("partition-0", "evaluated")}
+    assert seen == plain.evaluations
+    assert sorted(seen) == [5, 10]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "schedule"),
+    [
+        ({"name": "adam", "lr": 3e-3, "weight_decay": 0.05}, {"name": "constant"}),
+        ({"name": "sgd", "lr": 0.1}, {"name": "constant", "warmup_steps": 2}),
+        ({"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}, {"name": "cosine", "final_ratio": 0.1}),
+        ({"name": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True}, {"name": "cosine", "warmup_steps": 4}),
+    ],
+)
+def test_every_optimizer_and_schedule_follows_torch(
+    optimizer: dict[str, Any], schedule: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = lm_spec(partitions=2, steps=6, d_model=128)
+    spec["train"] |= {"optimizer": optimizer, "schedule": schedule, "clip_norm": None}
+    plain = train_plainly(spec).model.state_dict()
+    with StaticJob(spec, 1, tmp_path) as job:
+        job.wait_ready()
+        job.publish(even_split(NUM_SHARDS, 1))
+        job.wait_finished()
+        tensors = final_tensors(job)
+    for name, tensor in plain.items():
+        torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=1e-6, msg=name)
+
+
+def test_a_trainer_killed_in_mid_step_changes_no_bit(lm_digest: str, tmp_path: Path) -> None:
+    with StaticJob(lm_spec(partitions=2, pause_s=0.05), 2, tmp_path) as job:
+        job.wait_ready()
+        job.publish(even_split(NUM_SHARDS, 2))
+        job.wait_step(2)
+        job.kill("trainer-1")
+        before = job.step
+        job.publish([[(0, NUM_SHARDS)], []])
+        job.wait_step(before + 2)
+        job.start("trainer", 1)
+        job.wait(lambda: bool(job.reported("trainer-1", "trainer_ready")))
+        job.publish(crossed_split(NUM_SHARDS, 2))
+        assert job.wait_finished() == lm_digest
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_partition_killed_takes_the_job_back_to_a_snapshot(victim: int, lm_digest: str, tmp_path: Path) -> None:
+    with StaticJob(lm_spec(partitions=2, pause_s=0.05), 2, tmp_path) as job:
+        job.wait_ready()
+        job.publish(even_split(NUM_SHARDS, 2))
+        job.wait(lambda: 4 in job.complete_steps(), "snapshot 4")
+        job.kill(f"partition-{victim}")
+        job.start("partition", victim)
+        job.wait(lambda: bool(job.reported(f"partition-{victim}", "partition_ready")))
+        job.publish(even_split(NUM_SHARDS, 2), restore=True)
+        assert job.resume_step >= 4
+        assert job.wait_finished() == lm_digest
+
+
+def test_a_partition_killed_before_any_snapshot_starts_again_from_the_seed(lm_digest: str, tmp_path: Path) -> None:
+    with StaticJob(lm_spec(partitions=2, pause_s=0.05), 2, tmp_path) as job:
+        job.wait_ready()
+        job.publish(even_split(NUM_SHARDS, 2))
+        job.wait_step(1)
+        job.kill("partition-1")
+        job.parts.clear()
+        job.start("partition", 1)
+        job.wait(lambda: bool(job.reported("partition-1", "partition_ready")))
+        job.publish(even_split(NUM_SHARDS, 2), restore=True)
+        assert job.resume_step == 0
+        assert job.wait_finished() == lm_digest
+
+
+def test_stop_ends_at_a_written_step_and_resume_goes_on_with_the_same_bits(lm_digest: str, tmp_path: Path) -> None:
+    with StaticJob(lm_spec(partitions=2, pause_s=0.05), 2, tmp_path) as job:
+        job.wait_ready()
+        job.publish(even_split(NUM_SHARDS, 2))
+        job.wait_step(1)
+        job.publish(even_split(NUM_SHARDS, 2), stop=True)
+        job.wait_finished()
+        finished = job.reported("partition-0", "finished")[-1]
+        assert finished.stopped
+        job.wait(lambda: finished.step in job.complete_steps())
+        job.publish(even_split(NUM_SHARDS, 2), restore=True)
+        assert job.resume_step == finished.step
+        job.wait(lambda: len(job.reported("partition-0", "finished")) == 2)
+        assert job.wait_finished() == lm_digest

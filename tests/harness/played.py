@@ -1,0 +1,230 @@
+"""The data plane without sockets or clocks: real partitions and real peers, on a network that a test drives by hand.
+
+Nothing happens by itself: frames wait in queues until `Network.step` or `Network.settle` delivers them.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pscluster.errors import PsError
+from pscluster.layout import Layout
+from pscluster.spec import JobSpec, parse_spec
+from pscluster.v1.plan_pb2 import PartitionSeat, Plan, ProcessReport, ProcessSpec, ShardRange, TrainerSeat
+from pscluster.wire.frame import Buffer, Header, Kind, checksum, job_number, pack, unpack
+from psserver.partition.service import PartitionService
+from psserver.partition.telemetry import PartitionCounters
+
+JOB = "job-played"
+TOKEN = b"0123456789abcdef"
+
+
+@dataclass
+class _Family:
+    """What a partition asks of a connection's socket: the transport's family."""
+
+    family: socket.AddressFamily = socket.AF_UNIX
+
+
+class PlayedConnection:
+    """One end of a connection; stands in for `pscluster.wire.connection.Connection`."""
+
+    def __init__(self, network: Network, handler: Any) -> None:
+        self.network = network
+        self.handler = handler
+        self.context: object = None
+        self.is_open = True
+        self.wants_write = False
+        self.socket = _Family()
+        self.inbox: deque[tuple[Header, bytes]] = deque()
+        self.other: PlayedConnection | None = None
+        self.error: PsError | None = None
+
+    def send(
+        self,
+        header: Header,
+        body: Sequence[Buffer] = (),
+        *,
+        tag: object = None,  # noqa: ARG002 - bodies are copied at once
+        on_sent: Callable[[], None] | None = None,
+    ) -> None:
+        if not self.is_open or self.other is None:
+            return
+        parts = [bytes(memoryview(part).cast("B")) for part in body if memoryview(part).nbytes]
+        data = b"".join(parts)
+        header = unpack(pack(replace(header, length=len(data), checksum=checksum(parts) if parts else 0)))
+        self.other.inbox.append((header, data))
+        if on_sent is not None:
+            on_sent()
+
+    def detach(self, tag: object) -> None:
+        """Bodies were copied when they were sent."""
+
+    def deliver(self) -> None:
+        """Hand the oldest waiting frame to the handler, as a `Connection` does."""
+        header, data = self.inbox.popleft()
+        try:
+            body = memoryview(b"")
+            if header.length:
+                body = self.handler.body_target(self, header)
+                assert body.nbytes == header.length
+                body[:] = data
+            self.handler.frame(self, header, body)
+        except PsError as error:
+            self.close(error)
+
+    def close(self, error: PsError | None = None) -> None:
+        if not self.is_open:
+            return
+        self.is_open = False
+        self.error = error
+        self.inbox.clear()
+        self.network.connections.remove(self)
+        self.handler.closed(self, error)
+        if self.other is not None:
+            self.other.close(None)
+
+
+class Network:
+    """Stands in for the reactor of every process in the test; also holds every open connection."""
+
+    def __init__(self) -> None:
+        self.posted: deque[Callable[[], None]] = deque()
+        self.timers: deque[Callable[[], None]] = deque()
+        self.connections: list[PlayedConnection] = []
+        self.listeners: dict[str, Any] = {}
+
+    def post(self, call: Callable[[], None]) -> None:
+        self.posted.append(call)
+
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> None:  # noqa: ARG002 - the test says when
+        self.timers.append(call)
+
+    def watch(self, fd: int, call: Callable[[], None]) -> None:
+        """Orders are given by calling `adopt`."""
+
+    def stop(self) -> None:
+        """Nothing runs by itself."""
+
+    def connect(self, ours: Any, theirs: Any) -> tuple[PlayedConnection, PlayedConnection]:
+        """A connection between two handlers."""
+        near, far = PlayedConnection(self, ours), PlayedConnection(self, theirs)
+        near.other, far.other = far, near
+        self.connections += (near, far)
+        return near, far
+
+    def dial(self, address: str, handler: Any, done: Callable[[Any, str], None]) -> None:
+        if address not in self.listeners:
+            self.post(lambda: done(None, "nobody listens"))
+            return
+        near, _ = self.connect(handler, self.listeners[address])
+        self.post(lambda: done(near, ""))
+
+    def choices(self) -> list[Callable[[], None]]:
+        """Everything that could happen next."""
+        found: list[Callable[[], None]] = [c.deliver for c in self.connections if c.inbox]
+        if self.posted:
+            found.append(lambda: self.posted.popleft()())
+        return found
+
+    def fire_timers(self) -> None:
+        """Run what `call_later` was asked for until now, once."""
+        due, self.timers = self.timers, deque()
+        for call in due:
+            call()
+
+    def settle(self, *, redial: bool = True, limit: int = 100_000) -> None:
+        """Deliver and run until nothing is left; due redials are made, too."""
+        for _ in range(limit):
+            choices = self.choices()
+            if choices:
+                choices[0]()
+            elif redial and self.timers:
+                self.fire_timers()
+                redial = False
+            else:
+                return
+        raise AssertionError("the network never comes to rest")
+
+
+class PlayedLink:
+    """Stands in for a partition's line to its agent; keeps what is reported."""
+
+    def __init__(self, start: ProcessSpec) -> None:
+        self.start = start
+        self.reports: list[ProcessReport] = []
+
+    def fileno(self) -> int:
+        return -1
+
+    def report(self, report: ProcessReport) -> None:
+        self.reports.append(report)
+
+    def reported(self, body: str) -> list[Any]:
+        return [getattr(report, body) for report in self.reports if report.WhichOneof("body") == body]
+
+
+class KeptParts:
+    """Stands in for the snapshot writer: remembers the steps that it was asked to write."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def write(self, meta: Any, layout: Layout, pieces: object, done: object) -> None:  # noqa: ARG002
+        self.steps.append(meta.step)
+
+    def retain(self, kept: object) -> None:
+        """Nothing is on disk."""
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+def played_spec(num_shards: int, partitions: int = 1, **sections: Any) -> JobSpec:
+    """A job of `num_shards` shards of one sample each."""
+    train = {"global_batch": num_shards, "microbatch": 1, "max_steps": 100, **sections.pop("train", {})}
+    servers = {"partitions": partitions}
+    return parse_spec({"name": "played", "task": {"entrypoint": "a:B"}, "train": train, "servers": servers, **sections})
+
+
+def played_plan(
+    layout: Layout, shards: Mapping[int, Sequence[int]], *, generation: int = 1, partitions: int = 1, **fields: Any
+) -> Plan:
+    """A plan that gives each rank the shards named."""
+    trainers = [
+        TrainerSeat(rank=rank, active=True, shards=[ShardRange(first=shard, count=1) for shard in mine])
+        for rank, mine in sorted(shards.items())
+    ]
+    seats = [PartitionSeat(index=i, addresses=[f"tcp:partition:{i}"]) for i in range(partitions)]
+    return Plan(
+        job_id=JOB, generation=generation, trainers=trainers, partitions=seats, layout_json=layout.to_json(),
+        data_token=TOKEN, final_step=fields.pop("final_step", 100),
+        restore_generation=fields.pop("restore_generation", 1), **fields,
+    )  # fmt: skip
+
+
+def played_partition(network: Network, spec: JobSpec, index: int, store: Path) -> PartitionService:
+    """A real partition on the played network; it listens, has no plan yet, and writes no snapshot."""
+    link = PlayedLink(ProcessSpec(job_id=JOB, rank=index, store=str(store)))
+    service = PartitionService(link, spec, network, PartitionCounters())  # type: ignore[arg-type]
+    service._snapshots.close()
+    service._snapshots = KeptParts()  # type: ignore[assignment]
+    network.listeners[f"tcp:partition:{index}"] = service.handler
+    return service
+
+
+def fill(service: PartitionService) -> None:
+    """Give a partition its first values: what its memory holds."""
+    assert service.state is not None
+    for span in service.state.spans:
+        service.take_initial(span.bucket)
+
+
+def job_header(kind: Kind, **fields: Any) -> Header:
+    """A header of the played job."""
+    return Header(kind=kind, job=job_number(JOB), **fields)
