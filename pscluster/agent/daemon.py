@@ -20,6 +20,8 @@ def run(role: AgentRole, argv: Sequence[str]) -> int:
     What keeps it from starting is one line on stderr.
     """
     arguments = vars(parse(role, argv))
+    # Read when grpc is imported: its core tells every broken connection, which we do ourselves.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         # Late, so that --help answers without loading grpc.
         from pscluster.settings import environment_name, resolve

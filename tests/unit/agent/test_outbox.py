@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -75,7 +77,7 @@ def test_the_share_of_output_is_known() -> None:
 def test_against_a_plain_list(actions: list[tuple[str, int]]) -> None:
     outbox = Outbox(max_bytes=2_000)
     acknowledged = 0
-    made = {"s": status, "l": log, "p": progress}
+    made: dict[str, Callable[[], AgentMessage]] = {"s": status, "l": log, "p": progress}
     for kind, number in actions:
         if kind == "a":
             outbox.acknowledge(number)
