@@ -15,15 +15,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pscluster.errors import SpecError
 
-PositiveInt = Annotated[int, Field(gt=0)]
+# Strict: `true` is no number of steps. Floats stay lax, since YAML reads 1e-3 as text.
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+
+
+_LONGEST_SHOWN = 80
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
 class TaskSection(_Section):
@@ -31,6 +35,19 @@ class TaskSection(_Section):
 
     entrypoint: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
     args: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("args")
+    @classmethod
+    def _plain(cls, args: dict[str, Any]) -> dict[str, Any]:
+        """Arguments travel as JSON: what JSON would change (dates, sets, NaN) is refused rather than changed."""
+        for key, value in args.items():
+            try:
+                same = json.loads(json.dumps(value, allow_nan=False)) == value
+            except (TypeError, ValueError):
+                same = False
+            if not same:
+                raise ValueError(f"{key} is {value!r}: only text, finite numbers, booleans, lists and mappings travel")
+        return args
 
 
 class DataSection(_Section):
@@ -66,7 +83,7 @@ class ScheduleSection(_Section):
     """Learning rate: linear warm-up from 0, then constant, or a half cosine down to `final_ratio` of lr."""
 
     name: Literal["constant", "cosine"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(ge=0, strict=True)] = 0
     final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
@@ -79,7 +96,7 @@ class TrainSection(_Section):
     microbatch: PositiveInt
     epochs: PositiveInt | None = None
     max_steps: PositiveInt | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     clip_norm: Annotated[float, Field(gt=0)] | None = None
@@ -146,7 +163,7 @@ class JobSpec(_Section):
 
     apiVersion: Literal["ps/v1"] = "ps/v1"  # noqa: N815 - the key users know from other specs
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
-    priority: int = 0
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31, strict=True)] = 0
     task: TaskSection
     data: DataSection = DataSection()
     train: TrainSection
@@ -197,12 +214,25 @@ def read_spec_file(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"cannot read {path}: {error}") from None
     try:
-        data = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+        data = tomllib.loads(text) if path.suffix == ".toml" else yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, tomllib.TOMLDecodeError) as error:
         raise SpecError(f"{path} does not parse: {error}") from None
     if not isinstance(data, dict):
         raise SpecError(f"{path} holds no mapping at its top")
     return data
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice instead of taking the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:str":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def apply_override(data: dict[str, Any], pair: str) -> None:
@@ -238,7 +268,8 @@ def _explain_one(problem: Mapping[str, Any]) -> str:
     message = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{where}: {message}" if where else message
-    return f"{where}: {message}, not {problem['input']!r}"
+    given = repr(problem["input"])
+    return f"{where}: {message}, not {given if len(given) <= _LONGEST_SHOWN else given[:_LONGEST_SHOWN] + '...'}"
 
 
 def _keys_at(location: Sequence[int | str]) -> list[str]:
