@@ -60,9 +60,7 @@ class Resolved(Generic[S]):
     origins: dict[str, Origin]
 
 
-def resolve(
-    cls: type[S], flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None = None
-) -> S:
+def resolve(cls: type[S], flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None = None) -> S:
     """The settings of dataclass `cls`. See `resolve_with_origins`."""
     return resolve_with_origins(cls, flags, environ, file).settings
 
@@ -221,9 +219,7 @@ def make_runtime_dir(state_dir: Path) -> Path:
     except OSError as error:
         raise StorageError(f"cannot create {path}: {error.strerror}") from None
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
-        raise StorageError(
-            f"{path} is not a directory that only this user may enter", action=f"remove {path}"
-        )
+        raise StorageError(f"{path} is not a directory that only this user may enter", action=f"remove {path}")
     return path
 
 

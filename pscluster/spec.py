@@ -214,7 +214,7 @@ def read_spec_file(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"cannot read {path}: {error}") from None
     try:
-        data = tomllib.loads(text) if path.suffix == ".toml" else yaml.load(text, Loader=_Loader)
+        data = tomllib.loads(text) if path.suffix == ".toml" else _Loader.read(text)
     except (yaml.YAMLError, tomllib.TOMLDecodeError) as error:
         raise SpecError(f"{path} does not parse: {error}") from None
     if not isinstance(data, dict):
@@ -223,7 +223,16 @@ def read_spec_file(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice instead of taking the last."""
+    """Safe YAML that refuses a key given twice instead of taking the last."""
+
+    @classmethod
+    def read(cls, text: str) -> Any:
+        """The one document in `text`. Raises yaml.YAMLError."""
+        loader = cls(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
