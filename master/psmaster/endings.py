@@ -15,7 +15,11 @@ def fail_on_reports(draft: Draft, view: View) -> None:
     """FAILED when a process reported what another attempt would meet again.
 
     Before the first plan the others are heard first, for one table of what is wrong where."""
-    failures = [(seat, failure) for seat in draft.job.seats if (failure := failure_of(seat, draft.job, view.processes))]
+    failures = [
+        (seat, failure)
+        for seat in draft.job.seats
+        if (failure := failure_of(seat, draft.job, view.processes)) and not _leave_out(draft, seat, failure)
+    ]
     if not failures:
         return
     if draft.job.plan is None:

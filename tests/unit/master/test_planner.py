@@ -1,0 +1,124 @@
+"""Admission, seating and shard dealing."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from psmaster.planner import NodeView, admit, choose_node, cover_size, deal_shards, max_trainers
+from psmaster.registry import Role
+
+from pscluster.tree import tree_of
+from tests.unit.master.world import make_spec
+
+
+def view(node_id: str, slots: int = 1, available: int | None = None, ready: bool = True) -> NodeView:
+    return NodeView(
+        node_id=node_id,
+        role=Role.WORKER if node_id.startswith("worker") else Role.SERVER,
+        incarnation="1",
+        alive=True,
+        ready=ready,
+        slots=slots,
+        available=slots if available is None else available,
+    )
+
+
+def views(*nodes: NodeView) -> dict[str, NodeView]:
+    return {node.node_id: node for node in nodes}
+
+
+@given(num_shards=st.integers(1, 200), num_ranks=st.integers(1, 40))
+def test_shards_are_dealt_whole_contiguous_and_even(num_shards: int, num_ranks: int) -> None:
+    runs = deal_shards(num_shards, range(num_ranks))
+    dealt = [shard for rank in range(num_ranks) for first, count in runs[rank] for shard in range(first, first + count)]
+    assert dealt == list(range(num_shards))
+    sizes = [sum(count for _, count in runs[rank]) for rank in range(num_ranks)]
+    assert max(sizes) - min(sizes) <= 1
+    assert all(len(runs[rank]) <= 1 for rank in range(num_ranks))
+
+
+@pytest.mark.parametrize("num_shards", range(1, 13))
+@pytest.mark.parametrize("num_ranks", range(1, 6))
+def test_even_dealing_is_as_aligned_as_it_can_be(num_shards: int, num_ranks: int) -> None:
+    small, num_large = divmod(num_shards, num_ranks)
+
+    def cost(large: frozenset[int]) -> int:
+        sizes = [small + (rank in large) for rank in range(num_ranks)]
+        firsts = [0, *itertools.accumulate(sizes)]
+        return sum(cover_size(num_shards, first, size) for first, size in zip(firsts, sizes, strict=False))
+
+    best = min(cost(frozenset(large)) for large in itertools.combinations(range(num_ranks), num_large))
+    dealt = deal_shards(num_shards, range(num_ranks))
+    runs = [run for rank_runs in dealt.values() for run in rank_runs]
+    assert sum(cover_size(num_shards, first, count) for first, count in runs) == best
+
+
+@given(st.integers(1, 64).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n - 1), st.integers(1, n))))
+def test_cover_size_counts_the_trees_own_nodes(shape: tuple[int, int, int]) -> None:
+    num_leaves, first, count = shape
+    count = min(count, num_leaves - first)
+    assert cover_size(num_leaves, first, count) == len(tree_of(num_leaves).cover(range(first, first + count)))
+
+
+def test_dealing_depends_on_the_ranks_order_alone() -> None:
+    assert deal_shards(8, [5, 2]) == {2: ((0, 4),), 5: ((4, 4),)}
+    assert deal_shards(8, []) == {}
+
+
+def test_a_power_of_two_is_dealt_in_whole_subtrees() -> None:
+    for rank, ((first, count),) in deal_shards(16, range(4)).items():
+        assert (first, count) == (4 * rank, 4)
+        assert cover_size(16, first, count) == 1
+
+
+def test_all_or_nothing_is_admitted() -> None:
+    spec = make_spec(workers={"min": 3, "max": None}, servers={"partitions": 2})
+    few = admit(spec, views(view("worker-0"), view("worker-1"), view("server-0", 2)))
+    assert not few.admitted
+    assert few.reason == "waits for 3 workers: 2 ready"
+    assert not few.possible
+    enough = admit(spec, views(*(view(f"worker-{i}") for i in range(4)), view("server-0", 2)))
+    assert enough.trainers == ("worker-0", "worker-1", "worker-2", "worker-3")
+    assert enough.partitions == ("server-0", "server-0")
+
+
+def test_what_other_jobs_hold_is_waited_for_by_name_of_the_resource() -> None:
+    spec = make_spec(workers={"min": 2}, servers={"partitions": 1})
+    waits = admit(spec, views(view("worker-0"), view("worker-1", available=0), view("server-0")))
+    assert waits.reason == "waits for 2 workers: 1 free, other jobs hold the rest"
+    assert waits.possible
+
+
+def test_both_shortages_are_told() -> None:
+    reason = admit(make_spec(workers={"min": 2}), {}).reason
+    assert reason == "waits for 2 workers: 0 ready and 2 servers: 0 ready"
+
+
+def test_a_node_that_is_not_ready_gets_nothing() -> None:
+    spec = make_spec(servers={"partitions": 1})
+    assert not admit(spec, views(view("worker-0", ready=False), view("server-0"))).admitted
+
+
+def test_partitions_go_round_the_servers() -> None:
+    spec = make_spec(servers={"partitions": 5})
+    nodes = views(view("worker-0"), view("server-0", 1), view("server-1", 3), view("server-10", 3))
+    assert admit(spec, nodes).partitions == ("server-0", "server-1", "server-10", "server-1", "server-10")
+
+
+def test_no_more_trainers_than_shards() -> None:
+    assert max_trainers(make_spec(workers={"max": None})) == 8
+    assert max_trainers(make_spec(workers={"max": 3})) == 3
+    assert max_trainers(make_spec(workers={"max": 30})) == 8
+
+
+def test_a_replacement_prefers_its_former_node() -> None:
+    nodes = views(view("worker-0", 4), view("worker-1", 1))
+    none = frozenset[str]()
+    assert choose_node(nodes, Role.WORKER, {}, none, preferred="worker-1") is nodes["worker-1"]
+    assert choose_node(nodes, Role.WORKER, {"worker-1": 1}, none, preferred="worker-1") is nodes["worker-0"]
+    assert choose_node(nodes, Role.WORKER, {"worker-0": 4, "worker-1": 1}, none) is None
+    assert choose_node(nodes, Role.WORKER, {}, frozenset({"worker-0", "worker-1"})) is None
+    assert choose_node(nodes, Role.SERVER, {}, none) is None

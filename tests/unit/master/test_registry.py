@@ -1,0 +1,97 @@
+"""Membership."""
+
+from __future__ import annotations
+
+import pytest
+from psmaster import registry
+from psmaster.jobs import Instant
+from psmaster.registry import Health, Node, Role
+
+from pscluster.errors import StateError
+from tests.unit.master.world import World
+
+SUSPICION_S = 3.0
+
+
+def at(seconds: float) -> Instant:
+    return Instant(mono_s=seconds, unix_s=1_000 + seconds)
+
+
+def node(life: str = "a", started_s: float = 0.0) -> Node:
+    return Node(node_id="worker-0", role=Role.WORKER, incarnation=life, started_s=started_s, slots=1)
+
+
+def attended(life: str = "a", when: float = 0.0) -> registry.Nodes:
+    nodes = registry.register({}, node(life), at(when), SUSPICION_S)
+    return registry.attend(nodes, "worker-0", life, at(when))
+
+
+def health(nodes: registry.Nodes, when: float) -> Health:
+    return registry.health(nodes["worker-0"], when, SUSPICION_S)
+
+
+def test_a_node_is_ready_once_it_attends_and_dead_after_the_suspicion() -> None:
+    nodes = registry.register({}, node(), at(0), SUSPICION_S)
+    assert health(nodes, 0) is Health.SUSPECT
+    nodes = registry.attend(nodes, "worker-0", "a", at(0))
+    assert health(nodes, 1) is Health.READY
+    assert health(nodes, 2) is Health.SUSPECT
+    assert health(nodes, 3.1) is Health.DEAD
+    assert health(registry.beat(nodes, "worker-0", "a", at(3)), 3.1) is Health.READY
+
+
+def test_a_broken_stream_is_suspect_at_once_and_dead_only_later() -> None:
+    nodes = registry.detach(attended(), "worker-0", "a")
+    assert health(nodes, 0.1) is Health.SUSPECT
+    assert health(nodes, 3.1) is Health.DEAD
+    assert health(registry.attend(nodes, "worker-0", "a", at(1)), 1) is Health.READY
+
+
+def test_a_newer_life_replaces_an_older_one_and_not_the_reverse() -> None:
+    nodes = registry.register(attended("a"), node("b", started_s=5), at(1), SUSPICION_S)
+    assert nodes["worker-0"].incarnation == "b"
+    assert not nodes["worker-0"].attended
+    with pytest.raises(StateError):
+        registry.register(nodes, node("a", started_s=0), at(2), SUSPICION_S)
+    with pytest.raises(StateError):
+        registry.attend(nodes, "worker-0", "a", at(2))
+
+
+def test_a_clock_that_jumped_back_does_not_lock_a_restarted_node_out() -> None:
+    nodes = registry.register({}, node("a", started_s=1_000), at(0), SUSPICION_S)
+    later = registry.register(nodes, node("b", started_s=10), at(4), SUSPICION_S)
+    assert later["worker-0"].incarnation == "b"
+
+
+def test_what_another_life_says_changes_nothing() -> None:
+    nodes = attended("b")
+    assert registry.beat(nodes, "worker-0", "a", at(9)) == nodes
+    assert registry.detach(nodes, "worker-0", "a") == nodes
+    assert registry.beat(nodes, "worker-7", "a", at(9)) == nodes
+
+
+def test_registering_again_keeps_the_stream() -> None:
+    nodes = registry.register(attended("a"), node("a"), at(1), SUSPICION_S)
+    assert nodes["worker-0"].attended
+
+
+def test_the_long_dead_are_forgotten() -> None:
+    nodes = attended()
+    assert registry.forget(nodes, at(100)) == nodes
+    assert registry.forget(nodes, at(4_000)) == {}
+
+
+def test_a_restarted_master_evicts_nobody_for_one_suspicion_period() -> None:
+    world = World()
+    world.running()
+    world.wait(1)
+    world.restart()
+    lives = dict(world.lives)
+    world.lives.clear()
+    world.wait(2.9)
+    assert "TrainerLost" not in world.reasons()
+    assert all(seat.active for seat in world.job().seats)
+    world.wait(0.5)
+    assert world.reasons().count("TrainerLost") == 2
+    assert world.reasons().count("PartitionLost") == 2
+    assert lives

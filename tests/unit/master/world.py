@@ -1,0 +1,231 @@
+"""A master without I/O: turns taken on a virtual clock, agents that are values. For the master's own tests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from psmaster.archive import batch_of
+from psmaster.catalogue import Part
+from psmaster.draft import Limits
+from psmaster.jobs import Event, Finished, Instant, Job, JobState, Problem
+from psmaster.memory_store import MemoryStore
+from psmaster.processes import Exit, Failure, PartitionFacts, Process, TrainerFacts
+from psmaster.reconcile import Desired, desired
+from psmaster.registry import Node, Role, presumed
+from psmaster.reports import Progress, StepRecord
+from psmaster.seats import Kind
+from psmaster.turn import Changes, Report, State, Turn
+
+from pscluster.spec import JobSpec, parse_spec
+
+LIMITS = Limits()
+
+
+def make_spec(**changes: Any) -> JobSpec:
+    """A valid spec of 8 shards; `workers`, `servers`, `train`, ... replace keys of those sections."""
+    data: dict[str, Any] = {
+        "name": "job",
+        "task": {"entrypoint": "some.module:Task"},
+        "train": {"global_batch": 16, "microbatch": 2, "max_steps": 100},
+        "workers": {"min": 1, "max": 4},
+        "servers": {"partitions": 2},
+        "durability": {"every_steps": 10},
+    }
+    for key, value in changes.items():
+        data[key] = {**data.get(key, {}), **value} if isinstance(value, dict) else value
+    return parse_spec(data)
+
+
+def make_job(job_id: str = "job-aaaaaa", created_s: float = 1.0, **changes: Any) -> Job:
+    """A queued job; `changes` go to its spec."""
+    spec = make_spec(**changes)
+    return Job(
+        job_id=job_id,
+        name=spec.name,
+        spec=spec,
+        created_s=created_s,
+        request_id=f"request of {job_id}",
+        store=f"/store/{job_id}",
+        data_token=b"token",
+    )
+
+
+def make_record(step: int, **changes: Any) -> StepRecord:
+    """A plain committed step."""
+    values: dict[str, Any] = {
+        "step": step,
+        "loss": 1.0 / step,
+        "grad_norm": 0.5,
+        "lr": 0.1,
+        "weight": 64.0,
+        "samples": 16.0,
+        "skipped": False,
+        "time_s": 1000.0 + step,
+    }
+    return StepRecord(**{**values, **changes})
+
+
+TRAINER = TrainerFacts(
+    layout_json=b'{"buckets":[1,2]}', layout_sha256="L", data_fingerprint="D", numerics_class="N" * 16, final_step=100
+)
+PARTITION = PartitionFacts(addresses=("unix:/x",), numerics_class="O" * 16)
+
+
+class World:
+    """One master's state over time. Every turn is written to a store, so that `restart` can read it again."""
+
+    def __init__(self, limits: Limits = LIMITS) -> None:
+        self.limits = limits
+        self.store = MemoryStore()
+        self.state = State()
+        self.now = Instant(mono_s=100.0, unix_s=1_000.0)
+        self.events: list[Event] = []
+        self.last: Changes | None = None
+        self.lives: dict[str, str] = {}
+
+    # time and turns
+
+    def take(self, *inputs: Callable[[Turn], Any]) -> Changes:
+        """One turn with these inputs; what follows is durable."""
+        turn = Turn(self.state, self.now, self.limits)
+        turn.tick()
+        for apply in inputs:
+            apply(turn)
+        changes = turn.finish()
+        self.store.write(batch_of(self.state, changes))
+        self.state = changes.state
+        self.events += [event for _, event in changes.events]
+        self.last = changes
+        return changes
+
+    def wait(self, seconds: float, *, silent: frozenset[str] = frozenset()) -> None:
+        """Let time pass; every node but the silent ones beats meanwhile."""
+        end = self.now.mono_s + seconds
+        while self.now.mono_s < end:
+            step = min(0.5, end - self.now.mono_s)
+            self.now = Instant(mono_s=self.now.mono_s + step, unix_s=self.now.unix_s + step)
+            self.take(*(self._beat(node_id) for node_id in self.lives if node_id not in silent))
+
+    def _beat(self, node_id: str) -> Callable[[Turn], None]:
+        return lambda turn: turn.beat(node_id, self.lives[node_id])
+
+    def restart(self) -> None:
+        """The master dies and starts again: what was stored is all it knows."""
+        jobs = {job.job_id: job for job in self.store.jobs()}
+        catalogues = {
+            job_id: replace(
+                self.state.catalogues[job_id],
+                parts={(part.step, part.partition): part for part in self.store.parts(job_id)},
+            )
+            for job_id in jobs
+        }
+        events = {job_id: self.store.events(job_id) for job_id in jobs}
+        self.state = State(jobs=jobs, catalogues=catalogues, events=events, nodes=presumed(jobs, self.now))
+        self.take()
+
+    # nodes
+
+    def join(self, node_id: str, slots: int = 1, life: str = "1") -> None:
+        """A node registers in a life and opens its stream with nothing running."""
+        role = Role.WORKER if node_id.startswith("worker") else Role.SERVER
+        node = Node(node_id=node_id, role=role, incarnation=f"{node_id}:{life}", started_s=self.now.unix_s, slots=slots)
+        self.lives[node_id] = node.incarnation
+        self.take(lambda turn: turn.register(node), lambda turn: turn.attend(node_id, node.incarnation, ()))
+
+    def rejoin(self, node_id: str, *processes: Process, slots: int = 1) -> None:
+        """A node comes back in the same life, with its processes."""
+        role = Role.WORKER if node_id.startswith("worker") else Role.SERVER
+        node = Node(node_id=node_id, role=role, incarnation=self.lives[node_id], slots=slots)
+        self.take(lambda turn: turn.register(node), lambda turn: turn.attend(node_id, self.lives[node_id], processes))
+
+    def cluster(self, workers: int = 2, servers: int = 2) -> None:
+        for index in range(workers):
+            self.join(f"worker-{index}")
+        for index in range(servers):
+            self.join(f"server-{index}")
+
+    # processes
+
+    def job(self, job_id: str = "job-aaaaaa") -> Job:
+        return self.state.jobs[job_id]
+
+    def wanted(self, job_id: str = "job-aaaaaa") -> dict[str, Desired]:
+        """What should run of a job, by seat: "trainer-0"."""
+        return {process.seat.name: process for process in desired(self.job(job_id))}
+
+    def report(self, seat: str, report: Report, job_id: str = "job-aaaaaa") -> Changes:
+        """The process now in a seat reports."""
+        process = self.wanted(job_id)[seat]
+        return self.report_as(process.seat.node_id, process.process_id, report)
+
+    def report_as(self, node_id: str, process_id: str, report: Report) -> Changes:
+        return self.take(lambda turn: turn.reported(node_id, process_id, report))
+
+    def exit(self, seat: str, job_id: str = "job-aaaaaa", **how: Any) -> Changes:
+        """The process now in a seat ends."""
+        process = self.wanted(job_id)[seat]
+        ended = Exit(**how)
+        return self.take(lambda turn: turn.exited(process.seat.node_id, process.process_id, ended))
+
+    def ready(self, job_id: str = "job-aaaaaa") -> None:
+        """Every process that has not said anything yet reports ready."""
+        for name, process in self.wanted(job_id).items():
+            if not process.seat.active and process.process_id not in self.state.processes:
+                self.report(name, TRAINER if process.seat.kind is Kind.TRAINER else PARTITION, job_id)
+
+    def commit(self, *steps: int, job_id: str = "job-aaaaaa", generation: int | None = None) -> Changes:
+        """The lead reports steps under the newest generation, or an older one."""
+        report = Progress(
+            generation=self.job(job_id).generation if generation is None else generation,
+            step=steps[-1],
+            records=tuple(make_record(step) for step in steps),
+        )
+        return self.report("partition-0", report, job_id)
+
+    def snapshot(self, step: int, job_id: str = "job-aaaaaa", generation: int | None = None) -> None:
+        """Every partition reports its part."""
+        for name, process in self.wanted(job_id).items():
+            if process.seat.kind is Kind.PARTITION:
+                self.report(name, self.part(step, process.seat.rank, job_id, generation), job_id)
+
+    def part(self, step: int, index: int, job_id: str = "job-aaaaaa", generation: int | None = None) -> Part:
+        current = self.job(job_id).generation if generation is None else generation
+        path = f"step-{step}.part-{index}.generation-{current}"
+        return Part(step=step, partition=index, generation=current, path=path, size_bytes=9, checksum="crc32c:0")
+
+    def finish(self, step: int = 100, *, stopped: bool = False, job_id: str = "job-aaaaaa") -> Changes:
+        generation = self.job(job_id).generation
+        return self.report(
+            "partition-0",
+            Finished(generation=generation, step=step, stopped=stopped, parameters_sha256="f00d"),
+            job_id,
+        )
+
+    def running(self, workers: int = 2, **changes: Any) -> None:
+        """A cluster with one job that has committed step 5."""
+        self.cluster(workers)
+        self.submit(**changes)
+        self.ready()
+        self.snapshot(0)
+        self.commit(1, 2, 3, 4, 5)
+        assert self.job().state is JobState.RUNNING
+
+    def submit(self, job_id: str = "job-aaaaaa", **changes: Any) -> None:
+        job = make_job(job_id, created_s=self.now.unix_s, **changes)
+        self.take(lambda turn: turn.submit(job))
+
+    def reasons(self) -> list[str]:
+        """What happened, in words of one."""
+        return [event.reason for event in self.events]
+
+
+def failure(code: str, cause: str = "it broke", **fields: Any) -> Failure:
+    return Failure(error=Problem(code=code, cause=cause), **fields)
+
+
+def same(left: float, right: float) -> bool:
+    """Equal, NaN included."""
+    return left == right or (math.isnan(left) and math.isnan(right))
