@@ -7,6 +7,7 @@ import itertools
 import os
 import selectors
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -28,6 +29,8 @@ class Reactor:
         self._interest: dict[Connection, int] = {}
         self._listeners: list[tuple[socket.socket, str]] = []
         self._stopped = False
+        self._closed = False
+        self._closing = threading.Lock()  # keeps `post` from writing to a number that means another file by then
         self._selector.register(self._wake, selectors.EVENT_READ, self._drain_posted)
 
     def run(self) -> None:
@@ -39,9 +42,13 @@ class Reactor:
         self._stopped = True
 
     def post(self, call: Callable[[], None]) -> None:
-        """Have `call` run on the reactor's thread, in order, soon. From any thread; never blocks."""
-        self._posted.append(call)
-        os.eventfd_write(self._wake, 1)
+        """Have `call` run on the reactor's thread, in order, soon. From any thread; never blocks.
+
+        After `close` nothing happens: there is no thread any more that could run it."""
+        with self._closing:
+            if not self._closed:
+                self._posted.append(call)
+                os.eventfd_write(self._wake, 1)
 
     def call_later(self, delay_s: float, call: Callable[[], None]) -> None:
         """Have `call` run once, at least `delay_s` from now."""
@@ -107,8 +114,10 @@ class Reactor:
             listener.close()
             if bound.startswith("unix:"):
                 _unlink_if_there(bound.removeprefix("unix:"))
-        self._selector.close()
-        os.close(self._wake)
+        with self._closing:
+            self._closed = True
+            self._selector.close()
+            os.close(self._wake)
 
     def _accept(self, listener: socket.socket, handler: Handler) -> None:
         sock = accept(listener)

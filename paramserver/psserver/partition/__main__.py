@@ -35,11 +35,11 @@ def main() -> int:
         reactor.run()
     except PsError as error:
         service.fail(error)
-        return 1
+        service.failed = True
     finally:
         service.close()
         reactor.close()
-    return 0
+    return 1 if service.failed else 0
 
 
 def _addresses(spec: JobSpec) -> list[str]:

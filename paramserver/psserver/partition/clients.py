@@ -11,7 +11,7 @@ from pscluster.wire.connection import Connection
 from pscluster.wire.frame import WITH_FROZEN, AckResult, Header, Kind
 from psserver.partition.state import PartitionState, as_bytes
 
-ACK_BODY = struct.Struct("<BQI")  # kind acknowledged, granted bytes, lowest open bucket
+ACK_BODY = struct.Struct("<BQI")  # kind acknowledged (0: credit alone), granted bytes, open bucket
 NO_BUCKET = 0xFFFF_FFFF
 
 
@@ -42,6 +42,7 @@ class Clients:
         self._header = header  # makes a header of this job, generation and sender
         self._by_connection: dict[Connection, Client] = {}
         self.counts: dict[str, int] = dict.fromkeys(("pull_bytes_total",), 0)
+        self._open_bucket = -1  # that every trainer was told of
 
     def of(self, connection: Connection) -> Client:
         """The client of a connection, made when it is first heard of."""
@@ -64,8 +65,15 @@ class Clients:
             connection.close()
 
     def acknowledge(self, client: Client, header: Header, result: AckResult, open_bucket: int) -> None:
-        """Tell a trainer that a frame arrived, and how much it may send."""
+        """Tell a trainer that a frame arrived, and how much it may send.
+
+        When a PUSH opened another bucket, all are told: one that has used up its credit waits for just that."""
         self._send_ack(client, header.kind, header.step, header.bucket, header.node, result, open_bucket)
+        if header.kind is Kind.PUSH and open_bucket != self._open_bucket:
+            self._open_bucket = open_bucket
+            for other in self.on("push"):
+                if other is not client:
+                    self._send_ack(other, 0, 0, 0, Node(0, 0), AckResult.APPLIED, open_bucket)
 
     def credit(self, owner: object, size_bytes: int, open_bucket: int) -> None:
         """Memory of a client's node is free again."""

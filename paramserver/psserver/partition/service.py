@@ -71,6 +71,7 @@ class PartitionService:
         self._early: list[tuple[Client, Header, bytes]] = []
         self._verdict: Verdict | None = None  # being carried out
         self._progress = 0
+        self.failed = False
 
     # ---- the agent ----
 
@@ -112,7 +113,7 @@ class PartitionService:
         self._reactor.call_later(BEAT_S, self._beat)
 
     def fail(self, error: PsError) -> None:
-        """Tell the master why this process cannot go on; it is ended from there."""
+        """Tell the master why this process cannot go on."""
         detail = ErrorDetail(code=error.code, cause=error.cause, action=error.action, details=error.details)
         self.report(ProcessReport(failure=Failure(error=detail, step=self.version)))
 
@@ -121,6 +122,8 @@ class PartitionService:
     def adopt(self, plan: Plan) -> None:
         """A newer plan is in force from here on; with a newer restore everything older is dropped."""
         if self.plan is not None and plan.generation <= self.plan.generation:
+            if plan.generation == self.plan.generation:
+                self._snapshots.retain(plan.kept_steps)  # the catalogue grew; nothing else may change in a generation
             return
         restored = self.plan is None or plan.restore_generation != self.plan.restore_generation
         self.plan = plan
@@ -128,7 +131,10 @@ class PartitionService:
             try:
                 self._restore(plan)
             except PsError as error:
+                error.details["void_snapshot"] = str(plan.resume_step)  # the master falls back to an older one
                 self.fail(error)
+                self.failed = True
+                self._reactor.stop()
                 return
         else:
             self.member = commit.member_adopts(self.member, plan.generation)

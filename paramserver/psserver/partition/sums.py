@@ -28,8 +28,8 @@ class Entry(Generic[T]):
 class Sums(Generic[T]):
     """The nodes of one bucket (or summary) of the open step.
 
-    `add(left, right)` gives the parent and may reuse the memory of either; `free` takes back what is dropped;
-    `credit(owner, size_bytes)` hears of memory that is free again."""
+    `add(left, right)` gives the parent in left's memory, or raises before it has changed any; `free` takes back what
+    is dropped; `credit(owner, size_bytes)` hears of memory that is free again."""
 
     tree: Tree
     add: Callable[[T, T], T]
@@ -57,32 +57,30 @@ class Sums(Generic[T]):
         if admission.duplicate:
             self._drop(entry)
             return False
-        for covered in admission.covered:
-            self._drop(self._entries.pop(covered))
-        self._entries[node] = entry
+        entries = {**self._entries, node: entry}
+        dropped = [entries.pop(covered) for covered in admission.covered]
         for merge in admission.merges:
-            left, right = self._entries.pop(merge.left), self._entries.pop(merge.right)
+            left, right = entries.pop(merge.left), entries.pop(merge.right)
             value = self.add(left.value, right.value)
-            if right.value is not value:
-                self.free(right.value)
-            self.credit(right.owner, right.size_bytes)
-            self._entries[merge.parent] = Entry(value, left.owner, left.size_bytes)
-        self._held = admission.held
+            entries[merge.parent] = Entry(value, left.owner, left.size_bytes)
+            dropped.append(right)
+        self._entries, self._held = entries, admission.held  # an `add` that refuses leaves everything as it was
+        for gone in dropped:  # credit says what is open now: only after the bucket is what it is
+            self._drop(gone)
         return True
 
     def take_root(self) -> T:
         """The root, owned by the caller from here on; the next step begins empty."""
         entry = self._entries.pop(self.tree.root)
-        self.credit(entry.owner, entry.size_bytes)
         self._held = NOTHING
+        self.credit(entry.owner, entry.size_bytes)
         return entry.value
 
     def clear(self) -> None:
         """Forget everything that is held."""
-        for entry in self._entries.values():
+        dropped, self._entries, self._held = self._entries, {}, NOTHING
+        for entry in dropped.values():
             self._drop(entry)
-        self._entries.clear()
-        self._held = NOTHING
 
     def _drop(self, entry: Entry[T]) -> None:
         self.free(entry.value)
