@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pscluster.wire.frame import Buffer, Header, Kind
 
 Key = tuple[Kind, int, int, int, int]  # kind, step, bucket, node
+UNKNOWN = 1 << 32  # above every bucket: until the partition says which one is open, only credit admits
 
 
 def key_of(header: Header) -> Key:
@@ -30,9 +31,11 @@ class Owed:
 class Outbox:
     """Frames for one partition, lowest rank first, within the credit that the partition granted.
 
-    A bucket's node may be sent while its bytes fit the credit, or whatever the credit when its bucket is the lowest
-    that the partition still waits for: what completes a bucket frees memory there. Frames without a bucket are small
-    and always admitted."""
+    A node may be sent while its bytes fit the credit. Whatever the credit, it may when its bucket is the open one, the
+    first in the sending order that the partition still waits for: what completes a bucket frees memory there. Or when
+    its number is above that (the sending order falls): such a bucket is complete, or not one of gradients, or the
+    summary, and takes no memory that counts. Hence the first frame in the order is either admitted, or not what the
+    partition waits for."""
 
     def __init__(self) -> None:
         self._waiting: list[Owed] = []
@@ -40,7 +43,8 @@ class Outbox:
         self._numbers = itertools.count()
         self.sent_bytes = 0
         self.granted_bytes = 0
-        self.open_bucket = -1
+        self.open_bucket = UNKNOWN  # -1: none
+        self._step = 0
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._in_flight)
@@ -57,7 +61,7 @@ class Outbox:
         owed = self._waiting[0]
         counts = owed.header.kind is Kind.PUSH and owed.size_bytes > 0
         fits = self.sent_bytes + owed.size_bytes <= self.granted_bytes
-        if counts and not fits and owed.header.bucket != self.open_bucket:
+        if counts and not fits and owed.header.bucket < self.open_bucket:
             return None
         heapq.heappop(self._waiting)
         self._in_flight[key_of(owed.header)] = owed
@@ -77,7 +81,9 @@ class Outbox:
         self.sent_bytes, self.granted_bytes, self.open_bucket = 0, granted_bytes, open_bucket
 
     def drop_before(self, step: int) -> None:
-        """Forget what belongs to steps that are decided."""
+        """Forget what belongs to steps that are decided, and which bucket was open in them."""
+        if step > self._step:
+            self._step, self.open_bucket = step, UNKNOWN
         self._waiting = [owed for owed in self._waiting if owed.header.step >= step]
         heapq.heapify(self._waiting)
         self._in_flight = {key: owed for key, owed in self._in_flight.items() if owed.header.step >= step}

@@ -15,7 +15,8 @@ from pscluster.wire.reactor import Reactor
 from pscluster.wire.transport import choose_address, transport_of
 from psworker.trainer.outbox import Outbox
 
-ACK_BODY = struct.Struct("<BQI")  # kind acknowledged, granted bytes, lowest open bucket
+ACK_BODY = struct.Struct("<BQI")  # kind acknowledged (0: credit alone), granted bytes, open bucket
+NO_BUCKET = 0xFFFF_FFFF
 _RETRY_S = (0.02, 1.0)
 
 
@@ -155,7 +156,9 @@ class Peer:
     def _acknowledged(self, header: Header, body: memoryview) -> None:
         if len(body) != ACK_BODY.size:
             raise FrameError(f"an ACK of {len(body)} bytes", details={"field": "length"})
-        kind, self.outbox.granted_bytes, self.outbox.open_bucket = ACK_BODY.unpack(body)
+        kind, self.outbox.granted_bytes, told = ACK_BODY.unpack(body)
+        if kind in (0, Kind.PUSH):  # others do not know
+            self.outbox.open_bucket = -1 if told == NO_BUCKET else told
         if header.node != Node(0, 0) or header.bucket or kind:
             self.outbox.acknowledged((Kind(kind), header.step, header.bucket, header.node.first, header.node.leaves))
         self.push()
