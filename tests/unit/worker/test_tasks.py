@@ -67,6 +67,8 @@ def test_the_text_is_capped_at_a_whole_file(library: Path) -> None:
 
     assert 2000 < len(text) <= 3000
     assert all(file.count(b"NUMBER") == 20 for file in files_of(text))
+    with pytest.raises(DataError, match="for 100 bytes of text"):
+        stdlib_text(library, False, 100)
 
 
 def test_a_directory_without_sources_is_named(tmp_path: Path) -> None:

@@ -45,8 +45,8 @@ class StdlibLm(ByteLm):
 def stdlib_text(root: Path, held_out: bool, max_bytes: int) -> bytes:
     """The sources of one side of the split, each after a NUL byte, in order of a hash of their relative paths.
 
-    The hash decides the side too (about 5 % are held out), so that an added file moves no other one. Stops before
-    the file that would pass `max_bytes`. Raises DataError when there are no files.
+    The hash decides the side too (about 5 % are held out), so that an added file moves no other one. A file that
+    would pass `max_bytes` is left out. Raises DataError when none is left.
     """
     parts: list[bytes] = []
     size = 0
@@ -54,9 +54,7 @@ def stdlib_text(root: Path, held_out: bool, max_bytes: int) -> bytes:
         if (_path_hash(path.relative_to(root)) % 1000 < _HELD_OUT_PER_MILLE) != held_out:
             continue
         source = path.read_bytes()
-        if size + len(source) + 1 > max_bytes:
-            break
-        if _is_utf8(source):
+        if size + len(source) + 1 <= max_bytes and _is_utf8(source):
             parts.append(b"\0" + source)
             size += len(source) + 1
     if not parts:
