@@ -1,0 +1,141 @@
+"""A real local cluster for tests: `psctl up` in a directory of its own, with hands on every process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pscluster.client import Cluster as Client
+from pscluster.settings import runtime_dir
+
+PSCTL = str(Path(sys.executable).parent / "psctl")
+DEADLINE_S = 120.0
+
+
+class LocalCluster:
+    """One cluster under `state_dir`. Make it with `local_cluster`, which takes it down and checks what is left."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self.state_dir = state_dir
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("PS_")}
+        self.environment |= {"PS_STATE_DIR": str(state_dir), "NO_COLOR": "1"}
+        self.seen: dict[int, psutil.Process] = {}
+
+    # ---- psctl ----
+
+    def psctl(
+        self, *arguments: str, expect: int | None = 0, cwd: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run psctl to its end; fails unless it exits with `expect` (None: whatever)."""
+        done = subprocess.run(
+            [PSCTL, *arguments], env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=DEADLINE_S
+        )
+        if expect is not None:
+            assert done.returncode == expect, f"psctl {arguments}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def up(self, workers: int = 2, servers: int = 1) -> None:
+        self.psctl("up", "--workers", str(workers), "--servers", str(servers))
+        self.note_processes()
+
+    def submit(self, spec: Mapping[str, Any], directory: Path, *arguments: str) -> str:
+        """Submit a spec as a file of `directory`; the job id."""
+        path = directory / f"spec-{time.monotonic_ns()}.json"
+        path.write_text(json.dumps(spec))
+        return self.psctl("submit", str(path), *arguments).stdout.strip()
+
+    def describe(self, job: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.psctl("describe", job, "-o", "json").stdout)
+        return found
+
+    def wait(self, job: str, goal: str) -> None:
+        """Until the job has got there; fails when it ends otherwise."""
+        done = self.psctl("wait", job, f"--for={goal}", f"--timeout={DEADLINE_S:.0f}", expect=None)
+        if done.returncode:
+            raise AssertionError(f"{goal} never came: {done.stderr}\n{self.psctl('describe', job, expect=None).stdout}")
+        self.note_processes()
+
+    def client(self) -> Client:
+        """The public client library, connected."""
+        return Client.connect(
+            address=f"unix:{runtime_dir(self.state_dir)}/master.sock",
+            token=(self.state_dir / "token").read_text().strip(),
+        )
+
+    # ---- processes ----
+
+    def daemon(self, name: str) -> psutil.Process:
+        """A daemon by name: "master", "worker-0", "server-0"."""
+        record = json.loads((self.state_dir / "cluster.json").read_text())
+        return psutil.Process(next(d["pid"] for d in record["daemons"] if d["name"] == name))
+
+    def child(self, daemon: str) -> psutil.Process:
+        """The one trainer or partition that an agent runs now."""
+        return next(iter(self.daemon(daemon).children()))
+
+    def note_processes(self) -> None:
+        """Remember every process of the cluster, so that none is missed when leftovers are looked for."""
+        record = json.loads((self.state_dir / "cluster.json").read_text())
+        for entry in record["daemons"]:
+            try:
+                process = psutil.Process(entry["pid"])
+                for found in (process, *process.children(recursive=True)):
+                    self.seen[found.pid] = found
+            except psutil.NoSuchProcess:
+                continue
+
+    def kill(self, process: psutil.Process) -> None:
+        """SIGKILL; returns when the process is gone."""
+        process.send_signal(signal.SIGKILL)
+        wait_gone([process])
+
+    def leftovers(self) -> list[str]:
+        """Whatever of ours is still there after `psctl down`: processes, sockets, shared memory, temporary files."""
+        alive = [f"process {p.pid} {' '.join(p.cmdline())}" for p in self.seen.values() if _is_alive(p)]
+        found = [str(path) for path in [runtime_dir(self.state_dir)] if path.exists()]
+        for daemon in self.state_dir.glob("[ws]*-[0-9]*"):
+            directory = runtime_dir(daemon)
+            found += [str(directory)] if directory.exists() else []
+        found += [str(path) for path in Path("/dev/shm").glob("ps-*")]
+        found += [str(path) for path in self.state_dir.rglob(".*.writing")]
+        return alive + found
+
+
+@contextmanager
+def local_cluster(root: Path, *, workers: int = 2, servers: int = 1) -> Iterator[LocalCluster]:
+    """A running cluster; taken down at the end, and nothing of it may be left."""
+    state_dir = Path(tempfile.mkdtemp(prefix="pst-", dir=root))
+    cluster = LocalCluster(state_dir)
+    try:
+        cluster.up(workers, servers)
+        yield cluster
+        cluster.note_processes()
+    finally:
+        cluster.psctl("down")
+    assert cluster.leftovers() == []
+
+
+def wait_gone(processes: Sequence[psutil.Process]) -> None:
+    """Block until all are gone or zombies. Fails after 20 s."""
+    deadline = time.monotonic() + 20
+    while any(_is_alive(p) for p in processes):
+        assert time.monotonic() < deadline, [p for p in processes if _is_alive(p)]
+        psutil.wait_procs([p for p in processes if _is_alive(p)], timeout=0.05)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
