@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import heapq
 import itertools
 import os
@@ -16,6 +17,9 @@ from typing import Any
 from pscluster.wire.connection import Connection, Handler
 from pscluster.wire.transport import accept, bind, start_dial
 
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_ACCEPT_AGAIN_S = 0.1
+
 
 class Reactor:
     """Runs on one thread; only `post` may be called from others."""
@@ -28,6 +32,7 @@ class Reactor:
         self._order = itertools.count()
         self._interest: dict[Connection, int] = {}
         self._listeners: list[tuple[socket.socket, str]] = []
+        self._dialling: set[socket.socket] = set()
         self._stopped = False
         self._closed = False
         self._closing = threading.Lock()  # keeps `post` from writing to a number that means another file by then
@@ -84,7 +89,7 @@ class Reactor:
         Raises AddressInUseError."""
         listener, bound = bind(address)
         self._listeners.append((listener, bound))
-        self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener, handler))
+        self._listen_on(listener, handler)
         return bound
 
     def dial(self, address: str, handler: Handler, done: Callable[[Connection | None, str], None]) -> None:
@@ -97,6 +102,7 @@ class Reactor:
         if connected:
             self.post(lambda: done(self.adopt(sock, handler), ""))
             return
+        self._dialling.add(sock)
         self._selector.register(sock, selectors.EVENT_WRITE, lambda: self._dialled(sock, handler, done))
 
     def adopt(self, sock: socket.socket, handler: Handler) -> Connection:
@@ -114,18 +120,31 @@ class Reactor:
             listener.close()
             if bound.startswith("unix:"):
                 _unlink_if_there(bound.removeprefix("unix:"))
+        for sock in self._dialling:
+            sock.close()
         with self._closing:
             self._closed = True
             self._selector.close()
             os.close(self._wake)
 
+    def _listen_on(self, listener: socket.socket, handler: Handler) -> None:
+        self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener, handler))
+
     def _accept(self, listener: socket.socket, handler: Handler) -> None:
-        sock = accept(listener)
+        try:
+            sock = accept(listener)
+        except OSError as error:
+            if error.errno not in _EXHAUSTED:
+                raise
+            self._selector.unregister(listener)  # callers wait in the kernel's queue; the others are served on
+            self.call_later(_ACCEPT_AGAIN_S, lambda: self._listen_on(listener, handler))
+            return
         if sock is not None:
             self.adopt(sock, handler)
 
     def _dialled(self, sock: socket.socket, handler: Handler, done: Callable[..., Any]) -> None:
         self._selector.unregister(sock)
+        self._dialling.discard(sock)
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
             sock.close()

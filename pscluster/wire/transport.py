@@ -32,8 +32,7 @@ def bind(address: str) -> tuple[socket.socket, str]:
     kind, _, rest = address.partition(":")
     try:
         if kind == "unix":
-            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            listener.bind(rest)
+            listener = _bind_unix(rest)
             bound = address
         else:
             host, _, port = rest.rpartition(":")
@@ -48,8 +47,18 @@ def bind(address: str) -> tuple[socket.socket, str]:
     return listener, bound
 
 
+def _bind_unix(path: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(path)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
 def accept(listener: socket.socket) -> socket.socket | None:
-    """The next connection; None when the caller went away meanwhile."""
+    """The next connection; None when the caller went away meanwhile. Raises OSError for want of descriptors."""
     try:
         sock, _ = listener.accept()
     except (BlockingIOError, ConnectionAbortedError):
@@ -68,7 +77,11 @@ def start_dial(address: str) -> tuple[socket.socket, bool]:
         sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
         target = (host.strip("[]"), int(port))
     sock.setblocking(False)
-    code = sock.connect_ex(target)
+    try:
+        code = sock.connect_ex(target)
+    except OSError:  # no such host, or a path that is too long
+        sock.close()
+        raise
     if code not in (0, errno.EINPROGRESS):
         sock.close()
         raise OSError(code, os.strerror(code))
