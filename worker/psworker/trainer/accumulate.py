@@ -83,10 +83,12 @@ class Accumulator:
         self._observed = False  # one whole backward was watched
         self._fired: dict[int, int] = {}
         self._open: dict[int, Gradients] = {}
+        self._storages: set[int] = set()  # memory of the gradients taken in this backward
         self._leaf: Node | None = None
         self._handles = [
             parameter.register_post_accumulate_grad_hook(self._hook(number))  # type: ignore[no-untyped-call]
             for number, parameter in parameters.items()
+            if number in self._place  # one without elements may have no place
         ]
 
     def begin_run(self, roots: Iterable[Node]) -> None:
@@ -99,6 +101,7 @@ class Accumulator:
         """The next backward is this shard's microbatch."""
         self._leaf = Node(shard, 1)
         self._fired = {}
+        self._storages.clear()
         self._open = {b.index: [None] * len(b.placed) for b in self._buckets}
 
     def finish(self) -> set[int]:
@@ -143,7 +146,7 @@ class Accumulator:
                     "after its bucket was sent",
                     action="use torch.utils.checkpoint with use_reentrant=False",
                 )
-            dense = gradient.to_dense() if gradient.is_sparse else gradient
+            dense = self._own(gradient.to_dense() if gradient.is_sparse else gradient)
             present = gradients[place]
             gradients[place] = dense if present is None else present.add_(dense)
             self._fired[number] = self._fired.get(number, 0) + 1
@@ -152,6 +155,15 @@ class Accumulator:
                 self._close(bucket)
 
         return take
+
+    def _own(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient in memory that no other gradient of this backward shares: sums are made in place, and autograd
+        gives the parameters of `a.view(-1) + b.view(-1)` two views of one tensor."""
+        address = gradient.untyped_storage().data_ptr()
+        if address in self._storages:
+            return gradient.clone()
+        self._storages.add(address)
+        return gradient
 
     def _close(self, bucket: int) -> None:
         gradients = self._open.pop(bucket)
