@@ -155,6 +155,8 @@ class OpenStep:
             self.state.values[bucket].copy_(words)
             return
         assert self._applied is not None
+        if not self._applied.weight:
+            return  # nobody weighed anything: there is no mean, and 0 / 0 would stay for ever
         for run in item.run_list:  # tensors that no microbatch moved keep their bits
             part = slice(run.start, run.stop)
             torch.div(words[part], self._applied.weight, out=self.state.values[bucket][part])
