@@ -54,7 +54,9 @@ class Uplink:
         return memoryview(bytearray(header.length))
 
     def frame(self, connection: Connection, header: Header, body: memoryview) -> None:
-        if header.kind is Kind.WELCOME:
+        if self._closed:
+            connection.close()  # greeted in a timeline that has ended meanwhile
+        elif header.kind is Kind.WELCOME:
             self._connection = connection
             self.join()
             self._service.hear_call()

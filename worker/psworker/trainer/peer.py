@@ -144,6 +144,9 @@ class Peer:
 
     def _welcomed(self, connection: Connection, header: Header, body: memoryview) -> None:
         channel = str(connection.context)
+        if self._closed:  # meanwhile
+            connection.close()
+            return
         self._connections[channel] = connection
         self._failures[channel] = 0
         if channel == "push":
