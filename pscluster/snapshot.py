@@ -8,6 +8,7 @@ moments) its place, length and CRC-32C. A file is written aside, synced and rena
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -80,7 +81,8 @@ def write_part(path: Path, meta: PartMeta, layout: Layout, pieces: Mapping[Piece
         os.replace(temporary, path)
         _sync_directory(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where it could not be made, it cannot be removed either
+            temporary.unlink(missing_ok=True)
         raise _storage_error(error, f"cannot write the snapshot {path}") from None
     return Written(path=path, size_bytes=size, checksum=f"crc32c:{total:08x}")
 
@@ -89,7 +91,7 @@ def read_part(path: Path) -> Part:
     """Read and verify a part. Raises StorageError naming the file for whatever is missing, torn or changed."""
     try:
         with path.open("rb") as file:
-            return _read(file, path)
+            return _read(file)
     except OSError as error:
         raise _storage_error(error, f"cannot read the snapshot {path}") from None
     except (KeyError, TypeError, ValueError, struct.error) as error:
@@ -139,7 +141,7 @@ def _sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _read(file: Any, path: Path) -> Part:
+def _read(file: Any) -> Part:
     if file.read(len(_MAGIC)) != _MAGIC:
         raise ValueError("no magic number")
     (length,) = _U32.unpack(file.read(_U32.size))

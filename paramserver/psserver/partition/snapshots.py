@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from queue import Queue
 
-from pscluster.errors import PsError, StorageError
+from pscluster.errors import InternalError, PsError, StorageError
 from pscluster.layout import Layout
 from pscluster.snapshot import Buffer, PartMeta, PieceKey, Written, part_name, write_part
 
@@ -24,6 +25,7 @@ class SnapshotWriter:
         self._partition = partition
         self._post = post
         self._jobs: Queue[Job | None] = Queue(maxsize=1)  # a slow disk holds training back, not memory
+        self._jobs.put(self._sweep)
         self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
         self._thread.start()
 
@@ -37,12 +39,15 @@ class SnapshotWriter:
         """Write a part; `done` hears what was written, or why not. Blocks only while two others are waiting."""
 
         def job() -> None:
-            written, error = None, None
+            written: Written | None = None
+            error: PsError | None = None
             try:
                 path = self._store / part_name(meta.step, meta.partition, meta.generation)
                 written = write_part(path, meta, layout, pieces)
             except StorageError as problem:
                 error = problem
+            except Exception as problem:  # this thread must live: without it the next snapshot waits for ever
+                error = InternalError(f"writing the snapshot of step {meta.step} failed: {problem!r}")
             self._post(lambda: done(written, error))
 
         self._jobs.put(job)
@@ -67,4 +72,11 @@ class SnapshotWriter:
         for path in self._store.glob(f"step-*.part-{self._partition:04d}.*.snapshot"):
             match = _PART.match(path.name)
             if match and int(match[1]) < newest and int(match[1]) not in kept:
+                with contextlib.suppress(OSError):  # tried again whenever the catalogue grows
+                    path.unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Delete what an earlier process of this partition had begun to write when it was killed."""
+        for path in self._store.glob(f".step-*.part-{self._partition:04d}.*.writing"):
+            with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
