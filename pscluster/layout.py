@@ -19,6 +19,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import zip_longest
 from math import prod
 from typing import Literal
 
@@ -167,21 +168,24 @@ class Layout:
             if parsed["format"] != 1:
                 raise LayoutError(f"layout format {parsed['format']} is not known here")
             return cls(tuple(_tensor_from(entry) for entry in parsed["tensors"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise LayoutError(f"a layout does not parse: {error!r}") from None
 
 
 def difference(ours: Layout, theirs: Layout) -> str:
     """One line naming the first tensor in which two layouts differ, for the person who must mend the model."""
-    for mine, other in zip(ours.tensors, theirs.tensors, strict=False):
+    for mine, other in zip_longest(ours.tensors, theirs.tensors):
         if mine != other:
             return f"{_describe(mine)} against {_describe(other)}"
-    return f"{len(ours.tensors)} tensors against {len(theirs.tensors)}"
+    return "no difference"
 
 
-def _describe(tensor: TensorSpec) -> str:
+def _describe(tensor: TensorSpec | None) -> str:
+    if tensor is None:
+        return "nothing"
     decay = "" if tensor.decay else ", no decay"
-    return f"{tensor.name} {tensor.dtype}{list(tensor.shape)} {tensor.kind}{decay}"
+    kept = "" if tensor.persistent else ", not in the state dict"
+    return f"{' = '.join(tensor.names)} {tensor.dtype}{list(tensor.shape)} {tensor.kind}{decay}{kept}"
 
 
 def _fill(tensors: Sequence[TensorSpec], members: Sequence[int]) -> list[tuple[tuple[Placed, ...], int]]:
@@ -202,12 +206,13 @@ def _fill(tensors: Sequence[TensorSpec], members: Sequence[int]) -> list[tuple[t
 
 def _tensor_from(entry: dict[str, object]) -> TensorSpec:
     fields = dict(entry)
-    for key in ("names", "shape"):
+    for key, of in (("names", str), ("shape", int)):
         value = fields[key]
-        if not isinstance(value, list):
-            raise TypeError(f"{key} is no list")
+        if not isinstance(value, list) or any(type(item) is not of for item in value):
+            raise TypeError(f"{key} is no list of {of.__name__}")
         fields[key] = tuple(value)
     spec = TensorSpec(**fields)  # type: ignore[arg-type]  # a wrong key raises TypeError, which the caller names
-    if spec.kind not in KINDS or spec.dtype not in ITEM_BYTES or any(n < 0 for n in spec.shape):
+    known = spec.names and spec.kind in KINDS and spec.dtype in ITEM_BYTES and all(n >= 0 for n in spec.shape)
+    if not known or type(spec.decay) is not bool or type(spec.persistent) is not bool:
         raise ValueError(f"tensor {spec.names} is not of a known kind, dtype or shape")
     return spec
