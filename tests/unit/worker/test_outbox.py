@@ -7,27 +7,28 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+import psserver.partition.service
 import pytest
+from harness.played import JOB, TOKEN, Network, fill, job_header, played_partition, played_plan, played_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import pscluster.layout
-import psserver.partition.service
-from pscluster.layout import Layout, TensorSpec
-from pscluster.summary import Summary, touched_bits
-from pscluster.tree import Node, tree_of
-from pscluster.wire.frame import SUMMARY, UNCHANGED, Header, Kind
 from psserver.partition.service import PartitionService
 from psworker.trainer.outbox import Outbox, key_of
 from psworker.trainer.peer import Peer
-from harness.played import JOB, TOKEN, Network, fill, job_header, played_partition, played_plan, played_spec
+
+import pscluster.layout
+from pscluster.layout import Layout, TensorSpec
+from pscluster.summary import Summary, touched_bits
+from pscluster.tree import Node
+from pscluster.wire.frame import SUMMARY, UNCHANGED, Header, Kind
 
 BUCKET_BYTES = 64
 NUM_BUCKETS = 5
+FIRST = Node(0, 1)
 BUFFERS = NUM_BUCKETS  # the bucket of running averages
 
 
-def push(bucket: int, *, step: int = 0, node: Node = Node(0, 1), flags: int = 0) -> Header:
+def push(bucket: int, *, step: int = 0, node: Node = FIRST, flags: int = 0) -> Header:
     return job_header(Kind.PUSH, generation=1, step=step, bucket=bucket, node=node, flags=flags)
 
 
