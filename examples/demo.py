@@ -118,7 +118,7 @@ def show(psctl: Psctl, overrides: Sequence[str], output: Path) -> None:
     job_id = psctl("submit", str(SPEC), "--follow", *sets).strip()
     job = json.loads(psctl("describe", job_id, "-o", "json"))
     compare(job)
-    sample = psctl("generate", job_id, "--prompt", PROMPT, "--max-new-tokens", "400", "--temperature", "0.7")
+    sample = psctl("generate", job_id, "--prompt", PROMPT, "--max-new-tokens", "400", "--temperature", "0.8")
     # A model of bytes may write control characters: the terminal is not to obey them.
     print("".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in sample), flush=True)
     output.mkdir(parents=True, exist_ok=True)
