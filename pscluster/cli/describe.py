@@ -152,8 +152,8 @@ def _transports(job: Job) -> str:
 
 
 def _checks(job: Job) -> str:
-    rows = [[c.name, "ok" if c.ok else "FAILED", c.detail] for c in job.checks]
-    return fmt.table(("CHECK", "RESULT", "DETAIL"), rows) if rows else ""
+    rows = [[c.node_id, c.name, "ok" if c.ok else "FAILED", c.detail] for c in job.checks]
+    return fmt.table(("NODE", "CHECK", "RESULT", "DETAIL"), rows) if rows else ""
 
 
 def _events(job: Job, now_s: float) -> str:

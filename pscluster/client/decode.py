@@ -57,7 +57,7 @@ def job_of(message: jobs_pb2.Job) -> Job:
         connections=tuple(
             Connection(trainer=c.trainer, partition=c.partition, transport=c.transport) for c in m.connections
         ),
-        checks=tuple(Check(name=c.name, ok=c.ok, detail=c.detail) for c in m.checks),
+        checks=tuple(Check(node_id=c.node_id, name=c.name, ok=c.ok, detail=c.detail) for c in m.checks),
         store=m.store,
         directory=m.directory,
         bundle_sha256=m.bundle_sha256 or None,

@@ -94,6 +94,7 @@ class Connection(_Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Check(_Record):
+    node_id: str
     name: str
     ok: bool
     detail: str

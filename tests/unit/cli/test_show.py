@@ -47,7 +47,7 @@ def full_job() -> jobs_pb2.Job:
             partitions=[plan_pb2.PartitionSeat(index=0, node_id="server-0", attempt=2, addresses=["unix:/x"])],
         ),
         connections=[plan_pb2.Connection(trainer=0, partition=0, transport="unix")],
-        checks=[plan_pb2.PreflightCheck(name="imports", ok=True, detail="fine")],
+        checks=[plan_pb2.PreflightCheck(name="imports", ok=True, detail="fine", node_id="worker-0")],
         error=plan_pb2.ErrorDetail(code="PS-2005", cause="NaN at step 7", action="clip", details={"step": "7"}),
         traceback='Traceback:\n  File "task.py", line 3\nValueError: x\n',
         metrics={"loss": 2.25, "bits_per_byte": 3.5},
@@ -128,6 +128,8 @@ def test_describe_has_a_section_for_everything(run: Psctl, fake: FakeMaster) -> 
         "loss 2.2500 at step 50",
     ):
         assert piece in text, piece
+    check = next(line for line in text.splitlines() if "imports" in line)
+    assert check.split() == ["worker-0", "imports", "ok", "fine"]
     warning = next(line for line in text.splitlines() if "TrainerLost" in line)
     assert "Warning" in warning
 
