@@ -20,7 +20,7 @@ from typing import Any
 
 import crc32c
 
-from pscluster.errors import StorageError
+from pscluster.errors import LayoutError, StorageError
 from pscluster.layout import WORD_BYTES, Layout
 
 _MAGIC = b"PSSNAP01"
@@ -94,7 +94,7 @@ def read_part(path: Path) -> Part:
             return _read(file)
     except OSError as error:
         raise _storage_error(error, f"cannot read the snapshot {path}") from None
-    except (KeyError, TypeError, ValueError, struct.error) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, struct.error, LayoutError) as error:
         raise StorageError(f"{path} is no snapshot part, or is torn: {error!r}") from None
 
 
@@ -114,9 +114,10 @@ def read_parts(paths: Sequence[Path]) -> tuple[Layout, list[bytearray]]:
     words = [bytearray(bucket.num_words * WORD_BYTES) for bucket in layout.buckets]
     for part in parts:
         for span in layout.spans(part.meta.partition, first.num_partitions):
-            if span.num_words:
-                place = slice(span.start * WORD_BYTES, span.stop * WORD_BYTES)
-                words[span.bucket][place] = part.pieces[(span.bucket, "values")]
+            data = part.pieces.get((span.bucket, "values"), b"")
+            if len(data) != span.size_bytes:
+                raise StorageError(f"part {part.meta.partition} has {len(data)} bytes of bucket {span.bucket}")
+            words[span.bucket][span.start * WORD_BYTES : span.stop * WORD_BYTES] = data
     return layout, words
 
 
