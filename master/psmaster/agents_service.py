@@ -83,6 +83,8 @@ class AgentsService(agents_pb2_grpc.AgentsServicer):
             await self._take_exit(stream, sequence, status.process_id, exit_)
         elif body == "event" and report is not None:
             await self._take_report(stream, sequence, message.event.process_id, report)
+        elif body == "goodbye":
+            await core.tell(stream, sequence, lambda turn: turn.detach(node_id, stream.incarnation, for_good=True))
         else:
             await core.tell(stream, sequence, lambda turn: turn.beat(node_id, stream.incarnation))
 

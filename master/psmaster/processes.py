@@ -117,7 +117,9 @@ def loss_of(seat: Seat, job: Job, nodes: Mapping[str, NodeView], processes: Proc
     if process is not None and process.exit is not None:
         return _ended(seat, process.exit, job)
     node = nodes.get(seat.node_id)
-    if node is None or not node.alive:
+    if node is None:
+        return _gone(seat, f"is lost: node {seat.node_id} has left")
+    if not node.alive:
         return _gone(seat, f"is lost: node {seat.node_id} is silent")
     if node.incarnation != seat.incarnation:
         return _gone(seat, f"is lost: the daemon of {seat.node_id} was restarted")

@@ -107,6 +107,14 @@ def detach(nodes: Nodes, node_id: str, incarnation: str) -> Nodes:
     return {**nodes, node_id: replace(held, attended=False)}
 
 
+def leave(nodes: Nodes, node_id: str, incarnation: str) -> Nodes:
+    """Without a node that said goodbye in its present life: it is missed by nobody. Safe to repeat."""
+    held = nodes.get(node_id)
+    if held is None or held.incarnation != incarnation:
+        return nodes
+    return {other_id: node for other_id, node in nodes.items() if other_id != node_id}
+
+
 def forget(nodes: Nodes, now: Instant) -> Nodes:
     """Without the nodes that have been silent for an hour: what is remembered stays bounded."""
     kept = {node_id: node for node_id, node in nodes.items() if now.mono_s - node.seen_s <= FORGET_S}

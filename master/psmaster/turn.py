@@ -80,9 +80,9 @@ class Turn:
                 self.processes[process.process_id] = replace(process, failure=known.failure if known else None)
         self._unsettled = True
 
-    def detach(self, node_id: str, incarnation: str) -> None:
-        """A node's stream broke."""
-        self.nodes = registry.detach(self.nodes, node_id, incarnation)
+    def detach(self, node_id: str, incarnation: str, *, for_good: bool = False) -> None:
+        """A node's stream broke; `for_good`: it was told to end, and said goodbye."""
+        self.nodes = (registry.leave if for_good else registry.detach)(self.nodes, node_id, incarnation)
         self._unsettled = True
 
     def beat(self, node_id: str, incarnation: str) -> None:

@@ -24,7 +24,7 @@ from pscluster.agent.role import AgentRole, AgentSettings
 from pscluster.agent.supervisor import Supervisor
 from pscluster.rpc import PROTOCOL, read_token
 from pscluster.telemetry import MetricsEndpoint
-from pscluster.v1.agents_pb2 import RegisterRequest, Role
+from pscluster.v1.agents_pb2 import AgentMessage, Goodbye, RegisterRequest, Role
 
 FLUSH_S = 5.0
 """How long the end of an agent may wait for the master to take the last messages."""
@@ -110,6 +110,7 @@ class _Agent:
             _log.info("ends")
             await self._supervisor.close()
             if told in done and self._attendant.connected:
+                self._attendant.emit(AgentMessage(goodbye=Goodbye()))  # after all that its processes had to say
                 await self._flush()
             for task in done:
                 task.result()

@@ -60,20 +60,22 @@ class RegisterReply(_message.Message):
     def __init__(self, beat_interval_s: _Optional[float] = ..., suspicion_s: _Optional[float] = ...) -> None: ...
 
 class AgentMessage(_message.Message):
-    __slots__ = ("sequence", "hello", "beat", "status", "event", "log")
+    __slots__ = ("sequence", "hello", "beat", "status", "event", "log", "goodbye")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     BEAT_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     EVENT_FIELD_NUMBER: _ClassVar[int]
     LOG_FIELD_NUMBER: _ClassVar[int]
+    GOODBYE_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     hello: Hello
     beat: NodeBeat
     status: ProcessStatus
     event: ProcessEvent
     log: LogLines
-    def __init__(self, sequence: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., beat: _Optional[_Union[NodeBeat, _Mapping]] = ..., status: _Optional[_Union[ProcessStatus, _Mapping]] = ..., event: _Optional[_Union[ProcessEvent, _Mapping]] = ..., log: _Optional[_Union[LogLines, _Mapping]] = ...) -> None: ...
+    goodbye: Goodbye
+    def __init__(self, sequence: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., beat: _Optional[_Union[NodeBeat, _Mapping]] = ..., status: _Optional[_Union[ProcessStatus, _Mapping]] = ..., event: _Optional[_Union[ProcessEvent, _Mapping]] = ..., log: _Optional[_Union[LogLines, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("node_id", "incarnation", "processes")
@@ -102,6 +104,10 @@ class NodeBeat(_message.Message):
     sent_s: float
     memory_available_bytes: int
     def __init__(self, sent_s: _Optional[float] = ..., memory_available_bytes: _Optional[int] = ...) -> None: ...
+
+class Goodbye(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class ProcessStatus(_message.Message):
     __slots__ = ("process_id", "phase", "exit_code", "signal", "out_of_memory", "pid", "error", "expected")

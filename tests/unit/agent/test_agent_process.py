@@ -83,6 +83,7 @@ def test_sigterm_ends_the_processes_first_and_tells_the_master(bench: Any) -> No
             status = master.exit_of(f"job/{name}/1")
             assert (status.exit_code, status.expected) == (0, True)
         assert master.reports("finished")
+        assert master.durable[max(master.durable)].WhichOneof("body") == "goodbye"
         assert not bench.runtime_dir.exists()
 
     run(bench, body)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from psmaster import registry
-from psmaster.jobs import Instant
+from psmaster.jobs import Instant, JobState
 from psmaster.registry import Health, Node, Role
 
 from pscluster.errors import StateError
@@ -79,6 +79,32 @@ def test_the_long_dead_are_forgotten() -> None:
     nodes = attended()
     assert registry.forget(nodes, at(100)) == nodes
     assert registry.forget(nodes, at(4_000)) == {}
+
+
+def test_who_said_goodbye_is_forgotten_at_once_and_only_in_that_life() -> None:
+    nodes = attended("b")
+    assert registry.leave(nodes, "worker-0", "a") == nodes
+    left = registry.leave(nodes, "worker-0", "b")
+    assert left == {}
+    assert registry.leave(left, "worker-0", "b") == {}
+    assert registry.beat(left, "worker-0", "b", at(1)) == {}
+    assert registry.detach(left, "worker-0", "b") == {}
+
+
+def test_a_job_goes_on_without_a_node_that_said_goodbye() -> None:
+    world = World()
+    world.running()
+    seat = next(seat for seat in world.job().trainers if seat.node_id == "worker-1")
+    world.exit(seat.name, expected=True)
+    world.take(lambda turn: turn.detach("worker-1", world.lives["worker-1"], for_good=True))
+    del world.lives["worker-1"]
+    world.wait(10)
+    assert list(world.state.nodes) == ["worker-0", "server-0", "server-1"]
+    assert world.job().state is JobState.RUNNING
+    assert [seat.node_id for seat in world.job().trainers if seat.active] == ["worker-0"]
+    world.join("worker-1", life="2")
+    world.ready()
+    assert [seat.node_id for seat in world.job().trainers if seat.active] == ["worker-0", "worker-1"]
 
 
 def test_a_restarted_master_evicts_nobody_for_one_suspicion_period() -> None:
