@@ -20,6 +20,8 @@ def run(argv: Sequence[str]) -> int:
     What keeps it from starting is one line on stderr.
     """
     arguments = vars(parse(argv))
+    # Read when grpc is imported: its core tells every broken connection, which we do ourselves.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     from pscluster.errors import InternalError, PsError  # late, so that --help answers at once
 
     try:
