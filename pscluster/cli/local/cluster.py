@@ -71,7 +71,7 @@ class LocalCluster:
             self._end([daemon for daemon in found if daemon.role == "master"])
             self._end([daemon for daemon in found if daemon.role != "master"])
             self.running = ()
-            remove_runtime_dir(self.state_dir)
+            remove_runtime_dirs(self.state_dir)
             record.record_path(self.state_dir).unlink(missing_ok=True)
             return bool(found)
 
@@ -120,6 +120,8 @@ class LocalCluster:
         killed = processes.end(daemons, self.state_dir)
         if killed:
             self.say(f"{', '.join(killed)} did not end by itself and was killed")
+        for daemon in daemons:
+            _remove_runtime_dir(daemon_dir(daemon.name, self.state_dir))
         self.running = tuple(daemon for daemon in self.running if daemon not in daemons)
 
     def _undo(self) -> None:
@@ -128,7 +130,7 @@ class LocalCluster:
         if self.running:
             record.save(self.state_dir, self.located.address, self.running)
             return
-        remove_runtime_dir(self.state_dir)
+        remove_runtime_dirs(self.state_dir)
         record.record_path(self.state_dir).unlink(missing_ok=True)
 
 
@@ -162,8 +164,18 @@ def _write_token(token_file: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def remove_runtime_dir(state_dir: Path) -> None:
-    """Remove the directory of sockets, if it is ours. Idempotent."""
+def remove_runtime_dirs(state_dir: Path) -> None:
+    """Remove the sockets' directories of the cluster and of every node it ever had. Idempotent.
+
+    A node removes its own when it ends; one that was killed could not.
+    """
+    nodes = [path for role in ("worker", "server") for path in sorted(state_dir.glob(f"{role}-*"))]
+    for directory in (state_dir, *nodes):
+        _remove_runtime_dir(directory)
+
+
+def _remove_runtime_dir(state_dir: Path) -> None:
+    """Remove one directory of sockets, if it is ours. Idempotent."""
     path = runtime_dir(state_dir)
     try:
         if path.lstat().st_uid == os.getuid() and not path.is_symlink():

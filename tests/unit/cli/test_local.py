@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from pscluster.cli.local.cluster import LocalCluster
 from pscluster.cli.local.commands import command, count_of, name_of
 from pscluster.cli.local.last_words import exit_error
 from pscluster.cli.local.lock import locked
 from pscluster.errors import StateError, UnhealthyError
+from pscluster.settings import ClientSettings, make_runtime_dir
 
 
 def test_nodes_are_counted_by_their_highest_number() -> None:
@@ -72,3 +74,20 @@ def test_a_log_without_a_named_error_is_shown(tmp_path: Path) -> None:
     assert isinstance(error, UnhealthyError)
     assert "KeyError: 3" in error.cause
     assert "wrote nothing" in exit_error("worker-0", tmp_path / "absent.log", 0).cause
+
+
+def test_down_removes_the_sockets_of_nodes_that_were_killed(tmp_path: Path) -> None:
+    state_dir = tmp_path / "state"
+    for name in ("worker-0", "worker-12", "server-0"):
+        (state_dir / name).mkdir(parents=True)
+    left = [make_runtime_dir(state_dir / name) for name in ("worker-0", "worker-12", "server-0")]
+    (left[0] / "job.trainer-0.1").mkdir()
+    (left[0] / "job.trainer-0.1" / "s").touch()
+    stranger = make_runtime_dir(tmp_path / "worker-0")
+    try:
+        cluster = LocalCluster(located=ClientSettings(state_dir=state_dir).located({}), say=lambda _: None)
+        assert cluster.down() is False
+        assert [path.exists() for path in left] == [False, False, False]
+        assert stranger.is_dir()
+    finally:
+        stranger.rmdir()
