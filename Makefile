@@ -15,7 +15,9 @@ help: ## list the targets
 setup: $(VENV)/.ready ## create .venv with everything, torch pinned by constraints.txt
 
 $(VENV)/.ready: pyproject.toml constraints.txt
-	@echo "setting up $(VENV) (once; a minute or two)"
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo "pscluster needs Python 3.11, 3.12 or 3.13: make setup PYTHON=python3.12"; exit 1; }
+	@echo "setting up $(VENV) (once; torch is large, so this takes a minute or more)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
