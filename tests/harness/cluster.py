@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from pscluster.client import Cluster as Client
+from pscluster.client import Job
 from pscluster.settings import runtime_dir
 
 PSCTL = str(Path(sys.executable).parent / "psctl")
@@ -39,11 +40,23 @@ class LocalCluster:
     ) -> subprocess.CompletedProcess[str]:
         """Run psctl to its end; fails unless it exits with `expect` (None: whatever)."""
         done = subprocess.run(
-            [PSCTL, *arguments], env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=DEADLINE_S
+            [PSCTL, *arguments], env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=DEADLINE_S + 30
         )
         if expect is not None:
             assert done.returncode == expect, f"psctl {arguments}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
+
+    def start(self, *arguments: str, cwd: Path | None = None) -> subprocess.Popen[str]:
+        """Start psctl with its output on pipes; the caller collects it."""
+        return subprocess.Popen(
+            [PSCTL, *arguments],
+            env=self.environment,
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
 
     def up(self, workers: int = 2, servers: int = 1) -> None:
         self.psctl("up", "--workers", str(workers), "--servers", str(servers))
@@ -65,6 +78,16 @@ class LocalCluster:
         if done.returncode:
             raise AssertionError(f"{goal} never came: {done.stderr}\n{self.psctl('describe', job, expect=None).stdout}")
         self.note_processes()
+
+    def until(self, job: str, holds: Callable[[Job], bool]) -> Job:
+        """The job as it was when `holds` first did; fails when it ends, or time is up, before."""
+        with self.client() as client:
+            found = None
+            for found in client.watch(job, timeout_s=DEADLINE_S):
+                if holds(found):
+                    self.note_processes()
+                    return found
+        raise AssertionError(f"never came: {found.to_dict() if found else job}")
 
     def client(self) -> Client:
         """The public client library, connected."""
