@@ -86,8 +86,10 @@ class Core:
     async def run(self) -> None:
         """Take turns for ever. Raises only what is a bug."""
         while True:
+            # Not wait_for: that of Python 3.11 loses a cancellation that comes together with the event.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._arrived.wait(), TICK_S)
+                async with asyncio.timeout(TICK_S):
+                    await self._arrived.wait()
             self._arrived.clear()
             batch = [self._inputs.popleft() for _ in range(min(len(self._inputs), _MAX_BATCH))]
             if self._inputs:

@@ -8,7 +8,8 @@ import os
 import shutil
 import signal
 import socket
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,6 +43,15 @@ async def serve(settings: MasterSettings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ending.set)
+    async with assembled(settings) as (core, health):
+        await take_turns(core, health, ending)
+
+
+@asynccontextmanager
+async def assembled(settings: MasterSettings) -> AsyncIterator[tuple[Core, Any]]:
+    """The master with its doors open and its state loaded, and its health service; `take_turns` makes it work.
+
+    Everything is released at the end. Raises PsError when it cannot start."""
     async with AsyncExitStack() as stack:
         token = rpc.read_token(settings.token_file)
         lock = claim(settings.state_dir)
@@ -56,7 +66,7 @@ async def serve(settings: MasterSettings) -> None:
         identity = Identity(started_s=core.now().unix_s, metrics_address=endpoint.address)
         await _listen(stack, settings, token, core, shelf, identity, health)
         _log.info("serves", listen=list(settings.listen), metrics=endpoint.address, jobs=len(core.state.jobs))
-        await _run(core, health, ending)
+        yield core, health
 
 
 async def _load(stack: AsyncExitStack, settings: MasterSettings, shelf: BundleShelf) -> Core:
@@ -85,7 +95,7 @@ def tidy(core: Core, shelf: BundleShelf, jobs_directory: Path) -> None:
     store.write(Batch(deleted_bundles=tuple(unclaimed)))
 
 
-async def _run(core: Core, health: Any, ending: asyncio.Event) -> None:
+async def take_turns(core: Core, health: Any, ending: asyncio.Event) -> None:
     """Take turns until told to end. Whatever ends the turns ends the master: a supervisor starts it again."""
     turns = asyncio.create_task(core.run())
     told = asyncio.create_task(ending.wait())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -18,10 +19,9 @@ _MIN_PAUSE_S = 0.2  # between two looks at growing files, however busy the clust
 
 async def wait(news: asyncio.Event, seconds: float | None) -> None:
     """Until `news`, at most `seconds`."""
-    try:
-        await asyncio.wait_for(news.wait(), seconds)
-    except TimeoutError:
-        return
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await news.wait()
 
 
 async def logs(core: Core, request: jobs_pb2.ReadLogsRequest) -> AsyncIterator[jobs_pb2.LogRecord]:
