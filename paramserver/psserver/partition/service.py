@@ -261,6 +261,7 @@ class PartitionService:
         for client, header, body in early:
             if client.connection.is_open:
                 self._reception.frame(client.connection, header, memoryview(body))
+        self.try_vote()  # a fast trainer may have completed the next step before this one was put away
 
     def version_of(self, bucket: int) -> int:
         """Which version a bucket's values are; frozen ones are as new as everything else."""
