@@ -1,0 +1,28 @@
+"""Golden hashes: a change of the step that changes bits is seen, even when every configuration changes alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from harness.jobs import crossed_split, lm_spec, norm_spec
+from harness.static_job import StaticJob
+
+# numerics class of the trainer -> parameters_sha256 of the two jobs. A new class is added after a run on its machine.
+GOLDEN = {
+    "419b9a0c5c38": {
+        "lm": "ccdaaa9a85c02fa34768bcc0eafeeebfebd8fc45b13152770edd74deb2b2fdbe",
+        "norm": "00015ef9689761fb1592df9fe2ceee5bd329ddb754b41f390118ea5426a6a4b7",
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "spec"), [("lm", lm_spec(partitions=2, d_model=128)), ("norm", norm_spec())])
+def test_golden_hash(name: str, spec: dict[str, object], tmp_path: Path) -> None:
+    with StaticJob(spec, 2, tmp_path) as job:
+        job.wait_ready()
+        numerics = job.reported("trainer-0", "trainer_ready")[0].numerics_class[:12]
+        if numerics not in GOLDEN:
+            pytest.skip(f"no golden hash for numerics class {numerics}")
+        job.publish(crossed_split(7, 2))
+        assert job.wait_finished() == GOLDEN[numerics][name]
