@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from harness.jobs import crossed_split, even_split, lm_spec, norm_spec
-from harness.plain import train_plainly
+from harness.plain import train_in_large_batches, train_plainly
 from harness.static_job import StaticJob, final_tensors
 from psworker.replica import named_bytes
 
@@ -90,6 +90,19 @@ def test_evaluation_is_exact_too(tmp_path: Path) -> None:
         seen = {e.step: dict(e.metrics) for e in job.reported("partition-0", "evaluated")}
     assert seen == plain.evaluations
     assert sorted(seen) == [5, 10]
+
+
+def test_the_loss_curve_is_that_of_an_ordinary_large_batch_loop(tmp_path: Path) -> None:
+    spec = lm_spec(partitions=2, steps=20, d_model=64, dropout=0.0)
+    ordinary = train_in_large_batches(spec)
+    with StaticJob(spec, 2, tmp_path) as job:
+        job.wait_ready()
+        job.publish(even_split(NUM_SHARDS, 2))
+        job.wait_finished()
+        records = [r for p in job.reported("partition-0", "progress") for r in p.records]
+    assert [r.step for r in records] == list(range(1, 21))
+    assert ordinary[-1] < ordinary[0] - 0.1  # it learns
+    assert [r.loss for r in records] == pytest.approx(ordinary, abs=2e-4)
 
 
 @pytest.mark.parametrize(

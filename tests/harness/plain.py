@@ -159,3 +159,30 @@ def _optimizer(model: nn.Module, spec: JobSpec, final_step: int) -> tuple[torch.
         return plan.final_ratio + (1 - plan.final_ratio) * 0.5 * (1 + math.cos(math.pi * done))
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, ratio)
+
+
+def train_in_large_batches(spec_data: Mapping[str, Any]) -> list[float]:
+    """The loop everybody writes: one batch of all the step's samples, mean loss, clip_grad_norm_, step.
+
+    Gives the loss of each step. Without dropout it differs from the product's only by rounding."""
+    spec = parse_spec(spec_data)
+    settle_numerics(1, "cpu")
+    task = load_task(spec, None)
+    model = build_model(task)
+    train = task.train_data()
+    sampler = ShardSampler(len(train), spec.train.num_shards, spec.train.microbatch, spec.train.seed)
+    final_step = sampler.final_step(spec.train.max_steps, spec.train.epochs)
+    optimizer, schedule = _optimizer(model, spec, final_step)
+    losses = []
+    for step in range(final_step):
+        indices = [i for shard in range(spec.train.num_shards) for i in sampler.indices(step, shard)]
+        loss_sum, weight = task.loss(model, task.collate([train[i] for i in indices]))
+        loss = loss_sum / weight
+        loss.backward()
+        if spec.train.clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), spec.train.clip_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss.detach()))
+    return losses
