@@ -1,0 +1,374 @@
+"""A model check of vote and commit: every order of events in a small job, with crashes and late or lost messages.
+
+The decisions are the real ones (`psserver.partition.commit`). What surrounds them is modelled after the partition's
+service, the lead and the uplink: who sends what to whom, when connections are lost and what is said again after.
+A message waits until it is delivered, in any order, perhaps twice, or until its receiver starts another timeline or the
+connection is lost. A plan reaches each partition at a time of its own.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+from psserver.partition import commit
+from psserver.partition.commit import Decide, Lead, Member, Verdict, Vote
+
+
+class Plan(NamedTuple):
+    generation: int
+    restored: int  # the generation that ordered the newest restore: the timeline
+    resume: int
+
+
+class Message(NamedTuple):
+    kind: str  # "vote" and "join" to the lead, "verdict" and "call" to a member
+    partition: int  # the member at one end
+    generation: int = 0
+    step: int = 0
+    norm: float = 0.0
+
+
+class World(NamedTuple):
+    """One state of the job. `members[p]` is None while partition p has no plan; a lead is partition 0's."""
+
+    plan: Plan
+    complete: int  # step of the newest complete snapshot
+    parts: frozenset[tuple[int, int]]  # (step, partition) of this timeline, not complete yet
+    faults: tuple[int, int, int, int]  # still to come: new generations, crashes, lost connections, repeats
+    members: tuple[Member | None, ...]
+    timelines: tuple[int, ...]
+    lead: Lead | None
+    joined: frozenset[int]
+    is_open: bool
+    messages: frozenset[Message]
+    up: tuple[tuple[bool, bool], ...]  # does member p, does the lead, hold their connection for open
+
+    def key(self) -> tuple[object, ...]:
+        """The state without what the decisions cannot see, hashable."""
+        lead = self.lead and (self.lead.generation, self.lead.step, frozenset(self.lead.votes), _said(self.lead.last))
+        members = tuple(
+            m and (m.generation, m.step, m.vote and m.vote.generation, _said(m.last_verdict)) for m in self.members
+        )
+        return (*self[:4], members, self.timelines, lead, *self[7:])
+
+
+def _said(verdict: Verdict | None) -> tuple[int, float] | None:
+    return verdict and (verdict.step, verdict.norm)
+
+
+NEW_GENERATIONS, CRASHES, CUTS, REPEATS = range(4)
+
+
+def beginning(num_partitions: int, faults: tuple[int, int, int, int]) -> World:
+    """The first plan is out; nobody has heard of it."""
+    return World(
+        plan=Plan(1, 1, 0), complete=0, parts=frozenset(), faults=faults, members=(None,) * num_partitions,
+        timelines=(0,) * num_partitions, lead=None, joined=frozenset(), is_open=False, messages=frozenset(),
+        up=((False, False),) * num_partitions,
+    )  # fmt: skip
+
+
+def put(items: tuple[object, ...], place: int, item: object) -> tuple[object, ...]:
+    return (*items[:place], item, *items[place + 1 :])
+
+
+class Model:
+    """What can happen next, for a job of `steps` steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def is_over(self, w: World) -> bool:
+        return all(
+            m is not None and m.step == self.steps and m.generation == w.plan.generation and t == w.plan.restored
+            for m, t in zip(w.members, w.timelines, strict=True)
+        )
+
+    # ---- what happens by itself, sooner or later ----
+
+    def progress(self, w: World) -> Iterator[World]:
+        for p, member in enumerate(w.members):
+            if member is None or member.generation < w.plan.generation:
+                yield self.adopt(w, p)
+            if member is not None and self.can_complete(w, p, member):
+                yield self.vote(w, p, member)
+            yield from self.connections(w, p)
+        for message in w.messages:
+            yield self.deliver(w._replace(messages=w.messages - {message}), message)
+
+    def can_complete(self, w: World, p: int, member: Member) -> bool:
+        """Trainers push a step once the lead asks for it and every partition has given them its version."""
+        if member.vote is not None or member.step >= self.steps or w.lead is None or not w.is_open:
+            return False
+        together = all(
+            other is not None and timeline == w.timelines[p] and other.step >= member.step
+            for other, timeline in zip(w.members, w.timelines, strict=True)
+        )
+        return together and w.lead.step >= member.step
+
+    def connections(self, w: World, p: int) -> Iterator[World]:
+        """Member p hears that its connection is gone; or dials again, is welcomed, joins, and repeats its vote."""
+        mine, theirs = w.up[p]
+        if p == 0:
+            return
+        if mine and not theirs:
+            yield w._replace(up=put(w.up, p, (False, False)))
+        member = w.members[p]
+        same = w.lead is not None and w.timelines[p] == w.timelines[0]
+        if member is not None and not mine and same:
+            w = w._replace(up=put(w.up, p, (True, True)))
+            w = self.to_lead(w, p, Message("join", p, step=member.step))
+            yield self.cast(w, p)
+
+    # ---- what a fault does ----
+
+    def disturbances(self, w: World) -> Iterator[World]:
+        if w.faults[NEW_GENERATIONS]:
+            plan = w.plan._replace(generation=w.plan.generation + 1)
+            yield self.spend(w, NEW_GENERATIONS)._replace(plan=plan)
+        for p in range(len(w.members)):
+            if w.faults[CRASHES] and w.members[p] is not None:
+                yield self.crash(self.spend(w, CRASHES), p)
+            if w.faults[CUTS] and p and w.up[p][0]:
+                left = frozenset(m for m in w.messages if m.partition != p)
+                yield self.spend(w, CUTS)._replace(messages=left, up=put(w.up, p, (False, False)))
+        if w.faults[REPEATS]:
+            for message in w.messages:
+                yield self.deliver(self.spend(w, REPEATS), message)
+
+    def spend(self, w: World, fault: int) -> World:
+        return w._replace(faults=put(w.faults, fault, w.faults[fault] - 1))
+
+    def crash(self, w: World, p: int) -> World:
+        """The partition is gone; the master has all of them go back, once its replacement listens."""
+        w = self.forget(w._replace(members=put(w.members, p, None), timelines=put(w.timelines, p, 0)), p)
+        generation = w.plan.generation + 1
+        plan = Plan(generation, generation, w.complete)
+        return w._replace(plan=plan, parts=frozenset())
+
+    def forget(self, w: World, p: int) -> World:
+        """Partition p closes its connections; what was on its way to it is gone, what it had sent is not."""
+        if p == 0:
+            messages = frozenset(m for m in w.messages if m.kind in ("verdict", "call"))
+            up = tuple((mine, False) for mine, _ in w.up)
+            return w._replace(messages=messages, up=up, lead=None, joined=frozenset(), is_open=False)
+        messages = frozenset(m for m in w.messages if m.partition != p or m.kind in ("vote", "join"))
+        return w._replace(messages=messages, up=put(w.up, p, (False, w.up[p][1])))
+
+    # ---- the service ----
+
+    def adopt(self, w: World, p: int) -> World:
+        """`PartitionService.adopt`."""
+        plan, member = w.plan, w.members[p]
+        if member is None or w.timelines[p] != plan.restored:
+            w = self.forget(w, p)
+            w = w._replace(
+                members=put(w.members, p, Member(generation=plan.generation, step=plan.resume)),
+                timelines=put(w.timelines, p, plan.restored),
+            )
+            if p == 0:
+                lead = Lead(num_partitions=len(w.members), generation=plan.generation, step=plan.resume)
+                w = self.join(w._replace(lead=lead), 0, plan.resume)
+            return w
+        w = w._replace(members=put(w.members, p, commit.member_adopts(member, plan.generation)))
+        if p == 0 and w.lead is not None:
+            w = w._replace(lead=commit.lead_adopts(w.lead, plan.generation))
+            if w.is_open:
+                for index in sorted(w.joined):
+                    w = self.to_member(w, index, Message("call", index))
+        return self.cast(w, p)
+
+    def vote(self, w: World, p: int, member: Member) -> World:
+        """`try_vote`: every bucket of the open step is complete."""
+        vote = Vote(generation=member.generation, step=member.step, partition=p)
+        return self.cast(w._replace(members=put(w.members, p, commit.cast_vote(member, vote))), p)
+
+    def cast(self, w: World, p: int) -> World:
+        """`_send_vote`."""
+        member = w.members[p]
+        if member is None or member.vote is None:
+            return w
+        if p == 0:
+            return self.take_vote(w, member.vote)
+        return self.to_lead(w, p, Message("vote", p, member.vote.generation, member.vote.step))
+
+    def hear(self, w: World, p: int, verdict: Verdict) -> World:
+        """`hear_verdict`; the step is made at once, and its snapshot is written."""
+        member = w.members[p]
+        assert member is not None
+        member, now = commit.receive_verdict(member, verdict)
+        w = w._replace(members=put(w.members, p, member))
+        if not now or w.timelines[p] != w.plan.restored:
+            return w
+        parts = w.parts | {(member.step, p)}
+        is_whole = all((member.step, q) in parts for q in range(len(w.members)))
+        return w._replace(parts=parts, complete=max(w.complete, member.step) if is_whole else w.complete)
+
+    def deliver(self, w: World, message: Message) -> World:
+        p = message.partition
+        if message.kind == "join":
+            return self.join(w, p, message.step)
+        if message.kind == "vote":
+            return self.take_vote(w, Vote(generation=message.generation, step=message.step, partition=p))
+        if message.kind == "call":
+            return self.cast(w, p)
+        verdict = Verdict(generation=message.generation, step=message.step, kind="commit", norm=message.norm)
+        return self.hear(w, p, verdict)
+
+    # ---- the lead ----
+
+    def join(self, w: World, p: int, step: int) -> World:
+        """`Lead.join`."""
+        assert w.lead is not None
+        w = w._replace(joined=w.joined | {p})
+        if step == w.lead.step - 1:
+            w = self.to_member(w, p, Message("call", p))
+        return w._replace(is_open=w.is_open or len(w.joined) == len(w.members))
+
+    def take_vote(self, w: World, vote: Vote) -> World:
+        """`Lead.vote`; the verdict depends on when it was reached, so that two of one step would differ."""
+        lead = w.lead
+        assert lead is not None
+
+        def decide(votes: Mapping[int, Vote]) -> Verdict:
+            assert {v.step for v in votes.values()} == {lead.step}
+            assert {v.generation for v in votes.values()} == {lead.generation}
+            return Verdict(generation=lead.generation, step=lead.step, kind="commit", norm=float(lead.generation))
+
+        state, verdict, to_all = commit.receive_vote(lead, vote, decide)
+        w = w._replace(lead=state)
+        if verdict is None:
+            return w
+        for index in range(len(w.members)) if to_all else (vote.partition,):
+            if index == 0:
+                w = self.hear(w, 0, verdict)
+            else:
+                told = Message("verdict", index, verdict.generation, verdict.step, verdict.norm)
+                w = self.to_member(w, index, told)
+        return w
+
+    # ---- connections ----
+
+    def to_lead(self, w: World, p: int, message: Message) -> World:
+        return w._replace(messages=w.messages | {message}) if all(w.up[p]) else w
+
+    def to_member(self, w: World, p: int, message: Message) -> World:
+        return w._replace(messages=w.messages | {message}) if all(w.up[p]) else w
+
+
+def check(w: World) -> None:
+    """What must hold in every state."""
+    for timeline in set(w.timelines) - {0}:
+        held = [m for m, t in zip(w.members, w.timelines, strict=True) if m is not None and t == timeline]
+        steps = [member.step for member in held]
+        assert max(steps) - min(steps) <= 1, f"two steps apart: {w}"
+        verdicts = {(m.last_verdict.step, m.last_verdict.norm) for m in held if m.last_verdict is not None}
+        if w.lead is not None and w.timelines[0] == timeline and w.lead.last is not None:
+            verdicts.add((w.lead.last.step, w.lead.last.norm))
+        assert len({step for step, _ in verdicts}) == len(verdicts), f"two verdicts on one step: {w}"
+
+
+def explore(start: World, model: Model, max_states: int = 400_000) -> int:
+    """Visit every state that can be reached; from each the end must be reachable without a further fault."""
+    numbers: dict[tuple[object, ...], int] = {start.key(): 0}
+    comes_from: list[list[int]] = [[]]
+    over: list[int] = []
+    waiting: deque[tuple[int, World]] = deque([(0, start)])
+    while waiting:
+        number, world = waiting.popleft()
+        check(world)
+        if model.is_over(world):
+            over.append(number)
+        for following, is_progress in _next(world, model):
+            key = following.key()
+            known = numbers.get(key)
+            if known is None:
+                known = numbers[key] = len(numbers)
+                assert known < max_states, "too many states"
+                comes_from.append([])
+                waiting.append((known, following))
+            if is_progress:
+                comes_from[known].append(number)
+    stuck = _cannot_reach(over, comes_from)
+    if stuck:
+        keys = {number: key for key, number in numbers.items()}
+        raise AssertionError(f"{len(stuck)} of {len(numbers)} states are stuck, first {keys[min(stuck)]}")
+    return len(numbers)
+
+
+def _next(world: World, model: Model) -> Iterator[tuple[World, bool]]:
+    yield from ((following, True) for following in model.progress(world))
+    yield from ((following, False) for following in model.disturbances(world))
+
+
+def _cannot_reach(ends: list[int], comes_from: list[list[int]]) -> set[int]:
+    reached, waiting = set(ends), list(ends)
+    while waiting:
+        for before in comes_from[waiting.pop()]:
+            if before not in reached:
+                reached.add(before)
+                waiting.append(before)
+    return set(range(len(comes_from))) - reached
+
+
+# (new generations, crashes, lost connections, repeated messages)
+CASES = [
+    (2, 3, (1, 0, 1, 1)),
+    (2, 2, (1, 1, 1, 1)),
+    (2, 2, (1, 2, 0, 1)),
+    (3, 2, (1, 0, 0, 0)),
+    (3, 2, (0, 1, 0, 1)),
+    (3, 1, (1, 1, 0, 0)),
+    (3, 1, (0, 1, 1, 1)),
+    (3, 1, (1, 0, 1, 0)),
+]
+
+
+@pytest.mark.parametrize(("partitions", "steps", "faults"), CASES)
+def test_a_job_never_sticks_and_never_comes_apart(
+    partitions: int, steps: int, faults: tuple[int, int, int, int]
+) -> None:
+    visited = explore(beginning(partitions, faults), Model(steps))
+
+    assert visited > 100, "the model went nowhere"
+
+
+def _forgets_verdicts(lead: Lead, vote: Vote, decide: Decide) -> tuple[Lead, Verdict | None, bool]:
+    after, verdict, to_all = RECEIVE_VOTE(lead, vote, decide)
+    return after, verdict if to_all else None, to_all
+
+
+def _keeps_old_votes(lead: Lead, generation: int) -> Lead:
+    return replace(lead, generation=generation)
+
+
+def _keeps_its_old_vote(member: Member, generation: int) -> Member:
+    return replace(member, generation=generation)
+
+
+def _obeys_any_verdict(member: Member, verdict: Verdict) -> tuple[Member, bool]:
+    return replace(member, step=member.step + 1, vote=None, last_verdict=verdict), True
+
+
+RECEIVE_VOTE = commit.receive_vote
+
+
+@pytest.mark.parametrize(
+    ("name", "mistake"),
+    [
+        ("receive_vote", _forgets_verdicts),
+        ("lead_adopts", _keeps_old_votes),
+        ("member_adopts", _keeps_its_old_vote),
+        ("receive_verdict", _obeys_any_verdict),
+    ],
+)
+def test_the_model_finds_what_is_wrong(name: str, mistake: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check can fail: each of these mistakes sticks, or takes partitions or verdicts apart."""
+    monkeypatch.setattr(commit, name, mistake)
+
+    with pytest.raises(AssertionError, match=r"stuck|apart|two verdicts|!=|=="):
+        explore(beginning(2, (1, 0, 1, 1)), Model(2))

@@ -1,0 +1,252 @@
+"""The gate: what counts is in the root once, in the tree's order, whatever arrives and however often."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from psserver.partition.gate import NOTHING, Held, admit, is_complete
+from psserver.partition.sums import Entry, Pool, Sums, block_squares
+
+from pscluster.errors import FrameError
+from pscluster.layout import BLOCK_WORDS
+from pscluster.summary import Statistics, add_statistics
+from pscluster.tree import Node, Tree, tree_of
+
+
+def nodes_of(tree: Tree) -> list[Node]:
+    """Every node of a tree."""
+    found = {Node(leaf, 1) for leaf in range(tree.root.leaves)}
+    for leaf in sorted(found):
+        merge = tree.merge_of(leaf)
+        while merge is not None:
+            found.add(merge.parent)
+            merge = tree.merge_of(merge.parent)
+    return sorted(found)
+
+
+def canonical(node: Node) -> str:
+    """The only right sum of a node's leaves: RFC 6962's shape, written out without `Tree`."""
+    if node.leaves == 1:
+        return str(node.first)
+    left = 1
+    while 2 * left < node.leaves:
+        left *= 2
+    return f"({canonical(Node(node.first, left))}+{canonical(Node(node.first + left, node.leaves - left))})"
+
+
+def reachable(tree: Tree, on_step: Callable[[Held, Node], None]) -> set[Held]:
+    """Every set that can be held, over all orders in which the tree's nodes may arrive any number of times."""
+    seen, waiting = {NOTHING}, [NOTHING]
+    while waiting:
+        held = waiting.pop()
+        for node in nodes_of(tree):
+            on_step(held, node)
+            after = admit(tree, held, node).held
+            if after not in seen:
+                seen.add(after)
+                waiting.append(after)
+    return seen
+
+
+@pytest.mark.parametrize("leaves", range(1, 9))
+def test_every_order_of_arrival_gives_the_one_sum(leaves: int) -> None:
+    """Exhaustive: every transition from every reachable set keeps "each held node has its canonical value" true."""
+    tree = Tree(leaves)
+
+    def check(held: Held, node: Node) -> None:
+        values = {h: canonical(h) for h in held}
+        admission = admit(tree, held, node)
+        if admission.duplicate:
+            assert any(h.covers(node) for h in held)
+            assert (admission.held, admission.covered, admission.merges) == (held, (), ())
+            return
+        values[node] = canonical(node)
+        for covered in admission.covered:
+            assert node.covers(covered) and covered != node
+            del values[covered]
+        for merge in admission.merges:
+            values[merge.parent] = f"({values.pop(merge.left)}+{values.pop(merge.right)})"
+        assert values == {h: canonical(h) for h in admission.held}
+
+    states = reachable(tree, check)
+
+    assert frozenset({tree.root}) in states
+    for held in states:
+        leaves_held = [leaf for h in held for leaf in range(h.first, h.first + h.leaves)]
+        assert len(leaves_held) == len(set(leaves_held)), "each leaf at most once"
+        assert len(held) <= -(-leaves // 2)
+        assert is_complete(tree, held) == (len(leaves_held) == leaves)
+        after = held
+        for leaf in range(leaves):  # whatever is held, the leaves complete it
+            after = admit(tree, after, Node(leaf, 1)).held
+        assert after == frozenset({tree.root})
+
+
+def test_the_bound_on_live_nodes_is_reached() -> None:
+    assert max(len(held) for held in reachable(Tree(7), lambda *_: None)) == 4
+
+
+@pytest.mark.parametrize("node", [Node(1, 2), Node(0, 5), Node(-1, 1), Node(0, 0), Node(7, 2)])
+def test_what_is_no_node_of_the_tree_is_refused(node: Node) -> None:
+    with pytest.raises(KeyError):
+        admit(Tree(8), NOTHING, node)
+
+
+# ---- with the memory behind the nodes ----
+
+
+class Books:
+    """Counts what a `Sums` of strings gives back."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.freed: list[object] = []
+        self.credits: dict[object, int] = {}
+        self.sums: Sums[list[str]] = Sums(tree, self.add, self.free, self.credit)
+
+    def add(self, left: list[str], right: list[str]) -> list[str]:
+        left[0] = f"({left[0]}+{right[0]})"
+        return left
+
+    def free(self, value: list[str]) -> None:
+        assert not any(value is other for other in self.freed), "freed twice"
+        self.freed.append(value)
+
+    def credit(self, owner: object, size_bytes: int) -> None:
+        self.credits[owner] = self.credits.get(owner, 0) + size_bytes
+
+
+@settings(max_examples=150)
+@given(leaves=st.integers(1, 64), buckets=st.integers(1, 3), data=st.data())
+def test_losses_duplicates_and_overlaps_in_several_buckets(leaves: int, buckets: int, data: st.DataObject) -> None:
+    """Frames of random nodes arrive in any order, then whatever is missing: every root is the canonical sum."""
+    tree = tree_of(leaves)
+    nodes = nodes_of(tree)
+    books = [Books(tree) for _ in range(buckets)]
+    given_bytes: list[dict[object, int]] = [{} for _ in range(buckets)]
+    taken = [0] * buckets
+
+    def offer(bucket: int, node: Node, owner: int) -> None:
+        size = node.leaves * 10 + owner
+        held = books[bucket].sums.holds(node)
+        assert books[bucket].sums.offer(node, Entry([canonical(node)], owner, size)) is not held
+        given_bytes[bucket][owner] = given_bytes[bucket].get(owner, 0) + size
+        taken[bucket] += 1
+
+    frames = st.tuples(st.integers(0, buckets - 1), st.sampled_from(nodes), st.integers(0, 3))
+    for frame in data.draw(st.lists(frames, max_size=60)):
+        offer(*frame)
+    for bucket in range(buckets):
+        missing = data.draw(st.permutations(range(leaves)))
+        for leaf in missing:
+            if not books[bucket].sums.is_complete:
+                offer(bucket, Node(leaf, 1), 4)
+        assert books[bucket].sums.is_complete
+        assert books[bucket].sums.root == [canonical(tree.root)]
+        root = books[bucket].sums.take_root()
+        assert not any(root is freed for freed in books[bucket].freed), "the root is the caller's"
+        assert len(books[bucket].freed) == taken[bucket] - 1
+        assert books[bucket].credits == given_bytes[bucket]
+        assert not books[bucket].sums.is_complete
+        assert not books[bucket].sums.holds(Node(0, 1)), "the next step begins empty"
+
+
+@settings(max_examples=60)
+@given(leaves=st.integers(1, 16), data=st.data())
+def test_clearing_gives_everything_back(leaves: int, data: st.DataObject) -> None:
+    tree = tree_of(leaves)
+    books = Books(tree)
+    sizes = 0
+    offered = data.draw(st.lists(st.sampled_from(nodes_of(tree)), max_size=30))
+    for node in offered:
+        books.sums.offer(node, Entry([canonical(node)], "owner", 8))
+        sizes += 8
+    books.sums.clear()
+
+    assert len(books.freed) == len(offered)
+    assert books.credits.get("owner", 0) == sizes
+    assert not books.sums.holds(tree.root)
+
+
+def test_credit_is_given_when_the_bucket_is_what_it_is() -> None:
+    """Who is given credit is told which bucket is open: it must not be the one that was just completed."""
+    seen: list[bool] = []
+    sums: Sums[list[str]] = Sums(Tree(2), lambda a, _: a, lambda _: None, lambda *_: seen.append(sums.is_complete))
+    sums.offer(Node(0, 1), Entry(["0"], "a", 1))
+    sums.offer(Node(1, 1), Entry(["1"], "b", 1))
+    sums.take_root()
+
+    assert seen == [True, False]
+
+
+def test_a_sum_that_is_refused_leaves_everything_as_it_was() -> None:
+    sums: Sums[Statistics] = Sums(Tree(2), add_statistics, lambda _: None, lambda *_: None)
+    sums.offer(Node(0, 1), Entry(np.ones(2), None, 0))
+    for _ in range(2):
+        with pytest.raises(FrameError, match="do not add"):
+            sums.offer(Node(1, 1), Entry(np.ones(3), None, 0))
+    sums.offer(Node(1, 1), Entry(np.ones(2), None, 0))
+
+    assert sums.root.tolist() == [2.0, 2.0]
+
+
+@settings(max_examples=60)
+@given(leaves=st.integers(1, 12), steps=st.integers(1, 3), data=st.data())
+def test_every_buffer_of_the_pool_comes_back_once(leaves: int, steps: int, data: st.DataObject) -> None:
+    tree, pool = tree_of(leaves), Pool()
+    sums: Sums[torch.Tensor] = Sums(tree, lambda a, b: a.add_(b), pool.give, lambda *_: None)
+    for _ in range(steps):
+        arrivals = data.draw(st.lists(st.sampled_from(nodes_of(tree)), max_size=20))
+        for node in [*arrivals, *(Node(leaf, 1) for leaf in range(leaves))]:
+            words = pool.take(4).fill_(node.leaves)
+            sums.offer(node, Entry(words, None, 16))
+        root = sums.take_root()
+        assert root.tolist() == [leaves] * 4
+        pool.give(root)
+    free = pool._free[4]
+    assert len({tensor.data_ptr() for tensor in free}) == len(free), "one buffer twice in the pool"
+    assert pool.allocated_bytes == 16 * len(free), "a buffer was lost"
+    assert len(free) <= -(-leaves // 2) + leaves.bit_length() + 1
+
+
+def test_the_pool_keeps_lengths_apart() -> None:
+    pool = Pool()
+    small = pool.take(3)
+    pool.give(small)
+
+    assert pool.take(4).numel() == 4
+    assert pool.take(3) is small
+    assert pool.allocated_bytes == 28
+
+
+# ---- squares of blocks ----
+
+
+def test_squares_are_by_global_block_and_the_same_wherever_a_span_starts() -> None:
+    root = torch.randn(3 * BLOCK_WORDS + 48, generator=torch.Generator().manual_seed(1))
+    whole = block_squares(root, 5)
+    split = block_squares(root[:BLOCK_WORDS].clone(), 5) | block_squares(root[BLOCK_WORDS:].clone(), 6)
+
+    assert list(whole) == [5, 6, 7, 8]
+    assert whole == split
+    exact = [float((part.double() ** 2).sum()) for part in root.split(BLOCK_WORDS)]
+    assert list(whole.values()) == pytest.approx(exact, rel=1e-12)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_bad_number_shows_in_the_squares(bad: float) -> None:
+    root = torch.zeros(2 * BLOCK_WORDS)
+    root[BLOCK_WORDS + 7] = bad
+
+    first, second = block_squares(root, 0).values()
+
+    assert first == 0.0
+    assert not np.isfinite(second)
+
+
+def test_squares_of_huge_sums_stay_finite() -> None:
+    assert np.isfinite(block_squares(torch.full((BLOCK_WORDS,), 3e38), 0)[0])
