@@ -19,8 +19,8 @@ from psmaster.joblogs import LogMessage, SeatLog
 from psmaster.jobs import Instant, Job, JobState
 from psmaster.metricsfile import MetricsFile
 from psmaster.registry import presumed
+from psmaster.state import Changes, State
 from psmaster.store import Batch, Store
-from psmaster.turn import Changes, State
 
 _log = structlog.get_logger(__name__)
 
@@ -85,7 +85,7 @@ class Archive:
         jobs = {job.job_id: job for job in self.store.jobs()}
         for job in jobs.values():
             if job.state in (JobState.STARTING, JobState.RUNNING):
-                self._metrics_of(job.job_id).cut(job.step)
+                self._metrics_of(job.job_id).cut(max(job.step, job.metrics_step))
         return State(
             jobs=jobs,
             catalogues={job_id: self._catalogue(job) for job_id, job in jobs.items()},

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from pscluster.errors import PsError, StateError, StorageError
+from pscluster.errors import PsError, StateError, StorageError, UnreachableError
 from psmaster import outbound
 from psmaster.archive import Archive, Writes, batch_of
 from psmaster.draft import Limits
@@ -28,12 +28,13 @@ from psmaster.joblogs import LogMessage
 from psmaster.jobs import Event, Instant, Job
 from psmaster.processes import Process
 from psmaster.reconcile import desired
+from psmaster.state import State
 from psmaster.streams import AgentStream
-from psmaster.turn import State, Turn
+from psmaster.turn import Turn
 
 T = TypeVar("T")
 
-TICK_S = 0.25
+TICK_S = 0.25  # at most; a short suspicion makes it shorter
 RETRY_S = 1.0
 MAX_WAITING = 4096  # inputs that may wait before agents' streams are no longer read
 _MAX_BATCH = 512
@@ -72,7 +73,9 @@ class Core:
         self._room = asyncio.Event()
         self._room.set()
         self._revision = 0
+        self._tick_s = min(TICK_S, limits.suspicion_s / 8)
         self._tick_at = 0.0
+        self._listened_s = now().mono_s
         self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk")
         self.listeners: list[Callable[[State, tuple[tuple[str, Event], ...]], None]] = []
         """Called with each published state and its new events; must not block."""
@@ -80,6 +83,7 @@ class Core:
     async def load(self) -> None:
         """Read what is stored. Raises StorageError."""
         self.state = await self.on_disk(self.archive.load, self.now())
+        self._listened_s = self.now().mono_s
         # Above every revision that an earlier life of this master has sent.
         self._revision = int(self.now().unix_s * 1000)
 
@@ -88,7 +92,7 @@ class Core:
         while True:
             # Not wait_for: that of Python 3.11 loses a cancellation that comes together with the event.
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(TICK_S):
+                async with asyncio.timeout(self._tick_s):
                     await self._arrived.wait()
             self._arrived.clear()
             batch = [self._inputs.popleft() for _ in range(min(len(self._inputs), _MAX_BATCH))]
@@ -107,7 +111,7 @@ class Core:
     async def close(self) -> None:
         """Close the store; what waits is refused. Call it once `run` was cancelled."""
         self.hang_up()
-        self._refuse(list(self._inputs), StateError("the master is ending", action="ask again in a moment"))
+        self._refuse(list(self._inputs), UnreachableError("the master is ending", action="ask again in a moment"))
         self._inputs.clear()
         await self.on_disk(self.archive.close)
         self._disk.shutdown()
@@ -143,8 +147,11 @@ class Core:
         """One turn. False when it could not be made durable."""
         now = self.now()
         turn = Turn(self.state, now, self.limits)
+        deaf_s = now.mono_s - self._listened_s
+        if deaf_s > self.limits.suspicion_s / 4:
+            turn.was_deaf(deaf_s)
         if now.mono_s >= self._tick_at:
-            self._tick_at = now.mono_s + TICK_S
+            self._tick_at = now.mono_s + self._tick_s
             turn.tick()
         outcomes = [_outcome(item, turn) for item in batch]
         changes = turn.finish()
@@ -161,6 +168,7 @@ class Core:
                 self._postpone(batch, error)
                 return False
         self.state = changes.state
+        self._listened_s = now.mono_s
         self._publish(changes.events)
         for item, outcome in zip(batch, outcomes, strict=True):
             _answer(item, outcome)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from psmaster import jobs
+from psmaster import transitions
 from psmaster.catalogue import Catalogue
 from psmaster.jobs import Event, Instant, Job, JobState, Problem
 from psmaster.planner import NodeView
@@ -56,11 +56,11 @@ class Draft:
         self.events.append(Event(time_s=self.now.unix_s, reason=reason, message=message, warning=warning))
 
     def end(self, state: JobState, reason: str, *, warning: bool = False) -> None:
-        self.job, event = jobs.end(self.job, state, reason, self.now, warning=warning)
+        self.job, event = transitions.end(self.job, state, reason, self.now, warning=warning)
         self.events.append(event)
 
     def fail(self, problem: Problem, traceback: str = "") -> None:
-        self.job, event = jobs.fail(self.job, problem, self.now, traceback)
+        self.job, event = transitions.fail(self.job, problem, self.now, traceback)
         self.events.append(event)
 
     def put(self, seat: Seat) -> None:

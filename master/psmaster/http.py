@@ -15,7 +15,7 @@ from psmaster.core import Core
 from psmaster.jobs import Event, Job, JobState
 from psmaster.registry import Health, Role
 from psmaster.seats import Kind
-from psmaster.turn import State
+from psmaster.state import State
 
 _LOSSES = {"TrainerLost": Kind.TRAINER, "PartitionLost": Kind.PARTITION}
 _RECOVERY_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
@@ -56,8 +56,7 @@ class MasterMetrics(Collector):
             if event.reason in _LOSSES:
                 self._failovers.labels(cause=_LOSSES[event.reason].value).inc()
             elif event.reason == "Recovered":
-                kind = Kind.PARTITION if "a partition was lost" in event.message else Kind.TRAINER
-                self._recovery.labels(kind=kind.value).observe(event.seconds)
+                self._recovery.labels(kind=event.subject).observe(event.seconds)
 
     def collect(self) -> Iterator[Family]:
         """Every series of this moment."""

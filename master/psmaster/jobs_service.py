@@ -16,9 +16,9 @@ from psmaster.bundles import BundleShelf
 from psmaster.core import Core
 from psmaster.jobs import Job
 from psmaster.registry import Health
+from psmaster.state import find
 from psmaster.store import Batch, BundleRecord
 from psmaster.submission import new_job
-from psmaster.turn import find
 
 PROGRESS_INTERVAL_S = 1.0  # how often a watcher hears of mere progress
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from pscluster.errors import InternalError
-from psmaster import describe, endings, jobs, planning, recovery, starting
+from psmaster import describe, endings, planning, recovery, starting, transitions
 from psmaster.catalogue import Catalogue
 from psmaster.draft import Draft, Limits, View
 from psmaster.jobs import Event, Instant, Job, JobState
@@ -111,7 +111,7 @@ def _admit(draft: Draft, view: View, ahead: str) -> None:
         draft.update(reason=admission.reason)
         return
     draft.job = replace(
-        jobs.move(job, JobState.STARTING, "starts"),
+        transitions.move(job, JobState.STARTING, "starts"),
         started_s=job.started_s or draft.now.unix_s,
         trainers=tuple(Seat(kind=Kind.TRAINER, rank=rank) for rank in range(len(admission.trainers))),
         partitions=tuple(Seat(kind=Kind.PARTITION, rank=rank) for rank in range(len(admission.partitions))),

@@ -121,6 +121,11 @@ def forget(nodes: Nodes, now: Instant) -> Nodes:
     return nodes if len(kept) == len(nodes) else kept
 
 
+def excuse(nodes: Nodes, seconds: float) -> Nodes:
+    """With so much silence of every node forgiven."""
+    return {node_id: replace(node, seen_s=node.seen_s + seconds) for node_id, node in nodes.items()}
+
+
 def presumed(jobs: Mapping[str, Job], now: Instant) -> Nodes:
     """The nodes that a restarted master believes in because its jobs have seats there: unheard of, but not yet dead."""
     nodes: dict[str, Node] = {}

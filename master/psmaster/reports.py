@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-from psmaster import catalogue, jobs
+from psmaster import catalogue, transitions
 from psmaster.catalogue import Catalogue, Part
 from psmaster.jobs import Best, Connection, Event, Finished, Instant, Job, JobState, Point, Trouble
 
@@ -73,7 +73,7 @@ def progress(job: Job, report: Progress, now: Instant) -> Applied:
     step = max([job.step, report.step, *(record.step for record in records)])
     events: list[Event] = []
     if job.state is JobState.STARTING and step > job.step:
-        job = jobs.move(job, JobState.RUNNING, "trains")
+        job = transitions.move(job, JobState.RUNNING, "trains")
         events.append(Event(time_s=now.unix_s, reason="Running", message=f"committed step {step}"))
     if records:
         last = records[-1]
@@ -106,7 +106,7 @@ def _mended(job: Job, generation: int, advanced: bool, now: Instant) -> tuple[Jo
         return job, ()
     seconds = now.mono_s - held.since_s
     message = f"steps go on {seconds:.1f} s after a {held.kind} was lost"
-    event = Event(time_s=now.unix_s, reason="Recovered", message=message, seconds=seconds)
+    event = Event(time_s=now.unix_s, reason="Recovered", message=message, subject=held.kind.value, seconds=seconds)
     return replace(job, recovery=None), (event,)
 
 

@@ -27,8 +27,8 @@ class MasterSettings:
             raise ValueError("listen names no address")
         for address in self.listen:
             self._check(address)
-        if not 0.2 <= self.suspicion_s <= 3600:
-            raise ValueError(f"suspicion_s must lie between 0.2 and 3600, not {self.suspicion_s:g}")
+        if not 0.5 <= self.suspicion_s <= 3600:
+            raise ValueError(f"suspicion_s must lie between 0.5 and 3600, not {self.suspicion_s:g}")
 
     def _check(self, address: str) -> None:
         if address.startswith("unix:"):

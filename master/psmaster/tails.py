@@ -11,10 +11,11 @@ from pscluster.v1 import agents_pb2, jobs_pb2
 from psmaster.core import Core
 from psmaster.joblogs import LogEntry, LogReader
 from psmaster.metricsfile import FILE_NAME, step_and_kind
-from psmaster.turn import find
+from psmaster.state import find
 
 _LINES_PER_MESSAGE = 500
 _MIN_PAUSE_S = 0.2  # between two looks at growing files, however busy the cluster
+_LINGER_S = 1.0  # after a job's end, for the last words of its processes
 
 
 async def wait(news: asyncio.Event, seconds: float | None) -> None:
@@ -28,7 +29,7 @@ async def logs(core: Core, request: jobs_pb2.ReadLogsRequest) -> AsyncIterator[j
     """A job's output, oldest first; with `follow`, on until the job has ended. Raises NotFoundError."""
     job_id = find(core.state.jobs, request.job).job_id
     reader = LogReader(core.archive.logs_directory(job_id), request.kind, request.rank)
-    first = True
+    first, lingered = True, False
     while True:
         news, job = core.news, core.job(job_id)
         entries = [entry for entry in await asyncio.to_thread(reader.read) if entry.time_s >= request.since_s]
@@ -37,8 +38,12 @@ async def logs(core: Core, request: jobs_pb2.ReadLogsRequest) -> AsyncIterator[j
         first = False
         for entry in entries:
             yield _record(entry)
-        if not request.follow or job is None or job.state.ended:
+        if not request.follow or job is None or lingered:
             return
+        if job.state.ended:
+            lingered = True
+            await asyncio.sleep(_LINGER_S)
+            continue
         await asyncio.sleep(_MIN_PAUSE_S)
         await wait(news, None)
 

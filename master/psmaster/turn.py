@@ -7,45 +7,23 @@ made durable is dropped: nothing has changed.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from pscluster.errors import NotFoundError, StateError
-from psmaster import jobs, registry, reports
+from pscluster.errors import StateError
+from psmaster import registry, reports, transitions
 from psmaster.catalogue import Catalogue, Part
 from psmaster.draft import Limits
 from psmaster.jobs import MAX_EVENTS, Event, Finished, Instant, Job, JobState, Trouble
 from psmaster.planner import NodeView, admit
-from psmaster.processes import Exit, Failure, PartitionFacts, Process, Processes, TrainerFacts
+from psmaster.processes import Exit, Failure, PartitionFacts, Process, TrainerFacts
 from psmaster.reconcile import reconcile
-from psmaster.registry import Health, Node, Nodes, Role
+from psmaster.registry import Node
 from psmaster.reports import Applied, BestReport, Evaluated, MetricLine, Progress
 from psmaster.seats import Kind, Seat
+from psmaster.state import Changes, State, find, node_views, queue, turn_of
 
 Report = TrainerFacts | PartitionFacts | Failure | Progress | Evaluated | BestReport | Finished | Part | Trouble
-
-
-@dataclass(frozen=True, kw_only=True)
-class State:
-    """All that the master knows. `nodes` and `processes` live in memory; the rest is stored."""
-
-    jobs: Mapping[str, Job] = field(default_factory=dict)
-    catalogues: Mapping[str, Catalogue] = field(default_factory=dict)
-    events: Mapping[str, tuple[Event, ...]] = field(default_factory=dict)
-    nodes: Nodes = field(default_factory=dict)
-    processes: Processes = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Changes:
-    """What a turn made: the next state, and what must reach the disk before it counts. `cuts`: by job, the step after
-    which its metrics are void."""
-
-    state: State
-    events: tuple[tuple[str, Event], ...]
-    lines: tuple[tuple[str, MetricLine], ...]
-    cuts: Mapping[str, int]
 
 
 class Turn:
@@ -167,13 +145,13 @@ class Turn:
     def stop(self, name: str) -> str:
         """Ask a job to stop; its id. NotFoundError, StateError (it has ended otherwise)."""
         job = find(self.jobs, name)
-        return self._asked(*jobs.ask_stop(job, self.now))
+        return self._asked(*transitions.ask_stop(job, self.now))
 
     def resume(self, name: str) -> str:
         """Queue an ended job again; its id. NotFoundError, StateError (it succeeded)."""
         job = find(self.jobs, name)
         has_snapshot = self.catalogues[job.job_id].newest() is not None
-        return self._asked(*jobs.resume(job, has_snapshot, self.now))
+        return self._asked(*transitions.resume(job, has_snapshot, self.now))
 
     def delete(self, name: str) -> Job:
         """Forget an ended job; what it was. NotFoundError, StateError (it has not ended)."""
@@ -195,13 +173,18 @@ class Turn:
         """Time has passed."""
         self._unsettled = True
 
+    def was_deaf(self, seconds: float) -> None:
+        """For so long nobody listened (the master was stopped, its disk was full): it is no silence of the nodes'."""
+        self.nodes = registry.excuse(self.nodes, seconds)
+
     def finish(self) -> Changes:
         """Reconcile everything and close the turn."""
         if self._unsettled:
             self._settle()
+        told = {job_id for job_id, _ in self._events}
         for job_id, job in self.jobs.items():
             held = self.before.jobs.get(job_id)
-            if held is not None and job is not held:
+            if held is not None and (job is not held or job_id in told):
                 self.jobs[job_id] = replace(job, revision=held.revision + 1)
         events = tuple(entry for entry in self._events if entry[0] in self.jobs)
         state = State(
@@ -227,13 +210,13 @@ class Turn:
         for job in [job for job in self.jobs.values() if job.state in (JobState.STARTING, JobState.RUNNING)]:
             self._reconcile(job.job_id)
         ahead = ""
-        for job in _queue(self.jobs):
+        for job in queue(self.jobs):
             self._reconcile(job.job_id, ahead=ahead)
             waits = self.jobs[job.job_id].state is JobState.QUEUED
             if waits and not ahead and admit(job.spec, self._views(job.job_id)).possible:
                 ahead = job.job_id  # it gets the next slots that come free; what can never run blocks nobody
         if not ahead:
-            for job in sorted(self.jobs.values(), key=_turn):
+            for job in sorted(self.jobs.values(), key=turn_of):
                 if job.state in (JobState.STARTING, JobState.RUNNING):
                     self._reconcile(job.job_id, grow=True)
         wanted = {seat.process_id(job.job_id) for job in self.jobs.values() for seat in job.seats}
@@ -257,44 +240,4 @@ class Turn:
             self._cuts[job_id] = outcome.cut_to
 
     def _views(self, job_id: str) -> Mapping[str, NodeView]:
-        taken = Counter(
-            (Role.of(seat.kind), seat.node_id)
-            for job in self.jobs.values()
-            if job.job_id != job_id
-            for seat in job.seats
-            if seat.placed
-        )
-        views: dict[str, NodeView] = {}
-        for node in self.nodes.values():
-            health = registry.health(node, self.now.mono_s, self.limits.suspicion_s)
-            views[node.node_id] = NodeView(
-                node_id=node.node_id,
-                role=node.role,
-                incarnation=node.incarnation,
-                alive=health is not Health.DEAD,
-                ready=health is Health.READY,
-                slots=node.slots,
-                available=node.slots - taken[node.role, node.node_id],
-            )
-        return views
-
-
-def _turn(job: Job) -> tuple[int, float, str]:
-    return -job.spec.priority, job.created_s, job.job_id
-
-
-def _queue(all_jobs: Mapping[str, Job]) -> list[Job]:
-    return sorted((job for job in all_jobs.values() if job.state is JobState.QUEUED), key=_turn)
-
-
-def find(all_jobs: Mapping[str, Job], name: str) -> Job:
-    """The job of that id, or of a name that only one job has. Raises NotFoundError."""
-    if name in all_jobs:
-        return all_jobs[name]
-    named = [job for job in all_jobs.values() if job.name == name]
-    if len(named) == 1:
-        return named[0]
-    if named:
-        ids = ", ".join(sorted(job.job_id for job in named))
-        raise NotFoundError(f"{len(named)} jobs are called {name!r}", action=f"give one of their ids: {ids}")
-    raise NotFoundError(f"there is no job {name!r}")
+        return node_views(self.jobs, self.nodes, job_id, self.now, self.limits.suspicion_s)

@@ -8,7 +8,7 @@ import pytest
 from psmaster.jobs import Check, JobState
 from psmaster.reports import BestReport, Evaluated
 from psmaster.seats import Kind
-from psmaster.turn import find
+from psmaster.state import find
 
 from pscluster.errors import NotFoundError, StateError
 from tests.unit.master.world import PARTITION, TRAINER, World, failure, make_job, make_record

@@ -107,6 +107,12 @@ def test_a_job_goes_on_without_a_node_that_said_goodbye() -> None:
     assert [seat.node_id for seat in world.job().trainers if seat.active] == ["worker-0", "worker-1"]
 
 
+def test_silence_that_nobody_could_hear_does_not_count() -> None:
+    nodes = registry.excuse(attended(), 10)
+    assert health(nodes, 11) is Health.READY
+    assert health(nodes, 13.1) is Health.DEAD
+
+
 def test_a_restarted_master_evicts_nobody_for_one_suspicion_period() -> None:
     world = World()
     world.running()

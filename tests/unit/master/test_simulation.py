@@ -15,7 +15,7 @@ from psmaster.reconcile import reconcile
 from psmaster.seats import Kind, Seat
 from psmaster.turn import Turn
 
-from tests.unit.master.world import PARTITION, TRAINER, World
+from tests.unit.master.world import PARTITION, TRAINER, World, failure
 
 JOBS = ("one-aaaaaa", "two-aaaaaa")
 NODES = ("worker-0", "worker-1", "worker-2", "server-0", "server-1")
@@ -34,6 +34,7 @@ ACTIONS = {
     "stream_breaks": 2,
     "stream_is_back": 4,
     "master_restarts": 2,
+    "code_raises": 1,
     "lead_finishes": 1,
     "stop": 1,
     "resume": 2,
@@ -119,6 +120,10 @@ class Simulation:
         if seat.startswith("partition") and seat in self.world.wanted(job_id):
             generation = max(0, job.generation - self.random.randint(0, 2))
             self.world.report(seat, self.world.part(job.step, int(seat[-1]), job_id, generation), job_id)
+
+    def code_raises(self, job_id: str, _node: str, seat: str) -> None:
+        if seat in self.world.wanted(job_id):
+            self.world.report(seat, failure("PS-2001", "ValueError"), job_id)
 
     def lead_finishes(self, job_id: str, _node: str, _seat: str) -> None:
         job = self.world.job(job_id)

@@ -17,7 +17,8 @@ from psmaster.reconcile import Desired, desired
 from psmaster.registry import Node, Role, presumed
 from psmaster.reports import Progress, StepRecord
 from psmaster.seats import Kind
-from psmaster.turn import Changes, Report, State, Turn
+from psmaster.state import Changes, State
+from psmaster.turn import Report, Turn
 
 from pscluster.spec import JobSpec, parse_spec
 
@@ -173,6 +174,8 @@ class World:
     def ready(self, job_id: str = "job-aaaaaa") -> None:
         """Every process that has not said anything yet reports ready."""
         for name, process in self.wanted(job_id).items():
+            if name not in self.wanted(job_id):
+                return  # that was the last word the job waited for, and it ended
             if not process.seat.active and process.process_id not in self.state.processes:
                 self.report(name, TRAINER if process.seat.kind is Kind.TRAINER else PARTITION, job_id)
 

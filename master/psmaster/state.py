@@ -1,0 +1,88 @@
+"""All that the master knows, as one value, and how it is looked at. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pscluster.errors import NotFoundError
+from psmaster import registry
+from psmaster.catalogue import Catalogue
+from psmaster.jobs import Event, Instant, Job, JobState
+from psmaster.planner import NodeView
+from psmaster.processes import Processes
+from psmaster.registry import Health, Node, Nodes, Role
+from psmaster.reports import MetricLine
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """All that the master knows. `nodes` and `processes` live in memory; the rest is stored."""
+
+    jobs: Mapping[str, Job] = field(default_factory=dict)
+    catalogues: Mapping[str, Catalogue] = field(default_factory=dict)
+    events: Mapping[str, tuple[Event, ...]] = field(default_factory=dict)
+    nodes: Nodes = field(default_factory=dict)
+    processes: Processes = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """What a turn made: the next state, and what must reach the disk before it counts. `cuts`: by job, the step after
+    which its metrics are void."""
+
+    state: State
+    events: tuple[tuple[str, Event], ...]
+    lines: tuple[tuple[str, MetricLine], ...]
+    cuts: Mapping[str, int]
+
+
+def node_views(
+    jobs: Mapping[str, Job], nodes: Nodes, job_id: str, now: Instant, suspicion_s: float
+) -> Mapping[str, NodeView]:
+    """The nodes as the planning of one job sees them: what other jobs hold is taken."""
+    taken = Counter(
+        (Role.of(seat.kind), seat.node_id)
+        for job in jobs.values()
+        if job.job_id != job_id
+        for seat in job.seats
+        if seat.placed
+    )
+    return {node.node_id: _view(node, now, suspicion_s, taken[node.role, node.node_id]) for node in nodes.values()}
+
+
+def _view(node: Node, now: Instant, suspicion_s: float, taken: int) -> NodeView:
+    health = registry.health(node, now.mono_s, suspicion_s)
+    return NodeView(
+        node_id=node.node_id,
+        role=node.role,
+        incarnation=node.incarnation,
+        alive=health is not Health.DEAD,
+        ready=health is Health.READY,
+        slots=node.slots,
+        available=node.slots - taken,
+    )
+
+
+def turn_of(job: Job) -> tuple[int, float, str]:
+    """Sorts jobs by whose turn it is: priority, then age."""
+    return -job.spec.priority, job.created_s, job.job_id
+
+
+def queue(all_jobs: Mapping[str, Job]) -> list[Job]:
+    """The queued jobs, first the one whose turn it is."""
+    return sorted((job for job in all_jobs.values() if job.state is JobState.QUEUED), key=turn_of)
+
+
+def find(all_jobs: Mapping[str, Job], name: str) -> Job:
+    """The job of that id, or of a name that only one job has. Raises NotFoundError."""
+    if name in all_jobs:
+        return all_jobs[name]
+    named = [job for job in all_jobs.values() if job.name == name]
+    if len(named) == 1:
+        return named[0]
+    if named:
+        ids = ", ".join(sorted(job.job_id for job in named))
+        raise NotFoundError(f"{len(named)} jobs are called {name!r}", action=f"give one of their ids: {ids}")
+    raise NotFoundError(f"there is no job {name!r}")
