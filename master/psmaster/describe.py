@@ -27,7 +27,7 @@ def reason(job: Job, view: View, queued: str) -> str:
     if not active:
         return "waits for a trainer: " + ", ".join(_where(seat) for seat in job.trainers)
     if job.state is JobState.STARTING:
-        return "starts: waits for the first step"
+        return "waits for the first step"
     waiting = len(job.trainers) - len(active)
     trains = f"trains on {len(active)} worker{'s' if len(active) > 1 else ''}"
     return trains + (f"; {waiting} more on the way" if waiting else "")
@@ -43,7 +43,7 @@ def _starting(job: Job, view: View) -> str:
     counts += f"{ready[Kind.PARTITION]} of {len(job.partitions)} partitions are ready"
     shown = ", ".join(_where(seat) for seat in away[:4]) + (", ..." if len(away) > 4 else "")
     left_out = "; ".join(f"{node_id} is left out: {why}" for node_id, _, why in job.excluded)
-    return f"starts: {counts}" + (f"; waits for {shown}" if away else "") + (f"; {left_out}" if left_out else "")
+    return counts + (f"; waits for {shown}" if away else "") + (f"; {left_out}" if left_out else "")
 
 
 def _where(seat: Seat) -> str:

@@ -103,9 +103,9 @@ class BarView:
 
 
 def bar_text(job: Job) -> str:
-    """What stands beside the bar: progress while it runs, the reason while it waits."""
+    """What stands beside the bar: progress while it runs; before that the state alone, its reason is told above."""
     if job.state != "RUNNING" or not job.step:
-        return f"{job.state}{': ' + fmt.one_line(job.reason) if job.reason else ''}"
+        return job.state
     parts = [progress_line(job)]
     if job.reason and job.workers_active < job.workers_wanted:
         parts.append(fmt.one_line(job.reason))

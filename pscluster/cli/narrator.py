@@ -78,11 +78,10 @@ def progress_line(job: Job) -> str:
 
 
 def rates(job: Job) -> list[str]:
-    """Tokens and samples per second, as far as known."""
-    found = [f"{fmt.count(job.weight_per_s)} tokens/s"] if counts_tokens(job) else []
-    if job.samples_per_s > 0:
-        found.append(f"{fmt.count(job.samples_per_s)} samples/s")
-    return found
+    """Tokens per second, or samples where the task counts no tokens; nothing before there is a rate."""
+    if counts_tokens(job):
+        return [f"{fmt.count(job.weight_per_s)} tokens/s"]
+    return [f"{fmt.count(job.samples_per_s)} samples/s"] if job.samples_per_s > 0 else []
 
 
 def ending_line(job: Job) -> str:

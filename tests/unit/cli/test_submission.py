@@ -183,7 +183,7 @@ def test_follow_tells_states_events_and_the_end_in_plain_lines(run: Psctl, fake:
     assert result.stderr.splitlines() == [
         "QUEUED: waits for 2 workers: 1 ready",
         "RUNNING",
-        "step 20/100  loss 2.5000  8192 tokens/s  128 samples/s  20s left  2/2 workers",
+        "step 20/100  loss 2.5000  8192 tokens/s  20s left  2/2 workers",
         "! TrainerLost: trainer-1: SIGKILL",
         "evaluated step 50: loss 2.0000",
         "lm-abc123 SUCCEEDED at step 100 after 25s, loss 1.5000, parameters ffffffffffff",
