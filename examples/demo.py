@@ -116,8 +116,7 @@ def show(psctl: Psctl, overrides: Sequence[str], output: Path) -> None:
     psctl("up", "--workers", "2", "--servers", "2")
     sets = [part for pair in overrides for part in ("--set", pair)]
     job_id = psctl("submit", str(SPEC), "--follow", *sets).strip()
-    job = json.loads(psctl("describe", job_id, "-o", "json"))
-    compare(job)
+    compare(json.loads(psctl("describe", job_id, "-o", "json", shown=False)))
     sample = psctl("generate", job_id, "--prompt", PROMPT, "--max-new-tokens", "400", "--temperature", "0.8")
     # A model of bytes may write control characters: the terminal is not to obey them.
     print("".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in sample), flush=True)
@@ -137,7 +136,7 @@ def compare(job: dict[str, object]) -> None:
     task = StdlibLm(**spec["task"]["args"])
     task.data_uri = spec["data"]["uri"]
     train, held_out = task.texts()
-    print(f"held-out bits per byte ({len(held_out):,} bytes of files that were not trained on):")
+    print(f"\nheld-out bits per byte ({len(held_out):,} bytes of files that were not trained on):")
     print(f"  byte bigram    {ngram.bits_per_byte(train, held_out, 2):.3f}")
     print(f"  byte trigram   {ngram.bits_per_byte(train, held_out, 3):.3f}")
     print(f"  this model     {metrics['bits_per_byte']:.3f}   after {job['step']} steps", flush=True)
