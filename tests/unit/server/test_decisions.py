@@ -1,0 +1,321 @@
+"""What a step's votes decide, what comes next at a version, and the learning rate."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from harness.played import played_spec
+from hypothesis import given
+from hypothesis import strategies as st
+from psserver.partition.commit import (
+    Lead,
+    Member,
+    Verdict,
+    Vote,
+    cast_vote,
+    clip_coefficient,
+    global_norm,
+    lead_adopts,
+    member_adopts,
+    receive_verdict,
+    receive_vote,
+)
+from psserver.partition.directive import decide, evaluates_at, next_action, snapshots_at
+from psserver.partition.messages import pack_verdict, pack_vote, unpack_verdict, unpack_vote, vote_bytes
+from psserver.partition.schedule import learning_rate
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
+
+from pscluster.errors import FrameError
+from pscluster.spec import ScheduleSection
+from pscluster.summary import Summary
+from pscluster.wire.frame import Header, Kind
+
+FINITE = st.floats(0, 1e30)
+FLOATS = st.floats(allow_nan=False)
+NAMES = st.sampled_from(["constant", "cosine"])
+
+
+def vote(partition: int, *, step: int = 0, generation: int = 1, finite: bool = True, **squares: float) -> Vote:
+    found = {int(block[1:]): square for block, square in squares.items()}
+    return Vote(generation=generation, step=step, partition=partition, squares=found, finite=finite)
+
+
+def verdict(step: int = 0, generation: int = 1) -> Verdict:
+    return Verdict(generation=generation, step=step, kind="commit")
+
+
+def summary(weight: float = 1.0, loss: float = 1.0) -> Summary:
+    return Summary(loss_sum=loss, weight=weight, samples=1, touched=b"")
+
+
+# ---- votes and verdicts ----
+
+
+def test_the_last_vote_decides_and_the_verdict_is_for_all() -> None:
+    lead = Lead(num_partitions=2, generation=1, step=0)
+    lead, told, _ = receive_vote(lead, vote(1), lambda _: verdict())
+    assert told is None
+    lead, told, _ = receive_vote(lead, vote(1), lambda _: verdict())
+    assert told is None, "one partition twice is not two"
+
+    lead, told, to_all = receive_vote(lead, vote(0), lambda votes: verdict() if set(votes) == {0, 1} else verdict(9))
+
+    assert (told, to_all) == (verdict(), True)
+    assert (lead.step, dict(lead.votes), lead.last) == (1, {}, verdict())
+
+
+def test_a_vote_on_the_step_just_decided_is_answered_with_the_same_verdict() -> None:
+    lead = Lead(num_partitions=1, generation=3, step=5, last=Verdict(generation=1, step=4, kind="skip", norm=2.5))
+
+    after, told, to_all = receive_vote(lead, vote(1, step=4, generation=3), pytest.fail)
+
+    assert (after, to_all) == (lead, False)
+    assert told == Verdict(generation=3, step=4, kind="skip", norm=2.5), "of the generation in which it is told"
+
+
+@pytest.mark.parametrize("stray", [vote(0, generation=2), vote(0, generation=0), vote(0, step=1), vote(0, step=7)])
+def test_stray_votes_change_nothing(stray: Vote) -> None:
+    lead = Lead(num_partitions=1, generation=1, step=3)
+
+    assert receive_vote(lead, stray, pytest.fail) == (lead, None, False)
+
+
+def test_a_new_generation_collects_votes_anew_but_keeps_the_last_verdict() -> None:
+    lead = Lead(num_partitions=2, generation=1, step=1, votes={0: vote(0)}, last=verdict())
+
+    assert lead_adopts(lead, 4) == Lead(num_partitions=2, generation=4, step=1, votes={}, last=verdict())
+
+
+def test_a_vote_is_cast_again_under_a_new_generation() -> None:
+    member = cast_vote(Member(generation=1, step=0), vote(0, b1=2.0))
+
+    assert member_adopts(member, 2).vote == vote(0, generation=2, b1=2.0)
+    assert member_adopts(Member(generation=1, step=0), 2).vote is None
+
+
+@pytest.mark.parametrize(
+    ("member", "told"),
+    [
+        (Member(generation=1, step=0), verdict()),
+        (Member(generation=2, step=0, vote=vote(0)), verdict()),
+        (Member(generation=1, step=1, vote=vote(0, step=1)), verdict()),
+    ],
+    ids=["not voted", "other generation", "other step"],
+)
+def test_a_verdict_that_does_not_fit_is_not_carried_out(member: Member, told: Verdict) -> None:
+    assert receive_verdict(member, told) == (member, False)
+
+
+def test_a_verdict_is_carried_out_once() -> None:
+    member, now = receive_verdict(Member(generation=1, step=0, vote=vote(0)), verdict())
+
+    assert (member, now) == (Member(generation=1, step=1, last_verdict=verdict()), True)
+    assert receive_verdict(member, verdict()) == (member, False)
+
+
+@given(squares=st.dictionaries(st.integers(0, 40), FINITE, min_size=1), cuts=st.lists(st.integers(0, 40), max_size=4))
+def test_the_norm_is_the_same_for_any_number_of_partitions(squares: dict[int, float], cuts: list[int]) -> None:
+    whole = {0: Vote(generation=1, step=0, partition=0, squares=squares)}
+    split = {
+        p: Vote(generation=1, step=0, partition=p, squares={b: s for b, s in squares.items() if low <= b < high})
+        for p, (low, high) in enumerate(itertools.pairwise(sorted([0, *cuts, 41])))
+    }
+    turned = dict(reversed(split.items()))
+
+    assert global_norm(whole, 3.0) == global_norm(split, 3.0) == global_norm(turned, 3.0)
+
+
+def test_the_norm_is_of_the_mean_gradient() -> None:
+    votes = {0: vote(0, b1=9.0), 1: vote(1, b0=16.0)}
+
+    assert global_norm(votes, 2.0) == 2.5
+    assert global_norm(votes, 0.0) == 0.0
+
+
+@pytest.mark.parametrize("clip", [0.5, 1.0, 100.0])
+def test_clipping_is_torchs(clip: float) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    parameter.grad = torch.tensor([1.0, -2.0, 3.0, 4.0], dtype=torch.float64)
+    norm = float(torch.nn.utils.clip_grad_norm_([parameter], clip))
+
+    mine = clip_coefficient(math.sqrt(30.0), clip) * torch.tensor([1.0, -2.0, 3.0, 4.0], dtype=torch.float64)
+
+    assert norm == pytest.approx(math.sqrt(30.0))
+    torch.testing.assert_close(mine, parameter.grad, rtol=1e-14, atol=0)
+    assert clip_coefficient(7.0, None) == 1.0
+
+
+def test_a_verdict_scales_to_the_clipped_mean() -> None:
+    spec = played_spec(4, train={"clip_norm": 1.0})
+
+    told = decide({0: vote(0, step=6, b0=400.0)}, summary(weight=4.0), spec, 100, generation=2, stop=False)
+
+    assert (told.step, told.generation, told.kind, told.norm) == (6, 2, "commit", 5.0)
+    assert told.scale == (1.0 / (5.0 + 1e-6)) / 4.0
+    assert not told.snapshot and not told.last
+
+
+@pytest.mark.parametrize(
+    ("votes", "of"),
+    [([vote(0), vote(1, finite=False)], summary()), ([vote(0), vote(1)], summary(loss=math.nan))],
+    ids=["a gradient", "the loss"],
+)
+def test_what_is_not_finite_anywhere_is_skipped_or_stopped_everywhere(votes: list[Vote], of: Summary) -> None:
+    by_partition = {v.partition: v for v in votes}
+    for choice in ("stop", "skip"):
+        spec = played_spec(4, on_nonfinite=choice, durability={"every_steps": 1})
+        told = decide(by_partition, of, spec, 100, generation=1, stop=False)
+        assert told.kind == choice
+        assert math.isnan(told.norm)
+        assert told.snapshot == (choice == "skip"), "a step that stops the job makes no version"
+
+
+def test_a_step_without_weight_moves_nothing_by_its_gradient() -> None:
+    told = decide({0: vote(0)}, summary(weight=0.0), played_spec(4), 100, generation=1, stop=False)
+
+    assert (told.kind, told.scale, told.norm) == ("commit", 0.0, 0.0)
+
+
+def test_a_stop_is_written() -> None:
+    told = decide({0: vote(0)}, summary(), played_spec(4), 100, generation=1, stop=True)
+
+    assert told.snapshot and told.last
+
+
+# ---- messages ----
+
+
+@given(st.dictionaries(st.integers(0, 2**32 - 1), st.floats(allow_nan=False), max_size=9), st.booleans())
+def test_a_vote_reads_back(squares: dict[int, float], finite: bool) -> None:
+    cast = Vote(generation=3, step=8, partition=2, squares=squares, finite=finite)
+    body = pack_vote(cast)
+
+    assert unpack_vote(Header(kind=Kind.VOTE, job=1, generation=3, step=8, sender=2), memoryview(body)) == cast
+    assert len(body) == vote_bytes(len(squares))
+
+
+@given(
+    st.floats(allow_nan=False), st.floats(allow_nan=False), st.booleans(), st.sampled_from(["commit", "skip", "stop"])
+)
+def test_a_verdict_reads_back_to_the_bit(scale: float, norm: float, flag: bool, kind: Any) -> None:
+    told = Verdict(generation=1, step=2, kind=kind, scale=scale, norm=norm, snapshot=flag, last=not flag)
+
+    assert unpack_verdict(memoryview(pack_verdict(told))) == told
+
+
+def test_a_verdict_without_a_norm_reads_back() -> None:
+    told = unpack_verdict(memoryview(pack_verdict(Verdict(generation=1, step=2, kind="skip", norm=math.nan))))
+
+    assert math.isnan(told.norm)
+
+
+@pytest.mark.parametrize("body", [b"", b"\1\2", bytes(12)])
+def test_a_vote_of_no_fitting_length_is_refused(body: bytes) -> None:
+    with pytest.raises(FrameError, match="a vote"):
+        unpack_vote(Header(kind=Kind.VOTE, job=1), memoryview(body))
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b'{"kind": 1}', b'{"generation": 1, "step": 1, "kind": "skip", "x": 1}'])
+def test_what_is_no_verdict_is_refused(body: bytes) -> None:
+    with pytest.raises(FrameError, match="a verdict"):
+        unpack_verdict(memoryview(body))
+
+
+# ---- what comes next ----
+
+
+def test_versions_are_evaluated_and_written_as_the_spec_says() -> None:
+    spec = played_spec(4, evaluate={"every_steps": 4}, durability={"every_steps": 3})
+    versions = range(11)
+
+    assert [v for v in versions if evaluates_at(v, spec, 10)] == [4, 8, 10]
+    assert [v for v in versions if snapshots_at(v, spec, 10)] == [0, 3, 4, 6, 8, 9, 10]
+    assert [v for v in versions if evaluates_at(v, played_spec(4), 10)] == [10]
+
+
+def test_a_job_trains_evaluates_and_finishes() -> None:
+    """Played from the first version to the end, with a stop or without."""
+    spec = played_spec(4, evaluate={"every_steps": 2}, durability={"every_steps": 4})
+
+    def play(stop_after: int | None) -> list[str]:
+        version, evaluated, saved, log = 0, -1, 0, ""
+        for turn in itertools.count():
+            stop = stop_after is not None and turn >= stop_after
+            action = next_action(version, spec, 5, evaluated=evaluated, saved=saved, stop=stop)
+            log += f"{action[0]}{version} "
+            if action == "finish":
+                return log.split()
+            if action == "evaluate":
+                evaluated = version
+            else:
+                version += 1
+                saved = version if stop or snapshots_at(version, spec, 5) else saved
+        raise AssertionError
+
+    assert play(None) == ["t0", "t1", "e2", "t2", "t3", "e4", "t4", "e5", "f5"]
+    assert play(0) == ["f0"], "version 0 is made again from the seed: it counts as written"
+    assert play(1) == ["t0", "t1", "f2"]
+    assert play(3) == ["t0", "t1", "e2", "f2"], "it is written already"
+    assert play(2) == ["t0", "t1", "f2"], "a stop does not wait for an evaluation"
+    assert play(7) == ["t0", "t1", "e2", "t2", "t3", "e4", "t4", "e5", "f5"], "the last version is finished as such"
+
+
+# ---- the learning rate ----
+
+CONSTANT = ScheduleSection(warmup_steps=5)
+
+
+def rates(schedule: ScheduleSection, final_step: int) -> list[float]:
+    return [learning_rate(0.3, schedule, step, final_step) for step in range(final_step)]
+
+
+def torchs(make: Any, steps: int) -> list[float]:
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.3)
+    scheduler = make(optimizer)
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_warm_up_is_torchs_linear() -> None:
+    expected = torchs(lambda o: LinearLR(o, start_factor=1 / 5, end_factor=1.0, total_iters=4), 12)
+
+    assert rates(CONSTANT, 12) == pytest.approx(expected, rel=1e-12)
+    assert rates(CONSTANT, 12)[4:] == [0.3] * 8, "reaches the base at update 5"
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 1.0])
+def test_the_cosine_is_torchs(ratio: float) -> None:
+    schedule = ScheduleSection(name="cosine", final_ratio=ratio)
+    expected = torchs(lambda o: CosineAnnealingLR(o, T_max=40, eta_min=0.3 * ratio), 40)
+
+    assert rates(schedule, 40) == pytest.approx(expected, rel=1e-9, abs=1e-15)
+    assert learning_rate(0.3, schedule, 40, 40) == pytest.approx(0.3 * ratio)
+
+
+def test_the_cosine_begins_after_warm_up_at_the_base() -> None:
+    found = rates(ScheduleSection(name="cosine", warmup_steps=10), 30)
+
+    assert found[9] == found[10] == 0.3
+    assert found == [*sorted(found[:10]), *sorted(found[10:], reverse=True)]
+    assert min(found) > 0.0
+
+
+@given(
+    st.sampled_from(["constant", "cosine"]),
+    st.integers(0, 50),
+    st.floats(0, 1),
+    st.integers(0, 100),
+    st.integers(1, 60),
+)
+def test_a_rate_is_never_outside_its_bounds(name: Any, warmup: int, ratio: float, step: int, final: int) -> None:
+    schedule = ScheduleSection(name=name, warmup_steps=warmup, final_ratio=ratio)
+
+    assert 0.0 <= learning_rate(0.3, schedule, step, final) <= 0.3
