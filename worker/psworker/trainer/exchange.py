@@ -3,9 +3,7 @@
 Two threads meet here. The reactor's thread moves bytes and hears directives and plans; the main thread asks for work
 (`next_work`), waits for values, and pushes. One lock guards what they share; nothing blocks while it is held.
 
-Values land straight in the replica's memory, so they may only land while the main thread is between microbatches and
-wants exactly that version; anything else is read and dropped, and asked for again. Hence nothing is ever overwritten
-under a running forward or backward.
+Values land straight in the replica's memory (see `landing`); what to do is decided in `work`.
 """
 
 from __future__ import annotations
@@ -13,13 +11,12 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from pscluster.agent.link import ProcessLink
-from pscluster.errors import FencedError, FrameError, PsError
+from pscluster.errors import FencedError, FrameError
 from pscluster.layout import Layout
 from pscluster.spec import JobSpec
 from pscluster.summary import Statistics, Summary, unpack_statistics
@@ -28,37 +25,16 @@ from pscluster.v1.plan_pb2 import Beat, Plan, PlanAdopted, ProcessReport
 from pscluster.wire.frame import SUMMARY, UNCHANGED, WITH_FROZEN, Buffer, Header, Kind, job_number
 from pscluster.wire.reactor import Reactor
 from psworker.trainer.accumulate import Gradients, gather
+from psworker.trainer.landing import Landing
 from psworker.trainer.peer import Peer
 from psworker.trainer.telemetry import TrainerCounters
+from psworker.trainer.work import Directive, Done, Work, find_work
 
 BEAT_S = 1.0
 
 
 class SupersededError(FencedError):
     """The step being computed is no longer wanted: it was committed without this trainer, or undone."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What to do now. `shards`: of this trainer and not yet done for (timeline, version, action)."""
-
-    timeline: int
-    generation: int
-    version: int
-    action: str  # "initialise", "train", "evaluate", "finalise", "finish"
-    shards: tuple[int, ...] = ()
-    statistics: Statistics | None = None
-
-    @property
-    def key(self) -> tuple[int, int, str]:
-        return (self.timeline, self.version, self.action)
-
-
-@dataclass(frozen=True)
-class _Directive:
-    generation: int
-    version: int
-    action: str
 
 
 class Exchange:
@@ -80,13 +56,10 @@ class Exchange:
         self._changed = threading.Condition()
         # Shared, under `_changed`:
         self._plan: Plan | None = None
-        self._directive: _Directive | None = None
-        self._stashed: _Directive | None = None  # of a generation whose plan is not here yet
+        self._directive: Directive | None = None
+        self._stashed: Directive | None = None  # of a generation whose plan is not here yet
         self._merged: tuple[int, Statistics] | None = None
-        self._wanted = -1
-        self._to_land: dict[tuple[int, int], bool] = {}  # (partition, bucket) of the wanted version: landing begun
-        self._have_frozen = False
-        self._ahead = -1  # newest version seen that was not wanted
+        self._landing = Landing(layout, spec.servers.partitions)
         self._needs_values: set[int] = set()  # partitions that hold nothing yet
         self._closed = False
         self._error: BaseException | None = None
@@ -105,7 +78,7 @@ class Exchange:
         self._reactor.post(self._reactor.stop)
         self._thread.join(timeout=5)
 
-    def next_work(self, done: dict[tuple[int, int, str], set[int]]) -> Work | None:
+    def next_work(self, done: Done) -> Work | None:
         """Block until there is something to do that is not in `done`; None: the agent wants this process to end.
 
         Raises what ended the reactor's thread."""
@@ -115,9 +88,10 @@ class Exchange:
                     raise self._error
                 if self._closed:
                     return None
-                work = self._find_work(done)
-                if work is not None:
-                    return work
+                if self._plan is not None:
+                    work = find_work(self._plan, self._directive, self._merged, self._needs_values, self._rank, done)
+                    if work is not None:
+                        return work
                 self._changed.wait()
 
     def is_current(self, work: Work) -> bool:
@@ -139,28 +113,20 @@ class Exchange:
         Going back to the version that is held succeeds while nothing of the newer one has begun to land. False:
         it is gone, a newer directive will come."""
         with self._changed:
-            if version == self._wanted:
-                return True
-            if version < self._wanted:
-                if any(self._to_land.values()) or len(self._to_land) < len(self._landing_keys()):
-                    return False
-                self._wanted, self._to_land = version, {}
-                return True
-            self._wanted = version
-            self._to_land = dict.fromkeys(self._landing_keys(), False)
-        self._reactor.post(self._pull_all)
-        return True
+            answer = self._landing.want(version)
+        if answer == "missing":
+            self._reactor.post(self._pull_all)
+        return answer != "gone"
 
     def wait_values(self, work: Work) -> None:
         """Block until all of the wanted version has landed. Raises SupersededError when it will not."""
         with self._changed:
-            while self._to_land:
+            while not self._landing.is_complete:
                 if self._error is not None:
                     raise self._error
-                if self._closed or self._ahead > self._wanted or self._timeline() != work.timeline:
-                    raise SupersededError(f"step {self._wanted} is no longer wanted")
+                if self._closed or self._landing.is_superseded or self._timeline() != work.timeline:
+                    raise SupersededError(f"step {self._landing.wanted} is no longer wanted")
                 self._changed.wait()
-            self._have_frozen = True
 
     def push_gradients(self, work: Work, bucket: int, node: Node, gradients: Gradients) -> None:
         """Owe every partition its part of a trained bucket's node. The gradients belong to the exchange now."""
@@ -211,46 +177,6 @@ class Exchange:
 
     def _timeline(self) -> int:
         return self._plan.restore_generation if self._plan is not None else 0
-
-    def _my_shards(self) -> list[int]:
-        seats = [seat for seat in self._plan.trainers if seat.rank == self._rank] if self._plan else []
-        return [s for seat in seats for run in seat.shards for s in range(run.first, run.first + run.count)]
-
-    def _find_work(self, done: dict[tuple[int, int, str], set[int]]) -> Work | None:
-        plan, directive = self._plan, self._directive
-        if plan is None:
-            return None
-        mine = self._my_shards()
-
-        def work(version: int, action: str, shards: Sequence[int], statistics: Statistics | None = None) -> Work | None:
-            found = Work(
-                timeline=self._timeline(), generation=plan.generation, version=version, action=action,
-                shards=tuple(shards), statistics=statistics,
-            )  # fmt: skip
-            left = tuple(shard for shard in shards if shard not in done.get(found.key, ()))
-            return Work(**{**found.__dict__, "shards": left}) if left else None
-
-        if directive is None:
-            first = min((seat.rank for seat in plan.trainers if seat.active), default=-1)
-            may = self._needs_values and plan.resume_step == 0 and first == self._rank
-            return work(0, "initialise", [min(self._needs_values)]) if may else None
-        if directive.action == "finish":
-            return work(directive.version, "finish", [0] if 0 in mine else [])
-        found = work(directive.version, directive.action, mine)
-        if found is None and directive.action == "evaluate" and self._merged and 0 in mine:
-            version, statistics = self._merged
-            if version == directive.version:
-                return work(version, "finalise", [0], statistics)
-        return found
-
-    def _landing_keys(self) -> list[tuple[int, int]]:
-        return [
-            (index, bucket.index)
-            for bucket in self._layout.buckets
-            for index in range(self._num_partitions)
-            if (bucket.kind != "frozen" or not self._have_frozen)
-            and self._layout.span(bucket.index, index, self._num_partitions).num_words
-        ]
 
     # ---- sending ----
 
@@ -335,14 +261,16 @@ class Exchange:
         with self._changed:
             self._plan = plan
             if restored:
-                self._directive, self._merged, self._wanted, self._to_land, self._ahead = None, None, -1, {}, -1
-                self._needs_values = set()
+                self._directive, self._merged, self._needs_values = None, None, set()
+                self._landing.restart()
             stashed, self._stashed = self._stashed, None
             self._changed.notify_all()
         self._reconnect(plan, restored)
         if stashed is not None:
             self._direct(stashed)
-        self._report(ProcessReport(plan_adopted=PlanAdopted(generation=plan.generation, step=max(0, self._wanted))))
+        self._report(
+            ProcessReport(plan_adopted=PlanAdopted(generation=plan.generation, step=max(0, self._landing.wanted)))
+        )
 
     def _reconnect(self, plan: Plan, restored: bool) -> None:
         addresses = [list(seat.addresses) for seat in plan.partitions]
@@ -374,27 +302,21 @@ class Exchange:
                 f"values of {header.length} bytes where {span.size_bytes} fit", details={"field": "length"}
             )
         with self._changed:
-            if header.step != self._wanted or (index, header.bucket) not in self._to_land:
+            if not self._landing.begin((index, header.bucket), header.step):
                 return None
-            self._to_land[(index, header.bucket)] = True
         return self._memory[header.bucket][4 * span.start : 4 * span.stop]
 
     def landed(self, index: int, header: Header) -> None:
         with self._changed:
-            if header.step != self._wanted:
-                self._ahead = max(self._ahead, header.step)
+            if self._landing.finish((index, header.bucket), header.step) or self._landing.is_superseded:
                 self._changed.notify_all()
-            elif self._to_land.get((index, header.bucket)):
-                del self._to_land[(index, header.bucket)]
-                if not self._to_land:
-                    self._changed.notify_all()
 
     def heard(self, index: int, header: Header, body: memoryview) -> None:
         told = None if header.kind is Kind.MERGED else json.loads(bytes(body)) if body else {}
         if header.kind is Kind.WELCOME:
             self._welcomed(index, dict(told or {}))
         elif header.kind is Kind.DIRECTIVE:
-            self._direct(_Directive(header.generation, header.step, str((told or {})["action"])))
+            self._direct(Directive(header.generation, header.step, str((told or {})["action"])))
         elif header.kind is Kind.MERGED:
             with self._changed:
                 self._merged = (header.step, unpack_statistics(body))
@@ -407,7 +329,7 @@ class Exchange:
             self._changed.notify_all()
         self._pull(index)
 
-    def _direct(self, directive: _Directive) -> None:
+    def _direct(self, directive: Directive) -> None:
         with self._changed:
             plan = self._plan
             if plan is None or directive.generation > plan.generation:
@@ -426,9 +348,9 @@ class Exchange:
 
     def _pull(self, index: int) -> None:
         with self._changed:
-            wanted, plan = self._wanted, self._plan
-            missing = any(i == index for i, _ in self._to_land)
-            flags = 0 if self._have_frozen else WITH_FROZEN
+            wanted, plan = self._landing.wanted, self._plan
+            missing = self._landing.is_missing_from(index)
+            flags = WITH_FROZEN if self._landing.needs_frozen else 0
         if missing and plan is not None:
             header = Header(
                 kind=Kind.PULL, job=self._job, generation=plan.generation, step=wanted, flags=flags, sender=self._rank
@@ -451,6 +373,3 @@ def _cut(pieces: list[tuple[int, int, memoryview]], start: int, stop: int) -> li
     if stop > at:
         cut.append(bytes(4 * (stop - at)))
     return cut
-
-
-__all__ = ["Exchange", "PsError", "SupersededError", "Work"]

@@ -16,9 +16,10 @@ from psworker.trainer.accumulate import Accumulator, Counter, SummaryCounter
 from psworker.trainer.batches import Batches, EvalBatches, seed_step, to_device
 from psworker.trainer.buffers import BufferSums
 from psworker.trainer.evaluation import Shapes, check_metric, loss_of, shard_statistics, unpack_metrics
-from psworker.trainer.exchange import Exchange, SupersededError, Work
+from psworker.trainer.exchange import Exchange, SupersededError
 from psworker.trainer.loading import user_code
 from psworker.trainer.telemetry import TrainerCounters
+from psworker.trainer.work import Work
 
 
 class Trainer:
@@ -81,11 +82,11 @@ class Trainer:
             self._exchange.send_initial(work)
             self._done[work.key].update(work.shards)
             return
+        self._pristine = False
         if not self._exchange.want(work.version):
             raise SupersededError(f"version {work.version} is gone")
         with self._counters.phase("pull"):
             self._exchange.wait_values(work)
-        self._pristine = False
         {"train": self._train, "evaluate": self._evaluate, "finalise": self._finalise, "finish": self._finish}[
             work.action
         ](work)

@@ -1,0 +1,78 @@
+"""What a trainer is to do, as a pure function of the plan, the lead's directive and what it has done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+
+from pscluster.summary import Statistics
+from pscluster.v1.plan_pb2 import Plan
+
+WorkKey = tuple[int, int, str]  # timeline, version, action
+Done = Mapping[WorkKey, Set[int]]  # shards that were computed, by what they were computed for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """`shards`: this trainer's, not done yet for (timeline, version, action).
+
+    `timeline`: generation of the newest restore; `version`: of the parameters, the step that starts from them.
+    `action`: "initialise" (give the first values to `shards`, here partitions), "train", "evaluate", "finalise"
+    (turn `statistics` into metrics), "finish" (digest the final values)."""
+
+    timeline: int
+    generation: int
+    version: int
+    action: str
+    shards: tuple[int, ...] = ()
+    statistics: Statistics | None = None
+
+    @property
+    def key(self) -> WorkKey:
+        return (self.timeline, self.version, self.action)
+
+
+@dataclass(frozen=True)
+class Directive:
+    """The lead's word: what happens at `version`."""
+
+    generation: int
+    version: int
+    action: str
+
+
+def shards_of(plan: Plan, rank: int) -> list[int]:
+    """The shards that a plan gives to a trainer."""
+    seats = [seat for seat in plan.trainers if seat.rank == rank]
+    return [s for seat in seats for run in seat.shards for s in range(run.first, run.first + run.count)]
+
+
+def find_work(
+    plan: Plan,
+    directive: Directive | None,
+    merged: tuple[int, Statistics] | None,
+    empty_partitions: Set[int],
+    rank: int,
+    done: Done,
+) -> Work | None:
+    """What is left to do, or None.
+
+    `merged`: version and root of a complete evaluation; `empty_partitions` hold no values yet."""
+    mine = shards_of(plan, rank)
+    base = Work(timeline=plan.restore_generation, generation=plan.generation, version=0, action="")
+    if directive is None:
+        first = min((seat.rank for seat in plan.trainers if seat.active), default=-1)
+        may = empty_partitions and plan.resume_step == 0 and first == rank
+        return _left(replace(base, action="initialise"), [min(empty_partitions)] if may else [], done)
+    base = replace(base, version=directive.version, action=directive.action)
+    if directive.action == "finish":
+        return _left(base, [0] if 0 in mine else [], done)
+    found = _left(base, mine, done)
+    if found is None and directive.action == "evaluate" and merged is not None and merged[0] == directive.version:
+        return _left(replace(base, action="finalise", statistics=merged[1]), [0] if 0 in mine else [], done)
+    return found
+
+
+def _left(work: Work, shards: Sequence[int], done: Done) -> Work | None:
+    left = tuple(shard for shard in shards if shard not in done.get(work.key, ()))
+    return replace(work, shards=left) if left else None
