@@ -96,7 +96,7 @@ class Loss:
 
 def failure_of(seat: Seat, job: Job, processes: Processes) -> Failure | None:
     """The terminal failure of a seat's process: what it reported, or what its agent could not start it for."""
-    process = processes.get(seat.process_id(job.job_id))
+    process = processes.get(seat.process_id(job.job_id)) if seat.placed else None
     if process is None:
         return None
     if process.failure is not None:
@@ -166,7 +166,7 @@ def _signal_name(number: int) -> str:
 
 def ready_facts(seat: Seat, job: Job, processes: Processes) -> TrainerFacts | PartitionFacts | None:
     """What the living process in `seat` reported as ready; None before that."""
-    process = processes.get(seat.process_id(job.job_id))
+    process = processes.get(seat.process_id(job.job_id)) if seat.placed else None
     if process is None or not process.living:
         return None
     return process.trainer if seat.kind is Kind.TRAINER else process.partition

@@ -219,7 +219,7 @@ class Turn:
             for job in sorted(self.jobs.values(), key=turn_of):
                 if job.state in (JobState.STARTING, JobState.RUNNING):
                     self._reconcile(job.job_id, grow=True)
-        wanted = {seat.process_id(job.job_id) for job in self.jobs.values() for seat in job.seats}
+        wanted = {seat.process_id(job.job_id) for job in self.jobs.values() for seat in job.seats if seat.placed}
         self.processes = {key: process for key, process in self.processes.items() if key in wanted}
 
     def _reconcile(self, job_id: str, *, grow: bool = False, ahead: str = "") -> None:
