@@ -1,0 +1,270 @@
+"""The update of a step against torch's own optimizers, bit for bit, however the parameters are dealt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from harness.played import played_spec
+from psserver.partition.commit import Verdict, Vote
+from psserver.partition.directive import decide
+from psserver.partition.optimizer import CHUNK_WORDS, Run, moments_of, runs
+from psserver.partition.schedule import learning_rate
+from psserver.partition.state import PartitionState
+from psserver.partition.step import OpenStep
+
+import pscluster.layout
+from pscluster.layout import BLOCK_WORDS, Layout, TensorSpec
+from pscluster.spec import JobSpec, OptimizerSection
+from pscluster.summary import Summary, touched_bits
+from pscluster.tree import Node
+
+SHAPES = [(CHUNK_WORDS + 3 * BLOCK_WORDS + 5,), (7,), (33, 3), (1000,), (BLOCK_WORDS + 1, 2), (1,)]
+DECAY = [True, False, True, False, True, False]
+STEPS = 3
+NORMS: dict[tuple[int, bool], list[float]] = {}  # by how gradients are dealt to blocks, and which there are
+
+
+def tensor(number: int) -> TensorSpec:
+    return TensorSpec(names=(f"w{number}",), shape=SHAPES[number], dtype="float32", kind="trained", decay=DECAY[number])
+
+
+@pytest.fixture(params=[1 << 20, 1 << 17], ids=["one bucket", "several buckets"])
+def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Layout:
+    monkeypatch.setattr(pscluster.layout, "BUCKET_WORDS", request.param)
+    return Layout(tuple(tensor(n) for n in range(len(SHAPES))))
+
+
+def drawn(seed: int) -> list[torch.Tensor]:
+    """Numbers of very different sizes, some of them zero; the caller's own."""
+    return [values.clone() for values in _drawn(seed)]
+
+
+@lru_cache
+def _drawn(seed: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for shape in SHAPES:
+        values = torch.randn(shape, generator=generator) * 10 ** torch.randint(-6, 3, shape, generator=generator)
+        found.append(values * (torch.rand(shape, generator=generator) > 0.05))
+    return tuple(found)
+
+
+def touched_at(step: int, sometimes: bool) -> list[bool]:
+    """Tensors 1 and 2 are not always touched; nor is tensor 2 at first."""
+    return [n not in (1, 2) or not sometimes or (step + n) % 2 == 1 for n in range(len(SHAPES))]
+
+
+def flat(layout: Layout, bucket: int, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A bucket's words from its tensors."""
+    words = torch.zeros(layout.buckets[bucket].num_words)
+    for placed in layout.buckets[bucket].placed:
+        values = tensors[placed.tensor].reshape(-1)
+        words[placed.offset : placed.offset + values.numel()] = values
+    return words
+
+
+class PlayedPartition:
+    """One partition's state and open step, fed by hand with whole-step gradients (one shard)."""
+
+    def __init__(self, layout: Layout, spec: JobSpec, index: int, count: int) -> None:
+        self.layout = layout
+        self.state = PartitionState.empty(layout, index, count, moments_of(spec.train.optimizer))
+        self.step = OpenStep(self.state, spec, STEPS, lambda *_: None)
+        for span in self.state.spans:
+            values = flat(layout, span.bucket, drawn(0))
+            self.state.values[span.bucket].copy_(values[span.start : span.stop])
+
+    def push(self, gradients: Sequence[torch.Tensor], summary: Summary) -> None:
+        for span in self.state.spans:
+            if span.num_words:
+                words = self.step.pool.take(span.num_words)
+                words.copy_(flat(self.layout, span.bucket, gradients)[span.start : span.stop])
+                assert self.step.offer_trained(span.bucket, Node(0, 1), words, None)
+        assert self.step.offer_summary(Node(0, 1), summary)
+        assert self.step.is_complete
+
+    def carry_out(self, verdict: Verdict) -> None:
+        self.step.decide(verdict)
+        while self.step.next_update() is not None:
+            self.step.update()
+
+
+def ours(layout: Layout, spec: JobSpec, count: int, sometimes: bool) -> list[torch.Tensor]:
+    """The tensors after a few steps over `count` partitions."""
+    partitions = [PlayedPartition(layout, spec, index, count) for index in range(count)]
+    norms = []
+    for step in range(STEPS):
+        touched = touched_at(step, sometimes)
+        gradients = [g if hit else torch.zeros_like(g) for g, hit in zip(drawn(step + 1), touched, strict=True)]
+        bits = touched_bits([n for n, hit in enumerate(touched) if hit], len(SHAPES))
+        summary = Summary(loss_sum=1.0, weight=3.0, samples=3, touched=bits)
+        votes: dict[int, Vote] = {}
+        for index, partition in enumerate(partitions):
+            partition.push(gradients, summary)
+            squares, finite = partition.step.ballot()
+            votes[index] = Vote(generation=1, step=step, partition=index, squares=squares, finite=finite)
+        verdict = decide(votes, summary, spec, STEPS, generation=1, stop=False)
+        norms.append(verdict.norm)
+        for partition in partitions:
+            partition.carry_out(verdict)
+    known = NORMS.setdefault((len(layout.buckets), sometimes), norms)
+    assert norms == known, "the norm depends on the number of partitions"
+    assert len({tuple(p.state.ages) for p in partitions}) == 1
+    return gathered(layout, [p.state for p in partitions])
+
+
+def gathered(layout: Layout, states: Sequence[PartitionState]) -> list[torch.Tensor]:
+    """The tensors that the partitions hold between them."""
+    found: dict[int, torch.Tensor] = {}
+    for bucket in layout.buckets:
+        words = torch.full((bucket.num_words,), float("nan"))
+        for state in states:
+            span = state.spans[bucket.index]
+            words[span.start : span.stop] = state.values[bucket.index]
+        for placed in bucket.placed:
+            spec = layout.tensors[placed.tensor]
+            end = placed.offset + spec.num_elements
+            found[placed.tensor] = words[placed.offset : end].reshape(spec.shape)
+            padding = words[end : -(-end // 16) * 16]
+            assert torch.equal(padding, torch.zeros_like(padding)), "padding stays zero"
+    return [found[n] for n in sorted(found)]
+
+
+def padded(values: torch.Tensor) -> torch.Tensor:
+    """The elements, and zeros to a multiple of 16: torch's kernels round the odd ones at the end in another way."""
+    return torch.nn.functional.pad(values.reshape(-1), (0, -values.numel() % 16))
+
+
+def plain(values: torch.Tensor) -> torch.Tensor:
+    return values
+
+
+def torchs(spec: JobSpec, sometimes: bool, norms: Sequence[float], shaped: Any) -> list[torch.Tensor]:
+    """The same by torch: an optimizer for each parameter, so that each has its own first step."""
+    section = spec.train.optimizer
+    parameters = [torch.nn.Parameter(shaped(values)) for values in drawn(0)]
+    optimizers = [_torch_optimizer(section, [p], decay) for p, decay in zip(parameters, DECAY, strict=True)]
+    for step in range(STEPS):
+        clip = 1.0 if spec.train.clip_norm is None else min(1.0, spec.train.clip_norm / (norms[step] + 1e-6))
+        lr = learning_rate(section.lr, spec.train.schedule, step, STEPS)
+        hits = touched_at(step, sometimes)
+        for parameter, optimizer, gradient, hit in zip(parameters, optimizers, drawn(step + 1), hits, strict=True):
+            optimizer.param_groups[0]["lr"] = lr
+            parameter.grad = shaped(gradient.mul_(clip / 3.0)) if hit else None
+            optimizer.step()
+    found = zip(parameters, SHAPES, strict=True)
+    return [p.detach().reshape(-1)[: torch.Size(shape).numel()].reshape(shape) for p, shape in found]
+
+
+def _torch_optimizer(section: OptimizerSection, parameters: list[Any], decay: bool) -> torch.optim.Optimizer:
+    wd = section.weight_decay if decay else 0.0
+    if section.name == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=section.lr, weight_decay=wd, momentum=section.momentum, nesterov=section.nesterov, fused=True
+        )
+    kind = torch.optim.AdamW if section.name == "adamw" else torch.optim.Adam
+    return kind(parameters, lr=section.lr, betas=section.betas, eps=section.eps, weight_decay=wd, fused=True)
+
+
+OPTIMIZERS: dict[str, Mapping[str, Any]] = {
+    "adamw": {"name": "adamw", "weight_decay": 0.1},
+    "adam": {"name": "adam", "weight_decay": 0.1, "betas": [0.8, 0.95], "eps": 1e-6},
+    "sgd": {"name": "sgd", "lr": 0.1, "weight_decay": 0.01},
+    "momentum": {"name": "sgd", "lr": 0.1, "momentum": 0.9},
+    "nesterov": {"name": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+}
+
+
+@pytest.mark.parametrize("sometimes", [False, True], ids=["all touched", "some untouched"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_any_number_of_partitions_gives_torchs_bits(optimizer: str, sometimes: bool, layout: Layout) -> None:
+    schedule = {"name": "cosine", "warmup_steps": 2}
+    train = {"optimizer": OPTIMIZERS[optimizer], "schedule": schedule, "clip_norm": 0.7 if sometimes else None}
+    spec = played_spec(1, train=train)
+    one = ours(layout, spec, 1, sometimes)
+
+    norms = NORMS[len(layout.buckets), sometimes]
+    for number, (mine, exact) in enumerate(zip(one, torchs(spec, sometimes, norms, padded), strict=True)):
+        assert torch.equal(mine, exact), f"tensor {number}: {(mine - exact).abs().max()}"
+    torch.testing.assert_close(one, torchs(spec, sometimes, norms, plain), rtol=1e-6, atol=1e-6)
+    for count in (2, 3):
+        for mine, other in zip(one, ours(layout, spec, count, sometimes), strict=True):
+            assert torch.equal(mine.view(torch.int32), other.view(torch.int32))
+
+
+def test_one_torch_optimizer_with_two_groups_is_the_same(layout: Layout) -> None:
+    """As people write it: decay on matrices, none on the rest."""
+    spec = played_spec(1, train={"optimizer": OPTIMIZERS["adamw"]})
+    parameters = [torch.nn.Parameter(padded(values)) for values in drawn(0)]
+    decayed = [p for p, decay in zip(parameters, DECAY, strict=True) if decay]
+    rest = [p for p, decay in zip(parameters, DECAY, strict=True) if not decay]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+    for step in range(STEPS):
+        for parameter, gradient in zip(parameters, drawn(step + 1), strict=True):
+            parameter.grad = padded(gradient.mul_(1 / 3.0))
+        optimizer.step()
+
+    for mine, other in zip(ours(layout, spec, 3, False), parameters, strict=True):
+        assert torch.equal(padded(mine), other)
+
+
+# ---- runs ----
+
+
+@pytest.fixture
+def run_layout(monkeypatch: pytest.MonkeyPatch) -> Layout:
+    monkeypatch.setattr(pscluster.layout, "BLOCK_WORDS", 32)
+    kinds = [("a", 10, True), ("b", 20, True), ("c", 5, False), ("d", 16, False), ("e", 1, True)]
+    return Layout(
+        tuple(
+            TensorSpec(names=(name,), shape=(size,), dtype="float32", kind="trained", decay=decay)
+            for name, size, decay in kinds
+        )
+    )
+
+
+ALL = [True] * 5
+
+
+def test_neighbours_that_share_decay_and_age_go_together(run_layout: Layout) -> None:
+    span = run_layout.span(0, 0, 1)
+
+    assert runs(run_layout, span, [0] * 5, ALL) == [Run(0, 48, 0, True), Run(48, 80, 0, False), Run(80, 96, 0, True)]
+    assert runs(run_layout, span, [3, 4, 0, 0, 0], ALL)[:2] == [Run(0, 16, 3, True), Run(16, 48, 4, True)]
+
+
+def test_untouched_tensors_are_left_out_and_part_their_neighbours(run_layout: Layout) -> None:
+    span = run_layout.span(0, 0, 1)
+
+    assert runs(run_layout, span, [0] * 5, [True, True, True, False, True])[1:] == [
+        Run(48, 64, 0, False),
+        Run(80, 96, 0, True),
+    ]
+    assert runs(run_layout, span, [0] * 5, [False] * 5) == []
+
+
+def test_the_runs_of_all_spans_are_the_buckets(run_layout: Layout) -> None:
+    """Each word is in one run, whatever the number of partitions; runs count from the span's start."""
+    whole = runs(run_layout, run_layout.span(0, 0, 1), [0] * 5, ALL)
+    for count in (2, 3, 5):
+        words: dict[int, tuple[int, bool]] = {}
+        for partition in range(count):
+            span = run_layout.span(0, partition, count)
+            for run in runs(run_layout, span, [0] * 5, ALL):
+                assert run.start % 16 == 0
+                for word in range(span.start + run.start, span.start + run.stop):
+                    assert words.setdefault(word, (run.age, run.decay)) == (run.age, run.decay)
+        assert words == {word: (run.age, run.decay) for run in whole for word in range(run.start, run.stop)}
+
+
+@pytest.mark.parametrize(
+    ("section", "moments"),
+    [({}, 2), ({"name": "adam"}, 2), ({"name": "sgd"}, 0), ({"name": "sgd", "momentum": 0.5}, 1)],
+)
+def test_an_optimizer_says_how_much_state_it_needs(section: dict[str, Any], moments: int) -> None:
+    assert moments_of(OptimizerSection(**section)) == moments

@@ -1,0 +1,272 @@
+"""The open step of a partition: nodes in, vote out; verdict in, update done."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from harness.played import played_spec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from psserver.partition.commit import Verdict
+from psserver.partition.state import PartitionState
+from psserver.partition.step import OpenStep
+
+from pscluster.codec import BufferNode
+from pscluster.layout import Layout, TensorSpec
+from pscluster.summary import Summary, touched_bits
+from pscluster.tree import Node, tree_of
+
+W, MEAN, VAR, COUNT, FIXED = range(5)
+LAYOUT = Layout(
+    (
+        TensorSpec(names=("w",), shape=(4,), dtype="float32", kind="trained"),
+        TensorSpec(names=("mean",), shape=(3,), dtype="float32", kind="averaged"),
+        TensorSpec(names=("var",), shape=(3,), dtype="float32", kind="averaged"),
+        TensorSpec(names=("count",), shape=(), dtype="int64", kind="carried"),
+        TensorSpec(names=("fixed",), shape=(2,), dtype="float32", kind="frozen"),
+    )
+)
+TRAINED, AVERAGED, CARRIED, FROZEN = range(4)
+
+
+class Played:
+    """A partition's open step over D shards; SGD with rate 1 and no momentum, so that updates are plain to see."""
+
+    def __init__(self, shards: int = 2) -> None:
+        self.spec = played_spec(shards, train={"optimizer": {"name": "sgd", "lr": 1.0}})
+        self.state = PartitionState.empty(LAYOUT, 0, 1, 0)
+        self.credits: list[tuple[object, int]] = []
+        self.step = OpenStep(self.state, self.spec, 100, lambda owner, size: self.credits.append((owner, size)))
+        self.state.values[AVERAGED].copy_(averaged([1.0, 2.0, 3.0], [10.0, 20.0, 30.0]))
+        self.state.values[CARRIED][0] = 5
+
+    def push(self, shard: int, gradient: float = 1.0, *, touched: Iterable[int] = (W, MEAN), **fields: Any) -> None:
+        """Everything of one shard; its live buffers are given as `mean` and `var`, `weight` is 1 unless given."""
+        node, weight = Node(shard, 1), fields.get("weight", 1.0)
+        words = self.step.pool.take(16).fill_(0.0)
+        words[:4] = gradient
+        self.step.offer_trained(TRAINED, node, words, f"trainer {shard}")
+        moved = None
+        if "mean" in fields:
+            moved = averaged(fields["mean"], fields.get("var", [10.0, 20.0, 30.0])) * weight
+        self.step.offer_buffers(AVERAGED, node, BufferNode(0.0 if moved is not None else weight, moved), None)
+        if shard == 0:
+            counted = torch.zeros(16, dtype=torch.int32)
+            counted[0] = fields.get("count", 5)
+            self.step.offer_buffers(CARRIED, node, BufferNode(weight, counted if "count" in fields else None), None)
+        bits = touched_bits(touched, len(LAYOUT.tensors))
+        loss = fields.get("loss", 1.0)
+        self.step.offer_summary(node, Summary(loss_sum=loss, weight=weight, samples=1, touched=bits))
+
+    def carry_out(self, kind: Any = "commit", scale: float = 1.0) -> list[int]:
+        self.step.decide(Verdict(generation=1, step=0, kind=kind, scale=scale))
+        updated = []
+        while (bucket := self.step.next_update()) is not None:
+            self.step.update()
+            updated.append(bucket)
+        return updated
+
+
+def averaged(mean: list[float], var: list[float]) -> torch.Tensor:
+    words = torch.zeros(32)
+    words[:3], words[16:19] = torch.tensor(mean), torch.tensor(var)
+    return words
+
+
+def test_a_step_is_complete_when_every_kind_is() -> None:
+    played = Played()
+    assert not played.step.is_complete
+    played.push(0)
+    assert not played.step.is_complete
+    assert played.step.open_bucket == TRAINED
+    played.push(1)
+
+    assert played.step.is_complete
+    assert played.step.open_bucket == -1
+
+
+def test_a_commit_scales_sums_and_moves_parameters_and_buffers() -> None:
+    played = Played()
+    played.push(0, 1.0, mean=[2.0, 2.0, 3.0], weight=1.0, count=6)
+    played.push(1, 3.0, mean=[6.0, 2.0, 3.0], weight=3.0)
+
+    assert played.carry_out(scale=0.5) == [TRAINED, AVERAGED, CARRIED]
+
+    assert played.state.values[TRAINED].tolist() == [-2.0] * 4 + [0.0] * 12
+    assert played.state.values[AVERAGED][:3].tolist() == [5.0, 2.0, 3.0], "(1 * 2 + 3 * 6) / 4"
+    assert played.state.values[CARRIED][0] == 6
+    assert played.state.ages == [1, 0, 0, 0, 0], "buffers have no age"
+    assert not played.step.is_complete
+    assert played.step.open_bucket == TRAINED
+
+
+def test_buffers_that_no_microbatch_moved_keep_their_bits() -> None:
+    played = Played()
+    before = played.state.values[AVERAGED].clone()
+    for shard in range(2):
+        played.push(shard, touched=[W])
+    played.carry_out()
+
+    assert torch.equal(played.state.values[AVERAGED], before)
+    assert played.state.values[CARRIED][0] == 5
+
+
+def test_of_a_bucket_only_the_moved_buffers_change() -> None:
+    """`var` lies in the same bucket and is averaged with it, but nobody moved it: 0.1 * 3 / 3 is not 0.1."""
+    played = Played(3)
+    played.state.values[AVERAGED][16:19] = 0.1
+    for shard in range(3):
+        played.push(shard, mean=[2.0, 2.0, 2.0], var=[0.1, 0.1, 0.1])
+    played.carry_out()
+
+    assert played.state.values[AVERAGED][16:19].tolist() == torch.full((3,), 0.1).tolist()
+    assert played.state.values[AVERAGED][:3].tolist() == [2.0] * 3
+
+
+def test_a_microbatch_that_moved_nothing_counts_with_the_committed_value() -> None:
+    played = Played()
+    played.push(0, mean=[5.0, 2.0, 3.0], weight=1.0)
+    played.push(1, weight=3.0, touched=[W])
+    played.carry_out()
+
+    assert played.state.values[AVERAGED][0] == (1 * 5.0 + 3 * 1.0) / 4
+
+
+def test_a_step_without_weight_leaves_the_buffers_alone() -> None:
+    played = Played(1)
+    played.push(0, 0.0, mean=[7.0, 7.0, 7.0], weight=0.0)
+    played.carry_out(scale=0.0)
+
+    assert played.state.values[AVERAGED][:3].tolist() == [1.0, 2.0, 3.0]
+
+
+def test_an_untouched_parameter_is_not_updated_and_does_not_age() -> None:
+    played = Played()
+    for shard in range(2):
+        played.push(shard, touched=[])
+    played.carry_out()
+
+    assert played.state.values[TRAINED].tolist() == [0.0] * 16
+    assert played.state.ages == [0] * 5
+
+
+def test_a_skipped_step_changes_nothing_and_gives_everything_back() -> None:
+    played = Played()
+    before = [v.clone() for v in played.state.values]
+    for shard in range(2):
+        played.push(shard, math.nan, mean=[9.0, 9.0, 9.0], count=9)
+
+    assert played.carry_out("skip") == []
+
+    assert all(torch.equal(a, b) for a, b in zip(before, played.state.values, strict=True))
+    assert played.state.ages == [0] * 5
+    assert sorted(size for owner, size in played.credits if owner) == [64, 64]
+    assert len(played.step.pool._free[16]) * 64 == played.step.pool.allocated_bytes
+    for shard in range(2):
+        played.push(shard)
+    assert played.carry_out() == [TRAINED, AVERAGED, CARRIED], "the next step begins afresh"
+    assert played.state.values[TRAINED][0] == -2.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "finite"),
+    [
+        ({}, True),
+        ({"gradient": math.inf}, False),
+        ({"gradient": math.nan}, False),
+        ({"mean": [math.nan, 0.0, 0.0]}, False),
+        ({"mean": [1e30, 0.0, 0.0]}, True),
+    ],
+)
+def test_the_ballot_says_what_is_finite(fields: dict[str, Any], finite: bool) -> None:
+    played = Played()
+    played.push(0, **fields)
+    played.push(1)
+
+    squares, said = played.step.ballot()
+
+    assert said is finite
+    assert list(squares) == [0]
+    if "gradient" not in fields:
+        assert squares == {0: 16.0}
+
+
+def test_duplicates_are_told_and_credited() -> None:
+    played = Played()
+    played.push(0)
+    again = played.step.pool.take(16).fill_(100.0)
+
+    assert not played.step.offer_trained(TRAINED, Node(0, 1), again, "other")
+    assert not played.step.offer_buffers(AVERAGED, Node(0, 1), BufferNode(1.0, None), None)
+    assert not played.step.offer_summary(Node(0, 1), Summary(loss_sum=9, weight=9, samples=9, touched=b"\0"))
+    assert played.credits.count(("other", 64)) == 1
+    played.push(1)
+    played.carry_out()
+    assert played.state.values[TRAINED][0] == -2.0
+
+
+def test_clearing_forgets_the_open_step_and_what_was_not_applied() -> None:
+    played = Played()
+    for shard in range(2):
+        played.push(shard)
+    played.step.decide(Verdict(generation=1, step=0, kind="commit"))
+    played.push(0)
+    played.step.clear()
+
+    assert played.step.next_update() is None
+    assert not played.step.is_complete
+    assert played.step.open_bucket == TRAINED
+
+
+# ---- the worker's sums and the partition's are the same sums ----
+
+
+@settings(max_examples=80)
+@given(shards=st.integers(1, 9), data=st.data())
+def test_buffers_come_out_the_same_whoever_adds_them(shards: int, data: st.DataObject) -> None:
+    """Any cut of the tree into pushed nodes, in any order, gives the bits that one worker for all shards gives."""
+    tree = tree_of(shards)
+    committed = torch.tensor([0.1, -0.0, 3e-5])
+    moved = data.draw(st.lists(st.booleans(), min_size=shards, max_size=shards))
+    weights = data.draw(st.lists(st.floats(0, 50, width=32), min_size=shards, max_size=shards))
+    generator = torch.Generator().manual_seed(7)
+    live = [torch.randn(3, generator=generator) for _ in range(shards)]
+
+    def leaf(shard: int) -> BufferNode:
+        return BufferNode(weights[shard], live[shard] * weights[shard] if moved[shard] else None)
+
+    def summed(node: Node) -> BufferNode:
+        """What a worker that owns these leaves pushes."""
+        if node.leaves == 1:
+            return leaf(node.first)
+        left = 1 << ((node.leaves - 1).bit_length() - 1)
+        right = Node(node.first + left, node.leaves - left)
+        return summed(Node(node.first, left)).plus(summed(right), committed)
+
+    whole = summed(tree.root)
+    owners = data.draw(st.lists(st.integers(0, 2), min_size=shards, max_size=shards))
+    pushed = [node for who in range(3) for node in tree.cover(s for s in range(shards) if owners[s] == who)]
+    held: dict[Node, BufferNode] = {}
+    for node in data.draw(st.permutations(pushed)):
+        value = summed(node)
+        wired = BufferNode(value.weight if value.words is None else 0.0, value.words)  # what a frame carries
+        merge = tree.merge_of(node)
+        while merge is not None and (merge.left if node == merge.right else merge.right) in held:
+            other = held.pop(merge.left if node == merge.right else merge.right)
+            left, right = (other, wired) if node == merge.right else (wired, other)
+            node, wired = merge.parent, left.plus(right, committed)
+            merge = tree.merge_of(node)
+        held[node] = wired
+
+    assert set(held) == {tree.root}
+    root = held[tree.root]
+    if whole.words is None:
+        assert root.words is None
+        assert root.weight == whole.weight
+    else:
+        assert root.words is not None
+        assert torch.equal(root.words.view(torch.int32), whole.words.view(torch.int32))
