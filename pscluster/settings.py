@@ -72,7 +72,7 @@ def resolve_with_origins(
 
     `flags` maps field names to parsed values; None means "not given". `file` is a TOML file that must exist
     when named. Raises SettingsError for an unknown or missing key, a value of the wrong type, or one that
-    `cls` refuses by raising ValueError from `__post_init__`.
+    `cls` refuses by raising ValueError from `__post_init__`. Paths come out absolute.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
@@ -161,7 +161,7 @@ def _without_none(hint: Any) -> Any:
 
 def _convert_plain(raw: Any, hint: Any) -> Any:
     if hint is Path and isinstance(raw, str | Path):
-        return Path(raw).expanduser()
+        return Path(raw).expanduser().absolute()  # it is handed to processes that run in other directories
     if typing.get_origin(hint) is tuple:
         parts = [part.strip() for part in raw.split(",")] if isinstance(raw, str) else list(raw)
         if not all(isinstance(part, str) for part in parts):

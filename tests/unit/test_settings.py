@@ -49,6 +49,11 @@ def test_environment_text_becomes_the_annotated_type() -> None:
     assert found == Sample(state_dir=Path("~/x").expanduser(), listen=("unix:/a", "h:1"), eager=True, note="5")
 
 
+def test_a_relative_path_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve(Sample, {"state_dir": "state"}, {}).state_dir == tmp_path / "state"
+
+
 @pytest.mark.parametrize(
     ("environ", "words"),
     [
