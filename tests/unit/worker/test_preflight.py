@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pscluster.errors import (
     DataError,
+    LayoutError,
     LossContractError,
     NonFiniteError,
     PreflightError,
@@ -60,7 +61,8 @@ def test_an_honest_task_passes_every_check(make_spec: Any, entrypoint: str) -> N
 
     table = {check.name: check for check in prepared.preflight.checks}
     assert all(check.ok for check in table.values())
-    assert set(table) >= {"imports", "task", "data", "versions", "fingerprint", "loss", "halving", "metrics", "canary"}
+    assert set(table) >= {"imports", "task", "data", "versions", "fingerprint", "loss", "halving", "metrics"}
+    assert set(table) >= {"layout", "canary"}
     assert prepared.preflight.num_samples == 512
     assert "accuracy" in table["metrics"].detail
     assert prepared.preflight.numerics_class[:12] in table["canary"].detail
@@ -162,6 +164,30 @@ def test_an_error_of_the_users_carries_its_traceback_and_the_whole_table(make_sp
     table = {c.name: c for c in checks_of(from_dict(error.to_dict()))}
     assert (table["loss"].ok, table["loss"].detail) == (False, error.cause)
     assert table["canary"].ok
+
+
+def test_a_model_that_cannot_be_laid_out_is_in_the_table(make_spec: Any) -> None:
+    class Double(Squares):
+        def build_model(self) -> nn.Module:
+            return nn.Linear(2, 1).double()
+
+        def loss(self, model: nn.Module, batch: Any) -> Any:
+            return super().loss(model, batch.double())
+
+    error = refused(Double(), make_spec())
+
+    assert type(error) is LayoutError
+    (failed,) = [c for c in checks_of(error) if not c.ok]
+    assert failed.name == "layout"
+    assert "weight" in failed.detail
+
+
+def test_a_lazy_model_has_its_shapes_by_the_time_it_is_laid_out(make_spec: Any) -> None:
+    class Lazy(Squares):
+        def build_model(self) -> nn.Module:
+            return nn.LazyLinear(1)
+
+    assert all(c.ok for c in check(Lazy(), make_spec()))
 
 
 def test_several_failures_make_one_table(make_spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from pscluster.sampling import ShardSampler
 from pscluster.spec import JobSpec
 from pscluster.task import MapDataset, Task
 from psworker.canary import numerics_class
+from psworker.replica import layout_of
 from psworker.trainer.batches import data_fingerprint, preserved_generators, seed_step, to_device
 from psworker.trainer.checks import Check, Table, checks_of
 from psworker.trainer.evaluation import batch_statistics, check_metric, finalised, loss_of
@@ -99,6 +100,8 @@ def run_preflight(
         if samples is not None and table.run("loss", lambda: _loss(probe, samples, spec)):
             table.run("halving", lambda: _halving(probe, samples))
             table.run("metrics", lambda: _metrics(probe, held_out, spec))
+        # After the loss, whose forward gives lazy modules their shapes.
+        table.run("layout", lambda: _layout(model, spec))
     canary = table.run("canary", lambda: _canary(spec.workers.threads, device))
     table.raise_failures()
     if fingerprint is None or canary is None:
@@ -232,6 +235,11 @@ def _metrics(probe: _Probe, held_out: MapDataset | None, spec: JobSpec) -> tuple
     metrics = finalised(probe.task, statistics)
     check_metric(metrics, spec.evaluate.metric)
     return None, ", ".join(f"{name} {value:.4g}" for name, value in sorted(metrics.items()))
+
+
+def _layout(model: nn.Module, spec: JobSpec) -> tuple[None, str]:
+    layout = layout_of(model, spec.train.optimizer)
+    return None, f"{len(layout.tensors)} tensors in {len(layout.buckets)} buckets"
 
 
 def _canary(threads: int, device: str) -> tuple[tuple[str, str], str]:
