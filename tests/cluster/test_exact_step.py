@@ -9,6 +9,7 @@ import pytest
 import torch
 from harness.jobs import crossed_split, even_split, lm_spec, norm_spec
 from harness.plain import train_in_large_batches, train_plainly
+from harness.proxy import CuttingProxy
 from harness.static_job import StaticJob, final_tensors
 from psworker.replica import named_bytes
 
@@ -170,6 +171,30 @@ def test_a_partition_killed_before_any_snapshot_starts_again_from_the_seed(lm_di
         job.publish(even_split(NUM_SHARDS, 2), restore=True)
         assert job.resume_step == 0
         assert job.wait_finished() == lm_digest
+
+
+def test_connections_that_break_again_and_again_change_no_bit(lm_digest: str, tmp_path: Path) -> None:
+    spec = lm_spec(partitions=2, transport="tcp", pause_s=0.03)
+    proxies: dict[str, CuttingProxy] = {}
+
+    def through_proxy(address: str) -> str:
+        if address not in proxies:
+            proxies[address] = CuttingProxy(address)
+        return proxies[address].address
+
+    with StaticJob(spec, 2, tmp_path) as job:
+        job.reroute = through_proxy
+        job.wait_ready()
+        job.publish(even_split(NUM_SHARDS, 2))
+        cuts = 0
+        for step in range(1, 9):
+            job.wait_step(step)
+            cuts += sum(proxy.cut() for proxy in proxies.values())
+        assert cuts >= 20  # four pushes, four pulls and a vote each time all were connected
+        assert job.wait_finished() == lm_digest
+    for proxy in proxies.values():
+        assert proxy.accepted > 3
+        proxy.close()
 
 
 def test_stop_ends_at_a_written_step_and_resume_goes_on_with_the_same_bits(lm_digest: str, tmp_path: Path) -> None:

@@ -228,4 +228,4 @@ def fill(service: PartitionService) -> None:
 
 def job_header(kind: Kind, **fields: Any) -> Header:
     """A header of the played job."""
-    return Header(kind=kind, job=job_number(JOB), **fields)
+    return Header(kind=kind, **{"job": job_number(JOB), **fields})

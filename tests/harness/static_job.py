@@ -75,6 +75,7 @@ class StaticJob:
         self._arrived: queue.Queue[tuple[Child, ProcessReport | None]] = queue.Queue()
         self._attempts: dict[str, int] = {}
         self.workers = workers
+        self.reroute: Callable[[str], str] = lambda address: address  # of partitions, as the plan tells them
         root.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> StaticJob:
@@ -178,7 +179,8 @@ class StaticJob:
                 for rank, runs in enumerate(shards)
             ],
             partitions=[
-                PartitionSeat(index=i, addresses=self.reported(f"partition-{i}", "partition_ready")[-1].addresses)
+                PartitionSeat(index=i, addresses=[self.reroute(address) for address in
+                              self.reported(f"partition-{i}", "partition_ready")[-1].addresses])
                 for i in range(self.spec.servers.partitions)
             ],
         )  # fmt: skip

@@ -41,7 +41,7 @@ class Clients:
     def __init__(self, header: Callable[..., Header]) -> None:
         self._header = header  # makes a header of this job, generation and sender
         self._by_connection: dict[Connection, Client] = {}
-        self.counts: dict[str, int] = dict.fromkeys(("pull_bytes_total",), 0)
+        self.pull_bytes = 0
         self._open_bucket = -1  # that every trainer was told of
 
     def of(self, connection: Connection) -> Client:
@@ -110,7 +110,7 @@ class Clients:
 
     def _send_values(self, client: Client, state: PartitionState, bucket: int, version: int) -> None:
         body = as_bytes(state.values[bucket])
-        self.counts["pull_bytes_total"] += body.nbytes
+        self.pull_bytes += body.nbytes
         header = self._header(kind=Kind.VALUES, step=version, bucket=bucket)
         client.connection.send(header, [body], tag=("values", bucket))
 

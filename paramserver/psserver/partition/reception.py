@@ -59,12 +59,8 @@ class Reception:
         elif header.kind is Kind.PULL and service.state is not None:
             service.clients.take_pull(client, header, service.state)
             service.clients.serve_pulls(service.state, service.version_of)
-        elif header.kind in (Kind.STATISTICS, Kind.OUTCOME):
-            service.hear_statistics(client, header, body)
-        elif header.kind is Kind.VOTE and service.lead is not None:
-            service.lead.vote(messages.unpack_vote(header, body))
-        elif header.kind is Kind.JOIN and service.lead is not None:
-            service.lead.join(client.index, header.step)
+        elif header.kind in (Kind.STATISTICS, Kind.OUTCOME, Kind.VOTE, Kind.JOIN):
+            service.hear_lead_business(client, header, body)
         else:
             raise FrameError(f"an unexpected {header.kind.name}", details={"field": "kind"})
 

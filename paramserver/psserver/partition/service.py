@@ -12,7 +12,6 @@ from pscluster.errors import AuthError, FrameError, PsError
 from pscluster.layout import Layout
 from pscluster.snapshot import Written
 from pscluster.spec import JobSpec
-from pscluster.summary import unpack_statistics
 from pscluster.v1.plan_pb2 import (
     Beat,
     ErrorDetail,
@@ -23,18 +22,16 @@ from pscluster.v1.plan_pb2 import (
     SnapshotPart,
 )
 from pscluster.v1.plan_pb2 import (
-    Connection as ConnectionMessage,
-)
-from pscluster.v1.plan_pb2 import (
     Warning as WarningMessage,
 )
 from pscluster.wire.connection import Connection
-from pscluster.wire.frame import SUMMARY, AckResult, Header, Kind, job_number
+from pscluster.wire.frame import Header, Kind, job_number
 from pscluster.wire.reactor import Reactor
 from psserver.partition import commit, messages
 from psserver.partition.clients import Client, Clients
 from psserver.partition.commit import Member, Verdict, Vote
-from psserver.partition.lead import Lead, Outputs
+from psserver.partition.lead import Lead
+from psserver.partition.lead_wire import LeadWire
 from psserver.partition.optimizer import moments_of
 from psserver.partition.reception import Reception
 from psserver.partition.snapshots import SnapshotWriter
@@ -61,7 +58,7 @@ class PartitionService:
         self.member = Member(generation=0, step=0)
         self.versions: dict[int, int] = {}  # of each bucket's values
         self.version = 0  # of all of them: the newest committed step whose update is done
-        self.lead: Lead | None = None
+        self._lead_wire: LeadWire | None = None  # of partition 0
         self._reactor = reactor
         self._job = job_number(link.start.job_id)
         self.clients = Clients(self._header)
@@ -106,10 +103,11 @@ class PartitionService:
 
     def _beat(self) -> None:
         self.report(ProcessReport(beat=Beat(progress=self._progress)))
-        self.report(ProcessReport(counters=self.counters.sample(self)))
-        if self.lead is not None:
-            pushers = {client.index for client in self.clients.on("push")}
-            self.lead.report_progress(time.time(), connected=len(pushers))
+        state_bytes = self.state.size_bytes if self.state else 0
+        counters = self.counters.sample(self.index, self.version, state_bytes, self.clients.pull_bytes)
+        self.report(ProcessReport(counters=counters))
+        if self._lead_wire is not None:
+            self._lead_wire.report_progress(time.time())
         self._reactor.call_later(BEAT_S, self._beat)
 
     def fail(self, error: PsError) -> None:
@@ -165,9 +163,10 @@ class PartitionService:
         self.member = Member(generation=plan.generation, step=plan.resume_step)
         self.version = plan.resume_step
         self.versions = {span.bucket: plan.resume_step for span in self.state.spans}
-        self.lead = Lead.at(self.spec, plan, self._outputs()) if self.index == 0 else None
+        leads = self.index == 0
+        self._lead_wire = LeadWire(self.spec, plan, self.clients, self.hear_verdict, self.report) if leads else None
         lead_addresses = list(plan.partitions[0].addresses)
-        self._uplink = None if self.index == 0 else Uplink(self._reactor, self, lead_addresses)
+        self._uplink = None if leads else Uplink(self._reactor, self, lead_addresses)
         if self.state.is_filled:
             self._filled()
 
@@ -303,51 +302,6 @@ class PartitionService:
             )
             self.report(ProcessReport(snapshot_part=part))
 
-    # ---- the lead's words ----
-
-    def _outputs(self) -> Outputs:
-        return Outputs(
-            send_verdict=self._send_verdict,
-            send_call=self._send_call,
-            direct=self._direct,
-            send_merged=self._send_merged,
-            report=self._report_for_lead,
-        )
-
-    def _report_for_lead(self, report: ProcessReport) -> None:
-        if report.WhichOneof("body") == "progress":
-            transports = {(c.index, "unix" if c.connection.socket.family.name == "AF_UNIX" else "tcp")
-                          for c in self.clients.on("push")}  # fmt: skip
-            report.progress.connections.extend(
-                ConnectionMessage(trainer=rank, partition=self.index, transport=transport)
-                for rank, transport in sorted(transports)
-            )
-        self.report(report)
-
-    def _send_verdict(self, index: int, verdict: Verdict) -> None:
-        if index == self.index:
-            self.hear_verdict(verdict)
-            return
-        members = [client for client in self.clients.on("vote") if client.index == index]
-        self.clients.broadcast(members, Kind.VERDICT, verdict.step, messages.pack_verdict(verdict))
-
-    def _send_call(self, index: int) -> None:
-        if index != self.index:  # its own vote is cast again by `adopt`
-            members = [client for client in self.clients.on("vote") if client.index == index]
-            self.clients.broadcast(members, Kind.JOIN, self.member.step, b"")
-
-    def _direct(self) -> None:
-        assert self.lead is not None
-        self.clients.broadcast(self.clients.on("pull"), Kind.DIRECTIVE, self.lead.version, self.lead.directive)
-
-    def _send_merged(self) -> None:
-        lead, plan = self.lead, self.plan
-        if lead is None or lead.merged is None or plan is None:
-            return
-        holders = {seat.rank for seat in plan.trainers if any(r.first <= 0 < r.first + r.count for r in seat.shards)}
-        owners = [client for client in self.clients.on("pull") if client.index in holders]
-        self.clients.broadcast(owners, Kind.MERGED, lead.version, lead.merged.tobytes())
-
     # ---- greetings ----
 
     def greet(self, client: Client, header: Header, told: dict[str, object]) -> None:
@@ -376,21 +330,26 @@ class PartitionService:
             "needs_values": not self.state.is_filled,
         }
         client.connection.send(self._header(kind=Kind.WELCOME), [json.dumps(welcome).encode()])
-        if client.channel == "pull" and self.lead is not None and self.lead.is_open:
-            self.clients.broadcast([client], Kind.DIRECTIVE, self.lead.version, self.lead.directive)
-            self._send_merged()
+        if client.channel == "pull" and self._lead_wire is not None:
+            self._lead_wire.welcome(client)
 
-    def hear_statistics(self, client: Client, header: Header, body: memoryview) -> None:
-        """A node of an evaluation, or its outcome: the lead's business."""
-        if self.lead is None:
-            raise FrameError(f"{header.kind.name} sent to a partition that does not lead")
-        if header.kind is Kind.STATISTICS:
-            self.lead.statistics(header.step, header.node, unpack_statistics(body))
+    def hear_lead_business(self, client: Client, header: Header, body: memoryview) -> None:
+        """What only the lead hears: votes, joins, evaluations, outcomes."""
+        if self._lead_wire is None:
+            raise FrameError(f"{header.kind.name} sent to a partition that does not lead", details={"field": "kind"})
+        if header.kind is Kind.VOTE:
+            self._lead_wire.lead.vote(messages.unpack_vote(header, body))
+        elif header.kind is Kind.JOIN:
+            self._lead_wire.lead.join(client.index, header.step)
         else:
-            self.lead.outcome(header.step, json.loads(bytes(body)))
-        self.clients.acknowledge(client, header, AckResult.APPLIED, -1)
+            self._lead_wire.hear(client, header, body)
 
     # ---- plumbing ----
+
+    @property
+    def lead(self) -> Lead | None:
+        """The lead's part, in partition 0."""
+        return self._lead_wire.lead if self._lead_wire is not None else None
 
     @property
     def handler(self) -> Reception:
@@ -416,6 +375,3 @@ class PartitionService:
     def connection_closed(self, connection: Connection) -> None:
         """A connection is gone; its nodes stay, its credit goes with it."""
         self.clients.forget(connection)
-
-
-__all__ = ["SUMMARY", "PartitionService"]

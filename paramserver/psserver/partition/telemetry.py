@@ -5,14 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from pscluster.errors import PsError
 from pscluster.v1.plan_pb2 import Counters
 from pscluster.wire.frame import AckResult
-
-if TYPE_CHECKING:
-    from psserver.partition.service import PartitionService
 
 PHASES = ("sum", "update", "snapshot")
 _RESULTS = {AckResult.APPLIED: "applied", AckResult.DUPLICATE: "duplicate", AckResult.STALE: "stale"}
@@ -47,9 +43,9 @@ class PartitionCounters:
         """A connection was closed because of what came over it."""
         self.invalid[error.code] = self.invalid.get(error.code, 0) + 1
 
-    def sample(self, service: PartitionService) -> Counters:
+    def sample(self, partition: int, step: int, state_bytes: int, pull_bytes: int) -> Counters:
         """Every counter as the agent exports it, prefix `ps_` and label `job` left out."""
-        where = {"partition": str(service.index)}
+        where = {"partition": str(partition)}
 
         def counter(name: str, value: float, **labels: str) -> Counters.Sample:
             return Counters.Sample(name=name, labels={**where, **labels}, value=value)
@@ -57,13 +53,13 @@ class PartitionCounters:
         def gauge(name: str, value: float) -> Counters.Sample:
             return Counters.Sample(name=name, labels=where, value=value, gauge=True)
 
-        found = [gauge("step", service.version), gauge("state_bytes", service.state.size_bytes if service.state else 0)]
+        found = [gauge("step", step), gauge("state_bytes", state_bytes)]
         found += [counter("pushes_total", n, result=_RESULTS[result]) for result, n in self._pushes.items()]
         found.append(counter("pushes_total", self.fenced, result="fenced"))
         found.append(counter("pushes_total", sum(self.invalid.values()), result="invalid"))
         found += [counter("refused_connections_total", n, code=code) for code, n in sorted(self.invalid.items())]
         found.append(counter("push_bytes_total", self._push_bytes))
-        found.append(counter("pull_bytes_total", service.clients.counts["pull_bytes_total"]))
+        found.append(counter("pull_bytes_total", pull_bytes))
         found.append(counter("snapshots_total", self.snapshots))
         found += [counter("phase_seconds_total", spent, phase=name) for name, spent in self._phase_s.items()]
         return Counters(samples=found)

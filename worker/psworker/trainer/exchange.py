@@ -212,6 +212,8 @@ class Exchange:
     def _run(self) -> None:
         try:
             self._reactor.watch(self._link.fileno(), self._orders)
+            if self._link.start.HasField("plan"):
+                self.adopt(self._link.start.plan)
             self._beat()
             self._reactor.run()
         except BaseException as error:
