@@ -11,7 +11,7 @@ from psmaster.catalogue import Part
 from psmaster.jobs import Check, Connection, Finished, Problem, Trouble
 from psmaster.processes import Exit, Failure, PartitionFacts, Process, TrainerFacts
 from psmaster.registry import Node, Role
-from psmaster.reports import BestReport, Evaluated, Progress, StepRecord
+from psmaster.reports import Evaluated, Progress, StepRecord
 from psmaster.turn import Report
 
 _ROLES = {agents_pb2.Role.ROLE_WORKER: Role.WORKER, agents_pb2.Role.ROLE_SERVER: Role.SERVER}
@@ -109,7 +109,7 @@ def report(m: plan_pb2.ProcessReport) -> Report | None:
     if kind == "warning":
         told: Any = m.warning  # mypy takes the name for the built-in Warning
         return Trouble(step=told.step, problem=problem(told.error))
-    return BestReport(step=m.best.step, value=m.best.value) if kind == "best" else None
+    return None
 
 
 def _trainer(m: plan_pb2.TrainerReady) -> TrainerFacts:

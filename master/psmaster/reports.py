@@ -46,12 +46,6 @@ class Evaluated:
     metrics: tuple[tuple[str, float], ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BestReport:
-    step: int
-    value: float
-
-
 MetricLine = StepRecord | Evaluated
 """What becomes one line of metrics.jsonl."""
 
@@ -121,19 +115,23 @@ def _reset_losses(job: Job) -> Job:
     )
 
 
-def evaluated(job: Job, report: Evaluated) -> Applied:
-    """A finished evaluation; the step it was made at is never evaluated twice in the record."""
+def evaluated(job: Job, report: Evaluated, snapshots: Catalogue) -> Applied:
+    """A finished evaluation; the step it was made at is never evaluated twice in the record.
+
+    When it is the best so far its step is pinned at once, and shown as the best once its snapshot is complete."""
     if job.state.ended or not job.counts(report.generation) or (job.metrics and report.step <= job.metrics_step):
         return Applied(job=job)
+    value = dict(report.metrics).get(job.spec.evaluate.metric, math.nan)
+    if is_better(value, job.next_best or job.best, job.spec.evaluate.goal):
+        job = promote(replace(job, next_best=Best(step=report.step, value=value)), snapshots)
     return Applied(job=replace(job, metrics=report.metrics, metrics_step=report.step), lines=(report,))
 
 
-def best(job: Job, report: BestReport, snapshots: Catalogue) -> Applied:
-    """A new best step; it is pinned now and shown once its snapshot is complete."""
-    named = Best(step=report.step, value=report.value)
-    if job.state.ended or named in (job.best, job.next_best):
-        return Applied(job=job)
-    return Applied(job=promote(replace(job, next_best=named), snapshots))
+def is_better(value: float, held: Best | None, goal: str) -> bool:
+    """Whether an evaluation beats the best so far; an equal one does not, and what is not a number never does."""
+    if math.isnan(value):
+        return False
+    return held is None or (value < held.value if goal == "min" else value > held.value)
 
 
 def promote(job: Job, snapshots: Catalogue) -> Job:

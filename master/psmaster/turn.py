@@ -19,11 +19,11 @@ from psmaster.planner import NodeView, admit
 from psmaster.processes import Exit, Failure, PartitionFacts, Process, TrainerFacts
 from psmaster.reconcile import reconcile
 from psmaster.registry import Node
-from psmaster.reports import Applied, BestReport, Evaluated, MetricLine, Progress
+from psmaster.reports import Applied, Evaluated, MetricLine, Progress
 from psmaster.seats import Kind, Seat
 from psmaster.state import Changes, State, find, node_views, queue, turn_of
 
-Report = TrainerFacts | PartitionFacts | Failure | Progress | Evaluated | BestReport | Finished | Part | Trouble
+Report = TrainerFacts | PartitionFacts | Failure | Progress | Evaluated | Finished | Part | Trouble
 
 
 class Turn:
@@ -95,13 +95,11 @@ class Turn:
         elif seat.kind is Kind.PARTITION and seat.rank == 0:
             self._take(self._of_lead(job, report))
 
-    def _of_lead(self, job: Job, report: Progress | Evaluated | BestReport | Finished) -> Applied:
+    def _of_lead(self, job: Job, report: Progress | Evaluated | Finished) -> Applied:
         if isinstance(report, Progress):
             return reports.progress(job, report, self.now)
         if isinstance(report, Evaluated):
-            return reports.evaluated(job, report)
-        if isinstance(report, BestReport):
-            return reports.best(job, report, self.catalogues[job.job_id])
+            return reports.evaluated(job, report, self.catalogues[job.job_id])
         return reports.finished(job, report, self.now)
 
     def _know(self, process_id: str, node_id: str, **facts: TrainerFacts | PartitionFacts | Failure | Exit) -> None:

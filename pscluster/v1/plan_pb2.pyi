@@ -124,7 +124,7 @@ class ProcessSpec(_message.Message):
     def __init__(self, process_id: _Optional[str] = ..., kind: _Optional[_Union[ProcessSpec.Kind, str]] = ..., job_id: _Optional[str] = ..., rank: _Optional[int] = ..., attempt: _Optional[int] = ..., spec_json: _Optional[str] = ..., bundle_sha256: _Optional[str] = ..., store: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ...) -> None: ...
 
 class ProcessReport(_message.Message):
-    __slots__ = ("trainer_ready", "partition_ready", "progress", "evaluated", "snapshot_part", "finished", "failure", "counters", "beat", "plan_adopted", "best", "warning")
+    __slots__ = ("trainer_ready", "partition_ready", "progress", "evaluated", "snapshot_part", "finished", "failure", "counters", "beat", "plan_adopted", "warning")
     TRAINER_READY_FIELD_NUMBER: _ClassVar[int]
     PARTITION_READY_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
@@ -135,7 +135,6 @@ class ProcessReport(_message.Message):
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     BEAT_FIELD_NUMBER: _ClassVar[int]
     PLAN_ADOPTED_FIELD_NUMBER: _ClassVar[int]
-    BEST_FIELD_NUMBER: _ClassVar[int]
     WARNING_FIELD_NUMBER: _ClassVar[int]
     trainer_ready: TrainerReady
     partition_ready: PartitionReady
@@ -147,9 +146,8 @@ class ProcessReport(_message.Message):
     counters: Counters
     beat: Beat
     plan_adopted: PlanAdopted
-    best: BestSnapshot
     warning: Warning
-    def __init__(self, trainer_ready: _Optional[_Union[TrainerReady, _Mapping]] = ..., partition_ready: _Optional[_Union[PartitionReady, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., evaluated: _Optional[_Union[Evaluated, _Mapping]] = ..., snapshot_part: _Optional[_Union[SnapshotPart, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., counters: _Optional[_Union[Counters, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., plan_adopted: _Optional[_Union[PlanAdopted, _Mapping]] = ..., best: _Optional[_Union[BestSnapshot, _Mapping]] = ..., warning: _Optional[_Union[Warning, _Mapping]] = ...) -> None: ...
+    def __init__(self, trainer_ready: _Optional[_Union[TrainerReady, _Mapping]] = ..., partition_ready: _Optional[_Union[PartitionReady, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., evaluated: _Optional[_Union[Evaluated, _Mapping]] = ..., snapshot_part: _Optional[_Union[SnapshotPart, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., counters: _Optional[_Union[Counters, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., plan_adopted: _Optional[_Union[PlanAdopted, _Mapping]] = ..., warning: _Optional[_Union[Warning, _Mapping]] = ...) -> None: ...
 
 class PreflightCheck(_message.Message):
     __slots__ = ("name", "ok", "detail", "node_id")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from psmaster.jobs import Check, JobState
-from psmaster.reports import BestReport, Evaluated
+from psmaster.jobs import Best, Check, JobState
+from psmaster.reports import Evaluated, is_better
 from psmaster.seats import Kind
 from psmaster.state import find
 
@@ -292,7 +292,7 @@ def test_kept_steps_reach_the_processes_in_the_same_generation(world: World) -> 
 def test_the_best_snapshot_is_pinned_and_shown_once_complete(world: World) -> None:
     world.running()
     world.commit(*range(6, 11))
-    world.report("partition-0", BestReport(step=10, value=0.5))
+    world.report("partition-0", Evaluated(generation=1, step=10, metrics=(("loss", 0.5),)))
     assert world.job().best is None
     world.snapshot(10)
     assert world.job().best is not None
@@ -300,7 +300,7 @@ def test_the_best_snapshot_is_pinned_and_shown_once_complete(world: World) -> No
         world.commit(step)
         world.snapshot(step)
     assert world.state.catalogues["job-aaaaaa"].complete_steps() == (10, 30, 40)
-    world.report("partition-0", BestReport(step=40, value=0.4))
+    world.report("partition-0", Evaluated(generation=1, step=40, metrics=(("loss", 0.4),)))
     world.snapshot(50)
     assert world.state.catalogues["job-aaaaaa"].complete_steps() == (40, 50)
 
@@ -378,3 +378,23 @@ def test_the_event_list_is_bounded(world: World) -> None:
         world.snapshot(step)
     assert len(world.state.events["job-aaaaaa"]) == 200
     assert len(world.store.events("job-aaaaaa")) == 200
+
+
+def test_a_worse_evaluation_takes_nothing_from_the_best(world: World) -> None:
+    world.running()
+    for step, loss in ((10, 0.5), (20, 0.7), (30, float("nan")), (40, 0.5)):
+        world.commit(step)
+        world.report("partition-0", Evaluated(generation=1, step=step, metrics=(("loss", loss),)))
+        world.snapshot(step)
+    best = world.job().best
+    assert best is not None
+    assert (best.step, best.value) == (10, 0.5)
+    assert world.state.catalogues["job-aaaaaa"].complete_steps() == (10, 30, 40)
+
+
+def test_what_is_better_follows_the_goal() -> None:
+    held = Best(step=10, value=0.5)
+    assert is_better(0.6, held, "max")
+    assert not is_better(0.6, held, "min")
+    assert not is_better(0.5, held, "max")
+    assert not is_better(float("nan"), None, "min")
