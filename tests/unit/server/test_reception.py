@@ -1,0 +1,281 @@
+"""What arrives at a partition: what does not fit is cut off by name, counted, and changes nothing."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness.played import (
+    JOB,
+    TOKEN,
+    Network,
+    PlayedConnection,
+    fill,
+    job_header,
+    played_partition,
+    played_plan,
+    played_spec,
+)
+from psserver.partition.service import PartitionService
+
+from pscluster.layout import Layout, TensorSpec
+from pscluster.summary import Summary
+from pscluster.tree import Node
+from pscluster.wire.frame import SUMMARY, UNCHANGED, AckResult, Header, Kind, job_number
+
+LAYOUT = Layout(
+    (
+        TensorSpec(names=("w",), shape=(16,), dtype="float32", kind="trained"),
+        TensorSpec(names=("mean",), shape=(16,), dtype="float32", kind="averaged"),
+        TensorSpec(names=("count",), shape=(), dtype="int64", kind="carried"),
+        TensorSpec(names=("fixed",), shape=(16,), dtype="float32", kind="frozen"),
+    )
+)
+TRAINED, AVERAGED, CARRIED, FROZEN = range(4)
+ONES = struct.pack("<16f", *[1.0] * 16)
+WEIGHT = struct.pack("<d", 1.0)
+LEAF = Node(0, 1)
+
+
+class Caller:
+    """The other end of a connection to a partition: keeps what it is told."""
+
+    def __init__(self, network: Network, service: PartitionService, channel: str = "", index: int = 0) -> None:
+        self.told: list[tuple[Header, bytes]] = []
+        self.network = network
+        self.index = index
+        self.near, self.far = network.connect(self, service.handler)
+        if channel:
+            self.greet(channel)
+
+    def greet(self, channel: str, **fields: Any) -> None:
+        told = {"token": TOKEN.hex(), "role": "trainer", "channel": channel, "restore_generation": 1, **fields}
+        self.say(job_header(Kind.HELLO, generation=1, sender=self.index), json.dumps(told).encode())
+
+    def say(self, header: Header, body: bytes = b"") -> None:
+        self.near.send(header, [body])
+        self.network.settle()
+
+    def body_target(self, connection: PlayedConnection, header: Header) -> memoryview:  # noqa: ARG002
+        return memoryview(bytearray(header.length))
+
+    def frame(self, connection: PlayedConnection, header: Header, body: memoryview) -> None:  # noqa: ARG002
+        self.told.append((header, bytes(body)))
+
+    def closed(self, connection: PlayedConnection, error: object) -> None:
+        """Seen in `near.is_open`."""
+
+    def kinds(self) -> list[Kind]:
+        return [header.kind for header, _ in self.told]
+
+
+@pytest.fixture
+def network() -> Network:
+    return Network()
+
+
+@pytest.fixture
+def service(network: Network) -> PartitionService:
+    """A partition of two shards, filled, in generation 1."""
+    made = played_partition(network, played_spec(2), 0, Path("/nonexistent"))
+    made.adopt(played_plan(LAYOUT, {0: [0, 1]}))
+    fill(made)
+    return made
+
+
+def push(bucket: int, node: Node = LEAF, **fields: Any) -> Header:
+    return job_header(Kind.PUSH, **{"generation": 1, "bucket": bucket, "node": node, **fields})
+
+
+def untouched(service: PartitionService) -> bool:
+    """Whether nothing is held and no version was made."""
+    assert service.step is not None
+    sums = (*service.step.trained.values(), *service.step.averaged.values(), service.step.summary)
+    return service.member.step == 0 and not any(s._held for s in sums)  # type: ignore[attr-defined]
+
+
+# ---- what does not fit ----
+
+WRONG_PUSHES: dict[str, tuple[Header, bytes]] = {
+    "another job": (push(TRAINED, job=job_number("other")), ONES),
+    "no such bucket": (push(9), ONES),
+    "a bucket that never changes": (push(FROZEN), ONES),
+    "too short": (push(TRAINED), ONES[:-4]),
+    "too long": (push(TRAINED), ONES + ONES),
+    "no node of the tree": (push(TRAINED, Node(0, 3)), ONES),
+    "no leaf": (push(TRAINED, Node(2, 1)), ONES),
+    "the empty node": (push(TRAINED, Node(0, 0)), ONES),
+    "a carried bucket from shard 1": (push(CARRIED, Node(1, 1)), bytes(64)),
+    "unchanged gradients": (push(TRAINED, flags=UNCHANGED), WEIGHT),
+    "a weight of another length": (push(AVERAGED, flags=UNCHANGED), WEIGHT + b"\0"),
+    "a summary of another length": (push(SUMMARY), bytes(24)),
+    "a pull with a body": (job_header(Kind.PULL), b"x"),
+    "a vote from a trainer": (job_header(Kind.VOTE), b"\1"),
+    "a verdict": (job_header(Kind.VERDICT), b"{}"),
+    "a second greeting": (job_header(Kind.HELLO), b"{}"),
+    "huge statistics": (job_header(Kind.STATISTICS), bytes((1 << 20) + 8)),
+    "half a number": (job_header(Kind.STATISTICS, node=LEAF), bytes(7)),
+    "first values of no bucket": (job_header(Kind.INIT, bucket=9, node=LEAF), ONES),
+    "first values too short": (job_header(Kind.INIT, bucket=TRAINED, node=LEAF), ONES[:-4]),
+    "empty: a summary": (push(SUMMARY), b""),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_PUSHES)
+def test_a_frame_that_does_not_fit_is_cut_off_and_counted(
+    name: str, network: Network, service: PartitionService
+) -> None:
+    caller = Caller(network, service, "push")
+    bystander = Caller(network, service, "pull")
+    header, body = WRONG_PUSHES[name]
+
+    caller.say(header, body)
+
+    assert not caller.near.is_open
+    assert caller.far.error is not None
+    assert service.counters.invalid == {caller.far.error.code: 1}
+    assert untouched(service)
+    assert bystander.near.is_open
+
+
+WRONG_GREETINGS: dict[str, bytes] = {
+    "nothing": b"",
+    "no JSON": b"\xff\xfe",
+    "no mapping": b"[1]",
+    "no token": b"{}",
+    "a wrong token": json.dumps({"token": "0" * 32, "channel": "push", "restore_generation": 1}).encode(),
+    "a token of another type": json.dumps({"token": [1], "channel": "push"}).encode(),
+    "a channel of no kind": json.dumps({"token": TOKEN.hex(), "channel": "x", "restore_generation": 1}).encode(),
+    "too much": b" " * 5000,
+}
+
+
+@pytest.mark.parametrize("name", WRONG_GREETINGS)
+def test_a_greeting_that_does_not_fit_is_refused(name: str, network: Network, service: PartitionService) -> None:
+    caller = Caller(network, service)
+
+    caller.say(job_header(Kind.HELLO, generation=1), WRONG_GREETINGS[name])
+
+    assert not caller.near.is_open
+    assert caller.told == []
+    assert sum(service.counters.invalid.values()) == 1
+
+
+@pytest.mark.parametrize("kind", [k for k in Kind if k is not Kind.HELLO])
+def test_nobody_is_heard_before_the_greeting(kind: Kind, network: Network, service: PartitionService) -> None:
+    for body in (b"", WEIGHT):
+        caller = Caller(network, service)
+        caller.say(job_header(kind, generation=1), body)
+        assert not caller.near.is_open
+    assert service.counters.invalid == {"PS-1005": 2}
+    assert untouched(service)
+
+
+def test_a_caller_of_an_older_timeline_is_fenced_with_the_newer_generation(
+    network: Network, service: PartitionService
+) -> None:
+    service.adopt(played_plan(LAYOUT, {0: [0, 1]}, generation=5, restore_generation=5))
+    caller = Caller(network, service)
+    sent: list[Header] = []
+
+    def send(header: Header, body: object = (), **_: object) -> None:  # noqa: ARG001 - closing drops what waits
+        sent.append(header)
+
+    caller.far.send = send  # type: ignore[method-assign,assignment]
+
+    caller.greet("push", restore_generation=1)
+
+    assert [header.kind for header in sent] == [Kind.FENCED]
+    assert not caller.near.is_open
+    assert service.counters.fenced == 1
+
+
+# ---- what fits ----
+
+
+def acks(caller: Caller) -> list[AckResult]:
+    return [AckResult(header.flags) for header, body in caller.told if header.kind is Kind.ACK and body[0]]
+
+
+def test_a_push_is_applied_once_and_duplicates_and_the_past_are_told(
+    network: Network, service: PartitionService
+) -> None:
+    caller = Caller(network, service, "push")
+    caller.say(push(TRAINED), ONES)
+    caller.say(push(TRAINED), ONES)
+    caller.say(push(TRAINED, step=7), ONES)
+    caller.say(push(TRAINED, generation=0, node=Node(1, 1)), ONES)
+
+    assert acks(caller) == [AckResult.APPLIED, AckResult.DUPLICATE, AckResult.STALE, AckResult.STALE]
+    assert caller.near.is_open
+
+
+def test_credit_comes_back_for_everything_that_is_not_kept(network: Network, service: PartitionService) -> None:
+    caller = Caller(network, service, "push")
+    client = service.clients.of(caller.far)  # type: ignore[arg-type]
+    granted = client.granted_bytes
+    caller.say(push(TRAINED), ONES)
+    assert client.granted_bytes == granted
+    for header, body in [
+        (push(TRAINED), ONES),
+        (push(TRAINED, step=3), ONES),
+        (push(AVERAGED, flags=UNCHANGED), WEIGHT),
+        (push(SUMMARY), Summary(loss_sum=1, weight=1, samples=1, touched=b"\1").pack()),
+    ]:
+        granted += len(body)
+        caller.say(header, body)
+        assert client.granted_bytes == granted
+
+
+def test_a_whole_step_by_frames(network: Network, service: PartitionService) -> None:
+    pusher, puller = Caller(network, service, "push"), Caller(network, service, "pull")
+    puller.say(job_header(Kind.PULL, generation=1, step=1))
+    assert Kind.VALUES not in puller.kinds()
+    for node in (Node(0, 1), Node(1, 1)):
+        pusher.say(push(TRAINED, node), ONES)
+        pusher.say(push(AVERAGED, node, flags=UNCHANGED), WEIGHT)
+        summary = Summary(loss_sum=1, weight=1, samples=1, touched=b"\1")
+        pusher.say(push(SUMMARY, node), summary.pack())
+    assert service.version == 0
+    pusher.say(push(CARRIED, flags=UNCHANGED), WEIGHT)
+    network.settle()
+
+    assert service.version == 1
+    values = {header.bucket: header.step for header, _ in puller.told if header.kind is Kind.VALUES}
+    assert values == {TRAINED: 1, AVERAGED: 1, CARRIED: 1}, "the frozen bucket was not asked for"
+    told = [json.loads(body)["action"] for header, body in puller.told if header.kind is Kind.DIRECTIVE]
+    assert told[-1] == "train"
+
+
+def test_a_summary_of_the_next_step_waits_for_it(network: Network, service: PartitionService) -> None:
+    caller = Caller(network, service, "push")
+    summary = Summary(loss_sum=1, weight=1, samples=1, touched=b"\1").pack()
+    caller.say(push(SUMMARY, step=1), summary)
+    assert acks(caller) == []
+    for node in (Node(0, 1), Node(1, 1)):
+        caller.say(push(TRAINED, node), ONES)
+        caller.say(push(AVERAGED, node, flags=UNCHANGED), WEIGHT)
+        caller.say(push(SUMMARY, node), summary)
+    caller.say(push(CARRIED, flags=UNCHANGED), WEIGHT)
+    network.settle()
+
+    assert service.version == 1
+    assert service.step is not None
+    assert service.step.summary.holds(LEAF)
+    assert JOB
+
+
+def test_a_body_cut_off_gives_its_memory_back(network: Network, service: PartitionService) -> None:
+    """The header promised a gradient; the connection broke before the last byte."""
+    caller = Caller(network, service, "push")
+    assert service.step is not None
+    target = service.handler.body_target(caller.far, push(TRAINED, length=64))  # type: ignore[arg-type]
+    assert target.nbytes == 64
+    assert service.step.pool._free.get(16, []) == []
+    caller.far.close()
+
+    assert len(service.step.pool._free[16]) == 1
+    assert untouched(service)
