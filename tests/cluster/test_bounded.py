@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import psutil
+
 from harness.cluster import LocalCluster, local_cluster
 from harness.jobs import lm_spec
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from harness.cluster import LocalCluster, local_cluster, wait_gone
 from harness.jobs import lm_spec
 from harness.plain import train_plainly

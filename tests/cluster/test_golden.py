@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from harness.jobs import crossed_split, lm_spec, norm_spec
 from harness.static_job import StaticJob
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.cluster import LocalCluster, local_cluster
 
+from harness.cluster import LocalCluster, local_cluster
 from pscluster.bundle import pack
 from pscluster.client import Job
 from pscluster.spec import parse_spec

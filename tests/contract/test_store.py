@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from pscluster.errors import StateError, StorageError
 from psmaster import jobs
 from psmaster.catalogue import Part, RestorePoint
 from psmaster.jobs import Best, Check, Condition, Connection, Event, Finished, Job, Problem, Recovery, Trouble
@@ -16,8 +18,6 @@ from psmaster.memory_store import MemoryStore
 from psmaster.seats import Kind, Plan, Seat
 from psmaster.sqlite_store import SqliteStore
 from psmaster.store import SCHEMA_VERSION, Batch, BundleRecord, Store
-
-from pscluster.errors import StateError, StorageError
 from tests.unit.master.world import make_job
 
 PART = Part(step=10, partition=1, generation=2, path="p", size_bytes=7, checksum="crc32c:1")

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from psworker.tasks.synthetic import SyntheticLm
 from torch import Tensor, nn
+
+from psworker.tasks.synthetic import SyntheticLm
 
 
 class Held(SyntheticLm):

@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from psworker.canary import settle_numerics
-from psworker.replica import named_bytes
-from psworker.trainer.batches import Batches, EvalBatches, seed_step
-from psworker.trainer.evaluation import evaluate
-from psworker.trainer.loading import build_model, load_task
 from torch import nn
 
 from pscluster.digest import parameters_sha256
 from pscluster.sampling import ShardSampler
 from pscluster.spec import JobSpec, parse_spec
+from psworker.canary import settle_numerics
+from psworker.replica import named_bytes
+from psworker.trainer.batches import Batches, EvalBatches, seed_step
+from psworker.trainer.evaluation import evaluate
+from psworker.trainer.loading import build_model, load_task
 
 
 @dataclass

@@ -12,14 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from psserver.partition.service import PartitionService
-from psserver.partition.telemetry import PartitionCounters
-
 from pscluster.errors import PsError
 from pscluster.layout import Layout
 from pscluster.spec import JobSpec, parse_spec
 from pscluster.v1.plan_pb2 import PartitionSeat, Plan, ProcessReport, ProcessSpec, ShardRange, TrainerSeat
 from pscluster.wire.frame import Buffer, Header, Kind, checksum, job_number, pack, unpack
+from psserver.partition.service import PartitionService
+from psserver.partition.telemetry import PartitionCounters
 
 JOB = "job-played"
 TOKEN = b"0123456789abcdef"

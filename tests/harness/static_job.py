@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from psworker.replica import state_tensors
 
 from pscluster.agent import frames
 from pscluster.snapshot import read_parts
@@ -37,6 +36,7 @@ from pscluster.v1.plan_pb2 import (
     SnapshotPart,
     TrainerSeat,
 )
+from psworker.replica import state_tensors
 
 DEADLINE_S = 120.0
 JOB = "job-abc123"

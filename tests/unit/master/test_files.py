@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
+
+from pscluster.errors import BundleError, NotFoundError
 from psmaster.bundles import BundleShelf
 from psmaster.joblogs import LogMessage, LogReader, SeatLog, older, paths_of
 from psmaster.metricsfile import MetricsFile, line_of
 from psmaster.reports import Evaluated
 from psmaster.tails import MetricsTail
-
-from pscluster.errors import BundleError, NotFoundError
 from tests.unit.master.world import make_record
 
 

@@ -7,10 +7,10 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from psmaster.planner import NodeView, admit, choose_node, cover_size, deal_shards, max_trainers
-from psmaster.registry import Role
 
 from pscluster.tree import tree_of
+from psmaster.planner import NodeView, admit, choose_node, cover_size, deal_shards, max_trainers
+from psmaster.registry import Role
 from tests.unit.master.world import make_spec
 
 

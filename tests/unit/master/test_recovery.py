@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+
 from psmaster.jobs import JobState, Problem, Trouble
 from psmaster.processes import Exit, Process
-
 from tests.unit.master.world import PARTITION, TRAINER, World, failure
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+
+from pscluster.errors import StateError
 from psmaster import registry
 from psmaster.jobs import Instant, JobState
 from psmaster.registry import Health, Node, Role
-
-from pscluster.errors import StateError
 from tests.unit.master.world import World
 
 SUSPICION_S = 3.0

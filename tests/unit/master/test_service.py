@@ -14,9 +14,6 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from psmaster.core import Core
-from psmaster.server import assembled, take_turns
-from psmaster.settings import MasterSettings
 
 from pscluster import rpc
 from pscluster.errors import (
@@ -29,6 +26,9 @@ from pscluster.errors import (
     VersionSkewError,
 )
 from pscluster.v1 import agents_pb2, agents_pb2_grpc, jobs_pb2, jobs_pb2_grpc, plan_pb2
+from psmaster.core import Core
+from psmaster.server import assembled, take_turns
+from psmaster.settings import MasterSettings
 from tests.unit.master.fake_agent import DEADLINE_S, FakeAgent
 from tests.unit.master.world import make_spec
 

@@ -10,11 +10,11 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+
 from psmaster.jobs import Job, JobState
 from psmaster.reconcile import reconcile
 from psmaster.seats import Kind, Seat
 from psmaster.turn import Turn
-
 from tests.unit.master.world import PARTITION, TRAINER, World, failure
 
 JOBS = ("one-aaaaaa", "two-aaaaaa")

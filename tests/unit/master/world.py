@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from pscluster.spec import JobSpec, parse_spec
 from psmaster.archive import batch_of
 from psmaster.catalogue import Part
 from psmaster.draft import Limits
@@ -19,8 +20,6 @@ from psmaster.reports import Progress, StepRecord
 from psmaster.seats import Kind
 from psmaster.state import Changes, State
 from psmaster.turn import Report, Turn
-
-from pscluster.spec import JobSpec, parse_spec
 
 LIMITS = Limits()
 

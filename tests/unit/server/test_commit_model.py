@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
+
 from psserver.partition import commit
 from psserver.partition.commit import Decide, Lead, Member, Verdict, Vote
 

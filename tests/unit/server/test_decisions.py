@@ -8,9 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from harness.played import played_spec
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
+
+from harness.played import played_spec
+from pscluster.errors import FrameError
+from pscluster.spec import ScheduleSection
+from pscluster.summary import Summary
+from pscluster.wire.frame import Header, Kind
 from psserver.partition.commit import (
     Lead,
     Member,
@@ -27,12 +33,6 @@ from psserver.partition.commit import (
 from psserver.partition.directive import decide, evaluates_at, next_action, snapshots_at
 from psserver.partition.messages import pack_verdict, pack_vote, unpack_verdict, unpack_vote, vote_bytes
 from psserver.partition.schedule import learning_rate
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
-
-from pscluster.errors import FrameError
-from pscluster.spec import ScheduleSection
-from pscluster.summary import Summary
-from pscluster.wire.frame import Header, Kind
 
 FINITE = st.floats(0, 1e30)
 FLOATS = st.floats(allow_nan=False)

@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+
+import pscluster.layout
 from harness.played import played_spec
+from pscluster.layout import BLOCK_WORDS, Layout, TensorSpec
+from pscluster.spec import JobSpec, OptimizerSection
+from pscluster.summary import Summary, touched_bits
+from pscluster.tree import Node
 from psserver.partition.commit import Verdict, Vote
 from psserver.partition.directive import decide
 from psserver.partition.optimizer import CHUNK_WORDS, Run, moments_of, runs
 from psserver.partition.schedule import learning_rate
 from psserver.partition.state import PartitionState
 from psserver.partition.step import OpenStep
-
-import pscluster.layout
-from pscluster.layout import BLOCK_WORDS, Layout, TensorSpec
-from pscluster.spec import JobSpec, OptimizerSection
-from pscluster.summary import Summary, touched_bits
-from pscluster.tree import Node
 
 SHAPES = [(CHUNK_WORDS + 3 * BLOCK_WORDS + 5,), (7,), (33, 3), (1000,), (BLOCK_WORDS + 1, 2), (1,)]
 DECAY = [True, False, True, False, True, False]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from harness.played import (
     JOB,
     TOKEN,
@@ -19,12 +20,11 @@ from harness.played import (
     played_plan,
     played_spec,
 )
-from psserver.partition.service import PartitionService
-
 from pscluster.layout import Layout, TensorSpec
 from pscluster.summary import Summary
 from pscluster.tree import Node
 from pscluster.wire.frame import SUMMARY, UNCHANGED, AckResult, Header, Kind, job_number
+from psserver.partition.service import PartitionService
 
 LAYOUT = Layout(
     (

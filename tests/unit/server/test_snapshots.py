@@ -10,12 +10,12 @@ from queue import Queue
 from typing import Any
 
 import pytest
-from psserver.partition import snapshots
-from psserver.partition.snapshots import SnapshotWriter
 
 from pscluster.errors import InternalError, PsError, StorageError
 from pscluster.layout import Layout, TensorSpec
 from pscluster.snapshot import PartMeta, Written, part_name, read_part, write_part
+from psserver.partition import snapshots
+from psserver.partition.snapshots import SnapshotWriter
 
 LAYOUT = Layout((TensorSpec(names=("w",), shape=(4,), dtype="float32", kind="trained"),))
 DEADLINE_S = 20.0

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from psserver.partition.state import PartitionState, as_bytes
 
 from pscluster.errors import StorageError
 from pscluster.layout import BLOCK_WORDS, Layout, TensorSpec
 from pscluster.snapshot import Buffer, PartMeta, PieceKey, write_part
+from psserver.partition.state import PartitionState, as_bytes
 
 LAYOUT = Layout(
     (

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from harness.played import played_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from psserver.partition.commit import Verdict
-from psserver.partition.state import PartitionState
-from psserver.partition.step import OpenStep
 
+from harness.played import played_spec
 from pscluster.codec import BufferNode
 from pscluster.layout import Layout, TensorSpec
 from pscluster.summary import Summary, touched_bits
 from pscluster.tree import Node, tree_of
+from psserver.partition.commit import Verdict
+from psserver.partition.state import PartitionState
+from psserver.partition.step import OpenStep
 
 W, MEAN, VAR, COUNT, FIXED = range(5)
 LAYOUT = Layout(

@@ -9,6 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from pscluster.errors import DataError, TaskError
+from pscluster.sampling import ShardSampler
+from pscluster.task import Task
 from psworker.trainer.batches import (
     Batches,
     EvalBatches,
@@ -17,10 +21,6 @@ from psworker.trainer.batches import (
     seed_step,
     to_device,
 )
-
-from pscluster.errors import DataError, TaskError
-from pscluster.sampling import ShardSampler
-from pscluster.task import Task
 
 
 def draws() -> tuple[float, float, float]:

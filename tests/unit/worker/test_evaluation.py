@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from pscluster.errors import TaskError
 from psworker.tasks.synthetic import SyntheticNorm
 from psworker.trainer.batches import EvalBatches
 from psworker.trainer.evaluation import (
@@ -18,8 +20,6 @@ from psworker.trainer.evaluation import (
     shard_statistics,
     unpack_metrics,
 )
-
-from pscluster.errors import TaskError
 
 
 def held_out(task: SyntheticNorm, num_shards: int, microbatch: int = 4) -> EvalBatches:

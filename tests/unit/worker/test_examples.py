@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from psworker.trainer.preflight import prepare
 
 from pscluster.spec import load_spec
+from psworker.trainer.preflight import prepare
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from psworker.tasks.synthetic import SyntheticLm
-from psworker.trainer.loading import build_model, load_data, load_task, user_code
 
 from pscluster.errors import DataError, LayoutError, OutOfMemoryError, TaskError
 from pscluster.task import Task
+from psworker.tasks.synthetic import SyntheticLm
+from psworker.trainer.loading import build_model, load_data, load_task, user_code
 
 
 @pytest.fixture(autouse=True)

@@ -7,20 +7,20 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-import psserver.partition.service
 import pytest
-from harness.played import JOB, TOKEN, Network, fill, job_header, played_partition, played_plan, played_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from psserver.partition.service import PartitionService
-from psworker.trainer.outbox import Outbox, key_of
-from psworker.trainer.peer import Peer
 
 import pscluster.layout
+import psserver.partition.service
+from harness.played import JOB, TOKEN, Network, fill, job_header, played_partition, played_plan, played_spec
 from pscluster.layout import Layout, TensorSpec
 from pscluster.summary import Summary, touched_bits
 from pscluster.tree import Node
 from pscluster.wire.frame import SUMMARY, UNCHANGED, Header, Kind
+from psserver.partition.service import PartitionService
+from psworker.trainer.outbox import Outbox, key_of
+from psworker.trainer.peer import Peer
 
 BUCKET_BYTES = 64
 NUM_BUCKETS = 5

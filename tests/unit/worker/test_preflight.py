@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from psworker.trainer.checks import Check, checks_of
-from psworker.trainer.preflight import prepare, run_preflight
 from torch import Tensor, nn
 
 from pscluster.errors import (
@@ -22,6 +20,8 @@ from pscluster.errors import (
     from_dict,
 )
 from pscluster.task import Task
+from psworker.trainer.checks import Check, checks_of
+from psworker.trainer.preflight import prepare, run_preflight
 
 NORM = "psworker.tasks.synthetic:SyntheticNorm"
 

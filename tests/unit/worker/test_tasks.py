@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from pscluster.errors import DataError, TaskError
 from psworker.tasks.byte_lm import ByteWindows
 from psworker.tasks.gpt import GPT
 from psworker.tasks.imdb import ImdbClassification, hash_words
@@ -17,8 +19,6 @@ from psworker.tasks.stdlib_lm import StdlibLm, stdlib_text
 from psworker.tasks.synthetic import SyntheticLm, SyntheticNorm
 from psworker.tasks.text_lm import TextLm
 from psworker.trainer.preflight import prepare
-
-from pscluster.errors import DataError, TaskError
 
 GOLDEN_SEQUENCE = [22, 25, 2, 32, 3, 42, 34, 1]
 TINY = {"layers": 1, "d_model": 16, "heads": 2}

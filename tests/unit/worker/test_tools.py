@@ -12,12 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from psworker.export import write_weights
-from psworker.replica import Replica, named_bytes
-from psworker.tools import answer_request
-from psworker.trainer.batches import EvalBatches
-from psworker.trainer.evaluation import evaluate
-from psworker.trainer.loading import build_model, load_task
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -27,6 +21,12 @@ from pscluster.digest import parameters_sha256
 from pscluster.errors import InternalError, SpecError, StateError, StorageError, TaskError
 from pscluster.snapshot import PartMeta, write_part
 from pscluster.spec import JobSpec
+from psworker.export import write_weights
+from psworker.replica import Replica, named_bytes
+from psworker.tools import answer_request
+from psworker.trainer.batches import EvalBatches
+from psworker.trainer.evaluation import evaluate
+from psworker.trainer.loading import build_model, load_task
 
 STEP = 7
 NORM = "psworker.tasks.synthetic:SyntheticNorm"
