@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+
+from pscluster.errors import NotFoundError, StateError
 from psmaster.jobs import Best, Check, JobState
 from psmaster.reports import Evaluated, is_better
 from psmaster.seats import Kind
 from psmaster.state import find
-
-from pscluster.errors import NotFoundError, StateError
 from tests.unit.master.world import PARTITION, TRAINER, World, failure, make_job, make_record
 
 
