@@ -268,7 +268,8 @@ def test_each_way_to_die_is_told_and_there_is_an_end_to_trying(cluster: LocalClu
     found = failed(cluster, jobs["die"], "PS-3006")
     losses = [event.message for event in found.events if event.reason == "TrainerLost"]
     assert len(losses) == MAX_LOSSES + 1
-    for told, wanted in zip(losses, ["exit code 7", "SIGSEGV", "exit code 0", "exit code 1", "SIGKILL", "memory"], strict=True):  # noqa: E501  # fmt: skip
+    ways = ["exit code 7", "SIGSEGV", "exit code 0", "exit code 1", "SIGKILL", "memory"]
+    for told, wanted in zip(losses, ways, strict=True):
         assert wanted in told
     assert found.error is not None
     assert f"lost {MAX_LOSSES + 1} times" in found.error.cause
