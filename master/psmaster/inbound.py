@@ -11,7 +11,7 @@ from psmaster.catalogue import Part
 from psmaster.jobs import Check, Connection, Finished, Problem, Trouble
 from psmaster.processes import Exit, Failure, PartitionFacts, Process, TrainerFacts
 from psmaster.registry import Node, Role
-from psmaster.reports import Evaluated, Progress, StepRecord
+from psmaster.reports import Connected, Evaluated, Progress, StepRecord
 from psmaster.turn import Report
 
 _ROLES = {agents_pb2.Role.ROLE_WORKER: Role.WORKER, agents_pb2.Role.ROLE_SERVER: Role.SERVER}
@@ -106,6 +106,11 @@ def report(m: plan_pb2.ProcessReport) -> Report | None:
             step=m.failure.step,
             checks=_checks(m.failure.checks),
         )
+    if kind == "connected":
+        held = m.connected.connections
+        return Connected(
+            connections=tuple(Connection(trainer=c.trainer, partition=c.partition, transport=c.transport) for c in held)
+        )
     if kind == "warning":
         told: Any = m.warning  # mypy takes the name for the built-in Warning
         return Trouble(step=told.step, problem=problem(told.error))
@@ -146,9 +151,6 @@ def _progress(m: plan_pb2.Progress) -> Progress:
         generation=m.generation,
         step=m.step,
         records=tuple(_record(record) for record in m.records),
-        connections=tuple(
-            Connection(trainer=c.trainer, partition=c.partition, transport=c.transport) for c in m.connections
-        ),
     )
 
 

@@ -36,7 +36,13 @@ class Progress:
     generation: int
     step: int
     records: tuple[StepRecord, ...] = ()
-    connections: tuple[Connection, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Connected:
+    """The data-plane connections that one trainer holds."""
+
+    connections: tuple[Connection, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,8 +87,7 @@ def progress(job: Job, report: Progress, now: Instant) -> Applied:
     job, recovered = _mended(job, report.generation, step > job.step, now)
     if step > job.high_step:
         job = _reset_losses(replace(job, high_step=step))
-    connections = report.connections or job.connections
-    job = replace(job, step=step, connections=connections)
+    job = replace(job, step=step)
     return Applied(job=job, events=(*events, *recovered), lines=records)
 
 
@@ -139,6 +144,15 @@ def promote(job: Job, snapshots: Catalogue) -> Job:
     if job.next_best is None or not snapshots.complete(job.next_best.step):
         return job
     return replace(job, best=job.next_best, next_best=None)
+
+
+def connected(job: Job, report: Connected, trainer: int) -> Applied:
+    """What a trainer is connected to; it replaces what was known of that trainer."""
+    if job.state.ended:
+        return Applied(job=job)
+    others = [held for held in job.connections if held.trainer != trainer]
+    now_known = sorted((*others, *report.connections), key=lambda c: (c.trainer, c.partition))
+    return Applied(job=replace(job, connections=tuple(now_known)))
 
 
 def finished(job: Job, report: Finished, now: Instant) -> Applied:

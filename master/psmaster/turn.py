@@ -19,11 +19,11 @@ from psmaster.planner import NodeView, admit
 from psmaster.processes import Exit, Failure, PartitionFacts, Process, TrainerFacts
 from psmaster.reconcile import reconcile
 from psmaster.registry import Node
-from psmaster.reports import Applied, Evaluated, MetricLine, Progress
+from psmaster.reports import Applied, Connected, Evaluated, MetricLine, Progress
 from psmaster.seats import Kind, Seat
 from psmaster.state import Changes, State, find, node_views, queue, turn_of
 
-Report = TrainerFacts | PartitionFacts | Failure | Progress | Evaluated | Finished | Part | Trouble
+Report = TrainerFacts | PartitionFacts | Failure | Progress | Evaluated | Finished | Part | Trouble | Connected
 
 
 class Turn:
@@ -92,6 +92,8 @@ class Turn:
             self._know(process_id, node_id, **{name: report})
         elif isinstance(report, Trouble):
             self._take(reports.trouble(job, report, seat.name, self.now))
+        elif isinstance(report, Connected):
+            self._take(reports.connected(job, report, seat.rank))
         elif seat.kind is Kind.PARTITION and seat.rank == 0:
             self._take(self._of_lead(job, report))
 

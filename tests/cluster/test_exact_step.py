@@ -36,8 +36,9 @@ def test_language_model_has_the_bits_of_a_plain_loop(
         job.wait_ready()
         job.publish(even_split(NUM_SHARDS, workers))
         assert job.wait_finished() == lm_digest
-        seen = {c.transport for p in job.reported("partition-0", "progress") for c in p.connections}
-        assert seen == {transport}
+        job.wait(lambda: bool(job.reported("trainer-0", "connected")))
+        seen = [(c.partition, c.transport) for c in job.reported("trainer-0", "connected")[-1].connections]
+        assert seen == [(index, transport) for index in range(partitions)]
 
 
 def test_shards_that_move_in_every_generation_change_no_bit(lm_digest: str, tmp_path: Path) -> None:

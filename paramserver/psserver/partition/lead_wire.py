@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Callable
 
 from pscluster.spec import JobSpec
 from pscluster.summary import unpack_statistics
-from pscluster.v1.plan_pb2 import Connection as ConnectionMessage
 from pscluster.v1.plan_pb2 import Plan, ProcessReport
 from pscluster.wire.frame import AckResult, Header, Kind
 from psserver.partition import messages
@@ -30,7 +28,6 @@ class LeadWire:
     ) -> None:
         self._clients = clients
         self._hear_verdict = hear_verdict
-        self._report = report
         self.lead = Lead.at(
             spec,
             plan,
@@ -39,7 +36,7 @@ class LeadWire:
                 send_call=self._send_call,
                 direct=self._direct,
                 send_merged=self._send_merged,
-                report=self._report_with_connections,
+                report=report,
             ),
         )
 
@@ -61,15 +58,6 @@ class LeadWire:
         """Report what was committed since the last time, if it is time."""
         pushers = {client.index for client in self._clients.on("push")}
         self.lead.report_progress(now_s, connected=len(pushers))
-
-    def _report_with_connections(self, report: ProcessReport) -> None:
-        if report.WhichOneof("body") == "progress":
-            transports = {(c.index, _transport(c)) for c in self._clients.on("push")}
-            report.progress.connections.extend(
-                ConnectionMessage(trainer=rank, partition=0, transport=transport)
-                for rank, transport in sorted(transports)
-            )
-        self._report(report)
 
     def _send_verdict(self, index: int, verdict: Verdict) -> None:
         if index == 0:
@@ -97,7 +85,3 @@ class LeadWire:
         }
         owners = [client for client in self._clients.on("pull") if client.index in holders]
         self._clients.broadcast(owners, Kind.MERGED, lead.version, lead.merged.tobytes())
-
-
-def _transport(client: Client) -> str:
-    return "unix" if client.connection.socket.family == socket.AF_UNIX else "tcp"

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from pscluster.errors import NotFoundError, StateError
-from psmaster.jobs import Best, Check, JobState
-from psmaster.reports import Evaluated, is_better
+from psmaster.jobs import Best, Check, Connection, JobState
+from psmaster.reports import Connected, Evaluated, is_better
 from psmaster.seats import Kind
 from psmaster.state import find
 from tests.unit.master.world import PARTITION, TRAINER, World, failure, make_job, make_record
@@ -398,3 +398,14 @@ def test_what_is_better_follows_the_goal() -> None:
     assert not is_better(0.6, held, "min")
     assert not is_better(0.5, held, "max")
     assert not is_better(float("nan"), None, "min")
+
+
+def test_what_a_trainer_is_connected_to_replaces_what_was_known_of_it(world: World) -> None:
+    world.running()
+    unix = Connection(trainer=0, partition=0, transport="unix")
+    world.report("trainer-0", Connected(connections=(unix,)))
+    other = Connection(trainer=1, partition=0, transport="tcp")
+    world.report("trainer-1", Connected(connections=(other,)))
+    assert world.job().connections == (unix, other)
+    world.report("trainer-0", Connected(connections=()))
+    assert world.job().connections == (other,)

@@ -21,7 +21,7 @@ from pscluster.layout import Layout
 from pscluster.spec import JobSpec
 from pscluster.summary import Statistics, Summary, unpack_statistics
 from pscluster.tree import Node
-from pscluster.v1.plan_pb2 import Beat, Plan, PlanAdopted, ProcessReport
+from pscluster.v1.plan_pb2 import Beat, Connected, Connection, Plan, PlanAdopted, ProcessReport
 from pscluster.wire.frame import SUMMARY, UNCHANGED, WITH_FROZEN, Buffer, Header, Kind, job_number
 from pscluster.wire.reactor import Reactor
 from psworker.trainer.accumulate import Gradients, gather
@@ -65,6 +65,7 @@ class Exchange:
         self._error: BaseException | None = None
         # The reactor thread's own:
         self._peers: list[Peer] = []
+        self._reported_connections: list[Connection] = []
         self.progress = 0
 
     # ---- the main thread ----
@@ -229,7 +230,18 @@ class Exchange:
         self._counters.observe(self._peers)
         self._report(ProcessReport(beat=Beat(progress=self.progress)))
         self._report(ProcessReport(counters=self._counters.sample()))
+        self._report_connections()
         self._reactor.call_later(BEAT_S, self._beat)
+
+    def _report_connections(self) -> None:
+        held = [
+            Connection(trainer=self._rank, partition=peer.index, transport=peer.transport)
+            for peer in self._peers
+            if peer.is_connected
+        ]
+        if held != self._reported_connections:
+            self._reported_connections = held
+            self._report(ProcessReport(connected=Connected(connections=held)))
 
     def _report(self, report: ProcessReport) -> None:
         try:
