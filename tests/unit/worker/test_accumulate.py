@@ -126,6 +126,7 @@ def assert_same_bits(mine: Flat, other: Flat) -> None:
 
 @pytest.fixture(autouse=True)
 def _small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
     monkeypatch.setattr(pscluster.layout, "BUCKET_WORDS", 256)
 
 
