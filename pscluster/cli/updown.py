@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 from typing import TYPE_CHECKING
 
 import click
 
+from pscluster.cli.local.interruptions import interruptible_once
 from pscluster.cli.session import Session, Verb, answer, pass_session, say
 from pscluster.errors import SettingsError
 
@@ -29,12 +29,12 @@ def up(session: Session, workers: int | None, servers: int | None, foreground: b
     master's address.
     """
     cluster = _local(session)
-    with _terminable():
+    with interruptible_once():
         fresh = cluster.up(workers, servers)
-        _tell(cluster, fresh)
-        answer(cluster.located.address)
         if foreground:
-            _stay(cluster)
+            _stay(cluster, fresh)
+        else:
+            _tell(cluster, fresh)
 
 
 @click.command("down", cls=Verb)
@@ -69,33 +69,21 @@ def _tell(cluster: LocalCluster, fresh: bool) -> None:
     if fresh:
         say("  psctl submit SPEC --follow   train something (psctl init DIR writes an example)")
         say("  psctl down                   end it")
+    answer(cluster.located.address)
 
 
-def _stay(cluster: LocalCluster) -> None:
+def _stay(cluster: LocalCluster, fresh: bool) -> None:
     """Block until a signal asks for the end, or a daemon ends by itself; then take everything down."""
-    say("running in the foreground; Ctrl-C ends it")
     quiet = threading.Event()
     try:
+        _tell(cluster, fresh)
+        say("running in the foreground; Ctrl-C ends it")
         while not quiet.wait(_LOOK_S):
             cluster.check()
     except KeyboardInterrupt:
         say("ending the cluster")
     finally:
         cluster.down()
-
-
-class _terminable:  # noqa: N801 - reads as a statement
-    """SIGTERM ends what is inside like Ctrl-C does: orderly."""
-
-    def __enter__(self) -> None:
-        self._before = signal.signal(signal.SIGTERM, self._interrupt)
-
-    def __exit__(self, *_exc: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
-
-    @staticmethod
-    def _interrupt(_signal: int, _frame: object) -> None:
-        raise KeyboardInterrupt
 
 
 COMMANDS = (up, down)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pscluster.cli.local import processes, record
 from pscluster.cli.local.commands import command, count_of, daemon_dir, node_names
+from pscluster.cli.local.interruptions import held_back
 from pscluster.cli.local.last_words import exit_error, size_of
 from pscluster.cli.local.lock import locked
 from pscluster.cli.local.readiness import wait_ready
@@ -111,8 +112,9 @@ class LocalCluster:
         log = self.log_of(name)
         self._log_offsets[name] = size_of(log)
         words = command(name, self.state_dir, self.located.address, self.located.token_file)
-        daemon = processes.start(name, words, daemon_dir(name, self.state_dir), log)
-        self._started.append(daemon)
+        with held_back():  # a process that was started and not noted would never be ended
+            daemon = processes.start(name, words, daemon_dir(name, self.state_dir), log)
+            self._started.append(daemon)
         self.running = (*self.running, daemon)
         record.save(self.state_dir, self.located.address, self.running)
 
