@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -119,10 +119,23 @@ class Exchange:
             self._reactor.post(self._pull_all)
         return answer != "gone"
 
+    @property
+    def has_landed(self) -> bool:
+        """Whether all of the wanted version is there."""
+        with self._changed:
+            return self._landing.is_complete
+
     def wait_values(self, work: Work) -> None:
         """Block until all of the wanted version has landed. Raises SupersededError when it will not."""
+        self._wait_until(lambda: self._landing.is_complete, work)
+
+    def wait_bucket(self, work: Work, bucket: int) -> None:
+        """Block until one bucket of the wanted version has landed. Raises SupersededError when it will not."""
+        self._wait_until(lambda: self._landing.has_bucket(bucket), work)
+
+    def _wait_until(self, condition: Callable[[], bool], work: Work) -> None:
         with self._changed:
-            while not self._landing.is_complete:
+            while not condition():
                 if self._error is not None:
                     raise self._error
                 if self._closed or self._landing.is_superseded or self._timeline() != work.timeline:

@@ -61,8 +61,12 @@ class Landing:
         self._missing[place] = True
         return True
 
+    def has_bucket(self, bucket: int) -> bool:
+        """All of one bucket of the wanted version is there."""
+        return not any(b == bucket for _, b in self._missing)
+
     def finish(self, place: Place, version: int) -> bool:
-        """Values have arrived, landed or not; True if the wanted version became complete."""
+        """Values have arrived, landed or not; True if a bucket of the wanted version became complete."""
         if version != self.wanted:
             self.ahead = max(self.ahead, version)
             return False
@@ -70,7 +74,7 @@ class Landing:
             return False
         del self._missing[place]
         self._have_frozen = self._have_frozen or not self._missing
-        return not self._missing
+        return self.has_bucket(place[1])
 
     def restart(self) -> None:
         """Another timeline: versions count anew. What never changes is still there."""

@@ -18,6 +18,7 @@ from psworker.trainer.buffers import BufferSums
 from psworker.trainer.evaluation import Shapes, check_metric, loss_of, shard_statistics, unpack_metrics
 from psworker.trainer.exchange import Exchange, SupersededError
 from psworker.trainer.loading import user_code
+from psworker.trainer.pull_guard import PullGuard, sees_everything
 from psworker.trainer.telemetry import TrainerCounters
 from psworker.trainer.work import Work
 
@@ -52,6 +53,8 @@ class Trainer:
         self._buffers = BufferSums(replica, self._tree)
         self._shapes: Shapes = ()  # of the task's statistics, learnt from the first evaluated batch
         self._done: dict[tuple[int, int, str], set[int]] = {}
+        self._bucket_of = {id(p): replica.layout.bucket_of[number][0] for number, p in replica.parameters.items()}
+        self._may_overlap = sees_everything(replica.model)
 
     def run(self) -> None:
         """Work until the agent ends this process. Raises what user code raised, as a TaskError."""
@@ -86,10 +89,19 @@ class Trainer:
         if not self._exchange.want(work.version):
             raise SupersededError(f"version {work.version} is gone")
         with self._counters.phase("pull"):
-            self._exchange.wait_values(work)
+            self._wait_for_start(work)
         {"train": self._train, "evaluate": self._evaluate, "finalise": self._finalise, "finish": self._finish}[
             work.action
         ](work)
+
+    def _wait_for_start(self, work: Work) -> None:
+        """Block until the work may start: training as soon as the buffers are here, the rest when everything is."""
+        if work.action != "train" or not self._may_overlap:
+            self._exchange.wait_values(work)
+            return
+        for bucket in self._replica.layout.buckets:
+            if bucket.kind != "trained":
+                self._exchange.wait_bucket(work, bucket.index)
 
     # ---- training ----
 
@@ -119,19 +131,35 @@ class Trainer:
         with self._counters.phase("data"):
             batch, num_samples = self._batches.microbatch(work.version, shard)
         self._accumulator.begin(shard)
-        loss_sum, weight = self._forward_backward(batch) if num_samples else (0.0, 0.0)
+        loss_sum, weight = self._forward_backward(work, batch) if num_samples else (0.0, 0.0)
+        with self._counters.phase("pull"):
+            self._exchange.wait_values(work)  # nothing is pushed before every partition has given its values
         touched = self._accumulator.finish()
         with self._counters.phase("push"):
             self._push_rest(work, shard, loss_sum, weight, num_samples, touched)
         self._counters.microbatch(num_samples, weight)
 
-    def _forward_backward(self, batch: object) -> tuple[float, float]:
+    def _forward_backward(self, work: Work, batch: object) -> tuple[float, float]:
         with self._counters.phase("forward"):
-            loss_sum, weight = loss_of(self._task, self._replica.model, to_device(batch, "cpu"))
+            loss_sum, weight = self._forward(work, to_device(batch, "cpu"))
         with self._counters.phase("backward"), user_code("backward"):
             loss_sum.backward()  # type: ignore[no-untyped-call]
         self._replica.model.zero_grad(set_to_none=True)
         return float(loss_sum.detach()), weight
+
+    def _forward(self, work: Work, batch: object) -> tuple[torch.Tensor, float]:
+        """The loss; while values are still landing, each operation waits for its own parameters."""
+        if self._exchange.has_landed:
+            return loss_of(self._task, self._replica.model, batch)
+        with PullGuard(self._bucket_of, lambda bucket: self._wait_bucket(work, bucket)):
+            loss = loss_of(self._task, self._replica.model, batch)
+        with self._counters.phase("pull"):
+            self._exchange.wait_values(work)  # backward reads parameters, too
+        return loss
+
+    def _wait_bucket(self, work: Work, bucket: int) -> None:
+        with self._counters.phase("pull"):
+            self._exchange.wait_bucket(work, bucket)
 
     def _push_rest(
         self, work: Work, shard: int, loss_sum: float, weight: float, num_samples: int, touched: set[int]

@@ -22,6 +22,7 @@ class TrainerCounters:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._phase_s = dict.fromkeys(PHASES, 0.0)
+        self._inner_s = 0.0  # spent in phases within the one that runs; the main thread's alone
         self._samples = 0.0
         self._weight = 0.0
         self._microbatches = 0
@@ -29,14 +30,16 @@ class TrainerCounters:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time the block as part of a phase (wall-clock seconds)."""
+        """Time the block as part of a phase (wall-clock seconds); a phase within a phase counts as the inner one."""
+        outer, self._inner_s = self._inner_s, 0.0
         started = time.perf_counter()
         try:
             yield
         finally:
             spent = time.perf_counter() - started
             with self._lock:
-                self._phase_s[name] += spent
+                self._phase_s[name] += spent - self._inner_s
+            self._inner_s = outer + spent
 
     def microbatch(self, samples: float, weight: float) -> None:
         """One microbatch of training was computed."""
