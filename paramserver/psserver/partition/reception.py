@@ -4,31 +4,68 @@ from __future__ import annotations
 
 import json
 import struct
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
 from pscluster.codec import BufferNode
 from pscluster.errors import AuthError, FrameError, PsError
 from pscluster.summary import Summary, summary_bytes
+from pscluster.v1.plan_pb2 import Plan
 from pscluster.wire.connection import Connection
 from pscluster.wire.frame import MAX_SMALL_BYTES, SUMMARY, UNCHANGED, AckResult, Header, Kind
 from psserver.partition import messages
-from psserver.partition.clients import Client
-from psserver.partition.state import as_bytes
-
-if TYPE_CHECKING:
-    from psserver.partition.service import PartitionService
+from psserver.partition.clients import Client, Clients
+from psserver.partition.commit import Member
+from psserver.partition.state import PartitionState, as_bytes
+from psserver.partition.step import OpenStep
+from psserver.partition.telemetry import PartitionCounters
 
 _WEIGHT = struct.Struct("<d")
 _TRAINERS = frozenset({Kind.INIT, Kind.PUSH, Kind.STATISTICS, Kind.OUTCOME})
 _MAX_HELLO_BYTES = 4096
 
 
+class Receiver(Protocol):
+    """What the reception asks of the partition behind it. Everything on the partition's thread."""
+
+    plan: Plan | None
+    state: PartitionState | None
+    step: OpenStep | None
+    member: Member
+    clients: Clients
+    counters: PartitionCounters
+
+    @property
+    def job(self) -> int:
+        """The job's number in frames."""
+
+    def greet(self, client: Client, header: Header, told: dict[str, object]) -> None:
+        """A HELLO."""
+
+    def take_initial(self, bucket: int) -> None:
+        """A bucket has its first values."""
+
+    def try_vote(self) -> None:
+        """A push was taken: the step may be complete."""
+
+    def hold_early(self, client: Client, header: Header, body: memoryview) -> None:
+        """A summary of the step after the open one: to be handed in again when it is open."""
+
+    def hear_lead_business(self, client: Client, header: Header, body: memoryview) -> None:
+        """What only the lead hears: votes, joins, evaluations, outcomes."""
+
+    def version_of(self, bucket: int) -> int:
+        """Which version a bucket's values are."""
+
+    def connection_closed(self, connection: Connection) -> None:
+        """A connection is gone."""
+
+
 class Reception:
     """The `Handler` of every connection that a partition accepts."""
 
-    def __init__(self, service: PartitionService) -> None:
+    def __init__(self, service: Receiver) -> None:
         self._service = service
 
     def body_target(self, connection: Connection, header: Header) -> memoryview:
@@ -184,7 +221,7 @@ def _expect(header: Header, length: int) -> None:
 def _json(body: memoryview) -> dict[str, object]:
     try:
         told = json.loads(bytes(body))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FrameError(f"a body does not parse: {error}", details={"field": "body"}) from None
     if not isinstance(told, dict):
         raise FrameError("a body is no mapping", details={"field": "body"})

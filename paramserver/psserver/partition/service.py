@@ -61,7 +61,7 @@ class PartitionService:
         self._lead_wire: LeadWire | None = None  # of partition 0
         self._reactor = reactor
         self._job = job_number(link.start.job_id)
-        self.clients = Clients(self._header)
+        self.clients = Clients(self.header)
         self._uplink: Uplink | None = None
         self._reception = Reception(self)
         self._snapshots = SnapshotWriter(Path(link.start.store), self.index, reactor.post)
@@ -310,13 +310,15 @@ class PartitionService:
         if plan is None or self.state is None:
             client.connection.close()  # no plan yet; the caller dials again
             return
-        if not hmac.compare_digest(str(told.get("token", "")), plan.data_token.hex()):
+        if not hmac.compare_digest(str(told.get("token", "")).encode(), plan.data_token.hex().encode()):
             raise AuthError("a data connection without the job's token")
-        timeline = int(str(told.get("restore_generation", 0)))
+        timeline = told.get("restore_generation")
+        if not isinstance(timeline, int):
+            raise FrameError("a greeting without a restore_generation", details={"field": "body"})
         if timeline != plan.restore_generation:
             if timeline < plan.restore_generation:
                 body = json.dumps({"generation": plan.generation}).encode()
-                client.connection.send(self._header(kind=Kind.FENCED), [body])
+                client.connection.send(self.header(kind=Kind.FENCED), [body])
                 self.counters.fenced += 1
             client.connection.close()
             return
@@ -329,7 +331,7 @@ class PartitionService:
             "open_bucket": self.step.open_bucket if self.step else -1,
             "needs_values": not self.state.is_filled,
         }
-        client.connection.send(self._header(kind=Kind.WELCOME), [json.dumps(welcome).encode()])
+        client.connection.send(self.header(kind=Kind.WELCOME), [json.dumps(welcome).encode()])
         if client.channel == "pull" and self._lead_wire is not None:
             self._lead_wire.welcome(client)
 
@@ -359,13 +361,10 @@ class PartitionService:
     def _credit(self, owner: object, size_bytes: int) -> None:
         self.clients.credit(owner, size_bytes, self.step.open_bucket if self.step else -1)
 
-    def _header(self, **fields: object) -> Header:
-        generation = self.plan.generation if self.plan else 0
-        return Header(job=self._job, generation=generation, sender=self.index, **fields)  # type: ignore[arg-type]
-
     def header(self, **fields: object) -> Header:
         """A header of this job, generation and sender."""
-        return self._header(**fields)
+        generation = self.plan.generation if self.plan else 0
+        return Header(job=self._job, generation=generation, sender=self.index, **fields)  # type: ignore[arg-type]
 
     @property
     def job(self) -> int:

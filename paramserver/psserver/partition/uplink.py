@@ -4,26 +4,46 @@ from __future__ import annotations
 
 import json
 import random
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from pscluster.errors import FrameError, PsError
+from pscluster.spec import JobSpec
+from pscluster.v1.plan_pb2 import Plan
 from pscluster.wire.connection import Connection
 from pscluster.wire.frame import MAX_SMALL_BYTES, Header, Kind
 from pscluster.wire.reactor import Reactor
 from pscluster.wire.transport import choose_address
 from psserver.partition import messages
-from psserver.partition.commit import Vote
-
-if TYPE_CHECKING:
-    from psserver.partition.service import PartitionService
+from psserver.partition.commit import Member, Verdict, Vote
+from psserver.partition.state import PartitionState
+from psserver.partition.telemetry import PartitionCounters
 
 _RETRY_S = 0.05
+
+
+class Voter(Protocol):
+    """What the uplink asks of its partition. Everything on the partition's thread."""
+
+    spec: JobSpec
+    plan: Plan | None
+    state: PartitionState | None
+    member: Member
+    counters: PartitionCounters
+
+    def header(self, **fields: object) -> Header:
+        """A header of this job, generation and sender."""
+
+    def hear_call(self) -> None:
+        """The lead asks for the vote."""
+
+    def hear_verdict(self, verdict: Verdict) -> None:
+        """The lead's verdict."""
 
 
 class Uplink:
     """For one timeline; on the partition's thread."""
 
-    def __init__(self, reactor: Reactor, service: PartitionService, addresses: list[str]) -> None:
+    def __init__(self, reactor: Reactor, service: Voter, addresses: list[str]) -> None:
         self._reactor = reactor
         self._service = service
         self._addresses = addresses
