@@ -36,7 +36,7 @@ test: setup ## every test (under 10 minutes on two cores)
 	$(BIN)/pytest -q tests
 
 bench: setup ## the benchmarks, each against its baseline in one run
-	@for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
+	@for script in $(wildcard benchmarks/[a-z]*.py); do $(BIN)/python $$script || exit 1; done
 
 $(PROTO_VENV)/.ready: Makefile
 	@$(PYTHON) -m venv $(PROTO_VENV)
