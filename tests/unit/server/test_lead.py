@@ -1,0 +1,298 @@
+"""The lead: opens the job, gives verdicts, says what comes next, evaluates, reports."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from harness.played import played_plan, played_spec
+from pscluster.errors import FrameError
+from pscluster.layout import Layout, TensorSpec
+from pscluster.summary import Summary
+from pscluster.tree import Node
+from pscluster.v1.plan_pb2 import ProcessReport
+from psserver.partition.commit import Verdict, Vote
+from psserver.partition.lead import Lead, Outputs
+
+LAYOUT = Layout((TensorSpec(names=("w",), shape=(4,), dtype="float32", kind="trained"),))
+FINAL_STEP = 6
+
+
+class Played:
+    """A lead of two partitions and two shards; `log` keeps what it says, in order."""
+
+    def __init__(self, *, resume_step: int = 0, **sections: Any) -> None:
+        sections = {"evaluate": {"every_steps": 2}, "durability": {"every_steps": 3}, **sections}
+        self.spec = played_spec(2, 2, **sections)
+        self.log: list[tuple[Any, ...]] = []
+        self.reports: list[ProcessReport] = []
+        self.lead = Lead.at(self.spec, self.plan(1, resume_step=resume_step), self._outputs())
+
+    def _outputs(self) -> Outputs:
+        return Outputs(
+            send_verdict=lambda index, verdict: self.log.append(("verdict", index, verdict)),
+            send_call=lambda index: self.log.append(("call", index)),
+            direct=lambda: self.log.append(("direct", self.lead.version, json.loads(self.lead.directive)["action"])),
+            send_merged=lambda: self.log.append(("merged",)),
+            report=self.reports.append,
+        )
+
+    def plan(self, generation: int, **fields: Any) -> Any:
+        return played_plan(LAYOUT, {0: [0, 1]}, generation=generation, partitions=2, final_step=FINAL_STEP, **fields)
+
+    def open(self) -> Played:
+        for index in (0, 1):
+            self.lead.join(index, self.lead.version)
+        self.log.clear()
+        return self
+
+    def vote(self, *, loss: float = 3.0, generation: int = 1, finite: bool = True) -> None:
+        """Both partitions vote on the open step."""
+        step = self.lead.version
+        self.lead.take_summary(Summary(loss_sum=loss, weight=2.0, samples=2, touched=b"\1"))
+        for index in (1, 0):
+            squares = {index: 2.0}
+            vote = Vote(generation=generation, step=step, partition=index, squares=squares, finite=finite)
+            self.lead.vote(vote)
+
+    def evaluate(self) -> None:
+        """Both shards send their statistics, and shard 0's trainer the finalised metrics."""
+        for shard in (0, 1):
+            self.lead.statistics(self.lead.version, Node(shard, 1), np.array([1.0, 2.0]))
+        self.lead.outcome(self.lead.version, {"metrics": {"loss": 0.5}})
+
+    def directives(self) -> list[str]:
+        return [f"{said[2]} {said[1]}" for said in self.log if said[0] == "direct"]
+
+    def reported(self, body: str) -> list[Any]:
+        return [getattr(report, body) for report in self.reports if report.WhichOneof("body") == body]
+
+
+def test_the_job_opens_when_every_partition_holds_the_version() -> None:
+    played = Played()
+    played.lead.join(1, 0)
+    played.lead.join(1, 0)
+    assert not played.lead.is_open and played.log == []
+
+    played.lead.join(0, 0)
+
+    assert played.lead.is_open
+    assert played.log == [("direct", 0, "train")]
+    assert [p.step for p in played.reported("progress")] == [0], "the first report says that it runs"
+
+
+def test_a_partition_that_joins_again_does_not_open_the_job_again() -> None:
+    played = Played().open()
+    played.lead.join(1, 0)
+
+    assert played.log == []
+
+
+def test_a_partition_that_missed_the_last_verdict_is_called() -> None:
+    played = Played().open()
+    played.vote()
+    played.log.clear()
+    played.lead.join(1, 0)
+    assert played.log == [("call", 1)]
+
+    played.lead.vote(Vote(generation=1, step=0, partition=1, squares={1: 2.0}))
+
+    assert [said[:2] for said in played.log] == [("call", 1), ("verdict", 1)], "to the one that asked, alone"
+
+
+def test_the_last_vote_decides_for_all_and_trainers_hear_first() -> None:
+    played = Played().open()
+    played.vote()
+
+    assert [said[:2] for said in played.log] == [("direct", 1), ("verdict", 0), ("verdict", 1)]
+    verdict: Verdict = played.log[1][2]
+    assert (verdict.step, verdict.kind, verdict.norm, verdict.scale) == (0, "commit", 1.0, 0.5)
+
+
+def test_a_whole_job_in_order() -> None:
+    played = Played().open()
+    while played.lead.action != "finish":
+        played.evaluate() if played.lead.action == "evaluate" else played.vote()
+    played.lead.outcome(FINAL_STEP, {"sha256": "abc"})
+
+    said = "train 1,evaluate 2,train 2,train 3,evaluate 4,train 4,train 5,evaluate 6,finish 6"
+    assert played.directives() == said.split(",")
+    assert [e.step for e in played.reported("evaluated")] == [2, 4, 6]
+    ((finished),) = played.reported("finished")
+    assert (finished.step, finished.stopped, finished.parameters_sha256) == (6, False, "abc")
+    records = [record for progress in played.reported("progress") for record in progress.records]
+    assert [(r.step, r.loss, r.grad_norm, r.skipped) for r in records] == [
+        (step, 1.5, 1.0, False) for step in range(1, 7)
+    ]
+    written = [v[2].step + 1 for v in played.log if v[0] == "verdict" and v[1] == 0 and v[2].snapshot]
+    assert written == [2, 3, 4, 6]
+
+
+def test_an_evaluation_takes_each_node_once_and_only_of_its_version() -> None:
+    played = Played().open()
+    played.vote()
+    played.vote()
+    one = np.array([1.0])
+    assert played.lead.action == "evaluate"
+    assert not played.lead.statistics(1, Node(0, 1), one), "of another version"
+    assert played.lead.statistics(2, Node(1, 1), one)
+    assert not played.lead.statistics(2, Node(1, 1), one), "a duplicate"
+    assert played.lead.merged is None
+    assert played.lead.statistics(2, Node(0, 2), one * 5), "it covers what came before"
+
+    assert played.lead.merged is not None and played.lead.merged.tolist() == [5.0]
+    assert played.log[-1][0] == "merged"
+    assert not played.lead.statistics(2, Node(0, 1), one), "too late"
+
+
+def test_outcomes_are_taken_once_and_in_their_place() -> None:
+    played = Played().open()
+    played.lead.outcome(0, {"metrics": {"loss": 1.0}})
+    played.lead.outcome(0, {"sha256": "x"})
+    assert played.reported("evaluated") == played.reported("finished") == []
+    played.vote()
+    played.vote()
+    played.lead.outcome(1, {"metrics": {"loss": 1.0}})
+    played.lead.outcome(2, {"metrics": {"loss": 1.0}})
+    played.lead.outcome(2, {"metrics": {"loss": 1.0}})
+
+    assert [(e.step, dict(e.metrics)) for e in played.reported("evaluated")] == [(2, {"loss": 1.0})]
+
+
+def test_the_end_is_reported_once() -> None:
+    played = Played(train={"max_steps": 1}).open()
+    while played.lead.action != "finish":
+        played.evaluate() if played.lead.action == "evaluate" else played.vote()
+    for _ in range(3):
+        played.lead.outcome(FINAL_STEP, {"sha256": "abc"})
+
+    assert len(played.reported("finished")) == 1
+
+
+def test_a_new_generation_calls_for_votes_and_says_again_what_goes_on() -> None:
+    played = Played().open()
+    played.lead.vote(Vote(generation=1, step=0, partition=1))
+    played.lead.adopt(played.plan(2))
+
+    assert played.log == [("call", 0), ("call", 1), ("direct", 0, "train")]
+    played.log.clear()
+    played.lead.vote(Vote(generation=1, step=0, partition=0))
+    assert played.log == [], "a vote of the past"
+    played.vote(generation=2)
+    assert played.directives() == ["train 1"]
+
+
+def test_a_new_generation_in_mid_evaluation_keeps_what_is_in() -> None:
+    played = Played().open()
+    played.vote()
+    played.vote()
+    played.lead.statistics(2, Node(0, 1), np.array([1.0]))
+    played.lead.adopt(played.plan(2))
+    played.lead.statistics(2, Node(1, 1), np.array([2.0]))
+    assert played.lead.merged is not None and played.lead.merged.tolist() == [3.0]
+    played.log.clear()
+
+    played.lead.adopt(played.plan(3))
+
+    assert played.log == [("call", 0), ("call", 1), ("merged",), ("direct", 2, "evaluate")]
+
+
+def test_statistics_that_do_not_add_change_nothing() -> None:
+    played = Played().open()
+    played.vote()
+    played.vote()
+    played.lead.statistics(2, Node(0, 1), np.array([1.0]))
+    for _ in range(2):
+        with pytest.raises(FrameError):
+            played.lead.statistics(2, Node(1, 1), np.array([1.0, 2.0]))
+    played.lead.statistics(2, Node(1, 1), np.array([2.0]))
+
+    assert played.lead.merged is not None and played.lead.merged.tolist() == [3.0]
+
+
+def test_before_all_have_joined_a_generation_is_only_noted() -> None:
+    played = Played()
+    played.lead.adopt(played.plan(2))
+
+    assert played.log == []
+    played.open()
+    played.vote(generation=2)
+    assert played.directives() == ["train 1"]
+
+
+def test_a_stop_waits_for_a_version_that_is_written() -> None:
+    played = Played().open()
+    played.vote()
+    played.lead.adopt(played.plan(2, stop=True))
+    assert played.directives()[-1] == "train 1", "version 1 is not written: one step more"
+    played.vote(generation=2)
+    assert played.directives()[-1] == "finish 2"
+    assert played.log[-1][2].snapshot and played.log[-1][2].last
+
+    played.lead.outcome(2, {"sha256": "abc"})
+
+    ((finished),) = played.reported("finished")
+    assert (finished.step, finished.stopped, finished.generation) == (2, True, 2)
+
+
+def test_a_stop_at_a_written_version_finishes_at_once() -> None:
+    played = Played(resume_step=3).open()
+    played.lead.adopt(played.plan(2, stop=True))
+
+    assert played.directives() == ["finish 3"]
+
+
+@pytest.mark.parametrize(("loss", "finite", "what"), [(math.nan, True, "the loss"), (1.0, False, "a gradient")])
+def test_what_is_not_finite_stops_the_job_by_name(loss: float, finite: bool, what: str) -> None:
+    played = Played().open()
+    played.vote(loss=loss, finite=finite)
+
+    ((failure),) = played.reported("failure")
+    assert failure.error.code == "PS-2005"
+    assert what in failure.error.cause and "step 1" in failure.error.cause
+    assert failure.step == 1
+    assert played.directives() == [], "nothing comes after it"
+    assert {said[2].kind for said in played.log} == {"stop"}
+
+
+def test_a_skipped_step_is_recorded_as_such() -> None:
+    played = Played(on_nonfinite="skip").open()
+    played.vote(finite=False)
+    played.vote()
+    played.lead.report_progress(1e12)
+
+    records = [record for progress in played.reported("progress") for record in progress.records]
+    assert [(r.step, r.skipped) for r in records] == [(1, True), (2, False)]
+    assert math.isnan(records[0].grad_norm)
+
+
+def test_progress_is_reported_once_a_second_when_there_is_news() -> None:
+    played = Played(evaluate={}).open()
+
+    def reported_at(now: float) -> list[int]:
+        played.reports.clear()
+        played.lead.report_progress(now)
+        return [record.step for progress in played.reported("progress") for record in progress.records]
+
+    played.vote()
+    assert reported_at(1000.0) == [1]
+    played.vote()
+    played.vote()
+    assert reported_at(1000.5) == [], "not yet"
+    assert reported_at(1001.0) == [2, 3]
+    assert reported_at(1100.0) == [] and played.reports == [], "no news"
+
+
+def test_a_lead_that_resumes_goes_on_from_there() -> None:
+    played = Played(resume_step=4)
+    assert played.lead.version == 4
+    played.open()
+    assert played.lead.action == "evaluate", "evaluated again: the same numbers"
+    played.evaluate()
+    played.vote()
+
+    assert played.directives() == ["train 4", "train 5"]
