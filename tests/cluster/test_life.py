@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import signal
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -166,13 +167,22 @@ def test_describe_names_the_nodes_of_its_checks(cluster: LocalCluster, results: 
     assert by_node["worker-0"] == by_node["worker-1"] != []
     text = cluster.psctl("describe", results.job).stdout
     assert re.search(r"worker-1 +canary +ok", text)
-    assert re.search(r"Transports:\n  unix: +trainer-partition 0-0, 1-0", text)
 
 
 def test_an_unknown_job_and_a_goal_that_is_not_met(cluster: LocalCluster, results: Results) -> None:
     unknown = cluster.psctl("wait", "nobody-abcdef", expect=102)
     assert (unknown.stdout, "PS-1003" in unknown.stderr) == ("", True)
     assert "PS-1004" in cluster.psctl("wait", results.job, "--for=failed", expect=1).stderr
+
+
+def test_following_a_job_that_fails_exits_100_and_says_why(cluster: LocalCluster, root: Path) -> None:
+    path = root / "wrong.json"
+    path.write_text(json.dumps(spec(name="wrong", task={**spec()["task"], "args": {"layer": 1}})))
+    done = cluster.psctl("submit", str(path), "--follow", expect=100)
+    assert re.fullmatch(r"wrong-[a-z2-7]{6}\n", done.stdout)
+    assert "PS-4100" in done.stderr
+    assert "PS-2001" in done.stderr
+    assert "did you mean layers?" in done.stderr
 
 
 # ---- queue, stop, resume, delete ----
@@ -205,11 +215,28 @@ def test_a_job_that_wants_more_workers_says_so_and_starts_when_one_comes(wide: W
     assert cluster.describe(wide.job)["workers_active"] == 3
 
 
+def test_describe_shows_how_trainers_and_partitions_are_connected(wide: Wide, cluster: LocalCluster) -> None:
+    cluster.until(wide.job, lambda found: len(found.connections) == 3)
+    text = cluster.psctl("describe", wide.job).stdout
+    assert re.search(r"Transports:\n  unix: +trainer-partition 0-0, 1-0, 2-0", text)
+
+
 def test_a_live_job_cannot_be_deleted_and_waiting_for_it_has_a_limit(wide: Wide, cluster: LocalCluster) -> None:
     refused = cluster.psctl("delete", wide.job, expect=1)
     assert (refused.stdout, "PS-1004" in refused.stderr, "psctl stop" in refused.stderr) == ("", True, True)
     late = cluster.psctl("wait", wide.job, "--timeout", "0.2s", expect=101)
     assert (late.stdout, "PS-4101" in late.stderr) == ("", True)
+    assert cluster.describe(wide.job)["state"] == "RUNNING"
+
+
+def test_ctrl_c_detaches_a_follower_and_the_job_goes_on(wide: Wide, cluster: LocalCluster) -> None:
+    follower = cluster.start("follow", wide.job)
+    assert follower.stderr is not None
+    assert "RUNNING" in follower.stderr.readline()
+    follower.send_signal(signal.SIGINT)
+    out, told = follower.communicate(timeout=60)
+    assert (follower.returncode, out) == (130, "")
+    assert f"detached; {wide.job} goes on" in told
     assert cluster.describe(wide.job)["state"] == "RUNNING"
 
 
@@ -243,16 +270,6 @@ def test_the_next_job_waits_its_turn_and_a_stopped_one_resumes_with_the_same_bit
     cluster.wait(wide.job, "succeeded")
     assert cluster.describe(wide.job)["parameters_sha256"] == plain.digest
     assert "PS-1004" in cluster.psctl("resume", wide.job, expect=1).stderr
-
-
-def test_following_a_job_that_fails_exits_100_and_says_why(cluster: LocalCluster, root: Path) -> None:
-    path = root / "wrong.json"
-    path.write_text(json.dumps(spec(name="wrong", task={**spec()["task"], "args": {"layer": 1}})))
-    done = cluster.psctl("submit", str(path), "--follow", expect=100)
-    assert re.fullmatch(r"wrong-[a-z2-7]{6}\n", done.stdout)
-    assert "PS-4100" in done.stderr
-    assert "PS-2001" in done.stderr
-    assert "did you mean layers?" in done.stderr
 
 
 def test_delete_forgets_an_ended_job_and_its_files(cluster: LocalCluster, results: Results) -> None:

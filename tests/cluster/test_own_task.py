@@ -177,12 +177,16 @@ def test_init_writes_a_job_that_runs_from_any_directory(cluster: LocalCluster, t
     assert (told["state"], told["step"]) == ("SUCCEEDED", 3)
     assert set(told["metrics"]) == {"bits_per_character", "loss"}
     assert list((tmp_path / "elsewhere").iterdir()) == []
+    evaluated = json.loads(cluster.psctl("eval", job, "-o", "json").stdout)  # its code and data come from the bundle
+    assert evaluated["metrics"] == told["metrics"]
 
 
 def test_the_bundle_is_the_directory_without_what_git_ignores(cluster: LocalCluster, jobs: dict[str, str]) -> None:
-    """Two modules and a relative path to data work; what the task prints is in the logs."""
-    cluster.wait(jobs["skip"], "succeeded")
-    (line,) = [line for line in cluster.psctl("logs", jobs["skip"]).stdout.splitlines() if "files:" in line]
+    """Two modules and a relative path to data work; what the task prints is in the logs, which end with the job."""
+    followed = cluster.psctl("logs", "-f", jobs["skip"]).stdout
+    assert cluster.describe(jobs["skip"])["state"] == "SUCCEEDED"
+    assert cluster.psctl("logs", jobs["skip"]).stdout == followed
+    (line,) = [line for line in followed.splitlines() if "files:" in line]
     source, _, text = line.partition(" | ")
     assert source.strip() == "trainer-0"
     listed = text.split()[1:]
