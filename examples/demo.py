@@ -28,7 +28,7 @@ import ngram
 
 SPEC = Path(__file__).resolve().parent / "stdlib-lm.yaml"
 PSCTL = Path(sys.executable).with_name("psctl")
-PROMPT = "def "
+PROMPT = '    """Return '
 _INTERRUPTED = 130
 
 
