@@ -24,6 +24,7 @@ PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 
 
 _LONGEST_SHOWN = 80
+_MOST_NESTED = 64  # of a task's arguments: far below what json and pydantic can recurse into
 
 
 class _Section(BaseModel):
@@ -41,6 +42,8 @@ class TaskSection(_Section):
     def _plain(cls, args: dict[str, Any]) -> dict[str, Any]:
         """Arguments travel as JSON: what JSON would change (dates, sets, NaN) is refused rather than changed."""
         for key, value in args.items():
+            if _is_deeper_than(_MOST_NESTED, value):
+                raise ValueError(f"{key} is nested more than {_MOST_NESTED} levels deep")
             try:
                 same = json.loads(json.dumps(value, allow_nan=False)) == value
             except (TypeError, ValueError):
@@ -259,6 +262,14 @@ def apply_override(data: dict[str, Any], pair: str) -> None:
         if not isinstance(data, dict):
             raise SpecError(f"--set {key}: {parent} is not a section")
     data[last] = parsed
+
+
+def _is_deeper_than(levels: int, value: object) -> bool:
+    layer: list[Any] = [value]
+    for _ in range(levels):
+        held = {id(item): item for item in layer if isinstance(item, list | tuple | dict)}  # YAML can name one often
+        layer = [inner for item in held.values() for inner in (item.values() if isinstance(item, dict) else item)]
+    return any(isinstance(item, list | tuple | dict) for item in layer)
 
 
 def _explain(error: ValidationError) -> str:

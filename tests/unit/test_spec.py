@@ -22,6 +22,13 @@ GOOD: dict[str, Any] = {
 }
 
 
+def nested(levels: int) -> object:
+    value: object = 0
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
 def with_changes(**paths: Any) -> dict[str, Any]:
     """GOOD with `a__b=value` set at a.b."""
     data: dict[str, Any] = json.loads(json.dumps(GOOD))
@@ -95,6 +102,8 @@ def test_the_spec_of_the_manual_is_lawful() -> None:
         ({"name": 7}, "name"),
         ({"task__entrypoint": "task.py"}, "task.entrypoint"),
         ({"task__args": {"when": math.nan}}, "when is nan"),
+        ({"task__args": {"tree": nested(65)}}, "tree is nested more than 64 levels deep"),
+        ({"task__args": {"tree": nested(5000)}}, "tree is nested more than 64 levels deep"),
         ({"task__args": {1: 2}}, "task.args"),
         ({"apiVersion": "ps/v2"}, "apiVersion"),
         ({"train": None}, "train"),
@@ -253,3 +262,16 @@ def test_the_code_of_a_newer_peer_is_kept() -> None:
     error = from_dict({"code": "PS-7777", "cause": "new"})
     assert (type(error), error.code, str(error)) == (PsError, "PS-7777", "PS-7777: new")
     assert PsError.code == "PS-9000"
+
+
+def test_arguments_may_be_nested() -> None:
+    spec = parse_spec(with_changes(task__args={"tree": nested(64)}))
+    assert parse_spec(json.loads(spec.canonical_json())) == spec
+
+
+def test_an_argument_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    train = "train: {global_batch: 2, microbatch: 2, epochs: 1}"
+    path.write_text("name: lm\ntask: {entrypoint: 'task:Lm', args: {a: &a [*a, *a]}}\n" + train)
+    with pytest.raises(SpecError, match="a is nested more than 64 levels deep"):
+        load_spec(path, ())
