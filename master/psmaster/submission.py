@@ -44,7 +44,7 @@ def read_spec(spec_json: str) -> JobSpec:
     """The spec that a client sent. Raises SpecError."""
     try:
         data = json.loads(spec_json)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SpecError(f"the spec is not JSON: {error}") from None
     return parse_spec(data)
 

@@ -118,6 +118,8 @@ def test_a_submission_becomes_a_job_with_a_name_of_its_own(tmp_path_factory: pyt
     assert elsewhere.request_id
     with pytest.raises(SpecError):
         new_job("[]", "", "", directory, NOW)
+    with pytest.raises(SpecError, match="not JSON"):
+        new_job("[" * 100_000, "", "", directory, NOW)
 
 
 def test_rates_are_measured_over_the_last_seconds() -> None:
