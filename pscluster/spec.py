@@ -125,7 +125,7 @@ class TrainSection(_Section):
 class WorkersSection(_Section):
     min: PositiveInt = 1
     max: PositiveInt | None = None
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: Literal["auto", "cpu"] = "auto"
     threads: PositiveInt = 1
 
     @model_validator(mode="after")

@@ -119,11 +119,10 @@ def _admit(draft: Draft, view: View, ahead: str) -> None:
     for kind, places in ((Kind.TRAINER, admission.trainers), (Kind.PARTITION, admission.partitions)):
         for rank, node_id in enumerate(places):
             draft.place(kind, rank, view.nodes[node_id])
-    servers = len(set(admission.partitions))
     draft.say(
         "Admitted",
-        f"{len(admission.trainers)} trainers on {len(set(admission.trainers))} workers, "
-        f"{len(admission.partitions)} partitions on {servers} servers",
+        f"trainers on {', '.join(dict.fromkeys(admission.trainers))}; "
+        f"partitions on {', '.join(dict.fromkeys(admission.partitions))}",
     )
 
 
