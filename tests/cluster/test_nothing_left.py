@@ -153,9 +153,8 @@ def test_after_sigterm_of_each_daemon_in_the_middle_of_a_job(site: Site, tmp_pat
     assert site.left() == []
 
 
-@pytest.mark.parametrize("times", [1, 3])
-def test_after_ctrl_c_of_a_cluster_in_the_foreground(times: int, site: Site, tmp_path: Path) -> None:
-    """Also of an impatient person."""
+def test_after_ctrl_c_of_a_cluster_in_the_foreground(site: Site, tmp_path: Path) -> None:
+    """Of an impatient person, who presses it again and again."""
     process = site.start("up", "--workers", "1", "--servers", "1", "--foreground")
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.readline().startswith("unix:")
@@ -164,7 +163,7 @@ def test_after_ctrl_c_of_a_cluster_in_the_foreground(times: int, site: Site, tmp
     os.killpg(process.pid, signal.SIGINT)
     while "ending the cluster" not in (line := process.stderr.readline()):
         assert line, "psctl ended without a word"
-    for _ in range(times - 1):
+    for _ in range(3):
         os.killpg(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 0, told
