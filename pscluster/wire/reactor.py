@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import heapq
 import itertools
+import math
 import os
 import selectors
 import socket
@@ -14,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from pscluster.errors import FrameError
 from pscluster.wire.connection import Connection, Handler
 from pscluster.wire.transport import accept, bind, start_dial
 
@@ -83,13 +85,14 @@ class Reactor:
     def unwatch(self, fd: int) -> None:
         self._selector.unregister(fd)
 
-    def listen(self, address: str, handler: Handler) -> str:
+    def listen(self, address: str, handler: Handler, greeting_s: float = math.inf) -> str:
         """Accept connections at `address` for `handler`; returns the address that peers dial (port resolved).
 
+        A caller whose connection has no `context` after `greeting_s` is closed: it only occupies a descriptor.
         Raises AddressInUseError."""
         listener, bound = bind(address)
         self._listeners.append((listener, bound))
-        self._listen_on(listener, handler)
+        self._listen_on(listener, handler, greeting_s)
         return bound
 
     def dial(self, address: str, handler: Handler, done: Callable[[Connection | None, str], None]) -> None:
@@ -127,20 +130,26 @@ class Reactor:
             self._selector.close()
             os.close(self._wake)
 
-    def _listen_on(self, listener: socket.socket, handler: Handler) -> None:
-        self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener, handler))
+    def _listen_on(self, listener: socket.socket, handler: Handler, greeting_s: float) -> None:
+        self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener, handler, greeting_s))
 
-    def _accept(self, listener: socket.socket, handler: Handler) -> None:
+    def _accept(self, listener: socket.socket, handler: Handler, greeting_s: float) -> None:
         try:
             sock = accept(listener)
         except OSError as error:
             if error.errno not in _EXHAUSTED:
                 raise
             self._selector.unregister(listener)  # callers wait in the kernel's queue; the others are served on
-            self.call_later(_ACCEPT_AGAIN_S, lambda: self._listen_on(listener, handler))
+            self.call_later(_ACCEPT_AGAIN_S, lambda: self._listen_on(listener, handler, greeting_s))
             return
         if sock is not None:
-            self.adopt(sock, handler)
+            connection = self.adopt(sock, handler)
+            if math.isfinite(greeting_s):
+                self.call_later(greeting_s, lambda: self._close_unless_greeted(connection))
+
+    def _close_unless_greeted(self, connection: Connection) -> None:
+        if connection.context is None:
+            connection.close(FrameError("a caller that did not greet", details={"field": "greeting"}))
 
     def _dialled(self, sock: socket.socket, handler: Handler, done: Callable[..., Any]) -> None:
         self._selector.unregister(sock)

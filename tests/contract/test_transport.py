@@ -488,3 +488,18 @@ def test_callers_wait_while_no_descriptor_is_free_and_others_are_served(world: W
     world.until(lambda: sum(h.step == 8 for h, _ in world.listening.frames) == 3)
     for peer in peers:
         peer.close()
+
+
+def test_a_caller_that_does_not_greet_in_time_is_closed_by_name_and_one_that_did_stays(tmp_path: Path) -> None:
+    reactor, listening = Reactor(), Recorder()
+    listening.on_frame = lambda connection, _: setattr(connection, "context", "greeted")
+    address = reactor.listen(f"unix:{tmp_path}/s", listening, greeting_s=0.05)
+    world = World(reactor, address, listening, Recorder())
+    silent = world.dial()
+    polite = world.dial()
+    polite.send(header())
+    world.until(lambda: not silent.is_open)
+    assert [str(end) for end in listening.ends] == ["PS-3002: a caller that did not greet"]
+    polite.send(header(1))
+    world.until(lambda: len(listening.frames) == 2)
+    reactor.close()

@@ -17,6 +17,8 @@ from psserver.canary import numerics_class, settle_numerics
 from psserver.partition.service import PartitionService
 from psserver.partition.telemetry import PartitionCounters
 
+GREETING_S = 10.0  # in which a caller must have said who it is
+
 
 def main() -> int:
     """Be the partition that the agent's start order describes; returns the exit code."""
@@ -27,7 +29,7 @@ def main() -> int:
     reactor = Reactor()
     service = PartitionService(link, spec, reactor, PartitionCounters())
     try:
-        addresses = [reactor.listen(address, service.handler) for address in _addresses(spec)]
+        addresses = [reactor.listen(address, service.handler, GREETING_S) for address in _addresses(spec)]
         digest, detail = numerics_class()
         ready = PartitionReady(addresses=addresses, numerics_class=digest, numerics_detail=detail)
         link.report(ProcessReport(partition_ready=ready))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pscluster.errors import NonFiniteError
+from pscluster.errors import FrameError, NonFiniteError, PsError, TaskError
 from pscluster.spec import JobSpec
 from pscluster.summary import Statistics, Summary, add_statistics
 from pscluster.tree import Node, tree_of
@@ -119,6 +119,8 @@ class Lead:
 
     def vote(self, vote: Vote) -> None:
         """A partition's vote; the last one decides the step."""
+        if vote.step == self.version and (self._is_over or self.action == "finish"):
+            return  # the job ends at this version: what completes the next step now would take it past its digest
         self.state, verdict, to_all = commit.receive_vote(self.state, vote, self._decide)
         if verdict is None:
             return
@@ -136,9 +138,15 @@ class Lead:
 
     def statistics(self, step: int, node: Node, value: Statistics) -> bool:
         """A node of the evaluation at `step`; False: a duplicate, or of another evaluation."""
-        if self.action != "evaluate" or step != self.version or self.merged is not None:
+        if self.action != "evaluate" or step != self.version or self.merged is not None or self._is_over:
             return False
-        fresh = self._statistics.offer(node, Entry(value, None, 0))
+        try:
+            fresh = self._statistics.offer(node, Entry(value, None, 0))
+        except FrameError as error:
+            self._is_over = True
+            action = "metrics() must give the same names and shapes for every batch"
+            self.out.report(ProcessReport(failure=_failure(TaskError(error.cause, action=action), step)))
+            return False
         if self._statistics.is_complete:
             self.merged = self._statistics.take_root()
             self.out.send_merged()
@@ -239,5 +247,9 @@ class Lead:
 def _non_finite(step: int, summary: Summary) -> Failure:
     what = "the loss" if not np.isfinite(summary.loss_sum) else "a gradient"
     error = NonFiniteError(f"{what} is not finite in step {step + 1}", details={"step": str(step + 1)})
+    return _failure(error, step + 1)
+
+
+def _failure(error: PsError, step: int) -> Failure:
     detail = ErrorDetail(code=error.code, cause=error.cause, action=error.action, details=error.details)
-    return Failure(error=detail, step=step + 1)
+    return Failure(error=detail, step=step)

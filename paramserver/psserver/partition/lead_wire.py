@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
 from pscluster.spec import JobSpec
@@ -51,7 +50,7 @@ class LeadWire:
         if header.kind is Kind.STATISTICS:
             self.lead.statistics(header.step, header.node, unpack_statistics(body))
         else:
-            self.lead.outcome(header.step, json.loads(bytes(body)))
+            self.lead.outcome(header.step, messages.json_mapping(body))
         self._clients.acknowledge(client, header, AckResult.APPLIED, -1)
 
     def report_progress(self, now_s: float) -> None:

@@ -49,3 +49,14 @@ def unpack_verdict(body: memoryview) -> Verdict:
         return Verdict(**json.loads(bytes(body)))
     except (TypeError, ValueError) as error:
         raise FrameError(f"a verdict does not parse: {error}", details={"field": "body"}) from None
+
+
+def json_mapping(body: memoryview) -> dict[str, object]:
+    """A frame's body as the JSON mapping it must be. Raises FrameError."""
+    try:
+        told = json.loads(bytes(body))
+    except (ValueError, RecursionError) as error:
+        raise FrameError(f"a body does not parse: {error}", details={"field": "body"}) from None
+    if not isinstance(told, dict):
+        raise FrameError("a body is no mapping", details={"field": "body"})
+    return told

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from typing import Protocol
 
@@ -77,6 +76,8 @@ class Reception:
         if header.kind is Kind.VOTE:
             blocks = sum(b.num_blocks for b in self._service.state.layout.buckets) if self._service.state else 0
             return _small(header, messages.vote_bytes(blocks))
+        if header.kind is Kind.STATISTICS:
+            self._check_tree_node(header)
         if header.kind in (Kind.STATISTICS, Kind.OUTCOME, Kind.JOIN):
             return _small(header, MAX_SMALL_BYTES)
         if header.kind in (Kind.PUSH, Kind.INIT):
@@ -87,8 +88,10 @@ class Reception:
         """A complete, verified frame."""
         service, client = self._service, self._service.clients.of(connection)
         self._check_sender(client, header)
+        if not header.length and header.kind is not Kind.PULL:
+            self.body_target(connection, header)  # asked for no memory: refused now what would have been refused then
         if header.kind is Kind.HELLO:
-            service.greet(client, header, _json(body))
+            service.greet(client, header, messages.json_mapping(body))
         elif header.kind is Kind.PUSH:
             self._push(client, header, body)
         elif header.kind is Kind.INIT:
@@ -118,6 +121,8 @@ class Reception:
         fits["vote"] = header.kind in (Kind.VOTE, Kind.JOIN)
         if client.channel and not fits[client.channel]:
             raise FrameError(f"a {header.kind.name} on a {client.channel} connection", details={"field": "kind"})
+        if client.channel and header.sender != client.index:
+            raise FrameError(f"a {header.kind.name} in the name of {header.sender}", details={"field": "sender"})
 
     # ---- pushes ----
 
@@ -125,6 +130,7 @@ class Reception:
         state, step = self._service.state, self._service.step
         assert state is not None and step is not None  # greeted only then
         if header.kind is Kind.PUSH and header.bucket == SUMMARY:
+            self._check_tree_node(header)
             _expect(header, summary_bytes(len(state.layout.tensors)))
             return memoryview(bytearray(header.length))
         if header.bucket >= len(state.spans):
@@ -142,6 +148,11 @@ class Reception:
             client.landing = words
             return as_bytes(words)
         return memoryview(bytearray(header.length))
+
+    def _check_tree_node(self, header: Header) -> None:
+        step = self._service.step
+        if step is None or header.node not in step.summary.tree:
+            raise FrameError(f"no node {tuple(header.node)} of the step's tree", details={"field": "node"})
 
     def _check_node(self, header: Header, kind: str) -> None:
         service = self._service
@@ -216,13 +227,3 @@ def _expect(header: Header, length: int) -> None:
         raise FrameError(
             f"{header.kind.name} of {header.length} bytes where {length} are expected", details={"field": "length"}
         )
-
-
-def _json(body: memoryview) -> dict[str, object]:
-    try:
-        told = json.loads(bytes(body))
-    except (ValueError, RecursionError) as error:
-        raise FrameError(f"a body does not parse: {error}", details={"field": "body"}) from None
-    if not isinstance(told, dict):
-        raise FrameError("a body is no mapping", details={"field": "body"})
-    return told

@@ -310,7 +310,7 @@ class PartitionService:
         if plan is None or self.state is None:
             client.connection.close()  # no plan yet; the caller dials again
             return
-        if not hmac.compare_digest(str(told.get("token", "")).encode(), plan.data_token.hex().encode()):
+        if not hmac.compare_digest(str(told.get("token", "")).encode(errors="replace"), plan.data_token.hex().encode()):
             raise AuthError("a data connection without the job's token")
         timeline = told.get("restore_generation")
         if not isinstance(timeline, int):
@@ -325,6 +325,7 @@ class PartitionService:
         client.channel, client.index = str(told.get("channel", "")), header.sender
         if client.channel not in ("push", "pull", "vote"):
             raise FrameError(f"a connection for {client.channel!r}", details={"field": "channel"})
+        client.connection.context = client.channel  # greeted: the reactor's deadline is met
         client.granted_bytes = max(MIN_CREDIT_BYTES, 2 * max((s.size_bytes for s in self.state.spans), default=0))
         welcome = {
             "granted_bytes": client.granted_bytes,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from harness.played import played_plan, played_spec
-from pscluster.errors import FrameError
+from pscluster.errors import TaskError
 from pscluster.layout import Layout, TensorSpec
 from pscluster.summary import Summary
 from pscluster.tree import Node
@@ -201,17 +201,17 @@ def test_a_new_generation_in_mid_evaluation_keeps_what_is_in() -> None:
     assert played.log == [("call", 0), ("call", 1), ("merged",), ("direct", 2, "evaluate")]
 
 
-def test_statistics_that_do_not_add_change_nothing() -> None:
+def test_statistics_that_do_not_add_fail_the_job_by_name() -> None:
     played = Played().open()
     played.vote()
     played.vote()
     played.lead.statistics(2, Node(0, 1), np.array([1.0]))
     for _ in range(2):
-        with pytest.raises(FrameError):
-            played.lead.statistics(2, Node(1, 1), np.array([1.0, 2.0]))
-    played.lead.statistics(2, Node(1, 1), np.array([2.0]))
-
-    assert played.lead.merged is not None and played.lead.merged.tolist() == [3.0]
+        assert not played.lead.statistics(2, Node(1, 1), np.array([1.0, 2.0]))
+    failures = [report.failure for report in played.reports if report.WhichOneof("body") == "failure"]
+    assert [failure.error.code for failure in failures] == [TaskError.code]
+    assert "2 numbers do not add" in failures[0].error.cause
+    assert failures[0].step == 2
 
 
 def test_before_all_have_joined_a_generation_is_only_noted() -> None:
@@ -296,3 +296,18 @@ def test_a_lead_that_resumes_goes_on_from_there() -> None:
     played.vote()
 
     assert played.directives() == ["train 4", "train 5"]
+
+
+def test_a_step_that_completes_after_the_end_was_called_is_not_made() -> None:
+    """A stop came at a written version; what trainers had sent of the next step completes it all the same."""
+    played = Played(resume_step=3).open()
+    played.lead.adopt(played.plan(2, stop=True))
+    assert played.directives() == ["finish 3"]
+    played.vote(generation=2)
+    assert played.lead.version == 3
+
+    played.lead.outcome(3, {"sha256": "abc"})
+    played.vote(generation=2)
+
+    assert played.lead.version == 3
+    assert not any(said[0] == "verdict" for said in played.log)

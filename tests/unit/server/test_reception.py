@@ -118,9 +118,20 @@ WRONG_PUSHES: dict[str, tuple[Header, bytes]] = {
     "a second greeting": (job_header(Kind.HELLO), b"{}"),
     "huge statistics": (job_header(Kind.STATISTICS), bytes((1 << 20) + 8)),
     "half a number": (job_header(Kind.STATISTICS, node=LEAF), bytes(7)),
+    "statistics of no node": (job_header(Kind.STATISTICS, node=Node(0, 3)), WEIGHT),
+    "an outcome that is no JSON": (job_header(Kind.OUTCOME), b"{"),
+    "an outcome that is no mapping": (job_header(Kind.OUTCOME), b"[]"),
+    "no outcome": (job_header(Kind.OUTCOME), b""),
     "first values of no bucket": (job_header(Kind.INIT, bucket=9, node=LEAF), ONES),
     "first values too short": (job_header(Kind.INIT, bucket=TRAINED, node=LEAF), ONES[:-4]),
+    "empty: gradients": (push(TRAINED), b""),
+    "empty: gradients of no bucket": (push(9), b""),
+    "empty: buffers": (push(AVERAGED), b""),
+    "empty: a weight": (push(AVERAGED, flags=UNCHANGED), b""),
     "empty: a summary": (push(SUMMARY), b""),
+    "empty: first values": (job_header(Kind.INIT, bucket=TRAINED, node=LEAF), b""),
+    "empty: first values of no bucket": (job_header(Kind.INIT, bucket=9, node=LEAF), b""),
+    "a summary of no node": (push(SUMMARY, Node(5, 1)), Summary(loss_sum=1, weight=1, samples=1, touched=b"\0").pack()),
 }
 
 
@@ -147,9 +158,13 @@ WRONG_GREETINGS: dict[str, bytes] = {
     "no mapping": b"[1]",
     "no token": b"{}",
     "a wrong token": json.dumps({"token": "0" * 32, "channel": "push", "restore_generation": 1}).encode(),
+    "a token that is no ASCII": json.dumps({"token": "é", "channel": "push"}).encode(),
+    "a token that is no text": b'{"token": "\\ud800", "channel": "push"}',
     "a token of another type": json.dumps({"token": [1], "channel": "push"}).encode(),
     "a channel of no kind": json.dumps({"token": TOKEN.hex(), "channel": "x", "restore_generation": 1}).encode(),
+    "a timeline that is no number": json.dumps({"token": TOKEN.hex(), "restore_generation": "x"}).encode(),
     "too much": b" " * 5000,
+    "too deep": b"[" * 4000,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -167,7 +168,7 @@ class PlayedTrainer:
             self._owe(push(bucket, step=self.step, node=node), words, NUM_BUCKETS + 1 - bucket)
 
     def _owe(self, header: Header, body: bytes, order: int) -> None:
-        self.peer.outbox.add(order, header, [body])
+        self.peer.outbox.add(order, replace(header, sender=self.rank), [body])
         self.peer.push()
 
     def enter(self, step: int) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from pscluster.errors import TaskError
 from pscluster.spec import JobSpec
 from pscluster.summary import Statistics, Summary, add_statistics, touched_bits
 from pscluster.task import Task
@@ -207,6 +208,8 @@ class Trainer:
         if self._held_out is not None:
             running = shard_statistics(self._task, self._replica.model, self._held_out, shard, "cpu")
             for so_far, shapes in running:
+                if self._shapes and shapes != self._shapes:
+                    raise TaskError(f"metrics() returned {shapes} where it returned {self._shapes} before")
                 total, self._shapes = so_far, shapes
                 self._exchange.progress += 1
         return total

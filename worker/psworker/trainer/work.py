@@ -42,9 +42,10 @@ class Directive:
 
 
 def shards_of(plan: Plan, rank: int) -> list[int]:
-    """The shards that a plan gives to a trainer."""
-    seats = [seat for seat in plan.trainers if seat.rank == rank]
-    return [s for seat in seats for run in seat.shards for s in range(run.first, run.first + run.count)]
+    """The shards that a plan gives to a trainer, lowest first: a left sibling is added to while its right one comes,
+    never the other way round, when autograd may still hold it."""
+    runs = [run for seat in plan.trainers if seat.rank == rank for run in seat.shards]
+    return sorted(shard for run in runs for shard in range(run.first, run.first + run.count))
 
 
 def find_work(
