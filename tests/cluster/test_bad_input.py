@@ -31,7 +31,7 @@ from pscluster.spec import parse_spec
 from pscluster.v1 import jobs_pb2, jobs_pb2_grpc
 
 STEPS = 6
-SMALL = {"layers": 1, "d_model": 32, "heads": 2, "context": 8, "vocabulary": 64}
+SMALL: dict[str, Any] = {"layers": 1, "d_model": 32, "heads": 2, "context": 8, "vocabulary": 64}
 
 
 def spec(**changes: Any) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def remembered(cluster: LocalCluster) -> tuple[list[str], list[str]]:
 
 # ---- specs ----
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "misspelt key": ({"train": {"global_bach": 8, "microbatch": 2, "max_steps": 1}}, [], "did you mean global_batch?"),
     "unknown section": ({"wokers": {"min": 1}}, [], "unknown key wokers; did you mean workers?"),
     "wrong type": ({"workers": {"min": "three"}}, [], "workers.min"),
@@ -120,7 +120,7 @@ class raw_jobs:  # noqa: N801 - reads as a statement
         self.channel = grpc.insecure_channel(address) if token is None else open_channel(address, token)
 
     def __enter__(self) -> Any:
-        return jobs_pb2_grpc.JobsStub(self.channel)
+        return jobs_pb2_grpc.JobsStub(self.channel)  # type: ignore[no-untyped-call]
 
     def __exit__(self, *_: object) -> None:
         self.channel.close()

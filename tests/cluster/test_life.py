@@ -26,7 +26,7 @@ from pscluster.spec import parse_spec
 from psworker.trainer.loading import build_model, load_task
 
 STEPS = 6
-SMALL = {"layers": 1, "d_model": 32, "heads": 2, "context": 8, "vocabulary": 64}
+SMALL: dict[str, Any] = {"layers": 1, "d_model": 32, "heads": 2, "context": 8, "vocabulary": 64}
 JOB_ID = re.compile(r"exact-[a-z2-7]{6}")
 
 

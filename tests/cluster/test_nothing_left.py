@@ -23,7 +23,7 @@ from pscluster.settings import make_runtime_dir, runtime_dir
 
 TORCHS_OWN = "torchinductor_"  # a directory that torch makes for its user, and keeps
 STEPS = 4
-SMALL = {"layers": 1, "d_model": 32, "heads": 2, "context": 8, "vocabulary": 64}
+SMALL: dict[str, Any] = {"layers": 1, "d_model": 32, "heads": 2, "context": 8, "vocabulary": 64}
 
 
 class Site(LocalCluster):
