@@ -252,6 +252,9 @@ def test_a_loss_that_is_not_finite_stops_the_job_and_names_the_step(
     assert "step 3" in found.error.cause
     assert found.error.details["step"] == "3"
     assert "on_nonfinite: skip" in found.error.action
+    assert found.step == 2
+    steps = json.loads(cluster.psctl("metrics", jobs["nan"], "-o", "json").stdout)["items"]
+    assert [step["step"] for step in steps] == [1, 2]  # what led there can be looked at
 
 
 def test_missing_data_are_named(cluster: LocalCluster, jobs: dict[str, str]) -> None:

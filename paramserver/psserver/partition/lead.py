@@ -194,6 +194,8 @@ class Lead:
         summary = self.summaries[verdict.step]
         if verdict.kind == "stop":
             self._is_over = True
+            led_there = Progress(generation=self.plan.generation, step=verdict.step, records=self.records)
+            self.out.report(ProcessReport(progress=led_there))
             self.out.report(ProcessReport(failure=_non_finite(verdict.step, summary)))
             return
         train = self.spec.train

@@ -288,8 +288,6 @@ class PartitionService:
         if error is not None:
             detail = ErrorDetail(code=error.code, cause=error.cause, action=error.action, details=error.details)
             self.report(ProcessReport(warning=WarningMessage(error=detail, step=step)))
-            if self.plan is not None and step == self.plan.final_step:
-                self.fail(error)  # the result itself could not be kept
         elif written is not None:
             self.counters.snapshots += 1
             part = SnapshotPart(
