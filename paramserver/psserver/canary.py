@@ -22,7 +22,7 @@ def settle_numerics() -> None:
     """One intra-op thread, deterministic kernels. Before the first use of torch."""
     torch.set_num_threads(1)
     torch.set_num_interop_threads(1)
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")  # the same switch, without importing the compiler (1.3 s)
 
 
 def numerics_class() -> tuple[str, str]:

@@ -103,7 +103,7 @@ def test_the_demo_works_after_one_that_was_killed(demo: Demo, tmp_path: Path) ->
     output, _ = process.communicate(timeout=200)
 
     assert process.returncode == 0, output
-    for shown in ("byte bigram", "byte trigram", "this model", "after 12 steps", "def "):
+    for shown in ("byte bigram", "byte trigram", "this model", "after 12 steps", "$ psctl generate"):
         assert shown in output
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     state = torch.load(tmp_path / "out" / "model.pth", weights_only=True)

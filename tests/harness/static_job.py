@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import queue
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -21,6 +19,7 @@ from typing import Any
 
 import torch
 
+from harness import zygote
 from pscluster.agent import frames
 from pscluster.snapshot import read_parts
 from pscluster.spec import JobSpec, parse_spec
@@ -48,7 +47,7 @@ class Child:
     """One process and what it reported. `reports` keeps everything but beats and counters."""
 
     name: str
-    process: subprocess.Popen[bytes]
+    process: zygote.Forked
     control: socket.socket
     directory: str
     log: Path
@@ -103,17 +102,10 @@ class StaticJob:
         attempt = self._attempts[name] = self._attempts.get(name, 0) + 1
         ours, theirs = socket.socketpair()
         directory = tempfile.mkdtemp(prefix="pst-")
-        module = "psworker.trainer" if kind == "trainer" else "psserver.partition"
-        environment = os.environ | {
-            "PS_CONTROL_FD": str(theirs.fileno()), "PS_SOCKET_DIR": directory, "PS_AGENT_PID": "",
-            "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_DYNAMIC": "false",
-        }  # fmt: skip
+        environment = {"PS_SOCKET_DIR": directory, "PS_AGENT_PID": ""}
         log = self.root / f"{name}.{attempt}.log"
         with log.open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", module],
-                env=environment, pass_fds=[theirs.fileno()], stdout=output, stderr=output,
-            )  # fmt: skip
+            process = zygote.fork(kind, environment, theirs.fileno(), output.fileno())
         theirs.close()
         child = Child(name, process, ours, directory, log)
         self.children[name] = child
