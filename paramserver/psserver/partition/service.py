@@ -323,8 +323,6 @@ class PartitionService:
         client.channel, client.index = str(told.get("channel", "")), header.sender
         if client.channel not in ("push", "pull", "vote"):
             raise FrameError(f"a connection for {client.channel!r}", details={"field": "channel"})
-        if client.channel == "vote" and not 0 < client.index < self.spec.servers.partitions:
-            raise FrameError(f"a vote connection of partition {client.index}", details={"field": "sender"})
         client.connection.context = client.channel  # greeted: the reactor's deadline is met
         client.granted_bytes = max(MIN_CREDIT_BYTES, 2 * max((s.size_bytes for s in self.state.spans), default=0))
         welcome = {
