@@ -9,7 +9,7 @@
     |   |-- AuthError          PS-1005  no token, or a wrong one
     |   |-- SettingsError      PS-1006  a daemon's or psctl's own settings
     |   |-- TaskError          PS-2001  the user's task: does not import, raises, returns a wrong shape
-    |   |-- LossContractError  PS-2002  loss() does not return (loss_sum, weight)
+    |   |-- LossContractError  PS-2002  loss() does not return (loss_sum, weight), or writes to parameters
     |   |-- DataError          PS-2003  data missing, unreadable, or differing between nodes
     |   |-- LayoutError        PS-2004  a model that cannot be laid out, or differs between trainers
     |   |-- NonFiniteError     PS-2005  NaN or infinity in loss or gradient
@@ -25,6 +25,7 @@
         |-- AddressInUseError  PS-4001  a port or socket is taken
         |-- StorageError       PS-4002  a directory is not writable, a disk is full, a file is torn
         |-- UnhealthyError     PS-4003  a member of the cluster is sick
+        |-- DeviceError        PS-4004  a CUDA device that is not there, is taken, or that torch cannot use
         |-- JobFailedError     PS-4100  the job awaited ended FAILED
         |-- JobStoppedError    PS-4103  the job awaited ended STOPPED
         |-- WaitTimeoutError   PS-4101  the job awaited did not get there in time
@@ -79,8 +80,8 @@ def _by_code() -> dict[str, type[PsError]]:
     found: dict[str, type[PsError]] = {}
     waiting: list[type[PsError]] = [PsError]
     while waiting:
-        kind = waiting.pop()
-        found[kind.code] = kind
+        kind = waiting.pop(0)
+        found.setdefault(kind.code, kind)  # one without a code of its own is known by its parent's
         waiting.extend(kind.__subclasses__())
     return found
 
@@ -206,6 +207,11 @@ class StorageError(LocalError):
 class UnhealthyError(LocalError):
     code = "PS-4003"
     exit_code = 5
+
+
+class DeviceError(LocalError):
+    code = "PS-4004"
+    default_action = "see what each node has with `psctl nodes -o wide`, or set workers.device"
 
 
 class JobFailedError(LocalError):

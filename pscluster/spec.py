@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from pscluster.devices import AUTO, is_lawful
 from pscluster.errors import SpecError
 
 # Strict: `true` is no number of steps. Floats stay lax, since YAML reads 1e-3 as text.
@@ -91,7 +92,10 @@ class ScheduleSection(_Section):
 
 
 class TrainSection(_Section):
-    """One of `max_steps` and `epochs` says when training ends; with both, whichever comes first."""
+    """One of `max_steps` and `epochs` says when training ends; with both, whichever comes first.
+
+    `autocast`: forward and backward run under torch.autocast in that type; parameters stay float32. `compile`: the
+    model goes through torch.compile."""
 
     mode: Literal["sync"] = "sync"
     numerics: Literal["auto", "strict", "mixed"] = "auto"
@@ -103,6 +107,8 @@ class TrainSection(_Section):
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     clip_norm: Annotated[float, Field(gt=0)] | None = None
+    autocast: Literal["bf16"] | None = None
+    compile: bool = False
 
     @model_validator(mode="after")
     def _divisible(self) -> TrainSection:
@@ -123,10 +129,19 @@ class TrainSection(_Section):
 
 
 class WorkersSection(_Section):
+    """`device`: where trainers compute; what each word means is told in `pscluster.devices`."""
+
     min: PositiveInt = 1
     max: PositiveInt | None = None
-    device: Literal["auto", "cpu"] = "auto"
+    device: str = AUTO
     threads: PositiveInt = 1
+
+    @field_validator("device")
+    @classmethod
+    def _known(cls, device: str) -> str:
+        if not is_lawful(device):
+            raise ValueError(f"{device!r:.40} is none of auto, cpu, cuda, cuda:0, cuda:1, ...")
+        return device
 
     @model_validator(mode="after")
     def _ordered(self) -> WorkersSection:
@@ -156,9 +171,14 @@ class EvaluateSection(_Section):
 
 
 class NetworkSection(_Section):
-    transport: Literal["auto", "unix", "tcp"] = "auto"
-    push_codec: Literal["fp32"] = "fp32"
-    pull_codec: Literal["fp32"] = "fp32"
+    """`transport`: between trainer and partition. `auto` takes the best that a pair has: shm, else tcp.
+
+    `congestion_control`: of TCP, by the kernel's name; null is the host's default."""
+
+    transport: Literal["auto", "shm", "unix", "tcp"] = "auto"
+    congestion_control: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,14}$")] | None = None
+    push_codec: Literal["fp32", "bf16"] = "fp32"
+    pull_codec: Literal["fp32", "bf16"] = "fp32"
 
 
 class JobSpec(_Section):

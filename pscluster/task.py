@@ -76,7 +76,8 @@ class Task:
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, float | Tensor]:
         """(loss_sum, weight): the SUM of the losses in `batch` as a scalar tensor that requires grad, and how
         many were summed (tokens, samples). The job's loss is the sum of the first over the sum of the second,
-        so a mean here would be wrong; the preflight catches it by halving a batch."""
+        so a mean here would be wrong; the preflight catches it by halving a batch. It may change buffers, but not
+        write to parameters: every shard of a step starts from the same ones."""
         raise NotImplementedError(f"{type(self).__name__} must define loss()")
 
     def metrics(self, model: nn.Module, batch: Any) -> Mapping[str, Tensor | float]:

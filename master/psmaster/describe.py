@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from psmaster.draft import View
 from psmaster.jobs import Condition, Instant, Job, JobState
+from psmaster.planner import with_device
 from psmaster.processes import ready_facts
 from psmaster.seats import Kind, Seat
 
@@ -22,10 +23,10 @@ def reason(job: Job, view: View, queued: str) -> str:
         return "stops at the next step boundary"
     away = [seat for seat in job.partitions if not seat.active]
     if away:
-        return "recovers: waits for " + ", ".join(_where(seat) for seat in away)
+        return "recovers: waits for " + ", ".join(_where(seat, job) for seat in away)
     active = [seat for seat in job.trainers if seat.active]
     if not active:
-        return "waits for a trainer: " + ", ".join(_where(seat) for seat in job.trainers)
+        return "waits for a trainer: " + ", ".join(_where(seat, job) for seat in job.trainers)
     if job.state is JobState.STARTING:
         return "waits for the first step"
     waiting = len(job.trainers) - len(active)
@@ -41,14 +42,16 @@ def _starting(job: Job, view: View) -> str:
     }
     counts = f"{ready[Kind.TRAINER]} of {len(job.trainers)} trainers and "
     counts += f"{ready[Kind.PARTITION]} of {len(job.partitions)} partitions are ready"
-    shown = ", ".join(_where(seat) for seat in away[:4]) + (", ..." if len(away) > 4 else "")
+    shown = ", ".join(_where(seat, job) for seat in away[:4]) + (", ..." if len(away) > 4 else "")
     left_out = "; ".join(f"{node_id} is left out: {why}" for node_id, _, why in job.excluded)
     return counts + (f"; waits for {shown}" if away else "") + (f"; {left_out}" if left_out else "")
 
 
-def _where(seat: Seat) -> str:
+def _where(seat: Seat, job: Job) -> str:
+    if not seat.placed and seat.kind is Kind.TRAINER:
+        return f"a free worker slot{with_device(job.spec.workers.device)} for {seat.name}"
     if not seat.placed:
-        return f"a free {'worker' if seat.kind is Kind.TRAINER else 'server'} slot for {seat.name}"
+        return f"a free server slot for {seat.name}"
     again = f", attempt {seat.attempt}" if seat.attempt > 1 else ""
     return f"{seat.name} on {seat.node_id}{again}"
 

@@ -84,6 +84,7 @@ class Draft:
                 active=False,
                 shards=(),
                 addresses=(),
+                device="",
             )
         )
 
@@ -98,6 +99,7 @@ class Draft:
                 active=False,
                 shards=(),
                 addresses=(),
+                device="",
                 losses=seat.losses if losses is None else losses,
             )
         )

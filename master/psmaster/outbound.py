@@ -67,6 +67,7 @@ def _trainer_seat(seat: Seat) -> plan_pb2.TrainerSeat:
         attempt=seat.attempt,
         shards=[plan_pb2.ShardRange(first=first, count=count) for first, count in seat.shards],
         active=seat.active,
+        device=seat.device,
     )
 
 

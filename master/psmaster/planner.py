@@ -6,13 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from pscluster.devices import AUTO, CPU, CUDA, fitting
 from pscluster.spec import JobSpec
 from psmaster.registry import Role
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeView:
-    """A node as planning sees it. `available`: its slots that no other job holds.
+    """A node as planning sees it. `available`: its slots that no other job holds; `held`: those of its CUDA `devices`
+    that other jobs hold; `undecided`: how many trainers of other jobs start there and may take any of the rest.
 
     `alive`: its processes count as living. `ready`: it may be given new ones.
     """
@@ -24,6 +26,19 @@ class NodeView:
     ready: bool
     slots: int
     available: int
+    devices: tuple[str, ...] = ()
+    held: frozenset[str] = frozenset()
+    undecided: int = 0
+
+    def room(self, device: str, *, of_all: bool = False) -> int:
+        """How many processes of one job fit, each on a device of its own where `device` is a CUDA device. `of_all`: if
+        no other job held anything."""
+        slots = max(0, self.slots if of_all else self.available)
+        if device in (AUTO, CPU):
+            return slots
+        fit = fitting(device, self.devices)
+        free = len(fit) if of_all else sum(1 for name in fit if name not in self.held) - self.undecided
+        return min(slots, max(0, free))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,20 +58,18 @@ class Admission:
 
 def admit(spec: JobSpec, nodes: Mapping[str, NodeView]) -> Admission:
     """Seats for all of a job or for nothing of it: between workers.min and workers.max trainers, all its partitions."""
-    worker_slots = _slots(nodes, Role.WORKER)
-    server_slots = _slots(nodes, Role.SERVER)
-    reasons = [
-        _shortage("worker", spec.workers.min, worker_slots),
-        _shortage("server", spec.servers.partitions, server_slots),
-    ]
-    if any(reasons):
-        total = _slots(nodes, Role.WORKER, of_all=True), _slots(nodes, Role.SERVER, of_all=True)
-        possible = sum(total[0].values()) >= spec.workers.min and sum(total[1].values()) >= spec.servers.partitions
-        return Admission(reason=_waits(spec, reasons, total, possible), possible=possible)
-    num_trainers = min(max_trainers(spec), sum(worker_slots.values()))
+    device = spec.workers.device
+    trainers = _rooms(nodes, Role.WORKER, device)
+    partitions = _rooms(nodes, Role.SERVER, CPU)
+    missing = _shortages(spec, trainers, partitions)
+    if missing:
+        of_all = _rooms(nodes, Role.WORKER, device, of_all=True), _rooms(nodes, Role.SERVER, CPU, of_all=True)
+        never = _shortages(spec, *of_all)
+        return Admission(reason=_waits(missing, never), possible=not never)
+    num_trainers = min(max_trainers(spec), sum(trainers.values()))
     return Admission(
-        trainers=_spread(worker_slots, num_trainers),
-        partitions=_spread(server_slots, spec.servers.partitions),
+        trainers=_spread(trainers, num_trainers),
+        partitions=_spread(partitions, spec.servers.partitions),
     )
 
 
@@ -67,13 +80,19 @@ def max_trainers(spec: JobSpec) -> int:
 
 
 def choose_node(
-    nodes: Mapping[str, NodeView], role: Role, taken: Mapping[str, int], excluded: frozenset[str], preferred: str = ""
+    nodes: Mapping[str, NodeView],
+    role: Role,
+    taken: Mapping[str, int],
+    excluded: frozenset[str],
+    preferred: str = "",
+    device: str = CPU,
 ) -> NodeView | None:
-    """A ready node with a free slot: `preferred` if it has one, else the emptiest, then the first by id.
+    """A ready node with room for a process on `device`: `preferred` if it has some, else the emptiest, then the first
+    by id.
 
     `taken` counts the slots that the job itself holds on each node."""
     free = {
-        node.node_id: node.available - taken.get(node.node_id, 0)
+        node.node_id: node.room(device) - taken.get(node.node_id, 0)
         for node in nodes.values()
         if node.role is role and node.ready and node.node_id not in excluded
     }
@@ -83,9 +102,16 @@ def choose_node(
     return nodes[best] if best is not None and free[best] > 0 else None
 
 
-def _slots(nodes: Mapping[str, NodeView], role: Role, of_all: bool = False) -> dict[str, int]:
+def with_device(device: str) -> str:
+    """What a worker must have for a job that wants `device`, as words after "worker"; empty: nothing."""
+    if device in (AUTO, CPU):
+        return ""
+    return " with a CUDA device" if device == CUDA else f" with the device {device}"
+
+
+def _rooms(nodes: Mapping[str, NodeView], role: Role, device: str, of_all: bool = False) -> dict[str, int]:
     return {
-        node.node_id: max(0, node.slots if of_all else node.available)
+        node.node_id: node.room(device, of_all=of_all)
         for node in sorted(nodes.values(), key=lambda node: _natural(node.node_id))
         if node.role is role and node.ready
     }
@@ -98,17 +124,24 @@ def _natural(node_id: str) -> tuple[str, int, str]:
     return stem, int(number or 0), node_id
 
 
-def _shortage(what: str, wanted: int, slots: Mapping[str, int]) -> str:
-    have = sum(slots.values())
-    return "" if have >= wanted else f"{wanted} {what}{'s' if wanted > 1 else ''}: {have}"
+def _shortages(spec: JobSpec, trainers: Mapping[str, int], partitions: Mapping[str, int]) -> list[str]:
+    """What is missing of a job's seats, and how much of it there is: "2 workers: 1"."""
+    wanted = (
+        (spec.workers.min, "worker", with_device(spec.workers.device), trainers),
+        (spec.servers.partitions, "server", "", partitions),
+    )
+    return [
+        f"{count} {what}{'s' if count > 1 else ''}{having}: {sum(rooms.values())}"
+        for count, what, having, rooms in wanted
+        if sum(rooms.values()) < count
+    ]
 
 
-def _waits(spec: JobSpec, reasons: Sequence[str], total: tuple[dict[str, int], dict[str, int]], possible: bool) -> str:
-    if possible:
-        return "waits for " + " and ".join(f"{reason} free, other jobs hold the rest" for reason in reasons if reason)
-    wanted = (("worker", spec.workers.min), ("server", spec.servers.partitions))
-    missing = [_shortage(what, count, slots) for (what, count), slots in zip(wanted, total, strict=True)]
-    return "waits for " + " and ".join(f"{reason} ready" for reason in missing if reason)
+def _waits(missing: Sequence[str], never: Sequence[str]) -> str:
+    """`never`: what would be missing if no other job held anything."""
+    if never:
+        return "waits for " + " and ".join(f"{shortage} ready" for shortage in never)
+    return "waits for " + " and ".join(f"{shortage} free, other jobs hold the rest" for shortage in missing)
 
 
 def _spread(slots: Mapping[str, int], count: int) -> tuple[str, ...]:

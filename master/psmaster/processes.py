@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import signal as signals
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pscluster.errors import OutOfMemoryError, ProcessLostError
 from psmaster.jobs import Check, Job, Problem
@@ -29,6 +29,10 @@ class TrainerFacts:
     device: str = "cpu"
     final_step: int = 0
 
+    def seated(self, seat: Seat) -> Seat:
+        """Its seat, counted on from now on."""
+        return replace(seat, active=True, device=self.device)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartitionFacts:
@@ -37,6 +41,10 @@ class PartitionFacts:
     addresses: tuple[str, ...]
     numerics_class: str
     numerics_detail: str = ""
+
+    def seated(self, seat: Seat) -> Seat:
+        """Its seat, counted on from now on."""
+        return replace(seat, active=True, addresses=self.addresses)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,6 +148,8 @@ def _ended(seat: Seat, exit_: Exit, job: Job) -> Loss | None:
         return _lost(seat, "signal", f"was ended by signal {exit_.signal} ({_signal_name(exit_.signal)})", exit_.error)
     if job.finished is not None and exit_.exit_code == 0:
         return None  # it has done its work
+    if exit_.error is not None and exit_.error.code != ProcessLostError.code:  # its agent's error, not its end
+        return _lost(seat, "exit", f"could not be started: {exit_.error}", exit_.error)
     return _lost(seat, "exit", f"ended with exit code {exit_.exit_code}", exit_.error)
 
 

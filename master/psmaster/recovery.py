@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+from pscluster.devices import CPU
 from psmaster import catalogue, numerics
 from psmaster.draft import Draft, View
 from psmaster.jobs import Problem, Recovery
@@ -82,7 +83,8 @@ def place(draft: Draft, view: View) -> None:
 
 def _choose(draft: Draft, view: View, seat: Seat, excluded: frozenset[str]) -> NodeView | None:
     taken = Counter(own.node_id for own in draft.job.seats if own.placed)
-    return choose_node(view.nodes, Role.of(seat.kind), taken, excluded, preferred=seat.last_node_id)
+    device = draft.job.spec.workers.device if seat.kind is Kind.TRAINER else CPU
+    return choose_node(view.nodes, Role.of(seat.kind), taken, excluded, seat.last_node_id, device)
 
 
 def join(draft: Draft, view: View) -> None:
@@ -100,8 +102,7 @@ def join(draft: Draft, view: View) -> None:
             draft.exclude(seat.node_id, seat.incarnation, why)
             draft.unseat(seat)
             continue
-        addresses = facts.addresses if isinstance(facts, PartitionFacts) else ()
-        draft.put(replace(seat, active=True, addresses=addresses))
+        draft.put(facts.seated(seat))
         draft.say(f"{seat.kind.value.capitalize()}Ready", f"{seat.name} on {seat.node_id} is ready")
 
 

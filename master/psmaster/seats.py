@@ -22,7 +22,8 @@ class Seat:
     `node_id` is empty while no node has room. `incarnation` is the life of the node that was asked to run it: in
     another life of that node the process is gone. `attempt` counts the processes of this seat from 1; 0 before the
     first. `active`: the newest plan counts on it. `shards` are (first, count) runs, trainers only; `addresses` are
-    where a partition listens. `losses`: processes lost here since the job last reached a new step.
+    where a partition listens; `device` is where a trainer computes, once it is active. `losses`: processes lost here
+    since the job last reached a new step.
     """
 
     kind: Kind
@@ -34,6 +35,7 @@ class Seat:
     active: bool = False
     shards: tuple[tuple[int, int], ...] = ()
     addresses: tuple[str, ...] = ()
+    device: str = ""
     losses: int = 0
 
     @property

@@ -147,7 +147,7 @@ def _adopt(draft: Draft, trainers: ReadyTrainers, partitions: ReadyPartitions) -
         checks=tuple(replace(check, node_id=seat.node_id) for seat, facts in trainers for check in facts.checks),
         deadline_s=None,
     )
-    for seat, _ in trainers:
-        draft.put(replace(seat, active=True))
-    for seat, facts in partitions:
-        draft.put(replace(seat, active=True, addresses=facts.addresses))
+    for seat, facts in trainers:
+        draft.put(facts.seated(seat))
+    for seat, holds in partitions:
+        draft.put(holds.seated(seat))

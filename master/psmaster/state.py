@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from pscluster.devices import AUTO, CPU, CUDA
 from pscluster.errors import NotFoundError
 from psmaster import registry
 from psmaster.catalogue import Catalogue
@@ -14,6 +15,7 @@ from psmaster.planner import NodeView
 from psmaster.processes import Processes
 from psmaster.registry import Health, Node, Nodes, Role
 from psmaster.reports import MetricLine
+from psmaster.seats import Kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,17 +44,17 @@ def node_views(
     jobs: Mapping[str, Job], nodes: Nodes, job_id: str, now: Instant, suspicion_s: float
 ) -> Mapping[str, NodeView]:
     """The nodes as the planning of one job sees them: what other jobs hold is taken."""
-    taken = Counter(
-        (Role.of(seat.kind), seat.node_id)
-        for job in jobs.values()
-        if job.job_id != job_id
-        for seat in job.seats
-        if seat.placed
-    )
+    taken: dict[tuple[Role, str], list[str]] = defaultdict(list)
+    for job in jobs.values():
+        for seat in job.seats if job.job_id != job_id else ():
+            if seat.placed:
+                wanted = job.spec.workers.device if seat.kind is Kind.TRAINER else CPU
+                taken[Role.of(seat.kind), seat.node_id].append(seat.device or wanted)
     return {node.node_id: _view(node, now, suspicion_s, taken[node.role, node.node_id]) for node in nodes.values()}
 
 
-def _view(node: Node, now: Instant, suspicion_s: float, taken: int) -> NodeView:
+def _view(node: Node, now: Instant, suspicion_s: float, taken: Sequence[str]) -> NodeView:
+    """`taken`: for each slot that others hold, where it computes, or what was wanted of a process that is starting."""
     health = registry.health(node, now.mono_s, suspicion_s)
     return NodeView(
         node_id=node.node_id,
@@ -61,7 +63,10 @@ def _view(node: Node, now: Instant, suspicion_s: float, taken: int) -> NodeView:
         alive=health is not Health.DEAD,
         ready=health is Health.READY,
         slots=node.slots,
-        available=node.slots - taken,
+        available=node.slots - len(taken),
+        devices=node.devices,
+        held=frozenset(taken) & frozenset(node.devices),
+        undecided=sum(1 for device in taken if device in (AUTO, CUDA)),
     )
 
 

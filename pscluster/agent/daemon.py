@@ -64,9 +64,8 @@ def parse(role: AgentRole, argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--state-dir", type=Path, metavar="DIR", help="what this agent keeps on disk")
     parser.add_argument("--token-file", type=Path, metavar="FILE", help="the cluster's token, mode 0600")
     parser.add_argument("--metrics-listen", metavar="HOST:PORT", help="where to serve /metrics (default 127.0.0.1:0)")
-    parser.add_argument(
-        "--slots", type=int, metavar="N", help=f"how many {role.runs} at once (default {role.default_slots})"
-    )
+    default = f"one for each CUDA device, at least {role.default_slots}" if role.one_per_device else role.default_slots
+    parser.add_argument("--slots", type=int, metavar="N", help=f"how many {role.runs} at once (default {default})")
     parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning, error or critical (default info)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of the same settings")
     return parser.parse_args(argv)

@@ -37,6 +37,11 @@ class Exit:
     failure: Failure | None = None
     last_words: Sequence[str] = ()
 
+_OF_SEGFAULTS = (
+    "its log has the Python lines; besides a fault in an extension, that is how a write to the model's parameters "
+    "ends, which are shared memory: change no parameter in the task's own code"
+)
+
 
 def classify(process_id: str, pid: int, seen: Exit) -> ProcessStatus:
     """The status to report for an exit. An expected or clean one carries no error."""
@@ -80,7 +85,8 @@ def _error(process_id: str, seen: Exit, number: int, memory: bool) -> PsError:
         return OutOfMemoryError(f"{_short(process_id)} ran out of memory ({how})", details=details)
     last = next((line.strip() for line in reversed(seen.last_words) if line.strip()), "")
     said = f': "{last[:200]}"' if last else ""
-    return ProcessLostError(f"{_short(process_id)} {how}{said}", details=details)
+    action = _OF_SEGFAULTS if number == signal.SIGSEGV and _short(process_id).startswith("trainer") else ""
+    return ProcessLostError(f"{_short(process_id)} {how}{said}", action=action, details=details)
 
 
 def _short(process_id: str) -> str:

@@ -18,6 +18,7 @@ from pscluster.agent import metrics, resources
 from pscluster.agent.attend import Attendant
 from pscluster.agent.bundles import BundleCache
 from pscluster.agent.child import Patience
+from pscluster.agent.devices import DeviceLedger
 from pscluster.agent.leftovers import AgentDirectories
 from pscluster.agent.process import Site
 from pscluster.agent.role import AgentRole, AgentSettings
@@ -60,12 +61,13 @@ def describe(
     role: AgentRole, settings: AgentSettings, environ: Mapping[str, str], metrics_address: str
 ) -> RegisterRequest:
     """This node, as it registers; the incarnation is new with every call."""
+    devices = resources.cuda_devices(environ)
     return RegisterRequest(
         node_id=settings.node_id,
         role=ROLES[role.name],
         incarnation=secrets.token_hex(8),
         started_s=time.time(),
-        resources=resources.measure(settings.slots or role.default_slots, environ),
+        resources=resources.measure(settings.slots or role.slots(len(devices)), devices),
         version=pscluster.__version__,
         protocol=PROTOCOL,
         hostname=socket.gethostname(),
@@ -93,6 +95,7 @@ class _Agent:
             environ=environ,
             directories=directories,
             bundles=BundleCache(directories.bundles, self._fetch),
+            devices=DeviceLedger(node.resources.devices),
             metrics=self._metrics,
             emit=self._attendant.emit,
             log_bytes=self._attendant.log_bytes,

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -18,10 +19,12 @@ from pscluster.agent import cgroup, metrics
 from pscluster.agent.backoff import delay_s
 from pscluster.agent.bundles import BundleCache
 from pscluster.agent.child import Child, Ended, Patience
+from pscluster.agent.devices import DeviceLedger
 from pscluster.agent.exits import NOT_STARTED, Exit, classify, detail_of
 from pscluster.agent.launch import BUNDLE_DIR, SOCKET_DIR
 from pscluster.agent.leftovers import AgentDirectories
 from pscluster.agent.output import Backlog
+from pscluster.devices import AUTO
 from pscluster.errors import InternalError, PsError, StorageError, UnreachableError
 from pscluster.v1.agents_pb2 import AgentMessage, LogLine, ProcessEvent, ProcessState, ProcessStatus
 from pscluster.v1.plan_pb2 import Failure, Plan, ProcessReport, ProcessSpec
@@ -43,6 +46,7 @@ class Site:
     environ: Mapping[str, str]
     directories: AgentDirectories
     bundles: BundleCache
+    devices: DeviceLedger
     metrics: metrics.ProcessMetrics
     emit: Callable[[AgentMessage], None]
     log_bytes: Callable[[], int]
@@ -111,6 +115,7 @@ class Process:
     async def end(self, patience: Patience) -> None:
         """Make it go; returns when the process is gone. `run` ends soon after. Safe to repeat."""
         self._ending = True
+        self._site.devices.leaving(self.spec.process_id)
         if self._child is not None:
             await self._child.end(patience)
         elif self._preparation is not None:
@@ -166,6 +171,8 @@ class Process:
                 directory.mkdir(mode=0o700)
             except OSError as error:
                 raise StorageError(f"cannot create {directory}: {error.strerror}") from None
+        if self.spec.kind == ProcessSpec.KIND_TRAINER:
+            self.spec.device = await self._site.devices.claim(self.spec.process_id, wanted_device(self.spec))
         if not self.spec.bundle_sha256:
             return self._scratch
         failures = 0
@@ -229,6 +236,7 @@ class Process:
     def _conclude(self, status: ProcessStatus) -> None:
         self._status = status
         self._send_lines(final=True)
+        self._site.devices.release(self.spec.process_id)
         self._site.metrics.drop(self.spec.process_id)
         metrics.EXITS.labels(cause=_cause(status)).inc()
         self._site.emit(AgentMessage(status=status))
@@ -248,10 +256,20 @@ class Process:
 
 def num_threads(spec: ProcessSpec) -> int:
     """Intra-op threads of a process: the spec's for a trainer, 1 for a partition."""
+    return int(_workers(spec).get("threads", 1))
+
+
+def wanted_device(spec: ProcessSpec) -> str:
+    """The spec's `workers.device`."""
+    return str(_workers(spec).get("device", AUTO))
+
+
+def _workers(spec: ProcessSpec) -> Mapping[str, Any]:
+    """The section of the job's spec that concerns trainers; empty for a partition. Raises ValueError."""
     if spec.kind != ProcessSpec.KIND_TRAINER or not spec.spec_json:
-        return 1
-    workers = json.loads(spec.spec_json).get("workers", {})
-    return int(workers.get("threads", 1))
+        return {}
+    section: Mapping[str, Any] = json.loads(spec.spec_json).get("workers", {})
+    return section
 
 
 def _cause(status: ProcessStatus) -> str:

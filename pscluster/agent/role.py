@@ -8,12 +8,21 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class AgentRole:
-    """`name` is "worker" or "server"; `module` is what its processes run; `runs` is what they are called."""
+    """`name` is "worker" or "server"; `module` is what its processes run; `runs` is what they are called.
+
+    `default_slots`: how many of them at once, the least; with `one_per_device`, one for each CUDA device if there are
+    more.
+    """
 
     name: str
     module: str
     runs: str
     default_slots: int
+    one_per_device: bool = False
+
+    def slots(self, num_devices: int) -> int:
+        """How many processes at once on a node with so many CUDA devices, when no setting says."""
+        return max(self.default_slots, num_devices) if self.one_per_device else self.default_slots
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,11 @@ import structlog
 
 from pscluster.agent import metrics
 from pscluster.agent.child import Patience
-from pscluster.agent.process import Process, Site
+from pscluster.agent.process import Process, Site, wanted_device
 from pscluster.agent.reconcile import reconcile
+from pscluster.devices import modesty
 from pscluster.v1.agents_pb2 import Assignment, ProcessState
+from pscluster.v1.plan_pb2 import ProcessSpec
 
 WATCH_S = 1.0
 SILENCE_S = 10.0
@@ -49,7 +51,7 @@ class Supervisor:
         actions = reconcile(assignment.processes, living, self._ever_ran)
         for process_id in actions.stop:
             self._spawn(self._processes[process_id].end(self._patience))
-        for spec in actions.start:
+        for spec in sorted(actions.start, key=_modesty):
             self._num_started += 1
             self._remember(spec.process_id)
             process = Process(spec, self._num_started, self._site)
@@ -111,3 +113,10 @@ class Supervisor:
     def _forget_ended(self, named: set[str]) -> None:
         for process_id in [id_ for id_, p in self._processes.items() if not p.living and id_ not in named]:
             del self._processes[process_id]
+
+
+def _modesty(spec: ProcessSpec) -> int:
+    try:
+        return modesty(wanted_device(spec))
+    except ValueError:
+        return 0  # it will not start, and say why

@@ -124,18 +124,20 @@ def _evaluation(job: Job) -> str:
 def _plan(job: Job) -> str:
     if job.plan is None:
         return ""
-    rows = [
-        [f"trainer-{t.rank}", t.node_id, str(t.attempt), "active" if t.active else "standing by", _shards(t)]
-        for t in job.plan.trainers
-    ]
+    rows = [_trainer(t) for t in job.plan.trainers]
     rows += [
-        [f"partition-{p.index}", p.node_id, str(p.attempt), "lead" if p.index == 0 else "", " ".join(p.addresses)]
+        [f"partition-{p.index}", p.node_id, str(p.attempt), "lead" if p.index == 0 else "", "", " ".join(p.addresses)]
         for p in job.plan.partitions
     ]
     head = f"Generation {job.plan.generation}"
     if job.plan.resume_step:
         head += f", resumed from step {job.plan.resume_step}"
-    return head + "\n" + fmt.table(("PROCESS", "NODE", "ATTEMPT", "ROLE", "SHARDS OR ADDRESS"), rows)
+    return head + "\n" + fmt.table(("PROCESS", "NODE", "ATTEMPT", "ROLE", "DEVICE", "SHARDS OR ADDRESS"), rows)
+
+
+def _trainer(seat: TrainerSeat) -> list[str]:
+    role = "active" if seat.active else "standing by"
+    return [f"trainer-{seat.rank}", seat.node_id, str(seat.attempt), role, seat.device or "", _shards(seat)]
 
 
 def _shards(seat: TrainerSeat) -> str:

@@ -93,6 +93,7 @@ def _plan_of(plan: plan_pb2.Plan) -> Plan:
                 node_id=t.node_id,
                 attempt=t.attempt,
                 active=t.active,
+                device=t.device or None,
                 shards=tuple((run.first, run.count) for run in t.shards),
             )
             for t in plan.trainers

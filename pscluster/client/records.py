@@ -58,12 +58,13 @@ class Event(_Record):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerSeat(_Record):
-    """`shards` holds (first, count) runs."""
+    """`shards` holds (first, count) runs; `device` is "cpu" or "cuda:0", None while it is not active."""
 
     rank: int
     node_id: str
     attempt: int
     active: bool
+    device: str | None
     shards: tuple[tuple[int, int], ...]
 
 

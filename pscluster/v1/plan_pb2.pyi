@@ -16,18 +16,20 @@ class ShardRange(_message.Message):
     def __init__(self, first: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
 class TrainerSeat(_message.Message):
-    __slots__ = ("rank", "node_id", "attempt", "shards", "active")
+    __slots__ = ("rank", "node_id", "attempt", "shards", "active", "device")
     RANK_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
     rank: int
     node_id: str
     attempt: int
     shards: _containers.RepeatedCompositeFieldContainer[ShardRange]
     active: bool
-    def __init__(self, rank: _Optional[int] = ..., node_id: _Optional[str] = ..., attempt: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[ShardRange, _Mapping]]] = ..., active: bool = ...) -> None: ...
+    device: str
+    def __init__(self, rank: _Optional[int] = ..., node_id: _Optional[str] = ..., attempt: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[ShardRange, _Mapping]]] = ..., active: bool = ..., device: _Optional[str] = ...) -> None: ...
 
 class PartitionSeat(_message.Message):
     __slots__ = ("index", "node_id", "attempt", "addresses")
@@ -94,7 +96,7 @@ class SnapshotPart(_message.Message):
     def __init__(self, step: _Optional[int] = ..., partition: _Optional[int] = ..., generation: _Optional[int] = ..., path: _Optional[str] = ..., size_bytes: _Optional[int] = ..., checksum: _Optional[str] = ...) -> None: ...
 
 class ProcessSpec(_message.Message):
-    __slots__ = ("process_id", "kind", "job_id", "rank", "attempt", "spec_json", "bundle_sha256", "store", "plan")
+    __slots__ = ("process_id", "kind", "job_id", "rank", "attempt", "spec_json", "bundle_sha256", "store", "plan", "data_host", "device")
     class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         KIND_UNSPECIFIED: _ClassVar[ProcessSpec.Kind]
@@ -112,6 +114,8 @@ class ProcessSpec(_message.Message):
     BUNDLE_SHA256_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
+    DATA_HOST_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
     process_id: str
     kind: ProcessSpec.Kind
     job_id: str
@@ -121,7 +125,9 @@ class ProcessSpec(_message.Message):
     bundle_sha256: str
     store: str
     plan: Plan
-    def __init__(self, process_id: _Optional[str] = ..., kind: _Optional[_Union[ProcessSpec.Kind, str]] = ..., job_id: _Optional[str] = ..., rank: _Optional[int] = ..., attempt: _Optional[int] = ..., spec_json: _Optional[str] = ..., bundle_sha256: _Optional[str] = ..., store: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ...) -> None: ...
+    data_host: str
+    device: str
+    def __init__(self, process_id: _Optional[str] = ..., kind: _Optional[_Union[ProcessSpec.Kind, str]] = ..., job_id: _Optional[str] = ..., rank: _Optional[int] = ..., attempt: _Optional[int] = ..., spec_json: _Optional[str] = ..., bundle_sha256: _Optional[str] = ..., store: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., data_host: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
 
 class ProcessReport(_message.Message):
     __slots__ = ("trainer_ready", "partition_ready", "progress", "evaluated", "snapshot_part", "finished", "failure", "counters", "beat", "plan_adopted", "warning", "connected")

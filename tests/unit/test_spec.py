@@ -53,6 +53,11 @@ def test_a_short_spec_gets_the_defaults() -> None:
     assert (spec.durability.every_steps, spec.evaluate.metric, spec.on_nonfinite) == (50, "loss", "stop")
 
 
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:15"])
+def test_every_word_for_a_device_is_lawful(device: str) -> None:
+    assert parse_spec(with_changes(workers__device=device)).workers.device == device
+
+
 def test_the_spec_of_the_manual_is_lawful() -> None:
     text = """
     apiVersion: ps/v1
@@ -72,6 +77,15 @@ def test_the_spec_of_the_manual_is_lawful() -> None:
     import yaml
 
     assert parse_spec(yaml.safe_load(text)).train.epochs == 3
+
+
+@pytest.mark.parametrize("transport", ["auto", "shm", "unix", "tcp"])
+@pytest.mark.parametrize("codec", ["fp32", "bf16"])
+def test_transports_and_codecs_go_together_as_one_likes(transport: str, codec: str) -> None:
+    network = parse_spec(
+        with_changes(network={"transport": transport, "push_codec": codec, "pull_codec": codec})
+    ).network
+    assert (network.transport, network.push_codec, network.pull_codec) == (transport, codec, codec)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +111,11 @@ def test_the_spec_of_the_manual_is_lawful() -> None:
         ({"train__seed": -1}, "train.seed"),
         ({"workers__min": 5}, "exceeds the 4 shards"),
         ({"workers": {"min": 3, "max": 2}}, "workers.max 2 is below workers.min 3"),
-        ({"workers__device": "tpu"}, "workers.device"),
+        ({"workers__device": "tpu"}, "workers.device: 'tpu' is none of auto, cpu, cuda, cuda:0, cuda:1, ..."),
+        ({"workers__device": "cuda:01"}, "workers.device: 'cuda:01' is none of"),
+        ({"workers__device": 3}, "workers.device: Input should be a valid string, not 3"),
+        ({"train__autocast": "fp16"}, "train.autocast: Input should be 'bf16', not 'fp16'"),
+        ({"train__compile": "perhaps"}, "train.compile"),
         ({"name": "Not Lawful"}, "name"),
         ({"name": 7}, "name"),
         ({"task__entrypoint": "task.py"}, "task.entrypoint"),
@@ -109,6 +127,10 @@ def test_the_spec_of_the_manual_is_lawful() -> None:
         ({"train": None}, "train"),
         ({"data": "imdb"}, "data"),
         ({"servers__partitions": 0}, "servers.partitions"),
+        ({"network__transport": "rdma"}, "network.transport: Input should be 'auto', 'shm', 'unix' or 'tcp'"),
+        ({"network__push_codec": "fp16"}, "network.push_codec: Input should be 'fp32' or 'bf16'"),
+        ({"network__pull_codec": None}, "network.pull_codec"),
+        ({"network__codec": "bf16"}, "unknown key network.codec"),
     ],
 )
 def test_a_refusal_names_the_key(changes: dict[str, Any], words: str) -> None:

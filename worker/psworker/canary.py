@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import AbstractContextManager, nullcontext
 from hashlib import blake2b
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch.nn import functional
 from pscluster.errors import InternalError
 from psworker.trainer.batches import preserved_generators, seed_step
 
+_FLOAT32: AbstractContextManager[None] = nullcontext()
 _VOCABULARY, _WIDTH, _LENGTH, _BATCH, _HEADS = 512, 128, 96, 8, 4
 
 
@@ -44,22 +46,28 @@ def settle_numerics(threads: int, device: str) -> None:
     torch.backends.cudnn.deterministic = True
 
 
-def numerics_class(threads: int, device: str) -> tuple[str, str]:
-    """(hex digest of a canary gradient, what usually makes digests differ, for people).
+def numerics_class(
+    threads: int,
+    device: str,
+    arithmetic: str = "float32",
+    precision: AbstractContextManager[None] = _FLOAT32,
+) -> tuple[str, str]:
+    """(hex digest of a canary gradient, what usually makes digests differ, for people; `arithmetic` is named there).
 
+    `precision`: the context in which the job's forward runs; machines that agree in one may differ in another.
     `settle_numerics(threads, device)` must have run. Takes some tens of milliseconds; leaves the generators
     as they were.
     """
     with preserved_generators():
-        gradients = _canary_gradients(torch.device(device))
+        gradients = _canary_gradients(torch.device(device), precision)
     digest = blake2b(digest_size=16, person=b"ps-numerics")
     for tensor in gradients:
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest(), numerics_detail(threads, device)
+    return digest.hexdigest(), numerics_detail(threads, device, arithmetic)
 
 
-def numerics_detail(threads: int, device: str) -> str:
-    """One line: device model, instruction set, versions, threads, dtype."""
+def numerics_detail(threads: int, device: str, arithmetic: str) -> str:
+    """One line: device model, instruction set, versions, threads, arithmetic."""
     config = torch.__config__.show()
     libraries = [
         f"{name} {match.group(1)}"
@@ -69,7 +77,7 @@ def numerics_detail(threads: int, device: str) -> str:
         )
         if (match := re.search(pattern, config))
     ]
-    parts = [f"torch {torch.__version__}", *libraries, f"{threads} thread{'s' * (threads != 1)}", "float32"]
+    parts = [f"torch {torch.__version__}", *libraries, f"{threads} thread{'s' * (threads != 1)}", arithmetic]
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name(torch.device(device))
         return ", ".join([f"cuda {torch.version.cuda} {name}", *parts])
@@ -91,7 +99,7 @@ def _values(*shape: int, device: torch.device, salt: int) -> Tensor:
     return (words.to(torch.float32) / 65536 - 0.5).reshape(shape).to(device)
 
 
-def _canary_gradients(device: torch.device) -> list[Tensor]:
+def _canary_gradients(device: torch.device, precision: AbstractContextManager[None]) -> list[Tensor]:
     """Loss and gradients of one block of every common kernel; sizes pass torch's thresholds for threading."""
     table = _values(_VOCABULARY, _WIDTH, device=device, salt=1).requires_grad_()
     qkv = (_values(3 * _WIDTH, _WIDTH, device=device, salt=2) / 4).requires_grad_()
@@ -103,13 +111,14 @@ def _canary_gradients(device: torch.device) -> list[Tensor]:
     tokens = (torch.arange(_BATCH * _LENGTH) * 7919 % _VOCABULARY).reshape(_BATCH, _LENGTH).to(device)
 
     seed_step(0, 0, 0)
-    x = functional.dropout(functional.embedding(tokens, table), 0.1)
-    q, k, v = functional.linear(functional.layer_norm(x, (_WIDTH,), scale), qkv).chunk(3, dim=-1)
-    q, k, v = (t.reshape(_BATCH, _LENGTH, _HEADS, -1).transpose(1, 2) for t in (q, k, v))
-    attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    x = x + attended.transpose(1, 2).reshape(_BATCH, _LENGTH, _WIDTH)
-    x = x + functional.linear(functional.gelu(functional.linear(x, wide)), narrow)
-    x = x + functional.conv1d(x.transpose(1, 2), kernel, padding=2).transpose(1, 2).tanh()
-    logits = functional.linear(x, table)
-    loss = functional.cross_entropy(logits.flatten(0, 1), tokens.flatten().roll(-1), reduction="sum")
+    with precision:
+        x = functional.dropout(functional.embedding(tokens, table), 0.1)
+        q, k, v = functional.linear(functional.layer_norm(x, (_WIDTH,), scale), qkv).chunk(3, dim=-1)
+        q, k, v = (t.reshape(_BATCH, _LENGTH, _HEADS, -1).transpose(1, 2) for t in (q, k, v))
+        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + attended.transpose(1, 2).reshape(_BATCH, _LENGTH, _WIDTH)
+        x = x + functional.linear(functional.gelu(functional.linear(x, wide)), narrow)
+        x = x + functional.conv1d(x.transpose(1, 2), kernel, padding=2).transpose(1, 2).tanh()
+        logits = functional.linear(x, table)
+        loss = functional.cross_entropy(logits.flatten(0, 1), tokens.flatten().roll(-1), reduction="sum")
     return [loss, *torch.autograd.grad(loss, parameters)]

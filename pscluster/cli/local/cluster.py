@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pscluster.agent.resources import visible_devices
 from pscluster.cli.local import processes, record
-from pscluster.cli.local.commands import command, count_of, daemon_dir, node_names
+from pscluster.cli.local.commands import command, count_of, daemon_dir, node_names, variables
 from pscluster.cli.local.interruptions import held_back
 from pscluster.cli.local.last_words import exit_error, size_of
 from pscluster.cli.local.lock import locked
@@ -113,7 +114,8 @@ class LocalCluster:
         self._log_offsets[name] = size_of(log)
         words = command(name, self.state_dir, self.located.address, self.located.token_file)
         with held_back():  # a process that was started and not noted would never be ended
-            daemon = processes.start(name, words, daemon_dir(name, self.state_dir), log)
+            own = variables(name, visible_devices(os.environ))
+            daemon = processes.start(name, words, own, daemon_dir(name, self.state_dir), log)
             self._started.append(daemon)
         self.running = (*self.running, daemon)
         record.save(self.state_dir, self.located.address, self.running)

@@ -44,6 +44,16 @@ def command(name: str, state_dir: Path, address: str, token_file: Path) -> list[
     return [*words, "--node-id", name, "--master", address, "--slots", str(slots)]
 
 
+def variables(name: str, devices: Sequence[str]) -> dict[str, str]:
+    """What a daemon's environment has beside ours. `devices`: the machine's CUDA devices, as CUDA_VISIBLE_DEVICES names
+    them: worker n gets the n-th, those beyond the last get none, so that no two share one."""
+    role, _, number = name.partition("-")
+    own = {"PYTHONUNBUFFERED": "1"}
+    if role == "worker" and devices:
+        own["CUDA_VISIBLE_DEVICES"] = devices[int(number)] if int(number) < len(devices) else ""
+    return own
+
+
 def name_of(command_line: Sequence[str], state_dir: Path) -> str | None:
     """Which daemon of this state directory a process with that command line is; None: none of ours."""
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -22,7 +22,7 @@ _CLOCK_SLACK_S = 2.0
 _LOG_CAP_BYTES = 16 << 20
 
 
-def start(name: str, command: Sequence[str], directory: Path, log: Path) -> Daemon:
+def start(name: str, command: Sequence[str], variables: Mapping[str, str], directory: Path, log: Path) -> Daemon:
     """Start one daemon in a session of its own, its output appended to `log`. Returns at once."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def start(name: str, command: Sequence[str], directory: Path, log: Path) -> Daem
                 stdout=sink,
                 stderr=sink,
                 start_new_session=True,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, **variables},
             )
     except OSError as error:
         raise StorageError(f"cannot start {name}: {error}") from None

@@ -22,7 +22,7 @@ def serve(link: ProcessLink) -> None:
         "token": os.environ.get("PS_TOKEN_FILE", ""),
     }
     print(f"serving {json.dumps(seen)}")
-    link.report(plan.ProcessReport(trainer_ready=plan.TrainerReady(device="cpu", layout_json=b"{}")))
+    link.report(plan.ProcessReport(trainer_ready=plan.TrainerReady(device=link.start.device, layout_json=b"{}")))
     adopt(link, link.start.plan)
     while (order := link.receive()) is not None and not order.HasField("shutdown"):
         adopt(link, order.plan)

@@ -34,6 +34,7 @@ def test_a_signal_is_named() -> None:
     status = told(-signal.SIGSEGV)
     assert (status.exit_code, status.signal) == (0, signal.SIGSEGV)
     assert status.error.cause == "trainer-0 ended by SIGSEGV"
+    assert "shared memory" in status.error.action  # a write to a parameter is the likeliest fault
 
 
 def test_an_expected_end_is_no_error_whatever_ended_it() -> None:

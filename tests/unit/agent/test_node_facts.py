@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from pscluster.agent import cgroup, resources
 from pscluster.agent.backoff import CAP_S, delay_s
 from pscluster.agent.metrics import ProcessMetrics
-from pscluster.agent.process import num_threads
+from pscluster.agent.process import num_threads, wanted_device
 from pscluster.agent.supervisor import is_silent
 from pscluster.v1.plan_pb2 import Counters, ProcessSpec
 
@@ -57,8 +56,8 @@ def test_devices_are_counted_and_hidden(tmp_path: Path) -> None:
 
 
 def test_this_node_has_something() -> None:
-    found = resources.measure(3, os.environ)
-    assert found.slots == 3
+    found = resources.measure(3, ["cuda:0"])
+    assert (found.slots, found.devices) == (3, ["cuda:0"])
     assert found.cpu_cores >= 1
     assert resources.memory_available_bytes() > 0
 
@@ -82,6 +81,12 @@ def test_threads_of_trainers_follow_the_spec() -> None:
     assert num_threads(ProcessSpec(kind=ProcessSpec.KIND_TRAINER, spec_json=text)) == 4
     assert num_threads(ProcessSpec(kind=ProcessSpec.KIND_TRAINER, spec_json="{}")) == 1
     assert num_threads(ProcessSpec(kind=ProcessSpec.KIND_PARTITION, spec_json=text)) == 1
+
+
+def test_the_device_that_is_wanted_is_the_specs() -> None:
+    text = '{"workers": {"device": "cuda:1"}}'
+    assert wanted_device(ProcessSpec(kind=ProcessSpec.KIND_TRAINER, spec_json=text)) == "cuda:1"
+    assert wanted_device(ProcessSpec(kind=ProcessSpec.KIND_TRAINER, spec_json="{}")) == "auto"
 
 
 def test_two_processes_of_a_job_share_a_family() -> None:

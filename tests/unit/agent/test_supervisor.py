@@ -1,4 +1,4 @@
-"""The supervisor without a master: silence of a living process, and an end that waits for every exit."""
+"""The supervisor without a master: silence of a living process, an end that waits for every exit, and devices."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -14,10 +14,12 @@ import pytest
 from pscluster.agent import metrics
 from pscluster.agent.bundles import BundleCache
 from pscluster.agent.child import Patience
+from pscluster.agent.devices import DeviceLedger
 from pscluster.agent.leftovers import AgentDirectories
 from pscluster.agent.process import Site
 from pscluster.agent.supervisor import Supervisor
 from pscluster.v1.agents_pb2 import AgentMessage, Assignment, ProcessStatus
+from pscluster.v1.plan_pb2 import ProcessSpec
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -46,7 +48,9 @@ class Heard:
         ]
 
 
-def run(bench: Any, body: Callable[[Supervisor, Heard], Awaitable[None]]) -> None:
+def run(bench: Any, body: Callable[[Supervisor, Heard], Awaitable[None]], devices: Sequence[str] = ()) -> None:
+    """Run `body` with the supervisor of a node that has these CUDA devices."""
+
     async def nothing(_sha256: str) -> AsyncIterator[bytes]:
         raise RuntimeError("no bundle is asked for here")
         yield b""
@@ -59,6 +63,7 @@ def run(bench: Any, body: Callable[[Supervisor, Heard], Awaitable[None]]) -> Non
             environ=bench.environ(),
             directories=directories,
             bundles=BundleCache(directories.bundles, nothing),
+            devices=DeviceLedger(devices),
             metrics=metrics.ProcessMetrics(),
             emit=heard.emit,
             log_bytes=lambda: 0,
@@ -125,3 +130,75 @@ def test_a_spec_that_cannot_be_read_is_told(bench: Any) -> None:
         assert heard.messages[-1].status.error.code == "PS-9001"
 
     run(bench, body)
+
+
+# ---- devices ----
+
+
+def on_device(bench: Any, name: str, device: str, mode: str = "serve") -> ProcessSpec:
+    spec: ProcessSpec = bench.trainer(name, mode)
+    spec.spec_json = f'{{"mode": "{mode}", "workers": {{"device": "{device}"}}}}'
+    return spec
+
+
+def reported(heard: Heard) -> dict[str, str]:
+    """Where each trainer that is ready computes, as it was told."""
+    events = [message.event for message in heard.messages if message.HasField("event")]
+    return {event.process_id.split("/")[1]: event.report.trainer_ready.device for event in events}
+
+
+def test_each_trainer_is_told_a_device_of_its_own(bench: Any) -> None:
+    async def body(supervisor: Supervisor, heard: Heard) -> None:
+        wanted = {"trainer-0": "auto", "trainer-1": "auto", "trainer-2": "cpu", "trainer-3": "cuda:0"}
+        supervisor.apply(Assignment(processes=[on_device(bench, name, device) for name, device in wanted.items()]))
+        await heard.until(lambda: len(reported(heard)) == 4)
+        given = {"trainer-0": "cuda:1", "trainer-1": "cpu", "trainer-2": "cpu", "trainer-3": "cuda:0"}
+        assert reported(heard) == given
+
+    run(bench, body, ["cuda:0", "cuda:1"])
+
+
+def test_a_partition_is_told_none(bench: Any) -> None:
+    async def body(supervisor: Supervisor, heard: Heard) -> None:
+        partition = on_device(bench, "partition-0", "cuda")
+        partition.kind = ProcessSpec.KIND_PARTITION
+        supervisor.apply(Assignment(processes=[partition]))
+        await heard.until(lambda: bool(reported(heard)))
+        assert reported(heard) == {"partition-0": ""}
+
+    run(bench, body, ["cuda:0"])
+
+
+@pytest.mark.parametrize(
+    ("device", "present", "cause"),
+    [
+        ("cuda", [], "there is no CUDA device here"),
+        ("cuda:3", ["cuda:0", "cuda:1"], "cuda:3 does not exist here: this node has cuda:0..1"),
+    ],
+)
+def test_a_trainer_without_its_device_is_not_started_and_says_why(
+    bench: Any, device: str, present: list[str], cause: str
+) -> None:
+    async def body(supervisor: Supervisor, heard: Heard) -> None:
+        supervisor.apply(Assignment(processes=[on_device(bench, "trainer-0", device)]))
+        await heard.until(lambda: "status" in heard.bodies())
+        status = heard.messages[-1].status
+        assert (status.exit_code, status.pid, status.error.code) == (127, 0, "PS-4004")
+        assert cause in status.error.cause
+
+    run(bench, body, present)
+
+
+def test_the_next_trainer_waits_until_the_former_one_is_gone(bench: Any) -> None:
+    async def body(supervisor: Supervisor, heard: Heard) -> None:
+        supervisor.apply(Assignment(processes=[on_device(bench, "trainer-0", "cuda", "be_stubborn")]))
+        await heard.until(lambda: "trainer_ready" in heard.bodies())
+        supervisor.apply(Assignment(processes=[on_device(bench, "trainer-1", "cuda")]))
+        await heard.until(lambda: len(reported(heard)) == 2)
+        assert reported(heard)["trainer-1"] == "cuda:0"
+        told = [(m.status.process_id.split("/")[1], m.status.phase) for m in heard.messages if m.HasField("status")]
+        assert told.index(("trainer-0", ProcessStatus.PHASE_EXITED)) < told.index(
+            ("trainer-1", ProcessStatus.PHASE_RUNNING)
+        )
+
+    run(bench, body, ["cuda:0"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pscluster.cli.local.cluster import LocalCluster
-from pscluster.cli.local.commands import command, count_of, name_of
+from pscluster.cli.local.commands import command, count_of, name_of, variables
 from pscluster.cli.local.last_words import exit_error
 from pscluster.cli.local.lock import locked
 from pscluster.errors import StateError, UnhealthyError
@@ -18,6 +18,17 @@ from pscluster.settings import ClientSettings, make_runtime_dir
 def test_nodes_are_counted_by_their_highest_number() -> None:
     assert count_of(["master", "worker-0", "worker-3", "server-1", "worker-x"], "worker") == 4
     assert count_of(["master"], "worker") == 0
+
+
+def test_local_workers_share_no_cuda_device() -> None:
+    """Each has one of those that the machine shows; those beyond the last compute on the CPU."""
+    visible = ["2", "GPU-7f"]
+
+    assert variables("worker-0", visible)["CUDA_VISIBLE_DEVICES"] == "2"
+    assert variables("worker-1", visible)["CUDA_VISIBLE_DEVICES"] == "GPU-7f"
+    assert variables("worker-2", visible)["CUDA_VISIBLE_DEVICES"] == ""
+    assert "CUDA_VISIBLE_DEVICES" not in variables("server-0", visible)
+    assert "CUDA_VISIBLE_DEVICES" not in variables("worker-0", [])
 
 
 def test_the_lock_makes_others_wait_and_say_so(tmp_path: Path) -> None:

@@ -43,7 +43,12 @@ def full_job() -> jobs_pb2.Job:
         plan=plan_pb2.Plan(
             generation=3,
             resume_step=50,
-            trainers=[plan_pb2.TrainerSeat(rank=0, node_id="worker-0", attempt=1, active=True, shards=shards)],
+            trainers=[
+                plan_pb2.TrainerSeat(
+                    rank=0, node_id="worker-0", attempt=1, active=True, shards=shards, device="cuda:0"
+                ),
+                plan_pb2.TrainerSeat(rank=1, node_id="worker-1", attempt=2),
+            ],
             partitions=[plan_pb2.PartitionSeat(index=0, node_id="server-0", attempt=2, addresses=["unix:/x"])],
         ),
         connections=[plan_pb2.Connection(trainer=0, partition=0, transport="unix")],
@@ -88,6 +93,7 @@ def test_documents_are_versioned_and_words(run: Psctl, fake: FakeMaster) -> None
     assert (found["apiVersion"], found["kind"], found["state"]) == ("ps/v1", "Job", "FAILED")
     assert found["parameters_sha256"] == "f" * 64
     assert found["plan"]["trainers"][0]["shards"] == [[0, 3], [5, 1]]
+    assert [seat["device"] for seat in found["plan"]["trainers"]] == ["cuda:0", None]
     assert found["error"] == {"code": "PS-2005", "cause": "NaN at step 7", "action": "clip", "details": {"step": "7"}}
     assert found["spec"]["name"] == "lm"
     assert json.loads(run("status", "lm", "-o", "json").stdout) == found
@@ -128,6 +134,12 @@ def test_describe_has_a_section_for_everything(run: Psctl, fake: FakeMaster) -> 
         "loss 2.2500 at step 50",
     ):
         assert piece in text, piece
+    seats = [line.split() for line in text.splitlines() if line.startswith(("  trainer-", "  partition-"))]
+    assert seats == [
+        ["trainer-0", "worker-0", "1", "active", "cuda:0", "shards", "0-2,5"],
+        ["trainer-1", "worker-1", "2", "standing", "by", "-", "none"],
+        ["partition-0", "server-0", "2", "lead", "-", "unix:/x"],
+    ]
     check = next(line for line in text.splitlines() if "imports" in line)
     assert check.split() == ["worker-0", "imports", "ok", "fine"]
     warning = next(line for line in text.splitlines() if "TrainerLost" in line)

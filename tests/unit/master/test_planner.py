@@ -14,7 +14,16 @@ from psmaster.registry import Role
 from tests.unit.master.world import make_spec
 
 
-def view(node_id: str, slots: int = 1, available: int | None = None, ready: bool = True) -> NodeView:
+def view(
+    node_id: str,
+    slots: int = 1,
+    available: int | None = None,
+    ready: bool = True,
+    devices: int = 0,
+    held: str = "",
+    undecided: int = 0,
+) -> NodeView:
+    """`devices`: how many CUDA devices it has; `held`: the numbers of those that other jobs hold."""
     return NodeView(
         node_id=node_id,
         role=Role.WORKER if node_id.startswith("worker") else Role.SERVER,
@@ -23,6 +32,9 @@ def view(node_id: str, slots: int = 1, available: int | None = None, ready: bool
         ready=ready,
         slots=slots,
         available=slots if available is None else available,
+        devices=tuple(f"cuda:{index}" for index in range(devices)),
+        held=frozenset(f"cuda:{index}" for index in held),
+        undecided=undecided,
     )
 
 
@@ -122,3 +134,71 @@ def test_a_replacement_prefers_its_former_node() -> None:
     assert choose_node(nodes, Role.WORKER, {"worker-0": 4, "worker-1": 1}, none) is None
     assert choose_node(nodes, Role.WORKER, {}, frozenset({"worker-0", "worker-1"})) is None
     assert choose_node(nodes, Role.SERVER, {}, none) is None
+
+
+# ---- devices ----
+
+
+@pytest.mark.parametrize(
+    ("device", "node", "room"),
+    [
+        ("auto", view("worker-0", 3), 3),
+        ("auto", view("worker-0", 3, devices=2, held="01"), 3),
+        ("cpu", view("worker-0", 3, available=1, devices=2), 1),
+        ("cuda", view("worker-0", 3), 0),
+        ("cuda", view("worker-0", 3, devices=2), 2),
+        ("cuda", view("worker-0", 1, devices=2), 1),
+        ("cuda", view("worker-0", 3, available=2, devices=2, held="1"), 1),
+        ("cuda", view("worker-0", 2, available=-1, devices=2), 0),
+        ("cuda", view("worker-0", 3, devices=3, held="1", undecided=1), 1),
+        ("cuda", view("worker-0", 3, devices=2, held="1", undecided=2), 0),
+        ("auto", view("worker-0", 3, devices=2, held="1", undecided=2), 3),
+        ("cuda:1", view("worker-0", 3, devices=2), 1),
+        ("cuda:1", view("worker-0", 3, devices=2, undecided=1), 0),
+        ("cuda:1", view("worker-0", 3, devices=2, held="0"), 1),
+        ("cuda:1", view("worker-0", 3, devices=2, held="1"), 0),
+        ("cuda:2", view("worker-0", 3, devices=2), 0),
+    ],
+)
+def test_a_device_each_where_one_is_asked_for(device: str, node: NodeView, room: int) -> None:
+    assert node.room(device) == room
+
+
+def test_only_workers_with_the_device_are_counted() -> None:
+    spec = make_spec(workers={"min": 2, "max": None, "device": "cuda"}, servers={"partitions": 1})
+    nodes = views(view("worker-0", 4), view("worker-1", 4, devices=1), view("server-0"))
+    waits = admit(spec, nodes)
+    assert (waits.reason, waits.possible) == ("waits for 2 workers with a CUDA device: 1 ready", False)
+    admitted = admit(spec, nodes | views(view("worker-2", 4, devices=2)))
+    assert admitted.trainers == ("worker-1", "worker-2", "worker-2")
+    assert admitted.partitions == ("server-0",)
+
+
+def test_devices_that_other_jobs_hold_are_waited_for() -> None:
+    nodes = views(view("worker-0", 2, devices=2, held="0"), view("server-0"))
+    two = admit(make_spec(workers={"min": 2, "device": "cuda"}, servers={"partitions": 1}), nodes)
+    assert two.reason == "waits for 2 workers with a CUDA device: 1 free, other jobs hold the rest"
+    assert two.possible
+    first = admit(make_spec(workers={"min": 1, "device": "cuda:0"}, servers={"partitions": 1}), nodes)
+    assert first.reason == "waits for 1 worker with the device cuda:0: 0 free, other jobs hold the rest"
+
+
+def test_one_trainer_a_node_where_the_device_is_named() -> None:
+    spec = make_spec(workers={"min": 1, "max": None, "device": "cuda:1"}, servers={"partitions": 1})
+    nodes = views(view("worker-0", 4, devices=4), view("worker-1", 4, devices=2), view("worker-2", 4, devices=1))
+    assert admit(spec, nodes | views(view("server-0"))).trainers == ("worker-0", "worker-1")
+
+
+def test_a_replacement_goes_where_its_device_is() -> None:
+    none = frozenset[str]()
+    nodes = views(view("worker-0", 4), view("worker-1", 2, devices=2, held="0"))
+
+    def chosen(device: str, taken: int = 0, preferred: str = "") -> NodeView | None:
+        return choose_node(nodes, Role.WORKER, {"worker-1": taken}, none, preferred, device)
+
+    assert chosen("auto") is nodes["worker-0"]
+    assert chosen("cuda") is nodes["worker-1"]
+    assert chosen("cuda", preferred="worker-0") is nodes["worker-1"]
+    assert chosen("cuda", taken=1) is None
+    assert chosen("cuda:0") is None
+    assert chosen("cuda:1") is nodes["worker-1"]

@@ -128,10 +128,16 @@ class World:
 
     # nodes
 
-    def join(self, node_id: str, slots: int = 1, life: str = "1") -> None:
+    def join(self, node_id: str, slots: int = 1, life: str = "1", num_devices: int = 0) -> None:
         """A node registers in a life and opens its stream with nothing running."""
-        role = Role.WORKER if node_id.startswith("worker") else Role.SERVER
-        node = Node(node_id=node_id, role=role, incarnation=f"{node_id}:{life}", started_s=self.now.unix_s, slots=slots)
+        node = Node(
+            node_id=node_id,
+            role=Role.WORKER if node_id.startswith("worker") else Role.SERVER,
+            incarnation=f"{node_id}:{life}",
+            started_s=self.now.unix_s,
+            slots=slots,
+            devices=tuple(f"cuda:{index}" for index in range(num_devices)),
+        )
         self.lives[node_id] = node.incarnation
         self.take(lambda turn: turn.register(node), lambda turn: turn.attend(node_id, node.incarnation, ()))
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pscluster.errors import (
     DataError,
@@ -62,7 +63,7 @@ def test_an_honest_task_passes_every_check(make_spec: Any, entrypoint: str) -> N
     table = {check.name: check for check in prepared.preflight.checks}
     assert all(check.ok for check in table.values())
     assert set(table) >= {"imports", "task", "data", "versions", "fingerprint", "loss", "halving", "metrics"}
-    assert set(table) >= {"layout", "canary"}
+    assert set(table) >= {"parameters", "layout", "canary"}
     assert prepared.preflight.num_samples == 512
     assert "accuracy" in table["metrics"].detail
     assert prepared.preflight.numerics_class[:12] in table["canary"].detail
@@ -241,3 +242,121 @@ def test_statistics_of_another_form_are_named(make_spec: Any, returned: Any, exp
 
     with pytest.raises(TaskError, match=expected):
         raise error
+
+
+# ---- parameters that a task writes to ----
+
+
+class Bounded(nn.Module):
+    """A linear layer with a frozen gain, whose forward does to its parameters what a test says."""
+
+    def __init__(self, write: Callable[[Bounded], object]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([[3.0, -3.0]]))
+        self.gain = nn.Parameter(torch.ones(1), requires_grad=False)
+        self.register_buffer("calls", torch.zeros(1))
+        self._write = write
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self._write(self)
+        return functional.linear(x, self.weight) * self.gain
+
+
+class Writing(Squares):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+
+    def build_model(self) -> nn.Module:
+        return self._model
+
+
+def replace_weight(model: Bounded) -> None:
+    model.weight = nn.Parameter(model.weight.clamp(-5, 5))
+
+
+@pytest.mark.parametrize(
+    ("write", "named"),
+    [
+        (lambda model: model.weight.clamp_(-1, 1), "parameter weight"),
+        (lambda model: model.weight.clamp_(-5, 5), "parameter weight"),  # the same bytes today, others tomorrow
+        (lambda model: model.weight.data.clamp_(-1, 1), "parameter weight"),
+        (lambda model: setattr(model.weight, "data", model.weight.data.clamp(-5, 5)), "parameter weight"),
+        (replace_weight, "parameter weight"),
+        (lambda model: model.gain.data.mul_(0.5), "parameter gain"),
+        (lambda model: [parameter.data.mul_(0.5) for parameter in model.parameters()], "parameters weight, gain"),
+    ],
+)
+def test_a_write_to_a_parameter_is_refused_by_name(make_spec: Any, write: Any, named: str) -> None:
+    error = refused(Writing(Bounded(write)), make_spec())
+
+    assert isinstance(error, LossContractError)
+    assert error.cause == f"forward or backward writes to the {named}"
+    assert "torch.nn.functional.normalize(weight)" in error.action
+    assert [c.name for c in checks_of(error) if not c.ok] == ["parameters"]
+
+
+def test_an_embedding_that_renormalises_itself_is_refused(make_spec: Any) -> None:
+    class Tokens(Squares):
+        def build_model(self) -> nn.Module:
+            return nn.Sequential(nn.Embedding(9, 4, max_norm=100.0), nn.Linear(4, 1))
+
+        def train_data(self) -> Any:
+            return list(torch.arange(9))
+
+    error = refused(Tokens(), make_spec())
+
+    assert isinstance(error, LossContractError)
+    assert error.cause == "forward or backward writes to the parameter 0.weight"
+
+
+def test_a_write_in_evaluation_alone_is_found_too(make_spec: Any) -> None:
+    model = Bounded(lambda model: None if model.training else model.weight.data.mul_(2))
+
+    assert "parameter weight" in refused(Writing(model), make_spec(), held_out=[torch.ones(2)]).cause
+
+
+def test_a_write_that_backward_stumbles_over_is_named_beside_it(make_spec: Any) -> None:
+    class Hasty(Squares):
+        def build_model(self) -> nn.Module:
+            return nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))
+
+        def loss(self, model: Any, batch: Any) -> Any:
+            returned = super().loss(model, batch)
+            with torch.no_grad():
+                model[2].weight.mul_(2)
+            return returned
+
+    error = refused(Hasty(), make_spec())
+
+    assert isinstance(error, PreflightError)
+    assert [c.name for c in checks_of(error) if not c.ok] == ["loss", "parameters"]
+    assert "writes to the parameter 2.weight" in error.cause
+
+
+def test_buffers_may_change_and_lazy_parameters_may_appear(make_spec: Any) -> None:
+    counting = Bounded(lambda model: model.calls.add_(1))
+    (found,) = [c for c in check(Writing(counting), make_spec()) if c.name == "parameters"]
+    assert found.detail == "2 unchanged by forward and backward"
+
+    lazy = Writing(nn.Sequential(nn.Linear(2, 3), nn.LazyLinear(1)))
+    (found,) = [c for c in check(lazy, make_spec()) if c.name == "parameters"]
+    assert found.detail == "2 unchanged by forward and backward"
+
+
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        ({}, "1 thread, float32"),
+        ({"autocast": "bf16"}, "1 thread, float32 with bf16 autocast"),
+        ({"autocast": "bf16", "compile": True}, "1 thread, float32 with bf16 autocast, compiled"),
+        ({"compile": True}, "1 thread, float32, compiled"),
+    ],
+)
+def test_the_numerics_name_the_arithmetic(make_spec: Any, train: dict[str, Any], words: str) -> None:
+    prepared = prepare(make_spec(train=train), None, "cpu").preflight
+
+    assert prepared.numerics_detail.endswith(words)
+    same = prepared.numerics_class == prepare(make_spec(), None, "cpu").preflight.numerics_class
+    assert same is ("autocast" not in train)  # the canary is computed as the job is

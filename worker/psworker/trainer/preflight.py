@@ -23,16 +23,18 @@ from pscluster.sampling import ShardSampler
 from pscluster.spec import JobSpec
 from pscluster.task import MapDataset, Task
 from psworker.canary import numerics_class
+from psworker.precision import arithmetic, precision
 from psworker.replica import layout_of
 from psworker.trainer.batches import data_fingerprint, preserved_generators, seed_step, to_device
 from psworker.trainer.checks import Check, Table, checks_of
 from psworker.trainer.evaluation import batch_statistics, check_metric, finalised, loss_of
 from psworker.trainer.loading import build_model, load_data, load_task, user_code
+from psworker.trainer.parameters import check_unwritten, traces
 
 __all__ = ["Check", "Preflight", "Prepared", "checks_of", "prepare", "run_preflight"]
 
-# A mean for a sum is wrong by a factor of two; honest float32 sums differ by about 1e-6.
-_TOLERANCE = 1e-3
+# A mean for a sum is wrong by a factor of two; honest float32 sums differ by about 1e-6, bf16 ones by its 8 bits.
+_TOLERANCE, _NARROW_TOLERANCE = 1e-3, 3e-2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,7 @@ def prepare(spec: JobSpec, bundle_dir: Path | None, device: str) -> Prepared:
     if task is None or model is None or data is None:
         table.run("versions", _versions)
         table.skip("loss", "needs the checks above")
-        table.run("canary", lambda: _canary(spec.workers.threads, device))
+        table.run("canary", lambda: _canary(spec, device))
         table.raise_failures()
         raise InternalError("a check that failed left no error")
     preflight = run_preflight(task, model, *data, spec, device, table)
@@ -87,22 +89,23 @@ def run_preflight(
     device: str,
     table: Table | None = None,
 ) -> Preflight:
-    """The checks that need a model and data. Parameters, buffers, modes and generators are left as they were.
+    """The checks that need a model and data. Buffers, modes and generators are left as they were, and so are the
+    parameters of a task that passes.
 
     Raises as `prepare` does.
     """
     table = table or Table()
     table.run("versions", _versions)
     fingerprint = table.run("fingerprint", lambda: _fingerprint(train, held_out))
-    with preserved_generators(), _preserved_model(model):
+    with preserved_generators(), _preserved_model(model), precision(spec, device):
         samples = table.run("samples", lambda: _samples(train, spec))
-        probe = _Probe(task=task, model=model, device=device, seed=spec.train.seed)
-        if samples is not None and table.run("loss", lambda: _loss(probe, samples, spec)):
-            table.run("halving", lambda: _halving(probe, samples))
-            table.run("metrics", lambda: _metrics(probe, held_out, spec))
+        tolerance = _NARROW_TOLERANCE if spec.train.autocast else _TOLERANCE
+        probe = _Probe(task=task, model=model, device=device, seed=spec.train.seed, tolerance=tolerance)
+        if samples is not None:
+            _check_loss(table, probe, samples, held_out, spec)
         # After the loss, whose forward gives lazy modules their shapes.
         table.run("layout", lambda: _layout(model, spec))
-    canary = table.run("canary", lambda: _canary(spec.workers.threads, device))
+    canary = table.run("canary", lambda: _canary(spec, device))
     table.raise_failures()
     if fingerprint is None or canary is None:
         raise InternalError("a check that failed left no error")
@@ -115,6 +118,18 @@ def run_preflight(
     )
 
 
+def _check_loss(
+    table: Table, probe: _Probe, samples: Sequence[Any], held_out: MapDataset | None, spec: JobSpec
+) -> None:
+    before = traces(probe.model)
+    ran = table.run("loss", lambda: _loss(probe, samples, spec))
+    if ran:
+        table.run("metrics", lambda: _metrics(probe, held_out, spec))
+    steady = table.run("parameters", lambda: (True, check_unwritten(before, traces(probe.model))))
+    if ran and steady:  # else the halves would meet other parameters than the whole, and nothing would follow
+        table.run("halving", lambda: _halving(probe, samples))
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Probe:
     """What the checks of the loss share."""
@@ -123,6 +138,7 @@ class _Probe:
     model: nn.Module
     device: str
     seed: int
+    tolerance: float
 
     def collate(self, samples: Sequence[Any]) -> Any:
         with user_code("collate"):
@@ -206,12 +222,12 @@ def _halving(probe: _Probe, samples: Sequence[Any]) -> tuple[None, str]:
         probe.loss_in_eval(samples[:middle]),
         probe.loss_in_eval(samples[middle:]),
     )
-    if not _close(weight, left_weight + right_weight):
+    if not _close(weight, left_weight + right_weight, _TOLERANCE):
         raise LossContractError(
             f"the weight of {len(samples)} samples is {weight:g}, but those of its halves are {left_weight:g} + "
             f"{right_weight:g}: the weight must count what was summed"
         )
-    if not _close(whole, left + right):
+    if not _close(whole, left + right, probe.tolerance):
         mean = _close(2 * whole, left + right, 0.2)
         raise LossContractError(
             f"the loss_sum of {len(samples)} samples is {whole:.6g}, but those of its halves are {left:.6g} + "
@@ -220,7 +236,7 @@ def _halving(probe: _Probe, samples: Sequence[Any]) -> tuple[None, str]:
     return None, f"{whole:.6g} = {left:.6g} + {right:.6g}"
 
 
-def _close(whole: float, parts: float, tolerance: float = _TOLERANCE) -> bool:
+def _close(whole: float, parts: float, tolerance: float) -> bool:
     return whole == parts or not abs(whole - parts) > tolerance * max(abs(whole), abs(parts))
 
 
@@ -242,8 +258,8 @@ def _layout(model: nn.Module, spec: JobSpec) -> tuple[None, str]:
     return None, f"{len(layout.tensors)} tensors in {len(layout.buckets)} buckets"
 
 
-def _canary(threads: int, device: str) -> tuple[tuple[str, str], str]:
-    digest, detail = numerics_class(threads, device)
+def _canary(spec: JobSpec, device: str) -> tuple[tuple[str, str], str]:
+    digest, detail = numerics_class(spec.workers.threads, device, arithmetic(spec), precision(spec, device))
     return (digest, detail), f"{digest[:12]} on {detail}"
 
 
