@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -42,12 +42,29 @@ JOB = "job-abc123"
 TOKEN = b"0123456789abcdef"
 
 
+class Process(Protocol):
+    """What a started process must offer; subprocess.Popen does."""
+
+    pid: int
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def send_signal(self, number: int, /) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+Launch = Callable[[str, Mapping[str, str], int, int], Process]
+"""Starts a process: its name ("trainer-0"), its variables on top of ours, the descriptor of its control socket, and
+the one that its output goes to."""
+
+
 @dataclass
 class Child:
     """One process and what it reported. `reports` keeps everything but beats and counters."""
 
     name: str
-    process: zygote.Forked
+    process: Process
     control: socket.socket
     directory: str
     log: Path
@@ -59,10 +76,26 @@ class Child:
             self.control.sendall(frames.encode(order.SerializeToString()))
 
 
-class StaticJob:
-    """Starts the processes of one job, hands out plans, and waits for what they report. A context manager."""
+def _fork(name: str, environment: Mapping[str, str], control: int, output: int) -> Process:
+    return zygote.fork(name.partition("-")[0], environment, control, output)
 
-    def __init__(self, spec: Mapping[str, Any], workers: int, root: Path) -> None:
+
+class StaticJob:
+    """Starts the processes of one job, hands out plans, and waits for what they report. A context manager.
+
+    `launch` starts them; `data_hosts[i]` is where partition i listens for TCP, when not on loopback; `device` is where
+    trainers compute, when not where the spec says."""
+
+    def __init__(
+        self,
+        spec: Mapping[str, Any],
+        workers: int,
+        root: Path,
+        *,
+        launch: Launch = _fork,
+        data_hosts: Sequence[str] = (),
+        device: str = "",
+    ) -> None:
         self.spec: JobSpec = parse_spec(spec)
         self.store = root / "store"
         self.root = root
@@ -74,6 +107,9 @@ class StaticJob:
         self._arrived: queue.Queue[tuple[Child, ProcessReport | None]] = queue.Queue()
         self._attempts: dict[str, int] = {}
         self.workers = workers
+        self._launch = launch
+        self._data_hosts = data_hosts
+        self._device = device
         self.reroute: Callable[[str], str] = lambda address: address  # of partitions, as the plan tells them
         root.mkdir(parents=True, exist_ok=True)
 
@@ -105,7 +141,7 @@ class StaticJob:
         environment = {"PS_SOCKET_DIR": directory, "PS_AGENT_PID": ""}
         log = self.root / f"{name}.{attempt}.log"
         with log.open("wb") as output:
-            process = zygote.fork(kind, environment, theirs.fileno(), output.fileno())
+            process = self._launch(name, environment, theirs.fileno(), output.fileno())
         theirs.close()
         child = Child(name, process, ours, directory, log)
         self.children[name] = child
@@ -113,6 +149,8 @@ class StaticJob:
             process_id=f"{JOB}/{name}/{attempt}", job_id=JOB, rank=number, attempt=attempt,
             kind=ProcessSpec.KIND_TRAINER if kind == "trainer" else ProcessSpec.KIND_PARTITION,
             spec_json=self.spec.canonical_json(), store=str(self.store),
+            data_host=self._data_hosts[number] if kind == "partition" and self._data_hosts else "",
+            device=self._device if kind == "trainer" else "",
         )  # fmt: skip
         child.order(ProcessOrder(start=spec))
         threading.Thread(target=self._read, args=(child,), daemon=True).start()

@@ -1,0 +1,63 @@
+"""A local cluster to measure on, as a user has it, and the job trained in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from _jobs import SKIP
+from _marks import median_step_s
+from _watch import CpuSeries
+from pscluster.client import Cluster
+from pscluster.settings import runtime_dir
+from pscluster.spec import parse_spec
+
+PSCTL = Path(sys.executable).parent / "psctl"
+DEADLINE_S = 600
+
+
+def trained(spec: Mapping[str, Any]) -> dict[str, float]:
+    """Train a job to its end in a cluster of its own: median seconds between commits, CPU seconds a sample.
+
+    CPU seconds are those of all trainers and partitions over the measured steps; agents and master apart, as
+    `daemons_cpu_s_per_sample`."""
+    workers, partitions = spec["workers"]["max"], spec["servers"]["partitions"]
+    with _cluster(workers, partitions) as (connected, daemons):
+        children = CpuSeries(lambda: [child for daemon in daemons for child in daemon.children()])
+        around = CpuSeries(lambda: daemons)
+        with children.watch(), around.watch():
+            job = connected.submit(parse_spec(spec))
+            connected.wait(job, "succeeded", timeout_s=DEADLINE_S)
+        times = [line["time_s"] for line in connected.metrics(job) if "time_s" in line][SKIP:]
+    samples = (len(times) - 1) * spec["train"]["global_batch"]
+    return {
+        "step_s": median_step_s(times),
+        "cpu_s_per_sample": children.between(times[0], times[-1]) / samples,
+        "daemons_cpu_s_per_sample": around.between(times[0], times[-1]) / samples,
+    }
+
+
+@contextmanager
+def _cluster(workers: int, servers: int) -> Iterator[tuple[Cluster, list[psutil.Process]]]:
+    """A client of it, and its daemons; taken down at the end."""
+    with tempfile.TemporaryDirectory(prefix="psb-") as directory:
+        state_dir = Path(directory)
+        environment = os.environ | {"PS_STATE_DIR": directory}
+        command = [str(PSCTL), "up", "--workers", str(workers), "--servers", str(servers)]
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            token = (state_dir / "token").read_text().strip()
+            record = json.loads((state_dir / "cluster.json").read_text())
+            daemons = [psutil.Process(daemon["pid"]) for daemon in record["daemons"]]
+            yield Cluster.connect(address=f"unix:{runtime_dir(state_dir)}/master.sock", token=token), daemons
+        finally:
+            subprocess.run([PSCTL, "down"], env=environment, check=True, stderr=subprocess.DEVNULL)

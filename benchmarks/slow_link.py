@@ -1,0 +1,96 @@
+"""Step time over a link of 1 Gbit/s: two hosts, on each a trainer and a partition, over DDP on the same hosts.
+
+    python benchmarks/slow_link.py [--rounds 3] [--steps 24] [--only ours_fp32 ddp_fp32 ...]
+
+The hosts are namespaces of this machine, joined by a veth pair that `tc` slows down at both ends (_hosts.py). That
+needs root, ip, tc, unshare, nsenter and mount; where they are missing the script says so and exits 0. Trained is the
+12 M-parameter GPT, 64 tokens, 4 a microbatch, one thread a process. Ours is a job of 2 trainers x 2 partitions with
+`transport: auto`: within a host whatever is best, TCP across. DDP has one rank a host, over gloo; it runs as it comes,
+with our trainers' settings of malloc (`*_malloc`), and with these and buckets of 5 MB (`*_tuned`); the best of them
+counts. Needs an otherwise idle machine and takes about ten minutes.
+
+    gbit_fp32_speedup      seconds a step: DDP / ours, both fp32
+    gbit_bf16_speedup      seconds a step: DDP in fp32 / ours with push_codec and pull_codec bf16
+    gbit_ddp_bf16_speedup  seconds a step: DDP in fp32 / DDP with its bf16 compress hook
+
+Recorded, too: megabytes (1e6) that one host sends over the link in a step, in the mean of all steps.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import _hosts
+from _baseline import Loop, baseline, ddp_sides, variants
+from _jobs import SKIP, spec
+from _marks import median_step_s
+from _measure import Key, Side, options, run
+from _static import Place, Starter, fill, started, train
+from harness.static_job import StaticJob
+
+NAME = "slow_link"
+DDP_FP32, DDP_BF16 = variants("ddp_fp32"), variants("ddp_bf16")
+KEYS = {
+    "gbit_fp32_speedup": Key(what="step_s", of=DDP_FP32, over=("ours_fp32",)),
+    "gbit_bf16_speedup": Key(what="step_s", of=DDP_FP32, over=("ours_bf16",)),
+    "gbit_ddp_bf16_speedup": Key(what="step_s", of=DDP_FP32, over=DDP_BF16),
+}
+
+
+def ours(steps: int, codec: str) -> dict[str, float]:
+    """2 trainers x 2 partitions, one of each a host."""
+    job_spec = spec(workers=2, partitions=2, steps=steps, transport="auto", codec=codec)
+    with tempfile.TemporaryDirectory(prefix="psb-") as directory, _hosts.joined(Path(directory)) as hosts:
+        places = [Place(prefix=host.enter, environment={"PS_SOCKET_DIR": str(host.sockets)}) for host in hosts]
+        with started(job_spec, Starter(places=places), data_hosts=[host.address for host in hosts]) as (job, _):
+            fill(job)
+            before = hosts[0].sent_bytes()
+            times = train(job, SKIP)
+            sent = hosts[0].sent_bytes() - before
+            check_transports(job)
+    step_s = median_step_s(times)
+    return {"step_s": step_s, "link_mb_per_step": sent / steps / 1e6}
+
+
+def check_transports(job: StaticJob) -> None:
+    """Fail unless each trainer reached its own host's partition without TCP, and the other one over TCP."""
+    for rank in range(2):
+        held = {c.partition: c.transport for c in job.reported(f"trainer-{rank}", "connected")[-1].connections}
+        assert held[1 - rank] == "tcp" and held[rank] in ("unix", "shm"), f"trainer {rank} is connected by {held}"
+
+
+def ddp(loop: Loop, environment: Mapping[str, str]) -> dict[str, float]:
+    """One rank of DDP a host."""
+    with tempfile.TemporaryDirectory(prefix="psb-") as directory, _hosts.joined(Path(directory)) as hosts:
+        prefixes = [host.enter for host in hosts]
+        found = baseline(loop, environment, prefixes=prefixes, interface=hosts[0].interface)
+        return {"step_s": found["step_s"], "link_mb_per_step": hosts[0].sent_bytes() / loop.steps / 1e6}
+
+
+def sides(steps: int) -> dict[str, Side]:
+    """Everything that is measured, in the order of a round."""
+    return {
+        **ddp_sides("ddp_fp32", Loop(world=2, steps=steps), ddp),
+        "ours_fp32": partial(ours, steps, "fp32"),
+        **ddp_sides("ddp_bf16", Loop(world=2, steps=steps, bf16=True), ddp),
+        "ours_bf16": partial(ours, steps, "bf16"),
+    }
+
+
+def main() -> None:
+    chosen = options(__doc__ or "", rounds=3, steps=24).parse_args()
+    reason = _hosts.missing()
+    if reason:
+        print(f"{NAME}: skipped: {reason}")
+        return
+    note = (
+        f"12 M-parameter GPT, sequence 64, microbatch 4, one thread a process, two hosts joined by {_hosts.LINK_RATE}"
+    )
+    run(NAME, sides(max(chosen.steps, SKIP + 2)), KEYS, note, chosen)
+
+
+if __name__ == "__main__":
+    main()
