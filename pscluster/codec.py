@@ -1,10 +1,18 @@
-"""How two nodes of the gradient tree combine, whoever does it: part of the job's numerics, so it is written once."""
+"""How nodes of the gradient tree are represented and combine, whoever does it: part of the job's numerics.
+
+With push codec bf16 every node of a trained bucket, leaves included, is a bf16 tensor: rounded to nearest even where it
+comes into being, whether or not it crosses the wire. Adding two of them rounds their exact fp32 sum once.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+
+from pscluster.layout import Codec
+
+DTYPES: dict[Codec, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -27,6 +35,11 @@ class BufferNode:
         left_words = committed * self.weight if self.words is None else self.words
         right_words = committed * right.weight if right.words is None else right.words
         return BufferNode(weight, left_words.add_(right_words))
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """A contiguous one-dimensional CPU tensor's memory, shared."""
+    return tensor.view(torch.uint8).numpy().data if tensor.numel() else memoryview(bytearray())
 
 
 def add_optional(left: torch.Tensor | None, right: torch.Tensor | None) -> torch.Tensor | None:

@@ -30,6 +30,8 @@ BLOCK_WORDS = 32 * 1024
 BUCKET_WORDS = 1024 * 1024  # a bucket is closed once it holds this many words (4 MiB)
 WORD_BYTES = 4
 
+Codec = Literal["fp32", "bf16"]
+CODEC_BYTES: dict[Codec, int] = {"fp32": 4, "bf16": 2}  # of one word of a trained bucket on the wire
 Kind = Literal["trained", "averaged", "carried", "frozen"]
 KINDS: tuple[Kind, ...] = ("trained", "averaged", "carried", "frozen")
 ITEM_BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2}
@@ -150,6 +152,15 @@ class Layout:
     def spans(self, partition: int, num_partitions: int) -> tuple[Span, ...]:
         """What one partition holds: one span for each bucket, in order."""
         return tuple(self.span(b.index, partition, num_partitions) for b in self.buckets)
+
+    def wire_bytes(self, span: Span, codec: Codec) -> int:
+        """Length of a span on the wire: trained words travel in the codec, the others as they are."""
+        trained = self.buckets[span.bucket].kind == "trained"
+        return span.num_words * (CODEC_BYTES[codec] if trained else WORD_BYTES)
+
+    def gradient_bytes(self, spans: Sequence[Span], codec: Codec) -> list[int]:
+        """Length of each span's gradient on the wire; 0 for the buckets that have none."""
+        return [self.wire_bytes(s, codec) if self.buckets[s.bucket].kind == "trained" else 0 for s in spans]
 
     def to_json(self) -> bytes:
         """Canonical JSON: equal layouts give equal bytes."""

@@ -5,6 +5,8 @@ A `Connection` belongs to the thread of its `Reactor`; only that thread may call
 
 from __future__ import annotations
 
+import array
+import os
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,6 +18,9 @@ from pscluster.wire.frame import HEADER_BYTES, Buffer, Header, checksum, pack, u
 
 _MAX_GATHER = 512  # buffers per sendmsg; Linux takes 1024
 _READ_BUDGET_BYTES = 16 << 20  # of one connection before the others have their turn
+_WAKE_BYTES = 512 << 10  # of a body that are worth being woken for, over TCP
+_MAX_FDS = 2  # that may come with a frame
+_FD = array.array("i")
 
 
 class Handler(Protocol):
@@ -41,12 +46,18 @@ class _Outgoing:
     views: list[memoryview]
     tag: object
     on_sent: Callable[[], None] | None
+    fds: Sequence[int] = ()  # copies, which go with the first byte
 
 
 class Connection:
-    """A connected non-blocking stream socket under a reactor. Made by `Reactor.adopt`."""
+    """A connected non-blocking stream socket under a reactor. Made by `Reactor.adopt`.
 
-    def __init__(self, sock: socket.socket, handler: Handler, wants: Callable[[Connection], None]) -> None:
+    `takes_fds`: file descriptors that come with a frame (over Unix sockets) are kept for `take_fds`; otherwise the
+    kernel drops them."""
+
+    def __init__(
+        self, sock: socket.socket, handler: Handler, wants: Callable[[Connection], None], *, takes_fds: bool = False
+    ) -> None:
         self.socket = sock
         self.handler = handler
         self.context: object = None  # the handler's own: who is at the other end
@@ -60,6 +71,14 @@ class Connection:
         self._into = memoryview(self._header_bytes)
         self._filled = 0
         self._header: Header | None = None
+        self._takes_fds = takes_fds and sock.family == socket.AF_UNIX
+        self._fds: list[int] = []
+        self._wakes_at = 1  # bytes that must be there before the reactor hears of them
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the other end is on this host for sure, so that memory can be shared with it."""
+        return self.socket.family == socket.AF_UNIX
 
     @property
     def wants_write(self) -> bool:
@@ -77,17 +96,24 @@ class Connection:
         *,
         tag: object = None,
         on_sent: Callable[[], None] | None = None,
+        fds: Sequence[int] = (),
+        body_checksum: int | None = None,
     ) -> None:
         """Queue one frame and send what the socket takes now. Never blocks.
 
         The buffers of `body` are read until `on_sent` is called, or until `detach(tag)`: the caller must not
         overwrite them before. On a closed connection nothing happens and `on_sent` is never called.
+        `fds` are handed to the peer with the frame, over a Unix socket; the caller may close its own on return.
+        `body_checksum`: of the body, when the caller knows it.
         """
         if not self.is_open:
             return
         parts = [memoryview(part).cast("B") for part in body if memoryview(part).nbytes]
-        header = replace(header, length=sum(p.nbytes for p in parts), checksum=checksum(parts) if parts else 0)
-        self._outgoing.append(_Outgoing([memoryview(pack(header)), *parts], tag, on_sent))
+        if body_checksum is None:
+            body_checksum = checksum(parts) if parts else 0
+        header = replace(header, length=sum(p.nbytes for p in parts), checksum=body_checksum)
+        copies = [os.dup(fd) for fd in fds]
+        self._outgoing.append(_Outgoing([memoryview(pack(header)), *parts], tag, on_sent, copies))
         self.flush()
 
     def detach(self, tag: object) -> None:
@@ -111,7 +137,7 @@ class Connection:
         try:
             while self._outgoing:
                 item = self._outgoing[0]
-                self._advance(item, self.socket.sendmsg(item.views[:_MAX_GATHER]))
+                self._advance(item, self.socket.sendmsg(item.views[:_MAX_GATHER], _ancillary(item.fds)))
                 if item.views:
                     continue
                 self._outgoing.popleft()
@@ -129,7 +155,7 @@ class Connection:
         budget = _READ_BUDGET_BYTES
         try:
             while self.is_open and self.reading and budget > 0:
-                count = self.socket.recv_into(self._into[self._filled :])
+                count = self._receive()
                 if count == 0:
                     self.close(None)
                     return
@@ -139,11 +165,18 @@ class Connection:
                 if self._filled == self._into.nbytes:
                     self._filled_up()
         except BlockingIOError:
-            return  # everything read; the reactor calls again
+            pass  # everything read; the reactor calls again
         except OSError as error:
             self.close(FrameError(f"a data connection broke while receiving: {error}"))
         except PsError as error:
             self.close(error)
+        if self.is_open:
+            self._wait_for_more()
+
+    def take_fds(self) -> list[int]:
+        """The file descriptors that came with the frame being handled; the caller's to close."""
+        fds, self._fds = self._fds, []
+        return fds
 
     def close(self, error: PsError | None = None) -> None:
         """Close and tell the handler. Idempotent. What was queued and not sent is dropped."""
@@ -151,12 +184,39 @@ class Connection:
             return
         self.is_open = False
         self._wants(self)
+        for item in self._outgoing:
+            _close_all(item.fds)
+        _close_all(self.take_fds())
         self._outgoing.clear()
         self.socket.close()
         self.handler.closed(self, error)
 
+    def _wait_for_more(self) -> None:
+        """Have the kernel wake us for a good part of the body, not for each segment; for a header at once."""
+        missing = self._into.nbytes - self._filled if self._header is not None else 1
+        wake_at = min(missing, _WAKE_BYTES)
+        if wake_at != self._wakes_at and self.socket.family != socket.AF_UNIX:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wake_at)
+            self._wakes_at = wake_at
+
+    def _receive(self) -> int:
+        """Read what is there into what is to be filled; the descriptors come with the first byte of a header."""
+        if self._header is not None or not self._takes_fds:
+            return self.socket.recv_into(self._into[self._filled :])
+        count, ancillary, _, _ = self.socket.recvmsg_into(
+            [self._into[self._filled :]], socket.CMSG_SPACE(_MAX_FDS * _FD.itemsize), socket.MSG_CMSG_CLOEXEC
+        )
+        for level, kind, data in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                found = array.array("i")
+                found.frombytes(data[: len(data) - len(data) % found.itemsize])
+                self._fds += found
+        return count
+
     def _advance(self, item: _Outgoing, sent: int) -> None:
         self.sent_bytes += sent
+        _close_all(item.fds)  # the kernel has taken them with the first byte
+        item.fds = ()
         done = 0
         while done < len(item.views) and sent >= item.views[done].nbytes:
             sent -= item.views[done].nbytes
@@ -190,3 +250,14 @@ class Connection:
                 details={"field": "checksum"},
             )
         self.handler.frame(self, header, body)
+        if self._fds:
+            _close_all(self.take_fds())  # nobody wanted them
+
+
+def _ancillary(fds: Sequence[int]) -> list[tuple[int, int, array.array[int]]]:
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+
+
+def _close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -50,7 +50,15 @@ class Kind(IntEnum):
 
 
 class Codec(IntEnum):
+    """How the words of a trained bucket travel."""
+
     FP32 = 0
+    BF16 = 1
+
+    @classmethod
+    def of(cls, name: str) -> Codec:
+        """The codec that a spec names."""
+        return cls[name.upper()]
 
 
 class AckResult(IntEnum):
@@ -62,8 +70,12 @@ class AckResult(IntEnum):
 
 
 UNCHANGED = 1  # flag of a PUSH of an averaged bucket: the body is the node's weight (float64), the buffers did not move
+IN_MEMORY = 2  # flag of a PUSH or VALUES without a body: it lies in the memory that both sides share. Such VALUES are
+# of as many buckets, from `bucket` on, as their node has leaves
+_LANE_SHIFT = 8  # above the flags of a PUSH that is IN_MEMORY: which lane it lies in
 NO_NODE = Node(0, 0)  # of the kinds that carry none
 WITH_FROZEN = 1  # flag of a PULL: send the buckets that never change, too
+EXACT = 4  # flag of a PULL, and of the VALUES it brings: fp32 whatever the codec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +93,16 @@ class Header:
     codec: Codec = Codec.FP32
     length: int = 0
     checksum: int = 0
+
+
+def in_lane(lane: int) -> int:
+    """The flags of a PUSH that lies in this lane."""
+    return IN_MEMORY | lane << _LANE_SHIFT
+
+
+def lane_of(header: Header) -> int:
+    """The lane of a PUSH that is IN_MEMORY."""
+    return header.flags >> _LANE_SHIFT
 
 
 def job_number(job_id: str) -> int:

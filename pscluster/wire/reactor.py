@@ -13,20 +13,30 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from pscluster.errors import FrameError
 from pscluster.wire.connection import Connection, Handler
-from pscluster.wire.transport import accept, bind, start_dial
+from pscluster.wire.transport import accept, bind, control_congestion, start_dial
 
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _ACCEPT_AGAIN_S = 0.1
 
 
 class Reactor:
-    """Runs on one thread; only `post` may be called from others."""
+    """Runs on one thread; only `post` may be called from others.
 
-    def __init__(self) -> None:
+    `phase(name)` is entered around moving bytes: "receive", which includes what the handlers do, and "send".
+    `congestion_control`: of TCP connections, checked before; None is the host's default."""
+
+    def __init__(
+        self,
+        phase: Callable[[str], AbstractContextManager[object]] = nullcontext,
+        congestion_control: str | None = None,
+    ) -> None:
+        self._phase = phase
+        self._congestion_control = congestion_control
         self._selector = selectors.DefaultSelector()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._posted: deque[Callable[[], None]] = deque()
@@ -70,9 +80,11 @@ class Reactor:
         for key, events in self._selector.select(timeout_s):
             if isinstance(key.data, Connection):
                 if events & selectors.EVENT_WRITE and key.data.is_open:
-                    key.data.flush()
+                    with self._phase("send"):
+                        key.data.flush()
                 if events & selectors.EVENT_READ and key.data.is_open:
-                    key.data.readable()
+                    with self._phase("receive"):
+                        key.data.readable()
             else:
                 key.data()
         while self._timers and self._timers[0][0] <= time.monotonic():
@@ -96,22 +108,26 @@ class Reactor:
         return bound
 
     def dial(self, address: str, handler: Handler, done: Callable[[Connection | None, str], None]) -> None:
-        """Connect to `address`; `done` is called once with the connection, or with None and the reason."""
+        """Connect to `address`; `done` is called once with the connection, or with None and the reason.
+
+        Who dials takes file descriptors from who listens, never the other way round."""
         try:
             sock, connected = start_dial(address)
         except OSError as error:
             self.post(lambda reason=str(error): done(None, reason))  # type: ignore[misc]
             return
         if connected:
-            self.post(lambda: done(self.adopt(sock, handler), ""))
+            self.post(lambda: done(self.adopt(sock, handler, takes_fds=True), ""))
             return
         self._dialling.add(sock)
         self._selector.register(sock, selectors.EVENT_WRITE, lambda: self._dialled(sock, handler, done))
 
-    def adopt(self, sock: socket.socket, handler: Handler) -> Connection:
+    def adopt(self, sock: socket.socket, handler: Handler, *, takes_fds: bool = False) -> Connection:
         """Drive a connected socket from now on. The reactor owns it."""
         sock.setblocking(False)
-        connection = Connection(sock, handler, self._update_interest)
+        if self._congestion_control is not None:
+            control_congestion(sock, self._congestion_control)
+        connection = Connection(sock, handler, self._update_interest, takes_fds=takes_fds)
         self._update_interest(connection)
         return connection
 
@@ -159,7 +175,7 @@ class Reactor:
             sock.close()
             done(None, os.strerror(error))
         else:
-            done(self.adopt(sock, handler), "")
+            done(self.adopt(sock, handler, takes_fds=True), "")
 
     def _drain_posted(self) -> None:
         os.eventfd_read(self._wake)

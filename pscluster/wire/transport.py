@@ -5,24 +5,28 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from pathlib import Path
 
-from pscluster.errors import AddressInUseError, FrameError
+from pscluster.errors import AddressInUseError, FrameError, StateError
 
 _BACKLOG = 512
 
 
 def transport_of(address: str) -> str:
-    """The transport's name, as `network.transport` and `psctl describe` spell it."""
+    """The name of an address's transport, as `network.transport` and `psctl describe` spell it.
+
+    Over a Unix socket the two ends may agree on shared memory, "shm", when they greet."""
     return address.partition(":")[0]
 
 
 def choose_address(addresses: list[str], transport: str) -> str:
     """The address to dial: the first of the wanted transport; with "auto" a Unix socket that exists here, else TCP.
 
-    Raises FrameError when the partition offers none."""
+    Shared memory is arranged over a Unix socket. Raises FrameError when the partition offers none."""
+    wanted = "unix" if transport == "shm" else transport
     for address in addresses:
         kind, _, rest = address.partition(":")
-        if transport == kind or (transport == "auto" and (kind != "unix" or os.path.exists(rest))):
+        if wanted == kind or (wanted == "auto" and (kind != "unix" or os.path.exists(rest))):
             return address
     raise FrameError(f"no {transport} address among {addresses}", details={"field": "address"})
 
@@ -86,6 +90,27 @@ def start_dial(address: str) -> tuple[socket.socket, bool]:
         sock.close()
         raise OSError(code, os.strerror(code))
     return _tune(sock), code == 0
+
+
+def check_congestion_control(name: str | None) -> None:
+    """Raises StateError when TCP on this host does not offer the algorithm of this name; None is its default."""
+    if name is None:
+        return
+    with socket.socket(socket.AF_INET) as probe:
+        try:
+            control_congestion(probe, name)
+        except OSError:
+            offered = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split()
+            raise StateError(
+                f"TCP on this host has no congestion control {name!r}; it offers {', '.join(offered)}",
+                action="choose another network.congestion_control, or load the kernel module tcp_" + name,
+            ) from None
+
+
+def control_congestion(sock: socket.socket, name: str) -> None:
+    """Have a TCP socket use this algorithm for what it sends; a Unix socket has none. Raises OSError."""
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
 
 
 def _tune(sock: socket.socket) -> socket.socket:

@@ -25,7 +25,11 @@ def lm_digest() -> str:
 
 
 # Pairwise: every pair of (workers, partitions), (workers, transport), (partitions, transport) occurs.
-PAIRS = [(1, 1, "unix"), (2, 2, "tcp"), (3, 3, "unix"), (4, 1, "tcp"), (3, 2, "tcp"), (2, 3, "unix")]
+PAIRS = [
+    *((1, 1, "shm"), (2, 2, "shm"), (3, 3, "shm"), (4, 2, "shm"), (3, 1, "shm")),
+    *((1, 2, "unix"), (2, 3, "unix"), (3, 3, "unix")),
+    *((4, 1, "tcp"), (2, 2, "tcp"), (3, 2, "tcp")),
+]
 
 
 @pytest.mark.parametrize(("workers", "partitions", "transport"), PAIRS)
@@ -39,6 +43,27 @@ def test_language_model_has_the_bits_of_a_plain_loop(
         job.wait(lambda: bool(job.reported("trainer-0", "connected")))
         seen = [(c.partition, c.transport) for c in job.reported("trainer-0", "connected")[-1].connections]
         assert seen == [(index, transport) for index in range(partitions)]
+
+
+CODECS = [("bf16", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")]
+
+
+@pytest.mark.parametrize(("push", "pull"), CODECS)
+def test_rounding_on_the_wire_is_part_of_the_step(push: str, pull: str, lm_digest: str, tmp_path: Path) -> None:
+    """Whoever computes what, and over whatever transport: the bits of a plain loop that rounds in the same places."""
+    spec = lm_spec()
+    spec["network"] |= {"push_codec": push, "pull_codec": pull}
+    plain = train_plainly(spec)
+    for workers, partitions, transport in [(1, 1, "shm"), (3, 2, "tcp"), (2, 3, "shm")]:
+        spec = lm_spec(partitions=partitions, transport=transport)
+        spec["network"] |= {"push_codec": push, "pull_codec": pull}
+        with StaticJob(spec, workers, tmp_path / f"{workers}-{transport}") as job:
+            job.wait_ready()
+            job.publish(crossed_split(NUM_SHARDS, workers))
+            assert job.wait_finished() == plain.digest, (workers, partitions, transport)
+            seen = {e.step: dict(e.metrics) for e in job.reported("partition-0", "evaluated")}
+        assert seen == plain.evaluations
+    assert plain.digest != lm_digest
 
 
 def test_shards_that_move_in_every_generation_change_no_bit(lm_digest: str, tmp_path: Path) -> None:
@@ -174,8 +199,9 @@ def test_a_partition_killed_before_any_snapshot_starts_again_from_the_seed(lm_di
         assert job.wait_finished() == lm_digest
 
 
-def test_connections_that_break_again_and_again_change_no_bit(lm_digest: str, tmp_path: Path) -> None:
-    spec = lm_spec(partitions=2, transport="tcp", pause_s=0.03)
+@pytest.mark.parametrize("transport", ["tcp", "shm"])
+def test_connections_that_break_again_and_again_change_no_bit(transport: str, lm_digest: str, tmp_path: Path) -> None:
+    spec = lm_spec(partitions=2, transport=transport, pause_s=0.03)
     proxies: dict[str, CuttingProxy] = {}
 
     def through_proxy(address: str) -> str:

@@ -1,113 +1,14 @@
-"""What every transport promises: one suite over Unix sockets and TCP."""
+"""What every transport promises of the frames it carries: one suite over Unix sockets, TCP and shared memory."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import resource
-import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 
-from pscluster.errors import AddressInUseError, FrameError, PsError, VersionSkewError
-from pscluster.wire.connection import Connection
-from pscluster.wire.frame import PROTOCOL, Header, Kind, checksum, pack
-from pscluster.wire.reactor import Reactor
-
-DEADLINE_S = 20.0
-MIB = 1 << 20
-
-
-def _ignore(_connection: Connection, _header: Header) -> None:
-    """A frame is kept, and that is all."""
-
-
-@dataclass
-class Recorder:
-    """A handler that keeps what it gets. `limit_bytes`: bodies beyond it are refused before memory is given."""
-
-    limit_bytes: int = 64 * MIB
-    frames: list[tuple[Header, bytes]] = field(default_factory=list)
-    ends: list[PsError | None] = field(default_factory=list)
-    connections: list[Connection] = field(default_factory=list)
-    given_bytes: int = 0
-    on_frame: Callable[[Connection, Header], None] = _ignore
-
-    def body_target(self, connection: Connection, header: Header) -> memoryview:  # noqa: ARG002 - Handler's
-        if header.length > self.limit_bytes:
-            raise FrameError(f"{header.length} bytes", details={"field": "length"})
-        if header.kind is Kind.FENCED:
-            return memoryview(bytearray(1))  # not what the header says
-        self.given_bytes += header.length
-        return memoryview(bytearray(header.length))
-
-    def frame(self, connection: Connection, header: Header, body: memoryview) -> None:
-        if connection not in self.connections:
-            self.connections.append(connection)
-        self.frames.append((header, bytes(body)))
-        self.on_frame(connection, header)
-
-    def closed(self, connection: Connection, error: PsError | None) -> None:  # noqa: ARG002 - Handler's
-        self.ends.append(error)
-
-
-def header(step: int = 0, *, kind: Kind = Kind.PUSH) -> Header:
-    return Header(kind=kind, job=1, step=step)
-
-
-@dataclass
-class World:
-    """A listening and a dialling side on one reactor, driven by the test."""
-
-    reactor: Reactor
-    address: str
-    listening: Recorder
-    dialling: Recorder
-
-    def until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + DEADLINE_S
-        while not condition():
-            assert time.monotonic() < deadline, "nothing more happens"
-            self.reactor.poll(0.05)
-
-    def dial(self) -> Connection:
-        answers: list[tuple[Connection | None, str]] = []
-        self.reactor.dial(self.address, self.dialling, lambda *answer: answers.append(answer))
-        self.until(lambda: bool(answers))
-        connection, why = answers[0]
-        assert connection is not None, why
-        return connection
-
-    def accepted(self, connection: Connection) -> Connection:
-        """The other end, found by a first frame."""
-        known = len(self.listening.connections)
-        connection.send(header(99))
-        self.until(lambda: len(self.listening.connections) > known)
-        self.listening.frames.clear()
-        return self.listening.connections[-1]
-
-    def raw(self) -> socket.socket:
-        """A blocking socket to the listener, for peers that break the protocol."""
-        kind, _, rest = self.address.partition(":")
-        sock = socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET)
-        sock.settimeout(DEADLINE_S)
-        sock.connect(rest if kind == "unix" else ("127.0.0.1", int(rest.rpartition(":")[2])))
-        return sock
-
-
-@pytest.fixture(params=["unix", "tcp"])
-def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
-    reactor, listening = Reactor(), Recorder()
-    address = reactor.listen(f"unix:{tmp_path}/s" if request.param == "unix" else "tcp:127.0.0.1:0", listening)
-    yield World(reactor, address, listening, Recorder())
-    with contextlib.suppress(OSError):  # one test closes it by itself
-        reactor.close()
-
+from harness.wire import MIB, NUM_LANES, World, header
+from pscluster.errors import FrameError
+from pscluster.wire.frame import Header, Kind, checksum, pack
 
 # ---- what is sent arrives ----
 
@@ -131,6 +32,18 @@ def test_a_frame_without_a_body_arrives(world: World) -> None:
     assert world.listening.given_bytes == 0
 
 
+def test_a_checksum_that_the_sender_knows_is_taken_at_its_word_and_checked_where_it_arrives(world: World) -> None:
+    connection = world.dial()
+    connection.send(header(1), [b"ab", b"cd"], body_checksum=checksum([b"abcd"]))
+    world.until(lambda: len(world.listening.frames) == 1)
+    connection.send(header(2), [b"abcd"], body_checksum=checksum([b"abce"]))
+    world.until(lambda: bool(world.listening.ends))
+
+    assert world.listening.frames[0][1] == b"abcd" and len(world.listening.frames) == 1
+    end = world.listening.ends[0]
+    assert isinstance(end, FrameError) and end.details["field"] == "checksum"
+
+
 def test_big_frames_are_written_and_read_in_parts(world: World) -> None:
     connection = world.dial()
     body = os.urandom(1 << 16) * 320  # 20 MiB: more than any socket buffer, and than one turn of reading
@@ -147,6 +60,55 @@ def test_big_frames_are_written_and_read_in_parts(world: World) -> None:
     assert sent == [1, 2]
     assert connection.queued_bytes == 0
     assert not connection.wants_write
+
+
+def test_big_answers_are_written_and_read_in_parts(world: World) -> None:
+    """The other way round, in turns with small ones."""
+    connection = world.accepted(world.dial())
+    body = os.urandom(1 << 16) * 100
+    for step in range(6):
+        connection.send(header(step, kind=Kind.VALUES), [body if step % 2 else b"small"])
+    world.until(lambda: len(world.dialling.frames) == 6)
+
+    assert world.dialling.steps == list(range(6))
+    assert all(got == (body if head.step % 2 else b"small") for head, got in world.dialling.frames)
+
+
+def test_gradients_go_and_values_come_by_the_transports_own_way(world: World) -> None:
+    connection = world.dial()
+    other = world.accepted(connection)
+    bodies = [os.urandom(size) for size in (1, 5000, MIB)]
+    for step, body in enumerate(bodies):
+        assert world.give(connection, header(step), [body[:1], body[1:]]) is (world.transport == "shm")
+        world.until(lambda: len(world.listening.frames) == step + 1)  # noqa: B023 - called at once
+        world.show(other, step, body)
+        world.until(lambda: len(world.dialling.frames) == step + 1)  # noqa: B023
+
+    assert [body for _, body in world.listening.frames] == bodies
+    assert [body for _, body in world.dialling.frames] == bodies
+    through_sockets = sum(map(len, bodies)) * (world.transport != "shm")
+    assert world.listening.given_bytes == world.dialling.given_bytes == through_sockets
+
+
+def test_two_connections_to_one_peer_each_keep_their_order(world: World) -> None:
+    """By whatever way each frame goes, and one of them stopping: nothing is promised across the two."""
+    one, two = world.dial(), world.dial()
+    sides = {connection: world.accepted(connection) for connection in (one, two)}
+    sides[one].pause_reading()
+    bodies = [bytes([step % 251]) * (step * 997 % 50_000) for step in range(60)]
+    for step, body in enumerate(bodies):
+        connection = (one, two)[step % 2]
+        if step % 3:
+            world.give(connection, header(step), [body])
+        else:
+            connection.send(header(step), [body])
+    world.until(lambda: len(world.listening.frames) == 30)
+    assert world.listening.steps == list(range(1, 60, 2))
+    sides[one].resume_reading()
+    world.until(lambda: len(world.listening.frames) == 60)
+
+    assert world.listening.steps[30:] == list(range(0, 60, 2))
+    assert all(body == bodies[head.step] for head, body in world.listening.frames)
 
 
 def test_more_parts_than_one_call_takes_arrive_in_order(world: World) -> None:
@@ -178,6 +140,43 @@ def test_bytes_one_by_one_make_a_frame(world: World) -> None:
         world.until(lambda: len(world.listening.frames) == 1)
 
     assert world.listening.frames[0][1] == b"hello"
+
+
+def test_bytes_one_by_one_make_a_frame_for_who_dialled(world: World) -> None:
+    """Who dials looks for descriptors beside each byte of a header."""
+    _, peer = world.raw_listener()
+    packed = pack(Header(kind=Kind.VALUES, job=1, step=3, length=5, checksum=checksum([b"hello"]))) + b"hello"
+    with peer:
+        for byte in packed * 2:
+            peer.sendall(bytes([byte]))
+            world.reactor.poll(0)
+        world.until(lambda: len(world.dialling.frames) == 2)
+
+    assert [body for _, body in world.dialling.frames] == [b"hello"] * 2
+
+
+@pytest.mark.parametrize("piece", [4097, 100_000, (512 << 10) - 1, 512 << 10, MIB + 70])
+@pytest.mark.parametrize("side", ["who listens", "who dialled"])
+def test_a_frame_is_there_with_its_last_byte_however_its_bytes_come(world: World, side: str, piece: int) -> None:
+    """Nothing that the kernel was asked to wait for holds up the end of a body, nor a small frame behind a big one."""
+    peer, hears = (world.raw(), world.listening) if side == "who listens" else (world.raw_listener()[1], world.dialling)
+    sizes = [0, 5, 600_000, 0, 1_200_000, 3, 512 << 10, 1]
+    waiting = b""
+    with peer:
+        for step, size in enumerate(sizes):
+            body = bytes([step + 1]) * size
+            head = Header(kind=Kind.VALUES, job=1, step=step, length=size, checksum=checksum([body]) if body else 0)
+            waiting += pack(head) + body
+            while len(waiting) >= piece:
+                world.feed(peer, waiting[:piece])
+                waiting = waiting[piece:]
+                world.reactor.poll(0)
+            if step % 2:  # the rest of this frame comes alone, that of the other one with the next
+                world.feed(peer, waiting)
+                waiting = b""
+                world.until(lambda: len(hears.frames) == step + 1)  # noqa: B023 - called at once
+
+    assert [len(body) for _, body in hears.frames] == sizes
 
 
 def test_connections_do_not_wait_for_each_other(world: World) -> None:
@@ -286,220 +285,24 @@ def test_on_sent_may_send_the_next_frame(world: World) -> None:
     assert [h.step for h, _ in world.listening.frames] == list(range(2000))
 
 
-# ---- ends ----
-
-
-def test_closing_is_told_once_to_both_sides_and_nothing_is_sent_after(world: World) -> None:
-    connection = world.dial()
-    world.accepted(connection)
-    called: list[int] = []
-
-    connection.close()
-    connection.close(FrameError("again"))
-    connection.send(header(1), [b"late"], on_sent=lambda: called.append(1))
-    world.until(lambda: bool(world.listening.ends))
-    world.reactor.poll(0.01)
-
-    assert world.dialling.ends == [None]
-    assert world.listening.ends == [None]
-    assert called == []
-    assert not connection.is_open
-
-
-@pytest.mark.parametrize("sent", [b"PS", pack(header())[:63], pack(Header(kind=Kind.PUSH, job=1, length=9)) + b"123"])
-def test_a_peer_that_vanishes_in_mid_frame_ends_the_connection_alone(world: World, sent: bytes) -> None:
-    bystander = world.dial()
-    peer = world.raw()
-    peer.sendall(sent)
-    world.reactor.poll(0.01)
-    peer.close()
-    world.until(lambda: bool(world.listening.ends))
-
-    assert world.listening.frames == []
-    bystander.send(header(1))
-    world.until(lambda: len(world.listening.frames) == 1)
-    assert world.listening.ends == [None]
-
-
-def test_a_reset_while_sending_is_told_once_by_name(world: World) -> None:
-    connection = world.dial()
-    other = world.accepted(connection)
+def test_a_peer_that_stops_reading_holds_up_nobody_and_gets_everything_later(world: World) -> None:
+    """What waits is what was given; where memory is shared its places run out, and the rest waits like any other."""
+    connection, bystander = world.dial(), world.dial()
+    other, further = world.accepted(connection), world.accepted(bystander)
+    assert further is not other
     other.pause_reading()
-    for step in range(4):
-        connection.send(header(step), [bytes(4 * MIB)])
-    other.close()
-    world.until(lambda: bool(world.dialling.ends))
-    world.reactor.poll(0.01)
+    bodies = [bytes([step]) * MIB for step in range(12)]
+    lanes = [world.give(connection, header(step), [body]) for step, body in enumerate(bodies)]
+    assert lanes == ([True] * NUM_LANES + [False] * (12 - NUM_LANES) if world.transport == "shm" else [False] * 12)
+    waiting = connection.queued_bytes
+    assert 0 < waiting <= sum(map(len, bodies)) + 12 * 64
+    world.give(bystander, header(77), [b"x"])
+    world.until(lambda: world.listening.steps == [77])
+    assert connection.queued_bytes <= waiting
 
-    assert len(world.dialling.ends) == 1
-    assert isinstance(world.dialling.ends[0], FrameError | None)
-
-
-def test_a_handler_may_close_its_connection_in_mid_read(world: World) -> None:
-    world.listening.on_frame = lambda connection, _: connection.close()
-    connection = world.dial()
-    for step in range(3):
-        connection.send(header(step), [b"x"])
-    world.until(lambda: bool(world.listening.ends))
-
-    assert len(world.listening.frames) == 1
-
-
-FORGED = Header(kind=Kind.PUSH, job=1, length=4, checksum=checksum([b"good"]))
-
-
-def _with_protocol(number: int) -> bytes:
-    fields = bytearray(pack(FORGED)[:-4])
-    fields[4:6] = number.to_bytes(2, "little")
-    return bytes(fields) + checksum([fields]).to_bytes(4, "little")
-
-
-def _with_kind(number: int) -> bytes:
-    fields = bytearray(pack(FORGED)[:-4])
-    fields[6] = number
-    return bytes(fields) + checksum([fields]).to_bytes(4, "little")
-
-
-@pytest.mark.parametrize(
-    ("data", "error", "what"),
-    [
-        (b"GET / HTTP/1.1\r\n" + bytes(64), FrameError, "magic"),
-        (_with_protocol(PROTOCOL + 1), VersionSkewError, "protocol"),
-        (pack(FORGED)[:20] + b"\xff" + pack(FORGED)[21:], FrameError, "header"),
-        (_with_kind(200), FrameError, "kind"),
-        (pack(Header(kind=Kind.PUSH, job=1, length=2**63)), FrameError, "length"),
-        (pack(Header(kind=Kind.FENCED, job=1, length=2**40)), FrameError, "length"),
-        (pack(Header(kind=Kind.FENCED, job=1, length=8)), FrameError, "length"),
-        (pack(FORGED) + b"evil", FrameError, "checksum"),
-    ],
-    ids=["magic", "protocol", "header", "kind", "huge", "huge at once", "other length", "body"],
-)
-def test_what_breaks_the_protocol_is_cut_off_by_name(
-    world: World, data: bytes, error: type[PsError], what: str
-) -> None:
-    peer = world.raw()
-    with peer:
-        peer.sendall(data)
-        world.until(lambda: bool(world.listening.ends))
-        with contextlib.suppress(ConnectionError):  # what was not read of its bytes may reset it
-            assert peer.recv(1) == b""
-
-    assert len(world.listening.ends) == 1
-    end = world.listening.ends[0]
-    assert type(end) is error
-    assert end.details["field"] == what
-    assert world.listening.frames == []
-    assert world.listening.given_bytes == (4 if what == "checksum" else 0)
-
-
-# ---- the reactor ----
-
-
-def test_nobody_listening_is_an_answer(world: World) -> None:
-    kind = world.address.partition(":")[0]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        nowhere = "unix:/nowhere/s" if kind == "unix" else f"tcp:127.0.0.1:{free.getsockname()[1]}"
-    answers: list[tuple[Connection | None, str]] = []
-    world.reactor.dial(nowhere, world.dialling, lambda *answer: answers.append(answer))
-    world.until(lambda: bool(answers))
-
-    assert answers[0][0] is None
-    assert answers[0][1]
-    assert world.dialling.ends == []
-
-
-def test_calls_from_other_threads_run_in_order_on_the_reactors_thread(world: World) -> None:
-    ran: list[tuple[int, int]] = []
-    threads = [
-        threading.Thread(target=lambda n=n: [world.reactor.post(lambda i=i: ran.append((n, i))) for i in range(500)])  # type: ignore[misc]
-        for n in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    world.until(lambda: len(ran) == 2000)
-    for thread in threads:
-        thread.join()
-
-    for n in range(4):
-        assert [i for who, i in ran if who == n] == list(range(500))
-
-
-def test_a_post_wakes_a_reactor_that_waits_and_stop_ends_it(world: World) -> None:
-    thread = threading.Thread(target=world.reactor.run)
-    thread.start()
-    world.reactor.post(world.reactor.stop)
-    thread.join(DEADLINE_S)
-
-    assert not thread.is_alive()
-
-
-def test_timers_fire_in_order_and_once(world: World) -> None:
-    fired: list[str] = []
-    world.reactor.call_later(0.02, lambda: fired.append("later"))
-    world.reactor.call_later(0.0, lambda: fired.append("first"))
-    world.reactor.call_later(0.0, lambda: fired.append("second"))
-    world.until(lambda: len(fired) == 3)
-    world.reactor.poll(0.01)
-
-    assert fired == ["first", "second", "later"]
-
-
-def test_closing_ends_everything_and_removes_the_socket_file(world: World) -> None:
-    connection = world.dial()
-    world.accepted(connection)
-    path = world.address.removeprefix("unix:")
-    assert not world.address.startswith("unix:") or os.path.exists(path)
-
-    world.reactor.close()
-
-    assert world.dialling.ends == [None]
-    assert world.listening.ends == [None]
-    assert not os.path.exists(path)
-    world.reactor.post(lambda: pytest.fail("nobody runs this"))  # from a thread that has not heard: harmless
-    again = Reactor()
-    try:
-        assert again.listen(world.address, Recorder()) == world.address
-        with pytest.raises(AddressInUseError):
-            again.listen(world.address, Recorder())
-    finally:
-        again.close()
-
-
-def test_callers_wait_while_no_descriptor_is_free_and_others_are_served(world: World) -> None:
-    connection = world.dial()
-    world.accepted(connection)
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    peers = [world.raw() for _ in range(3)]  # not accepted yet: the reactor has not polled
-    held: list[int] = []
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 8, limits[1]))
-        with contextlib.suppress(OSError):
-            while True:
-                held.append(os.dup(0))
-        world.reactor.poll(0.01)
-        connection.send(header(7))
-        world.until(lambda: any(h.step == 7 for h, _ in world.listening.frames))
-    finally:
-        for fd in held:
-            os.close(fd)
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    for peer in peers:
-        peer.sendall(pack(header(8)))
-    world.until(lambda: sum(h.step == 8 for h, _ in world.listening.frames) == 3)
-    for peer in peers:
-        peer.close()
-
-
-def test_a_caller_that_does_not_greet_in_time_is_closed_by_name_and_one_that_did_stays(tmp_path: Path) -> None:
-    reactor, listening = Reactor(), Recorder()
-    listening.on_frame = lambda connection, _: setattr(connection, "context", "greeted")
-    address = reactor.listen(f"unix:{tmp_path}/s", listening, greeting_s=0.05)
-    world = World(reactor, address, listening, Recorder())
-    silent = world.dial()
-    polite = world.dial()
-    polite.send(header())
-    world.until(lambda: not silent.is_open)
-    assert [str(end) for end in listening.ends] == ["PS-3002: a caller that did not greet"]
-    polite.send(header(1))
-    world.until(lambda: len(listening.frames) == 2)
-    reactor.close()
+    other.resume_reading()
+    world.until(lambda: len(world.listening.frames) == 13)
+    assert [body for head, body in world.listening.frames if head.step != 77] == bodies
+    assert connection.queued_bytes == 0
+    if world.transport == "shm":
+        assert not any(world.dialling.shared[connection].lanes._taken), "every place was given back"

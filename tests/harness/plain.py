@@ -7,7 +7,8 @@ pass: gradients are added per parameter, the optimizer is torch.optim's with fus
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,7 +59,8 @@ def train_plainly(spec_data: Mapping[str, Any]) -> Plain:
     plain = Plain(model, "")
     for step in range(final_step):
         committed = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        leaves = [_microbatch(spec, task, model, batches, step, d, committed) for d in range(spec.train.num_shards)]
+        with _pulled(model, spec.network.pull_codec):
+            leaves = [_microbatch(spec, task, model, batches, step, d, committed) for d in range(spec.train.num_shards)]
         weight = tree_sum([leaf.weight for leaf in leaves], lambda a, b: a + b)
         plain.losses.append(tree_sum([leaf.loss for leaf in leaves], lambda a, b: a + b) / weight)
         _set_gradients(model, leaves)
@@ -73,6 +75,18 @@ def train_plainly(spec_data: Mapping[str, Any]) -> Plain:
             plain.evaluations[step + 1] = evaluate(task, model, dealt, "cpu")
     plain.digest = parameters_sha256(named_bytes(dict(model.state_dict())))
     return plain
+
+
+@contextmanager
+def _pulled(model: nn.Module, codec: str) -> Iterator[None]:
+    """The parameters as the pull codec brings them, for the time being."""
+    exact = [parameter.data for parameter in model.parameters()]
+    if codec == "bf16":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16().float()
+    yield
+    for parameter, data in zip(model.parameters(), exact, strict=True):
+        parameter.data = data
 
 
 def tree_sum(leaves: list[Any], add: Callable[[Any, Any], Any]) -> Any:
@@ -98,18 +112,24 @@ def _microbatch(
         loss_sum, batch_weight = task.loss(model, batch)
         loss_sum.backward()
         loss, weight = float(loss_sum.detach()), float(batch_weight)
-    gradients = {name: p.grad for name, p in model.named_parameters()}
+    gradients = {name: _pushed(p.grad, spec.network.push_codec) for name, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = None
     return Leaf(gradients, loss, weight, {name: b.clone() for name, b in model.named_buffers()})
+
+
+def _pushed(gradient: torch.Tensor | None, codec: str) -> torch.Tensor | None:
+    """As the push codec rounds it; sums of such tensors are rounded by torch."""
+    return gradient.bfloat16() if gradient is not None and codec == "bf16" else gradient
 
 
 def _set_gradients(model: nn.Module, leaves: list[Leaf]) -> None:
     for name, parameter in model.named_parameters():
         found = [leaf.gradients[name] for leaf in leaves]
         if any(gradient is not None for gradient in found):
-            dense = [torch.zeros_like(parameter) if g is None else g for g in found]
-            parameter.grad = tree_sum(dense, lambda a, b: a + b)
+            zeros = next(torch.zeros_like(g) for g in found if g is not None)
+            dense = [zeros if g is None else g for g in found]
+            parameter.grad = tree_sum(dense, lambda a, b: a + b).float()
 
 
 def _scale(model: nn.Module, weight: float, clip_norm: float | None) -> None:

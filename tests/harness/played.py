@@ -5,45 +5,60 @@ Nothing happens by itself: frames wait in queues until `Network.step` or `Networ
 
 from __future__ import annotations
 
-import socket
-from collections import deque
+import os
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psserver.partition.service
 from pscluster.errors import PsError
 from pscluster.layout import Layout
 from pscluster.spec import JobSpec, parse_spec
 from pscluster.v1.plan_pb2 import PartitionSeat, Plan, ProcessReport, ProcessSpec, ShardRange, TrainerSeat
-from pscluster.wire.frame import Buffer, Header, Kind, checksum, job_number, pack, unpack
+from pscluster.wire.frame import IN_MEMORY, Buffer, Header, Kind, checksum, job_number, pack, unpack
 from psserver.partition.service import PartitionService
 from psserver.partition.telemetry import PartitionCounters
+
+psserver.partition.service.SLICE_S = 0.0  # updates take turns with frames after each bucket, not when a clock says so
 
 JOB = "job-played"
 TOKEN = b"0123456789abcdef"
 
 
-@dataclass
-class _Family:
-    """What a partition asks of a connection's socket: the transport's family."""
+class _Passed:
+    """Descriptors on their way with a frame; closed with it if nobody takes them."""
 
-    family: socket.AddressFamily = socket.AF_UNIX
+    def __init__(self, fds: Sequence[int]) -> None:
+        self.fds = [os.dup(fd) for fd in fds]
+
+    def take(self) -> list[int]:
+        fds, self.fds = self.fds, []
+        return fds
+
+    def __del__(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
 
 
 class PlayedConnection:
-    """One end of a connection; stands in for `pscluster.wire.connection.Connection`."""
+    """One end of a connection; stands in for `pscluster.wire.connection.Connection`.
 
-    def __init__(self, network: Network, handler: Any) -> None:
+    A local one passes descriptors to the end that dialled, as a Unix socket does."""
+
+    def __init__(self, network: Network, handler: Any, *, is_local: bool, takes_fds: bool) -> None:
         self.network = network
         self.handler = handler
         self.context: object = None
         self.is_open = True
+        self.is_local = is_local
         self.wants_write = False
-        self.socket = _Family()
-        self.inbox: deque[tuple[Header, bytes]] = deque()
+        self.inbox: deque[tuple[Header, bytes, _Passed]] = deque()
         self.other: PlayedConnection | None = None
         self.error: PsError | None = None
+        self._takes_fds = is_local and takes_fds
+        self._passed = _Passed(())
 
     def send(
         self,
@@ -52,22 +67,30 @@ class PlayedConnection:
         *,
         tag: object = None,  # noqa: ARG002 - bodies are copied at once
         on_sent: Callable[[], None] | None = None,
+        fds: Sequence[int] = (),
+        body_checksum: int | None = None,
     ) -> None:
         if not self.is_open or self.other is None:
             return
-        parts = [bytes(memoryview(part).cast("B")) for part in body if memoryview(part).nbytes]
-        data = b"".join(parts)
-        header = unpack(pack(replace(header, length=len(data), checksum=checksum(parts) if parts else 0)))
-        self.other.inbox.append((header, data))
+        assert self.is_local or not fds, "descriptors do not travel over TCP"
+        data = b"".join(bytes(memoryview(part).cast("B")) for part in body if memoryview(part).nbytes)
+        assert body_checksum in (None, checksum([data])), "what the sender knows of its body is not so"
+        header = unpack(pack(replace(header, length=len(data), checksum=checksum([data]) if data else 0)))
+        if header.kind in (Kind.PUSH, Kind.VALUES) and header.flags & IN_MEMORY:
+            self.network.in_memory[header.kind] += 1
+        self.other.inbox.append((header, data, _Passed(fds if self.other._takes_fds else ())))
         if on_sent is not None:
             on_sent()
 
     def detach(self, tag: object) -> None:
         """Bodies were copied when they were sent."""
 
+    def take_fds(self) -> list[int]:
+        return self._passed.take()
+
     def deliver(self) -> None:
         """Hand the oldest waiting frame to the handler, as a `Connection` does."""
-        header, data = self.inbox.popleft()
+        header, data, self._passed = self.inbox.popleft()
         try:
             body = memoryview(b"")
             if header.length:
@@ -76,7 +99,9 @@ class PlayedConnection:
                 body[:] = data
             self.handler.frame(self, header, body)
         except PsError as error:
+            self.network.refusals.append(error)
             self.close(error)
+        self._passed = _Passed(())  # nobody wanted them
 
     def close(self, error: PsError | None = None) -> None:
         if not self.is_open:
@@ -91,9 +116,14 @@ class PlayedConnection:
 
 
 class Network:
-    """Stands in for the reactor of every process in the test; also holds every open connection."""
+    """Stands in for the reactor of every process in the test; also holds every open connection.
+
+    `refusals`: why a handler closed a connection, for all of them. `in_memory`: frames sent whose body lies in shared
+    memory, by kind."""
 
     def __init__(self) -> None:
+        self.refusals: list[PsError] = []
+        self.in_memory: Counter[Kind] = Counter()
         self.posted: deque[Callable[[], None]] = deque()
         self.timers: deque[Callable[[], None]] = deque()
         self.connections: list[PlayedConnection] = []
@@ -111,19 +141,24 @@ class Network:
     def stop(self) -> None:
         """Nothing runs by itself."""
 
-    def connect(self, ours: Any, theirs: Any) -> tuple[PlayedConnection, PlayedConnection]:
-        """A connection between two handlers."""
-        near, far = PlayedConnection(self, ours), PlayedConnection(self, theirs)
+    def connect(self, ours: Any, theirs: Any, *, local: bool = False) -> tuple[PlayedConnection, PlayedConnection]:
+        """A connection between two handlers, of which ours dials; `local`: both are on one host for sure."""
+        near = PlayedConnection(self, ours, is_local=local, takes_fds=True)
+        far = PlayedConnection(self, theirs, is_local=local, takes_fds=False)
         near.other, far.other = far, near
         self.connections += (near, far)
         return near, far
 
     def dial(self, address: str, handler: Any, done: Callable[[Any, str], None]) -> None:
-        if address not in self.listeners:
-            self.post(lambda: done(None, "nobody listens"))
-            return
-        near, _ = self.connect(handler, self.listeners[address])
-        self.post(lambda: done(near, ""))
+        kind, _, name = address.partition(":")
+
+        def dialled() -> None:
+            if name not in self.listeners:
+                done(None, "nobody listens")
+            else:
+                done(self.connect(handler, self.listeners[name], local=kind == "unix")[0], "")
+
+        self.post(dialled)
 
     def choices(self) -> list[Callable[[], None]]:
         """Everything that could happen next."""
@@ -153,7 +188,7 @@ class Network:
 
 
 class PlayedLink:
-    """Stands in for a partition's line to its agent; keeps what is reported."""
+    """Stands in for a process's line to its agent; keeps what is reported."""
 
     def __init__(self, start: ProcessSpec) -> None:
         self.start = start
@@ -200,7 +235,8 @@ def played_plan(
         TrainerSeat(rank=rank, active=True, shards=[ShardRange(first=shard, count=1) for shard in mine])
         for rank, mine in sorted(shards.items())
     ]
-    seats = [PartitionSeat(index=i, addresses=[f"tcp:partition:{i}"]) for i in range(partitions)]
+    both = [[f"unix:partition:{i}", f"tcp:partition:{i}"] for i in range(partitions)]
+    seats = [PartitionSeat(index=i, addresses=addresses) for i, addresses in enumerate(both)]
     return Plan(
         job_id=JOB, generation=generation, trainers=trainers, partitions=seats, layout_json=layout.to_json(),
         data_token=TOKEN, final_step=fields.pop("final_step", 100),
@@ -209,13 +245,25 @@ def played_plan(
 
 
 def played_partition(network: Network, spec: JobSpec, index: int, store: Path) -> PartitionService:
-    """A real partition on the played network; it listens, has no plan yet, and writes no snapshot."""
+    """A real partition on the played network; it listens over both transports, has no plan yet, writes no snapshot."""
     link = PlayedLink(ProcessSpec(job_id=JOB, rank=index, store=str(store)))
     service = PartitionService(link, spec, network, PartitionCounters())  # type: ignore[arg-type]
     service._snapshots.close()
     service._snapshots = KeptParts()  # type: ignore[assignment]
-    network.listeners[f"tcp:partition:{index}"] = service.handler
+    network.listeners[f"partition:{index}"] = service.handler
     return service
+
+
+def dismiss(service: PartitionService) -> None:
+    """End a played partition: its connections close, and its shared memory goes without waiting for the collector."""
+    service.clients.close_all()
+    if service._uplink is not None:
+        service._uplink.close()
+    if service.state is not None:
+        for tensors in (service.state.published, service.state.values):
+            tensors.clear()
+        del service.state.segment
+    service.state = service.step = None
 
 
 def fill(service: PartitionService) -> None:

@@ -95,6 +95,23 @@ def test_the_spans_of_all_partitions_tile_each_bucket_on_block_boundaries(layout
         assert max(blocks) - min(blocks) <= 1, "an even deal"
 
 
+@settings(max_examples=60)
+@given(layout=layouts(), num_partitions=st.integers(1, 7))
+def test_of_a_span_only_trained_words_travel_narrow_and_only_they_have_gradients(
+    layout: Layout, num_partitions: int
+) -> None:
+    for partition in range(num_partitions):
+        spans = layout.spans(partition, num_partitions)
+        for codec, trained_bytes in (("fp32", 4), ("bf16", 2)):
+            gradients = layout.gradient_bytes(spans, codec)  # type: ignore[arg-type]
+            for span, gradient in zip(spans, gradients, strict=True):
+                trained = layout.buckets[span.bucket].kind == "trained"
+                wire = layout.wire_bytes(span, codec)  # type: ignore[arg-type]
+                assert wire == span.num_words * (trained_bytes if trained else 4)
+                assert gradient == (wire if trained else 0)
+                assert codec != "fp32" or wire == span.size_bytes
+
+
 def test_small_buckets_do_not_all_fall_to_one_partition() -> None:
     big = [tensor(f"w{i}", (BUCKET_WORDS,)) for i in range(4)]
     layout = Layout((*big, *[replace(tensor(f"b{i}"), kind=kind) for i, kind in enumerate(KINDS[1:])]))

@@ -17,6 +17,8 @@ from pscluster.digest import NamedBytes, parameters_sha256
 from pscluster.errors import LayoutError
 from pscluster.layout import ITEM_BYTES, Kind, Layout, TensorSpec
 from pscluster.spec import OptimizerSection
+from psworker.memory import BucketMemory
+from psworker.staging import HostStaging, Staging
 
 
 @dataclass(frozen=True)
@@ -41,27 +43,41 @@ def layout_of(model: nn.Module, optimizer: OptimizerSection) -> Layout:
 
 
 class Replica:
-    """`flats[b]` is bucket b's memory: fp32 for trained and averaged buckets, int32 words for the raw ones.
+    """`flats[b]` is bucket b where the model is: fp32 for trained and averaged buckets, int32 words for the raw ones.
 
-    Whoever fills the flats of trained and frozen buckets sets the module's parameters; nothing may write there while
-    a forward or backward runs (autograd would not notice)."""
+    In host memory it is the bucket's part of `memory`, else a copy of it, which `bring_in` makes.
+    Whoever fills the flats of trained and frozen buckets sets the module's parameters. What is written there while a
+    forward or backward runs goes unnoticed by autograd: its result must then be one that nobody takes."""
 
-    def __init__(self, model: nn.Module, optimizer: OptimizerSection) -> None:
+    def __init__(self, model: nn.Module, optimizer: OptimizerSection, staging: Staging | None = None) -> None:
         self.model = model
+        self._staging = staging or HostStaging()
         self._found = _find(model, optimizer)
         self.layout = layout_of(model, optimizer)
-        self.flats = empty_flats(self.layout)
+        self.memory = BucketMemory(self.layout, windows=self._staging.is_host)
+        self.flats = self.memory.flats
+        self.device = str(next(model.parameters()).device)
+        if not self._staging.is_host:
+            self.flats = [flat.to(self.device) for flat in self.memory.flats]
+            for flat in self.memory.flats:
+                self._staging.pin(flat)
         self.parameters: dict[int, nn.Parameter] = {}
         for number, found in enumerate(self._found):
             view = tensor_view(self.layout, self.flats, number)
             with torch.no_grad():
                 view.copy_(_live(found))
+                if not self._staging.is_host:
+                    tensor_view(self.layout, self.memory.flats, number).copy_(view)
             if found.is_parameter:
                 parameter = found.owner._parameters[found.leaf]
                 assert parameter is not None
                 parameter.data = view
                 if found.spec.kind == "trained":
                     self.parameters[number] = parameter
+
+    def bring_in(self, bucket: int) -> None:
+        """Let the model see what landed in a bucket of `memory`."""
+        self._staging.bring_in(self.memory.flats[bucket], self.flats[bucket])
 
     def restore_buffers(self) -> None:
         """Set every buffer of the module to its committed value."""
@@ -102,14 +118,6 @@ class Replica:
 
     def _buffers(self) -> Iterator[tuple[int, _Found]]:
         return ((n, f) for n, f in enumerate(self._found) if not f.is_parameter and f.spec.num_elements)
-
-
-def empty_flats(layout: Layout) -> list[torch.Tensor]:
-    """Zeroed memory for each bucket of a layout."""
-    return [
-        torch.zeros(b.num_words, dtype=torch.float32 if b.kind in ("trained", "averaged") else torch.int32)
-        for b in layout.buckets
-    ]
 
 
 def tensor_view(layout: Layout, flats: Sequence[torch.Tensor], number: int) -> torch.Tensor:

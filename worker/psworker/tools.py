@@ -39,6 +39,7 @@ from pscluster.spec import JobSpec, parse_spec
 from pscluster.task import Task
 from psworker.canary import settle_numerics
 from psworker.export import write_weights
+from psworker.precision import precision
 from psworker.replica import load_words, named_bytes, state_tensors
 from psworker.trainer.batches import EvalBatches
 from psworker.trainer.evaluation import evaluate
@@ -115,7 +116,9 @@ def _eval(spec: JobSpec, snapshot: Snapshot, request: Mapping[str, Any]) -> dict
             raise StateError("the task has no held-out data", action="return a data set from eval_data() to evaluate")
         train = spec.train
         batches = EvalBatches(held_out, task.collate, train.num_shards, train.microbatch, train.seed)
-        return {"metrics": evaluate(task, model, batches, _DEVICE), "num_samples": len(held_out)}
+        with precision(spec, _DEVICE):
+            metrics = evaluate(task, model, batches, _DEVICE)
+        return {"metrics": metrics, "num_samples": len(held_out)}
 
 
 def _generate(spec: JobSpec, snapshot: Snapshot, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,7 +126,7 @@ def _generate(spec: JobSpec, snapshot: Snapshot, request: Mapping[str, Any]) -> 
         if type(task).generate is Task.generate:
             raise TaskError(f"{type(task).__name__} does not generate", action="define generate() in the task")
         model.eval()
-        with user_code("generate"), torch.no_grad():
+        with user_code("generate"), torch.no_grad(), precision(spec, _DEVICE):
             text = task.generate(
                 model,
                 str(request.get("prompt", "")),

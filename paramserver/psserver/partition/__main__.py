@@ -13,6 +13,7 @@ from pscluster.errors import PsError
 from pscluster.spec import JobSpec, parse_spec
 from pscluster.v1.plan_pb2 import PartitionReady, ProcessReport
 from pscluster.wire.reactor import Reactor
+from pscluster.wire.transport import check_congestion_control
 from psserver.canary import numerics_class, settle_numerics
 from psserver.partition.service import PartitionService
 from psserver.partition.telemetry import PartitionCounters
@@ -26,10 +27,13 @@ def main() -> int:
     link = ProcessLink.from_environment()
     spec = parse_spec(json.loads(link.start.spec_json))
     settle_numerics()
-    reactor = Reactor()
-    service = PartitionService(link, spec, reactor, PartitionCounters())
+    counters = PartitionCounters()
+    reactor = Reactor(counters.phase, spec.network.congestion_control)
+    service = PartitionService(link, spec, reactor, counters)
     try:
-        addresses = [reactor.listen(address, service.handler, GREETING_S) for address in _addresses(spec)]
+        check_congestion_control(spec.network.congestion_control)
+        wanted = _addresses(spec, link.start.data_host)
+        addresses = [reactor.listen(address, service.handler, GREETING_S) for address in wanted]
         digest, detail = numerics_class()
         ready = PartitionReady(addresses=addresses, numerics_class=digest, numerics_detail=detail)
         link.report(ProcessReport(partition_ready=ready))
@@ -44,11 +48,13 @@ def main() -> int:
     return 1 if service.failed else 0
 
 
-def _addresses(spec: JobSpec) -> list[str]:
-    """Where to listen: a Unix socket, TCP on loopback, or both, best first."""
+def _addresses(spec: JobSpec, host: str) -> list[str]:
+    """Where to listen: a Unix socket, TCP on `host` (empty: loopback), or both, best first.
+
+    Shared memory is arranged over the Unix socket."""
     directory = Path(os.environ["PS_SOCKET_DIR"])
-    choice = {"unix": f"unix:{directory}/data.sock", "tcp": "tcp:127.0.0.1:0"}
-    wanted = spec.network.transport
+    choice = {"unix": f"unix:{directory}/data.sock", "tcp": f"tcp:{host or '127.0.0.1'}:0"}
+    wanted = "unix" if spec.network.transport == "shm" else spec.network.transport
     return [address for kind, address in choice.items() if wanted in ("auto", kind)]
 
 

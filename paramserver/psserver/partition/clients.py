@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
+from pscluster.codec import as_bytes
 from pscluster.tree import Node
 from pscluster.wire.connection import Connection
-from pscluster.wire.frame import WITH_FROZEN, AckResult, Header, Kind
-from psserver.partition.state import PartitionState, as_bytes
+from pscluster.wire.frame import EXACT, IN_MEMORY, WITH_FROZEN, AckResult, Codec, Header, Kind, checksum
+from pscluster.wire.memory import Lanes
+from psserver.partition.state import PartitionState
 
 ACK_BODY = struct.Struct("<BQI")  # kind acknowledged (0: credit alone), granted bytes, open bucket
 NO_BUCKET = 0xFFFF_FFFF
@@ -22,8 +26,13 @@ class Client:
     connection: Connection
     channel: str = ""
     index: int = -1  # rank, or partition index
-    granted_bytes: int = 0
+    granted_bytes: int = 0  # of gradients over the socket since it greeted, told or not
+    told_bytes: int = 0  # that it knows to be granted
+    pushed_bytes: int = 0  # that came
     wanted: int = -1  # version asked for by PULL
+    exact: bool = False  # it asked for values that are not rounded
+    reads_memory: bool = False  # it maps what is published: values need no body
+    lanes: Lanes | None = None  # where it leaves its gradients, when it shares memory
     owed_buckets: set[int] = field(default_factory=set)
     landing: object = None  # what the body being received is for
     scratch: bytearray = field(default_factory=bytearray)
@@ -42,6 +51,8 @@ class Clients:
         self._header = header  # makes a header of this job, generation and sender
         self._by_connection: dict[Connection, Client] = {}
         self.pull_bytes = 0
+        self.largest_bytes = 0  # of a gradient's body
+        self._checksums: dict[int, tuple[tuple[int, bool] | None, int]] = {}  # by bucket: of the values sent last
         self._open_bucket = -1  # that every trainer was told of
 
     def of(self, connection: Connection) -> Client:
@@ -61,37 +72,53 @@ class Clients:
 
     def close_all(self) -> None:
         """Close every connection: another timeline begins, and each must greet again."""
+        self._checksums.clear()
         for connection in list(self._by_connection):
             connection.close()
 
     def acknowledge(self, client: Client, header: Header, result: AckResult, open_bucket: int) -> None:
         """Tell a trainer that a frame arrived, and how much it may send.
 
-        When a PUSH opened another bucket, all are told: one that has used up its credit waits for just that."""
-        self._send_ack(client, header.kind, header.step, header.bucket, header.node, result, open_bucket)
+        A frame that lies in shared memory needs no answer: nothing waits for it, and its place says when it is free.
+        When a PUSH opened another bucket, those that may have used up their credit are told: they wait for just that.
+        """
+        if not header.flags & IN_MEMORY:
+            self._send_ack(client, header.kind, header.step, header.bucket, header.node, result, open_bucket)
         if header.kind is Kind.PUSH and open_bucket != self._open_bucket:
             self._open_bucket = open_bucket
             for other in self.on("push"):
-                if other is not client:
-                    self._send_ack(other, 0, 0, 0, Node(0, 0), AckResult.APPLIED, open_bucket)
+                if self._may_be_blocked(other):
+                    self._tell_credit(other, open_bucket)
 
-    def credit(self, owner: object, size_bytes: int, open_bucket: int) -> None:
-        """Memory of a client's node is free again."""
-        if isinstance(owner, Client) and size_bytes and owner.connection.is_open:
-            owner.granted_bytes += size_bytes
-            self._send_ack(owner, 0, 0, 0, Node(0, 0), AckResult.APPLIED, open_bucket)
+    def credit(self, client: Client, size_bytes: int, open_bucket: int) -> None:
+        """Memory of a client's node is free again. It hears of it when that may matter, else with its next answer."""
+        client.granted_bytes += size_bytes
+        if client.connection.is_open and self._may_be_blocked(client):
+            self._tell_credit(client, open_bucket)
+
+    def _may_be_blocked(self, client: Client) -> bool:
+        """Whether the client's next frame may not fit what it was told. What is on its way when this says no will be
+        answered when it is here."""
+        return client.told_bytes - client.pushed_bytes < self.largest_bytes
+
+    def _tell_credit(self, client: Client, open_bucket: int) -> None:
+        self._send_ack(client, 0, 0, 0, Node(0, 0), AckResult.APPLIED, open_bucket)
 
     def serve_pulls(self, state: PartitionState, version_of: Callable[[int], int]) -> None:
         """Send every owed bucket whose version is new enough, first-needed first."""
         for client in self.on("pull"):
-            for bucket in sorted(client.owed_buckets):
-                if version_of(bucket) >= client.wanted:
-                    client.owed_buckets.discard(bucket)
+            ready = [bucket for bucket in sorted(client.owed_buckets) if version_of(bucket) >= client.wanted]
+            client.owed_buckets.difference_update(ready)
+            if client.reads_memory and not (client.exact and state.rounds):
+                for first, count in _runs(ready, lambda bucket: (version_of(bucket), state.published[bucket].dtype)):
+                    self._show_values(client, state, first, count, version_of(first))
+            else:
+                for bucket in ready:
                     self._send_values(client, state, bucket, version_of(bucket))
 
     def take_pull(self, client: Client, header: Header, state: PartitionState) -> None:
         """Remember what a PULL asks for; it replaces what the client asked for before."""
-        client.wanted = header.step
+        client.wanted, client.exact = header.step, bool(header.flags & EXACT)
         with_frozen = bool(header.flags & WITH_FROZEN)
         client.owed_buckets = {
             span.bucket
@@ -108,15 +135,50 @@ class Clients:
         for client in clients:
             client.connection.send(self._header(kind=kind, step=step), [body])
 
+    def _show_values(self, client: Client, state: PartitionState, first: int, count: int, version: int) -> None:
+        """Say that `count` buckets from `first` on lie in shared memory."""
+        self.pull_bytes += sum(state.published[bucket].nbytes for bucket in range(first, first + count))
+        codec = _codec(state.published[first])
+        flags = IN_MEMORY | (EXACT if client.exact else 0)
+        header = self._header(
+            kind=Kind.VALUES, step=version, bucket=first, node=Node(first, count), flags=flags, codec=codec
+        )
+        client.connection.send(header)
+
     def _send_values(self, client: Client, state: PartitionState, bucket: int, version: int) -> None:
-        body = as_bytes(state.values[bucket])
+        values = state.values[bucket] if client.exact else state.published[bucket]
+        body = as_bytes(values)
         self.pull_bytes += body.nbytes
-        header = self._header(kind=Kind.VALUES, step=version, bucket=bucket)
-        client.connection.send(header, [body], tag=("values", bucket))
+        known, body_checksum = self._checksums.get(bucket, (None, 0))
+        if known != (version, client.exact):  # one for all trainers
+            body_checksum = checksum([body])
+            self._checksums[bucket] = ((version, client.exact), body_checksum)
+        flags = EXACT if client.exact else 0
+        header = self._header(kind=Kind.VALUES, step=version, bucket=bucket, flags=flags, codec=_codec(values))
+        client.connection.send(header, [body], tag=("values", bucket), body_checksum=body_checksum)
 
     def _send_ack(
         self, client: Client, kind: int, step: int, bucket: int, node: Node, result: AckResult, open_bucket: int
     ) -> None:
         header = self._header(kind=Kind.ACK, step=step, bucket=bucket, node=node, flags=int(result))
+        client.told_bytes = client.granted_bytes
         told = open_bucket if open_bucket >= 0 else NO_BUCKET
         client.connection.send(header, [ACK_BODY.pack(kind, client.granted_bytes, told)])
+
+
+def _codec(words: torch.Tensor) -> Codec:
+    return Codec.BF16 if words.dtype == torch.bfloat16 else Codec.FP32
+
+
+def _runs(buckets: Sequence[int], alike: Callable[[int], object]) -> Iterator[tuple[int, int]]:
+    """(first, count) of the runs of neighbours among rising buckets that are alike."""
+    first = count = 0
+    for bucket in buckets:
+        if count and bucket == first + count and alike(bucket) == alike(first):
+            count += 1
+            continue
+        if count:
+            yield first, count
+        first, count = bucket, 1
+    if count:
+        yield first, count

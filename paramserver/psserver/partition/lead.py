@@ -45,12 +45,8 @@ class Outputs:
     report: Callable[[ProcessReport], None]
 
 
-def _no_credit(owner: object, size_bytes: int) -> None:
-    """Statistics are small: they take no credit."""
-
-
 def _statistics_sums(num_shards: int) -> Sums[Statistics]:
-    return Sums(tree_of(num_shards), add_statistics, lambda _: None, _no_credit)
+    return Sums(tree_of(num_shards), lambda left, right, _: add_statistics(left, right))
 
 
 @dataclass(kw_only=True)
@@ -141,14 +137,14 @@ class Lead:
         if self.action != "evaluate" or step != self.version or self.merged is not None or self._is_over:
             return False
         try:
-            fresh = self._statistics.offer(node, Entry(value, None, 0))
+            fresh = self._statistics.offer(node, Entry(value))
         except FrameError as error:
             self._is_over = True
             action = "metrics() must give the same names and shapes for every batch"
             self.out.report(ProcessReport(failure=_failure(TaskError(error.cause, action=action), step)))
             return False
         if self._statistics.is_complete:
-            self.merged = self._statistics.take_root()
+            self.merged = self._statistics.take_root().value
             self.out.send_merged()
         return fresh
 

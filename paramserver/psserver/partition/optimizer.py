@@ -66,14 +66,16 @@ def update_span(
     scale: float,
     lr: float,
 ) -> None:
-    """Update `values` and `moments` in place from the summed `gradient`, which is scaled in place.
+    """Update `values` and `moments` in place from the summed `gradient`, which is overwritten.
 
-    All tensors are fp32, one-dimensional, of the span's length; `scale` is clip coefficient / weight.
+    All tensors are one-dimensional, of the span's length; fp32, but the gradient, which may be narrower and is widened
+    chunk by chunk. `scale` is clip coefficient / weight.
     """
     for run in run_list:
         for start, stop in _chunks(run):
             part = slice(start, stop)
-            chunk = gradient[part].mul_(scale)
+            chunk = gradient[part] if gradient.dtype == torch.float32 else gradient[part].float()
+            chunk.mul_(scale)
             state = [moment[part] for moment in moments]
             if optimizer.name == "sgd":
                 _sgd(optimizer, values[part], chunk, state, run, lr)

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
 
-from pscluster.codec import BufferNode
+from pscluster.codec import BufferNode, as_bytes
 from pscluster.errors import AuthError, FrameError, PsError
+from pscluster.spec import JobSpec
 from pscluster.summary import Summary, summary_bytes
 from pscluster.v1.plan_pb2 import Plan
 from pscluster.wire.connection import Connection
-from pscluster.wire.frame import MAX_SMALL_BYTES, SUMMARY, UNCHANGED, AckResult, Header, Kind
+from pscluster.wire.frame import (
+    IN_MEMORY,
+    MAX_SMALL_BYTES,
+    SUMMARY,
+    UNCHANGED,
+    AckResult,
+    Codec,
+    Header,
+    Kind,
+    lane_of,
+)
 from psserver.partition import messages
 from psserver.partition.clients import Client, Clients
 from psserver.partition.commit import Member
-from psserver.partition.state import PartitionState, as_bytes
+from psserver.partition.state import PartitionState
 from psserver.partition.step import OpenStep
 from psserver.partition.telemetry import PartitionCounters
 
@@ -28,6 +41,7 @@ _MAX_HELLO_BYTES = 4096
 class Receiver(Protocol):
     """What the reception asks of the partition behind it. Everything on the partition's thread."""
 
+    spec: JobSpec
     plan: Plan | None
     state: PartitionState | None
     step: OpenStep | None
@@ -54,8 +68,15 @@ class Receiver(Protocol):
     def hear_lead_business(self, client: Client, header: Header, body: memoryview) -> None:
         """What only the lead hears: votes, joins, evaluations, outcomes."""
 
-    def version_of(self, bucket: int) -> int:
-        """Which version a bucket's values are."""
+    def serve_pulls(self) -> None:
+        """Send what is owed and new enough."""
+
+    @property
+    def open_bucket(self) -> int:
+        """The bucket of gradients that is waited for first; -1: none."""
+
+    def release(self, client: Client, words: torch.Tensor, step: OpenStep) -> None:
+        """Memory of a client's node is free again."""
 
     def connection_closed(self, connection: Connection) -> None:
         """A connection is gone."""
@@ -98,7 +119,7 @@ class Reception:
             self._initial(client, header, body)
         elif header.kind is Kind.PULL and service.state is not None:
             service.clients.take_pull(client, header, service.state)
-            service.clients.serve_pulls(service.state, service.version_of)
+            service.serve_pulls()
         elif header.kind in (Kind.STATISTICS, Kind.OUTCOME, Kind.VOTE, Kind.JOIN):
             service.hear_lead_business(client, header, body)
         else:
@@ -135,19 +156,34 @@ class Reception:
             return memoryview(bytearray(header.length))
         if header.bucket >= len(state.spans):
             raise FrameError(f"bucket {header.bucket} of {len(state.spans)}", details={"field": "bucket"})
+        span = state.spans[header.bucket]
+        if not span.num_words:
+            raise FrameError(f"bucket {header.bucket}, of which there is nothing here", details={"field": "bucket"})
         self._check_node(header, state.layout.buckets[header.bucket].kind)
         if header.flags & UNCHANGED:
             _expect(header, _WEIGHT.size)
             return memoryview(bytearray(header.length))
-        span = state.spans[header.bucket]
-        _expect(header, span.size_bytes)
-        if header.kind is Kind.PUSH and header.bucket in step.trained:
+        trained = header.kind is Kind.PUSH and header.bucket in step.trained
+        network = self._service.spec.network
+        expected = Codec.of(network.push_codec) if trained else Codec.FP32
+        if header.codec is not expected:
+            raise FrameError(f"words in {header.codec.name}, not {expected.name}", details={"field": "codec"})
+        if header.flags & IN_MEMORY:
+            self._check_lane(client, header, trained)
+            return memoryview(b"")
+        _expect(header, state.layout.wire_bytes(span, network.push_codec if trained else "fp32"))
+        if trained:
             if not self._is_open(header) or step.trained[header.bucket].holds(header.node):
                 return client.discard(header.length)
             words = step.pool.take(span.num_words)
             client.landing = words
             return as_bytes(words)
         return memoryview(bytearray(header.length))
+
+    def _check_lane(self, client: Client, header: Header, trained: bool) -> None:
+        _expect(header, 0)
+        if client.lanes is None or not trained or lane_of(header) >= client.lanes.num_lanes:
+            raise FrameError(f"no lane {lane_of(header)} of bucket {header.bucket}", details={"field": "flags"})
 
     def _check_tree_node(self, header: Header) -> None:
         step = self._service.step
@@ -174,29 +210,53 @@ class Reception:
         if header.step == service.member.step + 1 and header.bucket == SUMMARY:
             service.hold_early(client, header, body)
             return
-        is_open = self._is_open(header)
         with service.counters.phase("sum"):
-            result = self._offer(client, header, body, landing) if is_open else AckResult.STALE
-        if not (is_open and isinstance(landing, torch.Tensor)):
-            client.granted_bytes += header.length  # not kept in memory; of what is kept, the sums give credit back
-        if not is_open and isinstance(landing, torch.Tensor) and service.step is not None:
-            service.step.pool.give(landing)
-        service.counters.pushed(result, header.length)
-        service.clients.acknowledge(client, header, result, service.step.open_bucket if service.step else -1)
+            result, size = self._offer(client, header, body, landing)
+        service.counters.pushed(result, size)
+        service.clients.acknowledge(client, header, result, service.open_bucket)
         service.try_vote()
 
-    def _offer(self, client: Client, header: Header, body: memoryview, landing: object) -> AckResult:
+    def _offer(self, client: Client, header: Header, body: memoryview, landing: object) -> tuple[AckResult, int]:
+        """Have the open step take a node; what became of it, and its bytes."""
         step, state = self._service.step, self._service.state
         assert step is not None and state is not None
+        is_open = self._is_open(header)
+        client.pushed_bytes += header.length
+        if header.bucket in step.trained:
+            node = self._gradient(client, header, landing)
+            if node is None:  # known to be unwanted before it was read; what is not kept costs no credit
+                client.granted_bytes += header.length
+                return AckResult.DUPLICATE if is_open else AckResult.STALE, header.length
+            words, release = node
+            if not is_open:
+                release()
+                return AckResult.STALE, words.nbytes
+            fresh = step.offer_trained(header.bucket, header.node, words, release)
+            return AckResult.APPLIED if fresh else AckResult.DUPLICATE, words.nbytes
+        client.granted_bytes += header.length
+        if not is_open:
+            return AckResult.STALE, header.length
         if header.bucket == SUMMARY:
             fresh = step.offer_summary(header.node, Summary.unpack(body, len(state.layout.tensors)))
-        elif header.bucket not in step.trained:
-            fresh = step.offer_buffers(header.bucket, header.node, self._buffer_node(header, body), client)
-        else:  # without a landing it was known to be a duplicate before it was read
-            fresh = isinstance(landing, torch.Tensor) and step.offer_trained(
-                header.bucket, header.node, landing, client
-            )
-        return AckResult.APPLIED if fresh else AckResult.DUPLICATE
+        else:
+            fresh = step.offer_buffers(header.bucket, header.node, self._buffer_node(header, body))
+        return AckResult.APPLIED if fresh else AckResult.DUPLICATE, header.length
+
+    def _gradient(
+        self, client: Client, header: Header, landing: object
+    ) -> tuple[torch.Tensor, Callable[[], None]] | None:
+        """The words of a pushed gradient, where they lie, and what gives that memory back; None: discarded."""
+        service = self._service
+        assert service.step is not None
+        if header.flags & IN_MEMORY:
+            assert client.lanes is not None  # checked with the lane
+            lane = lane_of(header)
+            place = client.lanes.place(header.bucket, lane)
+            words = torch.frombuffer(place, dtype=service.step.pool.dtype)
+            return words, partial(client.lanes.give_back, header.bucket, lane)
+        if isinstance(landing, torch.Tensor):
+            return landing, partial(service.release, client, landing, service.step)
+        return None
 
     def _buffer_node(self, header: Header, body: memoryview) -> BufferNode:
         state = self._service.state

@@ -7,6 +7,8 @@ import json
 import time
 from pathlib import Path
 
+import torch
+
 from pscluster.agent.link import ProcessLink
 from pscluster.errors import AuthError, FrameError, PsError
 from pscluster.layout import Layout
@@ -26,6 +28,7 @@ from pscluster.v1.plan_pb2 import (
 )
 from pscluster.wire.connection import Connection
 from pscluster.wire.frame import Header, Kind, job_number
+from pscluster.wire.memory import Lanes
 from pscluster.wire.reactor import Reactor
 from psserver.partition import commit, messages
 from psserver.partition.clients import Client, Clients
@@ -41,7 +44,9 @@ from psserver.partition.telemetry import PartitionCounters
 from psserver.partition.uplink import Uplink
 
 BEAT_S = 1.0
+SLICE_S = 0.0015  # of updates, after which trainers hear of them: long enough not to spend it on messages
 MIN_CREDIT_BYTES = 64 << 20
+MAX_LANES = 8  # nodes of one bucket that a trainer may leave in shared memory at a time
 
 
 class PartitionService:
@@ -152,14 +157,17 @@ class PartitionService:
         num_partitions = self.spec.servers.partitions
         if self.state is None or self.state.layout != layout:
             moments = moments_of(self.spec.train.optimizer)
-            self.state = PartitionState.empty(layout, self.index, num_partitions, moments)
+            codec = self.spec.network.pull_codec
+            self.state = PartitionState.empty(layout, self.index, num_partitions, moments, codec)
         if plan.resume_step:
             part = next(part for part in plan.restore.parts if part.partition == self.index)
             path = Path(self.link.start.store) / part.path
             self.state.load(path, self.index, num_partitions, plan.resume_step)
         else:
             self.state.reset()
-        self.step = OpenStep(self.state, self.spec, plan.final_step, self._credit)
+        self.step = OpenStep(self.state, self.spec, plan.final_step)
+        gradients = layout.gradient_bytes(self.state.spans, self.spec.network.push_codec)
+        self.clients.largest_bytes = max(gradients, default=0)
         self.member = Member(generation=plan.generation, step=plan.resume_step)
         self.version = plan.resume_step
         self.versions = {span.bucket: plan.resume_step for span in self.state.spans}
@@ -183,6 +191,7 @@ class PartitionService:
         """A bucket has its first values."""
         assert self.state is not None
         was_filled = self.state.is_filled
+        self.state.publish(bucket)
         self.state.filled.add(bucket)
         if self.state.is_filled and not was_filled:
             self._filled()
@@ -196,18 +205,19 @@ class PartitionService:
             return
         if not step.is_complete:
             return
-        squares, finite = step.ballot()
-        if self.lead is not None:
-            self.lead.take_summary(step.summary.root)
-        vote = Vote(
-            generation=self.plan.generation,
-            step=self.member.step,
-            partition=self.index,
-            squares=squares,
-            finite=finite,
-        )
-        self.member = commit.cast_vote(self.member, vote)
-        self._send_vote()
+        with self.counters.phase("vote"):
+            squares, finite = step.ballot()
+            if self.lead is not None:
+                self.lead.take_summary(step.summary.root)
+            vote = Vote(
+                generation=self.plan.generation,
+                step=self.member.step,
+                partition=self.index,
+                squares=squares,
+                finite=finite,
+            )
+            self.member = commit.cast_vote(self.member, vote)
+            self._send_vote()
 
     def _send_vote(self) -> None:
         vote = self.member.vote
@@ -233,27 +243,31 @@ class PartitionService:
         self._update_next()
 
     def _update_next(self) -> None:
+        """Update buckets for a moment, then let trainers have them and connections have their turn."""
         step, state, verdict = self.step, self.state, self._verdict
         if step is None or state is None or verdict is None:
             return  # a restore came in between
-        bucket = step.next_update()
-        self._progress += 1
-        if bucket is None:
+        until_s = time.perf_counter() + SLICE_S
+        while (bucket := step.next_update()) is not None:
+            self._progress += 1
+            with self.counters.phase("update"):
+                self.clients.overwriting(bucket)
+                step.update()
+            self.versions[bucket] = verdict.step + 1
+            if time.perf_counter() >= until_s:
+                break
+        if step.next_update() is None:
             self._step_done(verdict)
-            return
-        with self.counters.phase("update"):
-            self.clients.overwriting(bucket)
-            step.update()
-        self.versions[bucket] = verdict.step + 1
-        self.clients.serve_pulls(state, self.version_of)
-        self._reactor.post(self._update_next)
+        else:
+            self.serve_pulls()
+            self._reactor.post(self._update_next)
 
     def _step_done(self, verdict: Verdict) -> None:
         assert self.state is not None
         self.version = verdict.step + 1
         self.versions = dict.fromkeys(self.versions, self.version)
         self._verdict = None
-        self.clients.serve_pulls(self.state, self.version_of)
+        self.serve_pulls()
         if verdict.snapshot:
             self._write_snapshot()
         early, self._early = self._early, []
@@ -261,6 +275,12 @@ class PartitionService:
             if client.connection.is_open:
                 self._reception.frame(client.connection, header, memoryview(body))
         self.try_vote()  # a fast trainer may have completed the next step before this one was put away
+
+    def serve_pulls(self) -> None:
+        """Send what is owed and new enough."""
+        if self.state is not None:
+            with self.counters.phase("send"):
+                self.clients.serve_pulls(self.state, self.version_of)
 
     def version_of(self, bucket: int) -> int:
         """Which version a bucket's values are; frozen ones are as new as everything else."""
@@ -324,15 +344,30 @@ class PartitionService:
         if client.channel not in ("push", "pull", "vote"):
             raise FrameError(f"a connection for {client.channel!r}", details={"field": "channel"})
         client.connection.context = client.channel  # greeted: the reactor's deadline is met
-        client.granted_bytes = max(MIN_CREDIT_BYTES, 2 * max((s.size_bytes for s in self.state.spans), default=0))
+        client.granted_bytes = client.told_bytes = max(MIN_CREDIT_BYTES, 2 * self.clients.largest_bytes)
+        fds = self._share_memory(client, told.get("num_lanes")) if told.get("share") is True else []
         welcome = {
             "granted_bytes": client.granted_bytes,
-            "open_bucket": self.step.open_bucket if self.step else -1,
+            "open_bucket": self.open_bucket,
             "needs_values": not self.state.is_filled,
+            "num_lanes": client.lanes.num_lanes if client.lanes else 0,
         }
-        client.connection.send(self.header(kind=Kind.WELCOME), [json.dumps(welcome).encode()])
+        client.connection.send(self.header(kind=Kind.WELCOME), [json.dumps(welcome).encode()], fds=fds)
         if client.channel == "pull" and self._lead_wire is not None:
             self._lead_wire.welcome(client)
+
+    def _share_memory(self, client: Client, num_lanes: object) -> list[int]:
+        """Agree to share memory with a caller on this host; what it is to map."""
+        state, network = self.state, self.spec.network
+        if state is None or not client.connection.is_local or network.transport not in ("auto", "shm"):
+            return []
+        if client.channel == "pull":
+            client.reads_memory = True
+            return [state.segment.fd]
+        if not isinstance(num_lanes, int) or not 1 <= num_lanes <= MAX_LANES:
+            raise FrameError(f"a greeting that asks for {num_lanes} lanes", details={"field": "body"})
+        client.lanes = Lanes.create(state.layout.gradient_bytes(state.spans, network.push_codec), num_lanes)
+        return [client.lanes.fd]
 
     def hear_lead_business(self, client: Client, header: Header, body: memoryview) -> None:
         """What only the lead hears: votes, joins, evaluations, outcomes."""
@@ -357,8 +392,15 @@ class PartitionService:
         """What accepted connections talk to."""
         return self._reception
 
-    def _credit(self, owner: object, size_bytes: int) -> None:
-        self.clients.credit(owner, size_bytes, self.step.open_bucket if self.step else -1)
+    @property
+    def open_bucket(self) -> int:
+        """The bucket of gradients that is waited for first; -1: none."""
+        return self.step.open_bucket if self.step else -1
+
+    def release(self, client: Client, words: torch.Tensor, step: OpenStep) -> None:
+        """Memory of a client's node is free again."""
+        step.pool.give(words)
+        self.clients.credit(client, words.nbytes, self.open_bucket)
 
     def header(self, **fields: object) -> Header:
         """A header of this job, generation and sender."""

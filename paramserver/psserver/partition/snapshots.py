@@ -66,6 +66,7 @@ class SnapshotWriter:
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             job()
+            del job  # with the copy that it wrote, while it waits for the next
 
     def _delete(self, kept: set[int]) -> None:
         newest = max(kept)

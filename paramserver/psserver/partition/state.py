@@ -2,48 +2,72 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from pscluster.codec import DTYPES, as_bytes
 from pscluster.errors import StorageError
-from pscluster.layout import Layout, Span
+from pscluster.layout import Codec, Kind, Layout, Span
 from pscluster.snapshot import Buffer, Part, PartMeta, PieceKey, read_part
-
-
-def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """A contiguous one-dimensional CPU tensor's memory, writable, shared."""
-    return tensor.numpy().data.cast("B") if tensor.numel() else memoryview(bytearray())
+from pscluster.wire.memory import Segment, page_offsets
 
 
 @dataclass(kw_only=True)
 class PartitionState:
     """`values[b]` and `moments[b]` are fp32 (or raw 4-byte words), one-dimensional, of span b's length.
 
+    `published[b]` is what trainers read, in the shared memory of `segment`: with pull codec fp32 the very memory of
+    `values[b]`, else the trained ones rounded, set by `publish`.
     `ages[t]`: updates applied to tensor t of the layout; every partition keeps all of them."""
 
     layout: Layout
     spans: tuple[Span, ...]
+    segment: Segment
+    published: list[torch.Tensor]
     values: list[torch.Tensor]
     moments: list[list[torch.Tensor]]
     ages: list[int]
     filled: set[int] = field(default_factory=set)
 
     @classmethod
-    def empty(cls, layout: Layout, partition: int, num_partitions: int, num_moments: int) -> PartitionState:
+    def empty(
+        cls, layout: Layout, partition: int, num_partitions: int, num_moments: int, pull_codec: Codec = "fp32"
+    ) -> PartitionState:
         """Memory for everything, touched once, so that no step pays for the first touch."""
         spans = layout.spans(partition, num_partitions)
         kinds = [layout.buckets[span.bucket].kind for span in spans]
+        offsets, size = page_offsets(layout.wire_bytes(span, pull_codec) for span in spans)
+        segment = Segment.create(size, writable_by_others=False)
+        published = [
+            torch.frombuffer(segment.view, dtype=_dtype(k, pull_codec), offset=at, count=s.num_words)
+            if s.num_words
+            else torch.zeros(0, dtype=_dtype(k, pull_codec))
+            for s, k, at in zip(spans, kinds, offsets, strict=True)
+        ]
         values = [
-            torch.zeros(s.num_words, dtype=torch.float32 if k in ("trained", "averaged") else torch.int32)
-            for s, k in zip(spans, kinds, strict=True)
+            p if p.dtype == _dtype(k, "fp32") else torch.zeros(p.numel()) for p, k in zip(published, kinds, strict=True)
         ]
         moments = [
             [torch.zeros(s.num_words) for _ in range(num_moments if k == "trained" else 0)]
             for s, k in zip(spans, kinds, strict=True)
         ]
-        return cls(layout=layout, spans=spans, values=values, moments=moments, ages=[0] * len(layout.tensors))
+        return cls(
+            layout=layout, spans=spans, segment=segment, published=published, values=values, moments=moments,
+            ages=[0] * len(layout.tensors),
+        )  # fmt: skip
+
+    @property
+    def rounds(self) -> bool:
+        """Whether what is published of trained buckets is not exact."""
+        return any(p is not v for p, v in zip(self.published, self.values, strict=True))
+
+    def publish(self, bucket: int) -> None:
+        """The bucket has new values: what trainers read follows."""
+        if self.published[bucket] is not self.values[bucket]:
+            self.published[bucket].copy_(self.values[bucket])
 
     def reset(self) -> None:
         """Step 0 without values: they come from a trainer, or are zero where there are none."""
@@ -60,8 +84,9 @@ class PartitionState:
 
     @property
     def size_bytes(self) -> int:
-        """Memory of values and moments."""
-        tensors = [*self.values, *(m for per_bucket in self.moments for m in per_bucket)]
+        """Memory of values, what is published of them, and moments."""
+        rounded = [p for p, v in zip(self.published, self.values, strict=True) if p is not v]
+        tensors = [*self.values, *rounded, *(m for per_bucket in self.moments for m in per_bucket)]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def load(self, path: Path, partition: int, num_partitions: int, step: int) -> None:
@@ -71,18 +96,26 @@ class PartitionState:
         for (bucket, what), data in part.pieces.items():
             target = self.values[bucket] if what == "values" else self.moments[bucket][int(what.removeprefix("moment"))]
             as_bytes(target)[:] = data
+        for span in self.spans:
+            self.publish(span.bucket)
         self.ages = list(part.meta.ages)
         self.filled = {span.bucket for span in self.spans}
 
     def pieces(self) -> dict[PieceKey, Buffer]:
-        """A private copy of everything, for a snapshot that is written while training goes on."""
-        copied: dict[PieceKey, Buffer] = {}
+        """A private copy of everything, for a snapshot that is written while training goes on.
+
+        In a mapping of its own: the heap would keep the room for it for good."""
+        sources: dict[PieceKey, memoryview] = {}
         for span, values, moments in zip(self.spans, self.values, self.moments, strict=True):
-            if not span.num_words:
-                continue
-            copied[(span.bucket, "values")] = bytes(as_bytes(values))
-            for number, moment in enumerate(moments):
-                copied[(span.bucket, f"moment{number}")] = bytes(as_bytes(moment))
+            if span.num_words:
+                sources[(span.bucket, "values")] = as_bytes(values)
+                sources |= {(span.bucket, f"moment{number}"): as_bytes(m) for number, m in enumerate(moments)}
+        total = sum(source.nbytes for source in sources.values())
+        memory = memoryview(mmap.mmap(-1, max(total, 1)))
+        copied: dict[PieceKey, Buffer] = {}
+        for key, source in sources.items():
+            memory[: source.nbytes] = source
+            copied[key], memory = memory[: source.nbytes], memory[source.nbytes :]
         return copied
 
     def meta(self, job: str, step: int, generation: int, partition: int, num_partitions: int) -> PartMeta:
@@ -117,3 +150,10 @@ class PartitionState:
                 sizes[(span.bucket, "values")] = span.size_bytes
                 sizes |= {(span.bucket, f"moment{n}"): span.size_bytes for n in range(len(moments))}
         return sizes
+
+
+def _dtype(kind: Kind, codec: Codec) -> torch.dtype:
+    """Of the words of a bucket of this kind as trainers read them."""
+    if kind == "trained":
+        return DTYPES[codec]
+    return torch.float32 if kind == "averaged" else torch.int32

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pscluster.codec import BufferNode
+from pscluster.codec import DTYPES, BufferNode
 from pscluster.layout import Span
 from pscluster.spec import JobSpec
 from pscluster.summary import Summary
@@ -20,7 +20,7 @@ from psserver.partition.schedule import learning_rate
 from psserver.partition.state import PartitionState
 from psserver.partition.sums import Entry, Pool, Sums, block_squares
 
-Credit = Callable[[object, int], None]
+Root = Entry[torch.Tensor] | Entry[BufferNode]
 
 
 @dataclass
@@ -28,29 +28,27 @@ class _Update:
     """One bucket's root, waiting to be applied."""
 
     span: Span
-    root: torch.Tensor | BufferNode | None
+    root: Root
     run_list: list[Run]
 
 
 class OpenStep:
     """Sums of the step being collected, and the updates of the step that was just decided.
 
-    `updated(bucket)` is called when a bucket has its new values, just before `overwriting(bucket)` when it is about to
-    get them: whoever is still reading the old ones must have copied them by its return."""
+    Gradient nodes are tensors of the push codec's dtype, of the length of their span."""
 
-    def __init__(self, state: PartitionState, spec: JobSpec, final_step: int, credit: Credit) -> None:
+    def __init__(self, state: PartitionState, spec: JobSpec, final_step: int) -> None:
         self.state = state
         self._spec = spec
         self._final_step = final_step
-        self.pool = Pool()
-        self._credit = credit
+        self.pool = Pool(DTYPES[spec.network.push_codec])
         tree = tree_of(spec.train.num_shards)
         kinds = [state.layout.buckets[span.bucket].kind for span in state.spans]
         spans = [(s, k) for s, k in zip(state.spans, kinds, strict=True) if s.num_words]
-        self.trained = {s.bucket: self._trained(tree) for s, k in spans if k == "trained"}
+        self.trained = {s.bucket: self._trained(tree, s) for s, k in spans if k == "trained"}
         self.averaged = {s.bucket: self._averaged(tree, s.bucket) for s, k in spans if k == "averaged"}
         self.carried = {s.bucket: self._carried() for s, k in spans if k == "carried"}
-        self.summary: Sums[Summary] = Sums(tree, lambda a, b: a.plus(b), lambda _: None, credit)
+        self.summary: Sums[Summary] = Sums(tree, lambda a, b, _: a.plus(b))
         self._squares: dict[int, dict[int, float]] = {}
         self._updates: deque[_Update] = deque()
         self._applied: Summary | None = None
@@ -59,7 +57,7 @@ class OpenStep:
     @property
     def open_bucket(self) -> int:
         """The first bucket, in the order in which backward gives them, that is not complete; -1: none."""
-        return next((b for b in sorted(self.trained, reverse=True) if not self.trained[b].is_complete), -1)
+        return next((b for b in reversed(self.trained) if not self.trained[b].is_complete), -1)
 
     @property
     def is_complete(self) -> bool:
@@ -67,22 +65,22 @@ class OpenStep:
         kinds = (self.trained, self.averaged, self.carried)
         return self.summary.is_complete and all(s.is_complete for sums in kinds for s in sums.values())
 
-    def offer_trained(self, bucket: int, node: Node, words: torch.Tensor, owner: object) -> bool:
-        """Take a gradient node (fp32, of the span's length, owned from here on). False: a duplicate."""
+    def offer_trained(self, bucket: int, node: Node, words: torch.Tensor, release: Callable[[], None]) -> bool:
+        """Take a gradient node, whose memory is summed in, until `release` is called. False: a duplicate."""
         sums = self.trained[bucket]
-        fresh = sums.offer(node, Entry(words, owner, 4 * words.numel()))
-        if fresh and sums.is_complete:
+        fresh = sums.offer(node, Entry(words, release))
+        if fresh and sums.is_complete and bucket not in self._squares:  # it came whole
             self._squares[bucket] = block_squares(sums.root, self.state.spans[bucket].first_block)
         return fresh
 
-    def offer_buffers(self, bucket: int, node: Node, value: BufferNode, owner: object) -> bool:
+    def offer_buffers(self, bucket: int, node: Node, value: BufferNode) -> bool:
         """Take a node of an averaged or carried bucket. False: a duplicate."""
         sums = self.averaged.get(bucket) or self.carried[bucket]
-        return sums.offer(node, Entry(value, owner, 0))
+        return sums.offer(node, Entry(value))
 
     def offer_summary(self, node: Node, summary: Summary) -> bool:
         """Take a node of the step's summary. False: a duplicate."""
-        return self.summary.offer(node, Entry(summary, None, 0))
+        return self.summary.offer(node, Entry(summary))
 
     def ballot(self) -> tuple[dict[int, float], bool]:
         """What to vote: squares by block, and whether everything is finite. Only when complete."""
@@ -95,9 +93,9 @@ class OpenStep:
 
     def decide(self, verdict: Verdict) -> None:
         """Carry out a verdict: the sums become updates (or are dropped), and the next step begins empty."""
-        summary = self.summary.take_root()
+        summary = self.summary.take_root().value
         touched = [summary.is_touched(t) for t in range(len(self.state.layout.tensors))]
-        roots: dict[int, torch.Tensor | BufferNode] = {b: s.take_root() for b, s in self.trained.items()}
+        roots: dict[int, Root] = {b: s.take_root() for b, s in self.trained.items()}
         roots |= {b: s.take_root() for sums in (self.averaged, self.carried) for b, s in sums.items()}
         self._squares.clear()
         self._applied, self._verdict = summary, verdict
@@ -106,7 +104,7 @@ class OpenStep:
             if root is None:
                 continue
             if verdict.kind != "commit":
-                self._give_back(root)
+                root.release()
                 continue
             run_list = runs(self.state.layout, span, self.state.ages, touched)
             self._updates.append(_Update(span, root, run_list))
@@ -124,30 +122,24 @@ class OpenStep:
     def update(self) -> None:
         """Apply the next bucket's root to its values (CPU-bound, about a millisecond a MiB)."""
         item = self._updates.popleft()
-        bucket, verdict = item.span.bucket, self._verdict
+        bucket, verdict, root = item.span.bucket, self._verdict, item.root.value
         assert verdict is not None
-        if isinstance(item.root, torch.Tensor):
+        if isinstance(root, torch.Tensor):
             train = self._spec.train
             lr = learning_rate(train.optimizer.lr, train.schedule, verdict.step, self._final_step)
             update_span(
                 train.optimizer,
                 item.run_list,
                 self.state.values[bucket],
-                item.root,
+                root,
                 self.state.moments[bucket],
                 scale=verdict.scale,
                 lr=lr,
             )
-            self.pool.give(item.root)
-        elif item.root is not None and item.root.words is not None:
-            self._update_buffers(item, item.root.words)
-
-    def clear(self) -> None:
-        """Forget the open step and what was not applied: a restore follows."""
-        for sums in (*self.trained.values(), *self.averaged.values(), *self.carried.values(), self.summary):
-            sums.clear()  # type: ignore[attr-defined]
-        self._squares.clear()
-        self._updates.clear()
+        elif root.words is not None:
+            self._update_buffers(item, root.words)
+        self.state.publish(bucket)
+        item.root.release()
 
     def _update_buffers(self, item: _Update, words: torch.Tensor) -> None:
         bucket = item.span.bucket
@@ -161,15 +153,17 @@ class OpenStep:
             part = slice(run.start, run.stop)
             torch.div(words[part], self._applied.weight, out=self.state.values[bucket][part])
 
-    def _give_back(self, root: torch.Tensor | BufferNode) -> None:
-        if isinstance(root, torch.Tensor):
-            self.pool.give(root)
+    def _trained(self, tree: Tree, span: Span) -> Sums[torch.Tensor]:
+        def add(left: torch.Tensor, right: torch.Tensor, parent: Node) -> torch.Tensor:
+            if parent == tree.root:  # the norm in the same pass
+                self._squares[span.bucket] = block_squares(left, span.first_block, right)
+                return left
+            return left.add_(right)
 
-    def _trained(self, tree: Tree) -> Sums[torch.Tensor]:
-        return Sums(tree, lambda left, right: left.add_(right), self.pool.give, self._credit)
+        return Sums(tree, add)
 
     def _averaged(self, tree: Tree, bucket: int) -> Sums[BufferNode]:
-        return Sums(tree, lambda a, b: a.plus(b, self.state.values[bucket]), lambda _: None, self._credit)
+        return Sums(tree, lambda a, b, _: a.plus(b, self.state.values[bucket]))
 
     def _carried(self) -> Sums[BufferNode]:
-        return Sums(tree_of(1), lambda left, _: left, lambda _: None, self._credit)
+        return Sums(tree_of(1), lambda left, _, __: left)

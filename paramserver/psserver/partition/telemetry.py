@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 from pscluster.errors import PsError
+from pscluster.phases import Phases
 from pscluster.v1.plan_pb2 import Counters
 from pscluster.wire.frame import AckResult
 
-PHASES = ("sum", "update", "snapshot")
+PHASES = ("receive", "sum", "vote", "update", "send", "snapshot")
 _RESULTS = {AckResult.APPLIED: "applied", AckResult.DUPLICATE: "duplicate", AckResult.STALE: "stale"}
 
 
@@ -23,16 +22,11 @@ class PartitionCounters:
         self.snapshots = 0
         self._pushes = dict.fromkeys(_RESULTS, 0)
         self._push_bytes = 0
-        self._phase_s = dict.fromkeys(PHASES, 0.0)
+        self._phases = Phases(PHASES)
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time the block as part of a phase (wall-clock seconds)."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._phase_s[name] += time.perf_counter() - started
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Time the block as part of a phase; see `Phases.measure`."""
+        return self._phases.measure(name)
 
     def pushed(self, result: AckResult, size_bytes: int) -> None:
         """A PUSH was judged."""
@@ -61,5 +55,5 @@ class PartitionCounters:
         found.append(counter("push_bytes_total", self._push_bytes))
         found.append(counter("pull_bytes_total", pull_bytes))
         found.append(counter("snapshots_total", self.snapshots))
-        found += [counter("phase_seconds_total", spent, phase=name) for name, spent in self._phase_s.items()]
+        found += [counter("phase_seconds_total", spent, phase=name) for name, spent in self._phases.seconds.items()]
         return Counters(samples=found)

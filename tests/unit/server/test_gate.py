@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -101,23 +102,27 @@ def test_what_is_no_node_of_the_tree_is_refused(node: Node) -> None:
 
 
 class Books:
-    """Counts what a `Sums` of strings gives back."""
+    """Keeps what becomes of the memory behind each node that a `Sums` of strings is given."""
 
     def __init__(self, tree: Tree) -> None:
-        self.freed: list[object] = []
-        self.credits: dict[object, int] = {}
-        self.sums: Sums[list[str]] = Sums(tree, self.add, self.free, self.credit)
+        self.given: list[list[str]] = []
+        self.released: list[list[str]] = []
+        self.sums: Sums[list[str]] = Sums(tree, self.add)
 
-    def add(self, left: list[str], right: list[str]) -> list[str]:
+    def offer(self, node: Node) -> bool:
+        words = [canonical(node)]
+        self.given.append(words)
+        return self.sums.offer(node, Entry(words, lambda: self.release(words)))
+
+    def add(self, left: list[str], right: list[str], parent: Node) -> list[str]:
+        assert not any(part is gone for part in (left, right) for gone in self.released), "added after its release"
         left[0] = f"({left[0]}+{right[0]})"
+        assert left[0] == canonical(parent)
         return left
 
-    def free(self, value: list[str]) -> None:
-        assert not any(value is other for other in self.freed), "freed twice"
-        self.freed.append(value)
-
-    def credit(self, owner: object, size_bytes: int) -> None:
-        self.credits[owner] = self.credits.get(owner, 0) + size_bytes
+    def release(self, words: list[str]) -> None:
+        assert not any(words is other for other in self.released), "released twice"
+        self.released.append(words)
 
 
 @settings(max_examples=150)
@@ -127,94 +132,85 @@ def test_losses_duplicates_and_overlaps_in_several_buckets(leaves: int, buckets:
     tree = tree_of(leaves)
     nodes = nodes_of(tree)
     books = [Books(tree) for _ in range(buckets)]
-    given_bytes: list[dict[object, int]] = [{} for _ in range(buckets)]
-    taken = [0] * buckets
 
-    def offer(bucket: int, node: Node, owner: int) -> None:
-        size = node.leaves * 10 + owner
+    def offer(bucket: int, node: Node) -> None:
         held = books[bucket].sums.holds(node)
-        assert books[bucket].sums.offer(node, Entry([canonical(node)], owner, size)) is not held
-        given_bytes[bucket][owner] = given_bytes[bucket].get(owner, 0) + size
-        taken[bucket] += 1
+        assert books[bucket].offer(node) is not held
+        assert not held or books[bucket].released[-1] is books[bucket].given[-1], "a duplicate is released at once"
 
-    frames = st.tuples(st.integers(0, buckets - 1), st.sampled_from(nodes), st.integers(0, 3))
-    for frame in data.draw(st.lists(frames, max_size=60)):
+    for frame in data.draw(st.lists(st.tuples(st.integers(0, buckets - 1), st.sampled_from(nodes)), max_size=60)):
         offer(*frame)
-    for bucket in range(buckets):
-        missing = data.draw(st.permutations(range(leaves)))
-        for leaf in missing:
-            if not books[bucket].sums.is_complete:
-                offer(bucket, Node(leaf, 1), 4)
-        assert books[bucket].sums.is_complete
-        assert books[bucket].sums.root == [canonical(tree.root)]
-        root = books[bucket].sums.take_root()
-        assert not any(root is freed for freed in books[bucket].freed), "the root is the caller's"
-        assert len(books[bucket].freed) == taken[bucket] - 1
-        assert books[bucket].credits == given_bytes[bucket]
-        assert not books[bucket].sums.is_complete
-        assert not books[bucket].sums.holds(Node(0, 1)), "the next step begins empty"
+    for bucket, book in enumerate(books):
+        for leaf in data.draw(st.permutations(range(leaves))):
+            if not book.sums.is_complete:
+                offer(bucket, Node(leaf, 1))
+        assert book.sums.is_complete
+        assert book.sums.root == [canonical(tree.root)]
+        root = book.sums.take_root()
+        assert root.value == [canonical(tree.root)]
+        assert len(book.released) == len(book.given) - 1
+        assert not any(root.value is gone for gone in book.released), "the root is the caller's"
+        root.release()
+        assert book.released[-1] is root.value, "and gives back its own memory"
+        assert not book.sums.is_complete
+        assert not book.sums.holds(Node(0, 1)), "the next step begins empty"
 
 
-@settings(max_examples=60)
-@given(leaves=st.integers(1, 16), data=st.data())
-def test_clearing_gives_everything_back(leaves: int, data: st.DataObject) -> None:
-    tree = tree_of(leaves)
-    books = Books(tree)
-    sizes = 0
-    offered = data.draw(st.lists(st.sampled_from(nodes_of(tree)), max_size=30))
-    for node in offered:
-        books.sums.offer(node, Entry([canonical(node)], "owner", 8))
-        sizes += 8
-    books.sums.clear()
-
-    assert len(books.freed) == len(offered)
-    assert books.credits.get("owner", 0) == sizes
-    assert not books.sums.holds(tree.root)
-
-
-def test_credit_is_given_when_the_bucket_is_what_it_is() -> None:
-    """Who is given credit is told which bucket is open: it must not be the one that was just completed."""
+def test_memory_is_released_when_the_bucket_is_what_it_is() -> None:
+    """A release tells its trainer which bucket is open: it must not be the one that was just completed."""
     seen: list[bool] = []
-    sums: Sums[list[str]] = Sums(Tree(2), lambda a, _: a, lambda _: None, lambda *_: seen.append(sums.is_complete))
-    sums.offer(Node(0, 1), Entry(["0"], "a", 1))
-    sums.offer(Node(1, 1), Entry(["1"], "b", 1))
-    sums.take_root()
+    sums: Sums[list[str]] = Sums(Tree(2), lambda left, *_: left)
+    sums.offer(Node(0, 1), Entry(["0"], lambda: seen.append(sums.is_complete)))
+    sums.offer(Node(1, 1), Entry(["1"], lambda: seen.append(sums.is_complete)))
+    assert seen == [True]
+    sums.take_root().release()
 
     assert seen == [True, False]
 
 
 def test_a_sum_that_is_refused_leaves_everything_as_it_was() -> None:
-    sums: Sums[Statistics] = Sums(Tree(2), add_statistics, lambda _: None, lambda *_: None)
-    sums.offer(Node(0, 1), Entry(np.ones(2), None, 0))
+    released: list[str] = []
+    sums: Sums[Statistics] = Sums(Tree(2), lambda left, right, _: add_statistics(left, right))
+    sums.offer(Node(0, 1), Entry(np.ones(2), lambda: released.append("left")))
     for _ in range(2):
         with pytest.raises(FrameError, match="do not add"):
-            sums.offer(Node(1, 1), Entry(np.ones(3), None, 0))
-    sums.offer(Node(1, 1), Entry(np.ones(2), None, 0))
+            sums.offer(Node(1, 1), Entry(np.ones(3)))
+    assert released == []
+    sums.offer(Node(1, 1), Entry(np.ones(2), lambda: released.append("right")))
 
     assert sums.root.tolist() == [2.0, 2.0]
+    assert released == ["right"]
 
 
 @settings(max_examples=60)
-@given(leaves=st.integers(1, 12), steps=st.integers(1, 3), data=st.data())
-def test_every_buffer_of_the_pool_comes_back_once(leaves: int, steps: int, data: st.DataObject) -> None:
-    tree, pool = tree_of(leaves), Pool()
-    sums: Sums[torch.Tensor] = Sums(tree, lambda a, b: a.add_(b), pool.give, lambda *_: None)
+@given(
+    leaves=st.integers(1, 12),
+    steps=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    data=st.data(),
+)
+def test_every_buffer_of_the_pool_comes_back_once(
+    leaves: int, steps: int, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    tree, pool = tree_of(leaves), Pool(dtype)
+    sums: Sums[torch.Tensor] = Sums(tree, lambda left, right, _: left.add_(right))
     for _ in range(steps):
         arrivals = data.draw(st.lists(st.sampled_from(nodes_of(tree)), max_size=20))
         for node in [*arrivals, *(Node(leaf, 1) for leaf in range(leaves))]:
             words = pool.take(4).fill_(node.leaves)
-            sums.offer(node, Entry(words, None, 16))
+            sums.offer(node, Entry(words, partial(pool.give, words)))
         root = sums.take_root()
-        assert root.tolist() == [leaves] * 4
-        pool.give(root)
+        assert root.value.tolist() == [leaves] * 4
+        root.release()
     free = pool._free[4]
+    assert {tensor.dtype for tensor in free} == {dtype}
     assert len({tensor.data_ptr() for tensor in free}) == len(free), "one buffer twice in the pool"
-    assert pool.allocated_bytes == 16 * len(free), "a buffer was lost"
+    assert pool.allocated_bytes == 4 * dtype.itemsize * len(free), "a buffer was lost"
     assert len(free) <= -(-leaves // 2) + leaves.bit_length() + 1
 
 
 def test_the_pool_keeps_lengths_apart() -> None:
-    pool = Pool()
+    pool = Pool(torch.float32)
     small = pool.take(3)
     pool.give(small)
 
@@ -250,3 +246,16 @@ def test_one_bad_number_shows_in_the_squares(bad: float) -> None:
 
 def test_squares_of_huge_sums_stay_finite() -> None:
     assert np.isfinite(block_squares(torch.full((BLOCK_WORDS,), 3e38), 0)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_words", [16, BLOCK_WORDS, 2 * BLOCK_WORDS + 48])
+def test_the_last_addition_and_the_squares_in_one_pass_are_the_two_passes(dtype: torch.dtype, num_words: int) -> None:
+    generator = torch.Generator().manual_seed(num_words)
+    left, right = (torch.randn(num_words, generator=generator).to(dtype) for _ in range(2))
+    whole, added = left + right, left.clone()
+
+    squares = block_squares(added, 3, right)
+
+    assert torch.equal(added, whole)
+    assert squares == block_squares(whole, 3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 
 import pscluster.layout
 from harness.played import played_spec
+from pscluster.codec import DTYPES
 from pscluster.layout import BLOCK_WORDS, Layout, TensorSpec
 from pscluster.spec import JobSpec, OptimizerSection
 from pscluster.summary import Summary, touched_bits
@@ -25,7 +26,7 @@ from psserver.partition.step import OpenStep
 SHAPES = [(CHUNK_WORDS + 3 * BLOCK_WORDS + 5,), (7,), (33, 3), (1000,), (BLOCK_WORDS + 1, 2), (1,)]
 DECAY = [True, False, True, False, True, False]
 STEPS = 3
-NORMS: dict[tuple[int, bool], list[float]] = {}  # by how gradients are dealt to blocks, and which there are
+NORMS: dict[tuple[int, bool, str], list[float]] = {}  # by how gradients are dealt to blocks, and which there are
 
 
 def tensor(number: int) -> TensorSpec:
@@ -73,7 +74,7 @@ class PlayedPartition:
     def __init__(self, layout: Layout, spec: JobSpec, index: int, count: int) -> None:
         self.layout = layout
         self.state = PartitionState.empty(layout, index, count, moments_of(spec.train.optimizer))
-        self.step = OpenStep(self.state, spec, STEPS, lambda *_: None)
+        self.step = OpenStep(self.state, spec, STEPS)
         for span in self.state.spans:
             values = flat(layout, span.bucket, drawn(0))
             self.state.values[span.bucket].copy_(values[span.start : span.stop])
@@ -83,7 +84,7 @@ class PlayedPartition:
             if span.num_words:
                 words = self.step.pool.take(span.num_words)
                 words.copy_(flat(self.layout, span.bucket, gradients)[span.start : span.stop])
-                assert self.step.offer_trained(span.bucket, Node(0, 1), words, None)
+                assert self.step.offer_trained(span.bucket, Node(0, 1), words, partial(self.step.pool.give, words))
         assert self.step.offer_summary(Node(0, 1), summary)
         assert self.step.is_complete
 
@@ -111,10 +112,14 @@ def ours(layout: Layout, spec: JobSpec, count: int, sometimes: bool) -> list[tor
         norms.append(verdict.norm)
         for partition in partitions:
             partition.carry_out(verdict)
-    known = NORMS.setdefault((len(layout.buckets), sometimes), norms)
+    known = NORMS.setdefault(norms_key(layout, spec, sometimes), norms)
     assert norms == known, "the norm depends on the number of partitions"
     assert len({tuple(p.state.ages) for p in partitions}) == 1
     return gathered(layout, [p.state for p in partitions])
+
+
+def norms_key(layout: Layout, spec: JobSpec, sometimes: bool) -> tuple[int, bool, str]:
+    return (len(layout.buckets), sometimes, spec.network.push_codec)
 
 
 def gathered(layout: Layout, states: Sequence[PartitionState]) -> list[torch.Tensor]:
@@ -144,8 +149,10 @@ def plain(values: torch.Tensor) -> torch.Tensor:
 
 
 def torchs(spec: JobSpec, sometimes: bool, norms: Sequence[float], shaped: Any) -> list[torch.Tensor]:
-    """The same by torch: an optimizer for each parameter, so that each has its own first step."""
-    section = spec.train.optimizer
+    """The same by torch: an optimizer for each parameter, so that each has its own first step.
+
+    Gradients are what they are on the wire, and fp32 from there on."""
+    section, dtype = spec.train.optimizer, DTYPES[spec.network.push_codec]
     parameters = [torch.nn.Parameter(shaped(values)) for values in drawn(0)]
     optimizers = [_torch_optimizer(section, [p], decay) for p, decay in zip(parameters, DECAY, strict=True)]
     for step in range(STEPS):
@@ -154,7 +161,7 @@ def torchs(spec: JobSpec, sometimes: bool, norms: Sequence[float], shaped: Any) 
         hits = touched_at(step, sometimes)
         for parameter, optimizer, gradient, hit in zip(parameters, optimizers, drawn(step + 1), hits, strict=True):
             optimizer.param_groups[0]["lr"] = lr
-            parameter.grad = shaped(gradient.mul_(clip / 3.0)) if hit else None
+            parameter.grad = shaped(gradient.to(dtype).float().mul_(clip / 3.0)) if hit else None
             optimizer.step()
     found = zip(parameters, SHAPES, strict=True)
     return [p.detach().reshape(-1)[: torch.Size(shape).numel()].reshape(shape) for p, shape in found]
@@ -179,21 +186,38 @@ OPTIMIZERS: dict[str, Mapping[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("sometimes", [False, True], ids=["all touched", "some untouched"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_any_number_of_partitions_gives_torchs_bits(optimizer: str, sometimes: bool, layout: Layout) -> None:
-    schedule = {"name": "cosine", "warmup_steps": 2}
-    train = {"optimizer": OPTIMIZERS[optimizer], "schedule": schedule, "clip_norm": 0.7 if sometimes else None}
-    spec = played_spec(1, train=train)
+def assert_torchs_bits(layout: Layout, spec: JobSpec, sometimes: bool) -> None:
+    """One partition gives torch's bits, and 2 and 3 give those of one."""
     one = ours(layout, spec, 1, sometimes)
-
-    norms = NORMS[len(layout.buckets), sometimes]
+    norms = NORMS[norms_key(layout, spec, sometimes)]
     for number, (mine, exact) in enumerate(zip(one, torchs(spec, sometimes, norms, padded), strict=True)):
         assert torch.equal(mine, exact), f"tensor {number}: {(mine - exact).abs().max()}"
     torch.testing.assert_close(one, torchs(spec, sometimes, norms, plain), rtol=1e-6, atol=1e-6)
     for count in (2, 3):
         for mine, other in zip(one, ours(layout, spec, count, sometimes), strict=True):
             assert torch.equal(mine.view(torch.int32), other.view(torch.int32))
+
+
+@pytest.mark.parametrize("sometimes", [False, True], ids=["all touched", "some untouched"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_any_number_of_partitions_gives_torchs_bits(optimizer: str, sometimes: bool, layout: Layout) -> None:
+    schedule = {"name": "cosine", "warmup_steps": 2}
+    train = {"optimizer": OPTIMIZERS[optimizer], "schedule": schedule, "clip_norm": 0.7 if sometimes else None}
+
+    assert_torchs_bits(layout, played_spec(1, train=train), sometimes)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_narrow_gradient_is_widened_before_anything_is_computed_from_it(optimizer: str, layout: Layout) -> None:
+    """With push codec bf16: torch's bits on the widened gradient, and the norm of what was pushed."""
+    train = {"optimizer": OPTIMIZERS[optimizer], "clip_norm": 0.7}
+    spec = played_spec(1, train=train, network={"push_codec": "bf16"})
+
+    assert_torchs_bits(layout, spec, True)
+
+    exact = played_spec(1, train=train)
+    ours(layout, exact, 1, True)
+    assert NORMS[norms_key(layout, spec, True)] != NORMS[norms_key(layout, exact, True)], "it was rounded"
 
 
 def test_one_torch_optimizer_with_two_groups_is_the_same(layout: Layout) -> None:

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.played import Network, PlayedLink, fill, played_partition, played_plan, played_spec
+from harness.played import Network, PlayedLink, dismiss, fill, played_partition, played_plan, played_spec
+from pscluster.codec import BufferNode
 from pscluster.layout import BLOCK_WORDS, Layout, TensorSpec
 from pscluster.spec import JobSpec
 from pscluster.summary import Summary, touched_bits
@@ -23,19 +24,21 @@ LAYOUT = Layout(
     (
         TensorSpec(names=("w",), shape=(3 * BLOCK_WORDS,), dtype="float32", kind="trained"),
         TensorSpec(names=("b",), shape=(7,), dtype="float32", kind="trained"),
+        TensorSpec(names=("mean",), shape=(7,), dtype="float32", kind="averaged"),  # partition 0 updates two buckets
     )
 )
+TRAINED, AVERAGED = range(2)
 NOWHERE = Path("/nonexistent")
 
 
 class PlayedJob:
     """`count` partitions. Trainers are played: what they would push is offered once they could have computed it."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, transport: str = "tcp") -> None:
         self.network = Network()
         optimizer = {"name": "sgd", "lr": 0.5, "momentum": 0.9}
         train = {"max_steps": FINAL_STEP, "optimizer": optimizer, "clip_norm": 1.0}
-        self.spec: JobSpec = played_spec(1, count, train=train)
+        self.spec: JobSpec = played_spec(1, count, train=train, network={"transport": transport})
         self.count = count
         self.generation = 0
         self.restored = 0
@@ -64,10 +67,7 @@ class PlayedJob:
 
     def crash(self, index: int) -> None:
         """The process is gone, and with it its connections; its replacement has no plan yet."""
-        gone = self.partitions[index]
-        gone.clients.close_all()
-        if gone._uplink is not None:
-            gone._uplink.close()
+        dismiss(self.partitions[index])
         self.partitions[index] = self.start(index)
         self.publish(restore=True)
 
@@ -84,11 +84,14 @@ class PlayedJob:
             return
         if lead.version < step or any(p.version < step for p in self.partitions) or service.step.summary.is_complete:
             return
-        for span in service.step.state.spans:
-            if span.num_words:
-                words = torch.linspace(-1, 1 + step, LAYOUT.buckets[span.bucket].num_words)[span.start : span.stop]
-                service.step.offer_trained(span.bucket, ROOT, words.clone(), None)
-        summary = Summary(loss_sum=2.0, weight=2.0, samples=1, touched=touched_bits([0, 1], 2))
+        span = service.step.state.spans[TRAINED]
+        if span.num_words:
+            words = torch.linspace(-1, 1 + step, LAYOUT.buckets[TRAINED].num_words)[span.start : span.stop]
+            service.step.offer_trained(TRAINED, ROOT, words.clone(), lambda: None)
+        if service.step.state.spans[AVERAGED].num_words:
+            moved = torch.full((LAYOUT.buckets[AVERAGED].num_words,), 2.0 * (step + 5))
+            service.step.offer_buffers(AVERAGED, ROOT, BufferNode(0.0, moved))
+        summary = Summary(loss_sum=2.0, weight=2.0, samples=1, touched=touched_bits([0, 1, 2], 3))
         service.step.offer_summary(ROOT, summary)
         service.try_vote()
 
@@ -129,9 +132,14 @@ def same(mine: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(mine, other, strict=True))
 
 
+@pytest.mark.parametrize("transport", ["tcp", "shm"])
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_any_number_of_partitions_ends_with_the_same_values(count: int, undisturbed: list[torch.Tensor]) -> None:
-    assert same(PlayedJob(count).run_to_the_end(), undisturbed)
+def test_any_number_of_partitions_ends_with_the_same_values(
+    count: int, transport: str, undisturbed: list[torch.Tensor]
+) -> None:
+    job = PlayedJob(count, transport)
+    assert same(job.run_to_the_end(), undisturbed)
+    assert {connection.is_local for connection in job.network.connections} == {transport == "shm"}
 
 
 EVENTS = st.lists(
@@ -169,17 +177,19 @@ def play(job: PlayedJob, event: str, number: int) -> None:
 
 
 @settings(max_examples=250)
-@given(count=st.integers(2, 3), events=EVENTS)
+@given(count=st.integers(2, 3), transport=st.sampled_from(["tcp", "shm"]), events=EVENTS)
 def test_faults_change_nothing_in_the_end(
-    count: int, events: list[tuple[str, int]], undisturbed: list[torch.Tensor]
+    count: int, transport: str, events: list[tuple[str, int]], undisturbed: list[torch.Tensor]
 ) -> None:
     """Connections break, generations change, partitions are lost; plans and frames come when they come."""
-    job = PlayedJob(count)
+    job = PlayedJob(count, transport)
     for event in events:
         play(job, *event)
         job.check()
 
     assert same(job.run_to_the_end(), undisturbed)
+    for partition in job.partitions:
+        dismiss(partition)
 
 
 def begun(count: int = 2) -> PlayedJob:
@@ -249,6 +259,7 @@ def test_a_restore_in_the_middle_of_an_update_begins_afresh(undisturbed: list[to
     job.push(1)
     while job.partitions[0]._verdict is None:
         job.network.choices()[0]()
+    assert job.partitions[0].versions == {TRAINED: 1, AVERAGED: 0}
     job.crash(1)
     job.adopt(0)
     assert (job.partitions[0].version, job.partitions[0].member.step) == (0, 0)

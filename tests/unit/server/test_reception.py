@@ -5,25 +5,26 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+import psserver.partition.service
 from harness.played import (
     JOB,
     TOKEN,
     Network,
-    PlayedConnection,
     fill,
     job_header,
     played_partition,
     played_plan,
     played_spec,
 )
+from harness.played_caller import LEAF, Caller, push
 from pscluster.layout import Layout, TensorSpec
 from pscluster.summary import Summary
 from pscluster.tree import Node
-from pscluster.wire.frame import SUMMARY, UNCHANGED, AckResult, Header, Kind, job_number
+from pscluster.wire.frame import SUMMARY, UNCHANGED, AckResult, Codec, Header, Kind, job_number
+from psserver.partition.clients import ACK_BODY
 from psserver.partition.service import PartitionService
 
 LAYOUT = Layout(
@@ -37,39 +38,6 @@ LAYOUT = Layout(
 TRAINED, AVERAGED, CARRIED, FROZEN = range(4)
 ONES = struct.pack("<16f", *[1.0] * 16)
 WEIGHT = struct.pack("<d", 1.0)
-LEAF = Node(0, 1)
-
-
-class Caller:
-    """The other end of a connection to a partition: keeps what it is told."""
-
-    def __init__(self, network: Network, service: PartitionService, channel: str = "", index: int = 0) -> None:
-        self.told: list[tuple[Header, bytes]] = []
-        self.network = network
-        self.index = index
-        self.near, self.far = network.connect(self, service.handler)
-        if channel:
-            self.greet(channel)
-
-    def greet(self, channel: str, **fields: Any) -> None:
-        told = {"token": TOKEN.hex(), "role": "trainer", "channel": channel, "restore_generation": 1, **fields}
-        self.say(job_header(Kind.HELLO, generation=1, sender=self.index), json.dumps(told).encode())
-
-    def say(self, header: Header, body: bytes = b"") -> None:
-        self.near.send(header, [body])
-        self.network.settle()
-
-    def body_target(self, connection: PlayedConnection, header: Header) -> memoryview:  # noqa: ARG002
-        return memoryview(bytearray(header.length))
-
-    def frame(self, connection: PlayedConnection, header: Header, body: memoryview) -> None:  # noqa: ARG002
-        self.told.append((header, bytes(body)))
-
-    def closed(self, connection: PlayedConnection, error: object) -> None:
-        """Seen in `near.is_open`."""
-
-    def kinds(self) -> list[Kind]:
-        return [header.kind for header, _ in self.told]
 
 
 @pytest.fixture
@@ -86,8 +54,10 @@ def service(network: Network) -> PartitionService:
     return made
 
 
-def push(bucket: int, node: Node = LEAF, **fields: Any) -> Header:
-    return job_header(Kind.PUSH, **{"generation": 1, "bucket": bucket, "node": node, **fields})
+@pytest.fixture(params=["remote", "local"])
+def local(request: pytest.FixtureRequest) -> bool:
+    """Whether callers share memory with the partition."""
+    return bool(request.param == "local")
 
 
 def untouched(service: PartitionService) -> bool:
@@ -131,16 +101,20 @@ WRONG_PUSHES: dict[str, tuple[Header, bytes]] = {
     "empty: a summary": (push(SUMMARY), b""),
     "empty: first values": (job_header(Kind.INIT, bucket=TRAINED, node=LEAF), b""),
     "empty: first values of no bucket": (job_header(Kind.INIT, bucket=9, node=LEAF), b""),
+    "gradients in another codec": (push(TRAINED, codec=Codec.BF16), ONES),
+    "half as long in another codec": (push(TRAINED, codec=Codec.BF16), ONES[:32]),
+    "buffers in a codec": (push(AVERAGED, codec=Codec.BF16), ONES),
+    "first values in a codec": (job_header(Kind.INIT, bucket=TRAINED, node=LEAF, codec=Codec.BF16), ONES),
     "a summary of no node": (push(SUMMARY, Node(5, 1)), Summary(loss_sum=1, weight=1, samples=1, touched=b"\0").pack()),
 }
 
 
 @pytest.mark.parametrize("name", WRONG_PUSHES)
 def test_a_frame_that_does_not_fit_is_cut_off_and_counted(
-    name: str, network: Network, service: PartitionService
+    name: str, local: bool, network: Network, service: PartitionService
 ) -> None:
-    caller = Caller(network, service, "push")
-    bystander = Caller(network, service, "pull")
+    caller = Caller(network, service, "push", local=local)
+    bystander = Caller(network, service, "pull", local=local)
     header, body = WRONG_PUSHES[name]
 
     caller.say(header, body)
@@ -211,20 +185,19 @@ def test_a_caller_of_an_older_timeline_is_fenced_with_the_newer_generation(
 # ---- what fits ----
 
 
-def acks(caller: Caller) -> list[AckResult]:
-    return [AckResult(header.flags) for header, body in caller.told if header.kind is Kind.ACK and body[0]]
-
-
 def test_a_push_is_applied_once_and_duplicates_and_the_past_are_told(
-    network: Network, service: PartitionService
+    local: bool, network: Network, service: PartitionService
 ) -> None:
-    caller = Caller(network, service, "push")
-    caller.say(push(TRAINED), ONES)
-    caller.say(push(TRAINED), ONES)
-    caller.say(push(TRAINED, step=7), ONES)
-    caller.say(push(TRAINED, generation=0, node=Node(1, 1)), ONES)
+    caller = Caller(network, service, "push", local=local)
+    caller.give(push(TRAINED), ONES)
+    caller.give(push(TRAINED), ONES)
+    caller.give(push(TRAINED, step=7), ONES)
+    caller.give(push(TRAINED, generation=0, node=Node(1, 1)), ONES)
 
-    assert acks(caller) == [AckResult.APPLIED, AckResult.DUPLICATE, AckResult.STALE, AckResult.STALE]
+    results = [AckResult.APPLIED, AckResult.DUPLICATE, AckResult.STALE, AckResult.STALE]
+    assert caller.acks() == ([] if local else results), "what lies in a lane needs no answer"
+    assert service.counters._pushes == {result: results.count(result) for result in AckResult}
+    assert service.counters._push_bytes == 4 * len(ONES)
     assert caller.near.is_open
 
 
@@ -245,12 +218,61 @@ def test_credit_comes_back_for_everything_that_is_not_kept(network: Network, ser
         assert client.granted_bytes == granted
 
 
-def test_a_whole_step_by_frames(network: Network, service: PartitionService) -> None:
-    pusher, puller = Caller(network, service, "push"), Caller(network, service, "pull")
+def test_a_job_of_narrow_gradients_takes_no_others(network: Network) -> None:
+    service = played_partition(network, played_spec(2, network={"push_codec": "bf16"}), 0, Path("/nonexistent"))
+    service.adopt(played_plan(LAYOUT, {0: [0, 1]}))
+    fill(service)
+    for header, body in [
+        (push(TRAINED), ONES),
+        (push(TRAINED), ONES[:32]),
+        (push(TRAINED, codec=Codec.BF16), ONES),
+        (push(AVERAGED, codec=Codec.BF16), ONES[:32]),
+    ]:
+        caller = Caller(network, service, "push")
+        caller.say(header, body)
+        assert not caller.near.is_open
+    assert untouched(service)
+    caller = Caller(network, service, "push")
+    caller.say(push(TRAINED, codec=Codec.BF16), ONES[:32])
+    caller.say(push(AVERAGED), ONES)
+    assert caller.acks() == [AckResult.APPLIED] * 2
+
+
+def told_credit(caller: Caller) -> list[tuple[int, int]]:
+    """What it was told of its credit beside answers: bytes granted, and the open bucket."""
+    bodies = [ACK_BODY.unpack(body) for header, body in caller.told if header.kind is Kind.ACK]
+    return [(granted, bucket) for kind, granted, bucket in bodies if kind == 0]
+
+
+def test_who_may_wait_for_credit_is_told_when_memory_is_free_again_and_nobody_else(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = played_partition(network, played_spec(4), 0, Path("/nonexistent"))
+    service.adopt(played_plan(LAYOUT, {0: [0, 1, 2, 3]}))
+    fill(service)
+    rich = Caller(network, service, "push", 1)
+    monkeypatch.setattr(psserver.partition.service, "MIN_CREDIT_BYTES", 0)
+    poor = Caller(network, service, "push")
+    assert poor.granted == 2 * len(ONES), "two of the largest gradients"
+    for leaf in (0, 2):
+        poor.say(push(TRAINED, Node(leaf, 1)), ONES)
+    rich.say(push(TRAINED, Node(3, 1), sender=1), ONES)
+    assert told_credit(poor) == []
+    rich.say(push(TRAINED, Node(1, 1), sender=1), ONES)
+
+    nothing_open = 0xFFFF_FFFF
+    assert told_credit(poor) == [(3 * len(ONES), nothing_open)], "of its node, and which bucket is open now"
+    assert told_credit(rich) == [], "it is told with its next answer"
+    assert service.clients.of(rich.far).granted_bytes == rich.granted + 2 * len(ONES)  # type: ignore[arg-type]
+
+
+def test_a_whole_step_by_frames(local: bool, network: Network, service: PartitionService) -> None:
+    pusher = Caller(network, service, "push", local=local)
+    puller = Caller(network, service, "pull", local=local)
     puller.say(job_header(Kind.PULL, generation=1, step=1))
     assert Kind.VALUES not in puller.kinds()
     for node in (Node(0, 1), Node(1, 1)):
-        pusher.say(push(TRAINED, node), ONES)
+        pusher.give(push(TRAINED, node), ONES)
         pusher.say(push(AVERAGED, node, flags=UNCHANGED), WEIGHT)
         summary = Summary(loss_sum=1, weight=1, samples=1, touched=b"\1")
         pusher.say(push(SUMMARY, node), summary.pack())
@@ -259,19 +281,20 @@ def test_a_whole_step_by_frames(network: Network, service: PartitionService) -> 
     network.settle()
 
     assert service.version == 1
-    values = {header.bucket: header.step for header, _ in puller.told if header.kind is Kind.VALUES}
+    values = {bucket: header.step for bucket, (header, _) in puller.values.items()}
     assert values == {TRAINED: 1, AVERAGED: 1, CARRIED: 1}, "the frozen bucket was not asked for"
+    assert [len(body) for _, body in puller.values.values()] == ([0, 0, 0] if local else [64, 64, 64])
     told = [json.loads(body)["action"] for header, body in puller.told if header.kind is Kind.DIRECTIVE]
     assert told[-1] == "train"
 
 
-def test_a_summary_of_the_next_step_waits_for_it(network: Network, service: PartitionService) -> None:
-    caller = Caller(network, service, "push")
+def test_a_summary_of_the_next_step_waits_for_it(local: bool, network: Network, service: PartitionService) -> None:
+    caller = Caller(network, service, "push", local=local)
     summary = Summary(loss_sum=1, weight=1, samples=1, touched=b"\1").pack()
     caller.say(push(SUMMARY, step=1), summary)
-    assert acks(caller) == []
+    assert caller.acks() == []
     for node in (Node(0, 1), Node(1, 1)):
-        caller.say(push(TRAINED, node), ONES)
+        caller.give(push(TRAINED, node), ONES)
         caller.say(push(AVERAGED, node, flags=UNCHANGED), WEIGHT)
         caller.say(push(SUMMARY, node), summary)
     caller.say(push(CARRIED, flags=UNCHANGED), WEIGHT)

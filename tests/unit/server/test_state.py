@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from pscluster.errors import StorageError
-from pscluster.layout import BLOCK_WORDS, Layout, TensorSpec
+from pscluster.codec import as_bytes
+from pscluster.errors import FrameError, StorageError
+from pscluster.layout import BLOCK_WORDS, Codec, Layout, TensorSpec
 from pscluster.snapshot import Buffer, PartMeta, PieceKey, write_part
-from psserver.partition.state import PartitionState, as_bytes
+from pscluster.wire.memory import Segment, page_offsets
+from psserver.partition.state import PartitionState
 
 LAYOUT = Layout(
     (
@@ -22,9 +25,9 @@ LAYOUT = Layout(
 )
 
 
-def drawn(partition: int = 0, count: int = 2, moments: int = 2, seed: int = 1) -> PartitionState:
+def drawn(partition: int = 0, count: int = 2, moments: int = 2, seed: int = 1, codec: Codec = "fp32") -> PartitionState:
     """A state with random content."""
-    state = PartitionState.empty(LAYOUT, partition, count, moments)
+    state = PartitionState.empty(LAYOUT, partition, count, moments, codec)
     generator = torch.Generator().manual_seed(seed)
     for tensor in (*state.values, *(m for per_bucket in state.moments for m in per_bucket)):
         tensor.copy_(torch.randint(-1000, 1000, tensor.shape, generator=generator))
@@ -37,16 +40,26 @@ def save(state: PartitionState, path: Path, *, partition: int = 0, count: int = 
     return path
 
 
+CODECS: list[Codec] = ["fp32", "bf16"]
+
+
+def assert_published(state: PartitionState) -> None:
+    """What trainers read is what is held, rounded once where the codec says so."""
+    for published, values in zip(state.published, state.values, strict=True):
+        assert torch.equal(published, values.to(published.dtype))
+
+
 def content(state: PartitionState) -> list[bytes]:
     tensors = [*state.values, *(m for per_bucket in state.moments for m in per_bucket)]
     return [bytes(as_bytes(tensor)) for tensor in tensors]
 
 
+@pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("partition", [0, 1])
-def test_a_state_comes_back_from_its_part(partition: int, tmp_path: Path) -> None:
+def test_a_state_comes_back_from_its_part(partition: int, codec: Codec, tmp_path: Path) -> None:
     state = drawn(partition)
     path = save(state, tmp_path / "part", partition=partition)
-    other = PartitionState.empty(LAYOUT, partition, 2, 2)
+    other = PartitionState.empty(LAYOUT, partition, 2, 2, codec)
     assert not other.is_filled
 
     other.load(path, partition, 2, 9)
@@ -54,6 +67,7 @@ def test_a_state_comes_back_from_its_part(partition: int, tmp_path: Path) -> Non
     assert content(other) == content(state)
     assert other.ages == [5, 0, 2]
     assert other.is_filled
+    assert_published(other)
 
 
 def test_the_copy_for_a_snapshot_is_private() -> None:
@@ -71,6 +85,71 @@ def test_only_trained_buckets_have_moments() -> None:
 
     assert [len(moments) for moments in state.moments] == [2, 0, 0]
     assert state.size_bytes == 4 * (3 * (BLOCK_WORDS + 16) + 16 + 16)
+
+
+# ---- what trainers read ----
+
+
+def read(state: PartitionState, codec: Codec) -> tuple[list[bytes], Segment]:
+    """Each bucket as somebody else finds it who maps the memory, by what the layout alone says."""
+    offsets, size = page_offsets(LAYOUT.wire_bytes(span, codec) for span in state.spans)
+    segment = Segment.open(os.dup(state.segment.fd), size, writable=False)
+    ends = [at + LAYOUT.wire_bytes(span, codec) for span, at in zip(state.spans, offsets, strict=True)]
+    return [bytes(segment.view[at:end]) for at, end in zip(offsets, ends, strict=True)], segment
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("partition", [0, 1, 2])
+def test_what_is_published_lies_in_the_shared_memory(partition: int, codec: Codec) -> None:
+    state = drawn(partition, 3, codec=codec)
+    for span in state.spans:
+        state.publish(span.bucket)
+    found, _ = read(state, codec)
+
+    assert_published(state)
+    assert found == [bytes(as_bytes(published)) for published in state.published]
+    assert [published.dtype for published in state.published] == [
+        torch.bfloat16 if codec == "bf16" else torch.float32, torch.float32, torch.int32,
+    ]  # fmt: skip
+
+
+def test_without_rounding_what_is_held_is_what_is_published() -> None:
+    """No copy: an update is seen at once, and costs no memory twice."""
+    state = drawn()
+    for published, values in zip(state.published, state.values, strict=True):
+        assert published is values
+    state.values[0].fill_(7.0)
+
+    assert torch.frombuffer(bytearray(read(state, "fp32")[0][0]), dtype=torch.float32).unique().tolist() == [7.0]
+    narrow = PartitionState.empty(LAYOUT, 0, 2, 2, "bf16")
+    assert narrow.size_bytes - state.size_bytes == 2 * state.spans[0].num_words, "of the trained bucket"
+
+
+def test_rounded_values_are_published_when_told() -> None:
+    state = drawn(codec="bf16")
+    state.values[0].fill_(1 / 3)
+    assert not state.published[0].any()
+    state.publish(0)
+
+    assert state.published[0].unique().tolist() == [torch.tensor(1 / 3).bfloat16().item()]
+    assert state.values[0].unique().tolist() == [torch.tensor(1 / 3).item()], "what is held is exact"
+
+
+def test_rounding_is_to_the_nearest_even() -> None:
+    state = drawn(codec="bf16")
+    halves = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 1 + 2**-8 + 2**-20, float("inf"), 3.4e38])
+    state.values[0][:6] = halves
+    state.publish(0)
+
+    assert state.published[0][:6].tolist() == [1.0, 1 + 2**-6, -1.0, 1 + 2**-7, float("inf"), float("inf")]
+
+
+def test_who_reads_cannot_write() -> None:
+    state = drawn()
+    with pytest.raises(FrameError, match="cannot be mapped"):
+        Segment.open(os.dup(state.segment.fd), 1, writable=True)
+    _, segment = read(state, "fp32")
+    assert segment.view.readonly
 
 
 def _meta(state: PartitionState) -> PartMeta:

@@ -36,28 +36,37 @@ TRAINED, AVERAGED, CARRIED, FROZEN = range(4)
 class Played:
     """A partition's open step over D shards; SGD with rate 1 and no momentum, so that updates are plain to see."""
 
-    def __init__(self, shards: int = 2) -> None:
-        self.spec = played_spec(shards, train={"optimizer": {"name": "sgd", "lr": 1.0}})
-        self.state = PartitionState.empty(LAYOUT, 0, 1, 0)
-        self.credits: list[tuple[object, int]] = []
-        self.step = OpenStep(self.state, self.spec, 100, lambda owner, size: self.credits.append((owner, size)))
+    def __init__(self, shards: int = 2, **network: str) -> None:
+        self.spec = played_spec(shards, train={"optimizer": {"name": "sgd", "lr": 1.0}}, network=network)
+        self.state = PartitionState.empty(LAYOUT, 0, 1, 0, self.spec.network.pull_codec)
+        self.given: list[torch.Tensor] = []
+        self.released: list[torch.Tensor] = []
+        self.step = OpenStep(self.state, self.spec, 100)
         self.state.values[AVERAGED].copy_(averaged([1.0, 2.0, 3.0], [10.0, 20.0, 30.0]))
         self.state.values[CARRIED][0] = 5
+
+    def offer(self, node: Node, gradient: float) -> bool:
+        words = self.step.pool.take(16).fill_(0.0)
+        words[:4] = gradient
+        self.given.append(words)
+        return self.step.offer_trained(TRAINED, node, words, lambda: self.release(words))
+
+    def release(self, words: torch.Tensor) -> None:
+        self.released.append(words)
+        self.step.pool.give(words)
 
     def push(self, shard: int, gradient: float = 1.0, *, touched: Iterable[int] = (W, MEAN), **fields: Any) -> None:
         """Everything of one shard; its live buffers are given as `mean` and `var`, `weight` is 1 unless given."""
         node, weight = Node(shard, 1), fields.get("weight", 1.0)
-        words = self.step.pool.take(16).fill_(0.0)
-        words[:4] = gradient
-        self.step.offer_trained(TRAINED, node, words, f"trainer {shard}")
+        self.offer(node, gradient)
         moved = None
         if "mean" in fields:
             moved = averaged(fields["mean"], fields.get("var", [10.0, 20.0, 30.0])) * weight
-        self.step.offer_buffers(AVERAGED, node, BufferNode(0.0 if moved is not None else weight, moved), None)
+        self.step.offer_buffers(AVERAGED, node, BufferNode(0.0 if moved is not None else weight, moved))
         if shard == 0:
             counted = torch.zeros(16, dtype=torch.int32)
             counted[0] = fields.get("count", 5)
-            self.step.offer_buffers(CARRIED, node, BufferNode(weight, counted if "count" in fields else None), None)
+            self.step.offer_buffers(CARRIED, node, BufferNode(weight, counted if "count" in fields else None))
         bits = touched_bits(touched, len(LAYOUT.tensors))
         loss = fields.get("loss", 1.0)
         self.step.offer_summary(node, Summary(loss_sum=loss, weight=weight, samples=1, touched=bits))
@@ -89,8 +98,9 @@ def test_a_step_is_complete_when_every_kind_is() -> None:
     assert played.step.open_bucket == -1
 
 
-def test_a_commit_scales_sums_and_moves_parameters_and_buffers() -> None:
-    played = Played()
+@pytest.mark.parametrize("codec", ["fp32", "bf16"])
+def test_a_commit_scales_sums_and_moves_parameters_and_buffers(codec: str) -> None:
+    played = Played(push_codec=codec)
     played.push(0, 1.0, mean=[2.0, 2.0, 3.0], weight=1.0, count=6)
     played.push(1, 3.0, mean=[6.0, 2.0, 3.0], weight=3.0)
 
@@ -102,6 +112,7 @@ def test_a_commit_scales_sums_and_moves_parameters_and_buffers() -> None:
     assert played.state.ages == [1, 0, 0, 0, 0], "buffers have no age"
     assert not played.step.is_complete
     assert played.step.open_bucket == TRAINED
+    assert len(played.released) == len(played.given) == 2
 
 
 def test_buffers_that_no_microbatch_moved_keep_their_bits() -> None:
@@ -164,7 +175,8 @@ def test_a_skipped_step_changes_nothing_and_gives_everything_back() -> None:
 
     assert all(torch.equal(a, b) for a, b in zip(before, played.state.values, strict=True))
     assert played.state.ages == [0] * 5
-    assert sorted(size for owner, size in played.credits if owner) == [64, 64]
+    assert {id(words) for words in played.released} == {id(words) for words in played.given}
+    assert len(played.released) == 2
     assert len(played.step.pool._free[16]) * 64 == played.step.pool.allocated_bytes
     for shard in range(2):
         played.push(shard)
@@ -195,31 +207,83 @@ def test_the_ballot_says_what_is_finite(fields: dict[str, Any], finite: bool) ->
         assert squares == {0: 16.0}
 
 
-def test_duplicates_are_told_and_credited() -> None:
+def test_duplicates_are_told_and_give_their_memory_back() -> None:
     played = Played()
     played.push(0)
-    again = played.step.pool.take(16).fill_(100.0)
 
-    assert not played.step.offer_trained(TRAINED, Node(0, 1), again, "other")
-    assert not played.step.offer_buffers(AVERAGED, Node(0, 1), BufferNode(1.0, None), None)
+    assert not played.offer(Node(0, 1), 100.0)
+    assert not played.step.offer_buffers(AVERAGED, Node(0, 1), BufferNode(1.0, None))
     assert not played.step.offer_summary(Node(0, 1), Summary(loss_sum=9, weight=9, samples=9, touched=b"\0"))
-    assert played.credits.count(("other", 64)) == 1
+    assert [id(words) for words in played.released] == [id(played.given[1])]
     played.push(1)
     played.carry_out()
     assert played.state.values[TRAINED][0] == -2.0
 
 
-def test_clearing_forgets_the_open_step_and_what_was_not_applied() -> None:
-    played = Played()
-    for shard in range(2):
-        played.push(shard)
-    played.step.decide(Verdict(generation=1, step=0, kind="commit"))
-    played.push(0)
-    played.step.clear()
+def test_memory_is_given_back_once_it_is_not_read_any_more() -> None:
+    """The right side of a sum at once, a covered node at once, the root after its bucket was updated."""
+    played = Played(3)
+    played.offer(Node(0, 1), 1.0)
+    played.offer(Node(2, 1), 4.0)
+    played.offer(Node(1, 1), 2.0)
+    leaf, last, right = played.given
+    assert [id(words) for words in played.released] == [id(right), id(last)], "0 + 1, and that + 2"
+    assert played.step.trained[TRAINED].root is leaf
 
-    assert played.step.next_update() is None
-    assert not played.step.is_complete
-    assert played.step.open_bucket == TRAINED
+    played = Played(3)
+    played.offer(Node(1, 1), 100.0)
+    played.offer(Node(0, 2), 3.0)
+    played.offer(Node(2, 1), 4.0)
+    assert [id(words) for words in played.released] == [id(played.given[0]), id(played.given[2])]
+    for shard in range(3):
+        played.push(shard)
+    released = len(played.released)
+    played.step.decide(Verdict(generation=1, step=0, kind="commit"))
+    assert len(played.released) == released, "the update still reads it"
+    played.step.update()
+    assert played.released[-1] is played.given[1]
+    assert played.state.values[TRAINED][0] == -7.0
+
+
+def test_the_squares_are_those_of_the_sum_whether_it_came_whole_or_in_parts() -> None:
+    parts, whole, covering = Played(), Played(), Played()
+    for shard, gradient in enumerate((1.0, 2.5)):
+        parts.push(shard, gradient)
+    covering.offer(Node(1, 1), 100.0)
+    for played in (whole, covering):
+        played.offer(Node(0, 2), 3.5)
+        for shard in range(2):
+            played.push(shard, 100.0)
+
+    assert [played.step.ballot()[0] for played in (parts, whole, covering)] == [{0: 4 * 3.5**2}] * 3
+
+
+def test_squares_of_a_step_are_not_those_of_the_next() -> None:
+    played = Played(1)
+    for gradient in (3.0, 5.0):
+        played.push(0, gradient)
+        assert played.step.ballot()[0] == {0: 4 * gradient**2}
+        played.carry_out()
+
+
+@pytest.mark.parametrize("pull_codec", ["fp32", "bf16"])
+def test_what_trainers_read_follows_each_update_rounded_by_the_pull_codec(pull_codec: str) -> None:
+    played = Played(1, pull_codec=pull_codec)
+    third = 1 / 3
+    played.push(0, -third, mean=[third, 2.0, 3.0], count=7)
+    played.step.decide(Verdict(generation=1, step=0, kind="commit"))
+    before = [published.clone() for published in played.state.published]
+    played.step.update()
+
+    exact = torch.tensor(third)
+    assert torch.equal(played.state.values[TRAINED][:4], exact.expand(4)), "what is trained is exact in any case"
+    wanted = exact.bfloat16() if pull_codec == "bf16" else exact
+    assert torch.equal(played.state.published[TRAINED][:4], wanted.expand(4))
+    assert torch.equal(played.state.published[AVERAGED], before[AVERAGED]), "bucket by bucket"
+    played.step.update()
+    played.step.update()
+    assert torch.equal(played.state.published[AVERAGED][0], exact), "buffers are never rounded"
+    assert played.state.published[CARRIED][0] == 7
 
 
 # ---- the worker's sums and the partition's are the same sums ----

@@ -33,10 +33,14 @@ def test_a_named_transport_is_obeyed(unix: str) -> None:
     assert choose_address(["tcp:127.0.0.1:1", unix], "unix") == unix
 
 
-@pytest.mark.parametrize("transport", ["unix", "auto"])
+def test_shared_memory_is_arranged_over_the_unix_socket(unix: str) -> None:
+    assert choose_address(["tcp:127.0.0.1:1", unix], "shm") == unix
+
+
+@pytest.mark.parametrize("transport", ["unix", "shm", "auto"])
 def test_no_fitting_address_is_an_error(transport: str) -> None:
     with pytest.raises(FrameError, match=f"no {transport} address"):
-        choose_address(["tcp:127.0.0.1:1"] if transport == "unix" else [], transport)
+        choose_address([] if transport == "auto" else ["tcp:127.0.0.1:1"], transport)
 
 
 def test_an_address_names_its_transport() -> None:

@@ -11,14 +11,20 @@ from hypothesis import strategies as st
 from pscluster.errors import FrameError, PsError, VersionSkewError
 from pscluster.tree import Node
 from pscluster.wire.frame import (
+    EXACT,
     HEADER_BYTES,
+    IN_MEMORY,
     MAGIC,
     PROTOCOL,
+    UNCHANGED,
+    WITH_FROZEN,
     Codec,
     Header,
     Kind,
     checksum,
+    in_lane,
     job_number,
+    lane_of,
     pack,
     unpack,
 )
@@ -116,3 +122,21 @@ def test_jobs_have_numbers_of_their_own() -> None:
 def test_a_header_is_immutable() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         HEADER.step = 1  # type: ignore[misc]
+
+
+@given(lane=st.integers(0, 255))
+def test_a_lane_travels_beside_the_flags(lane: int) -> None:
+    header = unpack(pack(dataclasses.replace(HEADER, flags=in_lane(lane), length=0)))
+
+    assert lane_of(header) == lane
+    assert header.flags & IN_MEMORY and not header.flags & UNCHANGED
+
+
+def test_flags_of_one_kind_of_frame_are_told_apart() -> None:
+    for together in ((UNCHANGED, IN_MEMORY), (IN_MEMORY, EXACT), (WITH_FROZEN, EXACT)):
+        assert sum(together) == together[0] | together[1]
+
+
+def test_a_codec_is_found_by_the_name_that_a_spec_gives_it() -> None:
+    assert [Codec.of(name) for name in ("fp32", "bf16")] == [Codec.FP32, Codec.BF16]
+    assert [codec.value for codec in (Codec.FP32, Codec.BF16)] == [0, 1], "on the wire"

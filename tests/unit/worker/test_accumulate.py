@@ -19,25 +19,30 @@ from pscluster.spec import OptimizerSection
 from pscluster.summary import Summary
 from pscluster.tree import Node, Tree, tree_of
 from psworker.replica import layout_of
-from psworker.trainer.accumulate import Accumulator, Counter, Gradients, SummaryCounter, empty_gradients, gather
+from psworker.trainer.accumulate import Accumulator, Counter, SummaryCounter
+from psworker.trainer.gradients import Gradients, gather
 
 Loss = Callable[[nn.Module, int], torch.Tensor]
 Flat = dict[int, torch.Tensor]  # bucket -> words
 
 
-def words_of(layout: Layout, bucket: int, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
+def words_of(
+    layout: Layout, bucket: int, gradients: Sequence[torch.Tensor | None], dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """A bucket's words as they go over the wire: zeros where nothing was touched."""
-    words = torch.zeros(layout.buckets[bucket].num_words)
+    words = torch.zeros(layout.buckets[bucket].num_words, dtype=dtype)
     for start, stop, data in gather(layout, bucket, gradients):
-        words[start:stop] = torch.frombuffer(bytearray(data), dtype=torch.float32)
+        assert data.dtype == dtype
+        words[start:stop] = data
     return words
 
 
 class Played:
     """A model under an accumulator; keeps every node pushed, copied at once."""
 
-    def __init__(self, model: nn.Module, shards: int) -> None:
+    def __init__(self, model: nn.Module, shards: int, dtype: torch.dtype = torch.float32) -> None:
         self.model = model
+        self.dtype = dtype
         self.layout = layout_of(model, OptimizerSection())
         self.tree = tree_of(shards)
         self.pushed: dict[tuple[int, Node], torch.Tensor] = {}
@@ -45,13 +50,13 @@ class Played:
         order = [p for p in numbers.values() if p.requires_grad]
         trained = [n for n, t in enumerate(self.layout.tensors) if t.kind == "trained"]
         self.parameters = dict(zip(trained, order, strict=True))
-        self.accumulator = Accumulator(self.layout, self.parameters, self.tree, self.push)
+        self.accumulator = Accumulator(self.layout, self.parameters, self.tree, self.push, dtype)
         self.during_backward: list[bool] = []
         self.in_backward = False
 
     def push(self, bucket: int, node: Node, gradients: Gradients) -> None:
         assert (bucket, node) not in self.pushed, "a node is pushed once"
-        self.pushed[bucket, node] = words_of(self.layout, bucket, gradients).clone()
+        self.pushed[bucket, node] = words_of(self.layout, bucket, gradients, self.dtype).clone()
         self.during_backward.append(self.in_backward)
 
     def microbatch(self, loss: Loss, shard: int) -> set[int]:
@@ -83,8 +88,8 @@ class Played:
         return {bucket: words for (bucket, _), words in held.items()}
 
 
-def by_hand(model: nn.Module, loss: Loss, shards: int) -> Flat:
-    """Each microbatch's gradient by plain PyTorch, added in the tree's order; zeros where there is none."""
+def by_hand(model: nn.Module, loss: Loss, shards: int, dtype: torch.dtype = torch.float32) -> Flat:
+    """Each microbatch's gradient by plain PyTorch, rounded, added in the tree's order; zeros where there is none."""
     layout = layout_of(model, OptimizerSection())
     leaves: list[Flat] = []
     for shard in range(shards):
@@ -93,10 +98,10 @@ def by_hand(model: nn.Module, loss: Loss, shards: int) -> Flat:
         loss(model, shard).backward()  # type: ignore[no-untyped-call]
         named = dict(model.named_parameters())
         grads = [named[t.name].grad if t.kind == "trained" else None for t in layout.tensors]
-        dense = [g.to_dense() if g is not None and g.is_sparse else g for g in grads]
+        dense = [None if g is None else (g.to_dense() if g.is_sparse else g).to(dtype) for g in grads]
         leaves.append(
             {
-                b.index: words_of(layout, b.index, [dense[p.tensor] for p in b.placed]).clone()
+                b.index: words_of(layout, b.index, [dense[p.tensor] for p in b.placed], dtype).clone()
                 for b in layout.buckets
                 if b.kind == "trained"
             }
@@ -114,14 +119,15 @@ def by_hand(model: nn.Module, loss: Loss, shards: int) -> Flat:
 
 
 @lru_cache
-def net_by_hand(shards: int) -> Flat:
-    return by_hand(Net(), net_loss, shards)
+def net_by_hand(shards: int, dtype: torch.dtype = torch.float32) -> Flat:
+    return by_hand(Net(), net_loss, shards, dtype)
 
 
 def assert_same_bits(mine: Flat, other: Flat) -> None:
     assert mine.keys() == other.keys()
     for bucket, words in mine.items():
-        assert torch.equal(words.view(torch.int32), other[bucket].view(torch.int32)), f"bucket {bucket}"
+        assert words.dtype == other[bucket].dtype
+        assert torch.equal(words.view(torch.uint8), other[bucket].view(torch.uint8)), f"bucket {bucket}"
 
 
 @pytest.fixture(autouse=True)
@@ -161,13 +167,17 @@ def net_loss(model: nn.Module, shard: int) -> torch.Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="sum")
 
 
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+@DTYPES
 @pytest.mark.parametrize("shards", [1, 2, 3, 5, 8])
-def test_one_worker_gives_the_sum_by_hand(shards: int) -> None:
-    played = Played(Net(), shards)
+def test_one_worker_gives_the_sum_by_hand(shards: int, dtype: torch.dtype) -> None:
+    played = Played(Net(), shards, dtype)
 
     touched = played.run(net_loss, range(shards))
 
-    assert_same_bits(played.root(), net_by_hand(shards))
+    assert_same_bits(played.root(), net_by_hand(shards, dtype))
     assert set(played.pushed) == {(b, Node(0, shards)) for b in {b for b, _ in played.pushed}}, "only roots are pushed"
     names = {t.name: n for n, t in enumerate(played.layout.tensors)}
     for shard, hit in enumerate(touched):
@@ -176,9 +186,10 @@ def test_one_worker_gives_the_sum_by_hand(shards: int) -> None:
         assert names["embedding.weight"] in hit
 
 
+@DTYPES
 @settings(max_examples=12)
 @given(shards=st.integers(1, 6), data=st.data())
-def test_any_split_over_workers_gives_the_same_bits(shards: int, data: st.DataObject) -> None:
+def test_any_split_over_workers_gives_the_same_bits(dtype: torch.dtype, shards: int, data: st.DataObject) -> None:
     """Whoever owns which shards, in whatever order they compute them: pushed nodes add up to the same root."""
     owners = data.draw(st.lists(st.integers(0, 2), min_size=shards, max_size=shards))
     together: dict[tuple[int, Node], torch.Tensor] = {}
@@ -187,12 +198,12 @@ def test_any_split_over_workers_gives_the_same_bits(shards: int, data: st.DataOb
         for worker in range(3):
             mine = [shard for shard in range(shards) if owners[shard] == worker]
             order = data.draw(st.permutations(mine))
-            played = Played(Net(), shards)
+            played = Played(Net(), shards, dtype)
             played.run(net_loss, order)
             together |= played.pushed
         played.pushed = together
 
-        assert_same_bits(played.root(), net_by_hand(shards))
+        assert_same_bits(played.root(), net_by_hand(shards, dtype))
 
 
 def test_a_run_that_ends_early_gives_up_what_it_has() -> None:
@@ -236,6 +247,18 @@ def test_abandoning_forgets_everything() -> None:
 
     played.run(net_loss, range(4))
     assert_same_bits(played.root(), net_by_hand(4))
+
+
+@DTYPES
+def test_a_microbatch_without_a_backward_pushes_zeros(dtype: torch.dtype) -> None:
+    """It had no samples; its leaf is in the sum all the same."""
+    played = Played(Net(), 1, dtype)
+    played.accumulator.begin_run([Node(0, 1)])
+    played.accumulator.begin(0)
+
+    assert played.accumulator.finish() == set()
+    assert {bucket for bucket, _ in played.pushed} == {b.index for b in played.layout.buckets if b.kind == "trained"}
+    assert not any(words.any() for words in played.pushed.values())
 
 
 def test_outside_of_a_microbatch_gradients_are_dropped() -> None:
@@ -306,7 +329,8 @@ def test_embeddings_sparse_or_not(sparse: bool) -> None:
     assert_same_bits(played.root(), by_hand(build(), loss, 3))
 
 
-def test_minus_zero_and_untouched_add_as_zeros_do() -> None:
+@DTYPES
+def test_minus_zero_and_untouched_add_as_zeros_do(dtype: torch.dtype) -> None:
     """-0.0 + nothing is what -0.0 + 0.0 is on the wire: 0.0. Alone (one shard) it stays -0.0."""
 
     def build() -> nn.Module:
@@ -321,12 +345,12 @@ def test_minus_zero_and_untouched_add_as_zeros_do() -> None:
 
     for shards in (1, 2, 3, 4):
         for owner_of_last in (0, 1):
-            mine = Played(build(), shards)
+            mine = Played(build(), shards, dtype)
             mine.run(loss, range(shards - owner_of_last))
-            other = Played(build(), shards)
+            other = Played(build(), shards, dtype)
             other.run(loss, range(shards - owner_of_last, shards))
             mine.pushed |= other.pushed
-            assert_same_bits(mine.root(), by_hand(build(), loss, shards))
+            assert_same_bits(mine.root(), by_hand(build(), loss, shards, dtype))
 
 
 class Checkpointed(nn.Module):
@@ -403,6 +427,15 @@ def test_a_gradient_in_another_memory_order_is_written_in_its_own() -> None:
     assert torch.equal(played.root()[0][: weight.numel()], weight.grad.contiguous().reshape(-1))
 
 
+def test_a_narrow_gradient_that_fires_in_parts_is_added_before_it_is_rounded() -> None:
+    """A re-entrant layer used twice: the microbatch's gradient is one fp32 sum, rounded once, as PyTorch has it."""
+    played = Played(Checkpointed(reentrant=True), 2, torch.bfloat16)
+    played.run(checkpointed_loss, range(2))
+
+    expected = by_hand(Checkpointed(reentrant=True), checkpointed_loss, 2, torch.bfloat16)
+    assert_same_bits(played.root(), expected)
+
+
 # ---- the binary counter ----
 
 
@@ -447,9 +480,3 @@ def test_summaries_count_the_same_way() -> None:
     ((node, whole),) = counter.carry(Node(0, 1), Summary(loss_sum=0.1, weight=1, samples=1, touched=b"\1"))
 
     assert (node, whole) == (Node(0, 2), Summary(loss_sum=0.1 + 0.2, weight=3, samples=2, touched=b"\3"))
-
-
-def test_an_empty_microbatch_is_all_zeros() -> None:
-    layout = layout_of(Net(), OptimizerSection())
-
-    assert not any(words_of(layout, b.index, empty_gradients(layout, b.index)).any() for b in layout.buckets[:2])

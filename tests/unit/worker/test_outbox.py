@@ -1,36 +1,22 @@
-"""What a trainer owes a partition: order, credit, and that the two never wait for each other."""
+"""What a trainer owes a partition: order, credit, lanes; what is sent again, and what is forgotten."""
 
 from __future__ import annotations
 
-import json
-import struct
-from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
-
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-import pscluster.layout
-import psserver.partition.service
-from harness.played import JOB, TOKEN, Network, fill, job_header, played_partition, played_plan, played_spec
-from pscluster.layout import Layout, TensorSpec
-from pscluster.summary import Summary, touched_bits
+from harness.played import job_header
 from pscluster.tree import Node
-from pscluster.wire.frame import SUMMARY, UNCHANGED, Header, Kind
-from psserver.partition.service import PartitionService
-from psworker.trainer.outbox import Outbox, key_of
-from psworker.trainer.peer import Peer
+from pscluster.wire.frame import SUMMARY, Header, Kind
+from pscluster.wire.memory import Lanes
+from psworker.trainer.outbox import Lane, Outbox, Owed, key_of
 
 BUCKET_BYTES = 64
 NUM_BUCKETS = 5
 FIRST = Node(0, 1)
-BUFFERS = NUM_BUCKETS  # the bucket of running averages
 
 
-def push(bucket: int, *, step: int = 0, node: Node = FIRST, flags: int = 0) -> Header:
-    return job_header(Kind.PUSH, generation=1, step=step, bucket=bucket, node=node, flags=flags)
+def push(bucket: int, *, step: int = 0, node: Node = FIRST) -> Header:
+    return job_header(Kind.PUSH, generation=1, step=step, bucket=bucket, node=node)
 
 
 def sent(outbox: Outbox) -> list[int]:
@@ -117,202 +103,119 @@ def test_decided_steps_are_forgotten_in_flight_or_not() -> None:
     outbox.reconnected(1000, 4)
 
     assert [owed.header.step for owed in iter(outbox.next, None)] == [1]
-    outbox.clear()
-    assert len(outbox) == 0
 
 
-# ---- trainers and a partition ----
+# ---- lanes ----
 
 
-@pytest.fixture(scope="module")
-def layout() -> Iterator[Layout]:
-    """Five buckets of 16 words, and one of averaged buffers; a partition grants twice the largest of them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pscluster.layout, "BUCKET_WORDS", 16)
-        patch.setattr(psserver.partition.service, "MIN_CREDIT_BYTES", 0)
-        trained = [
-            TensorSpec(names=(f"w{i}",), shape=(16,), dtype="float32", kind="trained") for i in range(NUM_BUCKETS)
-        ]
-        averaged = TensorSpec(names=("mean",), shape=(16,), dtype="float32", kind="averaged")
-        made = Layout((*trained, averaged))
-        assert len(made.buckets) == NUM_BUCKETS + 1
-        yield made
+def some_lanes() -> Lanes:
+    """Two places for each bucket."""
+    return Lanes.create([BUCKET_BYTES] * NUM_BUCKETS, 2)
 
 
-class PlayedTrainer:
-    """A trainer's frames without a model: gradients of ones, each shard pushed as a leaf; a real `Peer` sends."""
-
-    def __init__(self, network: Network, layout: Layout, rank: int) -> None:
-        self.rank = rank
-        self.layout = layout
-        self.step = 0
-        self.todo: list[tuple[int, int]] = []  # (shard, bucket) in the order in which backward gives them
-        self.peer = Peer(network, self, 0, ["tcp:partition:0"], "tcp")  # type: ignore[arg-type]
-
-    def give(self, shards: list[int]) -> None:
-        for shard in shards:
-            self.todo += [(shard, bucket) for bucket in reversed(range(NUM_BUCKETS + 2))]
-
-    def compute(self) -> None:
-        """Push the next bucket, the buffers, or (as if bucket -1) the summary."""
-        shard, place = self.todo.pop(0)
-        node, bucket = Node(shard, 1), place - 1
-        if bucket < 0:
-            summary = Summary(loss_sum=1.0, weight=1.0, samples=1.0, touched=touched_bits(range(6), 6))
-            self._owe(push(SUMMARY, step=self.step, node=node), summary.pack(), NUM_BUCKETS + 1)
-        elif bucket == BUFFERS and shard % 2:
-            body = struct.pack("<d", 1.0)
-            self._owe(push(BUFFERS, step=self.step, node=node, flags=UNCHANGED), body, 1)
-        else:
-            words = struct.pack("<16f", *[float(shard + 1)] * 16)
-            self._owe(push(bucket, step=self.step, node=node), words, NUM_BUCKETS + 1 - bucket)
-
-    def _owe(self, header: Header, body: bytes, order: int) -> None:
-        self.peer.outbox.add(order, replace(header, sender=self.rank), [body])
-        self.peer.push()
-
-    def enter(self, step: int) -> None:
-        self.step = step
-        self.peer.outbox.drop_before(step)
-
-    def cut(self) -> None:
-        """The push connection breaks; the peer dials again."""
-        connection = self.peer._connections.get("push")
-        if connection is not None:
-            connection.close(None)
-
-    def greeting(self, channel: str) -> tuple[Header, bytes]:
-        told = {"token": TOKEN.hex(), "role": "trainer", "channel": channel, "restore_generation": 1}
-        return job_header(Kind.HELLO, generation=1, sender=self.rank), json.dumps(told).encode()
-
-    def landing(self, index: int, header: Header) -> None: ...
-
-    def landed(self, index: int, header: Header) -> None: ...
-
-    def heard(self, index: int, header: Header, body: memoryview) -> None: ...
+def owe(outbox: Outbox, lanes: Lanes, bucket: int, *, step: int = 0) -> Lane:
+    """Owe a frame that lies in a free lane."""
+    number = lanes.take(bucket)
+    assert number is not None
+    lane = Lane(lanes, bucket, number)
+    outbox.add(NUM_BUCKETS - bucket, push(bucket, step=step), [lanes.place(bucket, number)], lane)
+    return lane
 
 
-class PlayedJob:
-    """Trainers with shards dealt round-robin, and one partition with a tiny budget."""
-
-    def __init__(self, layout: Layout, num_shards: int, num_trainers: int) -> None:
-        self.network = Network()
-        self.num_shards = num_shards
-        self.alive = list(range(num_trainers))
-        self.partition: PartitionService = played_partition(
-            self.network, played_spec(num_shards), 0, Path("/nonexistent")
-        )
-        self.partition.adopt(played_plan(layout, {rank: [] for rank in self.alive}))
-        fill(self.partition)
-        self.trainers = [PlayedTrainer(self.network, layout, rank) for rank in self.alive]
-        self.network.settle()
-
-    def deal(self) -> None:
-        for place, rank in enumerate(self.alive):
-            self.trainers[rank].give(list(range(place, self.num_shards, len(self.alive))))
-
-    def lose(self, rank: int) -> None:
-        """The trainer dies with what it owes; the others compute everything it had (and more)."""
-        self.alive.remove(rank)
-        self.trainers[rank].peer.close()
-        for survivor in self.alive:
-            self.trainers[survivor].give(list(range(self.num_shards)))
-
-    def finish_step(self) -> None:
-        """Everybody computes what is left, and every frame arrives: now the step must be done."""
-        before = self.partition.version
-        for rank in self.alive:
-            while self.trainers[rank].todo:
-                self.trainers[rank].compute()
-        self.network.settle()
-        self.network.settle()
-        owed = {rank: len(self.trainers[rank].peer.outbox) for rank in self.alive}
-        assert self.partition.version == before + 1, f"stuck at {before}: owed {owed}"
-        for rank in self.alive:
-            self.trainers[rank].enter(before + 1)
+def is_taken(lane: Lane) -> bool:
+    return bool(lane.lanes._taken[lane.bucket * lane.lanes.num_lanes + lane.number])
 
 
-@settings(max_examples=60)
-@given(data=st.data())
-def test_trainers_and_a_partition_with_a_tiny_budget_never_wait_for_each_other(
-    layout: Layout, data: st.DataObject
-) -> None:
-    num_shards = data.draw(st.integers(1, 6), label="shards")
-    job = PlayedJob(layout, num_shards, data.draw(st.integers(1, 4), label="trainers"))
-    for _ in range(2):
-        job.deal()
-        for choice in data.draw(st.lists(st.integers(0, 40), max_size=60), label="events"):
-            _play(job, choice)
-        job.finish_step()
-    words = job.partition.step.pool.allocated_bytes if job.partition.step else 0
-    live = NUM_BUCKETS * (num_shards + 1) // 2 + len(job.trainers) * 3
-    assert words <= BUCKET_BYTES * live
-    assert job.partition.counters.invalid == {}
+def next_of(outbox: Outbox) -> Owed:
+    owed = outbox.next()
+    assert owed is not None
+    return owed
 
 
-def _play(job: PlayedJob, choice: int) -> None:
-    rank = job.alive[choice % len(job.alive)]
-    if choice == 40 and len(job.alive) > 1:
-        job.lose(rank)
-    elif choice in (38, 39):
-        job.trainers[rank].cut()
-        job.network.fire_timers()
-    elif choice < 20 and job.trainers[rank].todo:
-        job.trainers[rank].compute()
-    elif choices := job.network.choices():
-        choices[choice % len(choices)]()
+def test_what_lies_in_shared_memory_needs_no_credit() -> None:
+    outbox, lanes = Outbox(), some_lanes()
+    outbox.reconnected(0, NUM_BUCKETS, lanes)
+    for bucket in (3, 2):
+        owe(outbox, lanes, bucket)
+    outbox.add(NUM_BUCKETS - 1, push(1), [bytes(BUCKET_BYTES)])
+
+    found = [next_of(outbox), next_of(outbox)]
+    assert [owed.header.bucket for owed in found] == [3, 2]
+    assert all(outbox.is_shared(owed) for owed in found)
+    assert outbox.sent_bytes == 0
+    assert outbox.next() is None, "what goes over the socket does"
 
 
-def test_a_trainer_without_credit_hears_that_another_opened_its_bucket(layout: Layout) -> None:
-    """One trainer is a whole step ahead of the other: all its credit lies in nodes that wait for theirs."""
-    job = PlayedJob(layout, 2, 2)
-    job.deal()
-    ahead, behind = job.trainers
-    while ahead.todo:
-        ahead.compute()
-    job.network.settle()
-    assert len(ahead.peer.outbox) > 0
-    while behind.todo:
-        behind.compute()
+@pytest.mark.parametrize("again", [True, False], ids=["new lanes", "no lanes"])
+def test_over_another_connection_the_lanes_of_the_old_one_say_nothing(again: bool) -> None:
+    """The frame is sent whole, from where it lies, for credit; the new connection's lanes are for new frames."""
+    outbox, lanes = Outbox(), some_lanes()
+    outbox.reconnected(0, NUM_BUCKETS, lanes)
+    old = owe(outbox, lanes, 3)
+    lanes.place(3, old.number)[:] = b"x" * BUCKET_BYTES
+    assert outbox.is_shared(next_of(outbox))
+    waiting = owe(outbox, lanes, 2)
 
-    job.finish_step()
+    fresh = some_lanes() if again else None
+    outbox.reconnected(2 * BUCKET_BYTES, NUM_BUCKETS, fresh)
 
-
-def test_a_recomputed_node_of_a_complete_bucket_holds_nothing_up(layout: Layout) -> None:
-    """The other trainer completes a bucket and dies; the survivor, out of credit, sends the same node again."""
-    job = PlayedJob(layout, 2, 2)
-    job.deal()
-    ahead, behind = job.trainers
-    while ahead.todo:
-        ahead.compute()
-    job.network.settle()
-    for _ in range(2):  # the buffers and the highest bucket
-        behind.compute()
-    job.network.settle()
-
-    job.lose(behind.rank)
-
-    job.finish_step()
+    found = [next_of(outbox), next_of(outbox)]
+    assert [owed.header.bucket for owed in found] == [3, 2]
+    assert not any(outbox.is_shared(owed) for owed in found)
+    assert bytes(memoryview(found[0].parts[0])) == b"x" * BUCKET_BYTES
+    assert outbox.sent_bytes == 2 * BUCKET_BYTES
+    assert is_taken(old) and is_taken(waiting), "nobody writes there"
+    if fresh is not None:
+        owe(outbox, fresh, 1)
+        assert outbox.is_shared(next_of(outbox))
 
 
-def test_nothing_is_in_flight_twice(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = PlayedJob(layout, 3, 2)
-    seen: list[tuple[object, ...]] = []
-    take = Outbox.next
+def test_a_lane_of_an_old_connection_waits_for_credit_like_any_other_frame() -> None:
+    outbox, lanes = Outbox(), some_lanes()
+    outbox.reconnected(0, NUM_BUCKETS, lanes)
+    owe(outbox, lanes, 3)
+    next_of(outbox)
+    outbox.reconnected(BUCKET_BYTES - 1, NUM_BUCKETS, some_lanes())
+    assert outbox.next() is None
 
-    def watched(self: Outbox) -> object:
-        in_flight = set(self._in_flight)
-        owed = take(self)
-        if owed is not None:
-            assert key_of(owed.header) not in in_flight
-            seen.append(key_of(owed.header))
-        return owed
+    outbox.granted_bytes = BUCKET_BYTES
+    assert next_of(outbox).header.bucket == 3
 
-    monkeypatch.setattr(Outbox, "next", watched)
-    job.deal()
-    for _ in range(4):
-        job.trainers[0].compute()
-    job.trainers[0].cut()
-    job.finish_step()
-    assert len(seen) > len(set(seen))  # what was cut off was sent again
-    assert JOB
+
+def test_of_a_decided_step_what_was_not_sent_gives_its_lane_back() -> None:
+    """What was sent is the partition's, which gives it back itself."""
+    outbox, lanes = Outbox(), some_lanes()
+    outbox.reconnected(0, NUM_BUCKETS, lanes)
+    sent_lane, unsent, later = owe(outbox, lanes, 3), owe(outbox, lanes, 2), owe(outbox, lanes, 2, step=1)
+    assert next_of(outbox).header.bucket == 3
+
+    outbox.drop_before(1)
+
+    assert is_taken(sent_lane) and not is_taken(unsent) and is_taken(later)
+    assert [owed.header.step for owed in iter(outbox.next, None)] == [1]
+    assert is_taken(later)
+
+
+def test_what_waits_to_be_sent_again_gives_the_old_lane_back() -> None:
+    """To the lanes of the connection that broke: the place of the same number in the new ones is not touched."""
+    outbox, lanes, fresh = Outbox(), some_lanes(), some_lanes()
+    outbox.reconnected(0, NUM_BUCKETS, lanes)
+    old = owe(outbox, lanes, 3)
+    next_of(outbox)
+    outbox.reconnected(0, NUM_BUCKETS, fresh)
+    new = owe(outbox, fresh, 3, step=1)
+    assert new.number == old.number
+
+    outbox.drop_before(1)
+
+    assert not is_taken(old) and is_taken(new)
+
+
+def test_an_acknowledgement_does_not_give_a_lane_back() -> None:
+    """The partition may still sum there; it says itself when the place is free."""
+    outbox, lanes = Outbox(), some_lanes()
+    outbox.reconnected(0, NUM_BUCKETS, lanes)
+    lane = owe(outbox, lanes, 3)
+    outbox.acknowledged(key_of(next_of(outbox).header))
+
+    assert is_taken(lane) and len(outbox) == 0

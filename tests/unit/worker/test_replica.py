@@ -14,9 +14,9 @@ from pscluster.digest import parameters_sha256
 from pscluster.errors import LayoutError
 from pscluster.layout import Layout
 from pscluster.spec import OptimizerSection
+from psworker.memory import BucketMemory
 from psworker.replica import (
     Replica,
-    empty_flats,
     layout_of,
     load_words,
     named_bytes,
@@ -280,7 +280,7 @@ def test_a_tensor_without_elements_is_viewed_as_such() -> None:
 
 def test_empty_memory_has_words_of_each_kind() -> None:
     layout = layout_of(Model(), SGD)
-    flats = empty_flats(layout)
+    flats = BucketMemory(layout).flats
 
     for bucket, flat in zip(layout.buckets, flats, strict=True):
         assert flat.dtype == (torch.float32 if bucket.kind in ("trained", "averaged") else torch.int32)

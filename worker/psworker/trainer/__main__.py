@@ -7,16 +7,18 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
 from pscluster.agent.link import ProcessLink
 from pscluster.errors import OutOfMemoryError, PsError
 from pscluster.sampling import ShardSampler
 from pscluster.spec import JobSpec, parse_spec
 from pscluster.v1.plan_pb2 import ErrorDetail, Failure, PreflightCheck, ProcessReport, TrainerReady
+from pscluster.wire.transport import check_congestion_control
 from psworker.canary import settle_numerics
 from psworker.replica import Replica
+from psworker.staging import staging_for
+from psworker.trainer.allocator import keep_freed_memory
 from psworker.trainer.batches import Batches, EvalBatches
+from psworker.trainer.device import usable_device
 from psworker.trainer.exchange import Exchange
 from psworker.trainer.loading import build_model, user_traceback
 from psworker.trainer.loop import Trainer
@@ -47,14 +49,19 @@ def main() -> int:
 def _train(link: ProcessLink) -> None:
     start = link.start
     spec = parse_spec(json.loads(start.spec_json))
-    device = "cpu"
+    device = usable_device(start.device, spec.workers.device)
+    check_congestion_control(spec.network.congestion_control)
+    keep_freed_memory()
     settle_numerics(spec.workers.threads, device)
     prepared = prepare(spec, Path.cwd() if start.bundle_sha256 else None, device)
-    replica = Replica(prepared.model, spec.train.optimizer)
+    staging = staging_for(device)
+    replica = Replica(prepared.model, spec.train.optimizer, staging)
+    if spec.train.compile:
+        replica.model.compile()
     sampler = ShardSampler(len(prepared.train), spec.train.num_shards, spec.train.microbatch, spec.train.seed)
     link.report(ProcessReport(trainer_ready=_ready(prepared, replica, spec, sampler, device)))
     counters = TrainerCounters()
-    exchange = Exchange(link, spec, replica.layout, replica.flats, counters)
+    exchange = Exchange(link, spec, replica.layout, replica.memory, counters, staging)
     exchange.start()
     try:
         Trainer(
@@ -69,6 +76,7 @@ def _train(link: ProcessLink) -> None:
         ).run()
     finally:
         exchange.close()
+        staging.close()
 
 
 def _held_out(prepared: Prepared, spec: JobSpec) -> EvalBatches | None:
@@ -81,9 +89,9 @@ def _held_out(prepared: Prepared, spec: JobSpec) -> EvalBatches | None:
 def _rebuild(prepared: Prepared, replica: Replica, spec: JobSpec) -> None:
     """Set the replica's memory to the seeded first values again: the job went back to step 0."""
     fresh = Replica(build_model(prepared.task), spec.train.optimizer)
-    for mine, theirs in zip(replica.flats, fresh.flats, strict=True):
-        with torch.no_grad():
-            mine.copy_(theirs)
+    replica.memory.close_windows()
+    for mine, theirs in zip(replica.memory.flats, fresh.flats, strict=True):
+        mine.copy_(theirs)
 
 
 def _ready(prepared: Prepared, replica: Replica, spec: JobSpec, sampler: ShardSampler, device: str) -> TrainerReady:

@@ -11,19 +11,20 @@ returned, and one that fires after its bucket was pushed fails the step by name 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from pscluster.codec import add_optional
 from pscluster.errors import TaskError
 from pscluster.layout import Layout
 from pscluster.summary import Summary
 from pscluster.tree import Node, Tree
+from psworker.trainer.gradients import Gradients
 
-Gradients = list[torch.Tensor | None]  # of a bucket's tensors in order; None: no microbatch of the node touched it
 PushGradients = Callable[[int, Node, Gradients], None]
 
 
@@ -73,9 +74,18 @@ class Counter(Generic[T]):
 class Accumulator:
     """Hooks a model's trained parameters. One per trainer; on the thread that runs forward and backward."""
 
-    def __init__(self, layout: Layout, parameters: dict[int, nn.Parameter], tree: Tree, push: PushGradients) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        parameters: dict[int, nn.Parameter],
+        tree: Tree,
+        push: PushGradients,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """`dtype`: the push codec's, to which a microbatch's gradients are rounded."""
         self._layout = layout
         self._push = push
+        self._dtype = dtype
         self._buckets = [b for b in layout.buckets if b.kind == "trained"]
         self._counters = {b.index: Counter[Gradients](tree, add_gradients) for b in self._buckets}
         self._place = {p.tensor: (b.index, i) for b in self._buckets for i, p in enumerate(b.placed)}
@@ -83,7 +93,7 @@ class Accumulator:
         self._observed = False  # one whole backward was watched
         self._fired: dict[int, int] = {}
         self._open: dict[int, Gradients] = {}
-        self._storages: set[int] = set()  # memory of the gradients taken in this backward
+        self._storages: dict[int, StorageWeakRef] = {}  # memory of the gradients taken in this backward, by address
         self._leaf: Node | None = None
         self._handles = [
             parameter.register_post_accumulate_grad_hook(self._hook(number))  # type: ignore[no-untyped-call]
@@ -159,14 +169,16 @@ class Accumulator:
     def _own(self, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient in memory that no other gradient of this backward shares: sums are made in place, and autograd
         gives the parameters of `a.view(-1) + b.view(-1)` two views of one tensor."""
-        address = gradient.untyped_storage().data_ptr()
-        if address in self._storages:
+        storage = gradient.untyped_storage()
+        known = self._storages.get(storage.data_ptr())
+        # One that was sent and freed may come again at its address.
+        if known is not None and not known.expired():  # type: ignore[no-untyped-call]
             return gradient.clone()
-        self._storages.add(address)
+        self._storages[storage.data_ptr()] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         return gradient
 
     def _close(self, bucket: int) -> None:
-        gradients = self._open.pop(bucket)
+        gradients = [None if g is None else g.to(self._dtype) for g in self._open.pop(bucket)]
         assert self._leaf is not None
         for node, value in self._counters[bucket].carry(self._leaf, gradients):
             self._push(bucket, node, value)
@@ -177,20 +189,3 @@ class SummaryCounter(Counter[Summary]):
 
     def __init__(self, tree: Tree) -> None:
         super().__init__(tree, lambda left, right: left.plus(right))
-
-
-def empty_gradients(layout: Layout, bucket: int) -> Gradients:
-    """The gradients of a microbatch without samples: nothing touched."""
-    return [None] * len(layout.buckets[bucket].placed)
-
-
-def gather(layout: Layout, bucket: int, gradients: Sequence[torch.Tensor | None]) -> list[tuple[int, int, memoryview]]:
-    """(start word, stop word, bytes) of each gradient in its bucket; what lies between is zeros.
-
-    The memoryviews share the tensors' memory."""
-    pieces = []
-    for placed, gradient in zip(layout.buckets[bucket].placed, gradients, strict=True):
-        if gradient is not None and gradient.numel():
-            flat = gradient.detach().contiguous().reshape(-1)
-            pieces.append((placed.offset, placed.offset + flat.numel(), flat.numpy().data.cast("B")))
-    return pieces

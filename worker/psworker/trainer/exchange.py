@@ -11,47 +11,68 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from pscluster.agent.link import ProcessLink
-from pscluster.errors import FencedError, FrameError
-from pscluster.layout import Layout
+from pscluster.codec import DTYPES, as_bytes
+from pscluster.errors import FencedError
+from pscluster.layout import Layout, Span
 from pscluster.spec import JobSpec
 from pscluster.summary import Statistics, Summary, unpack_statistics
 from pscluster.tree import Node
 from pscluster.v1.plan_pb2 import Beat, Connected, Connection, Plan, PlanAdopted, ProcessReport
-from pscluster.wire.frame import SUMMARY, UNCHANGED, WITH_FROZEN, Buffer, Header, Kind, job_number
+from pscluster.wire.frame import SUMMARY, UNCHANGED, Buffer, Codec, Header, Kind, job_number
+from pscluster.wire.memory import Lanes
 from pscluster.wire.reactor import Reactor
-from psworker.trainer.accumulate import Gradients, gather
-from psworker.trainer.landing import Landing
+from psworker.memory import BucketMemory
+from psworker.staging import HostStaging, Staging
+from psworker.trainer.gradients import Gradients, Pieces, cut, gather, write
+from psworker.trainer.outbox import Lane
 from psworker.trainer.peer import Peer
 from psworker.trainer.telemetry import TrainerCounters
+from psworker.trainer.values import Values
 from psworker.trainer.work import Directive, Done, Work, find_work
 
 BEAT_S = 1.0
+NUM_LANES = 4  # nodes of one bucket that may lie in shared memory at a time; further ones go over the socket
+NUM_PINNED_LANES = 1  # where all of them cost memory from the start
 
 
 class SupersededError(FencedError):
     """The step being computed is no longer wanted: it was committed without this trainer, or undone."""
 
 
+class Send(NamedTuple):
+    """What one partition gets of a frame: buffers that stay as they are until it has them, maybe in a shared lane."""
+
+    partition: int
+    parts: Sequence[Buffer]
+    lane: Lane | None = None
+
+
 class Exchange:
     """Started by `start`, ended by `close`; the public methods below are the main thread's."""
 
     def __init__(
-        self, link: ProcessLink, spec: JobSpec, layout: Layout, flats: list[torch.Tensor], counters: TrainerCounters
+        self,
+        link: ProcessLink,
+        spec: JobSpec,
+        layout: Layout,
+        memory: BucketMemory,
+        counters: TrainerCounters,
+        staging: Staging | None = None,
     ) -> None:
         self._link = link
         self._spec = spec
         self._layout = layout
-        self._memory = [flat.numpy().data.cast("B") for flat in flats]
-        self._flats = flats  # keeps the memory alive
         self._counters = counters
+        self._staging = staging or HostStaging()
         self._job = job_number(link.start.job_id)
         self._rank = link.start.rank
-        self._reactor = Reactor()
+        self._reactor = Reactor(congestion_control=spec.network.congestion_control)
         self._thread = threading.Thread(target=self._run, name="exchange", daemon=True)
         self._changed = threading.Condition()
         # Shared, under `_changed`:
@@ -59,8 +80,10 @@ class Exchange:
         self._directive: Directive | None = None
         self._stashed: Directive | None = None  # of a generation whose plan is not here yet
         self._merged: tuple[int, Statistics] | None = None
-        self._landing = Landing(layout, spec.servers.partitions)
+        self.values = Values(spec, layout, memory, self._changed)
+        self._landing = self.values.landing
         self._needs_values: set[int] = set()  # partitions that hold nothing yet
+        self._lanes: dict[int, Lanes] = {}  # by partition: where gradients can be written
         self._closed = False
         self._error: BaseException | None = None
         # The reactor thread's own:
@@ -108,13 +131,12 @@ class Exchange:
                 and (directive.version, directive.action) == (work.version, work.action)
             )
 
-    def want(self, version: int) -> bool:
+    def want(self, version: int, exact: bool = False) -> bool:
         """Have exactly this version land from now on; the main thread must be between microbatches.
 
-        Going back to the version that is held succeeds while nothing of the newer one has begun to land. False:
-        it is gone, a newer directive will come."""
-        with self._changed:
-            answer = self._landing.want(version)
+        `exact`: as the partitions hold it, whatever the pull codec. Going back to the version that is held succeeds
+        while nothing of the newer one has begun to land. False: it is gone, a newer directive will come."""
+        answer = self.values.want(version, exact)
         if answer == "missing":
             self._reactor.post(self._pull_all)
         return answer != "gone"
@@ -144,32 +166,53 @@ class Exchange:
 
     def push_gradients(self, work: Work, bucket: int, node: Node, gradients: Gradients) -> None:
         """Owe every partition its part of a trained bucket's node. The gradients belong to the exchange now."""
+        codec = self._spec.network.push_codec
+        header = self._header(work, Kind.PUSH, bucket=bucket, node=node, codec=Codec.of(codec))
         pieces = gather(self._layout, bucket, gradients)
-        self._post_push(work, bucket, node, lambda start, stop: _cut(pieces, start, stop))
+        sends = [self._part(pieces, index, span, DTYPES[codec]) for index, span in self._holders(bucket)]
+        self._staging.after(lambda: self._owe(self._order(bucket), header, sends), pieces)
+
+    def _part(self, pieces: Pieces, index: int, span: Span, dtype: torch.dtype) -> Send:
+        """One partition's part of a bucket: in a lane that both share, or to be sent from where it lies."""
+        lane = self._take_lane(index, span.bucket)
+        if lane is None and self._staging.is_host:
+            return Send(index, cut(pieces, span, dtype.itemsize))
+        if lane is None:
+            target = torch.empty(span.num_words, dtype=dtype, pin_memory=True)
+        else:
+            target = torch.frombuffer(lane.lanes.place(span.bucket, lane.number), dtype=dtype)
+        write(pieces, span, target, self._staging.take_out)
+        return Send(index, [as_bytes(target)], lane)
 
     def push_words(self, work: Work, bucket: int, node: Node, words: torch.Tensor) -> None:
         """Owe every partition its part of an averaged or carried bucket's node."""
-        data = words.numpy().data.cast("B")
-        self._post_push(work, bucket, node, lambda start, stop: [data[4 * start : 4 * stop]])
+        data = words.cpu()
+        header = self._header(work, Kind.PUSH, bucket=bucket, node=node)
+        sends = [Send(i, [as_bytes(data[span.start : span.stop])]) for i, span in self._holders(bucket)]
+        self._owe(self._order(bucket), header, sends)
 
     def push_unchanged(self, work: Work, bucket: int, node: Node, weight: float) -> None:
         """Owe every partition the word that a bucket of buffers did not move in this node of `weight`."""
+        header = self._header(work, Kind.PUSH, bucket=bucket, node=node, flags=UNCHANGED)
         body = np.array([weight], dtype="<f8").tobytes()
-        self._post_push(work, bucket, node, lambda start, stop: [body] if stop > start else [], flags=UNCHANGED)
+        self._owe(self._order(bucket), header, [Send(index, [body]) for index, _ in self._holders(bucket)])
 
     def push_summary(self, work: Work, node: Node, summary: Summary) -> None:
         """Owe every partition a node of the step's summary."""
         header = self._header(work, Kind.PUSH, bucket=SUMMARY, node=node)
-        self._owe(list(range(self._num_partitions)), len(self._layout.buckets), header, [summary.pack()])
+        body = summary.pack()
+        sends = [Send(index, [body]) for index in range(self._num_partitions)]
+        self._owe(len(self._layout.buckets), header, sends)
 
     def push_statistics(self, work: Work, node: Node, statistics: Statistics) -> None:
         """Owe the lead a node of an evaluation."""
-        self._owe([0], 0, self._header(work, Kind.STATISTICS, bucket=SUMMARY, node=node), [statistics.tobytes()])
+        header = self._header(work, Kind.STATISTICS, bucket=SUMMARY, node=node)
+        self._owe(0, header, [Send(0, [statistics.tobytes()])])
 
     def send_outcome(self, work: Work, outcome: dict[str, object]) -> None:
         """Owe the lead the finalised metrics, or the digest."""
         header = self._header(work, Kind.OUTCOME, bucket=SUMMARY, node=Node(0, 1))
-        self._owe([0], 1, header, [json.dumps(outcome).encode()])
+        self._owe(1, header, [Send(0, [json.dumps(outcome).encode()])])
 
     def send_initial(self, work: Work) -> None:
         """Owe every partition that holds nothing the first values, which are in the replica's memory."""
@@ -180,8 +223,8 @@ class Exchange:
                 span = self._layout.span(bucket.index, index, self._num_partitions)
                 if span.num_words:
                     header = self._header(work, Kind.INIT, bucket=bucket.index, node=Node(0, 1))
-                    data = bytes(self._memory[bucket.index][4 * span.start : 4 * span.stop])
-                    self._owe([index], bucket.index, header, [data])
+                    data = bytes(as_bytes(self.values.memory.words(span)))
+                    self._owe(bucket.index, header, [Send(index, [data])])
 
     # ---- under the lock ----
 
@@ -194,32 +237,43 @@ class Exchange:
 
     # ---- sending ----
 
-    def _header(self, work: Work, kind: Kind, *, bucket: int = 0, node: Node, flags: int = 0) -> Header:
+    def _header(
+        self, work: Work, kind: Kind, *, bucket: int = 0, node: Node, flags: int = 0, codec: Codec = Codec.FP32
+    ) -> Header:
         return Header(
             kind=kind, job=self._job, generation=work.generation, step=work.version, bucket=bucket, node=node,
-            flags=flags, sender=self._rank,
+            flags=flags, sender=self._rank, codec=codec,
         )  # fmt: skip
 
-    def _post_push(self, work: Work, bucket: int, node: Node, cut: object, *, flags: int = 0) -> None:
-        header = self._header(work, Kind.PUSH, bucket=bucket, node=node, flags=flags)
-        order = len(self._layout.buckets) - bucket  # backward gives the last bucket first
-        start = (self._rank + bucket) % self._num_partitions  # every rank starts at another partition
-        for step in range(self._num_partitions):
-            index = (start + step) % self._num_partitions
-            span = self._layout.span(bucket, index, self._num_partitions)
-            if span.num_words:
-                self._owe([index], order, header, cut(span.start, span.stop))  # type: ignore[operator]
+    def _holders(self, bucket: int) -> list[tuple[int, Span]]:
+        """The partitions that hold words of a bucket; every rank begins at another one."""
+        count = self._num_partitions
+        turned = [(self._rank + bucket + i) % count for i in range(count)]
+        spans = [(index, self._layout.span(bucket, index, count)) for index in turned]
+        return [(index, span) for index, span in spans if span.num_words]
 
-    def _owe(self, partitions: list[int], order: int, header: Header, parts: Sequence[Buffer]) -> None:
-        self._reactor.post(lambda: self._add_owed(partitions, order, header, parts))
+    def _order(self, bucket: int) -> int:
+        """The bucket's place in the sending order: backward gives the last one first."""
+        return len(self._layout.buckets) - bucket
 
-    def _add_owed(self, partitions: list[int], order: int, header: Header, parts: Sequence[Buffer]) -> None:
+    def _take_lane(self, partition: int, bucket: int) -> Lane | None:
+        with self._changed:
+            lanes = self._lanes.get(partition)
+        number = lanes.take(bucket) if lanes is not None else None
+        return Lane(lanes, bucket, number) if lanes is not None and number is not None else None
+
+    def _owe(self, order: int, header: Header, sends: Sequence[Send]) -> None:
+        self._reactor.post(lambda: self._add_owed(order, header, sends))
+
+    def _add_owed(self, order: int, header: Header, sends: Sequence[Send]) -> None:
         plan = self._plan
-        if plan is None or header.generation < plan.restore_generation:
-            return  # computed before a restore: nobody wants it
-        for index in partitions:
-            self._peers[index].outbox.add(order, header, parts)
-            self._peers[index].push()
+        wanted = plan is not None and header.generation >= plan.restore_generation
+        for send in sends:
+            if wanted:
+                self._peers[send.partition].outbox.add(order, header, send.parts, send.lane)
+                self._peers[send.partition].push()
+            elif send.lane is not None:
+                send.lane.give_back()  # computed before a restore: nobody wants it
 
     # ---- the reactor's thread ----
 
@@ -305,10 +359,11 @@ class Exchange:
             return
         for peer in self._peers:
             peer.close()
+        self.values.restart()
         transport = self._spec.network.transport
         self._peers = [Peer(self._reactor, self, i, known, transport) for i, known in enumerate(addresses)]
 
-    def greeting(self, channel: str) -> tuple[Header, bytes]:
+    def greeting(self, channel: str) -> tuple[Header, dict[str, object]]:
         assert self._plan is not None
         header = Header(kind=Kind.HELLO, job=self._job, generation=self._plan.generation, sender=self._rank)
         told = {
@@ -317,26 +372,23 @@ class Exchange:
             "attempt": self._link.start.attempt,
             "channel": channel,
             "restore_generation": self._plan.restore_generation,
+            "num_lanes": NUM_LANES if self._staging.is_host else NUM_PINNED_LANES,
         }
-        return header, json.dumps(told).encode()
+        return header, told
 
-    def landing(self, index: int, header: Header) -> memoryview | None:
-        if header.bucket >= len(self._layout.buckets):
-            raise FrameError(f"values of bucket {header.bucket}", details={"field": "bucket"})
-        span = self._layout.span(header.bucket, index, self._num_partitions)
-        if header.length != span.size_bytes:
-            raise FrameError(
-                f"values of {header.length} bytes where {span.size_bytes} fit", details={"field": "length"}
-            )
-        with self._changed:
-            if not self._landing.begin((index, header.bucket), header.step):
-                return None
-        return self._memory[header.bucket][4 * span.start : 4 * span.stop]
+    # ---- what peers hear (`Receiver`) ----
 
-    def landed(self, index: int, header: Header) -> None:
+    def map_lanes(self, index: int, fd: int, num_lanes: int) -> Lanes:
+        spans = self._layout.spans(index, self._num_partitions)
+        lanes = Lanes.open(fd, self._layout.gradient_bytes(spans, self._spec.network.push_codec), num_lanes)
+        self._staging.pin(torch.frombuffer(lanes.view, dtype=torch.uint8))
         with self._changed:
-            if self._landing.finish((index, header.bucket), header.step) or self._landing.is_superseded:
-                self._changed.notify_all()
+            self._lanes[index] = lanes
+        return lanes
+
+    def unmap_lanes(self, index: int) -> None:
+        with self._changed:
+            self._lanes.pop(index, None)
 
     def heard(self, index: int, header: Header, body: memoryview) -> None:
         told = None if header.kind is Kind.MERGED else json.loads(bytes(body)) if body else {}
@@ -377,26 +429,9 @@ class Exchange:
         with self._changed:
             wanted, plan = self._landing.wanted, self._plan
             missing = self._landing.is_missing_from(index)
-            flags = WITH_FROZEN if self._landing.needs_frozen else 0
+            flags = self.values.pull_flags()
         if missing and plan is not None:
             header = Header(
                 kind=Kind.PULL, job=self._job, generation=plan.generation, step=wanted, flags=flags, sender=self._rank
             )
             self._peers[index].pull(header)
-
-
-def _cut(pieces: list[tuple[int, int, memoryview]], start: int, stop: int) -> list[Buffer]:
-    """The words start <= w < stop of a bucket whose pieces are given; what lies between them is zeros."""
-    cut: list[Buffer] = []
-    at = start
-    for first, last, data in pieces:
-        low, high = max(first, start), min(last, stop)
-        if low >= high:
-            continue
-        if low > at:
-            cut.append(bytes(4 * (low - at)))
-        cut.append(data[4 * (low - first) : 4 * (high - first)])
-        at = high
-    if stop > at:
-        cut.append(bytes(4 * (stop - at)))
-    return cut

@@ -18,8 +18,11 @@ class Landing:
         self._num_partitions = num_partitions
         self._have_frozen = False
         self.wanted = -1
+        self.exact = False  # whether the wanted values are those that are not rounded
         self.ahead = -1  # the newest version seen that was not wanted
         self._missing: dict[Place, bool] = {}  # of the wanted version; True: begun
+        self._exact_before = False  # whether those of the version before the wanted one were
+        self._holds_before = False  # whether the memory still holds all of that version
 
     @property
     def is_complete(self) -> bool:
@@ -35,30 +38,40 @@ class Landing:
     def needs_frozen(self) -> bool:
         return not self._have_frozen
 
-    def want(self, version: int) -> Literal["held", "missing", "gone"]:
-        """Change the wanted version: "missing": its values are to be asked for; "held": they are in memory.
+    def want(self, version: int, exact: bool = False) -> Literal["held", "round", "missing", "asked", "gone"]:
+        """Change what is wanted. "missing": the values are to be asked for; "asked": they were, and are on their way;
+        "held": they are in memory; "round": they are, but exact, and are to be rounded.
 
         Going back to the version before is possible while nothing of the wanted one has begun to land; "gone": too
         late."""
-        if version == self.wanted:
-            return "missing" if self._missing else "held"
+        if (version, exact) == (self.wanted, self.exact):
+            return "asked" if self._missing else "held"
+        if version < self.wanted:
+            if not self._holds_before:
+                return "gone"
+            self._holds_before = False
+            self.wanted, self.exact, self._missing = version, self._exact_before, {}
         if version > self.wanted:
-            self.wanted, self._missing = version, dict.fromkeys(self._places(), False)
-            return "missing"
-        if any(self._missing.values()) or len(self._missing) < len(self._places()):
-            return "gone"
-        self.wanted, self._missing = version, {}
-        return "held"
+            self._exact_before, self._holds_before = self.exact, not self._missing
+            self.wanted, self.exact, self._missing = version, exact, dict.fromkeys(self._places(), False)
+        if self.exact != exact:
+            rounds = self.exact and not self._missing
+            self.exact = exact
+            if rounds:
+                return "round"
+            self._missing = dict.fromkeys(self._places(), False)
+        return "missing" if self._missing else "held"
 
     def is_missing_from(self, partition: int) -> bool:
         return any(p == partition for p, _ in self._missing)
 
-    def begin(self, place: Place, version: int) -> bool:
+    def begin(self, place: Place, version: int, exact: bool = False) -> bool:
         """Values arrive: whether they may land. From True until `finish`, or for good if the connection breaks, the
         memory holds neither the old version nor the new one."""
-        if version != self.wanted or place not in self._missing:
+        if (version, exact) != (self.wanted, self.exact) or place not in self._missing:
             return False
         self._missing[place] = True
+        self._holds_before = False
         return True
 
     def has_bucket(self, bucket: int) -> bool:
@@ -79,6 +92,7 @@ class Landing:
     def restart(self) -> None:
         """Another timeline: versions count anew. What never changes is still there."""
         self.wanted, self.ahead, self._missing = -1, -1, {}
+        self.exact = self._exact_before = self._holds_before = False
 
     def _places(self) -> list[Place]:
         return [

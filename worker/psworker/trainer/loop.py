@@ -7,11 +7,13 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from pscluster.codec import DTYPES
 from pscluster.errors import TaskError
 from pscluster.spec import JobSpec
 from pscluster.summary import Statistics, Summary, add_statistics, touched_bits
 from pscluster.task import Task
 from pscluster.tree import Node, tree_of
+from psworker.precision import precision
 from psworker.replica import Replica
 from psworker.trainer.accumulate import Accumulator, Counter, SummaryCounter
 from psworker.trainer.batches import Batches, EvalBatches, seed_step, to_device
@@ -41,6 +43,7 @@ class Trainer:
         self._spec = spec
         self._task = task
         self._replica = replica
+        self._device = replica.device
         self._batches = batches
         self._held_out = held_out
         self._exchange = exchange
@@ -49,13 +52,15 @@ class Trainer:
         self._pristine = True
         self._tree = tree_of(spec.train.num_shards)
         self._work: Work | None = None
-        self._accumulator = Accumulator(replica.layout, replica.parameters, self._tree, self._push_gradients)
+        dtype = DTYPES[spec.network.push_codec]
+        self._accumulator = Accumulator(replica.layout, replica.parameters, self._tree, self._push_gradients, dtype)
         self._summaries = SummaryCounter(self._tree)
         self._buffers = BufferSums(replica, self._tree)
         self._shapes: Shapes = ()  # of the task's statistics, learnt from the first evaluated batch
         self._done: dict[tuple[int, int, str], set[int]] = {}
+        self._brought: set[int] = set()  # buckets of the current version that the model sees
         self._bucket_of = {id(p): replica.layout.bucket_of[number][0] for number, p in replica.parameters.items()}
-        self._may_overlap = sees_everything(replica.model)
+        self._may_overlap = sees_everything(replica.model) and not spec.train.compile
 
     def run(self) -> None:
         """Work until the agent ends this process. Raises what user code raised, as a TaskError."""
@@ -87,7 +92,7 @@ class Trainer:
             self._done[work.key].update(work.shards)
             return
         self._pristine = False
-        if not self._exchange.want(work.version):
+        if not self._exchange.want(work.version, exact=work.action != "train"):
             raise SupersededError(f"version {work.version} is gone")
         with self._counters.phase("pull"):
             self._wait_for_start(work)
@@ -97,12 +102,26 @@ class Trainer:
 
     def _wait_for_start(self, work: Work) -> None:
         """Block until the work may start: training as soon as the buffers are here, the rest when everything is."""
+        self._brought.clear()
         if work.action != "train" or not self._may_overlap:
-            self._exchange.wait_values(work)
+            self._need_all(work)
             return
         for bucket in self._replica.layout.buckets:
             if bucket.kind != "trained":
-                self._exchange.wait_bucket(work, bucket.index)
+                self._need(work, bucket.index)
+
+    def _need(self, work: Work, bucket: int) -> None:
+        """Block until a bucket has landed; from here on the model sees it."""
+        self._exchange.wait_bucket(work, bucket)
+        if bucket not in self._brought:
+            self._brought.add(bucket)
+            self._replica.bring_in(bucket)
+
+    def _need_all(self, work: Work) -> None:
+        self._exchange.wait_values(work)
+        if len(self._brought) < len(self._replica.layout.buckets):
+            for bucket in self._replica.layout.buckets:
+                self._need(work, bucket.index)
 
     # ---- training ----
 
@@ -142,25 +161,29 @@ class Trainer:
 
     def _forward_backward(self, work: Work, batch: object) -> tuple[float, float]:
         with self._counters.phase("forward"):
-            loss_sum, weight = self._forward(work, to_device(batch, "cpu"))
+            loss_sum, weight = self._forward(work, to_device(batch, self._device))
         with self._counters.phase("backward"), user_code("backward"):
             loss_sum.backward()  # type: ignore[no-untyped-call]
+            loss = float(loss_sum.detach())  # waits for the device
         self._replica.model.zero_grad(set_to_none=True)
-        return float(loss_sum.detach()), weight
+        return loss, weight
 
     def _forward(self, work: Work, batch: object) -> tuple[torch.Tensor, float]:
         """The loss; while values are still landing, each operation waits for its own parameters."""
         if self._exchange.has_landed:
-            return loss_of(self._task, self._replica.model, batch)
-        with PullGuard(self._bucket_of, lambda bucket: self._wait_bucket(work, bucket)):
+            self._need_all(work)
+            with precision(self._spec, self._device):
+                return loss_of(self._task, self._replica.model, batch)
+        guard = PullGuard(self._bucket_of, lambda bucket: self._wait_bucket(work, bucket))
+        with guard, precision(self._spec, self._device):
             loss = loss_of(self._task, self._replica.model, batch)
         with self._counters.phase("pull"):
-            self._exchange.wait_values(work)  # backward reads parameters, too
+            self._need_all(work)  # backward reads parameters, too
         return loss
 
     def _wait_bucket(self, work: Work, bucket: int) -> None:
         with self._counters.phase("pull"):
-            self._exchange.wait_bucket(work, bucket)
+            self._need(work, bucket)
 
     def _push_rest(
         self, work: Work, shard: int, loss_sum: float, weight: float, num_samples: int, touched: set[int]
@@ -206,12 +229,13 @@ class Trainer:
         """The sum over a shard's evaluation batches, in order; empty when it has none."""
         total: Statistics = np.zeros(0)
         if self._held_out is not None:
-            running = shard_statistics(self._task, self._replica.model, self._held_out, shard, "cpu")
-            for so_far, shapes in running:
-                if self._shapes and shapes != self._shapes:
-                    raise TaskError(f"metrics() returned {shapes} where it returned {self._shapes} before")
-                total, self._shapes = so_far, shapes
-                self._exchange.progress += 1
+            running = shard_statistics(self._task, self._replica.model, self._held_out, shard, self._device)
+            with precision(self._spec, self._device):
+                for so_far, shapes in running:
+                    if self._shapes and shapes != self._shapes:
+                        raise TaskError(f"metrics() returned {shapes} where it returned {self._shapes} before")
+                    total, self._shapes = so_far, shapes
+                    self._exchange.progress += 1
         return total
 
     def _finalise(self, work: Work) -> None:

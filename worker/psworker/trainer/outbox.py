@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from pscluster.wire.frame import Buffer, Header, Kind
+from pscluster.wire.memory import Lanes
 
 Key = tuple[Kind, int, int, int, int]  # kind, step, bucket, node
 UNKNOWN = 1 << 32  # above every bucket: until the partition says which one is open, only credit admits
@@ -18,14 +19,31 @@ def key_of(header: Header) -> Key:
     return (header.kind, header.step, header.bucket, header.node.first, header.node.leaves)
 
 
+@dataclass(frozen=True)
+class Lane:
+    """A place in shared memory that this trainer took and wrote to."""
+
+    lanes: Lanes
+    bucket: int
+    number: int
+
+    def give_back(self) -> None:
+        """The partition will not hear of it: it may be written to again."""
+        self.lanes.give_back(self.bucket, self.number)
+
+
 @dataclass(order=True)
 class Owed:
-    """One frame. `parts` stay alive and unchanged until it is acknowledged. `rank`: place in the sending order."""
+    """One frame. `parts` stay alive and unchanged until it is acknowledged. `rank`: place in the sending order.
+
+    With a `lane` the parts lie there, and while its lanes are the connection's it is enough to say so. They may change
+    once it was said: the partition has the node by then, and will take it for a duplicate when it is sent again."""
 
     rank: tuple[int, int, int]
     header: Header = field(compare=False)
     parts: Sequence[Buffer] = field(compare=False)
     size_bytes: int = field(compare=False)
+    lane: Lane | None = field(compare=False, default=None)
 
 
 class Outbox:
@@ -44,22 +62,27 @@ class Outbox:
         self.sent_bytes = 0
         self.granted_bytes = 0
         self.open_bucket = UNKNOWN  # -1: none
+        self.lanes: Lanes | None = None  # shared over the connection that is there
         self._step = 0
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._in_flight)
 
-    def add(self, order: int, header: Header, parts: Sequence[Buffer]) -> None:
+    def add(self, order: int, header: Header, parts: Sequence[Buffer], lane: Lane | None = None) -> None:
         """Owe a frame; `order` is the bucket's place in the sending order."""
         size = sum(memoryview(part).nbytes for part in parts)
-        heapq.heappush(self._waiting, Owed((header.step, order, next(self._numbers)), header, parts, size))
+        heapq.heappush(self._waiting, Owed((header.step, order, next(self._numbers)), header, parts, size, lane))
+
+    def is_shared(self, owed: Owed) -> bool:
+        """Whether the partition can read the frame's body where it lies."""
+        return owed.lane is not None and owed.lane.lanes is self.lanes
 
     def next(self) -> Owed | None:
         """The frame to send now, which is in flight from here on; None when nothing may be sent."""
         if not self._waiting:
             return None
         owed = self._waiting[0]
-        counts = owed.header.kind is Kind.PUSH and owed.size_bytes > 0
+        counts = owed.header.kind is Kind.PUSH and owed.size_bytes > 0 and not self.is_shared(owed)
         fits = self.sent_bytes + owed.size_bytes <= self.granted_bytes
         if counts and not fits and owed.header.bucket < self.open_bucket:
             return None
@@ -73,8 +96,9 @@ class Outbox:
         """The partition has it. Repeating this is harmless."""
         self._in_flight.pop(key, None)
 
-    def reconnected(self, granted_bytes: int, open_bucket: int) -> None:
-        """A new connection: nothing is in flight, the credit counts from zero."""
+    def reconnected(self, granted_bytes: int, open_bucket: int, lanes: Lanes | None = None) -> None:
+        """A new connection, over which `lanes` are shared: nothing is in flight, the credit counts from zero."""
+        self.lanes = lanes
         for owed in self._in_flight.values():
             heapq.heappush(self._waiting, owed)
         self._in_flight.clear()
@@ -84,11 +108,12 @@ class Outbox:
         """Forget what belongs to steps that are decided, and which bucket was open in them."""
         if step > self._step:
             self._step, self.open_bucket = step, UNKNOWN
+        self._give_back(owed for owed in self._waiting if owed.header.step < step)
         self._waiting = [owed for owed in self._waiting if owed.header.step >= step]
         heapq.heapify(self._waiting)
         self._in_flight = {key: owed for key, owed in self._in_flight.items() if owed.header.step >= step}
 
-    def clear(self) -> None:
-        """Forget everything: another timeline begins."""
-        self._waiting.clear()
-        self._in_flight.clear()
+    def _give_back(self, unsent: Iterable[Owed]) -> None:
+        for owed in unsent:
+            if owed.lane is not None:
+                owed.lane.give_back()

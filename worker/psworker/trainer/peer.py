@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import struct
+from dataclasses import replace
 from typing import Protocol
 
 from pscluster.errors import FrameError, PsError
 from pscluster.tree import Node
 from pscluster.wire.connection import Connection
-from pscluster.wire.frame import MAX_SMALL_BYTES, Header, Kind
+from pscluster.wire.frame import IN_MEMORY, MAX_SMALL_BYTES, Header, Kind, in_lane
+from pscluster.wire.memory import Lanes
 from pscluster.wire.reactor import Reactor
 from pscluster.wire.transport import choose_address, transport_of
 from psworker.trainer.outbox import Outbox
+from psworker.trainer.values import Values
 
 ACK_BODY = struct.Struct("<BQI")  # kind acknowledged (0: credit alone), granted bytes, open bucket
 NO_BUCKET = 0xFFFF_FFFF
@@ -23,14 +27,16 @@ _RETRY_S = (0.02, 1.0)
 class Receiver(Protocol):
     """Where a peer's frames go: the exchange."""
 
-    def greeting(self, channel: str) -> tuple[Header, bytes]:
+    values: Values
+
+    def greeting(self, channel: str) -> tuple[Header, dict[str, object]]:
         """The HELLO to open a connection with."""
 
-    def landing(self, index: int, header: Header) -> memoryview | None:
-        """Memory for the body of a VALUES frame; None: nobody wants it."""
+    def map_lanes(self, index: int, fd: int, num_lanes: int) -> Lanes:
+        """The partition shares lanes for gradients; takes over `fd`."""
 
-    def landed(self, index: int, header: Header) -> None:
-        """The body that `landing` gave memory for is complete."""
+    def unmap_lanes(self, index: int) -> None:
+        """The connection over which lanes were shared is gone."""
 
     def heard(self, index: int, header: Header, body: memoryview) -> None:
         """A WELCOME of the pull connection, a DIRECTIVE, MERGED or FENCED."""
@@ -82,7 +88,10 @@ class Peer:
             owed = self.outbox.next()
             if owed is None:
                 break
-            connection.send(owed.header, owed.parts, on_sent=self._push_soon)
+            if owed.lane is not None and self.outbox.is_shared(owed):
+                connection.send(replace(owed.header, flags=in_lane(owed.lane.number)))
+            else:
+                connection.send(owed.header, owed.parts, on_sent=self._push_soon)
         self._pushing = False
 
     def _push_soon(self) -> None:
@@ -106,7 +115,9 @@ class Peer:
             connection.close()
         else:
             connection.context = channel
-            connection.send(self._receiver.greeting(channel)[0], [self._receiver.greeting(channel)[1]])
+            header, told = self._receiver.greeting(channel)
+            told["share"] = connection.is_local and self._wanted_transport in ("auto", "shm")
+            connection.send(header, [json.dumps(told).encode()])
 
     def _retry(self, channel: str) -> None:
         self._failures[channel] += 1
@@ -116,8 +127,8 @@ class Peer:
 
     def body_target(self, connection: Connection, header: Header) -> memoryview:
         """Connection's `Handler`: values land in the model's memory, the rest is small."""
-        if header.kind is Kind.VALUES and connection.context == "pull":
-            target = self._receiver.landing(self.index, header)
+        if header.kind is Kind.VALUES and connection.context == "pull" and not header.flags & IN_MEMORY:
+            target = self._receiver.values.target(self.index, header)
             return self._discard(header.length) if target is None else target
         if header.kind in (Kind.VALUES, Kind.PUSH) or header.length > MAX_SMALL_BYTES:
             raise FrameError(f"{header.kind.name} of {header.length} bytes from a partition")
@@ -127,16 +138,28 @@ class Peer:
         if header.kind is Kind.ACK:
             self._acknowledged(header, body)
         elif header.kind is Kind.VALUES:
-            self._receiver.landed(self.index, header)
+            self._values(connection, header)
         elif header.kind is Kind.WELCOME:
             self._welcomed(connection, header, body)
         else:
             self._receiver.heard(self.index, header, body)
 
+    def _values(self, connection: Connection, header: Header) -> None:
+        in_memory = bool(header.flags & IN_MEMORY)
+        if connection.context != "pull" or in_memory == bool(header.length):
+            where = "in memory" if in_memory else f"of {header.length} bytes"
+            raise FrameError(f"values {where} on a {connection.context} connection", details={"field": "flags"})
+        if in_memory:
+            self._receiver.values.shown(self.index, header)
+        else:
+            self._receiver.values.landed(self.index, header)
+
     def closed(self, connection: Connection, error: PsError | None) -> None:  # noqa: ARG002 - redialled whatever it was
         channel = str(connection.context)
         if self._connections.get(channel) is connection:
             del self._connections[channel]
+            if channel == "push":
+                self._receiver.unmap_lanes(self.index)
             self.reconnects += 1
             self._failures[channel] = 0
         if not self._closed:
@@ -149,11 +172,18 @@ class Peer:
             return
         self._connections[channel] = connection
         self._failures[channel] = 0
+        told, fds = json.loads(bytes(body)), connection.take_fds()
+        for surplus in fds[1:]:
+            os.close(surplus)
+        if fds:
+            self.transport = "shm"
         if channel == "push":
-            told = json.loads(bytes(body))
-            self.outbox.reconnected(int(told["granted_bytes"]), int(told["open_bucket"]))
+            lanes = self._receiver.map_lanes(self.index, fds[0], int(told["num_lanes"])) if fds else None
+            self.outbox.reconnected(int(told["granted_bytes"]), int(told["open_bucket"]), lanes)
             self.push()
         else:
+            if fds:
+                self._receiver.values.map(self.index, fds[0])
             self._receiver.heard(self.index, header, body)
 
     def _acknowledged(self, header: Header, body: memoryview) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
+from pscluster.phases import Phases
 from pscluster.v1.plan_pb2 import Counters
 
 if TYPE_CHECKING:
@@ -21,25 +21,15 @@ class TrainerCounters:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._phase_s = dict.fromkeys(PHASES, 0.0)
-        self._inner_s = 0.0  # spent in phases within the one that runs; the main thread's alone
+        self._phases = Phases(PHASES)
         self._samples = 0.0
         self._weight = 0.0
         self._microbatches = 0
         self._reconnects = 0
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time the block as part of a phase (wall-clock seconds); a phase within a phase counts as the inner one."""
-        outer, self._inner_s = self._inner_s, 0.0
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - started
-            with self._lock:
-                self._phase_s[name] += spent - self._inner_s
-            self._inner_s = outer + spent
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Time the block as part of a phase; see `Phases.measure`. The main thread's."""
+        return self._phases.measure(name)
 
     def microbatch(self, samples: float, weight: float) -> None:
         """One microbatch of training was computed."""
@@ -64,6 +54,6 @@ class TrainerCounters:
             ]
             found += [
                 Counters.Sample(name="phase_seconds_total", labels={"phase": name}, value=seconds)
-                for name, seconds in self._phase_s.items()
+                for name, seconds in self._phases.seconds.items()
             ]
         return Counters(samples=found)

@@ -1,0 +1,105 @@
+"""The other end of a connection to a played partition, for tests that say each frame themselves."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from harness.played import TOKEN, Network, PlayedConnection, job_header
+from pscluster.tree import Node
+from pscluster.wire.frame import IN_MEMORY, AckResult, Header, Kind, in_lane
+from pscluster.wire.memory import Lanes, Segment
+from psserver.partition.service import PartitionService
+
+LEAF = Node(0, 1)
+NUM_LANES = 2
+
+
+def push(bucket: int, node: Node = LEAF, **fields: Any) -> Header:
+    """The header of a PUSH in generation 1."""
+    return job_header(Kind.PUSH, **{"generation": 1, "bucket": bucket, "node": node, **fields})
+
+
+class Caller:
+    """Keeps what it is told. A `local` one asks to share memory when it greets, and maps what it gets."""
+
+    def __init__(
+        self, network: Network, service: PartitionService, channel: str = "", index: int = 0, *, local: bool = False
+    ) -> None:
+        self.told: list[tuple[Header, bytes]] = []
+        self.values: dict[int, tuple[Header, bytes]] = {}  # by bucket: the frame that said the newest
+        self.network = network
+        self.service = service
+        self.index = index
+        self.local = local
+        self.channel = channel
+        self.lanes: Lanes | None = None
+        self.segment: Segment | None = None
+        self.near, self.far = network.connect(self, service.handler, local=local)
+        if channel:
+            self.greet(channel)
+
+    def greet(self, channel: str, **fields: Any) -> None:
+        told = {"token": TOKEN.hex(), "role": "trainer", "channel": channel, "restore_generation": 1, **fields}
+        told = {"share": self.local, "num_lanes": NUM_LANES, **told}
+        self.say(job_header(Kind.HELLO, generation=1, sender=self.index), json.dumps(told).encode())
+
+    def say(self, header: Header, body: bytes = b"") -> None:
+        self.near.send(header, [body])
+        self.network.settle()
+
+    def give(self, header: Header, words: bytes) -> int | None:
+        """Push a gradient by the way that a trainer takes: through a lane if there is a free one, whose number is
+        returned."""
+        lane = self.lanes.take(header.bucket) if self.lanes is not None else None
+        if lane is None:
+            self.say(header, words)
+        else:
+            self.fill(header.bucket, lane, words)
+            self.say(Header(**{**vars(header), "flags": in_lane(lane)}))
+        return lane
+
+    def fill(self, bucket: int, lane: int, words: bytes) -> None:
+        assert self.lanes is not None
+        self.lanes.place(bucket, lane)[:] = words
+
+    def taken(self, bucket: int) -> list[int]:
+        """The lanes of a bucket that are in use."""
+        assert self.lanes is not None
+        first = bucket * self.lanes.num_lanes
+        return [lane for lane in range(self.lanes.num_lanes) if self.lanes._taken[first + lane]]
+
+    def body_target(self, connection: PlayedConnection, header: Header) -> memoryview:  # noqa: ARG002
+        return memoryview(bytearray(header.length))
+
+    def frame(self, connection: PlayedConnection, header: Header, body: memoryview) -> None:
+        self.told.append((header, bytes(body)))
+        if header.kind is Kind.VALUES:
+            run = header.node if header.flags & IN_MEMORY else Node(header.bucket, 1)
+            self.values |= {bucket: (header, bytes(body)) for bucket in range(run.first, run.first + run.leaves)}
+        if header.kind is Kind.WELCOME:
+            self._welcomed(connection.take_fds(), json.loads(bytes(body)))
+
+    def closed(self, connection: PlayedConnection, error: object) -> None:
+        """Seen in `near.is_open`."""
+
+    @property
+    def granted(self) -> int:
+        """The credit that it was welcomed with."""
+        return int(next(json.loads(body)["granted_bytes"] for h, body in self.told if h.kind is Kind.WELCOME))
+
+    def kinds(self) -> list[Kind]:
+        return [header.kind for header, _ in self.told]
+
+    def acks(self) -> list[AckResult]:
+        """What became of what was sent."""
+        return [AckResult(header.flags) for header, body in self.told if header.kind is Kind.ACK and body[0]]
+
+    def _welcomed(self, fds: list[int], told: dict[str, Any]) -> None:
+        state, network = self.service.state, self.service.spec.network
+        assert state is not None
+        if fds and self.channel == "pull":
+            self.segment = Segment.open(fds[0], 1, writable=False)
+        elif fds:
+            sizes = state.layout.gradient_bytes(state.spans, network.push_codec)
+            self.lanes = Lanes.open(fds[0], sizes, told["num_lanes"])

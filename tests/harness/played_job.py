@@ -1,0 +1,314 @@
+"""A whole job on a played network: real partitions, real exchanges, and trainers whose gradients are arithmetic."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness.played import (
+    JOB,
+    Network,
+    PlayedLink,
+    dismiss,
+    played_partition,
+    played_plan,
+    played_spec,
+)
+from pscluster.codec import DTYPES, as_bytes
+from pscluster.layout import BLOCK_WORDS, Layout, TensorSpec
+from pscluster.spec import JobSpec
+from pscluster.summary import Statistics, Summary, add_statistics, touched_bits
+from pscluster.tree import Node, tree_of
+from pscluster.v1.plan_pb2 import Plan, ProcessSpec
+from psserver.partition.service import PartitionService
+from psworker.memory import BucketMemory
+from psworker.trainer.accumulate import Counter, add_gradients
+from psworker.trainer.exchange import Exchange
+from psworker.trainer.gradients import Gradients
+from psworker.trainer.telemetry import TrainerCounters
+from psworker.trainer.work import Work, find_work
+
+FINAL_STEP = 3
+LAYOUT = Layout(
+    (
+        TensorSpec(names=("w",), shape=(2 * BLOCK_WORDS + 5,), dtype="float32", kind="trained"),
+        TensorSpec(names=("b",), shape=(7,), dtype="float32", kind="trained"),
+        TensorSpec(names=("mean",), shape=(5,), dtype="float32", kind="averaged"),
+        TensorSpec(names=("count",), shape=(), dtype="int64", kind="carried"),
+        TensorSpec(names=("fixed",), shape=(3,), dtype="float32", kind="frozen"),
+    )
+)
+W, B, MEAN, COUNT, FIXED = range(5)
+
+
+class PlayedTrainer:
+    """One act at a time: `turn`. Its exchange lives on the played network; its thread is never started."""
+
+    def __init__(self, network: Network, spec: JobSpec, rank: int) -> None:
+        self.rank = rank
+        self.link = PlayedLink(ProcessSpec(job_id=JOB, rank=rank))
+        self.memory = BucketMemory(LAYOUT)
+        self.exchange = Exchange(self.link, spec, LAYOUT, self.memory, TrainerCounters())  # type: ignore[arg-type]
+        self.exchange._reactor.close()
+        self.exchange._reactor = network  # type: ignore[assignment]
+        self._tree = tree_of(spec.train.num_shards)
+        self._dtype = DTYPES[spec.network.push_codec]
+        self._done: dict[tuple[int, int, str], set[int]] = {}
+        self._run: Work | None = None
+        self._sums: dict[int, Counter[Gradients]] = {
+            b.index: Counter(self._tree, add_gradients) for b in LAYOUT.buckets if b.kind == "trained"
+        }
+        self._statistics: Counter[Statistics] = Counter(self._tree, add_statistics)
+
+    def turn(self) -> bool:
+        """Do the next thing there is to do; False: there is none now."""
+        exchange, run = self.exchange, self._run
+        if run is not None and not exchange.is_current(run):
+            self._end(run)
+        if exchange._plan is None:
+            return False
+        work = find_work(
+            exchange._plan, exchange._directive, exchange._merged, exchange._needs_values, self.rank, self._done
+        )
+        if work is None:
+            return False
+        self._done = {work.key: self._done.get(work.key, set())} | {
+            key: shards for key, shards in self._done.items() if key[:2] == work.key[:2] and key != work.key
+        }
+        if work.action == "initialise":
+            self.memory.close_windows()
+            _fill(self.memory)
+            exchange.send_initial(work)
+            self._done[work.key].update(work.shards)
+            return True
+        if self._run is None:
+            if not exchange.want(work.version, exact=work.action != "train"):
+                self._give_up(work)
+                return True
+            self._begin(work)
+        if not exchange.has_landed:
+            if exchange._landing.is_superseded:
+                self._give_up(work)
+            return exchange._landing.is_superseded
+        {"train": self._train, "evaluate": self._evaluate, "finalise": self._finalise, "finish": self._finish}[
+            work.action
+        ](work)
+        return True
+
+    def dismiss(self) -> None:
+        """The process is gone: its connections break, its shared memory is unmapped."""
+        for peer in self.exchange._peers:
+            peer.close()
+            peer.outbox.__init__()  # type: ignore[misc]
+        self.memory.close_windows()
+        self.exchange.values.restart()
+        self.exchange._lanes.clear()
+
+    def _counters(self) -> list[Counter[Any]]:
+        return [*self._sums.values(), self._statistics]
+
+    def _begin(self, work: Work) -> None:
+        self._run = work
+        roots = self._tree.cover(work.shards)
+        for counter in self._counters():
+            counter.begin(roots)
+
+    def _end(self, work: Work) -> None:
+        """Push what is held although its root is not whole."""
+        self._run = None
+        for bucket, counter in self._sums.items():
+            for node, gradients in counter.flush():
+                self.exchange.push_gradients(work, bucket, node, gradients)
+        for node, statistics in self._statistics.flush():
+            self.exchange.push_statistics(work, node, statistics)
+
+    def _give_up(self, work: Work) -> None:
+        self._run = None
+        for counter in self._counters():
+            counter.flush()
+        self._done[work.key].update(work.shards)
+
+    def _tensor(self, number: int) -> torch.Tensor:
+        bucket, offset = LAYOUT.bucket_of[number]
+        return self.memory.flats[bucket][offset : offset + LAYOUT.tensors[number].num_words]
+
+    def _train(self, work: Work) -> None:
+        """One shard. Odd ones touch neither `b` nor the buffers."""
+        shard, exchange = work.shards[0], self.exchange
+        node, weight, moves = Node(shard, 1), 1.0 + shard, shard % 2 == 0
+        for bucket, counter in sorted(self._sums.items(), reverse=True):
+            placed = LAYOUT.buckets[bucket].placed
+            gradients = [self._gradient(p.tensor, shard) if moves or p.tensor != B else None for p in placed]
+            for root, value in counter.carry(node, gradients):
+                exchange.push_gradients(work, bucket, root, value)
+        self._push_buffers(work, node, weight, moves)
+        touched = touched_bits([W, B, MEAN] if moves else [W], len(LAYOUT.tensors))
+        exchange.push_summary(work, node, Summary(loss_sum=weight, weight=weight, samples=1, touched=touched))
+        self._done[work.key].add(shard)
+        if self._run is not None and self._done[work.key].issuperset(self._run.shards):
+            self._end(work)
+            exchange.want(work.version + 1)
+
+    def _gradient(self, number: int, shard: int) -> torch.Tensor:
+        values = self._tensor(number)
+        ramp = torch.arange(values.numel()).remainder(7).sub(3.0)
+        return (values * (0.25 + shard / 8) + ramp * (1 + shard / 3)).to(self._dtype)
+
+    def _push_buffers(self, work: Work, node: Node, weight: float, moves: bool) -> None:
+        averaged, carried = LAYOUT.bucket_of[MEAN][0], LAYOUT.bucket_of[COUNT][0]
+        if moves:
+            words = torch.zeros(LAYOUT.buckets[averaged].num_words)
+            words[:5] = (self._tensor(MEAN) * 0.75 + node.first / 3) * weight
+            self.exchange.push_words(work, averaged, node, words)
+        else:
+            self.exchange.push_unchanged(work, averaged, node, weight)
+        if node.first == 0:
+            counted = self.memory.flats[carried].clone()
+            counted[0] += 1
+            self.exchange.push_words(work, carried, node, counted)
+
+    def _evaluate(self, work: Work) -> None:
+        """A shard's statistics: sums over its part of the parameters, exact ones."""
+        shard = work.shards[0]
+        found = np.array([float(self._tensor(n)[shard::4].double().sum()) for n in (W, B, MEAN)])
+        for node, value in self._statistics.carry(Node(shard, 1), found):
+            self.exchange.push_statistics(work, node, value)
+        self._done[work.key].add(shard)
+        if self._run is not None and self._done[work.key].issuperset(self._run.shards):
+            self._end(work)
+
+    def _finalise(self, work: Work) -> None:
+        assert work.statistics is not None
+        self._run = None
+        self.exchange.send_outcome(work, {"metrics": {"loss": float(work.statistics.sum())}})
+        self._done[work.key].update(work.shards)
+
+    def _finish(self, work: Work) -> None:
+        self._run = None
+        digest = hashlib.sha256(b"".join(bytes(as_bytes(flat)) for flat in self.memory.flats)).hexdigest()
+        self.exchange.send_outcome(work, {"sha256": digest})
+        self._done[work.key].update(work.shards)
+
+
+def _fill(memory: BucketMemory) -> None:
+    """The seeded first values."""
+    for flat in memory.flats:
+        flat.zero_()
+    for number, spec in enumerate(LAYOUT.tensors):
+        bucket, offset = LAYOUT.bucket_of[number]
+        part = memory.flats[bucket][offset : offset + spec.num_words]
+        part.copy_(torch.arange(spec.num_words).remainder(11).sub(5) / (3 if spec.dtype == "float32" else 1))
+
+
+class PlayedCluster:
+    """`partitions` partitions and a trainer for each transport named, which they reach the partitions by."""
+
+    def __init__(
+        self, partitions: int = 1, transports: Sequence[str] = ("tcp",), *, num_shards: int = 4, **network: str
+    ) -> None:
+        train = {"max_steps": FINAL_STEP, "optimizer": {"name": "adamw", "lr": 0.1}, "clip_norm": 1000.0}
+        evaluate = {"every_steps": 2}
+        self.network = Network()
+        self.spec = played_spec(num_shards, partitions, train=train, evaluate=evaluate, network=network)
+        self.generation = self.restored = 0
+        self.partitions = [self._partition(index) for index in range(partitions)]
+        self.trainers: dict[int, PlayedTrainer] = {}
+        self.transports = list(transports)
+        for transport in transports:
+            self.join(transport)
+        self.publish(restore=True)
+
+    def _partition(self, index: int) -> PartitionService:
+        return played_partition(self.network, self.spec, index, Path("/nonexistent"))
+
+    def join(self, transport: str) -> None:
+        """Another trainer; it has no plan yet."""
+        rank = max(self.trainers, default=-1) + 1
+        section = self.spec.network.model_copy(update={"transport": transport})
+        spec = self.spec.model_copy(update={"network": section})
+        self.trainers[rank] = PlayedTrainer(self.network, spec, rank)
+
+    def publish(self, *, restore: bool = False, turned_by: int = 0) -> None:
+        """A new plan deals the shards to the trainers there are; each process hears of it when it adopts."""
+        self.generation += 1
+        self.restored = self.generation if restore else self.restored
+        ranks, num_shards = sorted(self.trainers), self.spec.train.num_shards
+
+        def place(shard: int) -> int:
+            """Neighbours together, whose sums a trainer makes itself, or one by one."""
+            turned = (shard + turned_by) % num_shards
+            return turned % len(ranks) if turned_by % 2 else turned * len(ranks) // num_shards
+
+        shards = {rank: [s for s in range(num_shards) if place(s) == at] for at, rank in enumerate(ranks)}
+        self.plan: Plan = played_plan(
+            LAYOUT, shards, generation=self.generation, partitions=len(self.partitions),
+            restore_generation=self.restored, final_step=FINAL_STEP,
+        )  # fmt: skip
+
+    def adopt(self, index: int) -> None:
+        """A process hears of the plan: partitions first, then trainers, counted through."""
+        processes: list[Any] = [*self.partitions, *(trainer.exchange for trainer in self.trainers.values())]
+        processes[index % len(processes)].adopt(self.plan)
+
+    def tell_all(self) -> None:
+        """Every process hears of the plan."""
+        for index in range(len(self.partitions) + len(self.trainers)):
+            self.adopt(index)
+
+    def turn(self, index: int) -> bool:
+        return list(self.trainers.values())[index % len(self.trainers)].turn()
+
+    def crash(self, index: int) -> None:
+        """A partition is gone, and the job begins again from its first values."""
+        place = index % len(self.partitions)
+        dismiss(self.partitions[place])
+        self.partitions[place] = self._partition(place)
+        self.publish(restore=True)
+
+    def lose(self, index: int) -> None:
+        """A trainer is gone; another one comes in its place, and every shard is dealt anew."""
+        rank = sorted(self.trainers)[index % len(self.trainers)]
+        self.join(self.transports[index % len(self.transports)])
+        self.trainers.pop(rank).dismiss()
+        self.publish()
+
+    def cut(self, choice: int) -> None:
+        if self.network.connections:
+            self.network.connections[choice % len(self.network.connections)].close(None)
+
+    def check(self) -> None:
+        """What holds at any time: nobody is two steps ahead, and nothing that came was refused."""
+        for timeline in {p.plan.restore_generation for p in self.partitions if p.plan}:
+            steps = [p.member.step for p in self.partitions if p.plan and p.plan.restore_generation == timeline]
+            assert max(steps) - min(steps) <= 1, f"two steps apart in timeline {timeline}: {steps}"
+        assert self.network.refusals == []
+
+    def run_to_the_end(self) -> tuple[str, dict[int, float]]:
+        """Without further faults. Returns the digest of the final values, and the evaluations by step."""
+        lead: Any = self.partitions[0].link
+        for _ in range(8 * FINAL_STEP):
+            self.tell_all()
+            self.network.settle()
+            while [trainer for trainer in self.trainers.values() if trainer.turn()]:
+                self.network.settle()
+            self.check()
+            if finished := lead.reported("finished"):
+                evaluated = {e.step: e.metrics["loss"] for e in lead.reported("evaluated")}
+                return finished[-1].parameters_sha256, evaluated
+        raise AssertionError(f"stuck at {[(p.version, p.member) for p in self.partitions]}")
+
+    def taken_lanes(self) -> int:
+        """Places in shared memory that are in use over the connections there are."""
+        lanes = [lanes for trainer in self.trainers.values() for lanes in trainer.exchange._lanes.values()]
+        return sum(bool(taken) for each in lanes for taken in each._taken)
+
+    def close(self) -> None:
+        for trainer in self.trainers.values():
+            trainer.dismiss()
+        for partition in self.partitions:
+            dismiss(partition)

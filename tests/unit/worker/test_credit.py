@@ -1,0 +1,257 @@
+"""Trainers and a partition with a tiny budget: credit and lanes run out, connections break, nobody waits for ever."""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pscluster.layout
+import psserver.partition.service
+from harness.played import TOKEN, Network, dismiss, fill, job_header, played_partition, played_plan, played_spec
+from pscluster.layout import Layout, TensorSpec
+from pscluster.summary import Summary, touched_bits
+from pscluster.tree import Node
+from pscluster.wire.frame import SUMMARY, UNCHANGED, Buffer, Header, Kind
+from pscluster.wire.memory import Lanes
+from psserver.partition.service import PartitionService
+from psworker.memory import BucketMemory
+from psworker.trainer.outbox import Lane, Outbox, key_of
+from psworker.trainer.peer import Peer
+from psworker.trainer.values import Values
+
+BUCKET_BYTES = 64
+NUM_BUCKETS = 5
+NUM_LANES = 2
+BUFFERS = NUM_BUCKETS  # the bucket of running averages
+FIRST = Node(0, 1)
+TRANSPORTS = ("tcp", "shm")
+WAYS = pytest.mark.parametrize("transport", TRANSPORTS)
+
+
+def push(bucket: int, *, step: int = 0, node: Node = FIRST, flags: int = 0) -> Header:
+    return job_header(Kind.PUSH, generation=1, step=step, bucket=bucket, node=node, flags=flags)
+
+
+@pytest.fixture(scope="module")
+def layout() -> Iterator[Layout]:
+    """Five buckets of 16 words, and one of averaged buffers; a partition grants twice the largest of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pscluster.layout, "BUCKET_WORDS", 16)
+        patch.setattr(psserver.partition.service, "MIN_CREDIT_BYTES", 0)
+        trained = [
+            TensorSpec(names=(f"w{i}",), shape=(16,), dtype="float32", kind="trained") for i in range(NUM_BUCKETS)
+        ]
+        averaged = TensorSpec(names=("mean",), shape=(16,), dtype="float32", kind="averaged")
+        made = Layout((*trained, averaged))
+        assert len(made.buckets) == NUM_BUCKETS + 1
+        yield made
+
+
+class PlayedTrainer:
+    """A trainer's frames without a model: gradients of ones, each shard pushed as a leaf; a real `Peer` sends."""
+
+    def __init__(self, network: Network, layout: Layout, rank: int, transport: str) -> None:
+        self.rank = rank
+        self.layout = layout
+        self.step = 0
+        self.todo: list[tuple[int, int]] = []  # (shard, bucket) in the order in which backward gives them
+        self.lanes: Lanes | None = None
+        self.values = Values(played_spec(1), layout, BucketMemory(layout), threading.Condition())
+        addresses = ["unix:partition:0", "tcp:partition:0"]
+        self.peer = Peer(network, self, 0, addresses, transport)  # type: ignore[arg-type]
+
+    def give(self, shards: list[int]) -> None:
+        for shard in shards:
+            self.todo += [(shard, bucket) for bucket in reversed(range(NUM_BUCKETS + 2))]
+
+    def compute(self) -> None:
+        """Push the next bucket, the buffers, or (as if bucket -1) the summary."""
+        shard, place = self.todo.pop(0)
+        node, bucket = Node(shard, 1), place - 1
+        if bucket < 0:
+            summary = Summary(loss_sum=1.0, weight=1.0, samples=1.0, touched=touched_bits(range(6), 6))
+            self._owe(push(SUMMARY, step=self.step, node=node), summary.pack(), NUM_BUCKETS + 1)
+        elif bucket == BUFFERS and shard % 2:
+            body = struct.pack("<d", 1.0)
+            self._owe(push(BUFFERS, step=self.step, node=node, flags=UNCHANGED), body, 1)
+        else:
+            words: Buffer = struct.pack("<16f", *[float(shard + 1)] * 16)
+            number = self.lanes.take(bucket) if self.lanes is not None and bucket < BUFFERS else None
+            lane = None
+            if self.lanes is not None and number is not None:
+                lane = Lane(self.lanes, bucket, number)
+                self.lanes.place(bucket, number)[:] = words
+                words = self.lanes.place(bucket, number)
+            self._owe(push(bucket, step=self.step, node=node), words, NUM_BUCKETS + 1 - bucket, lane)
+
+    def _owe(self, header: Header, body: Buffer, order: int, lane: Lane | None = None) -> None:
+        self.peer.outbox.add(order, replace(header, sender=self.rank), [body], lane)
+        self.peer.push()
+
+    def enter(self, step: int) -> None:
+        self.step = step
+        self.peer.outbox.drop_before(step)
+
+    def cut(self) -> None:
+        """The push connection breaks; the peer dials again."""
+        connection = self.peer._connections.get("push")
+        if connection is not None:
+            connection.close(None)
+
+    def greeting(self, channel: str) -> tuple[Header, dict[str, object]]:
+        told = {"token": TOKEN.hex(), "role": "trainer", "channel": channel, "restore_generation": 1}
+        return job_header(Kind.HELLO, generation=1, sender=self.rank), {**told, "num_lanes": NUM_LANES}
+
+    def map_lanes(self, index: int, fd: int, num_lanes: int) -> Lanes:  # noqa: ARG002 - there is one partition
+        sizes = self.layout.gradient_bytes(self.layout.spans(0, 1), "fp32")
+        self.lanes = Lanes.open(fd, sizes, num_lanes)
+        return self.lanes
+
+    def unmap_lanes(self, index: int) -> None:  # noqa: ARG002
+        self.lanes = None
+
+    def heard(self, index: int, header: Header, body: memoryview) -> None: ...
+
+
+class PlayedJob:
+    """Trainers with shards dealt round-robin, and one partition with a tiny budget."""
+
+    def __init__(self, layout: Layout, num_shards: int, transports: list[str]) -> None:
+        self.network = Network()
+        self.num_shards = num_shards
+        self.alive = list(range(len(transports)))
+        self.partition: PartitionService = played_partition(
+            self.network, played_spec(num_shards), 0, Path("/nonexistent")
+        )
+        self.partition.adopt(played_plan(layout, {rank: [] for rank in self.alive}))
+        fill(self.partition)
+        self.trainers = [PlayedTrainer(self.network, layout, rank, way) for rank, way in enumerate(transports)]
+        self.network.settle()
+
+    def deal(self) -> None:
+        for place, rank in enumerate(self.alive):
+            self.trainers[rank].give(list(range(place, self.num_shards, len(self.alive))))
+
+    def lose(self, rank: int) -> None:
+        """The trainer dies with what it owes; the others compute everything it had (and more)."""
+        self.alive.remove(rank)
+        self.trainers[rank].peer.close()
+        for survivor in self.alive:
+            self.trainers[survivor].give(list(range(self.num_shards)))
+
+    def finish_step(self) -> None:
+        """Everybody computes what is left, and every frame arrives: now the step must be done."""
+        before = self.partition.version
+        for rank in self.alive:
+            while self.trainers[rank].todo:
+                self.trainers[rank].compute()
+        self.network.settle()
+        self.network.settle()
+        owed = {rank: len(self.trainers[rank].peer.outbox) for rank in self.alive}
+        assert self.partition.version == before + 1, f"stuck at {before}: owed {owed}"
+        assert self.network.refusals == []
+        for rank in self.alive:
+            self.trainers[rank].enter(before + 1)
+            lanes = self.trainers[rank].lanes
+            assert lanes is None or not any(lanes._taken), "every lane was given back"
+
+    def close(self) -> None:
+        for trainer in self.trainers:
+            trainer.peer.close()
+        dismiss(self.partition)
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_trainers_and_a_partition_with_a_tiny_budget_never_wait_for_each_other(
+    layout: Layout, data: st.DataObject
+) -> None:
+    num_shards = data.draw(st.integers(1, 6), label="shards")
+    transports = data.draw(st.lists(st.sampled_from(TRANSPORTS), min_size=1, max_size=4), label="trainers")
+    job = PlayedJob(layout, num_shards, transports)
+    for _ in range(2):
+        job.deal()
+        for choice in data.draw(st.lists(st.integers(0, 40), max_size=60), label="events"):
+            _play(job, choice)
+        job.finish_step()
+    words = job.partition.step.pool.allocated_bytes if job.partition.step else 0
+    live = NUM_BUCKETS * (num_shards + 1) // 2 + len(job.trainers) * 3
+    assert words <= BUCKET_BYTES * live
+    job.close()
+
+
+def _play(job: PlayedJob, choice: int) -> None:
+    rank = job.alive[choice % len(job.alive)]
+    if choice == 40 and len(job.alive) > 1:
+        job.lose(rank)
+    elif choice in (38, 39):
+        job.trainers[rank].cut()
+        job.network.fire_timers()
+    elif choice < 20 and job.trainers[rank].todo:
+        job.trainers[rank].compute()
+    elif choices := job.network.choices():
+        choices[choice % len(choices)]()
+
+
+@WAYS
+def test_a_trainer_without_credit_hears_that_another_opened_its_bucket(transport: str, layout: Layout) -> None:
+    """One trainer is a whole step ahead of the other: all its credit lies in nodes that wait for theirs."""
+    job = PlayedJob(layout, 2, [transport] * 2)
+    job.deal()
+    ahead, behind = job.trainers
+    while ahead.todo:
+        ahead.compute()
+    job.network.settle()
+    assert len(ahead.peer.outbox) > 0
+    while behind.todo:
+        behind.compute()
+
+    job.finish_step()
+
+
+@WAYS
+def test_a_recomputed_node_of_a_complete_bucket_holds_nothing_up(transport: str, layout: Layout) -> None:
+    """The other trainer completes a bucket and dies; the survivor, out of credit, sends the same node again."""
+    job = PlayedJob(layout, 2, [transport] * 2)
+    job.deal()
+    ahead, behind = job.trainers
+    while ahead.todo:
+        ahead.compute()
+    job.network.settle()
+    for _ in range(2):  # the buffers and the highest bucket
+        behind.compute()
+    job.network.settle()
+
+    job.lose(behind.rank)
+
+    job.finish_step()
+
+
+@WAYS
+def test_nothing_is_in_flight_twice(transport: str, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = PlayedJob(layout, 3, [transport] * 2)
+    seen: list[tuple[object, ...]] = []
+    take = Outbox.next
+
+    def watched(self: Outbox) -> object:
+        in_flight = set(self._in_flight)
+        owed = take(self)
+        if owed is not None:
+            assert key_of(owed.header) not in in_flight
+            seen.append(key_of(owed.header))
+        return owed
+
+    monkeypatch.setattr(Outbox, "next", watched)
+    job.deal()
+    for _ in range(4):
+        job.trainers[0].compute()
+    job.trainers[0].cut()
+    job.finish_step()
+    assert len(seen) > len(set(seen))  # what was cut off was sent again

@@ -1,0 +1,161 @@
+"""Real exchanges against real partitions: whatever bytes travel by, and whatever breaks, the same bits come out."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harness.played_job import FINAL_STEP, PlayedCluster
+from pscluster.wire.frame import Kind
+
+Outcome = tuple[str, dict[int, float]]
+CODECS: list[dict[str, Any]] = [
+    {"push_codec": push, "pull_codec": pull} for push, pull in itertools.product(("fp32", "bf16"), repeat=2)
+]
+IDS = [f"push {c['push_codec']}, pull {c['pull_codec']}" for c in CODECS]
+
+
+def outcome(cluster: PlayedCluster) -> Outcome:
+    found = cluster.run_to_the_end()
+    assert cluster.taken_lanes() == 0, "every place in shared memory was given back"
+    cluster.close()
+    return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> dict[str, Outcome]:
+    """What one trainer and one partition come to over TCP, by codecs."""
+    found = {name: outcome(PlayedCluster(**codecs)) for name, codecs in zip(IDS, CODECS, strict=True)}
+    assert len({digest for digest, _ in found.values()}) == len(CODECS), "each codec rounds something"
+    assert all(set(evaluated) == {2, FINAL_STEP} for _, evaluated in found.values())
+    return found
+
+
+@pytest.mark.parametrize(("name", "codecs"), list(zip(IDS, CODECS, strict=True)), ids=IDS)
+@pytest.mark.parametrize("partitions", [1, 2, 3])
+@pytest.mark.parametrize(
+    "transports", [("tcp",), ("unix",), ("shm",), ("shm", "shm"), ("tcp", "shm", "shm")], ids=" ".join
+)
+def test_any_number_of_either_by_any_way_ends_with_the_same_values(
+    transports: tuple[str, ...],
+    partitions: int,
+    name: str,
+    codecs: dict[str, Any],
+    undisturbed: dict[str, Outcome],
+) -> None:
+    cluster = PlayedCluster(partitions, transports, **codecs)
+    found = outcome(cluster)
+
+    assert found == undisturbed[name]
+    shared = "shm" in transports
+    assert (cluster.network.in_memory[Kind.PUSH] > 0) is shared
+    assert (cluster.network.in_memory[Kind.VALUES] > 0) is shared
+
+
+FAULTS = ("cut", "cut", "cut and redial", "plan", "plan for all", "crash", "lose")
+
+
+def walk(cluster: PlayedCluster, rng: random.Random, length: int) -> None:
+    """Things happen in any order: frames arrive, trainers compute, processes hear of the newest plan."""
+    for _ in range(length):
+        choices = cluster.network.choices()
+        if choices and rng.random() < 0.7:
+            rng.choice(choices)()
+        elif rng.random() < 0.9:
+            cluster.turn(rng.randrange(8))
+        else:
+            cluster.adopt(rng.randrange(8))
+        if not choices:
+            cluster.network.fire_timers()
+
+
+def strike(cluster: PlayedCluster, fault: str, number: int) -> None:
+    if fault.startswith("cut"):
+        cluster.cut(number)
+        if fault == "cut and redial":
+            cluster.network.fire_timers()
+    elif fault.startswith("plan"):
+        cluster.publish(turned_by=number)
+        if fault == "plan for all":
+            cluster.tell_all()
+    else:
+        getattr(cluster, fault)(number)
+
+
+@settings(max_examples=100)
+@given(
+    partitions=st.integers(1, 2),
+    transports=st.sampled_from([("shm", "shm"), ("shm", "tcp"), ("tcp", "tcp"), ("shm", "shm", "unix")]),
+    codec=st.sampled_from(range(len(CODECS))),
+    seed=st.integers(0, 2**32),
+    faults=st.lists(st.tuples(st.integers(0, 150), st.sampled_from(FAULTS), st.integers(0, 9)), max_size=8),
+)
+def test_faults_change_nothing_in_the_end(
+    partitions: int,
+    transports: tuple[str, ...],
+    codec: int,
+    seed: int,
+    faults: list[tuple[int, str, int]],
+    undisturbed: dict[str, Outcome],
+) -> None:
+    """Connections break, shards are dealt anew, trainers and partitions are lost, at any moment."""
+    cluster = PlayedCluster(partitions, transports, **CODECS[codec])
+    cluster.tell_all()
+    rng = random.Random(seed)
+    for length, fault, number in faults:
+        walk(cluster, rng, length)
+        cluster.check()
+        strike(cluster, fault, number)
+
+    assert outcome(cluster) == undisturbed[IDS[codec]]
+
+
+@pytest.mark.parametrize("fault", sorted(set(FAULTS)))
+@pytest.mark.parametrize("codec", [0, 3], ids=[IDS[0], IDS[3]])
+def test_a_fault_at_any_point_of_a_job_changes_nothing(codec: int, fault: str, undisturbed: dict[str, Outcome]) -> None:
+    """The same course of events each time, struck a little later each time."""
+    struck: set[int] = set()
+    for length in range(20, 620, 30):
+        cluster = PlayedCluster(2, ("shm", "shm"), **CODECS[codec])
+        cluster.tell_all()
+        walk(cluster, random.Random(7), length)
+        struck.add(cluster.partitions[0].version)
+        strike(cluster, fault, length)
+        assert outcome(cluster) == undisturbed[IDS[codec]], f"after {length} events"
+    assert struck == set(range(FINAL_STEP + 1)), "from the first step to the last"
+
+
+def test_gradients_of_a_lost_timeline_give_back_the_lanes_that_they_took(undisturbed: dict[str, Outcome]) -> None:
+    """The trainer is in the middle of a step while the partition is replaced and shares its memory; then it pushes what
+    it has of the old timeline."""
+    cluster = PlayedCluster(1, ("shm",), **CODECS[0])
+    cluster.tell_all()
+    (trainer,) = cluster.trainers.values()
+    while not any(counter._held for counter in trainer._sums.values()):
+        cluster.network.settle()
+        trainer.turn()
+    cluster.crash(0)
+    cluster.tell_all()
+    cluster.network.settle()
+    assert cluster.taken_lanes() == 0
+    trainer.turn()
+    assert cluster.taken_lanes() > 0, "before anybody knows that nobody wants them"
+    cluster.network.settle()
+    assert cluster.taken_lanes() == 0
+
+    assert outcome(cluster) == undisturbed[IDS[0]]
