@@ -90,7 +90,7 @@ class Arena:
         self.view = memoryview(self._memory)
 
     def show(self, offset: int, segment: Segment, segment_offset: int, size_bytes: int) -> None:
-        """Turn `size_bytes` at `offset` into a window onto the segment; whole pages. Raises OSError.
+        """Turn `size_bytes` at `offset` into a window onto the segment; whole pages, maybe none. Raises OSError.
 
         What was there is gone; a write there ends the process with SIGSEGV."""
         self._map(offset, size_bytes, mmap.PROT_READ, mmap.MAP_SHARED, segment.fd, segment_offset)
@@ -102,6 +102,8 @@ class Arena:
 
     def _map(self, offset: int, size_bytes: int, access: int, flags: int, fd: int, fd_offset: int) -> None:
         end = offset + -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
+        if end == offset:
+            return
         assert 0 <= offset < end <= len(self._memory) and not offset % PAGE_BYTES and not fd_offset % PAGE_BYTES
         result = _libc.mmap(self._address + offset, end - offset, access, flags | _MAP_FIXED, fd, fd_offset)
         if result == _MAP_FAILED:

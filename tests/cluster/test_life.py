@@ -218,7 +218,7 @@ def test_a_job_that_wants_more_workers_says_so_and_starts_when_one_comes(wide: W
 def test_describe_shows_how_trainers_and_partitions_are_connected(wide: Wide, cluster: LocalCluster) -> None:
     cluster.until(wide.job, lambda found: len(found.connections) == 3)
     text = cluster.psctl("describe", wide.job).stdout
-    assert re.search(r"Transports:\n  unix: +trainer-partition 0-0, 1-0, 2-0", text)
+    assert re.search(r"Transports:\n  shm: +trainer-partition 0-0, 1-0, 2-0", text)
 
 
 def test_a_live_job_cannot_be_deleted_and_waiting_for_it_has_a_limit(wide: Wide, cluster: LocalCluster) -> None:

@@ -218,6 +218,15 @@ def test_a_window_beside_the_arena_or_the_pages_is_our_own_mistake(offset: int, 
     assert not any(arena.view)
 
 
+def test_a_window_onto_nothing_is_none() -> None:
+    """A partition of a small model may hold no word of it."""
+    arena, segment = Arena(PAGE_BYTES), Segment.create(0, writable_by_others=False)
+    arena.view[:1] = b"x"
+    arena.show(0, segment, 0, 0)
+
+    assert arena.view[:1] == b"x"
+
+
 def test_a_write_to_a_window_ends_the_process_and_changes_nothing() -> None:
     """Nobody can do it unnoticed."""
     segment = Segment.create(PAGE_BYTES, writable_by_others=False)
