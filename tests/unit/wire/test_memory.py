@@ -209,7 +209,7 @@ def test_part_of_a_page_takes_the_whole_page_along() -> None:
 
 @pytest.mark.parametrize(
     ("offset", "segment_offset", "size"),
-    [(1, 0, 1), (0, 1, 1), (0, 0, 0), (-PAGE_BYTES, 0, 1), (PAGE_BYTES, 0, PAGE_BYTES + 1), (2 * PAGE_BYTES, 0, 1)],
+    [(1, 0, 1), (0, 1, 1), (-PAGE_BYTES, 0, 1), (PAGE_BYTES, 0, PAGE_BYTES + 1), (2 * PAGE_BYTES, 0, 1)],
 )
 def test_a_window_beside_the_arena_or_the_pages_is_our_own_mistake(offset: int, segment_offset: int, size: int) -> None:
     segment, arena = Segment.create(2 * PAGE_BYTES, writable_by_others=False), Arena(2 * PAGE_BYTES)
