@@ -32,8 +32,8 @@ def trained(spec: Mapping[str, Any]) -> dict[str, float]:
     `daemons_cpu_s_per_sample`."""
     workers, partitions = spec["workers"]["max"], spec["servers"]["partitions"]
     with _cluster(workers, partitions) as (connected, daemons):
-        children = CpuSeries(lambda: [child for daemon in daemons for child in daemon.children()])
-        around = CpuSeries(lambda: daemons)
+        children = CpuSeries(lambda: [kid for daemon in daemons for kid in daemon.children()], workers + partitions)
+        around = CpuSeries(lambda: daemons, len(daemons))
         with children.watch(), around.watch():
             job = connected.submit(parse_spec(spec))
             connected.wait(job, "succeeded", timeout_s=DEADLINE_S)

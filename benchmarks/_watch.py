@@ -13,7 +13,7 @@ from types import TracebackType
 import numpy as np
 import psutil
 
-_CPU_INTERVAL_S = 0.05
+_CPU_INTERVAL_S = 0.2
 _MEMORY_INTERVAL_S = 0.005
 
 
@@ -43,11 +43,12 @@ class Watch:
 
 
 class CpuSeries:
-    """User and system seconds of processes over time. `find` names them; it is asked again at every look, since they
-    may still have to start."""
+    """User and system seconds of `count` processes over time. `find` names them, and is asked until they have all
+    started: it may read the whole process table, which is nothing to do while something else is measured."""
 
-    def __init__(self, find: Callable[[], Iterable[psutil.Process]]) -> None:
+    def __init__(self, find: Callable[[], Iterable[psutil.Process]], count: int) -> None:
         self._find = find
+        self._count = count
         self._seen: dict[int, psutil.Process] = {}
         self._series: dict[int, list[tuple[float, float]]] = {}
 
@@ -56,8 +57,9 @@ class CpuSeries:
 
     def look(self) -> None:
         """Take one sample of each process."""
-        for process in self._find():
-            self._seen.setdefault(process.pid, process)
+        if len(self._seen) < self._count:
+            for process in self._find():
+                self._seen.setdefault(process.pid, process)
         for pid, process in self._seen.items():
             try:
                 spent = process.cpu_times()

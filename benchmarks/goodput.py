@@ -51,7 +51,7 @@ def ours(steps: int, transport: str, *, pairs: int = 1, adamw: bool = False) -> 
     starter = Starter(trainer=(str(DRIVER), *(["--touch"] if adamw else [])))
     job_spec = spec(workers=pairs, partitions=pairs, steps=steps, transport=transport)
     with started(job_spec, starter) as (job, pids):
-        series = CpuSeries(partial(map, psutil.Process, pids.values()))
+        series = CpuSeries(partial(map, psutil.Process, pids.values()), len(pids))
         fill(job)
         with series.watch():
             times = train(job, SKIP)

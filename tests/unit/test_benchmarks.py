@@ -168,7 +168,7 @@ def test_cpu_seconds_are_those_between_two_times(monkeypatch: pytest.MonkeyPatch
         SimpleNamespace(pid=pid, cpu_times=lambda pid=pid: SimpleNamespace(user=pid * clock.now, system=clock.now))
         for pid in (1, 2)
     ]
-    series = watch.CpuSeries(lambda: processes[: 1 if clock.now < 1 else 2])
+    series = watch.CpuSeries(lambda: processes[: 1 if clock.now < 1 else 2], 2)
     for now in (0.0, 1.0, 2.0, 4.0):
         clock.now = now
         series.look()
