@@ -37,13 +37,13 @@ class Key:
     how: Literal["ratio", "difference"] = "ratio"
 
     def is_measured(self, found: Found) -> bool:
-        """Whether every side that it needs was run."""
-        return all(side in found for side in (*self.of, *self.over))
+        """Whether of each group that it needs a side was run."""
+        return all(any(side in found for side in group) for group in (self.of, self.over) if group)
 
     def sides(self, found: Found) -> list[str]:
-        """The sides that count: one of `of`, and one of `over` if there is any."""
+        """The sides that count: one of `of`, and one of `over` if there is any; of those that were run."""
         choose = min if self.best == "lowest" else max
-        groups = [group for group in (self.of, self.over) if group]
+        groups = [[side for side in group if side in found] for group in (self.of, self.over) if group]
         return [choose(group, key=lambda side: statistics.median(found[side][self.what])) for group in groups]
 
     def compared(self, found: Found) -> str:

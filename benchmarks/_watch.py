@@ -13,7 +13,7 @@ from types import TracebackType
 import numpy as np
 import psutil
 
-_CPU_INTERVAL_S = 0.2
+_CPU_INTERVAL_S = 0.05
 _MEMORY_INTERVAL_S = 0.005
 
 
