@@ -66,6 +66,8 @@ def ours(shape: Shape, steps: int, compiled: bool) -> dict[str, float]:
     with started(shape.job(steps, compiled=compiled), Starter(), device=shape.device) as (job, _):
         fill(job)
         times = train(job, SKIP)
+        before = {name: child.counters for name, child in job.children.items()}
+        job.wait(lambda: all(child.counters is not before[name] for name, child in job.children.items()), "counters")
         step_s = statistics.median(later - earlier for earlier, later in itertools.pairwise(times))
         return {"tokens_s": shape.tokens / step_s, "step_s": step_s} | phases(job.children.values(), steps)
 

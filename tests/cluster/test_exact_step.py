@@ -66,6 +66,32 @@ def test_rounding_on_the_wire_is_part_of_the_step(push: str, pull: str, lm_diges
     assert plain.digest != lm_digest
 
 
+def test_bf16_autocast_gives_the_same_bits_for_any_number_of_workers(tmp_path: Path) -> None:
+    digests = set()
+    for workers in (1, 3):
+        spec = lm_spec(partitions=2, steps=4, d_model=64)
+        spec["train"] |= {"autocast": "bf16"}
+        with StaticJob(spec, workers, tmp_path / str(workers)) as job:
+            job.wait_ready()
+            job.publish(crossed_split(NUM_SHARDS, workers))
+            digests.add(job.wait_finished())
+    assert len(digests) == 1
+    assert digests != {train_plainly(lm_spec(steps=4, d_model=64)).digest}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_one_and_two_trainers_on_a_device_give_the_same_bits(tmp_path: Path) -> None:
+    digests = set()
+    for workers in (1, 2):
+        spec = lm_spec(partitions=2, steps=6)
+        spec["workers"] |= {"device": "cuda"}
+        with StaticJob(spec, workers, tmp_path / str(workers), device="cuda:0") as job:
+            job.wait_ready()
+            job.publish(crossed_split(NUM_SHARDS, workers))
+            digests.add(job.wait_finished())
+    assert len(digests) == 1
+
+
 def test_shards_that_move_in_every_generation_change_no_bit(lm_digest: str, tmp_path: Path) -> None:
     with StaticJob(lm_spec(partitions=2, pause_s=0.02), 3, tmp_path) as job:
         job.wait_ready()
