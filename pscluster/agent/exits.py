@@ -37,6 +37,7 @@ class Exit:
     failure: Failure | None = None
     last_words: Sequence[str] = ()
 
+
 _OF_SEGFAULTS = (
     "its log has the Python lines; besides a fault in an extension, that is how a write to the model's parameters "
     "ends, which are shared memory: change no parameter in the task's own code"
