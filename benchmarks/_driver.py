@@ -53,7 +53,7 @@ class Driver:
         if work.action == "initialise":
             self._exchange.send_initial(work)
             return
-        assert self._exchange.want(work.version, exact=work.action != "train")
+        assert self._exchange.want(work, work.version, exact=work.action != "train")
         self._exchange.wait_values(work)
         if work.action == "train":
             self._train(work)
@@ -70,7 +70,7 @@ class Driver:
             for bucket, gradients in self._gradients.items():
                 self._exchange.push_gradients(work, bucket, Node(shard, 1), list(gradients))
             self._exchange.push_summary(work, Node(shard, 1), self._summary)
-        self._exchange.want(work.version + 1)
+        self._exchange.want(work, work.version + 1)
         self._exchange.wait_values(work)
 
 

@@ -87,7 +87,7 @@ class PlayedTrainer:
             self._done[work.key].update(work.shards)
             return True
         if self._run is None:
-            if not exchange.want(work.version, exact=work.action != "train"):
+            if not exchange.want(work, work.version, exact=work.action != "train"):
                 self._give_up(work)
                 return True
             self._begin(work)
@@ -152,7 +152,7 @@ class PlayedTrainer:
         self._done[work.key].add(shard)
         if self._run is not None and self._done[work.key].issuperset(self._run.shards):
             self._end(work)
-            exchange.want(work.version + 1)
+            exchange.want(work, work.version + 1)
 
     def _gradient(self, number: int, shard: int) -> torch.Tensor:
         values = self._tensor(number)

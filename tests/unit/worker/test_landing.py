@@ -254,3 +254,12 @@ class LandingAgainstMemory(RuleBasedStateMachine):
 
 TestLandingAgainstMemory = LandingAgainstMemory.TestCase
 TestLandingAgainstMemory.settings = settings(max_examples=200, stateful_step_count=40)
+
+
+def test_memory_that_holds_no_version_yet_is_no_way_back() -> None:
+    """After a restart, whatever lies in memory belongs to another timeline."""
+    it = Landing(LAYOUT, 1)
+    it.restart()
+    it.want(1)
+
+    assert it.want(0) == "gone"

@@ -131,12 +131,16 @@ class Exchange:
                 and (directive.version, directive.action) == (work.version, work.action)
             )
 
-    def want(self, version: int, exact: bool = False) -> bool:
+    def want(self, work: Work, version: int, exact: bool = False) -> bool:
         """Have exactly this version land from now on; the main thread must be between microbatches.
 
         `exact`: as the partitions hold it, whatever the pull codec. Going back to the version that is held succeeds
-        while nothing of the newer one has begun to land. False: it is gone, a newer directive will come."""
-        answer = self.values.want(version, exact)
+        while nothing of the newer one has begun to land. False: it is gone, a newer directive will come, or the work is
+        of an older timeline, whose versions must not be asked for in the newer one."""
+        with self._changed:
+            if self._timeline() != work.timeline:
+                return False
+            answer = self.values.want(version, exact)
         if answer == "missing":
             self._reactor.post(self._pull_all)
         return answer != "gone"

@@ -52,7 +52,7 @@ class Landing:
             self._holds_before = False
             self.wanted, self.exact, self._missing = version, self._exact_before, {}
         if version > self.wanted:
-            self._exact_before, self._holds_before = self.exact, not self._missing
+            self._exact_before, self._holds_before = self.exact, self.wanted >= 0 and not self._missing
             self.wanted, self.exact, self._missing = version, exact, dict.fromkeys(self._places(), False)
         if self.exact != exact:
             rounds = self.exact and not self._missing

@@ -92,7 +92,7 @@ class Trainer:
             self._done[work.key].update(work.shards)
             return
         self._pristine = False
-        if not self._exchange.want(work.version, exact=work.action != "train"):
+        if not self._exchange.want(work, work.version, exact=work.action != "train"):
             raise SupersededError(f"version {work.version} is gone")
         with self._counters.phase("pull"):
             self._wait_for_start(work)
@@ -142,7 +142,7 @@ class Trainer:
             self._exchange.push_summary(work, node, summary)
         self._push_buffers(work, self._buffers.flush())
         if self._done[work.key].issuperset(work.shards):
-            self._exchange.want(work.version + 1)
+            self._exchange.want(work, work.version + 1)
 
     def _microbatch(self, work: Work, shard: int) -> None:
         """One shard's gradient, from batch to `push`. A microbatch without samples contributes zeros."""
