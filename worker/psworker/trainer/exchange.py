@@ -1,9 +1,10 @@
 """A trainer's side of the data plane: what there is to do, values in, gradients out.
 
 Two threads meet here. The reactor's thread moves bytes and hears directives and plans; the main thread asks for work
-(`next_work`), waits for values, and pushes. One lock guards what they share; nothing blocks while it is held.
+(`next_work`), waits for values, and pushes. One lock guards what they share; nothing waits for a peer while it is held.
 
-Values land straight in the replica's memory (see `landing`); what to do is decided in `work`.
+Values land straight in the replica's memory, or are windows onto a partition's (see `values` and `landing`); what to do
+is decided in `work`. Gradients go through `staging`, which on a CUDA device copies them behind backward.
 """
 
 from __future__ import annotations
