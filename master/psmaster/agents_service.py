@@ -81,6 +81,9 @@ class AgentsService(agents_pb2_grpc.AgentsServicer):
         exit_ = inbound.exit_of(status) if body == "status" else None
         if exit_ is not None:
             await self._take_exit(stream, sequence, status.process_id, exit_)
+        elif body == "status":
+            suspicion = inbound.suspicion_of(status)
+            await core.tell(stream, sequence, lambda turn: turn.suspected(node_id, status.process_id, suspicion))
         elif body == "event" and report is not None:
             await self._take_report(stream, sequence, message.event.process_id, report)
         elif body == "goodbye":

@@ -8,7 +8,7 @@ from psmaster.draft import View
 from psmaster.jobs import Condition, Instant, Job, JobState
 from psmaster.planner import with_device
 from psmaster.processes import ready_facts
-from psmaster.seats import Kind, Seat
+from psmaster.seats import Kind, Seat, counted_on
 
 
 def reason(job: Job, view: View, queued: str) -> str:
@@ -24,14 +24,16 @@ def reason(job: Job, view: View, queued: str) -> str:
     away = [seat for seat in job.partitions if not seat.active]
     if away:
         return "recovers: waits for " + ", ".join(_where(seat, job) for seat in away)
-    active = [seat for seat in job.trainers if seat.active]
+    active = counted_on(job.trainers)
     if not active:
         return "waits for a trainer: " + ", ".join(_where(seat, job) for seat in job.trainers)
     if job.state is JobState.STARTING:
         return "waits for the first step"
-    waiting = len(job.trainers) - len(active)
+    waiting = sum(1 for seat in job.trainers if not seat.active)
+    stuck = [f"{seat.name} on {seat.node_id}" for seat in job.trainers if seat.suspect]
     trains = f"trains on {len(active)} worker{'s' if len(active) > 1 else ''}"
-    return trains + (f"; {waiting} more on the way" if waiting else "")
+    trains += f"; {waiting} more on the way" if waiting else ""
+    return trains + (f"; hears nothing of {', '.join(stuck)}" if stuck else "")
 
 
 def _starting(job: Job, view: View) -> str:

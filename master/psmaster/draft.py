@@ -19,6 +19,7 @@ class Limits:
     """What reconciliation waits for and bears. Durations are on the monotonic clock."""
 
     suspicion_s: float = 3.0  # silence after which a node is dead
+    trainer_grace_s: float = 30.0  # how long a trainer that does not get on may live before it is replaced
     max_losses: int = 5  # processes one seat may lose without a new step in between
     gather_s: float = 5.0  # how long other nodes' failures at start are waited for
     finish_grace_s: float = 30.0  # how long a finished job waits for its last snapshot to be complete
@@ -82,6 +83,7 @@ class Draft:
                 node_id=node.node_id,
                 incarnation=node.incarnation,
                 active=False,
+                suspect=False,
                 shards=(),
                 addresses=(),
                 device="",
@@ -97,6 +99,7 @@ class Draft:
                 incarnation="",
                 last_node_id=seat.node_id,
                 active=False,
+                suspect=False,
                 shards=(),
                 addresses=(),
                 device="",

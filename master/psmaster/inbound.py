@@ -14,6 +14,10 @@ from psmaster.registry import Node, Role
 from psmaster.reports import Connected, Evaluated, Progress, StepRecord
 from psmaster.turn import Report
 
+_SUSPICIONS = {
+    agents_pb2.ProcessStatus.SUSPICION_SILENT: "silent",
+    agents_pb2.ProcessStatus.SUSPICION_STALLED: "stalled",
+}
 _ROLES = {agents_pb2.Role.ROLE_WORKER: Role.WORKER, agents_pb2.Role.ROLE_SERVER: Role.SERVER}
 
 
@@ -49,7 +53,13 @@ def _process(node_id: str, state: agents_pb2.ProcessState) -> Process:
         trainer=ready if isinstance(ready, TrainerFacts) else None,
         partition=ready if isinstance(ready, PartitionFacts) else None,
         exit=exit_of(state.status),
+        suspicion=suspicion_of(state.status),
     )
+
+
+def suspicion_of(m: agents_pb2.ProcessStatus) -> str:
+    """How a process looks while it runs: "silent", "stalled", or empty."""
+    return _SUSPICIONS.get(m.suspicion, "") if m.phase == agents_pb2.ProcessStatus.PHASE_RUNNING else ""
 
 
 def exit_of(m: agents_pb2.ProcessStatus) -> Exit | None:

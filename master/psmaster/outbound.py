@@ -66,7 +66,7 @@ def _trainer_seat(seat: Seat) -> plan_pb2.TrainerSeat:
         node_id=seat.node_id,
         attempt=seat.attempt,
         shards=[plan_pb2.ShardRange(first=first, count=count) for first, count in seat.shards],
-        active=seat.active,
+        active=seat.active and not seat.suspect,
         device=seat.device,
     )
 

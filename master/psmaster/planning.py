@@ -7,7 +7,7 @@ from dataclasses import replace
 from psmaster import catalogue
 from psmaster.draft import Draft, View
 from psmaster.planner import deal_shards
-from psmaster.seats import Plan, Seat
+from psmaster.seats import Plan, Seat, counted_on
 
 
 def replan(draft: Draft, _view: View) -> None:
@@ -18,7 +18,7 @@ def replan(draft: Draft, _view: View) -> None:
     if plan is None or any(not seat.active for seat in job.partitions):
         return
     held = {(seat.rank, seat.attempt) for seat in job.partitions}
-    active = frozenset((seat.rank, seat.attempt) for seat in job.trainers if seat.active)
+    active = frozenset((seat.rank, seat.attempt) for seat in counted_on(job.trainers))
     if held != {(seat.rank, seat.attempt) for seat in plan.partitions}:
         if active:
             make_plan(draft, restore=True)
@@ -33,7 +33,7 @@ def make_plan(draft: Draft, *, restore: bool) -> None:
     """The plan of the next generation over the seats that are active; with `restore`, from the newest snapshot."""
     job = draft.job
     generation = job.generation + 1
-    runs = deal_shards(job.num_shards, [seat.rank for seat in job.trainers if seat.active])
+    runs = deal_shards(job.num_shards, [seat.rank for seat in counted_on(job.trainers)])
     trainers = tuple(replace(seat, shards=runs.get(seat.rank, ())) for seat in job.trainers)
     plan = Plan(
         generation=generation,
@@ -81,7 +81,7 @@ def _restore(draft: Draft, plan: Plan, *, fresh: bool) -> None:
 
 
 def _dealt(trainers: tuple[Seat, ...]) -> str:
-    active = [seat for seat in trainers if seat.active]
+    active = counted_on(trainers)
     listed = ", ".join(f"{seat.name} {_run_text(seat)}" for seat in active[:8])
     return f"shards dealt to {listed}" + (", ..." if len(active) > 8 else "") if active else "no trainer is active"
 

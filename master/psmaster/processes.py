@@ -8,11 +8,14 @@ from __future__ import annotations
 import signal as signals
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from pscluster.errors import OutOfMemoryError, ProcessLostError
 from psmaster.jobs import Check, Job, Problem
-from psmaster.planner import NodeView
 from psmaster.seats import Kind, Seat
+
+if TYPE_CHECKING:
+    from psmaster.draft import View
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +78,8 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Process:
-    """One process as its agent reported it."""
+    """One process as its agent reported it. `suspicion`: empty, "silent" or "stalled", since `suspect_since_s` on the
+    monotonic clock."""
 
     process_id: str
     node_id: str
@@ -83,6 +87,8 @@ class Process:
     partition: PartitionFacts | None = None
     exit: Exit | None = None
     failure: Failure | None = None
+    suspicion: str = ""
+    suspect_since_s: float = 0.0
 
     @property
     def living(self) -> bool:
@@ -96,7 +102,7 @@ Processes = Mapping[str, Process]
 class Loss:
     """A seat's process is gone. `counted`: it speaks against the job and is bounded; the loss of a node does not."""
 
-    cause: str  # "exit", "signal", "memory", "failure", "node"
+    cause: str  # "exit", "signal", "memory", "failure", "silence", "node"
     message: str
     problem: Problem
     counted: bool
@@ -115,16 +121,18 @@ def failure_of(seat: Seat, job: Job, processes: Processes) -> Failure | None:
     return None
 
 
-def loss_of(seat: Seat, job: Job, nodes: Mapping[str, NodeView], processes: Processes) -> Loss | None:
+def loss_of(seat: Seat, job: Job, view: View) -> Loss | None:
     """How the process in `seat` was lost; None while nothing says that it was."""
     if not seat.placed:
         return None
-    process = processes.get(seat.process_id(job.job_id))
+    process = view.processes.get(seat.process_id(job.job_id))
     if process is not None and process.failure is not None:
         return _lost(seat, "failure", f"reported {process.failure.error}", process.failure.error)
     if process is not None and process.exit is not None:
         return _ended(seat, process.exit, job)
-    node = nodes.get(seat.node_id)
+    if process is not None and process.suspicion and (silence := _silence(seat, process, view)):
+        return silence
+    node = view.nodes.get(seat.node_id)
     if node is None:
         return _gone(seat, f"is lost: node {seat.node_id} has left")
     if not node.alive:
@@ -132,6 +140,15 @@ def loss_of(seat: Seat, job: Job, nodes: Mapping[str, NodeView], processes: Proc
     if node.incarnation != seat.incarnation:
         return _gone(seat, f"is lost: the daemon of {seat.node_id} was restarted")
     return None
+
+
+def _silence(seat: Seat, process: Process, view: View) -> Loss | None:
+    """A partition that no longer beats holds up everybody and is replaced at once. Of a trainer others do the work
+    meanwhile: it has time to come back."""
+    lasted_s = view.now.mono_s - process.suspect_since_s
+    if seat.kind is Kind.TRAINER and lasted_s < view.limits.trainer_grace_s:
+        return None
+    return _lost(seat, "silence", "lives, but no longer beats or gets on", None)
 
 
 def _ended(seat: Seat, exit_: Exit, job: Job) -> Loss | None:

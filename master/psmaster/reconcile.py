@@ -27,6 +27,7 @@ _STAGES = (
     recovery.place,
     starting.first_plan,
     recovery.join,
+    recovery.suspect,
     planning.replan,
 )
 _MAX_PASSES = 100  # each pass but the last excludes a node, joins a process or makes a plan; these run out

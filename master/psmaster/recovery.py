@@ -18,7 +18,7 @@ from psmaster.seats import Kind, Seat
 def lose(draft: Draft, view: View) -> None:
     """Empty the seats whose process is gone. FAILED when one seat loses too many without a new step in between."""
     for seat in draft.job.seats:
-        loss = loss_of(seat, draft.job, view.nodes, view.processes)
+        loss = loss_of(seat, draft.job, view)
         if loss is None or (draft.job.finished is not None and seat.kind is Kind.TRAINER):
             continue
         if failure_of(seat, draft.job, view.processes) is not None:
@@ -59,6 +59,24 @@ def _begin_recovery(draft: Draft, kind: Kind) -> None:
     since = held.since_s if held else draft.now.mono_s
     worst = Kind.PARTITION if Kind.PARTITION in (kind, held.kind if held else kind) else Kind.TRAINER
     draft.update(recovery=Recovery(kind=worst, since_s=since))
+
+
+def suspect(draft: Draft, view: View) -> None:
+    """Mark the trainers that live and do not get on: others compute their shards until they are heard again.
+
+    Nothing is lost by an error here, nor by a late return: what two compute counts once."""
+    for seat in draft.job.trainers:
+        process = view.processes.get(seat.process_id(draft.job.job_id))
+        suspicion = process.suspicion if process is not None and seat.active else ""
+        if bool(suspicion) == seat.suspect:
+            continue
+        draft.put(replace(seat, suspect=bool(suspicion)))
+        if suspicion:
+            what = "no longer beats" if suspicion == "silent" else "has been at one microbatch for far too long"
+            draft.say("TrainerSuspect", f"{seat.name} on {seat.node_id} {what}", warning=True)
+            _begin_recovery(draft, seat.kind)
+        elif seat.active:
+            draft.say("TrainerBack", f"{seat.name} on {seat.node_id} gets on again")
 
 
 def place(draft: Draft, view: View) -> None:

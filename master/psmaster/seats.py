@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -21,7 +22,8 @@ class Seat:
 
     `node_id` is empty while no node has room. `incarnation` is the life of the node that was asked to run it: in
     another life of that node the process is gone. `attempt` counts the processes of this seat from 1; 0 before the
-    first. `active`: the newest plan counts on it. `shards` are (first, count) runs, trainers only; `addresses` are
+    first. `active`: it is ready. `suspect`: it lives and does not get on; shards go to others, if there are any, until
+    it is heard again. `shards` are (first, count) runs, trainers only; `addresses` are
     where a partition listens; `device` is where a trainer computes, once it is active. `losses`: processes lost here
     since the job last reached a new step.
     """
@@ -33,6 +35,7 @@ class Seat:
     incarnation: str = ""
     last_node_id: str = ""
     active: bool = False
+    suspect: bool = False
     shards: tuple[tuple[int, int], ...] = ()
     addresses: tuple[str, ...] = ()
     device: str = ""
@@ -49,6 +52,12 @@ class Seat:
     def process_id(self, job_id: str) -> str:
         """The id of the process that fills this seat now; unique for ever."""
         return f"{job_id}/{self.name}/{self.attempt}"
+
+
+def counted_on(trainers: Iterable[Seat]) -> tuple[Seat, ...]:
+    """The trainers that shards are dealt to: the active ones, those under suspicion only when there are no others."""
+    active = [seat for seat in trainers if seat.active]
+    return tuple(seat for seat in active if not seat.suspect) or tuple(active)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +77,7 @@ class Plan:
     @property
     def active(self) -> frozenset[tuple[int, int]]:
         """(rank, attempt) of the trainers that are counted on."""
-        return frozenset((seat.rank, seat.attempt) for seat in self.trainers if seat.active)
+        return frozenset((seat.rank, seat.attempt) for seat in counted_on(self.trainers))
 
     def names(self, seat: Seat) -> bool:
         """Whether this plan was made for the very process that fills `seat`."""

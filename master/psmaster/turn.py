@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from pscluster.errors import StateError
 from psmaster import registry, reports, transitions
@@ -55,7 +56,8 @@ class Turn:
         for process in processes:
             if self._seat_of(process.process_id, node_id) is not None:
                 known = self.processes.get(process.process_id)
-                self.processes[process.process_id] = replace(process, failure=known.failure if known else None)
+                failure = known.failure if known else None
+                self.processes[process.process_id] = replace(process, failure=failure, suspect_since_s=self.now.mono_s)
         self._unsettled = True
 
     def detach(self, node_id: str, incarnation: str, *, for_good: bool = False) -> None:
@@ -71,6 +73,12 @@ class Turn:
         """A process ended. Of one that no seat has any more it changes nothing."""
         if self._seat_of(process_id, node_id) is not None:
             self._know(process_id, node_id, exit=exit_)
+
+    def suspected(self, node_id: str, process_id: str, suspicion: str) -> None:
+        """A process lives and does not get on ("silent", "stalled"), or does again (empty). Repeats change nothing."""
+        held = self.processes.get(process_id)
+        if self._seat_of(process_id, node_id) is not None and (held.suspicion if held else "") != suspicion:
+            self._know(process_id, node_id, suspicion=suspicion, suspect_since_s=self.now.mono_s)
 
     def reported(self, node_id: str, process_id: str, report: Report) -> None:
         """A process reported something. What replaced processes say changes nothing, except that a snapshot part which
@@ -104,10 +112,9 @@ class Turn:
             return reports.evaluated(job, report, self.catalogues[job.job_id])
         return reports.finished(job, report, self.now)
 
-    def _know(self, process_id: str, node_id: str, **facts: TrainerFacts | PartitionFacts | Failure | Exit) -> None:
+    def _know(self, process_id: str, node_id: str, **facts: Any) -> None:
         held = self.processes.get(process_id) or Process(process_id=process_id, node_id=node_id)
-        changes: dict[str, object] = {**facts}
-        self.processes[process_id] = replace(held, **changes)  # type: ignore[arg-type]
+        self.processes[process_id] = replace(held, **facts)
         self._unsettled = True
 
     def _seat_of(self, process_id: str, node_id: str) -> Seat | None:

@@ -24,6 +24,7 @@ from pscluster.agent.exits import NOT_STARTED, Exit, classify, detail_of
 from pscluster.agent.launch import BUNDLE_DIR, SOCKET_DIR
 from pscluster.agent.leftovers import AgentDirectories
 from pscluster.agent.output import Backlog
+from pscluster.agent.suspicion import Heard
 from pscluster.devices import AUTO
 from pscluster.errors import InternalError, PsError, StorageError, UnreachableError
 from pscluster.v1.agents_pb2 import AgentMessage, LogLine, ProcessEvent, ProcessState, ProcessStatus
@@ -59,10 +60,8 @@ class Process:
         """`number` is unique within the agent's life: it names the process's directories."""
         self.spec = spec
         self.plan: Plan | None = spec.plan if spec.HasField("plan") else None
-        self.beat_at: float | None = None
-        """Loop time of the last beat."""
-        self.silent = False
-        """It stopped beating, and that was noticed."""
+        self.heard: Heard | None = None
+        """Its last beat."""
         self._site = site
         self._log = _log.bind(process_id=spec.process_id)
         self._status = ProcessStatus(process_id=spec.process_id)
@@ -129,6 +128,16 @@ class Process:
         else:
             self.spec.plan.CopyFrom(plan)
 
+    @property
+    def suspicion(self) -> ProcessStatus.Suspicion:
+        """What the master was last told of it."""
+        return self._status.suspicion
+
+    def suspect(self, suspicion: ProcessStatus.Suspicion) -> None:
+        """Tell the master how the living process looks."""
+        self._status.suspicion = suspicion
+        self._site.emit(AgentMessage(status=self._status))
+
     # What the child says (Listener).
 
     def reported(self, report: ProcessReport) -> None:
@@ -137,7 +146,8 @@ class Process:
             self._site.metrics.keep(self.spec, report.counters)
             return
         if body == "beat":
-            self.beat_at = asyncio.get_running_loop().time()
+            now_s = asyncio.get_running_loop().time()
+            self.heard = Heard(at_s=now_s, busy_s=report.beat.busy_s, typical_s=report.beat.typical_s)
             return
         if body in ("trainer_ready", "partition_ready"):
             self._ready = report

@@ -13,22 +13,18 @@ from pscluster.agent import metrics
 from pscluster.agent.child import Patience
 from pscluster.agent.process import Process, Site, wanted_device
 from pscluster.agent.reconcile import reconcile
+from pscluster.agent.suspicion import SILENCE_S, WORDS, suspicion_of
 from pscluster.devices import modesty
 from pscluster.v1.agents_pb2 import Assignment, ProcessState
 from pscluster.v1.plan_pb2 import ProcessSpec
 
-WATCH_S = 1.0
-SILENCE_S = 10.0
-"""A living process that beat once and then not for so long is reported in log and metrics."""
+WATCH_S = 0.25
+AT_ONCE = Patience(terminate_s=0.0, kill_s=0.0)
+"""For a process that does not listen any more."""
 MAX_REMEMBERED = 10_000
 """Ids of processes that ran here and are never started again."""
 
 _log = structlog.get_logger(__name__)
-
-
-def is_silent(now: float, beat_at: float | None, silence_s: float = SILENCE_S) -> bool:
-    """Whether a process should have beaten by `now`; one that never did is still loading."""
-    return beat_at is not None and now - beat_at > silence_s
 
 
 class Supervisor:
@@ -50,7 +46,8 @@ class Supervisor:
         living = {id_: process.plan for id_, process in self._processes.items() if process.living}
         actions = reconcile(assignment.processes, living, self._ever_ran)
         for process_id in actions.stop:
-            self._spawn(self._processes[process_id].end(self._patience))
+            process = self._processes[process_id]
+            self._spawn(process.end(AT_ONCE if process.suspicion else self._patience))
         for spec in sorted(actions.start, key=_modesty):
             self._num_started += 1
             self._remember(spec.process_id)
@@ -66,22 +63,32 @@ class Supervisor:
         return [process.state() for process in self._processes.values()]
 
     async def watch(self) -> None:
-        """Look for processes that live and no longer beat, for ever."""
+        """Look for processes that live and do not get on, for ever."""
         loop = asyncio.get_running_loop()
+        looked_s = loop.time()
         while True:
-            self.check_beats(loop.time())
             await asyncio.sleep(WATCH_S)
+            now_s = loop.time()
+            # An agent that was itself stopped first reads what was said meanwhile.
+            if now_s - looked_s < 2 * WATCH_S:
+                self.check_beats(now_s)
+            looked_s = now_s
 
-    def check_beats(self, now: float) -> None:
-        """Log and count each process that fell silent since the last check; the decision is the master's."""
+    def check_beats(self, now_s: float) -> None:
+        """Tell the master of each process that is suspected since the last check, or is no longer; it decides."""
         living = [process for process in self._processes.values() if process.living]
         metrics.PROCESSES.set(len(living))
         for process in living:
-            silent = is_silent(now, process.beat_at)
-            if silent and not process.silent:
-                metrics.SILENCES.inc()
-                _log.warning("a process lives but does not beat", process_id=process.spec.process_id)
-            process.silent = silent
+            found = suspicion_of(now_s, process.heard, SILENCE_S[process.spec.kind])
+            if found == process.suspicion:
+                continue
+            if found:
+                metrics.SUSPICIONS.labels(kind=WORDS[found]).inc()
+            _log.warning(
+                "a process is " + (f"suspected: {WORDS[found]}" if found else "heard again"),
+                process_id=process.spec.process_id,
+            )
+            process.suspect(found)
 
     async def close(self) -> None:
         """End every process and wait until each exit was told. No assignment counts any more."""

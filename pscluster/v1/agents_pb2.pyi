@@ -110,7 +110,7 @@ class Goodbye(_message.Message):
     def __init__(self) -> None: ...
 
 class ProcessStatus(_message.Message):
-    __slots__ = ("process_id", "phase", "exit_code", "signal", "out_of_memory", "pid", "error", "expected")
+    __slots__ = ("process_id", "phase", "exit_code", "signal", "out_of_memory", "pid", "error", "expected", "suspicion")
     class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         PHASE_UNSPECIFIED: _ClassVar[ProcessStatus.Phase]
@@ -119,6 +119,14 @@ class ProcessStatus(_message.Message):
     PHASE_UNSPECIFIED: ProcessStatus.Phase
     PHASE_RUNNING: ProcessStatus.Phase
     PHASE_EXITED: ProcessStatus.Phase
+    class Suspicion(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        SUSPICION_NONE: _ClassVar[ProcessStatus.Suspicion]
+        SUSPICION_SILENT: _ClassVar[ProcessStatus.Suspicion]
+        SUSPICION_STALLED: _ClassVar[ProcessStatus.Suspicion]
+    SUSPICION_NONE: ProcessStatus.Suspicion
+    SUSPICION_SILENT: ProcessStatus.Suspicion
+    SUSPICION_STALLED: ProcessStatus.Suspicion
     PROCESS_ID_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     EXIT_CODE_FIELD_NUMBER: _ClassVar[int]
@@ -127,6 +135,7 @@ class ProcessStatus(_message.Message):
     PID_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_FIELD_NUMBER: _ClassVar[int]
+    SUSPICION_FIELD_NUMBER: _ClassVar[int]
     process_id: str
     phase: ProcessStatus.Phase
     exit_code: int
@@ -135,7 +144,8 @@ class ProcessStatus(_message.Message):
     pid: int
     error: _plan_pb2.ErrorDetail
     expected: bool
-    def __init__(self, process_id: _Optional[str] = ..., phase: _Optional[_Union[ProcessStatus.Phase, str]] = ..., exit_code: _Optional[int] = ..., signal: _Optional[int] = ..., out_of_memory: bool = ..., pid: _Optional[int] = ..., error: _Optional[_Union[_plan_pb2.ErrorDetail, _Mapping]] = ..., expected: bool = ...) -> None: ...
+    suspicion: ProcessStatus.Suspicion
+    def __init__(self, process_id: _Optional[str] = ..., phase: _Optional[_Union[ProcessStatus.Phase, str]] = ..., exit_code: _Optional[int] = ..., signal: _Optional[int] = ..., out_of_memory: bool = ..., pid: _Optional[int] = ..., error: _Optional[_Union[_plan_pb2.ErrorDetail, _Mapping]] = ..., expected: bool = ..., suspicion: _Optional[_Union[ProcessStatus.Suspicion, str]] = ...) -> None: ...
 
 class ProcessEvent(_message.Message):
     __slots__ = ("process_id", "report")

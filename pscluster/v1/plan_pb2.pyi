@@ -350,10 +350,14 @@ class Counters(_message.Message):
     def __init__(self, samples: _Optional[_Iterable[_Union[Counters.Sample, _Mapping]]] = ...) -> None: ...
 
 class Beat(_message.Message):
-    __slots__ = ("progress",)
+    __slots__ = ("progress", "busy_s", "typical_s")
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    BUSY_S_FIELD_NUMBER: _ClassVar[int]
+    TYPICAL_S_FIELD_NUMBER: _ClassVar[int]
     progress: int
-    def __init__(self, progress: _Optional[int] = ...) -> None: ...
+    busy_s: float
+    typical_s: float
+    def __init__(self, progress: _Optional[int] = ..., busy_s: _Optional[float] = ..., typical_s: _Optional[float] = ...) -> None: ...
 
 class PlanAdopted(_message.Message):
     __slots__ = ("generation", "step")

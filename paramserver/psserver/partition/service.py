@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from pscluster.agent.heart import Heart
 from pscluster.agent.link import ProcessLink
 from pscluster.errors import AuthError, FrameError, PsError
 from pscluster.layout import Layout
@@ -43,7 +44,7 @@ from psserver.partition.step import OpenStep
 from psserver.partition.telemetry import PartitionCounters
 from psserver.partition.uplink import Uplink
 
-BEAT_S = 1.0
+COUNTERS_S = 1.0
 SLICE_S = 0.0015  # of updates, after which trainers hear of them: long enough not to spend it on messages
 MIN_CREDIT_BYTES = 64 << 20
 MAX_LANES = 8  # nodes of one bucket that a trainer may leave in shared memory at a time
@@ -73,6 +74,7 @@ class PartitionService:
         self._early: list[tuple[Client, Header, bytes]] = []
         self._verdict: Verdict | None = None  # being carried out
         self._progress = 0
+        self._heart = Heart(link, lambda: Beat(progress=self._progress))
         self.failed = False
 
     # ---- the agent ----
@@ -82,10 +84,12 @@ class PartitionService:
         self._reactor.watch(self.link.fileno(), self._orders)
         if self.link.start.HasField("plan"):
             self.adopt(self.link.start.plan)
-        self._beat()
+        self._report_counters()
+        self._heart.start()
 
     def close(self) -> None:
         """Finish the snapshots that are begun. After the reactor has stopped."""
+        self._heart.close()
         self._snapshots.close()
 
     def report(self, report: ProcessReport) -> None:
@@ -106,14 +110,13 @@ class PartitionService:
             elif order.WhichOneof("body") == "plan":
                 self.adopt(order.plan)
 
-    def _beat(self) -> None:
-        self.report(ProcessReport(beat=Beat(progress=self._progress)))
+    def _report_counters(self) -> None:
         state_bytes = self.state.size_bytes if self.state else 0
         counters = self.counters.sample(self.index, self.version, state_bytes, self.clients.pull_bytes)
         self.report(ProcessReport(counters=counters))
         if self._lead_wire is not None:
             self._lead_wire.report_progress(time.time())
-        self._reactor.call_later(BEAT_S, self._beat)
+        self._reactor.call_later(COUNTERS_S, self._report_counters)
 
     def fail(self, error: PsError) -> None:
         """Tell the master why this process cannot go on."""

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from pscluster.agent.heart import Heart
 from pscluster.agent.link import ProcessLink
 from pscluster.v1 import plan_pb2 as plan
 
@@ -88,6 +89,13 @@ def count(link: ProcessLink) -> None:
     serve(link)
 
 
+def beating(link: ProcessLink) -> None:
+    heart = Heart(link, plan.Beat)
+    heart.start()
+    serve(link)
+    heart.close()
+
+
 def use_bundle(link: ProcessLink) -> None:
     import users_module  # type: ignore[import-not-found]
 
@@ -109,6 +117,7 @@ MODES: dict[str, Callable[[ProcessLink], None]] = {
     "be_stubborn": be_stubborn,
     "chatter": chatter,
     "count": count,
+    "beating": beating,
     "use_bundle": use_bundle,
     "talk_nonsense": talk_nonsense,
 }

@@ -11,7 +11,6 @@ from pscluster.agent import cgroup, resources
 from pscluster.agent.backoff import CAP_S, delay_s
 from pscluster.agent.metrics import ProcessMetrics
 from pscluster.agent.process import num_threads, wanted_device
-from pscluster.agent.supervisor import is_silent
 from pscluster.v1.plan_pb2 import Counters, ProcessSpec
 
 
@@ -68,12 +67,6 @@ def test_waits_grow_and_stay_bounded_and_differ() -> None:
         assert 0 < low < high <= CAP_S
     assert delay_s(1, 0.999) <= 0.1
     assert delay_s(50, 0.0) == CAP_S / 2
-
-
-def test_silence_needs_a_first_beat() -> None:
-    assert not is_silent(1000.0, None)
-    assert not is_silent(20.0, 10.0)
-    assert is_silent(20.1, 10.0)
 
 
 def test_threads_of_trainers_follow_the_spec() -> None:

@@ -18,6 +18,7 @@ from pscluster.agent.devices import DeviceLedger
 from pscluster.agent.leftovers import AgentDirectories
 from pscluster.agent.process import Site
 from pscluster.agent.supervisor import Supervisor
+from pscluster.agent.suspicion import NONE, SILENT
 from pscluster.v1.agents_pb2 import AgentMessage, Assignment, ProcessStatus
 from pscluster.v1.plan_pb2 import ProcessSpec
 
@@ -84,13 +85,44 @@ def test_a_stopped_process_is_noticed_once(bench: Any) -> None:
         await heard.until(lambda: "trainer_ready" in heard.bodies())
         os.kill(supervisor.states()[0].status.pid, signal.SIGSTOP)
         now = asyncio.get_running_loop().time()
-        before = metrics.SILENCES._value.get()
-        supervisor.check_beats(now + 5)
-        assert metrics.SILENCES._value.get() == before
+        counter = metrics.SUSPICIONS.labels(kind="silent")._value
+        before = counter.get()
+        supervisor.check_beats(now + 1.5)
+        assert counter.get() == before
         supervisor.check_beats(now + 20)
         supervisor.check_beats(now + 30)
-        assert metrics.SILENCES._value.get() == before + 1
-        assert supervisor.states()[0].status.phase == ProcessStatus.PHASE_RUNNING
+        assert counter.get() == before + 1
+        told = [message.status for message in heard.messages if message.HasField("status")]
+        assert [status.suspicion for status in told] == [NONE, SILENT]
+        assert told[-1].phase == ProcessStatus.PHASE_RUNNING
+        assert supervisor.states()[0].status.suspicion == SILENT
+
+    run(bench, body)
+
+
+def test_a_process_that_beats_again_is_no_longer_suspected(bench: Any) -> None:
+    async def body(supervisor: Supervisor, heard: Heard) -> None:
+        supervisor.apply(Assignment(processes=[bench.trainer("trainer-0", "beating")]))
+        await heard.until(lambda: "trainer_ready" in heard.bodies())
+        supervisor.check_beats(asyncio.get_running_loop().time() + 20)
+        assert supervisor.states()[0].status.suspicion == SILENT
+        watching = asyncio.create_task(supervisor.watch())
+        await heard.until(lambda: heard.messages[-1].HasField("status") and not heard.messages[-1].status.suspicion)
+        watching.cancel()
+
+    run(bench, body)
+
+
+def test_a_suspected_process_is_ended_without_patience(bench: Any) -> None:
+    async def body(supervisor: Supervisor, heard: Heard) -> None:
+        supervisor._patience = Patience(terminate_s=1000, kill_s=1000)
+        supervisor.apply(Assignment(processes=[bench.trainer("trainer-0", "count")]))
+        await heard.until(lambda: "trainer_ready" in heard.bodies())
+        os.kill(supervisor.states()[0].status.pid, signal.SIGSTOP)
+        supervisor.check_beats(asyncio.get_running_loop().time() + 20)
+        supervisor.apply(Assignment())
+        await heard.until(lambda: heard.messages[-1].status.phase == ProcessStatus.PHASE_EXITED)
+        assert heard.messages[-1].status.signal == signal.SIGKILL
 
     run(bench, body)
 

@@ -49,6 +49,56 @@ def test_recovery_ends_with_the_first_step_under_the_new_plan(world: World) -> N
     assert [event.seconds for event in recovered] == [0.5]
 
 
+def test_a_suspects_shards_go_to_others_until_it_is_heard_again(world: World) -> None:
+    world.suspect("trainer-0", "silent")
+    assert plan_of(world) == (2, 1, 0)
+    assert [seat.shards for seat in world.job().trainers] == [(), ((0, 8),)]
+    assert world.wanted()["trainer-0"].process_id == "job-aaaaaa/trainer-0/1", "it lives, and may come back"
+    assert world.job().reason == "trains on 1 worker; hears nothing of trainer-0 on worker-0"
+    world.suspect("trainer-0", "silent")
+    assert plan_of(world) == (2, 1, 0), "a repeat changes nothing"
+    world.commit(6)
+    assert "Recovered" in world.reasons()
+    world.suspect("trainer-0", "")
+    assert plan_of(world) == (3, 1, 0)
+    assert [seat.shards for seat in world.job().trainers] == [((0, 4),), ((4, 4),)]
+    assert "TrainerBack" in world.reasons()
+
+
+def test_a_suspect_without_others_keeps_its_shards(world: World) -> None:
+    world.exit("trainer-1", signal=9)
+    world.suspect("trainer-0", "stalled")
+    assert [seat.shards for seat in world.job().trainers] == [((0, 8),), ()]
+    world.report("trainer-1", TRAINER)
+    assert [seat.shards for seat in world.job().trainers] == [(), ((0, 8),)]
+
+
+def test_a_suspect_that_stays_away_is_replaced(world: World) -> None:
+    world.suspect("trainer-0", "silent")
+    world.wait(world.limits.trainer_grace_s - 1)
+    assert world.wanted()["trainer-0"].process_id == "job-aaaaaa/trainer-0/1"
+    world.wait(2)
+    assert world.wanted()["trainer-0"].process_id == "job-aaaaaa/trainer-0/2"
+    assert not world.job().trainers[0].suspect
+    assert "TrainerLost" in world.reasons()
+
+
+def test_a_silent_partition_is_replaced_at_once(world: World) -> None:
+    world.suspect("partition-1", "silent")
+    assert world.wanted()["partition-1"].process_id == "job-aaaaaa/partition-1/2"
+    assert "PartitionLost" in world.reasons()
+
+
+def test_a_restarted_master_hears_of_a_suspect_from_its_agent(world: World) -> None:
+    world.suspect("trainer-0", "silent")
+    process = world.state.processes["job-aaaaaa/trainer-0/1"]
+    world.restart()
+    world.rejoin("worker-1", Process(process_id="job-aaaaaa/trainer-1/1", node_id="worker-1", trainer=TRAINER))
+    world.rejoin("worker-0", replace(process, suspect_since_s=0.0))
+    assert world.job().trainers[0].suspect
+    assert world.wanted()["trainer-0"].process_id == "job-aaaaaa/trainer-0/1", "its time begins anew"
+
+
 def test_without_any_trainer_the_plan_waits(world: World) -> None:
     world.exit("trainer-0", signal=9)
     world.exit("trainer-1", signal=9)

@@ -176,6 +176,11 @@ class World:
         ended = Exit(**how)
         return self.take(lambda turn: turn.exited(process.seat.node_id, process.process_id, ended))
 
+    def suspect(self, seat: str, suspicion: str, job_id: str = "job-aaaaaa") -> Changes:
+        """The agent of the process now in a seat suspects it; empty: no longer."""
+        process = self.wanted(job_id)[seat]
+        return self.take(lambda turn: turn.suspected(process.seat.node_id, process.process_id, suspicion))
+
     def ready(self, job_id: str = "job-aaaaaa") -> None:
         """Every process that has not said anything yet reports ready."""
         for name, process in self.wanted(job_id).items():

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from pscluster.agent.heart import Heart
 from pscluster.agent.link import ProcessLink
 from pscluster.codec import DTYPES, as_bytes
 from pscluster.errors import FencedError
@@ -37,7 +38,7 @@ from psworker.trainer.telemetry import TrainerCounters
 from psworker.trainer.values import Values
 from psworker.trainer.work import Directive, Done, Work, find_work
 
-BEAT_S = 1.0
+COUNTERS_S = 1.0
 NUM_LANES = 4  # nodes of one bucket that may lie in shared memory at a time; further ones go over the socket
 NUM_PINNED_LANES = 1  # where all of them cost memory from the start
 
@@ -75,6 +76,7 @@ class Exchange:
         self._rank = link.start.rank
         self._reactor = Reactor(congestion_control=spec.network.congestion_control)
         self._thread = threading.Thread(target=self._run, name="exchange", daemon=True)
+        self._heart = Heart(link, self._beat)
         self._changed = threading.Condition()
         # Shared, under `_changed`:
         self._plan: Plan | None = None
@@ -97,9 +99,11 @@ class Exchange:
     def start(self) -> None:
         """Begin to listen to the agent and, once there is a plan, to connect. Called once."""
         self._thread.start()
+        self._heart.start()
 
     def close(self) -> None:
         """End the reactor and its connections; blocks briefly."""
+        self._heart.close()
         self._reactor.post(self._reactor.stop)
         self._thread.join(timeout=5)
 
@@ -162,12 +166,19 @@ class Exchange:
 
     def _wait_until(self, condition: Callable[[], bool], work: Work) -> None:
         with self._changed:
-            while not condition():
-                if self._error is not None:
-                    raise self._error
-                if self._closed or self._landing.is_superseded or self._timeline() != work.timeline:
-                    raise SupersededError(f"step {self._landing.wanted} is no longer wanted")
-                self._changed.wait()
+            if condition():
+                return
+            with self._counters.pace.waiting():
+                self._wait_for(condition, work)
+
+    def _wait_for(self, condition: Callable[[], bool], work: Work) -> None:
+        """Under the lock."""
+        while not condition():
+            if self._error is not None:
+                raise self._error
+            if self._closed or self._landing.is_superseded or self._timeline() != work.timeline:
+                raise SupersededError(f"step {self._landing.wanted} is no longer wanted")
+            self._changed.wait()
 
     def push_gradients(self, work: Work, bucket: int, node: Node, gradients: Gradients) -> None:
         """Owe every partition its part of a trained bucket's node. The gradients belong to the exchange now."""
@@ -287,7 +298,7 @@ class Exchange:
             self._reactor.watch(self._link.fileno(), self._orders)
             if self._link.start.HasField("plan"):
                 self.adopt(self._link.start.plan)
-            self._beat()
+            self._report_counters()
             self._reactor.run()
         except BaseException as error:
             with self._changed:
@@ -298,12 +309,16 @@ class Exchange:
                 peer.close()
             self._reactor.close()
 
-    def _beat(self) -> None:
+    def _beat(self) -> Beat:
+        """On the heart's thread."""
+        busy_s, typical_s = self._counters.pace.now()
+        return Beat(progress=self.progress, busy_s=busy_s, typical_s=typical_s)
+
+    def _report_counters(self) -> None:
         self._counters.observe(self._peers)
-        self._report(ProcessReport(beat=Beat(progress=self.progress)))
         self._report(ProcessReport(counters=self._counters.sample()))
         self._report_connections()
-        self._reactor.call_later(BEAT_S, self._beat)
+        self._reactor.call_later(COUNTERS_S, self._report_counters)
 
     def _report_connections(self) -> None:
         held = [

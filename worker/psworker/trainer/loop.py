@@ -134,7 +134,8 @@ class Trainer:
         for shard in work.shards:
             if not self._exchange.is_current(work):
                 break
-            self._microbatch(work, shard)
+            with self._counters.pace.computing("train"):
+                self._microbatch(work, shard)
             self._done[work.key].add(shard)
             self._exchange.progress += 1
         self._accumulator.flush()
@@ -217,7 +218,7 @@ class Trainer:
         for shard in work.shards:
             if not self._exchange.is_current(work):
                 break
-            with self._counters.phase("evaluate"):
+            with self._counters.phase("evaluate"), self._counters.pace.computing("evaluate"):
                 statistics = self._shard_statistics(shard)
             self._done[work.key].add(shard)
             for node, value in counter.carry(Node(shard, 1), statistics):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pscluster.phases import Phases
 from pscluster.v1.plan_pb2 import Counters
+from psworker.trainer.pace import Pace
 
 if TYPE_CHECKING:
     from psworker.trainer.peer import Peer
@@ -22,6 +23,7 @@ class TrainerCounters:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._phases = Phases(PHASES)
+        self.pace = Pace()
         self._samples = 0.0
         self._weight = 0.0
         self._microbatches = 0

@@ -1,0 +1,44 @@
+"""When a living process is suspected: it no longer beats, or it beats and does not get on. Pure; time is an argument.
+
+What follows from it is the master's: shards of a suspected trainer go to others until it is heard again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pscluster.v1.agents_pb2 import ProcessStatus
+from pscluster.v1.plan_pb2 import ProcessSpec
+
+NONE = ProcessStatus.SUSPICION_NONE
+SILENT = ProcessStatus.SUSPICION_SILENT
+STALLED = ProcessStatus.SUSPICION_STALLED
+WORDS = {NONE: "", SILENT: "silent", STALLED: "stalled"}
+
+SILENCE_S = {ProcessSpec.KIND_TRAINER: 2.0, ProcessSpec.KIND_PARTITION: 3.0}
+"""How long no beat may come. Beats come every half second from a thread of their own. A trainer is taken back when it
+is heard again, so it costs little to suspect one; a partition is replaced."""
+STALL_FACTOR = 5.0
+MIN_STALL_S = 3.0
+"""A microbatch that takes so many times the median, and at least so long, is stuck."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heard:
+    """The last beat: when it came (loop time), and what it said; see plan_pb2.Beat."""
+
+    at_s: float
+    busy_s: float = 0.0
+    typical_s: float = 0.0
+
+
+def suspicion_of(now_s: float, heard: Heard | None, silence_s: float) -> ProcessStatus.Suspicion:
+    """How a living process looks at `now_s`. One that never beat is still loading: nothing is known of it."""
+    if heard is None:
+        return NONE
+    if now_s - heard.at_s > silence_s:
+        return SILENT
+    limit_s = max(MIN_STALL_S, STALL_FACTOR * heard.typical_s)
+    if heard.typical_s > 0 and heard.busy_s > limit_s:
+        return STALLED
+    return NONE

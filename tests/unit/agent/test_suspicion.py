@@ -1,0 +1,34 @@
+"""When a living process is suspected: silence, and a microbatch without end."""
+
+from __future__ import annotations
+
+import pytest
+
+from pscluster.agent.suspicion import NONE, SILENT, STALLED, Heard, suspicion_of
+
+SILENCE_S = 2.0
+
+
+def test_silence_needs_a_first_beat() -> None:
+    assert suspicion_of(1000.0, None, SILENCE_S) == NONE
+    assert suspicion_of(12.0, Heard(at_s=10.0), SILENCE_S) == NONE
+    assert suspicion_of(12.1, Heard(at_s=10.0), SILENCE_S) == SILENT
+
+
+@pytest.mark.parametrize(
+    ("busy_s", "typical_s", "found"),
+    [
+        (100.0, 0.0, NONE),  # its first microbatch: nobody knows how long it may take
+        (2.9, 0.01, NONE),  # short ones may be held up for a moment
+        (3.1, 0.01, STALLED),
+        (49.0, 10.0, NONE),
+        (51.0, 10.0, STALLED),
+        (0.0, 10.0, NONE),
+    ],
+)
+def test_a_microbatch_may_take_five_times_the_median(busy_s: float, typical_s: float, found: int) -> None:
+    assert suspicion_of(10.0, Heard(at_s=10.0, busy_s=busy_s, typical_s=typical_s), SILENCE_S) == found
+
+
+def test_who_is_silent_is_not_called_stalled() -> None:
+    assert suspicion_of(20.0, Heard(at_s=10.0, busy_s=50.0, typical_s=1.0), SILENCE_S) == SILENT
