@@ -19,6 +19,7 @@ from pscluster.wire.frame import HEADER_BYTES, Buffer, Header, checksum, pack, u
 _MAX_GATHER = 512  # buffers per sendmsg; Linux takes 1024
 _READ_BUDGET_BYTES = 16 << 20  # of one connection before the others have their turn
 _WAKE_BYTES = 512 << 10  # of a body that are worth being woken for, over TCP
+_CHECK_BYTES = 256 << 10  # of a body that are summed at a time, while they are in cache
 _MAX_FDS = 2  # that may come with a frame
 _FD = array.array("i")
 
@@ -71,6 +72,8 @@ class Connection:
         self._into = memoryview(self._header_bytes)
         self._filled = 0
         self._header: Header | None = None
+        self._summed = 0  # bytes of the body whose checksum is `_checksum`
+        self._checksum = 0
         self._takes_fds = takes_fds and sock.family == socket.AF_UNIX
         self._fds: list[int] = []
         self._wakes_at = 1  # bytes that must be there before the reactor hears of them
@@ -162,6 +165,8 @@ class Connection:
                 budget -= count
                 self.received_bytes += count
                 self._filled += count
+                if self._header is not None:
+                    self._sum_up()
                 if self._filled == self._into.nbytes:
                     self._filled_up()
         except BlockingIOError:
@@ -213,6 +218,12 @@ class Connection:
                 self._fds += found
         return count
 
+    def _sum_up(self) -> None:
+        """Take what has come of the body into its checksum, if it is worth a call or the last of it."""
+        if self._filled - self._summed >= _CHECK_BYTES or self._filled == self._into.nbytes:
+            self._checksum = checksum((self._into[self._summed : self._filled],), self._checksum)
+            self._summed = self._filled
+
     def _advance(self, item: _Outgoing, sent: int) -> None:
         self.sent_bytes += sent
         _close_all(item.fds)  # the kernel has taken them with the first byte
@@ -237,14 +248,14 @@ class Connection:
                         f"{header.kind.name} of {header.length} bytes where {target.nbytes} are expected",
                         details={"field": "length"},
                     )
-                self._into, self._filled = target, 0
+                self._into, self._filled, self._summed, self._checksum = target, 0, 0, 0
                 return
             self._into = self._into[:0]
         self._deliver(self._header)
 
     def _deliver(self, header: Header) -> None:
         body, self._into, self._filled, self._header = self._into, memoryview(self._header_bytes), 0, None
-        if header.length and checksum((body,)) != header.checksum:
+        if header.length and self._checksum != header.checksum:
             raise FrameError(
                 f"the body of a {header.kind.name} frame does not fit its checksum",
                 details={"field": "checksum"},

@@ -110,9 +110,8 @@ def job_number(job_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(job_id.encode(), digest_size=8).digest(), "little")
 
 
-def checksum(buffers: Iterable[Buffer]) -> int:
-    """CRC-32C over the concatenation of the buffers."""
-    value = 0
+def checksum(buffers: Iterable[Buffer], value: int = 0) -> int:
+    """CRC-32C over the concatenation of the buffers; `value`: of what comes before them."""
     for buffer in buffers:
         value = crc32c.crc32c(buffer, value)
     return value

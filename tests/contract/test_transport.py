@@ -62,6 +62,22 @@ def test_big_frames_are_written_and_read_in_parts(world: World) -> None:
     assert not connection.wants_write
 
 
+@pytest.mark.parametrize("at", [0, 1 * MIB + 17, 3 * MIB + 4])
+def test_one_wrong_bit_anywhere_in_a_big_body_is_found(world: World, at: int) -> None:
+    """The checksum is taken piece by piece while the body comes: no piece may be left out."""
+    body = os.urandom(1 << 16) * 48 + b"tail!"
+    wrong = bytearray(body)
+    wrong[at] ^= 0x10
+    connection = world.dial()
+    connection.send(header(1), [body])
+    connection.send(header(2), [wrong], body_checksum=checksum([body]))
+    world.until(lambda: bool(world.listening.ends))
+
+    assert [head.step for head, _ in world.listening.frames] == [1]
+    end = world.listening.ends[0]
+    assert isinstance(end, FrameError) and end.details["field"] == "checksum"
+
+
 def test_big_answers_are_written_and_read_in_parts(world: World) -> None:
     """The other way round, in turns with small ones."""
     connection = world.accepted(world.dial())
