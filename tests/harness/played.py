@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psserver.partition.service
+import psserver.partition.cycle
 from pscluster.errors import PsError
 from pscluster.layout import Layout
 from pscluster.spec import JobSpec, parse_spec
@@ -21,7 +21,7 @@ from pscluster.wire.frame import IN_MEMORY, Buffer, Header, Kind, checksum, job_
 from psserver.partition.service import PartitionService
 from psserver.partition.telemetry import PartitionCounters
 
-psserver.partition.service.SLICE_S = 0.0  # updates take turns with frames after each bucket, not when a clock says so
+psserver.partition.cycle.SLICE_S = 0.0  # updates take turns with frames after each bucket, not when a clock says so
 
 JOB = "job-played"
 TOKEN = b"0123456789abcdef"
@@ -248,8 +248,8 @@ def played_partition(network: Network, spec: JobSpec, index: int, store: Path) -
     """A real partition on the played network; it listens over both transports, has no plan yet, writes no snapshot."""
     link = PlayedLink(ProcessSpec(job_id=JOB, rank=index, store=str(store)))
     service = PartitionService(link, spec, network, PartitionCounters())  # type: ignore[arg-type]
-    service._snapshots.close()
-    service._snapshots = KeptParts()  # type: ignore[assignment]
+    service.saving.close()
+    service.saving.writer = KeptParts()  # type: ignore[assignment]
     network.listeners[f"partition:{index}"] = service.handler
     return service
 
