@@ -1,6 +1,6 @@
 """From a complete step to its vote, and from the verdict to its update: what a partition does once a step.
 
-    every bucket complete -> vote -> verdict -> update, bucket by bucket -> the next step
+every bucket complete -> vote -> verdict -> update, bucket by bucket -> the next step
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from pscluster.summary import Summary
 from pscluster.v1.plan_pb2 import Plan
 from psserver.partition import commit
 from psserver.partition.clients import Clients
@@ -38,8 +39,17 @@ class Holder(Protocol):
     def lead(self) -> Lead | None:
         """The lead's part, in partition 0."""
 
+    def may_vote(self) -> bool:
+        """Whether nothing but the step itself keeps the vote back."""
+
+    def try_vote(self) -> None:
+        """Come back to `StepCycle.try_vote`."""
+
     def send_vote(self) -> None:
         """Cast the vote on the open step, if there is one."""
+
+    def decided(self, verdict: Verdict, summary: Summary) -> None:
+        """A verdict is about to be carried out on the step with that summary: its sums are still what they were."""
 
     def serve_pulls(self) -> None:
         """Send what is owed and new enough."""
@@ -66,7 +76,7 @@ class StepCycle:
         holder, step = self._holder, self._holder.step
         if step is None or holder.plan is None or holder.member.vote is not None or self.verdict is not None:
             return
-        if not step.is_complete:
+        if not step.is_complete or not holder.may_vote():
             return
         with holder.counters.phase("vote"):
             squares, finite = step.ballot()
@@ -90,6 +100,7 @@ class StepCycle:
             return
         assert holder.step is not None
         self.verdict = verdict
+        holder.decided(verdict, holder.step.summary.root)
         holder.step.decide(verdict)
         self._update_next()
 
@@ -121,4 +132,4 @@ class StepCycle:
         self.verdict = None
         holder.serve_pulls()
         holder.step_done(verdict)
-        self.try_vote()  # a fast trainer may have completed the next step before this one was put away
+        holder.try_vote()  # a fast trainer may have completed the next step before this one was put away

@@ -14,23 +14,26 @@ from pscluster.wire.frame import Header, Kind
 from pscluster.wire.memory import Lanes
 from psserver.partition.clients import Client, Clients
 from psserver.partition.lead_wire import LeadWire
+from psserver.partition.standby import Standby
 from psserver.partition.state import PartitionState
 from psserver.partition.telemetry import PartitionCounters
 
 MIN_CREDIT_BYTES = 64 << 20
 MAX_LANES = 8  # nodes of one bucket that a trainer may leave in shared memory at a time
-CHANNELS = ("push", "pull", "vote")
+CHANNELS = ("push", "pull", "vote", "replica")
 
 
 class Host(Protocol):
     """The partition that is greeted. Everything on its thread."""
 
+    index: int
     spec: JobSpec
     plan: Plan | None
     state: PartitionState | None
     clients: Clients
     counters: PartitionCounters
     lead_wire: LeadWire | None
+    standby: Standby | None
 
     @property
     def open_bucket(self) -> int:
@@ -56,11 +59,42 @@ def greet(host: Host, client: Client, header: Header, told: Mapping[str, object]
             send_away(host, client)
         client.connection.close()
         return
-    client.channel, client.index = str(told.get("channel", "")), header.sender
-    if client.channel not in CHANNELS:
-        raise FrameError(f"a connection for {client.channel!r}", details={"field": "channel"})
-    client.connection.context = client.channel  # greeted: the reactor's deadline is met
-    _welcome(host, client, state, told)
+    channel = str(told.get("channel", ""))
+    if channel not in CHANNELS:
+        raise FrameError(f"a connection for {channel!r}", details={"field": "channel"})
+    if not _is_of_the_plan(host, client, plan, header, channel, told.get("attempt")):
+        client.connection.close()
+        return
+    client.channel, client.index = channel, header.sender
+    client.connection.context = channel  # greeted: the reactor's deadline is met
+    if host.standby is not None:
+        client.connection.send(host.header(kind=Kind.WELCOME), [json.dumps(host.standby.welcome()).encode()])
+    else:
+        _welcome(host, client, state, told)
+
+
+def _is_of_the_plan(host: Host, client: Client, plan: Plan, header: Header, channel: str, attempt: object) -> bool:
+    """Whether the caller is who the plan says, and this is who it takes it for.
+
+    A standby hears its partition alone, and a partition hears nobody who stood before it: the one whose place it took,
+    stopped and woken up, is sent away. Who has a newer plan than this comes again."""
+    if channel in ("push", "pull"):
+        return host.standby is None
+    if channel == "replica" and header.sender != host.index:
+        raise FrameError(f"the state of partition {header.sender}", details={"field": "sender"})
+    if header.sender >= len(plan.partitions):
+        raise FrameError(f"partition {header.sender} of {len(plan.partitions)}", details={"field": "sender"})
+    known = plan.partitions[header.sender].attempt
+    if known and attempt != known:
+        if isinstance(attempt, int) and attempt < known:
+            send_away(host, client)
+        return False
+    if (channel == "replica") != (host.standby is not None):
+        return False
+    for other in host.clients.on(channel):
+        if other.index == header.sender and channel == "replica":
+            other.connection.close()  # it has dialled again
+    return True
 
 
 def send_away(host: Host, client: Client) -> None:

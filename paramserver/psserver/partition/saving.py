@@ -29,29 +29,39 @@ class Saving:
         report: Callable[[ProcessReport], None],
         post: Callable[[Callable[[], None]], None],
     ) -> None:
-        self.writer = SnapshotWriter(store, partition, post)
+        self.writer: SnapshotWriter | None = None  # of a partition, whose files they are; a standby touches none
+        self._store = store
+        self._post = post
         self._job_id = job_id
         self._partition = partition
         self._num_partitions = num_partitions
         self._counters = counters
         self._report = report
 
+    def begin(self) -> None:
+        """This process is the partition from now on: what others had begun to write is void."""
+        if self.writer is None:
+            self.writer = SnapshotWriter(self._store, self._partition, self._post)
+
     def write(self, state: PartitionState, step: int, generation: int) -> None:
         """Copy the state, which is that of committed `step`, and have it written. Blocks only while two are waiting."""
         meta = state.meta(self._job_id, step, generation, self._partition, self._num_partitions)
         with self._counters.phase("snapshot"):
             pieces = state.pieces()
+        assert self.writer is not None
         self.writer.write(
             meta, state.layout, pieces, lambda written, error: self._wrote(step, generation, written, error)
         )
 
     def retain(self, kept: Iterable[int]) -> None:
         """Delete what is older than the newest kept step and not kept."""
-        self.writer.retain(kept)
+        if self.writer is not None:
+            self.writer.retain(kept)
 
     def close(self) -> None:
         """Finish the snapshots that are begun."""
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.close()
 
     def _wrote(self, step: int, generation: int, written: Written | None, error: PsError | None) -> None:
         if error is not None:
