@@ -1,8 +1,8 @@
 """Standbys of a job with `durability.tier: replica`: where they run, and when one takes its partition's place. Pure.
 
 A standby is a seat of its partition's rank, with attempts counted over both, so that the process that takes over stays
-who it is. `synced` is the partition's word that it votes on nothing that this standby does not hold; see the partition's
-`bond`. It lasts until either process is gone or the whole job goes back.
+who it is. `synced` is the partition's word that it votes on nothing that this standby does not hold (see `bond` in the
+partition). It lasts until either process is gone or the whole job goes back.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def lose(draft: Draft, view: View, seat: Seat, loss: Loss) -> None:
 
 
 def succeed(draft: Draft, lost: Seat, losses: int) -> None:
-    """The standby of a lost partition, if it has one, takes the seat: in sync, it goes on; else it is at least a process
-    that is there, or on its way, and restores."""
+    """The standby of a lost partition, if it has one, takes the seat: in sync, it goes on; else it is at least a
+    process that is there, or on its way, and restores."""
     standby = draft.job.standby(lost.rank)
     if standby is None or not standby.placed:
         return

@@ -38,8 +38,9 @@ from psserver.partition.uplink import Uplink
 
 
 class PartitionService(AgentLine):
-    """Partition `index` of one job, or a standby of it, as the plan says. Everything happens on the reactor's thread but
-    the writing of snapshots."""
+    """Partition `index` of one job, or a standby of it, as the plan says.
+
+    Everything happens on the reactor's thread but the writing of snapshots."""
 
     def __init__(self, link: ProcessLink, spec: JobSpec, reactor: Reactor, counters: PartitionCounters) -> None:
         super().__init__(link, reactor)
