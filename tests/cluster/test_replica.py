@@ -1,4 +1,4 @@
-"""Durability `replica` with real processes: whoever is killed, no committed step is repeated, and the bits are equal."""
+"""Durability `replica` with real processes: whoever is killed, no step is repeated or lost, and the bits are equal."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def digest() -> str:
     return train_plainly(lm_spec(steps=STEPS, d_model=64)).digest
 
 
-def replicated(**changes: object) -> dict[str, object]:
+def replicated(pause_s: float = 0.1, **changes: object) -> dict[str, object]:
     """Two partitions with standbys; long enough to be disturbed in the middle. Its one snapshot on the way is never the
     newest step, so that whoever went back would be seen."""
-    spec = lm_spec(steps=STEPS, d_model=64, pause_s=0.04, partitions=2)
+    spec = lm_spec(steps=STEPS, d_model=64, pause_s=pause_s, partitions=2)
     durability = {"tier": "replica", "every_steps": 25}
     return spec | {"workers": {"min": 1, "max": 2}, "durability": durability, **changes}
 

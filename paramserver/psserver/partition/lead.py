@@ -208,7 +208,9 @@ class Lead:
     def report_progress(self, now_s: float, *, force: bool = False, connected: int = 0) -> None:
         """Report the steps committed since the last report, at most once a second unless forced."""
         due = now_s - self._reported_at >= REPORT_INTERVAL_S or len(self.records) >= MAX_RECORDS
-        if not self.is_open or not (force or (due and self._reported_step != self.version)):
+        if not self.is_open and not (force and self.records):
+            return
+        if not (force or (due and self._reported_step != self.version)):
             return
         progress = Progress(
             generation=self.plan.generation, step=self.version, records=self.records, connected_trainers=connected

@@ -64,6 +64,9 @@ class Principal(Protocol):
     def report(self, report: ProcessReport) -> None:
         """Tell the master."""
 
+    def report_steps(self) -> None:
+        """Tell the master of every step that it has not heard of."""
+
     def try_vote(self) -> None:
         """The standby no longer keeps the step from being voted on."""
 
@@ -307,6 +310,7 @@ class Replication:
         promised = member.step + (member.vote is not None)
         self.bond, tells = bond.acknowledge(self.bond, reach, promised)
         if tells:
+            self._principal.report_steps()  # what the standby did not see happen must be known when it is relied on
             self._say(in_sync=True, detail=f"in sync at step {reach}")
         self._principal.try_vote()
 

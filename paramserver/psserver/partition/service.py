@@ -86,6 +86,11 @@ class PartitionService(AgentLine):
         if self.lead_wire is not None:
             self.lead_wire.report_progress(time.time())
 
+    def report_steps(self) -> None:
+        """Tell the master of every step that it has not heard of, if this is the lead."""
+        if self.lead_wire is not None:
+            self.lead_wire.lead.report_progress(time.time(), force=True)
+
     # ---- plans ----
 
     def adopt(self, plan: Plan) -> None:
