@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from harness.cluster import LocalCluster, local_cluster
+from harness.cluster import LocalCluster, local_cluster, wait_gone
 from harness.jobs import lm_spec
 from harness.plain import train_plainly
 from pscluster.client import Job
@@ -188,3 +188,21 @@ def test_a_stopped_standby_is_given_up(digest: str, tmp_path: Path) -> None:
         hold(stopped, given_up)
         told = finish(cluster, job, digest)
         assert not {"RolledBack", "TookOver", "PartitionLost"} & set(reasons(told))
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_stopped_partition_is_replaced_and_wakes_up_to_nothing(index: int, digest: str, tmp_path: Path) -> None:
+    """It was stopped past suspicion; when it goes on, its standby has its place, and it is ended."""
+    with local_cluster(tmp_path, workers=2, servers=2) as cluster:
+        job = cluster.submit(replicated(), tmp_path)
+        found = until_in_sync(cluster, job, after_step=3)
+        stopped = partition(cluster, found, index)
+
+        def taken_over() -> None:
+            cluster.until(job, lambda now: any(event.reason == "TookOver" for event in now.events))
+
+        hold(stopped, taken_over)
+        told = finish(cluster, job, digest)
+        wait_gone([stopped])
+        assert reasons(told).count("TookOver") == 1
+        assert "RolledBack" not in reasons(told)
