@@ -37,15 +37,15 @@ def make_plan(draft: Draft, *, restore: bool) -> None:
     generation = job.generation + 1
     runs = deal_shards(job.num_shards, [seat.rank for seat in counted_on(job.trainers)])
     trainers = tuple(replace(seat, shards=runs.get(seat.rank, ())) for seat in job.trainers)
-    moved = [seat.rank for seat in job.partitions if job.plan is not None and not job.plan.holds(seat)]
+    taken = [] if restore or job.plan is None else [s.rank for s in job.partitions if not job.plan.holds(s)]
     partitions = tuple(replace(seat, synced=True) for seat in job.partitions)
     plan = Plan(
         generation=generation,
         trainers=trainers,
         partitions=partitions,
         standbys=tuple(replace(seat, synced=False) for seat in job.standbys if seat.active),
-        moved_generation=generation if moved else 0 if job.plan is None else job.plan.moved_generation,
-        lead_generation=generation if 0 in moved else 0 if job.plan is None else job.plan.lead_generation,
+        moved_generation=generation if taken else 0 if job.plan is None else job.plan.moved_generation,
+        lead_generation=generation if 0 in taken else 0 if job.plan is None else job.plan.lead_generation,
         restore_generation=generation if restore or job.plan is None else job.plan.restore_generation,
         resume_step=0 if job.plan is None else job.plan.resume_step,
         restore=None if job.plan is None else job.plan.restore,
