@@ -155,9 +155,9 @@ class ServersSection(_Section):
 
 
 class DurabilitySection(_Section):
-    """`store: null` is the cluster's own state directory."""
+    """`store: null` is the cluster's own state directory. `tier: replica` gives every partition a standby."""
 
-    tier: Literal["snapshot"] = "snapshot"
+    tier: Literal["snapshot", "replica"] = "snapshot"
     every_steps: PositiveInt = 50
     store: str | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from psmaster import standbys
 from psmaster.draft import View
 from psmaster.jobs import Condition, Instant, Job, JobState
 from psmaster.planner import with_device
@@ -33,13 +34,15 @@ def reason(job: Job, view: View, queued: str) -> str:
     stuck = [f"{seat.name} on {seat.node_id}" for seat in job.trainers if seat.suspect]
     trains = f"trains on {len(active)} worker{'s' if len(active) > 1 else ''}"
     trains += f"; {waiting} more on the way" if waiting else ""
-    return trains + (f"; hears nothing of {', '.join(stuck)}" if stuck else "")
+    trains += f"; hears nothing of {', '.join(stuck)}" if stuck else ""
+    shortfall = standbys.shortfall(job)
+    return trains + (f"; {shortfall}" if shortfall else "")
 
 
 def _starting(job: Job, view: View) -> str:
-    away = [seat for seat in job.seats if not seat.placed or ready_facts(seat, job, view.processes) is None]
+    away = [seat for seat in job.working if not seat.placed or ready_facts(seat, job, view.processes) is None]
     ready = {
-        kind: sum(1 for seat in job.seats if seat.kind is kind and seat not in away)
+        kind: sum(1 for seat in job.working if seat.kind is kind and seat not in away)
         for kind in (Kind.TRAINER, Kind.PARTITION)
     }
     counts = f"{ready[Kind.TRAINER]} of {len(job.trainers)} trainers and "
@@ -61,13 +64,13 @@ def _where(seat: Seat, job: Job) -> str:
 def conditions(job: Job, now: Instant) -> tuple[Condition, ...]:
     """Admitted, Ready, Progressing, Recovering; `since_s` is kept while a status holds."""
     live = job.state in (JobState.STARTING, JobState.RUNNING)
-    all_active = live and bool(job.seats) and all(seat.active for seat in job.seats)
+    all_active = live and bool(job.seats) and all(seat.active for seat in job.working)
     partitions = live and bool(job.partitions) and all(seat.active for seat in job.partitions)
     active = sum(1 for seat in job.trainers if seat.active)
     progressing = job.state is JobState.RUNNING and partitions and active > 0
     recovering = live and (job.recovery is not None or (job.plan is not None and not (partitions and active)))
     ended = job.state.value.capitalize() if job.state.ended else ""
-    found = (
+    found: tuple[Condition, ...] = (
         _condition("Admitted", live, ("SeatsHeld", ended or "Queued"), ("seats are held", "no seats are held")),
         _condition(
             "Ready",
@@ -80,8 +83,20 @@ def conditions(job: Job, now: Instant) -> tuple[Condition, ...]:
             "Recovering", recovering, ("ProcessLost", "NothingLost"), ("a loss is being mended", "nothing is lost")
         ),
     )
+    if job.spec.durability.tier == "replica":
+        found += (_replicated(job, live, ended),)
     before = {condition.type: condition for condition in job.conditions}
     return tuple(_with_since(condition, before.get(condition.type), now) for condition in found)
+
+
+def _replicated(job: Job, live: bool, ended: str) -> Condition:
+    """Whether losing any one partition costs no step."""
+    shortfall = standbys.shortfall(job)
+    every = live and bool(job.standbys) and not shortfall
+    reasons = ("InSync", ended or ("NoStandby" if any(not seat.placed for seat in job.standbys) else "CatchingUp"))
+    return _condition(
+        "Replicated", every, reasons, ("every partition has a standby in sync", shortfall or "no standby")
+    )
 
 
 def _condition(kind: str, status: bool, reasons: tuple[str, str], messages: tuple[str, str]) -> Condition:

@@ -66,13 +66,14 @@ class Draft:
 
     def put(self, seat: Seat) -> None:
         """Replace the seat of the same kind and rank, or append a new one."""
-        field = "trainers" if seat.kind is Kind.TRAINER else "partitions"
+        field = "trainers" if seat.kind is Kind.TRAINER else "standbys" if seat.standby else "partitions"
         seats = {own.rank: own for own in getattr(self.job, field)} | {seat.rank: seat}
         self.update(**{field: tuple(seats[rank] for rank in sorted(seats))})
 
-    def place(self, kind: Kind, rank: int, node: NodeView) -> None:
+    def place(self, kind: Kind, rank: int, node: NodeView, *, standby: bool = False) -> None:
         """Give a seat a node and with it its next attempt: a process id that never was."""
-        held = self.job.seat(kind, rank) or Seat(kind=kind, rank=rank)
+        own = self.job.standby(rank) if standby else self.job.seat(kind, rank)
+        held = own or Seat(kind=kind, rank=rank, standby=standby)
         attempts = dict(self.job.attempts)
         attempt = attempts[held.name] = attempts.get(held.name, 0) + 1
         self.update(attempts=tuple(sorted(attempts.items())))
@@ -87,6 +88,7 @@ class Draft:
                 shards=(),
                 addresses=(),
                 device="",
+                synced=False,
             )
         )
 
@@ -103,6 +105,7 @@ class Draft:
                 shards=(),
                 addresses=(),
                 device="",
+                synced=False,
                 losses=seat.losses if losses is None else losses,
             )
         )

@@ -17,13 +17,13 @@ def fail_on_reports(draft: Draft, view: View) -> None:
     Before the first plan the others are heard first, for one table of what is wrong where."""
     failures = [
         (seat, failure)
-        for seat in draft.job.seats
+        for seat in draft.job.working
         if (failure := failure_of(seat, draft.job, view.processes)) and not _leave_out(draft, seat, failure)
     ]
     if not failures:
         return
     if draft.job.plan is None:
-        undecided = [seat for seat in draft.job.seats if seat.placed and _undecided(seat, draft, view)]
+        undecided = [seat for seat in draft.job.working if seat.placed and _undecided(seat, draft, view)]
         if undecided and not draft.wait(view.limits.gather_s):
             return
         draft.update(checks=_checks(draft, view))

@@ -17,7 +17,7 @@ from psmaster.registry import Health, Role
 from psmaster.seats import Kind
 from psmaster.state import State
 
-_LOSSES = {"TrainerLost": Kind.TRAINER, "PartitionLost": Kind.PARTITION}
+_LOSSES = {"TrainerLost": Kind.TRAINER.value, "PartitionLost": Kind.PARTITION.value, "StandbyLost": "standby"}
 _RECOVERY_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
 
 Family = GaugeMetricFamily | CounterMetricFamily
@@ -38,8 +38,9 @@ class MasterMetrics(Collector):
             buckets=_RECOVERY_BUCKETS,
             registry=metrics,
         )
+        for cause in _LOSSES.values():
+            self._failovers.labels(cause=cause)
         for kind in Kind:
-            self._failovers.labels(cause=kind.value)
             self._recovery.labels(kind=kind.value)
         metrics.register(self)
         core.listeners.append(self.listen)
@@ -54,7 +55,7 @@ class MasterMetrics(Collector):
         """Count what happened."""
         for _, event in events:
             if event.reason in _LOSSES:
-                self._failovers.labels(cause=_LOSSES[event.reason].value).inc()
+                self._failovers.labels(cause=_LOSSES[event.reason]).inc()
             elif event.reason == "Recovered":
                 self._recovery.labels(kind=event.subject).observe(event.seconds)
 

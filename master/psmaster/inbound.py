@@ -11,7 +11,7 @@ from psmaster.catalogue import Part
 from psmaster.jobs import Check, Connection, Finished, Problem, Trouble
 from psmaster.processes import Exit, Failure, PartitionFacts, Process, TrainerFacts
 from psmaster.registry import Node, Role
-from psmaster.reports import Connected, Evaluated, Progress, StepRecord
+from psmaster.reports import Connected, Evaluated, Progress, StandbyState, StepRecord
 from psmaster.turn import Report
 
 _SUSPICIONS = {
@@ -120,6 +120,11 @@ def report(m: plan_pb2.ProcessReport) -> Report | None:
         held = m.connected.connections
         return Connected(
             connections=tuple(Connection(trainer=c.trainer, partition=c.partition, transport=c.transport) for c in held)
+        )
+    if kind == "standby_state":
+        state = m.standby_state
+        return StandbyState(
+            generation=state.generation, attempt=state.attempt, in_sync=state.in_sync, detail=state.detail
         )
     if kind == "warning":
         told: Any = m.warning  # mypy takes the name for the built-in Warning

@@ -154,6 +154,7 @@ class Job:
     stopping: bool = False
     trainers: tuple[Seat, ...] = ()
     partitions: tuple[Seat, ...] = ()
+    standbys: tuple[Seat, ...] = ()
     attempts: tuple[tuple[str, int], ...] = ()  # the highest attempt ever of each seat, by its name
     excluded: tuple[tuple[str, str, str], ...] = ()  # (node, its incarnation, why) left out of this job
     generation: int = 0
@@ -195,6 +196,11 @@ class Job:
 
     @property
     def seats(self) -> tuple[Seat, ...]:
+        return self.trainers + self.partitions + self.standbys
+
+    @property
+    def working(self) -> tuple[Seat, ...]:
+        """The seats without which there is no step."""
         return self.trainers + self.partitions
 
     @property
@@ -202,9 +208,13 @@ class Job:
         return self.plan.restore_generation if self.plan else 0
 
     def seat(self, kind: Kind, rank: int) -> Seat | None:
-        """The seat of that kind and rank, if the job has it now."""
+        """The seat of that kind and rank, if the job has it now; no standby's."""
         seats = self.trainers if kind is Kind.TRAINER else self.partitions
         return next((seat for seat in seats if seat.rank == rank), None)
+
+    def standby(self, rank: int) -> Seat | None:
+        """The seat of the standby of partition `rank`, if the job has it now."""
+        return next((seat for seat in self.standbys if seat.rank == rank), None)
 
     @property
     def pinned(self) -> frozenset[int]:

@@ -47,12 +47,14 @@ def plan(job: Job, m: Plan) -> plan_pb2.Plan:
         job_id=job.job_id,
         generation=m.generation,
         trainers=[_trainer_seat(seat) for seat in m.trainers],
-        partitions=[_partition_seat(seat) for seat in m.partitions],
+        partitions=[_partition_seat(job, m, seat) for seat in m.partitions],
         restore_generation=m.restore_generation,
         resume_step=m.resume_step,
         stop=m.stop,
         kept_steps=m.kept_steps,
         final_step=m.final_step,
+        moved_generation=m.moved_generation,
+        lead_generation=m.lead_generation,
     )
     if m.restore is not None:
         message.restore.step = m.restore.step
@@ -71,8 +73,20 @@ def _trainer_seat(seat: Seat) -> plan_pb2.TrainerSeat:
     )
 
 
-def _partition_seat(seat: Seat) -> plan_pb2.PartitionSeat:
-    return plan_pb2.PartitionSeat(index=seat.rank, node_id=seat.node_id, attempt=seat.attempt, addresses=seat.addresses)
+def _partition_seat(job: Job, m: Plan, seat: Seat) -> plan_pb2.PartitionSeat:
+    message = plan_pb2.PartitionSeat(
+        index=seat.rank, node_id=seat.node_id, attempt=seat.attempt, addresses=seat.addresses
+    )
+    for standby in m.standbys:
+        if standby.rank == seat.rank:
+            now = job.standby(seat.rank)
+            in_sync = now is not None and now.attempt == standby.attempt and now.synced
+            message.standby.CopyFrom(
+                plan_pb2.Standby(
+                    node_id=standby.node_id, attempt=standby.attempt, addresses=standby.addresses, in_sync=in_sync
+                )
+            )
+    return message
 
 
 def _part(part: Part) -> plan_pb2.SnapshotPart:

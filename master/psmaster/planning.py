@@ -13,16 +13,18 @@ from psmaster.seats import Plan, Seat, counted_on
 def replan(draft: Draft, _view: View) -> None:
     """A new generation when who computes, who holds, or whether to stop has changed; new kept steps in the same one.
 
-    While a partition is away there is no new plan: nothing can be committed, and the next one restores."""
+    While a partition is away there is no new plan: nothing can be committed, and the next one restores. Where a standby
+    in sync has the seat, the partition is not away, and the next plan goes on."""
     job, plan = draft.job, draft.job.plan
     if plan is None or any(not seat.active for seat in job.partitions):
         return
-    held = {(seat.rank, seat.attempt) for seat in job.partitions}
+    new = [seat for seat in job.partitions if not plan.holds(seat)]
     active = frozenset((seat.rank, seat.attempt) for seat in counted_on(job.trainers))
-    if held != {(seat.rank, seat.attempt) for seat in plan.partitions}:
+    standing_by = frozenset((seat.rank, seat.attempt) for seat in job.standbys if seat.active)
+    if new:
         if active:
-            make_plan(draft, restore=True)
-    elif (active and active != plan.active) or job.stopping != plan.stop:
+            make_plan(draft, restore=not all(seat.synced for seat in new))
+    elif (active and (active, standing_by) != (plan.active, plan.standing_by)) or job.stopping != plan.stop:
         make_plan(draft, restore=False)
     kept = catalogue.kept_steps(draft.snapshots, draft.job.pinned)
     if draft.job.plan is not None and kept != draft.job.plan.kept_steps:
@@ -35,10 +37,15 @@ def make_plan(draft: Draft, *, restore: bool) -> None:
     generation = job.generation + 1
     runs = deal_shards(job.num_shards, [seat.rank for seat in counted_on(job.trainers)])
     trainers = tuple(replace(seat, shards=runs.get(seat.rank, ())) for seat in job.trainers)
+    taken = [] if restore or job.plan is None else [s.rank for s in job.partitions if not job.plan.holds(s)]
+    partitions = tuple(replace(seat, synced=True) for seat in job.partitions)
     plan = Plan(
         generation=generation,
         trainers=trainers,
-        partitions=job.partitions,
+        partitions=partitions,
+        standbys=tuple(replace(seat, synced=False) for seat in job.standbys if seat.active),
+        moved_generation=generation if taken else 0 if job.plan is None else job.plan.moved_generation,
+        lead_generation=generation if 0 in taken else 0 if job.plan is None else job.plan.lead_generation,
         restore_generation=generation if restore or job.plan is None else job.plan.restore_generation,
         resume_step=0 if job.plan is None else job.plan.resume_step,
         restore=None if job.plan is None else job.plan.restore,
@@ -46,7 +53,7 @@ def make_plan(draft: Draft, *, restore: bool) -> None:
         kept_steps=() if job.plan is None else job.plan.kept_steps,
         final_step=job.final_step,
     )
-    draft.update(trainers=trainers, plan=plan, generation=generation)
+    draft.update(trainers=trainers, partitions=partitions, plan=plan, generation=generation)
     if job.recovery is not None:
         draft.update(recovery=replace(job.recovery, generation=generation))
     if restore:
@@ -63,6 +70,7 @@ def _restore(draft: Draft, plan: Plan, *, fresh: bool) -> None:
     stale = job.metrics_step > step
     draft.update(
         plan=replace(plan, resume_step=step, restore=point if step else None),
+        standbys=tuple(replace(seat, synced=False) for seat in job.standbys),
         step=step,
         finished=None,
         deadline_s=None,

@@ -171,12 +171,12 @@ def _ended(seat: Seat, exit_: Exit, job: Job) -> Loss | None:
 
 
 def _lost(seat: Seat, cause: str, what: str, problem: Problem | None) -> Loss:
-    message = f"{seat.name} on {seat.node_id} {what}"
+    message = f"{seat.title} on {seat.node_id} {what}"
     return Loss(cause=cause, message=message, problem=problem or _unexplained(message), counted=True)
 
 
 def _gone(seat: Seat, what: str) -> Loss:
-    message = f"{seat.name} {what}"
+    message = f"{seat.title} {what}"
     return Loss(cause="node", message=message, problem=_unexplained(message), counted=False)
 
 

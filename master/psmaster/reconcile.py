@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from pscluster.errors import InternalError
-from psmaster import describe, endings, planning, recovery, starting, transitions
+from psmaster import describe, endings, planning, recovery, standbys, starting, transitions
 from psmaster.catalogue import Catalogue
 from psmaster.draft import Draft, Limits, View
 from psmaster.jobs import Event, Instant, Job, JobState
@@ -116,6 +116,7 @@ def _admit(draft: Draft, view: View, ahead: str) -> None:
         started_s=job.started_s or draft.now.unix_s,
         trainers=tuple(Seat(kind=Kind.TRAINER, rank=rank) for rank in range(len(admission.trainers))),
         partitions=tuple(Seat(kind=Kind.PARTITION, rank=rank) for rank in range(len(admission.partitions))),
+        standbys=standbys.empty_seats(job, len(admission.partitions)),
     )
     for kind, places in ((Kind.TRAINER, admission.trainers), (Kind.PARTITION, admission.partitions)):
         for rank, node_id in enumerate(places):

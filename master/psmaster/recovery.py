@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 from pscluster.devices import CPU
-from psmaster import catalogue, numerics
+from psmaster import catalogue, numerics, standbys
 from psmaster.draft import Draft, View
 from psmaster.jobs import Problem, Recovery
 from psmaster.planner import NodeView, choose_node, max_trainers
@@ -17,8 +17,11 @@ from psmaster.seats import Kind, Seat
 
 def lose(draft: Draft, view: View) -> None:
     """Empty the seats whose process is gone. FAILED when one seat loses too many without a new step in between."""
-    for seat in draft.job.seats:
+    for seat in (*draft.job.standbys, *draft.job.working):
         loss = loss_of(seat, draft.job, view)
+        if seat.standby and loss is not None:
+            standbys.lose(draft, view, seat, loss)
+            continue
         if loss is None or (draft.job.finished is not None and seat.kind is Kind.TRAINER):
             continue
         if failure_of(seat, draft.job, view.processes) is not None:
@@ -38,6 +41,8 @@ def lose(draft: Draft, view: View) -> None:
         if draft.job.plan is not None and seat.active:
             _begin_recovery(draft, seat.kind)
         draft.unseat(seat, losses=losses)
+        if seat.kind is Kind.PARTITION:
+            standbys.succeed(draft, seat, losses)
 
 
 def _spared(draft: Draft, seat: Seat) -> bool:
@@ -86,8 +91,8 @@ def place(draft: Draft, view: View) -> None:
         return
     excluded = draft.excluded(view.nodes)
     for seat in job.seats:
-        if not seat.placed and (node := _choose(draft, view, seat, excluded)):
-            draft.place(seat.kind, seat.rank, node)
+        if not seat.placed and (node := _room(draft, view, seat, excluded)):
+            draft.place(seat.kind, seat.rank, node, standby=seat.standby)
     if not view.grow or any(not seat.placed for seat in draft.job.trainers):
         return
     while len(draft.job.trainers) < max_trainers(job.spec):
@@ -97,6 +102,17 @@ def place(draft: Draft, view: View) -> None:
             return
         draft.place(seat.kind, seat.rank, node)
         draft.say("TrainerAdded", f"{seat.name} starts on {node.node_id}, which has room")
+
+
+def _room(draft: Draft, view: View, seat: Seat, excluded: frozenset[str]) -> NodeView | None:
+    """A node for an empty seat: a standby's is not its partition's; a standby makes room for a partition."""
+    if seat.standby:
+        barred = standbys.barred(draft, seat)
+        return None if barred is None else _choose(draft, view, seat, excluded | barred)
+    node = _choose(draft, view, seat, excluded)
+    if node is None and seat.kind is Kind.PARTITION:
+        return standbys.give_way(draft, view, excluded)
+    return node
 
 
 def _choose(draft: Draft, view: View, seat: Seat, excluded: frozenset[str]) -> NodeView | None:
@@ -121,7 +137,8 @@ def join(draft: Draft, view: View) -> None:
             draft.unseat(seat)
             continue
         draft.put(facts.seated(seat))
-        draft.say(f"{seat.kind.value.capitalize()}Ready", f"{seat.name} on {seat.node_id} is ready")
+        kind = "Standby" if seat.standby else seat.kind.value.capitalize()
+        draft.say(f"{kind}Ready", f"{seat.title} on {seat.node_id} is ready")
 
 
 def _unfit(draft: Draft, seat: Seat, facts: TrainerFacts | PartitionFacts) -> str:

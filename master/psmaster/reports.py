@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from psmaster import catalogue, transitions
 from psmaster.catalogue import Catalogue, Part
 from psmaster.jobs import Best, Connection, Event, Finished, Instant, Job, JobState, Point, Trouble
+from psmaster.seats import Seat
 
 RATE_WINDOW_S = 10.0
 MAX_POINTS = 512
@@ -50,6 +51,16 @@ class Evaluated:
     generation: int
     step: int
     metrics: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StandbyState:
+    """A partition's word on its standby, the process `attempt`: it can be relied on, or it does not answer."""
+
+    generation: int
+    attempt: int
+    in_sync: bool
+    detail: str = ""
 
 
 MetricLine = StepRecord | Evaluated
@@ -153,6 +164,27 @@ def connected(job: Job, report: Connected, trainer: int) -> Applied:
     others = [held for held in job.connections if held.trainer != trainer]
     now_known = sorted((*others, *report.connections), key=lambda c: (c.trainer, c.partition))
     return Applied(job=replace(job, connections=tuple(now_known)))
+
+
+def standby_state(job: Job, report: StandbyState, rank: int, now: Instant) -> Applied:
+    """What partition `rank` says of its standby. Of one that it no longer has, or from before a restore, it changes
+    nothing. One that does not answer is given up: the partition's steps wait for a plan that says so."""
+    held = job.standby(rank)
+    if job.state.ended or held is None or held.attempt != report.attempt or not job.counts(report.generation):
+        return Applied(job=job)
+    if not held.active or (report.in_sync and held.synced):
+        return Applied(job=job)
+    if report.in_sync:
+        seat = replace(held, synced=True, losses=0)
+        event = Event(
+            time_s=now.unix_s, reason="StandbyInSync", message=f"{held.title} on {held.node_id} is {report.detail}"
+        )
+    else:
+        seat = Seat(kind=held.kind, rank=rank, standby=True, losses=held.losses + 1)
+        message = f"{held.title} on {held.node_id} is given up: {report.detail}"
+        event = Event(time_s=now.unix_s, reason="StandbyLost", message=message, warning=True)
+    seats = tuple(seat if own.rank == rank else own for own in job.standbys)
+    return Applied(job=replace(job, standbys=seats), events=(event,))
 
 
 def finished(job: Job, report: Finished, now: Instant) -> Applied:

@@ -26,6 +26,9 @@ class Seat:
     it is heard again. `shards` are (first, count) runs, trainers only; `addresses` are
     where a partition listens; `device` is where a trainer computes, once it is active. `losses`: processes lost here
     since the job last reached a new step.
+
+    `standby`: for the partition of this rank rather than being it. `synced`: what the partition voted on is held here,
+    so that going on with this process loses nothing; so it is of every partition that the newest plan names.
     """
 
     kind: Kind
@@ -40,10 +43,17 @@ class Seat:
     addresses: tuple[str, ...] = ()
     device: str = ""
     losses: int = 0
+    standby: bool = False
+    synced: bool = False
 
     @property
     def name(self) -> str:
         return f"{self.kind}-{self.rank}"
+
+    @property
+    def title(self) -> str:
+        """What people call who sits here."""
+        return f"the standby of {self.name}" if self.standby else self.name
 
     @property
     def placed(self) -> bool:
@@ -62,7 +72,8 @@ def counted_on(trainers: Iterable[Seat]) -> tuple[Seat, ...]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """The plan of one generation. `restore_generation` is the generation that ordered the newest restore."""
+    """The plan of one generation. `restore_generation` is the generation that ordered the newest restore,
+    `moved_generation` the newest in which a standby took over, `lead_generation` the same for the lead; 0: none."""
 
     generation: int
     trainers: tuple[Seat, ...]
@@ -73,13 +84,25 @@ class Plan:
     stop: bool = False
     kept_steps: tuple[int, ...] = ()
     final_step: int = 0
+    standbys: tuple[Seat, ...] = ()
+    moved_generation: int = 0
+    lead_generation: int = 0
 
     @property
     def active(self) -> frozenset[tuple[int, int]]:
         """(rank, attempt) of the trainers that are counted on."""
         return frozenset((seat.rank, seat.attempt) for seat in counted_on(self.trainers))
 
+    @property
+    def standing_by(self) -> frozenset[tuple[int, int]]:
+        """(rank, attempt) of the standbys."""
+        return frozenset((seat.rank, seat.attempt) for seat in self.standbys)
+
+    def holds(self, seat: Seat) -> bool:
+        """Whether the very process in `seat` is a partition in this plan."""
+        return any((own.rank, own.attempt) == (seat.rank, seat.attempt) for own in self.partitions)
+
     def names(self, seat: Seat) -> bool:
         """Whether this plan was made for the very process that fills `seat`."""
-        seats = self.trainers if seat.kind is Kind.TRAINER else self.partitions
+        seats = self.trainers if seat.kind is Kind.TRAINER else self.partitions + self.standbys
         return any(own.rank == seat.rank and own.attempt == seat.attempt for own in seats)

@@ -41,7 +41,7 @@ def ready(draft: Draft, view: View) -> tuple[ReadyTrainers, ReadyPartitions]:
     """The seats whose process is ready, with what it reported."""
     trainers: ReadyTrainers = []
     partitions: ReadyPartitions = []
-    for seat in draft.job.seats:
+    for seat in draft.job.working:
         facts = ready_facts(seat, draft.job, view.processes) if seat.placed else None
         if isinstance(facts, TrainerFacts):
             trainers.append((seat, facts))

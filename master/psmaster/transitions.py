@@ -38,6 +38,7 @@ def end(job: Job, state: JobState, reason: str, now: Instant, *, warning: bool =
         ended_s=now.unix_s,
         trainers=(),
         partitions=(),
+        standbys=(),
         excluded=(),
         stopping=False,
         deadline_s=None,

@@ -20,11 +20,22 @@ from psmaster.planner import NodeView, admit
 from psmaster.processes import Exit, Failure, PartitionFacts, Process, TrainerFacts
 from psmaster.reconcile import reconcile
 from psmaster.registry import Node
-from psmaster.reports import Applied, Connected, Evaluated, MetricLine, Progress
+from psmaster.reports import Applied, Connected, Evaluated, MetricLine, Progress, StandbyState
 from psmaster.seats import Kind, Seat
 from psmaster.state import Changes, State, find, node_views, queue, turn_of
 
-Report = TrainerFacts | PartitionFacts | Failure | Progress | Evaluated | Finished | Part | Trouble | Connected
+Report = (
+    TrainerFacts
+    | PartitionFacts
+    | Failure
+    | Progress
+    | Evaluated
+    | Finished
+    | Part
+    | Trouble
+    | Connected
+    | StandbyState
+)
 
 
 class Turn:
@@ -99,7 +110,11 @@ class Turn:
             name = {TrainerFacts: "trainer", PartitionFacts: "partition", Failure: "failure"}[type(report)]
             self._know(process_id, node_id, **{name: report})
         elif isinstance(report, Trouble):
-            self._take(reports.trouble(job, report, seat.name, self.now))
+            self._take(reports.trouble(job, report, seat.title, self.now))
+        elif seat.standby:
+            return  # it has no say yet
+        elif isinstance(report, StandbyState):
+            self._take(reports.standby_state(job, report, seat.rank, self.now))
         elif isinstance(report, Connected):
             self._take(reports.connected(job, report, seat.rank))
         elif seat.kind is Kind.PARTITION and seat.rank == 0:

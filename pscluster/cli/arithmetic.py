@@ -26,6 +26,7 @@ def reckon(spec: JobSpec, bundle: Bundle | None) -> dict[str, Any]:
         "epochs": train.epochs,
         "samples": steps * train.global_batch if steps is not None else None,
         "partitions": spec.servers.partitions,
+        "standbys": spec.servers.partitions if spec.durability.tier == "replica" else 0,
         "workers": [_split(train.num_shards, workers) for workers in _worker_counts(spec)],
         "snapshot_every_steps": spec.durability.every_steps,
         "snapshots": steps // spec.durability.every_steps if steps is not None else None,
@@ -65,7 +66,9 @@ def text(found: dict[str, Any]) -> str:
         f"{found['name']}: {found['entrypoint']}",
         f"a step: {shards} shards x {micro} samples = global batch {batch}",
         _length(found),
-        f"parameters over {found['partitions']} partition{'s' if found['partitions'] > 1 else ''}; snapshots every "
+        f"parameters over {found['partitions']} partition{'s' if found['partitions'] > 1 else ''}"
+        + (", each with a standby on another server" if found["standbys"] else "")
+        + "; snapshots every "
         f"{found['snapshot_every_steps']} steps" + (f" ({found['snapshots']})" if found["snapshots"] else ""),
         _evaluation(found),
         _code(found["bundle"]),

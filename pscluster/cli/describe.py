@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pscluster.cli import formatting as fmt
 
 if TYPE_CHECKING:
-    from pscluster.client import Job, TrainerSeat
+    from pscluster.client import Job, PartitionSeat, TrainerSeat
 
 _EVENTS_SHOWN = 40
 
@@ -125,10 +125,8 @@ def _plan(job: Job) -> str:
     if job.plan is None:
         return ""
     rows = [_trainer(t) for t in job.plan.trainers]
-    rows += [
-        [f"partition-{p.index}", p.node_id, str(p.attempt), "lead" if p.index == 0 else "", "", " ".join(p.addresses)]
-        for p in job.plan.partitions
-    ]
+    for p in job.plan.partitions:
+        rows += _partition(p)
     head = f"Generation {job.plan.generation}"
     if job.plan.resume_step:
         head += f", resumed from step {job.plan.resume_step}"
@@ -138,6 +136,18 @@ def _plan(job: Job) -> str:
 def _trainer(seat: TrainerSeat) -> list[str]:
     role = "active" if seat.active else "standing by"
     return [f"trainer-{seat.rank}", seat.node_id, str(seat.attempt), role, seat.device or "", _shards(seat)]
+
+
+def _partition(seat: PartitionSeat) -> list[list[str]]:
+    """A partition's row, and its standby's."""
+    name = f"partition-{seat.index}"
+    role = "lead" if seat.index == 0 else ""
+    rows = [[name, seat.node_id, str(seat.attempt), role, "", " ".join(seat.addresses)]]
+    if seat.standby is not None:
+        s = seat.standby
+        role = "standby, in sync" if s.in_sync else "standby, catching up"
+        rows.append([name, s.node_id, str(s.attempt), role, "", " ".join(s.addresses)])
+    return rows
 
 
 def _shards(seat: TrainerSeat) -> str:

@@ -25,6 +25,7 @@ from pscluster.client.records import (
     Plan,
     Snapshot,
     SnapshotPart,
+    Standby,
     TrainerSeat,
 )
 from pscluster.client.tether import Tether
@@ -46,6 +47,7 @@ __all__ = [
     "Plan",
     "Snapshot",
     "SnapshotPart",
+    "Standby",
     "Tether",
     "TrainerSeat",
     "end_error",

@@ -19,6 +19,7 @@ from pscluster.client.records import (
     Plan,
     Snapshot,
     SnapshotPart,
+    Standby,
     TrainerSeat,
 )
 from pscluster.errors import PsError, from_dict
@@ -98,10 +99,17 @@ def _plan_of(plan: plan_pb2.Plan) -> Plan:
             )
             for t in plan.trainers
         ),
-        partitions=tuple(
-            PartitionSeat(index=p.index, node_id=p.node_id, attempt=p.attempt, addresses=tuple(p.addresses))
-            for p in plan.partitions
-        ),
+        partitions=tuple(_partition_of(p) for p in plan.partitions),
+    )
+
+
+def _partition_of(p: plan_pb2.PartitionSeat) -> PartitionSeat:
+    standby = None
+    if p.HasField("standby"):
+        s = p.standby
+        standby = Standby(node_id=s.node_id, attempt=s.attempt, addresses=tuple(s.addresses), in_sync=s.in_sync)
+    return PartitionSeat(
+        index=p.index, node_id=p.node_id, attempt=p.attempt, addresses=tuple(p.addresses), standby=standby
     )
 
 

@@ -69,11 +69,24 @@ class TrainerSeat(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Standby(_Record):
+    """`in_sync`: nothing is lost when it takes over."""
+
+    node_id: str
+    attempt: int
+    addresses: tuple[str, ...]
+    in_sync: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class PartitionSeat(_Record):
+    """`standby`: None where nobody stands by, or nobody yet."""
+
     index: int
     node_id: str
     attempt: int
     addresses: tuple[str, ...]
+    standby: Standby | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

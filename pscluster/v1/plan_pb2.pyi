@@ -32,19 +32,33 @@ class TrainerSeat(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., node_id: _Optional[str] = ..., attempt: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[ShardRange, _Mapping]]] = ..., active: bool = ..., device: _Optional[str] = ...) -> None: ...
 
 class PartitionSeat(_message.Message):
-    __slots__ = ("index", "node_id", "attempt", "addresses")
+    __slots__ = ("index", "node_id", "attempt", "addresses", "standby")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    STANDBY_FIELD_NUMBER: _ClassVar[int]
     index: int
     node_id: str
     attempt: int
     addresses: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, index: _Optional[int] = ..., node_id: _Optional[str] = ..., attempt: _Optional[int] = ..., addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+    standby: Standby
+    def __init__(self, index: _Optional[int] = ..., node_id: _Optional[str] = ..., attempt: _Optional[int] = ..., addresses: _Optional[_Iterable[str]] = ..., standby: _Optional[_Union[Standby, _Mapping]] = ...) -> None: ...
+
+class Standby(_message.Message):
+    __slots__ = ("node_id", "attempt", "addresses", "in_sync")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    IN_SYNC_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    attempt: int
+    addresses: _containers.RepeatedScalarFieldContainer[str]
+    in_sync: bool
+    def __init__(self, node_id: _Optional[str] = ..., attempt: _Optional[int] = ..., addresses: _Optional[_Iterable[str]] = ..., in_sync: bool = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("job_id", "generation", "trainers", "partitions", "layout_json", "restore_generation", "resume_step", "restore", "stop", "data_token", "kept_steps", "final_step")
+    __slots__ = ("job_id", "generation", "trainers", "partitions", "layout_json", "restore_generation", "resume_step", "restore", "stop", "data_token", "kept_steps", "final_step", "moved_generation", "lead_generation")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     TRAINERS_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +71,8 @@ class Plan(_message.Message):
     DATA_TOKEN_FIELD_NUMBER: _ClassVar[int]
     KEPT_STEPS_FIELD_NUMBER: _ClassVar[int]
     FINAL_STEP_FIELD_NUMBER: _ClassVar[int]
+    MOVED_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    LEAD_GENERATION_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     generation: int
     trainers: _containers.RepeatedCompositeFieldContainer[TrainerSeat]
@@ -69,7 +85,9 @@ class Plan(_message.Message):
     data_token: bytes
     kept_steps: _containers.RepeatedScalarFieldContainer[int]
     final_step: int
-    def __init__(self, job_id: _Optional[str] = ..., generation: _Optional[int] = ..., trainers: _Optional[_Iterable[_Union[TrainerSeat, _Mapping]]] = ..., partitions: _Optional[_Iterable[_Union[PartitionSeat, _Mapping]]] = ..., layout_json: _Optional[bytes] = ..., restore_generation: _Optional[int] = ..., resume_step: _Optional[int] = ..., restore: _Optional[_Union[RestorePoint, _Mapping]] = ..., stop: bool = ..., data_token: _Optional[bytes] = ..., kept_steps: _Optional[_Iterable[int]] = ..., final_step: _Optional[int] = ...) -> None: ...
+    moved_generation: int
+    lead_generation: int
+    def __init__(self, job_id: _Optional[str] = ..., generation: _Optional[int] = ..., trainers: _Optional[_Iterable[_Union[TrainerSeat, _Mapping]]] = ..., partitions: _Optional[_Iterable[_Union[PartitionSeat, _Mapping]]] = ..., layout_json: _Optional[bytes] = ..., restore_generation: _Optional[int] = ..., resume_step: _Optional[int] = ..., restore: _Optional[_Union[RestorePoint, _Mapping]] = ..., stop: bool = ..., data_token: _Optional[bytes] = ..., kept_steps: _Optional[_Iterable[int]] = ..., final_step: _Optional[int] = ..., moved_generation: _Optional[int] = ..., lead_generation: _Optional[int] = ...) -> None: ...
 
 class RestorePoint(_message.Message):
     __slots__ = ("step", "parts")
@@ -130,7 +148,7 @@ class ProcessSpec(_message.Message):
     def __init__(self, process_id: _Optional[str] = ..., kind: _Optional[_Union[ProcessSpec.Kind, str]] = ..., job_id: _Optional[str] = ..., rank: _Optional[int] = ..., attempt: _Optional[int] = ..., spec_json: _Optional[str] = ..., bundle_sha256: _Optional[str] = ..., store: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., data_host: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
 
 class ProcessReport(_message.Message):
-    __slots__ = ("trainer_ready", "partition_ready", "progress", "evaluated", "snapshot_part", "finished", "failure", "counters", "beat", "plan_adopted", "warning", "connected")
+    __slots__ = ("trainer_ready", "partition_ready", "progress", "evaluated", "snapshot_part", "finished", "failure", "counters", "beat", "plan_adopted", "warning", "connected", "standby_state")
     TRAINER_READY_FIELD_NUMBER: _ClassVar[int]
     PARTITION_READY_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
@@ -143,6 +161,7 @@ class ProcessReport(_message.Message):
     PLAN_ADOPTED_FIELD_NUMBER: _ClassVar[int]
     WARNING_FIELD_NUMBER: _ClassVar[int]
     CONNECTED_FIELD_NUMBER: _ClassVar[int]
+    STANDBY_STATE_FIELD_NUMBER: _ClassVar[int]
     trainer_ready: TrainerReady
     partition_ready: PartitionReady
     progress: Progress
@@ -155,7 +174,8 @@ class ProcessReport(_message.Message):
     plan_adopted: PlanAdopted
     warning: Warning
     connected: Connected
-    def __init__(self, trainer_ready: _Optional[_Union[TrainerReady, _Mapping]] = ..., partition_ready: _Optional[_Union[PartitionReady, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., evaluated: _Optional[_Union[Evaluated, _Mapping]] = ..., snapshot_part: _Optional[_Union[SnapshotPart, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., counters: _Optional[_Union[Counters, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., plan_adopted: _Optional[_Union[PlanAdopted, _Mapping]] = ..., warning: _Optional[_Union[Warning, _Mapping]] = ..., connected: _Optional[_Union[Connected, _Mapping]] = ...) -> None: ...
+    standby_state: StandbyState
+    def __init__(self, trainer_ready: _Optional[_Union[TrainerReady, _Mapping]] = ..., partition_ready: _Optional[_Union[PartitionReady, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., evaluated: _Optional[_Union[Evaluated, _Mapping]] = ..., snapshot_part: _Optional[_Union[SnapshotPart, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., counters: _Optional[_Union[Counters, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., plan_adopted: _Optional[_Union[PlanAdopted, _Mapping]] = ..., warning: _Optional[_Union[Warning, _Mapping]] = ..., connected: _Optional[_Union[Connected, _Mapping]] = ..., standby_state: _Optional[_Union[StandbyState, _Mapping]] = ...) -> None: ...
 
 class PreflightCheck(_message.Message):
     __slots__ = ("name", "ok", "detail", "node_id")
@@ -238,6 +258,18 @@ class Connected(_message.Message):
     CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
     connections: _containers.RepeatedCompositeFieldContainer[Connection]
     def __init__(self, connections: _Optional[_Iterable[_Union[Connection, _Mapping]]] = ...) -> None: ...
+
+class StandbyState(_message.Message):
+    __slots__ = ("generation", "attempt", "in_sync", "detail")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    IN_SYNC_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    attempt: int
+    in_sync: bool
+    detail: str
+    def __init__(self, generation: _Optional[int] = ..., attempt: _Optional[int] = ..., in_sync: bool = ..., detail: _Optional[str] = ...) -> None: ...
 
 class Connection(_message.Message):
     __slots__ = ("trainer", "partition", "transport")

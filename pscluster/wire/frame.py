@@ -47,6 +47,10 @@ class Kind(IntEnum):
     MERGED = 13  # lead to the trainer of shard 0: an evaluation's root
     OUTCOME = 14  # trainer of shard 0 to lead: finalised metrics, or the digest
     FENCED = 15  # the sender's generation is out of date; body: the newer one
+    SYNC = 16  # partition to standby: its state at version `step` follows, in PIECEs; body: what goes with it
+    PIECE = 17  # words of a bucket of that state: its values, or the moment whose number is in the flags, from 1
+    HELD = 18  # standby to partition: it can make version `step` of what it holds
+    NOTE = 19  # lead to its standby: an evaluation that was finalised
 
 
 class Codec(IntEnum):

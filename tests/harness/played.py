@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psserver.partition.service
+import psserver.partition.cycle
 from pscluster.errors import PsError
 from pscluster.layout import Layout
 from pscluster.spec import JobSpec, parse_spec
@@ -21,7 +21,7 @@ from pscluster.wire.frame import IN_MEMORY, Buffer, Header, Kind, checksum, job_
 from psserver.partition.service import PartitionService
 from psserver.partition.telemetry import PartitionCounters
 
-psserver.partition.service.SLICE_S = 0.0  # updates take turns with frames after each bucket, not when a clock says so
+psserver.partition.cycle.SLICE_S = 0.0  # updates take turns with frames after each bucket, not when a clock says so
 
 JOB = "job-played"
 TOKEN = b"0123456789abcdef"
@@ -54,6 +54,8 @@ class PlayedConnection:
         self.is_open = True
         self.is_local = is_local
         self.wants_write = False
+        self.reading = True
+        self.sent_bytes = 0
         self.inbox: deque[tuple[Header, bytes, _Passed]] = deque()
         self.other: PlayedConnection | None = None
         self.error: PsError | None = None
@@ -78,12 +80,19 @@ class PlayedConnection:
         header = unpack(pack(replace(header, length=len(data), checksum=checksum([data]) if data else 0)))
         if header.kind in (Kind.PUSH, Kind.VALUES) and header.flags & IN_MEMORY:
             self.network.in_memory[header.kind] += 1
+        self.sent_bytes += len(data)
         self.other.inbox.append((header, data, _Passed(fds if self.other._takes_fds else ())))
         if on_sent is not None:
             on_sent()
 
     def detach(self, tag: object) -> None:
         """Bodies were copied when they were sent."""
+
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
 
     def take_fds(self) -> list[int]:
         return self._passed.take()
@@ -162,7 +171,7 @@ class Network:
 
     def choices(self) -> list[Callable[[], None]]:
         """Everything that could happen next."""
-        found: list[Callable[[], None]] = [c.deliver for c in self.connections if c.inbox]
+        found: list[Callable[[], None]] = [c.deliver for c in self.connections if c.inbox and c.reading]
         if self.posted:
             found.append(lambda: self.posted.popleft()())
         return found
@@ -244,13 +253,15 @@ def played_plan(
     )  # fmt: skip
 
 
-def played_partition(network: Network, spec: JobSpec, index: int, store: Path) -> PartitionService:
-    """A real partition on the played network; it listens over both transports, has no plan yet, writes no snapshot."""
-    link = PlayedLink(ProcessSpec(job_id=JOB, rank=index, store=str(store)))
+def played_partition(network: Network, spec: JobSpec, index: int, store: Path, *, attempt: int = 0) -> PartitionService:
+    """A real partition on the played network; it listens over both transports, has no plan yet, writes no snapshot.
+
+    With an attempt it has an address of its own, which names it."""
+    link = PlayedLink(ProcessSpec(job_id=JOB, rank=index, store=str(store), attempt=attempt))
     service = PartitionService(link, spec, network, PartitionCounters())  # type: ignore[arg-type]
-    service._snapshots.close()
-    service._snapshots = KeptParts()  # type: ignore[assignment]
-    network.listeners[f"partition:{index}"] = service.handler
+    service.saving.close()
+    service.saving.writer = KeptParts()  # type: ignore[assignment]
+    network.listeners[f"partition:{index}" + (f":{attempt}" if attempt else "")] = service.handler
     return service
 
 
@@ -259,6 +270,7 @@ def dismiss(service: PartitionService) -> None:
     service.clients.close_all()
     if service._uplink is not None:
         service._uplink.close()
+    service.replication.close()
     if service.state is not None:
         for tensors in (service.state.published, service.state.values):
             tensors.clear()

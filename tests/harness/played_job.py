@@ -31,7 +31,7 @@ from psworker.trainer.accumulate import Counter, add_gradients
 from psworker.trainer.exchange import Exchange
 from psworker.trainer.gradients import Gradients
 from psworker.trainer.telemetry import TrainerCounters
-from psworker.trainer.work import Work, find_work
+from psworker.trainer.work import Work, WorkKey, find_work
 
 FINAL_STEP = 3
 LAYOUT = Layout(
@@ -58,7 +58,7 @@ class PlayedTrainer:
         self.exchange._reactor = network  # type: ignore[assignment]
         self._tree = tree_of(spec.train.num_shards)
         self._dtype = DTYPES[spec.network.push_codec]
-        self._done: dict[tuple[int, int, str], set[int]] = {}
+        self._done: dict[WorkKey, set[int]] = {}
         self._run: Work | None = None
         self._sums: dict[int, Counter[Gradients]] = {
             b.index: Counter(self._tree, add_gradients) for b in LAYOUT.buckets if b.kind == "trained"

@@ -57,7 +57,8 @@ class Lead:
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """A partition's state: the version it holds, and its vote on the open step once it has one."""
+    """A partition's state: the version it holds, and its vote on the open step once it has one. A standby's is that of
+    its partition; it votes to it."""
 
     generation: int
     step: int
@@ -89,6 +90,17 @@ def receive_vote(lead: Lead, vote: Vote, decide: Decide) -> tuple[Lead, Verdict 
 def lead_adopts(lead: Lead, generation: int) -> Lead:
     """A new generation begins at the same step: votes are collected anew."""
     return replace(lead, generation=generation, votes={})
+
+
+def lead_learns(lead: Lead, verdict: Verdict) -> tuple[Lead, Verdict | None]:
+    """A member tells the lead, which has taken over, what the lead before it decided: its new state, and the verdict to
+    send to all if it is the one on the open step.
+
+    Nobody can have decided otherwise: that would have taken this member's vote under the new generation."""
+    if verdict.step != lead.step:
+        return lead, None
+    verdict = replace(verdict, generation=lead.generation)
+    return replace(lead, step=lead.step + 1, votes={}, last=verdict), verdict
 
 
 def cast_vote(member: Member, vote: Vote) -> Member:

@@ -27,11 +27,11 @@ from pscluster.v1.plan_pb2 import (
 from psserver.partition import commit
 from psserver.partition.commit import Verdict, Vote
 from psserver.partition.directive import Action, decide, next_action
+from psserver.partition.notes import MAX_RECORDS, Notes
 from psserver.partition.schedule import learning_rate
 from psserver.partition.sums import Entry, Sums
 
 REPORT_INTERVAL_S = 1.0
-MAX_RECORDS = 10_000  # of steps not yet reported; a report is sent when it is reached
 
 
 @dataclass(kw_only=True)
@@ -43,6 +43,7 @@ class Outputs:
     direct: Callable[[], None]  # tell every trainer `Lead.directive` (again)
     send_merged: Callable[[], None]  # tell the trainer of shard 0 `Lead.merged`
     report: Callable[[ProcessReport], None]
+    evaluated: Callable[[int, Mapping[str, float]], None] = lambda _version, _metrics: None  # before anything follows
 
 
 def _statistics_sums(num_shards: int) -> Sums[Statistics]:
@@ -61,6 +62,7 @@ class Lead:
     action: Action | None = None
     evaluated: int = -1
     saved: int = 0
+    undecided: int = -1  # the step that the lead before this one may have decided: no stop takes effect before it
     merged: Statistics | None = None
     records: list[StepRecord] = field(default_factory=list)
     summaries: dict[int, Summary] = field(default_factory=dict)  # of the open step and the one before
@@ -77,6 +79,30 @@ class Lead:
         """The lead at a plan's resume step."""
         state = commit.Lead(num_partitions=spec.servers.partitions, generation=plan.generation, step=plan.resume_step)
         return cls(spec=spec, plan=plan, out=out, state=state, saved=plan.resume_step)
+
+    @classmethod
+    def taking_over(cls, spec: JobSpec, plan: Plan, out: Outputs, member: commit.Member, notes: Notes) -> Lead:
+        """The lead in what was its standby: at the version that it holds, with the last verdict to repeat.
+
+        What was reported before is reported again, in case that was lost: the master drops what it knows."""
+        state = commit.Lead(
+            num_partitions=spec.servers.partitions,
+            generation=plan.generation,
+            step=member.step,
+            last=member.last_verdict,
+        )
+        lead = cls(
+            spec=spec,
+            plan=plan,
+            out=out,
+            state=state,
+            saved=notes.saved,
+            evaluated=notes.evaluated,
+            undecided=member.step if member.vote is not None else -1,
+            records=list(notes.records),
+        )
+        lead._report_evaluated(notes.evaluated, notes.metrics)
+        return lead
 
     @property
     def version(self) -> int:
@@ -104,11 +130,13 @@ class Lead:
             self.out.send_merged()
         self._choose_action()
 
-    def join(self, index: int, step: int) -> None:
-        """A partition holds `step`. The last one to come opens the job."""
+    def join(self, index: int, step: int, last: Verdict | None = None) -> None:
+        """A partition holds `step`, which `last` made. The last one to come opens the job."""
         self.joined.add(index)
         if step == self.version - 1:
             self.out.send_call(index)  # it missed the last verdict
+        if step == self.version + 1 and last is not None:
+            self._learn(last)
         if len(self.joined) == self.state.num_partitions and not self.is_open:
             self._choose_action()
             self.report_progress(0.0, force=True)
@@ -124,6 +152,18 @@ class Lead:
             self.out.send_verdict(vote.partition, verdict)
             return
         self._decided(verdict)
+        for index in range(self.state.num_partitions):
+            self.out.send_verdict(index, verdict)
+
+    def _learn(self, last: Verdict) -> None:
+        """A partition carried out a verdict that this lead, which has just taken over, did not hear of."""
+        self.state, verdict = commit.lead_learns(self.state, last)
+        if verdict is None:
+            return
+        if verdict.kind == "stop" or self.is_open:
+            self._decided(verdict)
+        else:
+            self._record(verdict)  # what comes next is said when all have joined
         for index in range(self.state.num_partitions):
             self.out.send_verdict(index, verdict)
 
@@ -168,7 +208,9 @@ class Lead:
     def report_progress(self, now_s: float, *, force: bool = False, connected: int = 0) -> None:
         """Report the steps committed since the last report, at most once a second unless forced."""
         due = now_s - self._reported_at >= REPORT_INTERVAL_S or len(self.records) >= MAX_RECORDS
-        if not self.is_open or not (force or (due and self._reported_step != self.version)):
+        if not self.is_open and not (force and self.records):
+            return
+        if not (force or (due and self._reported_step != self.version)):
             return
         progress = Progress(
             generation=self.plan.generation, step=self.version, records=self.records, connected_trainers=connected
@@ -194,22 +236,13 @@ class Lead:
             self.out.report(ProcessReport(progress=led_there))
             self.out.report(ProcessReport(failure=_non_finite(verdict.step, summary)))
             return
-        train = self.spec.train
-        self.records.append(
-            StepRecord(
-                step=verdict.step + 1,
-                loss=summary.loss_sum / summary.weight if summary.weight else math.nan,
-                grad_norm=verdict.norm,
-                lr=learning_rate(train.optimizer.lr, train.schedule, verdict.step, self.plan.final_step),
-                weight=summary.weight,
-                samples=summary.samples,
-                skipped=verdict.kind == "skip",
-                time_s=time.time(),
-            )
-        )
+        self._record(verdict)
+        self._choose_action()
+
+    def _record(self, verdict: Verdict) -> None:
+        self.records.append(step_record(self.spec, self.plan.final_step, verdict, self.summaries[verdict.step]))
         if verdict.snapshot:
             self.saved = self.version
-        self._choose_action()
 
     def _choose_action(self) -> None:
         """Say what comes at the committed version, if that is news."""
@@ -221,7 +254,7 @@ class Lead:
             self.plan.final_step,
             evaluated=self.evaluated,
             saved=self.saved,
-            stop=self.plan.stop,
+            stop=self.plan.stop and self.version > self.undecided,
         )
         if action != "evaluate":
             self.merged = None
@@ -235,11 +268,30 @@ class Lead:
         self.evaluated = self.version
         self.merged = None
         self.report_progress(time.time(), force=True)
-        if isinstance(metrics, dict) and metrics:
-            found = {str(name): float(value) for name, value in metrics.items()}
-            report = Evaluated(generation=self.plan.generation, step=self.version, metrics=found)
-            self.out.report(ProcessReport(evaluated=report))
+        found = {str(name): float(value) for name, value in metrics.items()} if isinstance(metrics, dict) else {}
+        self.out.evaluated(self.version, found)
+        self._report_evaluated(self.version, found)
         self._choose_action()
+
+    def _report_evaluated(self, version: int, metrics: Mapping[str, float]) -> None:
+        if metrics:
+            report = Evaluated(generation=self.plan.generation, step=version, metrics=dict(metrics))
+            self.out.report(ProcessReport(evaluated=report))
+
+
+def step_record(spec: JobSpec, final_step: int, verdict: Verdict, summary: Summary) -> StepRecord:
+    """What people read of a step that was committed or skipped just now."""
+    train = spec.train
+    return StepRecord(
+        step=verdict.step + 1,
+        loss=summary.loss_sum / summary.weight if summary.weight else math.nan,
+        grad_norm=verdict.norm,
+        lr=learning_rate(train.optimizer.lr, train.schedule, verdict.step, final_step),
+        weight=summary.weight,
+        samples=summary.samples,
+        skipped=verdict.kind == "skip",
+        time_s=time.time(),
+    )
 
 
 def _non_finite(step: int, summary: Summary) -> Failure:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from pscluster.spec import JobSpec
 from pscluster.summary import unpack_statistics
@@ -10,8 +10,9 @@ from pscluster.v1.plan_pb2 import Plan, ProcessReport
 from pscluster.wire.frame import AckResult, Header, Kind
 from psserver.partition import messages
 from psserver.partition.clients import Client, Clients
-from psserver.partition.commit import Verdict
+from psserver.partition.commit import Member, Verdict
 from psserver.partition.lead import Lead, Outputs
+from psserver.partition.notes import Notes
 
 
 class LeadWire:
@@ -24,20 +25,21 @@ class LeadWire:
         clients: Clients,
         hear_verdict: Callable[[Verdict], None],
         report: Callable[[ProcessReport], None],
+        evaluated: Callable[[int, Mapping[str, float]], None],
+        taken_over: tuple[Member, Notes] | None = None,
     ) -> None:
+        """`taken_over`: by a standby, with what it knows; None: at the plan's resume step."""
         self._clients = clients
         self._hear_verdict = hear_verdict
-        self.lead = Lead.at(
-            spec,
-            plan,
-            Outputs(
-                send_verdict=self._send_verdict,
-                send_call=self._send_call,
-                direct=self._direct,
-                send_merged=self._send_merged,
-                report=report,
-            ),
+        out = Outputs(
+            send_verdict=self._send_verdict,
+            send_call=self._send_call,
+            direct=self._direct,
+            send_merged=self._send_merged,
+            report=report,
+            evaluated=evaluated,
         )
+        self.lead = Lead.taking_over(spec, plan, out, *taken_over) if taken_over else Lead.at(spec, plan, out)
 
     def welcome(self, client: Client) -> None:
         """Tell a trainer that has just connected what is going on."""

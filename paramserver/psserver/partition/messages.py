@@ -12,6 +12,8 @@ from psserver.partition.commit import Verdict, Vote
 
 _FINITE = struct.Struct("<B")
 _SQUARE = struct.Struct("<Id")
+_WEIGHT = struct.Struct("<d")
+WEIGHT_BYTES = _WEIGHT.size
 
 
 def vote_bytes(num_blocks: int) -> int:
@@ -40,15 +42,43 @@ def unpack_vote(header: Header, body: memoryview) -> Vote:
 
 def pack_verdict(verdict: Verdict) -> bytes:
     """JSON: Python writes floats so that they read back exactly."""
-    return json.dumps(asdict(verdict)).encode()
+    return json.dumps(verdict_json(verdict)).encode()
 
 
 def unpack_verdict(body: memoryview) -> Verdict:
     """Raises FrameError for what `pack_verdict` did not write."""
     try:
-        return Verdict(**json.loads(bytes(body)))
-    except (TypeError, ValueError) as error:
+        verdict = verdict_of(json.loads(bytes(body)))
+    except ValueError as error:
         raise FrameError(f"a verdict does not parse: {error}", details={"field": "body"}) from None
+    if verdict is None:
+        raise FrameError("a verdict that is none", details={"field": "body"})
+    return verdict
+
+
+def verdict_json(verdict: Verdict | None) -> dict[str, object] | None:
+    """A verdict as part of a JSON body."""
+    return None if verdict is None else asdict(verdict)
+
+
+def verdict_of(told: object) -> Verdict | None:
+    """What `verdict_json` gave. Raises FrameError for anything else."""
+    try:
+        if told is not None and not isinstance(told, dict):
+            raise TypeError("it is no mapping")
+        return None if told is None else Verdict(**told)
+    except TypeError as error:
+        raise FrameError(f"a verdict does not parse: {error}", details={"field": "body"}) from None
+
+
+def pack_weight(weight: float) -> bytes:
+    """The body of a PUSH that is UNCHANGED."""
+    return _WEIGHT.pack(weight)
+
+
+def unpack_weight(body: memoryview) -> float:
+    """What `pack_weight` gave; the length was checked."""
+    return float(_WEIGHT.unpack(body)[0])
 
 
 def json_mapping(body: memoryview) -> dict[str, object]:

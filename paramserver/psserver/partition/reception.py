@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from functools import partial
 from typing import Protocol
@@ -33,9 +32,15 @@ from psserver.partition.state import PartitionState
 from psserver.partition.step import OpenStep
 from psserver.partition.telemetry import PartitionCounters
 
-_WEIGHT = struct.Struct("<d")
-_TRAINERS = frozenset({Kind.INIT, Kind.PUSH, Kind.STATISTICS, Kind.OUTCOME})
+_FITTING = {
+    "push": frozenset({Kind.INIT, Kind.PUSH, Kind.STATISTICS, Kind.OUTCOME}),
+    "pull": frozenset({Kind.PULL}),
+    "vote": frozenset({Kind.VOTE, Kind.JOIN}),
+    "replica": frozenset({Kind.SYNC, Kind.PIECE, Kind.PUSH, Kind.VERDICT, Kind.NOTE}),
+}
+_TO_STANDBY = _FITTING["replica"] - {Kind.PUSH}
 _MAX_HELLO_BYTES = 4096
+_AGE_BYTES = 24  # of JSON, at most, for each tensor
 
 
 class Receiver(Protocol):
@@ -68,6 +73,12 @@ class Receiver(Protocol):
     def hear_lead_business(self, client: Client, header: Header, body: memoryview) -> None:
         """What only the lead hears: votes, joins, evaluations, outcomes."""
 
+    def hear_principal(self, client: Client, header: Header, body: memoryview) -> None:
+        """What only a standby hears: a state, verdicts, notes."""
+
+    def piece_target(self, header: Header) -> memoryview:
+        """Where a piece of a state belongs."""
+
     def serve_pulls(self) -> None:
         """Send what is owed and new enough."""
 
@@ -99,7 +110,12 @@ class Reception:
             return _small(header, messages.vote_bytes(blocks))
         if header.kind is Kind.STATISTICS:
             self._check_tree_node(header)
-        if header.kind in (Kind.STATISTICS, Kind.OUTCOME, Kind.JOIN):
+        if header.kind is Kind.PIECE:
+            return self._service.piece_target(header)
+        if header.kind is Kind.SYNC:
+            tensors = len(self._service.state.layout.tensors) if self._service.state else 0
+            return _small(header, MAX_SMALL_BYTES + _AGE_BYTES * tensors)
+        if header.kind in (Kind.STATISTICS, Kind.OUTCOME, Kind.JOIN, Kind.VERDICT, Kind.NOTE):
             return _small(header, MAX_SMALL_BYTES)
         if header.kind in (Kind.PUSH, Kind.INIT):
             return self._bucket_target(client, header)
@@ -122,6 +138,8 @@ class Reception:
             service.serve_pulls()
         elif header.kind in (Kind.STATISTICS, Kind.OUTCOME, Kind.VOTE, Kind.JOIN):
             service.hear_lead_business(client, header, body)
+        elif header.kind in _TO_STANDBY:
+            service.hear_principal(client, header, body)
         else:
             raise FrameError(f"an unexpected {header.kind.name}", details={"field": "kind"})
 
@@ -138,9 +156,7 @@ class Reception:
             raise FrameError("a frame of another job", details={"field": "job"})
         if not client.channel and header.kind is not Kind.HELLO:
             raise AuthError(f"a {header.kind.name} before the greeting")
-        fits = {"push": header.kind in _TRAINERS, "pull": header.kind is Kind.PULL}
-        fits["vote"] = header.kind in (Kind.VOTE, Kind.JOIN)
-        if client.channel and not fits[client.channel]:
+        if client.channel and header.kind not in _FITTING[client.channel]:
             raise FrameError(f"a {header.kind.name} on a {client.channel} connection", details={"field": "kind"})
         if client.channel and header.sender != client.index:
             raise FrameError(f"a {header.kind.name} in the name of {header.sender}", details={"field": "sender"})
@@ -161,7 +177,7 @@ class Reception:
             raise FrameError(f"bucket {header.bucket}, of which there is nothing here", details={"field": "bucket"})
         self._check_node(header, state.layout.buckets[header.bucket].kind)
         if header.flags & UNCHANGED:
-            _expect(header, _WEIGHT.size)
+            _expect(header, messages.WEIGHT_BYTES)
             return memoryview(bytearray(header.length))
         trained = header.kind is Kind.PUSH and header.bucket in step.trained
         network = self._service.spec.network
@@ -262,7 +278,7 @@ class Reception:
         state = self._service.state
         assert state is not None
         if header.flags & UNCHANGED:
-            return BufferNode(_WEIGHT.unpack(body)[0], None)
+            return BufferNode(messages.unpack_weight(body), None)
         return BufferNode(0.0, torch.frombuffer(body, dtype=state.values[header.bucket].dtype))
 
     def _initial(self, client: Client, header: Header, body: memoryview) -> None:

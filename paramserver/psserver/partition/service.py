@@ -2,59 +2,48 @@
 
 from __future__ import annotations
 
-import hmac
-import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from pscluster.agent.heart import Heart
 from pscluster.agent.link import ProcessLink
-from pscluster.errors import AuthError, FrameError, PsError
+from pscluster.errors import FrameError, InternalError, PsError
 from pscluster.layout import Layout
-from pscluster.snapshot import Written
 from pscluster.spec import JobSpec
-from pscluster.v1.plan_pb2 import (
-    Beat,
-    ErrorDetail,
-    Failure,
-    Plan,
-    PlanAdopted,
-    ProcessReport,
-    SnapshotPart,
-)
-from pscluster.v1.plan_pb2 import (
-    Warning as WarningMessage,
-)
+from pscluster.summary import Summary
+from pscluster.v1.plan_pb2 import Counters, Plan, PlanAdopted, ProcessReport
 from pscluster.wire.connection import Connection
 from pscluster.wire.frame import Header, Kind, job_number
-from pscluster.wire.memory import Lanes
 from pscluster.wire.reactor import Reactor
 from psserver.partition import commit, messages
+from psserver.partition.agent_line import AgentLine
 from psserver.partition.clients import Client, Clients
-from psserver.partition.commit import Member, Verdict, Vote
-from psserver.partition.lead import Lead
+from psserver.partition.commit import Member, Verdict
+from psserver.partition.cycle import StepCycle
+from psserver.partition.greeting import greet
+from psserver.partition.lead import Lead, step_record
 from psserver.partition.lead_wire import LeadWire
+from psserver.partition.notes import Notes
 from psserver.partition.optimizer import moments_of
 from psserver.partition.reception import Reception
-from psserver.partition.snapshots import SnapshotWriter
+from psserver.partition.replication import Replication
+from psserver.partition.saving import Saving
+from psserver.partition.standby import Standby
 from psserver.partition.state import PartitionState
 from psserver.partition.step import OpenStep
 from psserver.partition.telemetry import PartitionCounters
 from psserver.partition.uplink import Uplink
 
-COUNTERS_S = 1.0
-SLICE_S = 0.0015  # of updates, after which trainers hear of them: long enough not to spend it on messages
-MIN_CREDIT_BYTES = 64 << 20
-MAX_LANES = 8  # nodes of one bucket that a trainer may leave in shared memory at a time
 
+class PartitionService(AgentLine):
+    """Partition `index` of one job, or a standby of it, as the plan says.
 
-class PartitionService:
-    """Partition `index` of one job. Everything happens on the reactor's thread but the writing of snapshots."""
+    Everything happens on the reactor's thread but the writing of snapshots."""
 
     def __init__(self, link: ProcessLink, spec: JobSpec, reactor: Reactor, counters: PartitionCounters) -> None:
-        self.link = link
+        super().__init__(link, reactor)
         self.spec = spec
         self.index = link.start.rank
         self.counters = counters
@@ -63,132 +52,180 @@ class PartitionService:
         self.step: OpenStep | None = None
         self.member = Member(generation=0, step=0)
         self.versions: dict[int, int] = {}  # of each bucket's values
-        self.version = 0  # of all of them: the newest committed step whose update is done
-        self._lead_wire: LeadWire | None = None  # of partition 0
-        self._reactor = reactor
+        self.notes = Notes()
+        self.lead_wire: LeadWire | None = None  # of partition 0
+        self.standby: Standby | None = None  # while it stands by
         self._job = job_number(link.start.job_id)
         self.clients = Clients(self.header)
         self._uplink: Uplink | None = None
         self._reception = Reception(self)
-        self._snapshots = SnapshotWriter(Path(link.start.store), self.index, reactor.post)
+        self.replication = Replication(reactor, self)
+        store, partitions = Path(link.start.store), spec.servers.partitions
+        self.saving = Saving(link.start.job_id, store, self.index, partitions, counters, self.report, reactor.post)
+        self.cycle = StepCycle(self, reactor.post)
         self._early: list[tuple[Client, Header, bytes]] = []
-        self._verdict: Verdict | None = None  # being carried out
-        self._progress = 0
-        self._heart = Heart(link, lambda: Beat(progress=self._progress))
-        self.failed = False
-
-    # ---- the agent ----
-
-    def start(self) -> None:
-        """Begin to listen to the agent, and to beat."""
-        self._reactor.watch(self.link.fileno(), self._orders)
-        if self.link.start.HasField("plan"):
-            self.adopt(self.link.start.plan)
-        self._report_counters()
-        self._heart.start()
 
     def close(self) -> None:
         """Finish the snapshots that are begun. After the reactor has stopped."""
-        self._heart.close()
-        self._snapshots.close()
+        super().close()
+        self.saving.close()
 
-    def report(self, report: ProcessReport) -> None:
-        try:
-            self.link.report(report)
-        except EOFError:
-            self._reactor.stop()
-
-    def _orders(self) -> None:
-        try:
-            orders = self.link.receive_nowait()
-        except EOFError:
-            self._reactor.stop()
-            return
-        for order in orders:
-            if order.WhichOneof("body") == "shutdown":
-                self._reactor.stop()
-            elif order.WhichOneof("body") == "plan":
-                self.adopt(order.plan)
-
-    def _report_counters(self) -> None:
+    def counted(self) -> Counters:
         state_bytes = self.state.size_bytes if self.state else 0
-        counters = self.counters.sample(self.index, self.version, state_bytes, self.clients.pull_bytes)
-        self.report(ProcessReport(counters=counters))
-        if self._lead_wire is not None:
-            self._lead_wire.report_progress(time.time())
-        self._reactor.call_later(COUNTERS_S, self._report_counters)
+        if self.standby is not None:
+            return self.counters.sample_standby(self.index, self.version, state_bytes)
+        bond = self.replication.bond if self.spec.durability.tier == "replica" else None
+        lag = self.replication.lag_steps or 0
+        return self.counters.sample(self.index, self.version, state_bytes, self.clients.pull_bytes, bond, lag)
 
-    def fail(self, error: PsError) -> None:
-        """Tell the master why this process cannot go on."""
-        detail = ErrorDetail(code=error.code, cause=error.cause, action=error.action, details=error.details)
-        self.report(ProcessReport(failure=Failure(error=detail, step=self.version)))
+    @property
+    def progress(self) -> int:
+        return self.cycle.progress
+
+    def beaten(self) -> None:
+        if self.lead_wire is not None:
+            self.lead_wire.report_progress(time.time())
+
+    def report_steps(self) -> None:
+        """Tell the master of every step that it has not heard of, if this is the lead."""
+        if self.lead_wire is not None:
+            self.lead_wire.lead.report_progress(time.time(), force=True)
 
     # ---- plans ----
 
     def adopt(self, plan: Plan) -> None:
         """A newer plan is in force from here on; with a newer restore everything older is dropped."""
-        if self.plan is not None and plan.generation <= self.plan.generation:
-            if plan.generation == self.plan.generation:
-                self._snapshots.retain(plan.kept_steps)  # the catalogue grew; nothing else may change in a generation
+        held = self.plan
+        if held is not None and plan.generation <= held.generation:
+            if plan.generation == held.generation:
+                self.saving.retain(plan.kept_steps)  # the catalogue grew; nothing else may change in a generation
             return
-        restored = self.plan is None or plan.restore_generation != self.plan.restore_generation
+        if not (self._is_partition(plan) or self._stands_by(plan)):
+            return  # somebody else has its place: its agent is about to end it
         self.plan = plan
-        if restored:
-            try:
+        try:
+            if held is None or plan.restore_generation != held.restore_generation:
                 self._restore(plan)
-            except PsError as error:
-                error.details["void_snapshot"] = str(plan.resume_step)  # the master falls back to an older one
-                self.fail(error)
-                self.failed = True
-                self._reactor.stop()
-                return
-        else:
-            self.member = commit.member_adopts(self.member, plan.generation)
-            if self.lead is not None:
-                self.lead.adopt(plan)
-            self._send_vote()
-        self._snapshots.retain(plan.kept_steps)
+            elif self.standby is not None and not self._stands_by(plan):
+                self._take_over(plan, self.standby)
+            else:
+                self._go_on(plan)
+        except PsError as error:
+            self.give_up(error)
+            return
+        self.saving.retain(plan.kept_steps)
         self.report(ProcessReport(plan_adopted=PlanAdopted(generation=plan.generation, step=self.member.step)))
 
+    def _is_partition(self, plan: Plan) -> bool:
+        """Whether a plan has this very process be the partition; 0 is whoever gets the plan."""
+        return plan.partitions[self.index].attempt in (0, self.attempt)
+
+    def _stands_by(self, plan: Plan) -> bool:
+        """Whether a plan has this very process stand by for the partition."""
+        seat = plan.partitions[self.index]
+        return seat.HasField("standby") and self.attempt == seat.standby.attempt != seat.attempt
+
+    def _go_on(self, plan: Plan) -> None:
+        """A new generation of the same timeline: votes are cast again under it, maybe to another lead."""
+        self.member = commit.member_adopts(self.member, plan.generation)
+        if self.standby is not None:
+            return
+        if self.lead is not None:
+            self.lead.adopt(plan)
+        elif self._uplink is not None:
+            self._uplink.follow(list(plan.partitions[0].addresses))
+        self.replication.adopt(plan, restored=False)
+        self.send_vote()
+        self.try_vote()  # maybe it waited for a standby that is no more
+
     def _restore(self, plan: Plan) -> None:
-        if self._uplink is not None:
-            self._uplink.close()
-        self.clients.close_all()
-        self._early.clear()
-        self._verdict = None
+        """Begin at the plan's resume step; a standby begins with nothing, and hears from its partition."""
+        self._hang_up()
         layout = Layout.from_json(plan.layout_json)
         num_partitions = self.spec.servers.partitions
         if self.state is None or self.state.layout != layout:
             moments = moments_of(self.spec.train.optimizer)
             codec = self.spec.network.pull_codec
             self.state = PartitionState.empty(layout, self.index, num_partitions, moments, codec)
-        if plan.resume_step:
-            part = next(part for part in plan.restore.parts if part.partition == self.index)
-            path = Path(self.link.start.store) / part.path
-            self.state.load(path, self.index, num_partitions, plan.resume_step)
+        self.standby = Standby(self) if self._stands_by(plan) else None
+        if self.standby is None and plan.resume_step:
+            self._load(self.state, plan)
         else:
             self.state.reset()
-        self.step = OpenStep(self.state, self.spec, plan.final_step)
         gradients = layout.gradient_bytes(self.state.spans, self.spec.network.push_codec)
         self.clients.largest_bytes = max(gradients, default=0)
-        self.member = Member(generation=plan.generation, step=plan.resume_step)
-        self.version = plan.resume_step
-        self.versions = {span.bucket: plan.resume_step for span in self.state.spans}
-        leads = self.index == 0
-        self._lead_wire = LeadWire(self.spec, plan, self.clients, self.hear_verdict, self.report) if leads else None
-        lead_addresses = list(plan.partitions[0].addresses)
-        self._uplink = None if leads else Uplink(self._reactor, self, lead_addresses)
-        if self.state.is_filled:
-            self._filled()
+        self.begin_at(plan.resume_step)
+        self.notes = Notes(saved=plan.resume_step)
+        if self.standby is None:
+            self._speak(plan, None)
+            self.replication.adopt(plan, restored=True)
+            if self.state.is_filled:
+                self._filled()
+
+    def _load(self, state: PartitionState, plan: Plan) -> None:
+        part = next(part for part in plan.restore.parts if part.partition == self.index)
+        path = Path(self.link.start.store) / part.path
+        try:
+            state.load(path, self.index, self.spec.servers.partitions, plan.resume_step)
+        except PsError as error:
+            error.details["void_snapshot"] = str(plan.resume_step)  # the master falls back to an older one
+            raise
+
+    def _take_over(self, plan: Plan, standby: Standby) -> None:
+        """The partition is gone, and this process, which holds all that it voted on, is the partition from now on."""
+        self.clients.close_all()  # the one before may still live: what it says no longer counts
+        if not standby.is_synced:
+            raise InternalError(f"a standby of partition {self.index} is to take over, and holds nothing")
+        self.standby = None
+        self.member = commit.member_adopts(self.member, plan.generation)
+        self._speak(plan, (self.member, self.notes))
+        self.replication.adopt(plan, restored=True)
+        if self.notes.saved == self.version and not self.is_updating:
+            self._save()  # the one before may not have come to it
+        if self.lead is not None:
+            if self.member.vote is not None and self.step is not None:
+                self.lead.take_summary(self.step.summary.root)
+            self.lead.join(0, self.member.step)
+        self.send_vote()
+
+    def _speak(self, plan: Plan, taken_over: tuple[Member, Notes] | None) -> None:
+        """Be the partition: to the lead, or as the lead."""
+        self.saving.begin()
+        if self.index == 0:
+            self.lead_wire = LeadWire(
+                self.spec, plan, self.clients, self.hear_verdict, self.report, self._evaluated, taken_over
+            )
+        else:
+            self._uplink = Uplink(self._reactor, self, list(plan.partitions[0].addresses))
+
+    def _hang_up(self) -> None:
+        """Nothing of what was begun counts."""
+        if self._uplink is not None:
+            self._uplink.close()
+        self._uplink = self.lead_wire = None
+        self.replication.close()
+        self.clients.close_all()
+        self._early.clear()
+        self.cycle.restart()
+
+    def begin_at(self, step: int) -> None:
+        """Forget every step; the state is, or will be, that of `step`."""
+        assert self.state is not None and self.plan is not None
+        self.cycle.restart()
+        self.step = OpenStep(self.state, self.spec, self.plan.final_step)
+        self.member = Member(generation=self.plan.generation, step=step)
+        self.version = step
+        self.versions = {span.bucket: step for span in self.state.spans}
 
     def _filled(self) -> None:
         """Every value is here: this partition may take part."""
         if self.version == 0:
-            self._write_snapshot()
+            self._save()
         if self.lead is not None:
             self.lead.join(0, self.version)
         elif self._uplink is not None:
             self._uplink.join()
+        self.replication.at_boundary()
 
     def take_initial(self, bucket: int) -> None:
         """A bucket has its first values."""
@@ -202,82 +239,69 @@ class PartitionService:
     # ---- votes and verdicts ----
 
     def try_vote(self) -> None:
-        """Vote if the open step is complete and this partition has not."""
-        step = self.step
-        if step is None or self.plan is None or self.member.vote is not None or self._verdict is not None:
-            return
-        if not step.is_complete:
-            return
-        with self.counters.phase("vote"):
-            squares, finite = step.ballot()
-            if self.lead is not None:
-                self.lead.take_summary(step.summary.root)
-            vote = Vote(
-                generation=self.plan.generation,
-                step=self.member.step,
-                partition=self.index,
-                squares=squares,
-                finite=finite,
-            )
-            self.member = commit.cast_vote(self.member, vote)
-            self._send_vote()
+        """Vote if the open step is complete, its standby has it, and this partition has not voted."""
+        self.replication.offer()
+        self.cycle.try_vote()
 
-    def _send_vote(self) -> None:
+    def may_vote(self) -> bool:
+        """Whether nothing but the step itself keeps the vote back."""
+        return self.replication.may_vote() if self.standby is None else self.standby.is_synced
+
+    def send_vote(self) -> None:
+        """Cast the vote on the open step, if there is one; repeating it is harmless. A standby says that it has it."""
         vote = self.member.vote
         if vote is None:
             return
-        if self.lead is not None:
+        if self.standby is not None:
+            self.standby.say_held()
+        elif self.lead is not None:
             self.lead.vote(vote)
         elif self._uplink is not None:
             self._uplink.vote(vote)
 
     def hear_call(self) -> None:
         """The lead asks for this partition's vote."""
-        self._send_vote()
+        self.send_vote()
 
     def hear_verdict(self, verdict: Verdict) -> None:
-        """Carry out a verdict, bucket by bucket, serving connections in between."""
-        self.member, now = commit.receive_verdict(self.member, verdict)
-        if not now or verdict.kind == "stop":
-            return
-        assert self.step is not None
-        self._verdict = verdict
-        self.step.decide(verdict)
-        self._update_next()
+        """The lead's verdict."""
+        self.cycle.hear_verdict(verdict)
 
-    def _update_next(self) -> None:
-        """Update buckets for a moment, then let trainers have them and connections have their turn."""
-        step, state, verdict = self.step, self.state, self._verdict
-        if step is None or state is None or verdict is None:
-            return  # a restore came in between
-        until_s = time.perf_counter() + SLICE_S
-        while (bucket := step.next_update()) is not None:
-            self._progress += 1
-            with self.counters.phase("update"):
-                self.clients.overwriting(bucket)
-                step.update()
-            self.versions[bucket] = verdict.step + 1
-            if time.perf_counter() >= until_s:
-                break
-        if step.next_update() is None:
-            self._step_done(verdict)
-        else:
-            self.serve_pulls()
-            self._reactor.post(self._update_next)
-
-    def _step_done(self, verdict: Verdict) -> None:
-        assert self.state is not None
-        self.version = verdict.step + 1
-        self.versions = dict.fromkeys(self.versions, self.version)
-        self._verdict = None
-        self.serve_pulls()
+    def decided(self, verdict: Verdict, summary: Summary) -> None:
+        """A verdict is about to be carried out."""
+        if self.standby is None:
+            self.replication.decided(verdict)
+        elif self.index == 0 and self.plan is not None:
+            self.notes.records.append(step_record(self.spec, self.plan.final_step, verdict, summary))
         if verdict.snapshot:
-            self._write_snapshot()
+            self.notes.saved = verdict.step + 1
+
+    def step_done(self, verdict: Verdict) -> None:
+        """The verdict is carried out; the next step is open."""
+        if self.standby is not None:
+            self.standby.resume_reading()
+            return
+        if verdict.snapshot:
+            self._save()
+        self.replication.at_boundary()
         early, self._early = self._early, []
         for client, header, body in early:
             if client.connection.is_open:
                 self._reception.frame(client.connection, header, memoryview(body))
-        self.try_vote()  # a fast trainer may have completed the next step before this one was put away
+
+    @property
+    def is_updating(self) -> bool:
+        """Whether a verdict is being carried out: the state is of no step."""
+        return self.cycle.verdict is not None
+
+    def _evaluated(self, version: int, metrics: Mapping[str, float]) -> None:
+        """The lead's evaluation is finalised: its standby hears of it before the next step."""
+        self.notes.evaluated, self.notes.metrics = version, metrics
+        self.replication.note()
+
+    def _save(self) -> None:
+        assert self.state is not None and self.plan is not None
+        self.saving.write(self.state, self.version, self.plan.generation)
 
     def serve_pulls(self) -> None:
         """Send what is owed and new enough."""
@@ -295,100 +319,42 @@ class PartitionService:
         """A frame of the next step, from a trainer that needs nothing of this partition to be there already."""
         self._early.append((client, header, bytes(body)))
 
-    # ---- snapshots ----
-
-    def _write_snapshot(self) -> None:
-        assert self.state is not None and self.plan is not None
-        generation, step = self.plan.generation, self.version
-        meta = self.state.meta(self.link.start.job_id, step, generation, self.index, self.spec.servers.partitions)
-        with self.counters.phase("snapshot"):
-            pieces = self.state.pieces()
-        self._snapshots.write(
-            meta, self.state.layout, pieces, lambda written, error: self._wrote(step, generation, written, error)
-        )
-
-    def _wrote(self, step: int, generation: int, written: Written | None, error: PsError | None) -> None:
-        if error is not None:
-            detail = ErrorDetail(code=error.code, cause=error.cause, action=error.action, details=error.details)
-            self.report(ProcessReport(warning=WarningMessage(error=detail, step=step)))
-        elif written is not None:
-            self.counters.snapshots += 1
-            part = SnapshotPart(
-                step=step,
-                partition=self.index,
-                generation=generation,
-                path=written.path.name,
-                size_bytes=written.size_bytes,
-                checksum=written.checksum,
-            )
-            self.report(ProcessReport(snapshot_part=part))
-
-    # ---- greetings ----
+    # ---- callers ----
 
     def greet(self, client: Client, header: Header, told: dict[str, object]) -> None:
-        """A HELLO: check it, and welcome the caller. A caller of another timeline is sent away and comes again."""
-        plan = self.plan
-        if plan is None or self.state is None:
-            client.connection.close()  # no plan yet; the caller dials again
-            return
-        if not hmac.compare_digest(str(told.get("token", "")).encode(errors="replace"), plan.data_token.hex().encode()):
-            raise AuthError("a data connection without the job's token")
-        timeline = told.get("restore_generation")
-        if not isinstance(timeline, int):
-            raise FrameError("a greeting without a restore_generation", details={"field": "body"})
-        if timeline != plan.restore_generation:
-            if timeline < plan.restore_generation:
-                body = json.dumps({"generation": plan.generation}).encode()
-                client.connection.send(self.header(kind=Kind.FENCED), [body])
-                self.counters.fenced += 1
-            client.connection.close()
-            return
-        client.channel, client.index = str(told.get("channel", "")), header.sender
-        if client.channel not in ("push", "pull", "vote"):
-            raise FrameError(f"a connection for {client.channel!r}", details={"field": "channel"})
-        client.connection.context = client.channel  # greeted: the reactor's deadline is met
-        client.granted_bytes = client.told_bytes = max(MIN_CREDIT_BYTES, 2 * self.clients.largest_bytes)
-        fds = self._share_memory(client, told.get("num_lanes")) if told.get("share") is True else []
-        welcome = {
-            "granted_bytes": client.granted_bytes,
-            "open_bucket": self.open_bucket,
-            "needs_values": not self.state.is_filled,
-            "num_lanes": client.lanes.num_lanes if client.lanes else 0,
-        }
-        client.connection.send(self.header(kind=Kind.WELCOME), [json.dumps(welcome).encode()], fds=fds)
-        if client.channel == "pull" and self._lead_wire is not None:
-            self._lead_wire.welcome(client)
-
-    def _share_memory(self, client: Client, num_lanes: object) -> list[int]:
-        """Agree to share memory with a caller on this host; what it is to map."""
-        state, network = self.state, self.spec.network
-        if state is None or not client.connection.is_local or network.transport not in ("auto", "shm"):
-            return []
-        if client.channel == "pull":
-            client.reads_memory = True
-            return [state.segment.fd]
-        if not isinstance(num_lanes, int) or not 1 <= num_lanes <= MAX_LANES:
-            raise FrameError(f"a greeting that asks for {num_lanes} lanes", details={"field": "body"})
-        client.lanes = Lanes.create(state.layout.gradient_bytes(state.spans, network.push_codec), num_lanes)
-        return [client.lanes.fd]
+        """A HELLO."""
+        greet(self, client, header, told)
 
     def hear_lead_business(self, client: Client, header: Header, body: memoryview) -> None:
         """What only the lead hears: votes, joins, evaluations, outcomes."""
-        if self._lead_wire is None:
+        if self.lead_wire is None:
             raise FrameError(f"{header.kind.name} sent to a partition that does not lead", details={"field": "kind"})
         if header.kind is Kind.VOTE:
-            self._lead_wire.lead.vote(messages.unpack_vote(header, body))
+            self.lead_wire.lead.vote(messages.unpack_vote(header, body))
         elif header.kind is Kind.JOIN:
-            self._lead_wire.lead.join(client.index, header.step)
+            last = messages.unpack_verdict(body) if header.length else None
+            self.lead_wire.lead.join(client.index, header.step, last)
         else:
-            self._lead_wire.hear(client, header, body)
+            self.lead_wire.hear(client, header, body)
+
+    def hear_principal(self, client: Client, header: Header, body: memoryview) -> None:  # noqa: ARG002 - it has but one
+        """What only a standby hears: a state, verdicts, notes."""
+        if self.standby is None:
+            raise FrameError(f"{header.kind.name} sent to a partition", details={"field": "kind"})
+        self.standby.hear(header, body)
+
+    def piece_target(self, header: Header) -> memoryview:
+        """Where a piece of a state belongs."""
+        if self.standby is None:
+            raise FrameError(f"{header.kind.name} sent to a partition", details={"field": "kind"})
+        return self.standby.target(header)
 
     # ---- plumbing ----
 
     @property
     def lead(self) -> Lead | None:
         """The lead's part, in partition 0."""
-        return self._lead_wire.lead if self._lead_wire is not None else None
+        return self.lead_wire.lead if self.lead_wire is not None else None
 
     @property
     def handler(self) -> Reception:

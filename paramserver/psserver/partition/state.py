@@ -101,15 +101,20 @@ class PartitionState:
         self.ages = list(part.meta.ages)
         self.filled = {span.bucket for span in self.spans}
 
+    def places(self) -> dict[PieceKey, memoryview]:
+        """The memory of everything, by what it is in a snapshot."""
+        found: dict[PieceKey, memoryview] = {}
+        for span, values, moments in zip(self.spans, self.values, self.moments, strict=True):
+            if span.num_words:
+                found[(span.bucket, "values")] = as_bytes(values)
+                found |= {(span.bucket, f"moment{number}"): as_bytes(m) for number, m in enumerate(moments)}
+        return found
+
     def pieces(self) -> dict[PieceKey, Buffer]:
         """A private copy of everything, for a snapshot that is written while training goes on.
 
         In a mapping of its own: the heap would keep the room for it for good."""
-        sources: dict[PieceKey, memoryview] = {}
-        for span, values, moments in zip(self.spans, self.values, self.moments, strict=True):
-            if span.num_words:
-                sources[(span.bucket, "values")] = as_bytes(values)
-                sources |= {(span.bucket, f"moment{number}"): as_bytes(m) for number, m in enumerate(moments)}
+        sources = self.places()
         total = sum(source.nbytes for source in sources.values())
         memory = memoryview(mmap.mmap(-1, max(total, 1)))
         copied: dict[PieceKey, Buffer] = {}

@@ -14,6 +14,7 @@ from pscluster.layout import Span
 from pscluster.spec import JobSpec
 from pscluster.summary import Summary
 from pscluster.tree import Node, Tree, tree_of
+from pscluster.wire.frame import SUMMARY
 from psserver.partition.commit import Verdict
 from psserver.partition.optimizer import Run, runs, update_span
 from psserver.partition.schedule import learning_rate
@@ -64,6 +65,16 @@ class OpenStep:
         """Every microbatch of the step is in, for every bucket that this partition holds."""
         kinds = (self.trained, self.averaged, self.carried)
         return self.summary.is_complete and all(s.is_complete for sums in kinds for s in sums.values())
+
+    def sums(self, bucket: int) -> Sums[torch.Tensor] | Sums[BufferNode]:
+        """What there is of one bucket."""
+        return self.trained.get(bucket) or self.averaged.get(bucket) or self.carried[bucket]
+
+    def complete_buckets(self) -> list[int]:
+        """The buckets whose root is there, in the order in which backward gives them; SUMMARY for the summary."""
+        mine = (*reversed(self.trained), *self.averaged, *self.carried)
+        complete = [bucket for bucket in mine if self.sums(bucket).is_complete]
+        return [*complete, SUMMARY] if self.summary.is_complete else complete
 
     def offer_trained(self, bucket: int, node: Node, words: torch.Tensor, release: Callable[[], None]) -> bool:
         """Take a gradient node, whose memory is summed in, until `release` is called. False: a duplicate."""

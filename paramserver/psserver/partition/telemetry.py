@@ -8,6 +8,7 @@ from pscluster.errors import PsError
 from pscluster.phases import Phases
 from pscluster.v1.plan_pb2 import Counters
 from pscluster.wire.frame import AckResult
+from psserver.partition.bond import Bond
 
 PHASES = ("receive", "sum", "vote", "update", "send", "snapshot")
 _RESULTS = {AckResult.APPLIED: "applied", AckResult.DUPLICATE: "duplicate", AckResult.STALE: "stale"}
@@ -20,6 +21,7 @@ class PartitionCounters:
         self.fenced = 0
         self.invalid: dict[str, int] = {}
         self.snapshots = 0
+        self.replicated_bytes = 0  # sent to a standby
         self._pushes = dict.fromkeys(_RESULTS, 0)
         self._push_bytes = 0
         self._phases = Phases(PHASES)
@@ -33,12 +35,23 @@ class PartitionCounters:
         self._pushes[result] += 1
         self._push_bytes += size_bytes
 
+    def sample_standby(self, partition: int, step: int, state_bytes: int) -> Counters:
+        """What a standby has to tell: no sample of a partition's, which would count twice."""
+        where = {"partition": str(partition)}
+        found = {"standby_step": step, "standby_state_bytes": state_bytes}
+        samples = [Counters.Sample(name=name, labels=where, value=v, gauge=True) for name, v in found.items()]
+        return Counters(samples=samples)
+
     def refused(self, error: PsError) -> None:
         """A connection was closed because of what came over it."""
         self.invalid[error.code] = self.invalid.get(error.code, 0) + 1
 
-    def sample(self, partition: int, step: int, state_bytes: int, pull_bytes: int) -> Counters:
-        """Every counter as the agent exports it, prefix `ps_` and label `job` left out."""
+    def sample(
+        self, partition: int, step: int, state_bytes: int, pull_bytes: int, standby: Bond | None = None, lag: int = 0
+    ) -> Counters:
+        """Every counter as the agent exports it, prefix `ps_` and label `job` left out.
+
+        `standby`: what is known of it, where the job's durability asks for one; `lag` in steps."""
         where = {"partition": str(partition)}
 
         def counter(name: str, value: float, **labels: str) -> Counters.Sample:
@@ -55,5 +68,10 @@ class PartitionCounters:
         found.append(counter("push_bytes_total", self._push_bytes))
         found.append(counter("pull_bytes_total", pull_bytes))
         found.append(counter("snapshots_total", self.snapshots))
+        if standby is not None:
+            found.append(gauge("replica_in_sync", standby.is_told))
+            found.append(counter("replica_bytes_total", self.replicated_bytes))
+            if standby.reach >= 0:
+                found.append(gauge("replica_lag_steps", lag))
         found += [counter("phase_seconds_total", spent, phase=name) for name, spent in self._phases.seconds.items()]
         return Counters(samples=found)

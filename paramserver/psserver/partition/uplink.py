@@ -30,6 +30,10 @@ class Voter(Protocol):
     member: Member
     counters: PartitionCounters
 
+    @property
+    def attempt(self) -> int:
+        """Which process of its seat the partition is."""
+
     def header(self, **fields: object) -> Header:
         """A header of this job, generation and sender."""
 
@@ -47,20 +51,37 @@ class Uplink:
         self._reactor = reactor
         self._service = service
         self._addresses = addresses
+        self._greeted: Connection | None = None  # the HELLO is on its way
         self._connection: Connection | None = None  # once welcomed
         self._closed = False
+        self._dials = 0  # the newest one counts
         self._dial()
 
     def close(self) -> None:
         """Hang up for good."""
         self._closed = True
-        if self._connection is not None:
-            self._connection.close()
+        self._hang_up()
+
+    def follow(self, addresses: list[str]) -> None:
+        """The lead is at these addresses from now on; the one before, if it still lives, is not spoken to."""
+        if addresses != self._addresses:
+            self._addresses = addresses
+            self._hang_up()
+            self._dial()
+
+    def _hang_up(self) -> None:
+        connections, self._greeted, self._connection = (self._greeted, self._connection), None, None
+        self._dials += 1
+        for connection in connections:
+            if connection is not None:
+                connection.close()
 
     def join(self) -> None:
-        """Tell the lead which version is held, if it is; told again at each welcome."""
+        """Tell the lead which version is held, if it is, and the verdict that made it; told again at each welcome."""
         if self._connection is not None and self._service.state is not None and self._service.state.is_filled:
-            self._connection.send(self._service.header(kind=Kind.JOIN, step=self._service.member.step))
+            member = self._service.member
+            body = messages.pack_verdict(member.last_verdict) if member.last_verdict is not None else b""
+            self._connection.send(self._service.header(kind=Kind.JOIN, step=member.step), [body])
 
     def vote(self, vote: Vote) -> None:
         """Send a vote; it is sent again at each welcome."""
@@ -74,10 +95,10 @@ class Uplink:
         return memoryview(bytearray(header.length))
 
     def frame(self, connection: Connection, header: Header, body: memoryview) -> None:
-        if self._closed:
-            connection.close()  # greeted in a timeline that has ended meanwhile
+        if connection is not self._greeted and connection is not self._connection:
+            connection.close()  # greeted under a plan that has ended meanwhile
         elif header.kind is Kind.WELCOME:
-            self._connection = connection
+            self._greeted, self._connection = None, connection
             self.join()
             self._service.hear_call()
         elif header.kind is Kind.VERDICT:
@@ -88,27 +109,28 @@ class Uplink:
     def closed(self, connection: Connection, error: PsError | None) -> None:
         if error is not None:
             self._service.counters.refused(error)
-        if connection is self._connection:
-            self._connection = None
-        if not self._closed:
-            self._reactor.call_later(_RETRY_S * random.uniform(0.5, 1.5), self._dial)
+        if connection is self._greeted or connection is self._connection:
+            self._greeted = self._connection = None
+            self._retry_later()
 
     def _dial(self) -> None:
-        if self._closed:
-            return
+        self._dials += 1
+        number = self._dials
         try:
             address = choose_address(self._addresses, self._service.spec.network.transport)
         except FrameError:
             self._retry_later()
             return
-        self._reactor.dial(address, self, self._dialled)
+        self._reactor.dial(address, self, lambda connection, _: self._dialled(number, connection))
 
-    def _dialled(self, connection: Connection | None, _reason: str) -> None:
-        if connection is None:
+    def _dialled(self, number: int, connection: Connection | None) -> None:
+        if self._closed or number != self._dials:
+            if connection is not None:
+                connection.close()
+        elif connection is None:
             self._retry_later()
-        elif self._closed:
-            connection.close()
         else:
+            self._greeted = connection
             connection.send(self._service.header(kind=Kind.HELLO), [json.dumps(self._greeting()).encode()])
 
     def _greeting(self) -> dict[str, object]:
@@ -118,8 +140,11 @@ class Uplink:
             "token": plan.data_token.hex(),
             "role": "partition",
             "channel": "vote",
+            "attempt": self._service.attempt,
             "restore_generation": plan.restore_generation,
         }
 
     def _retry_later(self) -> None:
-        self._reactor.call_later(_RETRY_S * random.uniform(0.5, 1.5), self._dial)
+        number = self._dials
+        delay_s = _RETRY_S * random.uniform(0.5, 1.5)
+        self._reactor.call_later(delay_s, lambda: self._dial() if number == self._dials and not self._closed else None)

@@ -13,13 +13,14 @@ import pytest
 
 from psmaster.jobs import Job, JobState
 from psmaster.reconcile import reconcile
+from psmaster.reports import StandbyState
 from psmaster.seats import Kind, Seat
 from psmaster.turn import Turn
 from tests.unit.master.world import PARTITION, TRAINER, World, failure
 
 JOBS = ("one-aaaaaa", "two-aaaaaa")
-NODES = ("worker-0", "worker-1", "worker-2", "server-0", "server-1")
-SEATS = ("trainer-0", "trainer-1", "trainer-2", "partition-0", "partition-1")
+NODES = ("worker-0", "worker-1", "worker-2", "server-0", "server-1", "server-2")
+SEATS = ("trainer-0", "trainer-1", "trainer-2", "partition-0", "partition-1", "standby-0", "standby-1")
 DEATHS = ({"signal": 9}, {"exit_code": 1}, {"out_of_memory": True})
 NUM_SEEDS = 150
 NUM_ACTIONS = 60
@@ -29,6 +30,7 @@ ACTIONS = {
     "stale_steps": 3,
     "part_is_durable": 3,
     "process_is_ready": 3,
+    "standby_is_judged": 4,
     "time_passes": 3,
     "restart_agent": 2,
     "stream_breaks": 2,
@@ -50,8 +52,13 @@ class Simulation:
         self.lives = 0
         self.generations: dict[str, int] = {}
         self.places: dict[str, tuple[str, str]] = {}  # of every process id there ever was: node and its life
+        self.relied_on: dict[str, int] = {}  # by process id: the timeline in which it was last reported in sync
+        self.held: dict[
+            str, tuple[int, list[str]]
+        ] = {}  # by job: the timeline of its plan, and who held the partitions
         self.world.submit(JOBS[0], name="one")
-        self.world.submit(JOBS[1], name="two", workers={"min": 2}, train={"numerics": "strict"})
+        strict = {"numerics": "strict"}
+        self.world.submit(JOBS[1], name="two", workers={"min": 2}, train=strict, durability={"tier": "replica"})
         for node_id in NODES:
             self.world.join(node_id, slots=2)
 
@@ -105,6 +112,23 @@ class Simulation:
             seat, replace(TRAINER, numerics_class=numerics) if seat.startswith("trainer") else PARTITION, job_id
         )
 
+    def standby_is_judged(self, job_id: str, _node: str, seat: str) -> None:
+        """A partition says that its standby is in sync, or does not answer; maybe it said so under an older plan."""
+        job, rank = self.world.job(job_id), int(seat[-1]) % 2
+        standby = job.standby(rank)
+        if job.plan is None or standby is None or f"partition-{rank}" not in self.world.wanted(job_id):
+            return
+        named = [own.attempt for own in job.plan.standbys if own.rank == rank]
+        attempt = self.random.choice([*named, *named, *named, standby.attempt - 1])
+        generation = max(0, job.generation - self.random.choice((0, 0, 0, 1)))
+        said = StandbyState(generation=generation, attempt=attempt, in_sync=self.random.random() < 0.9)
+        partition = job.seat(Kind.PARTITION, rank)
+        assert partition is not None
+        if said.in_sync and attempt == standby.attempt and job.counts(generation) and job.plan.holds(partition):
+            self.relied_on[standby.process_id(job_id)] = job.restore_generation
+        if job.plan.holds(partition):  # nobody else would say so
+            self.world.report(f"partition-{rank}", said, job_id)
+
     def process_dies(self, job_id: str, _node: str, seat: str) -> None:
         if seat in self.world.wanted(job_id):
             self.world.exit(seat, job_id, **self.random.choice(DEATHS))
@@ -147,6 +171,8 @@ class Simulation:
         for job in self.world.state.jobs.values():
             self._generations_only_rise(job)
             self._processes_are_new_and_meet_only_their_plan(job)
+            self._only_those_in_sync_take_over(job)
+            _check_standbys(job)
             _check_plan(job)
             _check_rest(job)
             held.update(seat.node_id for seat in job.seats if seat.placed)
@@ -177,8 +203,30 @@ class Simulation:
             place = (process.seat.node_id, process.seat.incarnation)
             assert self.places.setdefault(process.process_id, place) == place, "a process id was used twice"
             if process.plan is not None and process.seat.kind is Kind.PARTITION:
-                named = process.plan.partitions[process.seat.rank]
-                assert (named.attempt, named.node_id) == (process.seat.attempt, process.seat.node_id)
+                seats = (*process.plan.partitions, *process.plan.standbys)
+                named = [(seat.rank, seat.attempt, seat.node_id) for seat in seats]
+                assert named.count((process.seat.rank, process.seat.attempt, process.seat.node_id)) == 1
+
+    def _only_those_in_sync_take_over(self, job: Job) -> None:
+        """Without a restore a partition is held on by who held it, or by a standby that was reported in sync since."""
+        plan = job.plan
+        if plan is None:
+            return
+        holders = [seat.process_id(job.job_id) for seat in plan.partitions]
+        timeline, before = self.held.get(job.job_id, (-1, []))
+        if timeline == plan.restore_generation:
+            for own, former in zip(holders, before, strict=True):
+                assert own == former or self.relied_on.get(own) == timeline, f"{own} lost what {former} voted on"
+        self.held[job.job_id] = (plan.restore_generation, holders)
+
+
+def _check_standbys(job: Job) -> None:
+    for seat in job.standbys:
+        partition = job.seat(Kind.PARTITION, seat.rank)
+        assert partition is not None
+        assert not seat.placed or seat.node_id != partition.node_id, "one death would take both"
+        assert not seat.synced or seat.active
+    assert {seat.rank for seat in job.standbys} in (set(), {0, 1})
 
 
 def _check_plan(job: Job) -> None:
@@ -225,6 +273,7 @@ def test_the_simulation_meets_what_it_is_for() -> None:
             simulation.act()
         seen.update(simulation.world.reasons())
     wanted = {"TrainerLost", "PartitionLost", "RolledBack", "Recovered", "Restored", "Failed", "Stopped", "NodeLeftOut"}
+    wanted |= {"StandbyLost", "StandbyInSync", "TookOver"}
     assert all(seen[reason] for reason in wanted), seen
 
 

@@ -16,7 +16,7 @@ from psmaster.memory_store import MemoryStore
 from psmaster.processes import Exit, Failure, PartitionFacts, Process, TrainerFacts
 from psmaster.reconcile import Desired, desired
 from psmaster.registry import Node, Role, presumed
-from psmaster.reports import Progress, StepRecord
+from psmaster.reports import Progress, StandbyState, StepRecord
 from psmaster.seats import Kind
 from psmaster.state import Changes, State
 from psmaster.turn import Report, Turn
@@ -159,8 +159,9 @@ class World:
         return self.state.jobs[job_id]
 
     def wanted(self, job_id: str = "job-aaaaaa") -> dict[str, Desired]:
-        """What should run of a job, by seat: "trainer-0"."""
-        return {process.seat.name: process for process in desired(self.job(job_id))}
+        """What should run of a job, by seat: "trainer-0", "partition-0", "standby-0"."""
+        wanted = desired(self.job(job_id))
+        return {f"standby-{p.seat.rank}" if p.seat.standby else p.seat.name: p for p in wanted}
 
     def report(self, seat: str, report: Report, job_id: str = "job-aaaaaa") -> Changes:
         """The process now in a seat reports."""
@@ -201,8 +202,18 @@ class World:
     def snapshot(self, step: int, job_id: str = "job-aaaaaa", generation: int | None = None) -> None:
         """Every partition reports its part."""
         for name, process in self.wanted(job_id).items():
-            if process.seat.kind is Kind.PARTITION:
+            if process.seat.kind is Kind.PARTITION and not process.seat.standby:
                 self.report(name, self.part(step, process.seat.rank, job_id, generation), job_id)
+
+    def in_sync(self, *ranks: int, job_id: str = "job-aaaaaa", in_sync: bool = True) -> None:
+        """Partitions report that their standbys can be relied on, or do not answer."""
+        for rank in ranks:
+            standby = self.job(job_id).standby(rank)
+            assert standby is not None
+            said = StandbyState(
+                generation=self.job(job_id).generation, attempt=standby.attempt, in_sync=in_sync, detail="so it is"
+            )
+            self.report(f"partition-{rank}", said, job_id)
 
     def part(self, step: int, index: int, job_id: str = "job-aaaaaa", generation: int | None = None) -> Part:
         current = self.job(job_id).generation if generation is None else generation

@@ -257,7 +257,7 @@ def test_a_restore_in_the_middle_of_an_update_begins_afresh(undisturbed: list[to
     job = begun()
     job.push(0)
     job.push(1)
-    while job.partitions[0]._verdict is None:
+    while job.partitions[0].cycle.verdict is None:
         job.network.choices()[0]()
     assert job.partitions[0].versions == {TRAINED: 1, AVERAGED: 0}
     job.crash(1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import psserver.partition.service
+import psserver.partition.greeting
 from harness.played import (
     JOB,
     TOKEN,
@@ -251,7 +251,7 @@ def test_who_may_wait_for_credit_is_told_when_memory_is_free_again_and_nobody_el
     service.adopt(played_plan(LAYOUT, {0: [0, 1, 2, 3]}))
     fill(service)
     rich = Caller(network, service, "push", 1)
-    monkeypatch.setattr(psserver.partition.service, "MIN_CREDIT_BYTES", 0)
+    monkeypatch.setattr(psserver.partition.greeting, "MIN_CREDIT_BYTES", 0)
     poor = Caller(network, service, "push")
     assert poor.granted == 2 * len(ONES), "two of the largest gradients"
     for leaf in (0, 2):

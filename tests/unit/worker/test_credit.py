@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pscluster.layout
-import psserver.partition.service
+import psserver.partition.greeting
 from harness.played import TOKEN, Network, dismiss, fill, job_header, played_partition, played_plan, played_spec
 from pscluster.layout import Layout, TensorSpec
 from pscluster.summary import Summary, touched_bits
@@ -44,7 +44,7 @@ def layout() -> Iterator[Layout]:
     """Five buckets of 16 words, and one of averaged buffers; a partition grants twice the largest of them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pscluster.layout, "BUCKET_WORDS", 16)
-        patch.setattr(psserver.partition.service, "MIN_CREDIT_BYTES", 0)
+        patch.setattr(psserver.partition.greeting, "MIN_CREDIT_BYTES", 0)
         trained = [
             TensorSpec(names=(f"w{i}",), shape=(16,), dtype="float32", kind="trained") for i in range(NUM_BUCKETS)
         ]

@@ -25,7 +25,7 @@ from pscluster.layout import Layout, Span
 from pscluster.spec import JobSpec
 from pscluster.summary import Statistics, Summary, unpack_statistics
 from pscluster.tree import Node
-from pscluster.v1.plan_pb2 import Beat, Connected, Connection, Plan, PlanAdopted, ProcessReport
+from pscluster.v1.plan_pb2 import Beat, Connected, Connection, PartitionSeat, Plan, PlanAdopted, ProcessReport
 from pscluster.wire.frame import SUMMARY, UNCHANGED, Buffer, Codec, Header, Kind, job_number
 from pscluster.wire.memory import Lanes
 from pscluster.wire.reactor import Reactor
@@ -358,12 +358,15 @@ class Exchange:
         """A newer plan is in force from here on."""
         if self._plan is not None and plan.generation <= self._plan.generation:
             return
-        restored = self._plan is None or plan.restore_generation != self._plan.restore_generation
+        held = self._plan
+        restored = held is None or plan.restore_generation != held.restore_generation
         with self._changed:
             self._plan = plan
             if restored:
-                self._directive, self._merged, self._needs_values = None, None, set()
+                self._needs_values = set()
                 self._landing.restart()
+            if restored or (held is not None and plan.lead_generation != held.lead_generation):
+                self._directive, self._merged = None, None  # of a lead that is no more
             stashed, self._stashed = self._stashed, None
             self._changed.notify_all()
         self._reconnect(plan, restored)
@@ -374,14 +377,22 @@ class Exchange:
         )
 
     def _reconnect(self, plan: Plan, restored: bool) -> None:
-        addresses = [list(seat.addresses) for seat in plan.partitions]
-        if not restored and addresses == [peer.addresses for peer in self._peers]:
+        """Dial the partitions anew after a restore; else those alone for which a standby has taken over. What they were
+        owed goes with them: it is computed again."""
+        if restored:
+            for peer in self._peers:
+                peer.close()
+            self.values.restart()
+            self._peers = [self._peer(seat) for seat in plan.partitions]
             return
-        for peer in self._peers:
-            peer.close()
-        self.values.restart()
-        transport = self._spec.network.transport
-        self._peers = [Peer(self._reactor, self, i, known, transport) for i, known in enumerate(addresses)]
+        for index, seat in enumerate(plan.partitions):
+            if list(seat.addresses) != self._peers[index].addresses:
+                self._peers[index].close()
+                self.values.forget(index)
+                self._peers[index] = self._peer(seat)
+
+    def _peer(self, seat: PartitionSeat) -> Peer:
+        return Peer(self._reactor, self, seat.index, list(seat.addresses), self._spec.network.transport)
 
     def greeting(self, channel: str) -> tuple[Header, dict[str, object]]:
         assert self._plan is not None

@@ -23,7 +23,7 @@ from psworker.trainer.exchange import Exchange, SupersededError
 from psworker.trainer.loading import user_code
 from psworker.trainer.pull_guard import PullGuard, sees_everything
 from psworker.trainer.telemetry import TrainerCounters
-from psworker.trainer.work import Work
+from psworker.trainer.work import Work, WorkKey
 
 
 class Trainer:
@@ -57,7 +57,7 @@ class Trainer:
         self._summaries = SummaryCounter(self._tree)
         self._buffers = BufferSums(replica, self._tree)
         self._shapes: Shapes = ()  # of the task's statistics, learnt from the first evaluated batch
-        self._done: dict[tuple[int, int, str], set[int]] = {}
+        self._done: dict[WorkKey, set[int]] = {}
         self._brought: set[int] = set()  # buckets of the current version that the model sees
         self._bucket_of = {id(p): replica.layout.bucket_of[number][0] for number, p in replica.parameters.items()}
         self._may_overlap = sees_everything(replica.model) and not spec.train.compile
@@ -80,7 +80,7 @@ class Trainer:
                 self._buffers.abandon()
                 self._done[work.key].update(work.shards)  # a newer directive is on its way
 
-    def _finalised(self, work: Work) -> dict[tuple[int, int, str], set[int]]:
+    def _finalised(self, work: Work) -> dict[WorkKey, set[int]]:
         """Of the past only what can still be asked for again at this version is remembered."""
         return {key: shards for key, shards in self._done.items() if key[:2] == work.key[:2] and key != work.key}
 

@@ -63,6 +63,11 @@ class Values:
         """Another plan of partitions: what they share is theirs no more."""
         self._shared.clear()
 
+    def forget(self, index: int) -> None:
+        """Another process holds a partition: what the one before shared is not read any more."""
+        self._shared.pop(index, None)
+        self._narrow.pop(index, None)
+
     def map(self, index: int, fd: int) -> None:
         """A partition shares its values; takes over `fd`. Raises FrameError."""
         size = self._places(index)[1]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pscluster.summary import Statistics
 from pscluster.v1.plan_pb2 import Plan
 
-WorkKey = tuple[int, int, str]  # timeline, version, action
+WorkKey = tuple[int, int, int, str]  # timeline, version, holders, action
 Done = Mapping[WorkKey, Set[int]]  # shards that were computed, by what they were computed for
 
 
@@ -17,6 +17,8 @@ class Work:
     """`shards`: this trainer's, not done yet for (timeline, version, action).
 
     `timeline`: generation of the newest restore; `version`: of the parameters, the step that starts from them.
+    `holders`: generation since which those that collect the work are the same. Where a standby has taken over, what its
+    partition had collected of the open step is gone, and the work is owed again; the others drop it as a duplicate.
     `action`: "initialise" (give the first values to `shards`, here partitions), "train", "evaluate", "finalise"
     (turn `statistics` into metrics), "finish" (digest the final values)."""
 
@@ -24,12 +26,13 @@ class Work:
     generation: int
     version: int
     action: str
+    holders: int = 0
     shards: tuple[int, ...] = ()
     statistics: Statistics | None = None
 
     @property
     def key(self) -> WorkKey:
-        return (self.timeline, self.version, self.action)
+        return (self.timeline, self.version, self.holders, self.action)
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ def find_work(
         first = min((seat.rank for seat in plan.trainers if seat.active), default=-1)
         may = empty_partitions and plan.resume_step == 0 and first == rank
         return _left(replace(base, action="initialise"), [min(empty_partitions)] if may else [], done)
-    base = replace(base, version=directive.version, action=directive.action)
+    holders = plan.moved_generation if directive.action == "train" else plan.lead_generation
+    base = replace(base, version=directive.version, action=directive.action, holders=holders)
     if directive.action == "finish":
         return _left(base, [0] if 0 in mine else [], done)
     found = _left(base, mine, done)

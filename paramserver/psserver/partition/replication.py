@@ -1,0 +1,353 @@
+"""A partition's line to its standby: its state once, then the sums of each step and the verdict on it.
+
+    HELLO -> WELCOME: what the standby holds -> SYNC, PIECEs (or nothing, when it only was away) -> HELD
+    each step: PUSH of every bucket's root and of the summary's, as they are complete -> HELD; then VERDICT
+
+The sums are sent while backward still fills other buckets, from the memory that they were added in. What waits for the
+standby, and when the two are in sync, is decided in `bond`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from typing import Protocol
+
+from pscluster.codec import BufferNode, as_bytes
+from pscluster.errors import FrameError, PsError
+from pscluster.layout import WORD_BYTES
+from pscluster.spec import JobSpec
+from pscluster.v1.plan_pb2 import Plan, ProcessReport, StandbyState
+from pscluster.wire.connection import Connection
+from pscluster.wire.frame import MAX_SMALL_BYTES, SUMMARY, UNCHANGED, Codec, Header, Kind
+from pscluster.wire.reactor import Reactor
+from pscluster.wire.transport import choose_address
+from psserver.partition import bond, messages
+from psserver.partition.bond import Bond
+from psserver.partition.commit import Member, Verdict
+from psserver.partition.notes import Notes
+from psserver.partition.state import PartitionState
+from psserver.partition.step import OpenStep
+from psserver.partition.telemetry import PartitionCounters
+
+PATIENCE_S = 5.0  # in which a standby that votes wait for must do something
+QUEUE_BYTES = 64 << 20  # of sums on their way to a standby that is not in sync, or those of two steps if that is more
+_RETRY_S = (0.05, 1.0)
+_WATCH_S = 0.5
+
+
+class Principal(Protocol):
+    """What the line asks of its partition. Everything on the partition's thread."""
+
+    spec: JobSpec
+    index: int
+    plan: Plan | None
+    state: PartitionState | None
+    step: OpenStep | None
+    member: Member
+    version: int
+    notes: Notes
+    counters: PartitionCounters
+
+    @property
+    def attempt(self) -> int:
+        """Which process of its seat it is."""
+
+    @property
+    def is_updating(self) -> bool:
+        """Whether a verdict is being carried out: the state is of no step."""
+
+    def header(self, **fields: object) -> Header:
+        """A header of this job, generation and sender."""
+
+    def report(self, report: ProcessReport) -> None:
+        """Tell the master."""
+
+    def report_steps(self) -> None:
+        """Tell the master of every step that it has not heard of."""
+
+    def try_vote(self) -> None:
+        """The standby no longer keeps the step from being voted on."""
+
+
+class Replication:
+    """For whatever standby the plan names. On the partition's thread; never blocks."""
+
+    def __init__(self, reactor: Reactor, principal: Principal) -> None:
+        self.bond = Bond()
+        self._reactor = reactor
+        self._principal = principal
+        self._addresses: list[str] = []
+        self._greeted: Connection | None = None  # a HELLO is on its way
+        self._connection: Connection | None = None  # once welcomed
+        self._dials = 0  # the newest one counts
+        self._failures = 0
+        self._streams = False  # the standby was sent a state, or has one: steps follow
+        self._sent: set[int] = set()  # buckets of the open step that were sent over this connection
+        self._queued_bytes = 0  # of sums
+        self._is_watching = False
+        self._heard = 0
+        self._mark: object = None
+        self._quiet_since_s = 0.0
+        self._gave_up = False
+
+    # ---- plans and the step's cycle ----
+
+    def adopt(self, plan: Plan, *, restored: bool) -> None:
+        """A plan names who stands by."""
+        seat = plan.partitions[self._principal.index]
+        attempt = seat.standby.attempt if seat.HasField("standby") else 0
+        addresses = list(seat.standby.addresses)
+        before, self.bond = self.bond, bond.adopt(self.bond, attempt, restored=restored)
+        if self.bond is before and addresses == self._addresses:
+            return
+        self.close()
+        self._addresses = addresses
+        self._failures, self._gave_up = 0, False
+        if addresses:
+            self._dial()
+            self._watch_soon()
+
+    def close(self) -> None:
+        """Hang up; only another plan has it dial again."""
+        self._addresses = []
+        self._dials += 1
+        connections, self._greeted, self._connection = (self._greeted, self._connection), None, None
+        self._forget_connection()
+        for connection in connections:
+            if connection is not None:
+                connection.close()
+
+    def may_vote(self) -> bool:
+        """Whether the complete step may be voted on; `Principal.try_vote` is called when that has changed."""
+        if not bond.may_vote(self.bond, self._principal.member.step):
+            return False
+        return self.bond.is_bound or self._queued_bytes <= self._limit_bytes()
+
+    def offer(self) -> None:
+        """Send what of the open step is complete and was not sent."""
+        step = self._principal.step
+        if not self._streams or step is None:
+            return
+        for bucket in step.complete_buckets():
+            if bucket not in self._sent:
+                self._sent.add(bucket)
+                self._send_root(step, bucket)
+
+    def decided(self, verdict: Verdict) -> None:
+        """A verdict is about to be carried out: the sums will be overwritten."""
+        if self._connection is not None and self._streams:
+            self._connection.detach(("step", verdict.step))
+            self._send_verdict(verdict)
+        self._sent.clear()
+
+    def at_boundary(self) -> None:
+        """The state is that of a step: a standby that waits for it gets it."""
+        principal, state, connection = self._principal, self._principal.state, self._connection
+        if connection is None or self._streams or state is None or not state.is_filled or principal.is_updating:
+            return
+        self._streams = True
+        told = {
+            "ages": state.ages,
+            "verdict": messages.verdict_json(principal.member.last_verdict),
+            "notes": principal.notes.to_json(),
+        }
+        header = principal.header(kind=Kind.SYNC, step=principal.member.step)
+        connection.send(header, [json.dumps(told).encode()])
+        with principal.counters.phase("snapshot"):
+            pieces = state.pieces()
+        for (bucket, what), data in pieces.items():
+            number = 0 if what == "values" else 1 + int(what.removeprefix("moment"))
+            self._send(principal.header(kind=Kind.PIECE, step=principal.member.step, bucket=bucket, flags=number), data)
+        self.offer()
+
+    def note(self) -> None:
+        """The lead's notes have changed."""
+        if self._connection is not None and self._streams:
+            header = self._principal.header(kind=Kind.NOTE, step=self._principal.member.step)
+            self._connection.send(header, [json.dumps(self._principal.notes.to_json()).encode()])
+
+    @property
+    def lag_steps(self) -> int | None:
+        """How many committed steps the standby could not make; None: it holds nothing."""
+        return max(0, self._principal.version - self.bond.reach) if self.bond.reach >= 0 else None
+
+    # ---- sending ----
+
+    def _send_root(self, step: OpenStep, bucket: int) -> None:
+        at, header = self._principal.member.step, self._principal.header
+        if bucket == SUMMARY:
+            body: bytes | memoryview = step.summary.root.pack()
+            self._send(header(kind=Kind.PUSH, step=at, bucket=bucket, node=step.summary.tree.root), body)
+            return
+        sums = step.sums(bucket)
+        root, node = sums.root, sums.tree.root
+        if isinstance(root, BufferNode) and root.words is None:
+            body = messages.pack_weight(root.weight)
+            self._send(header(kind=Kind.PUSH, step=at, bucket=bucket, node=node, flags=UNCHANGED), body)
+            return
+        words = root.words if isinstance(root, BufferNode) else root
+        assert words is not None
+        codec = Codec.of(self._principal.spec.network.push_codec) if bucket in step.trained else Codec.FP32
+        body = as_bytes(words)
+        self._queued_bytes += body.nbytes
+        self._send(
+            header(kind=Kind.PUSH, step=at, bucket=bucket, node=node, codec=codec), body, at_step=at, counts=body.nbytes
+        )
+
+    def _send(
+        self, header: Header, body: bytes | bytearray | memoryview, *, at_step: int | None = None, counts: int = 0
+    ) -> None:
+        connection = self._connection
+        if connection is None:
+            return
+        self._principal.counters.replicated_bytes += memoryview(body).nbytes
+        sent = (lambda: self._left(connection, counts)) if counts else None
+        connection.send(header, [body], tag=None if at_step is None else ("step", at_step), on_sent=sent)
+
+    def _left(self, connection: Connection, size_bytes: int) -> None:
+        """Sums of that size are in the kernel's hands."""
+        if connection is self._connection:
+            held_back = self._queued_bytes > self._limit_bytes()
+            self._queued_bytes -= size_bytes
+            if held_back and self._queued_bytes <= self._limit_bytes():
+                self._reactor.post(self._principal.try_vote)
+
+    def _send_verdict(self, verdict: Verdict) -> None:
+        header = self._principal.header(kind=Kind.VERDICT, step=verdict.step)
+        self._send(header, messages.pack_verdict(verdict))
+
+    def _limit_bytes(self) -> int:
+        state = self._principal.state
+        step_bytes = sum(span.num_words for span in state.spans) * WORD_BYTES if state else 0
+        return max(QUEUE_BYTES, 2 * step_bytes)
+
+    # ---- the connection ----
+
+    def _dial(self) -> None:
+        self._dials += 1
+        number = self._dials
+        try:
+            address = choose_address(self._addresses, self._principal.spec.network.transport)
+        except FrameError:
+            self._retry(number)
+            return
+        self._reactor.dial(address, self, lambda connection, _: self._dialled(number, connection))
+
+    def _dialled(self, number: int, connection: Connection | None) -> None:
+        if number != self._dials:
+            if connection is not None:
+                connection.close()
+        elif connection is None:
+            self._retry(number)
+        else:
+            self._greeted = connection
+            plan = self._principal.plan
+            assert plan is not None
+            told = {
+                "token": plan.data_token.hex(),
+                "role": "partition",
+                "channel": "replica",
+                "attempt": self._principal.attempt,
+                "restore_generation": plan.restore_generation,
+            }
+            connection.send(self._principal.header(kind=Kind.HELLO), [json.dumps(told).encode()])
+
+    def _retry(self, number: int) -> None:
+        low, high = _RETRY_S
+        delay_s = min(high, low * 1.5 ** min(self._failures, 20)) * random.uniform(0.5, 1.5)
+        self._failures += 1
+        self._reactor.call_later(delay_s, lambda: self._dial() if number == self._dials else None)
+
+    def body_target(self, connection: Connection, header: Header) -> memoryview:  # noqa: ARG002 - Handler's signature
+        if header.kind not in (Kind.WELCOME, Kind.FENCED, Kind.ACK) or header.length > MAX_SMALL_BYTES:
+            raise FrameError(f"{header.kind.name} of {header.length} bytes from a standby")
+        return memoryview(bytearray(header.length))
+
+    def frame(self, connection: Connection, header: Header, body: memoryview) -> None:
+        if connection is not self._greeted and connection is not self._connection:
+            connection.close()  # of a plan that no longer holds
+            return
+        self._heard += 1
+        if header.kind is Kind.WELCOME:
+            self._greeted, self._connection, self._failures = None, connection, 0
+            self._welcomed(messages.json_mapping(body))
+        elif header.kind is Kind.HELD:
+            self._held(header.step)
+
+    def closed(self, connection: Connection, error: PsError | None) -> None:
+        if error is not None:
+            self._principal.counters.refused(error)
+        if connection is self._connection or connection is self._greeted:
+            self._greeted = self._connection = None
+            self._forget_connection()
+            self._retry(self._dials)
+            self._principal.try_vote()  # a queue that was too long is no more
+
+    def _forget_connection(self) -> None:
+        self._streams, self._queued_bytes = False, 0
+        self._sent.clear()
+
+    def _welcomed(self, told: dict[str, object]) -> None:
+        reach, applied = told.get("reach"), told.get("applied")
+        if not isinstance(reach, int) or not isinstance(applied, int):
+            raise FrameError("a welcome that does not say what is held", details={"field": "body"})
+        member = self._principal.member
+        if bond.resumes(self.bond, reach, applied, member.step):
+            self._streams = True
+            if applied < member.step and member.last_verdict is not None:
+                self._send_verdict(member.last_verdict)
+            self._held(reach)
+            self.offer()
+        elif self.bond.is_bound:
+            self._give_up(f"it can make version {reach}, not {member.step}")
+        else:
+            self.at_boundary()
+
+    def _held(self, reach: int) -> None:
+        member = self._principal.member
+        promised = member.step + (member.vote is not None)
+        self.bond, tells = bond.acknowledge(self.bond, reach, promised)
+        if tells:
+            self._principal.report_steps()  # what the standby did not see happen must be known when it is relied on
+            self._say(in_sync=True, detail=f"in sync at step {reach}")
+        self._principal.try_vote()
+
+    # ---- patience ----
+
+    def _watch_soon(self) -> None:
+        if not self._is_watching:
+            self._is_watching = True
+            self._reactor.call_later(_WATCH_S, self._watch)
+
+    def _watch(self) -> None:
+        """A standby that votes wait for and that does nothing is reported: the master then plans without it."""
+        self._is_watching = False
+        if not self._addresses:
+            return
+        now_s, connection = time.monotonic(), self._connection
+        mark = (connection, connection.sent_bytes if connection is not None else 0, self._heard, self.bond)
+        if mark != self._mark or not self._is_awaited():
+            self._mark, self._quiet_since_s = mark, now_s
+        elif now_s - self._quiet_since_s >= PATIENCE_S:
+            self._give_up(f"it has not answered for {now_s - self._quiet_since_s:.0f} s")
+        self._watch_soon()
+
+    def _is_awaited(self) -> bool:
+        """Whether a vote waits for the standby, or will."""
+        step, member = self._principal.step, self._principal.member
+        if not self.bond.is_bound or step is None:
+            return False
+        return self._connection is None or (member.vote is None and step.is_complete and not self.may_vote())
+
+    def _give_up(self, why: str) -> None:
+        if not self._gave_up:
+            self._gave_up = True
+            self._say(in_sync=False, detail=why)
+
+    def _say(self, *, in_sync: bool, detail: str) -> None:
+        plan = self._principal.plan
+        assert plan is not None
+        state = StandbyState(generation=plan.generation, attempt=self.bond.attempt, in_sync=in_sync, detail=detail)
+        self._principal.report(ProcessReport(standby_state=state))

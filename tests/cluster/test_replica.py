@@ -1,0 +1,208 @@
+"""Durability `replica` with real processes: whoever is killed, no step is repeated or lost, and the bits are equal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from harness.cluster import LocalCluster, local_cluster, wait_gone
+from harness.jobs import lm_spec
+from harness.plain import train_plainly
+from pscluster.client import Job
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def digest() -> str:
+    return train_plainly(lm_spec(steps=STEPS, d_model=64)).digest
+
+
+def replicated(pause_s: float = 0.1, **changes: object) -> dict[str, object]:
+    """Two partitions with standbys; long enough to be disturbed in the middle. Its one snapshot on the way is never the
+    newest step, so that whoever went back would be seen."""
+    spec = lm_spec(steps=STEPS, d_model=64, pause_s=pause_s, partitions=2)
+    durability = {"tier": "replica", "every_steps": 25}
+    return spec | {"workers": {"min": 1, "max": 2}, "durability": durability, **changes}
+
+
+def in_sync(job: Job, after_step: int = 0) -> bool:
+    """Every partition has a standby that loses nothing, and steps are made."""
+    plan = job.plan
+    seats = plan.partitions if plan is not None else ()
+    return bool(seats) and job.step > after_step and all(s.standby is not None and s.standby.in_sync for s in seats)
+
+
+def until_in_sync(cluster: LocalCluster, job: str, after_step: int = 0) -> Job:
+    return cluster.until(job, lambda found: in_sync(found, after_step))
+
+
+def process_of(cluster: LocalCluster, addresses: tuple[str, ...]) -> psutil.Process:
+    """The partition's process that listens there: its sockets' directory is in its environment."""
+    directory = str(Path(addresses[0].removeprefix("unix:")).parent)
+    record = json.loads((cluster.state_dir / "cluster.json").read_text())
+    for daemon in record["daemons"]:
+        for child in psutil.Process(daemon["pid"]).children(recursive=True):
+            if child.environ().get("PS_SOCKET_DIR") == directory:
+                return child
+    raise AssertionError(f"no process has {directory}")
+
+
+def partition(cluster: LocalCluster, job: Job, index: int) -> psutil.Process:
+    assert job.plan is not None
+    return process_of(cluster, job.plan.partitions[index].addresses)
+
+
+def standby(cluster: LocalCluster, job: Job, index: int) -> psutil.Process:
+    assert job.plan is not None
+    found = job.plan.partitions[index].standby
+    assert found is not None
+    return process_of(cluster, found.addresses)
+
+
+def finish(cluster: LocalCluster, job: str, digest: str) -> dict[str, Any]:
+    """Wait for the end, and check the bits, and that every step is in the record once."""
+    cluster.wait(job, "succeeded")
+    told = cluster.describe(job)
+    assert told["parameters_sha256"] == digest
+    path = Path(told["directory"]) / "metrics.jsonl"
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    steps = [entry["step"] for entry in entries if "grad_norm" in entry]
+    assert steps == list(range(1, STEPS + 1))
+    return told
+
+
+def reasons(told: dict[str, Any]) -> list[str]:
+    return [event["reason"] for event in told["events"]]
+
+
+def test_undisturbed_it_is_the_same(digest: str, tmp_path: Path) -> None:
+    with local_cluster(tmp_path, workers=2, servers=2) as cluster:
+        job = cluster.submit(replicated(), tmp_path)
+        found = until_in_sync(cluster, job)
+        assert found.plan is not None
+        for seat in found.plan.partitions:
+            assert seat.standby is not None and seat.standby.node_id != seat.node_id
+        text = cluster.psctl("describe", job).stdout
+        assert text.count("standby, in sync") == 2
+        told = finish(cluster, job, digest)
+        assert not {"RolledBack", "TookOver", "StandbyLost", "PartitionLost"} & set(reasons(told))
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_partition_is_killed_and_its_standby_goes_on(index: int, digest: str, tmp_path: Path) -> None:
+    with local_cluster(tmp_path, workers=2, servers=2) as cluster:
+        job = cluster.submit(replicated(), tmp_path)
+        found = until_in_sync(cluster, job, after_step=3)
+        cluster.kill(partition(cluster, found, index))
+        again = until_in_sync(cluster, job, after_step=found.step + 1)  # a new standby is placed, and comes into sync
+        assert again.step < STEPS - 3, "too late to disturb anything"
+        cluster.kill(partition(cluster, again, index))
+        told = finish(cluster, job, digest)
+        assert reasons(told).count("TookOver") == 2
+        assert "RolledBack" not in reasons(told)
+
+
+def test_every_server_agent_is_killed_in_turn(digest: str, tmp_path: Path) -> None:
+    with local_cluster(tmp_path, workers=2, servers=3) as cluster:
+        job = cluster.submit(replicated(), tmp_path)
+        at = 2
+        for number in range(3):
+            found = until_in_sync(cluster, job, after_step=at)
+            at = found.step
+            assert found.plan is not None
+            name = found.plan.partitions[number % 2].node_id
+            cluster.kill(cluster.daemon(name))
+            cluster.up(2, 3)
+        told = finish(cluster, job, digest)
+        assert reasons(told).count("TookOver") >= 3
+        assert "RolledBack" not in reasons(told)
+
+
+def test_a_standby_is_killed_and_training_goes_on(digest: str, tmp_path: Path) -> None:
+    with local_cluster(tmp_path, workers=2, servers=2) as cluster:
+        job = cluster.submit(replicated(), tmp_path)
+        found = until_in_sync(cluster, job, after_step=3)
+        for index in (0, 1):
+            cluster.kill(standby(cluster, found, index))
+        until_in_sync(cluster, job, after_step=found.step + 1)
+        told = finish(cluster, job, digest)
+        assert reasons(told).count("StandbyLost") == 2
+        assert not {"RolledBack", "TookOver", "PartitionLost"} & set(reasons(told))
+
+
+def test_partition_and_standby_die_together_and_the_job_goes_back(digest: str, tmp_path: Path) -> None:
+    with local_cluster(tmp_path, workers=2, servers=2) as cluster:
+        job = cluster.submit(replicated(), tmp_path)
+        found = until_in_sync(cluster, job, after_step=3)
+        both = [partition(cluster, found, 1), standby(cluster, found, 1)]
+        for process in both:
+            process.send_signal(signal.SIGSTOP)  # neither is noticed before the other
+        for process in both:
+            os.kill(process.pid, signal.SIGKILL)
+        told = finish(cluster, job, digest)
+        assert {"PartitionLost", "RolledBack"} <= set(reasons(told))
+
+
+def test_without_a_second_server_it_says_so_until_one_comes(digest: str, tmp_path: Path) -> None:
+    with local_cluster(tmp_path, workers=2, servers=1) as cluster:
+        job = cluster.submit(replicated(), tmp_path)
+        found = cluster.until(job, lambda now: now.step > 2)
+        assert "runs without standby" in found.reason or "without standby for partition-0" in found.reason
+        assert [c.status for c in found.conditions if c.type == "Replicated"] == [False]
+        cluster.up(2, 2)
+        found = until_in_sync(cluster, job)
+        assert [c.status for c in found.conditions if c.type == "Replicated"] == [True]
+        assert "without standby" not in found.reason
+        cluster.kill(partition(cluster, found, 0))
+        told = finish(cluster, job, digest)
+        assert "RolledBack" not in reasons(told)
+
+
+def hold(process: psutil.Process, until: Callable[[], object]) -> None:
+    """Stop a process, and let it go on once something has happened meanwhile."""
+    process.send_signal(signal.SIGSTOP)
+    try:
+        until()
+    finally:
+        if process.is_running():
+            process.send_signal(signal.SIGCONT)
+
+
+def test_a_stopped_standby_is_given_up(digest: str, tmp_path: Path) -> None:
+    with local_cluster(tmp_path, workers=2, servers=2) as cluster:
+        job = cluster.submit(replicated(), tmp_path)
+        found = until_in_sync(cluster, job, after_step=3)
+        stopped = standby(cluster, found, 1)
+
+        def given_up() -> None:
+            cluster.until(job, lambda now: any(event.reason == "StandbyLost" for event in now.events))
+
+        hold(stopped, given_up)
+        told = finish(cluster, job, digest)
+        assert not {"RolledBack", "TookOver", "PartitionLost"} & set(reasons(told))
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_stopped_partition_is_replaced_and_wakes_up_to_nothing(index: int, digest: str, tmp_path: Path) -> None:
+    """It was stopped past suspicion; when it goes on, its standby has its place, and it is ended."""
+    with local_cluster(tmp_path, workers=2, servers=2) as cluster:
+        job = cluster.submit(replicated(), tmp_path)
+        found = until_in_sync(cluster, job, after_step=3)
+        stopped = partition(cluster, found, index)
+
+        def taken_over() -> None:
+            cluster.until(job, lambda now: any(event.reason == "TookOver" for event in now.events))
+
+        hold(stopped, taken_over)
+        told = finish(cluster, job, digest)
+        wait_gone([stopped])
+        assert reasons(told).count("TookOver") == 1
+        assert "RolledBack" not in reasons(told)
