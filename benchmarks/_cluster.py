@@ -17,7 +17,7 @@ import psutil
 from _jobs import SKIP
 from _marks import median_step_s
 from _watch import CpuSeries
-from pscluster.client import Cluster
+from pscluster.client import Cluster, Job
 from pscluster.settings import runtime_dir
 from pscluster.spec import parse_spec
 
@@ -44,6 +44,17 @@ def trained(spec: Mapping[str, Any]) -> dict[str, float]:
         "cpu_s_per_sample": children.between(times[0], times[-1]) / samples,
         "daemons_cpu_s_per_sample": around.between(times[0], times[-1]) / samples,
     }
+
+
+def committed(spec: Mapping[str, Any]) -> tuple[dict[int, float], Job]:
+    """Train a job to its end in a cluster of its own: the Unix time of each step's commit, and the job as it ended.
+
+    There are as many servers as partitions."""
+    with _cluster(spec["workers"]["max"], spec["servers"]["partitions"]) as (connected, _):
+        job = connected.submit(parse_spec(spec))
+        ended = connected.wait(job, "succeeded", timeout_s=DEADLINE_S)
+        lines = [line for line in connected.metrics(job) if "time_s" in line]
+        return {line["step"]: line["time_s"] for line in lines}, ended
 
 
 @contextmanager

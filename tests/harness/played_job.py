@@ -209,14 +209,25 @@ class PlayedCluster:
     """`partitions` partitions and a trainer for each transport named, which they reach the partitions by."""
 
     def __init__(
-        self, partitions: int = 1, transports: Sequence[str] = ("tcp",), *, num_shards: int = 4, **network: str
+        self,
+        partitions: int = 1,
+        transports: Sequence[str] = ("tcp",),
+        *,
+        num_shards: int = 4,
+        replicas: bool = False,
+        **network: str,
     ) -> None:
+        """`replicas`: each partition has a standby."""
         train = {"max_steps": FINAL_STEP, "optimizer": {"name": "adamw", "lr": 0.1}, "clip_norm": 1000.0}
         evaluate = {"every_steps": 2}
         self.network = Network()
         self.spec = played_spec(num_shards, partitions, train=train, evaluate=evaluate, network=network)
-        self.generation = self.restored = 0
+        self.generation = self.restored = self.moved = self.led = self.takeovers = 0
+        self.newest = [int(replicas)] * partitions  # attempt
         self.partitions = [self._partition(index) for index in range(partitions)]
+        self.standbys: dict[int, PartitionService] = {}
+        for index in range(partitions if replicas else 0):
+            self._stand_by(index)
         self.trainers: dict[int, PlayedTrainer] = {}
         self.transports = list(transports)
         for transport in transports:
@@ -224,7 +235,11 @@ class PlayedCluster:
         self.publish(restore=True)
 
     def _partition(self, index: int) -> PartitionService:
-        return played_partition(self.network, self.spec, index, Path("/nonexistent"))
+        return played_partition(self.network, self.spec, index, Path("/nonexistent"), attempt=self.newest[index])
+
+    def _stand_by(self, index: int) -> None:
+        self.newest[index] += 1
+        self.standbys[index] = self._partition(index)
 
     def join(self, transport: str) -> None:
         """Another trainer; it has no plan yet."""
@@ -247,17 +262,27 @@ class PlayedCluster:
         shards = {rank: [s for s in range(num_shards) if place(s) == at] for at, rank in enumerate(ranks)}
         self.plan: Plan = played_plan(
             LAYOUT, shards, generation=self.generation, partitions=len(self.partitions),
-            restore_generation=self.restored, final_step=FINAL_STEP,
+            restore_generation=self.restored, final_step=FINAL_STEP, moved_generation=self.moved,
+            lead_generation=self.led,
         )  # fmt: skip
+        for index, standby in self.standbys.items():
+            seat, attempt = self.plan.partitions[index], self.partitions[index].attempt
+            for told, number in ((seat, attempt), (seat.standby, standby.attempt)):
+                told.attempt = number
+                told.addresses[:] = [f"{kind}:partition:{index}:{number}" for kind in ("unix", "tcp")]
 
     def adopt(self, index: int) -> None:
         """A process hears of the plan: partitions first, then trainers, counted through."""
-        processes: list[Any] = [*self.partitions, *(trainer.exchange for trainer in self.trainers.values())]
+        processes: list[Any] = [
+            *self.partitions,
+            *self.standbys.values(),
+            *(trainer.exchange for trainer in self.trainers.values()),
+        ]
         processes[index % len(processes)].adopt(self.plan)
 
     def tell_all(self) -> None:
         """Every process hears of the plan."""
-        for index in range(len(self.partitions) + len(self.trainers)):
+        for index in range(len(self.partitions) + len(self.standbys) + len(self.trainers)):
             self.adopt(index)
 
     def turn(self, index: int) -> bool:
@@ -267,8 +292,24 @@ class PlayedCluster:
         """A partition is gone, and the job begins again from its first values."""
         place = index % len(self.partitions)
         dismiss(self.partitions[place])
+        self.newest[place] += bool(self.standbys)
         self.partitions[place] = self._partition(place)
         self.publish(restore=True)
+
+    def take_over(self, index: int) -> None:
+        """A partition is gone and its standby, if it is in sync, has its place; else nothing happens."""
+        place = index % len(self.partitions)
+        lost = self.partitions[place]
+        told = lost.replication.bond.is_told and lost.plan is not None
+        if place not in self.standbys or not told or lost.plan.restore_generation != self.restored:  # type: ignore[union-attr]
+            return
+        dismiss(lost)
+        self.partitions[place] = self.standbys.pop(place)
+        self._stand_by(place)
+        self.takeovers += 1
+        self.moved = self.generation + 1
+        self.led = self.moved if place == 0 else self.led
+        self.publish()
 
     def lose(self, index: int) -> None:
         """A trainer is gone; another one comes in its place, and every shard is dealt anew."""
@@ -310,5 +351,5 @@ class PlayedCluster:
     def close(self) -> None:
         for trainer in self.trainers.values():
             trainer.dismiss()
-        for partition in self.partitions:
+        for partition in (*self.partitions, *self.standbys.values()):
             dismiss(partition)

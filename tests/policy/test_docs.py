@@ -24,6 +24,7 @@ from psmaster.core import clock
 from psmaster.draft import Limits
 from psmaster.http import MasterMetrics
 from psmaster.state import State
+from psserver.partition.bond import Bond
 from psserver.partition.telemetry import PartitionCounters
 from psworker.trainer.preflight import prepare
 from psworker.trainer.telemetry import TrainerCounters
@@ -168,7 +169,9 @@ def exported() -> dict[str, str]:
     }
     partition = PartitionCounters()
     partition.refused(errors.FrameError("x"))
-    for counters in (TrainerCounters().sample(), partition.sample(partition=0, step=0, state_bytes=0, pull_bytes=0)):
+    replicated = partition.sample(partition=0, step=0, state_bytes=0, pull_bytes=0, standby=Bond(reach=0))
+    standing_by = partition.sample_standby(partition=0, step=0, state_bytes=0)
+    for counters in (TrainerCounters().sample(), replicated, standing_by):
         found |= {f"ps_{sample.name}": "gauge" if sample.gauge else "counter" for sample in counters.samples}
     return found
 

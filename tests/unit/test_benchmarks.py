@@ -220,3 +220,17 @@ def test_processes_start_where_and_as_they_are_told(tmp_path: Path) -> None:
     with ours, theirs, (tmp_path / "log").open("wb") as log:
         assert starter("trainer-1", {}, theirs.fileno(), log.fileno()).wait(10) == 0
     assert (tmp_path / "log").read_text().split() == [str(os.getpid()), "1", "1", "2"]
+
+
+def test_the_pause_of_a_snapshot_is_that_of_the_step_in_which_it_is_copied() -> None:
+    durability = load("durability")
+    took = {step: 0.2 + 0.05 * (step % 12 == 1) + 0.01 * (step % 12 in (2, 3)) for step in range(1, 49)}
+    times = {step: sum(took[earlier] for earlier in range(1, step + 1)) for step in took}
+    found = durability.pauses({step: at for step, at in times.items() if step >= 6}, 12)
+    assert found["step_s"] == pytest.approx(0.2)
+    assert found["pause_over_step"] == pytest.approx(0.25)
+    assert found["spread_over_step"] == pytest.approx(0.35)
+
+
+def test_a_step_without_the_one_before_it_has_no_length() -> None:
+    assert load("durability").lengths({3: 1.0, 4: 1.5, 7: 9.0}) == {4: 0.5}

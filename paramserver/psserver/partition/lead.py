@@ -101,7 +101,8 @@ class Lead:
             undecided=member.step if member.vote is not None else -1,
             records=list(notes.records),
         )
-        lead._report_evaluated(notes.evaluated, notes.metrics)
+        for evaluation in notes.evaluations:
+            lead._report_evaluated(evaluation.step, evaluation.metrics)
         return lead
 
     @property

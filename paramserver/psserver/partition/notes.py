@@ -9,30 +9,43 @@ from dataclasses import dataclass, field
 from pscluster.v1.plan_pb2 import StepRecord
 
 MAX_RECORDS = 10_000  # of steps that the master may not have heard of yet; it drops those that it knows
+MAX_EVALUATIONS = 100  # the same of evaluations
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Of version `step`; finalised."""
+
+    step: int
+    metrics: Mapping[str, float]
 
 
 @dataclass(kw_only=True)
 class Notes:
-    """`saved`: the newest version that was to be written. `evaluated`: the newest one evaluated, -1 for none, and its
-    `metrics`. `records`: of the newest steps, kept by the standby of the lead."""
+    """`saved`: the newest version that was to be written. `evaluations`: the newest ones, in order. `records`: of the
+    newest steps, kept by the standby of the lead."""
 
     saved: int = 0
-    evaluated: int = -1
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    evaluations: deque[Evaluation] = field(default_factory=lambda: deque(maxlen=MAX_EVALUATIONS))
     records: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=MAX_RECORDS))
+
+    @property
+    def evaluated(self) -> int:
+        """The newest evaluated version; -1: none."""
+        return self.evaluations[-1].step if self.evaluations else -1
 
     def to_json(self) -> dict[str, object]:
         """All but the records, for the standby."""
-        return {"saved": self.saved, "evaluated": self.evaluated, "metrics": dict(self.metrics)}
+        return {"saved": self.saved, "evaluations": [[e.step, dict(e.metrics)] for e in self.evaluations]}
 
     @classmethod
     def from_json(cls, told: Mapping[str, object]) -> Notes:
         """Raises KeyError, TypeError or ValueError for what `to_json` did not give."""
-        metrics = told["metrics"]
-        if not isinstance(metrics, dict):
-            raise TypeError("metrics are no mapping")
-        return cls(
-            saved=int(str(told["saved"])),
-            evaluated=int(str(told["evaluated"])),
-            metrics={str(name): float(value) for name, value in metrics.items()},
-        )
+        listed = told["evaluations"]
+        if not isinstance(listed, list):
+            raise TypeError("evaluations are no list")
+        found = cls(saved=int(str(told["saved"])))
+        for step, metrics in listed:
+            named = {str(name): float(value) for name, value in metrics.items()}
+            found.evaluations.append(Evaluation(int(step), named))
+        return found

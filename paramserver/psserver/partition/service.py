@@ -25,7 +25,7 @@ from psserver.partition.cycle import StepCycle
 from psserver.partition.greeting import greet
 from psserver.partition.lead import Lead, step_record
 from psserver.partition.lead_wire import LeadWire
-from psserver.partition.notes import Notes
+from psserver.partition.notes import Evaluation, Notes
 from psserver.partition.optimizer import moments_of
 from psserver.partition.reception import Reception
 from psserver.partition.replication import Replication
@@ -296,7 +296,7 @@ class PartitionService(AgentLine):
 
     def _evaluated(self, version: int, metrics: Mapping[str, float]) -> None:
         """The lead's evaluation is finalised: its standby hears of it before the next step."""
-        self.notes.evaluated, self.notes.metrics = version, metrics
+        self.notes.evaluations.append(Evaluation(version, metrics))
         self.replication.note()
 
     def _save(self) -> None:

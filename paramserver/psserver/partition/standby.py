@@ -152,5 +152,5 @@ def _notes(told: object) -> Notes:
         if not isinstance(told, dict):
             raise TypeError("notes are no mapping")
         return Notes.from_json(told)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise FrameError(f"notes do not parse: {error!r}", details={"field": "body"}) from None

@@ -1,14 +1,11 @@
 """Real partitions with real standbys on a network that breaks: whoever is lost, no committed step is, and the values at
-the end are those of one partition that nobody disturbed.
-
-The master is played, as are trainers: what they would push is offered once they could have computed it.
-"""
+the end are those of one partition that nobody disturbed."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,269 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.played import Network, dismiss, fill, played_partition, played_plan, played_spec
-from pscluster.codec import DTYPES, BufferNode
-from pscluster.layout import BLOCK_WORDS, Layout, TensorSpec
-from pscluster.spec import JobSpec
-from pscluster.summary import Summary, touched_bits
-from pscluster.tree import Node
-from pscluster.v1.plan_pb2 import Plan
-from psserver.partition import bond
-from psserver.partition.replication import PATIENCE_S
-from psserver.partition.service import PartitionService
-
-FINAL_STEP = 4
-ROOT = Node(0, 1)
-LAYOUT = Layout(
-    (
-        TensorSpec(names=("w",), shape=(3 * BLOCK_WORDS,), dtype="float32", kind="trained", decay=True),
-        TensorSpec(names=("b",), shape=(7,), dtype="float32", kind="trained"),
-        TensorSpec(names=("mean",), shape=(7,), dtype="float32", kind="averaged"),
-        TensorSpec(names=("count",), shape=(), dtype="int64", kind="carried"),
-        TensorSpec(names=("fixed",), shape=(3,), dtype="float32", kind="frozen"),
-    )
-)
-TRAINED, AVERAGED, CARRIED, FROZEN = range(4)
-NOWHERE = Path("/nonexistent")
-
-
-class Master:
-    """What the master knows and plans: attempts, and who was reported in sync."""
-
-    def __init__(self, count: int) -> None:
-        self.generation = self.restored = self.moved = self.led = 0
-        self.partitions = [1] * count
-        self.standbys: list[int] = [0] * count
-        self.synced = [False] * count
-        self.attempts = [1] * count
-        self.restores = 0
-
-
-class PlayedJob:
-    """`count` partitions, each with a standby from the first plan on unless `standbys` is False."""
-
-    def __init__(self, count: int, codec: str = "fp32", *, standbys: bool = True) -> None:
-        self.network = Network()
-        optimizer = {"name": "adamw", "lr": 0.5, "weight_decay": 0.1}
-        self.spec: JobSpec = played_spec(
-            1, count, train={"max_steps": FINAL_STEP, "optimizer": optimizer, "clip_norm": 1.0},
-            network={"transport": "tcp", "push_codec": codec}, durability={"tier": "replica", "every_steps": 2},
-        )  # fmt: skip
-        self.count = count
-        self.master = Master(count)
-        self.processes: dict[tuple[int, int], PartitionService] = {}
-        self.zombies: list[PartitionService] = []
-        self.committed: dict[int, float] = {}  # step -> norm, as anybody carried it out
-        for index in range(count):
-            self._start(index, 1)
-        if standbys:
-            for index in range(count):
-                self.seat_standby(index)
-        self.publish(restore=True)
-
-    def _start(self, index: int, attempt: int) -> None:
-        self.processes[index, attempt] = played_partition(self.network, self.spec, index, NOWHERE, attempt=attempt)
-
-    def partition(self, index: int) -> PartitionService:
-        """Who holds the partition by the newest plan."""
-        return self.processes[index, self.master.partitions[index]]
-
-    def standby(self, index: int) -> PartitionService | None:
-        return self.processes.get((index, self.master.standbys[index]))
-
-    # ---- the master ----
-
-    def seat_standby(self, index: int) -> None:
-        """A new standby process; the next plan names it."""
-        m = self.master
-        if not m.standbys[index]:
-            m.attempts[index] += 1
-            m.standbys[index] = m.attempts[index]
-            self._start(index, m.attempts[index])
-
-    def publish(self, *, restore: bool) -> None:
-        m = self.master
-        m.generation += 1
-        if restore:
-            m.restored = m.generation
-            m.restores += 1
-            m.synced = [False] * self.count
-            self.committed.clear()
-        plan = played_plan(
-            LAYOUT, {0: [0]}, generation=m.generation, partitions=self.count, restore_generation=m.restored,
-            final_step=FINAL_STEP, moved_generation=m.moved, lead_generation=m.led,
-        )  # fmt: skip
-        for index, seat in enumerate(plan.partitions):
-            seat.attempt = m.partitions[index]
-            del seat.addresses[:]
-            seat.addresses.append(f"tcp:partition:{index}:{seat.attempt}")
-            if m.standbys[index]:
-                seat.standby.attempt = m.standbys[index]
-                seat.standby.addresses.append(f"tcp:partition:{index}:{m.standbys[index]}")
-        self.plan: Plan = plan
-
-    def hear_reports(self) -> None:
-        """What partitions said of their standbys, as the master counts it."""
-        m = self.master
-        for (index, attempt), service in list(self.processes.items()):
-            link: Any = service.link
-            said = [r.standby_state for r in link.reports if r.WhichOneof("body") == "standby_state"]
-            link.reports = [r for r in link.reports if r.WhichOneof("body") != "standby_state"]
-            assert not link.reported("failure"), link.reported("failure")
-            for state in said:
-                if attempt != m.partitions[index] or state.attempt != m.standbys[index]:
-                    continue
-                if state.generation >= m.restored and state.in_sync:
-                    m.synced[index] = True
-                elif not state.in_sync:
-                    self.lose_standby(index)
-
-    def lose_standby(self, index: int) -> None:
-        """The standby is gone: the plan goes on without it."""
-        m = self.master
-        if m.standbys[index]:
-            dismiss(self.processes.pop((index, m.standbys[index])))
-            self._unlisten(index, m.standbys[index])
-            m.standbys[index], m.synced[index] = 0, False
-            self.publish(restore=False)
-
-    def lose_partition(self, index: int, *, lives_on: bool = False) -> None:
-        """The partition is gone, or the master believes so: its standby takes over, or all go back."""
-        m = self.master
-        self.hear_reports()
-        gone = self.processes.pop((index, m.partitions[index]))
-        self._unlisten(index, m.partitions[index])
-        if lives_on:
-            self.zombies.append(gone)
-        else:
-            dismiss(gone)
-        synced = m.synced[index]
-        m.synced[index] = False
-        if m.standbys[index]:
-            m.partitions[index], m.standbys[index] = m.standbys[index], 0
-        else:
-            m.attempts[index] += 1
-            m.partitions[index] = m.attempts[index]
-            self._start(index, m.partitions[index])
-        self.publish_takeover(index, restore=not synced)
-
-    def publish_takeover(self, index: int, *, restore: bool) -> None:
-        m = self.master
-        if not restore:
-            m.moved = m.generation + 1
-            m.led = m.generation + 1 if index == 0 else m.led
-        self.publish(restore=restore)
-
-    def _unlisten(self, index: int, attempt: int) -> None:
-        del self.network.listeners[f"partition:{index}:{attempt}"]
-
-    # ---- processes ----
-
-    def adopt(self, number: int) -> None:
-        keys = sorted(self.processes)
-        index, attempt = keys[number % len(keys)]
-        service = self.processes[index, attempt]
-        if attempt not in (self.master.partitions[index], self.master.standbys[index]):
-            return
-        service.adopt(self.plan)
-        state = service.state
-        if service.standby is None and state is not None and not state.is_filled:
-            for values in state.values:
-                values.fill_(1.0)
-            state.values[FROZEN].fill_(3.0)
-            fill(service)
-
-    def everybody_adopts(self) -> None:
-        for number in range(len(self.processes)):
-            self.adopt(number)
-
-    def cut(self, choice: int) -> None:
-        if self.network.connections:
-            self.network.connections[choice % len(self.network.connections)].close(None)
-
-    def push(self, index: int) -> None:
-        """Trainers complete a partition's open step, if they have its version from all and the lead asks for it."""
-        service, lead = self.partition(index), self.partition(0).lead
-        everyone = [self.partition(i) for i in range(self.count)]
-        step = service.member.step
-        timelines = {p.plan.restore_generation if p.plan else 0 for p in everyone}
-        if lead is None or lead.action != "train" or len(timelines) > 1 or service.step is None:
-            return
-        if service.standby is not None or lead.version < step or any(p.version < step for p in everyone):
-            return
-        if not service.step.summary.is_complete and step < FINAL_STEP:
-            self._complete(service, step)
-
-    def _complete(self, service: PartitionService, step: int) -> None:
-        opened = service.step
-        assert opened is not None
-        odd = step % 2
-        span = opened.state.spans[TRAINED]
-        if span.num_words:
-            words = torch.linspace(-1, 1 + step, LAYOUT.buckets[TRAINED].num_words)[span.start : span.stop]
-            dtype = DTYPES[self.spec.network.push_codec]
-            opened.offer_trained(TRAINED, ROOT, words.to(dtype).clone(), lambda: None)
-        if opened.state.spans[AVERAGED].num_words:
-            moved = torch.full((LAYOUT.buckets[AVERAGED].num_words,), 2.0 * (step + 5))
-            opened.offer_buffers(AVERAGED, ROOT, BufferNode(2.0, None if odd else moved))
-        if opened.state.spans[CARRIED].num_words:
-            counted = torch.full((LAYOUT.buckets[CARRIED].num_words,), step, dtype=torch.int32)
-            opened.offer_buffers(CARRIED, ROOT, BufferNode(0.0, counted.view(opened.state.values[CARRIED].dtype)))
-        touched = touched_bits([0] if odd else [0, 1, 2], len(LAYOUT.tensors))
-        opened.offer_summary(ROOT, Summary(loss_sum=2.0 + step, weight=2.0, samples=1, touched=touched))
-        service.try_vote()
-
-    def check(self) -> None:
-        """Nobody is two steps ahead, and each step has one verdict, which is never taken back within a timeline."""
-        current = [p for p in self.processes.values() if p.plan and p.plan.restore_generation == self.master.restored]
-        partitions = [p for p in current if p.standby is None]
-        steps = [p.member.step for p in partitions]
-        assert not steps or max(steps) - min(steps) <= 1, f"two steps apart: {steps}"
-        for p in current:
-            last = p.member.last_verdict
-            if last is not None:
-                known = self.committed.setdefault(last.step, last.norm)
-                assert known == last.norm, f"two verdicts on step {last.step}: {known} and {last.norm}"
-        newest = max(self.committed, default=-1)
-        for index, synced in enumerate(self.master.synced):
-            standby = self.standby(index)
-            if synced and standby is not None and standby.standby is not None:
-                reach = standby.member.step + (standby.member.vote is not None)
-                assert reach > newest, f"the standby of {index} could not make the committed step {newest}"
-        serious = [error for error in self.network.refusals if error.code != "PS-3002"]
-        assert serious == []
-
-    def settle(self) -> None:
-        self.network.settle()
-        self.hear_reports()
-        self.check()
-
-    def run_to_the_end(self) -> list[torch.Tensor]:
-        """Without further faults: every plan is adopted, every frame arrives. Returns the model's values."""
-        for _ in range(4 * FINAL_STEP + 12):
-            self.everybody_adopts()
-            for index in range(self.count):
-                self.push(index)
-            self.settle()
-        everyone = [self.partition(i) for i in range(self.count)]
-        versions = [p.version for p in everyone]
-        assert versions == [FINAL_STEP] * self.count, f"stuck at {versions}: {[p.member for p in everyone]}"
-        return self.values(everyone)
-
-    def values(self, everyone: list[PartitionService]) -> list[torch.Tensor]:
-        whole = []
-        for bucket in LAYOUT.buckets:
-            words = torch.zeros(bucket.num_words, dtype=torch.int32)
-            for service in everyone:
-                assert service.state is not None
-                span = service.state.spans[bucket.index]
-                words[span.start : span.stop] = service.state.values[bucket.index].view(torch.int32)
-            whole.append(words)
-        return whole
-
-    def close(self) -> None:
-        for service in (*self.processes.values(), *self.zombies):
-            dismiss(service)
+from harness.played_standbys import FINAL_STEP, PlayedJob, play, seeded
+from psserver.partition import bond, commit
+from psserver.partition.commit import Verdict
+from psserver.partition.replication import PATIENCE_S, Replication
 
 
 def same(mine: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
@@ -355,28 +93,34 @@ def test_a_standby_takes_over_and_nobody_goes_back(
         assert records == list(range(1, FINAL_STEP + 1)), "what the lead before it had not reported is reported"
 
 
-def test_the_lead_takes_what_a_member_was_told_before_it(
-    job: PlayedJob, undisturbed: dict[str, list[torch.Tensor]]
-) -> None:
-    """The lead decided, told the other partition, and died before it told its standby."""
+def _decided_behind_its_standby(job: PlayedJob) -> Verdict:
+    """The lead decided and told the other partition, but its standby has not heard; the verdict."""
     in_sync(job, 2)
     done = job.partition(0).version
+    standby, member = job.standby(0), job.partition(1)
+    assert standby is not None
     for index in (0, 1):
         job.push(index)
     for _ in range(1000):
-        member = job.partition(1)
-        waiting = [c for c in job.network.connections if c.inbox and c.handler is not job.standby(0).handler]  # type: ignore[union-attr]
         if member.member.step == done + 1:
             break
-        waiting[0].deliver() if waiting else job.network.choices()[0]()
-    standby = job.standby(0)
-    assert standby is not None and (member.member.step, standby.member.step) == (done + 1, done)
-    said = member.member.last_verdict
+        heard = standby.member.vote is not None  # it has the step: what follows would be the verdict
+        waiting = [c for c in job.network.connections if c.inbox and not (heard and c.handler is standby.handler)]
+        waiting[0].deliver() if waiting else job.network.posted.popleft()()
+    assert (member.member.step, standby.member.step) == (done + 1, done)
+    assert member.member.last_verdict is not None
+    return member.member.last_verdict
+
+
+def test_the_lead_takes_what_a_member_was_told_before_it(
+    job: PlayedJob, undisturbed: dict[str, list[torch.Tensor]]
+) -> None:
+    said = _decided_behind_its_standby(job)
     job.lose_partition(0)
     job.everybody_adopts()
     job.settle()
-    assert job.partition(0).member.last_verdict is not None and said is not None
-    assert job.partition(0).member.last_verdict.norm == said.norm
+    last = job.partition(0).member.last_verdict
+    assert last is not None and (last.step, last.norm) == (said.step, said.norm)
     assert same(job.run_to_the_end(), undisturbed["fp32"])
     assert job.master.restores == 1
 
@@ -484,41 +228,6 @@ EVENTS = st.lists(
 )
 
 
-def play(job: PlayedJob, event: str, number: int) -> None:
-    index = number % job.count
-    if event == "deliver":
-        for turn in range(number):
-            choices = job.network.choices()
-            if choices:
-                choices[(number + turn) % len(choices)]()
-    elif event == "adopt":
-        job.adopt(number)
-    elif event == "push":
-        job.push(index)
-    elif event == "cut":
-        job.cut(number)
-    elif event == "redial":
-        job.network.fire_timers()
-    elif event == "partition lost":
-        job.lose_partition(index)
-    elif event == "taken for lost":
-        job.lose_partition(index, lives_on=True)
-    elif event == "standby lost":
-        job.lose_standby(index)
-    elif event == "standby comes":
-        job.seat_standby(index)
-        job.publish(restore=False)
-    elif event == "plan":
-        job.publish(restore=False)
-    elif event == "everybody adopts":
-        job.everybody_adopts()
-    elif event == "everybody pushes":
-        for each in range(job.count):
-            job.push(each)
-    elif event == "settle":
-        job.settle()
-
-
 def storm(count: int, codec: str, events: list[tuple[str, int]]) -> list[torch.Tensor]:
     job = PlayedJob(count, codec)
     try:
@@ -539,14 +248,59 @@ def test_faults_change_nothing_in_the_end(
     assert same(storm(count, codec, events), undisturbed[codec])
 
 
-def test_the_storm_finds_a_vote_that_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check can fail: a partition that votes before its standby has the step loses it."""
-    monkeypatch.setattr(bond, "may_vote", lambda _bond, _step: True)
-    job = in_sync(PlayedJob(1), 2)
-    standby = job.standby(0)
-    assert standby is not None
-    next(c for c in job.network.connections if c.handler is standby.handler).reading = False
-    job.push(0)
-    with pytest.raises(AssertionError, match="could not make the committed step"):
-        job.settle()
-    job.close()
+def test_seeded_storms_change_nothing_and_meet_what_they_are_for(undisturbed: dict[str, list[torch.Tensor]]) -> None:
+    takeovers = 0
+    for seed in range(150):
+        job = seeded(seed)
+        assert same(job.values_at_the_end, undisturbed[job.spec.network.push_codec]), f"seed {seed}"
+        takeovers += job.master.takeovers
+    assert takeovers > 30
+
+
+def _tells_at_once(held: bond.Bond, reach: int, promised: int) -> tuple[bond.Bond, bool]:  # noqa: ARG001
+    return replace(held, reach=max(reach, held.reach), is_bound=True, is_told=True), not held.is_told
+
+
+def _never_binds(held: bond.Bond, reach: int, promised: int) -> tuple[bond.Bond, bool]:
+    after, tells = ACKNOWLEDGE(held, reach, promised)
+    return replace(after, is_bound=False), tells
+
+
+def _stays_bound(held: bond.Bond, attempt: int, *, restored: bool) -> bond.Bond:  # noqa: ARG001
+    return replace(held, attempt=attempt)
+
+
+ACKNOWLEDGE = bond.acknowledge
+
+
+def _many_storms(count: int) -> None:
+    for seed in range(count):
+        seeded(seed)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "mistake"),
+    [
+        (bond, "may_vote", lambda _bond, _step: True),
+        (bond, "acknowledge", _tells_at_once),
+        (bond, "acknowledge", _never_binds),
+        (bond, "adopt", _stays_bound),
+        (Replication, "_send_verdict", lambda _self, _verdict: None),
+    ],
+    ids=["votes without it", "tells before it is so", "is never bound", "is never untied", "says no verdict"],
+)
+def test_the_storm_finds_what_is_wrong(
+    where: object, name: str, mistake: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checks can fail: with each of these mistakes a step is lost, or the job sticks."""
+    monkeypatch.setattr(where, name, mistake)
+    with pytest.raises(AssertionError, match=r"could not make the committed step|stuck|apart|two verdicts"):
+        _many_storms(500)
+
+
+def test_a_lead_that_does_not_learn_sticks(job: PlayedJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commit, "lead_learns", lambda lead, _verdict: (lead, None))
+    _decided_behind_its_standby(job)
+    job.lose_partition(0)
+    with pytest.raises(AssertionError, match="stuck"):
+        job.run_to_the_end()

@@ -140,6 +140,54 @@ def test_a_fault_at_any_point_of_a_job_changes_nothing(codec: int, fault: str, u
     assert struck == set(range(FINAL_STEP + 1)), "from the first step to the last"
 
 
+@settings(max_examples=100)
+@given(
+    partitions=st.integers(1, 2),
+    transports=st.sampled_from([("shm", "shm"), ("shm", "tcp"), ("tcp", "tcp")]),
+    codec=st.sampled_from(range(len(CODECS))),
+    seed=st.integers(0, 2**32),
+    faults=st.lists(
+        st.tuples(st.integers(0, 150), st.sampled_from(("take_over", *FAULTS)), st.integers(0, 9)), max_size=8
+    ),
+)
+def test_faults_of_a_job_with_standbys_change_nothing_in_the_end(
+    partitions: int,
+    transports: tuple[str, ...],
+    codec: int,
+    seed: int,
+    faults: list[tuple[int, str, int]],
+    undisturbed: dict[str, Outcome],
+) -> None:
+    cluster = PlayedCluster(partitions, transports, replicas=True, **CODECS[codec])
+    cluster.tell_all()
+    rng = random.Random(seed)
+    for length, fault, number in faults:
+        walk(cluster, rng, length)
+        cluster.check()
+        strike(cluster, fault, number)
+
+    assert outcome(cluster) == undisturbed[IDS[codec]]
+
+
+@pytest.mark.parametrize("codec", [0, 3], ids=[IDS[0], IDS[3]])
+@pytest.mark.parametrize("partition", [0, 1])
+def test_a_standby_takes_over_at_any_point_and_nobody_goes_back(
+    codec: int, partition: int, undisturbed: dict[str, Outcome]
+) -> None:
+    """The same course of events each time, struck a little later each time; evaluations and the end among them."""
+    struck: set[int] = set()
+    for length in range(60, 900, 30):
+        cluster = PlayedCluster(2, ("shm", "shm"), replicas=True, **CODECS[codec])
+        cluster.tell_all()
+        walk(cluster, random.Random(7), length)
+        cluster.take_over(partition)
+        if cluster.takeovers:
+            struck.add(cluster.partitions[partition].version)
+        assert outcome(cluster) == undisturbed[IDS[codec]], f"after {length} events"
+        assert cluster.restored == 1
+    assert struck >= set(range(FINAL_STEP)), "from the first step to the last"
+
+
 def test_gradients_of_a_lost_timeline_give_back_the_lanes_that_they_took(undisturbed: dict[str, Outcome]) -> None:
     """The trainer is in the middle of a step while the partition is replaced and shares its memory; then it pushes what
     it has of the old timeline."""

@@ -1,0 +1,333 @@
+"""A job of real partitions with real standbys on a played network, under a played master, and what may befall it.
+
+Trainers are played, too: what they would push is offered once they could have computed it.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.played import Network, dismiss, fill, played_partition, played_plan, played_spec
+from pscluster.codec import DTYPES, BufferNode
+from pscluster.layout import BLOCK_WORDS, Layout, TensorSpec
+from pscluster.spec import JobSpec
+from pscluster.summary import Summary, touched_bits
+from pscluster.tree import Node
+from pscluster.v1.plan_pb2 import Plan
+from psserver.partition.service import PartitionService
+
+FINAL_STEP = 4
+ROOT = Node(0, 1)
+LAYOUT = Layout(
+    (
+        TensorSpec(names=("w",), shape=(3 * BLOCK_WORDS,), dtype="float32", kind="trained", decay=True),
+        TensorSpec(names=("b",), shape=(7,), dtype="float32", kind="trained"),
+        TensorSpec(names=("mean",), shape=(7,), dtype="float32", kind="averaged"),
+        TensorSpec(names=("count",), shape=(), dtype="int64", kind="carried"),
+        TensorSpec(names=("fixed",), shape=(3,), dtype="float32", kind="frozen"),
+    )
+)
+TRAINED, AVERAGED, CARRIED, FROZEN = range(4)
+NOWHERE = Path("/nonexistent")
+
+
+class Master:
+    """What the master knows and plans: attempts, and who was reported in sync."""
+
+    def __init__(self, count: int) -> None:
+        self.generation = self.restored = self.moved = self.led = 0
+        self.partitions = [1] * count
+        self.standbys: list[int] = [0] * count
+        self.synced = [False] * count
+        self.attempts = [1] * count
+        self.restores = self.takeovers = 0
+
+
+class PlayedJob:
+    """`count` partitions, each with a standby from the first plan on unless `standbys` is False."""
+
+    def __init__(self, count: int, codec: str = "fp32", *, standbys: bool = True) -> None:
+        self.network = Network()
+        optimizer = {"name": "adamw", "lr": 0.5, "weight_decay": 0.1}
+        self.spec: JobSpec = played_spec(
+            1, count, train={"max_steps": FINAL_STEP, "optimizer": optimizer, "clip_norm": 1.0},
+            network={"transport": "tcp", "push_codec": codec}, durability={"tier": "replica", "every_steps": 2},
+        )  # fmt: skip
+        self.count = count
+        self.master = Master(count)
+        self.processes: dict[tuple[int, int], PartitionService] = {}
+        self.zombies: list[PartitionService] = []
+        self.committed: dict[int, float] = {}  # step -> norm, as anybody carried it out
+        self.values_at_the_end: list[torch.Tensor] = []
+        for index in range(count):
+            self._start(index, 1)
+        if standbys:
+            for index in range(count):
+                self.seat_standby(index)
+        self.publish(restore=True)
+
+    def _start(self, index: int, attempt: int) -> None:
+        self.processes[index, attempt] = played_partition(self.network, self.spec, index, NOWHERE, attempt=attempt)
+
+    def partition(self, index: int) -> PartitionService:
+        """Who holds the partition by the newest plan."""
+        return self.processes[index, self.master.partitions[index]]
+
+    def standby(self, index: int) -> PartitionService | None:
+        return self.processes.get((index, self.master.standbys[index]))
+
+    # ---- the master ----
+
+    def seat_standby(self, index: int) -> None:
+        """A new standby process; the next plan names it."""
+        m = self.master
+        if not m.standbys[index]:
+            m.attempts[index] += 1
+            m.standbys[index] = m.attempts[index]
+            self._start(index, m.attempts[index])
+
+    def publish(self, *, restore: bool) -> None:
+        m = self.master
+        m.generation += 1
+        if restore:
+            m.restored = m.generation
+            m.restores += 1
+            m.synced = [False] * self.count
+            self.committed.clear()
+        plan = played_plan(
+            LAYOUT, {0: [0]}, generation=m.generation, partitions=self.count, restore_generation=m.restored,
+            final_step=FINAL_STEP, moved_generation=m.moved, lead_generation=m.led,
+        )  # fmt: skip
+        for index, seat in enumerate(plan.partitions):
+            seat.attempt = m.partitions[index]
+            del seat.addresses[:]
+            seat.addresses.append(f"tcp:partition:{index}:{seat.attempt}")
+            if m.standbys[index]:
+                seat.standby.attempt = m.standbys[index]
+                seat.standby.addresses.append(f"tcp:partition:{index}:{m.standbys[index]}")
+        self.plan: Plan = plan
+
+    def hear_reports(self) -> None:
+        """What partitions said of their standbys, as the master counts it."""
+        m = self.master
+        for (index, attempt), service in list(self.processes.items()):
+            link: Any = service.link
+            said = [r.standby_state for r in link.reports if r.WhichOneof("body") == "standby_state"]
+            link.reports = [r for r in link.reports if r.WhichOneof("body") != "standby_state"]
+            assert not link.reported("failure"), link.reported("failure")
+            for state in said:
+                if attempt != m.partitions[index] or state.attempt != m.standbys[index]:
+                    continue
+                if state.generation >= m.restored and state.in_sync:
+                    m.synced[index] = True
+                elif not state.in_sync:
+                    self.lose_standby(index)
+
+    def lose_standby(self, index: int) -> None:
+        """The standby is gone: the plan goes on without it."""
+        m = self.master
+        if m.standbys[index]:
+            dismiss(self.processes.pop((index, m.standbys[index])))
+            self._unlisten(index, m.standbys[index])
+            m.standbys[index], m.synced[index] = 0, False
+            self.publish(restore=False)
+
+    def lose_partition(self, index: int, *, lives_on: bool = False) -> None:
+        """The partition is gone, or the master believes so: its standby takes over, or all go back."""
+        m = self.master
+        self.hear_reports()
+        gone = self.processes.pop((index, m.partitions[index]))
+        self._unlisten(index, m.partitions[index])
+        if lives_on:
+            self.zombies.append(gone)
+        else:
+            dismiss(gone)
+        synced = m.synced[index]
+        m.synced[index] = False
+        if m.standbys[index]:
+            m.partitions[index], m.standbys[index] = m.standbys[index], 0
+        else:
+            m.attempts[index] += 1
+            m.partitions[index] = m.attempts[index]
+            self._start(index, m.partitions[index])
+        self.publish_takeover(index, restore=not synced)
+
+    def publish_takeover(self, index: int, *, restore: bool) -> None:
+        m = self.master
+        if not restore:
+            m.takeovers += 1
+            m.moved = m.generation + 1
+            m.led = m.generation + 1 if index == 0 else m.led
+        self.publish(restore=restore)
+
+    def _unlisten(self, index: int, attempt: int) -> None:
+        del self.network.listeners[f"partition:{index}:{attempt}"]
+
+    # ---- processes ----
+
+    def adopt(self, number: int) -> None:
+        keys = sorted(self.processes)
+        index, attempt = keys[number % len(keys)]
+        service = self.processes[index, attempt]
+        if attempt not in (self.master.partitions[index], self.master.standbys[index]):
+            return
+        service.adopt(self.plan)
+        state = service.state
+        if service.standby is None and state is not None and not state.is_filled:
+            for values in state.values:
+                values.fill_(1.0)
+            state.values[FROZEN].fill_(3.0)
+            fill(service)
+
+    def everybody_adopts(self) -> None:
+        for number in range(len(self.processes)):
+            self.adopt(number)
+
+    def cut(self, choice: int) -> None:
+        if self.network.connections:
+            self.network.connections[choice % len(self.network.connections)].close(None)
+
+    def push(self, index: int) -> None:
+        """Trainers complete a partition's open step, if they have its version from all and the lead asks for it."""
+        service, lead = self.partition(index), self.partition(0).lead
+        everyone = [self.partition(i) for i in range(self.count)]
+        step = service.member.step
+        timelines = {p.plan.restore_generation if p.plan else 0 for p in everyone}
+        if lead is None or lead.action != "train" or len(timelines) > 1 or service.step is None:
+            return
+        if service.standby is not None or lead.version < step or any(p.version < step for p in everyone):
+            return
+        if not service.step.summary.is_complete and step < FINAL_STEP:
+            self._complete(service, step)
+
+    def _complete(self, service: PartitionService, step: int) -> None:
+        opened = service.step
+        assert opened is not None
+        odd = step % 2
+        span = opened.state.spans[TRAINED]
+        if span.num_words:
+            words = torch.linspace(-1, 1 + step, LAYOUT.buckets[TRAINED].num_words)[span.start : span.stop]
+            dtype = DTYPES[self.spec.network.push_codec]
+            opened.offer_trained(TRAINED, ROOT, words.to(dtype).clone(), lambda: None)
+        if opened.state.spans[AVERAGED].num_words:
+            moved = torch.full((LAYOUT.buckets[AVERAGED].num_words,), 2.0 * (step + 5))
+            opened.offer_buffers(AVERAGED, ROOT, BufferNode(2.0, None if odd else moved))
+        if opened.state.spans[CARRIED].num_words:
+            counted = torch.full((LAYOUT.buckets[CARRIED].num_words,), step, dtype=torch.int32)
+            opened.offer_buffers(CARRIED, ROOT, BufferNode(0.0, counted.view(opened.state.values[CARRIED].dtype)))
+        touched = touched_bits([0] if odd else [0, 1, 2], len(LAYOUT.tensors))
+        opened.offer_summary(ROOT, Summary(loss_sum=2.0 + step, weight=2.0, samples=1, touched=touched))
+        service.try_vote()
+
+    def check(self) -> None:
+        """Nobody is two steps ahead, and each step has one verdict, which is never taken back within a timeline."""
+        current = [p for p in self.processes.values() if p.plan and p.plan.restore_generation == self.master.restored]
+        partitions = [p for p in current if p.standby is None]
+        steps = [p.member.step for p in partitions]
+        assert not steps or max(steps) - min(steps) <= 1, f"two steps apart: {steps}"
+        for p in current:
+            last = p.member.last_verdict
+            if last is not None:
+                known = self.committed.setdefault(last.step, last.norm)
+                assert known == last.norm, f"two verdicts on step {last.step}: {known} and {last.norm}"
+        newest = max(self.committed, default=-1)
+        for index, synced in enumerate(self.master.synced):
+            standby = self.standby(index)
+            if synced and standby is not None and standby.standby is not None:
+                reach = standby.member.step + (standby.member.vote is not None)
+                assert reach > newest, f"the standby of {index} could not make the committed step {newest}"
+        serious = [error for error in self.network.refusals if error.code != "PS-3002"]
+        assert serious == []
+
+    def settle(self) -> None:
+        self.network.settle()
+        self.hear_reports()
+        self.check()
+
+    def run_to_the_end(self) -> list[torch.Tensor]:
+        """Without further faults: every plan is adopted, every frame arrives. Returns the model's values."""
+        for _ in range(4 * FINAL_STEP + 12):
+            self.everybody_adopts()
+            for index in range(self.count):
+                self.push(index)
+            self.settle()
+        everyone = [self.partition(i) for i in range(self.count)]
+        versions = [p.version for p in everyone]
+        assert versions == [FINAL_STEP] * self.count, f"stuck at {versions}: {[p.member for p in everyone]}"
+        return self.values(everyone)
+
+    def values(self, everyone: list[PartitionService]) -> list[torch.Tensor]:
+        whole = []
+        for bucket in LAYOUT.buckets:
+            words = torch.zeros(bucket.num_words, dtype=torch.int32)
+            for service in everyone:
+                assert service.state is not None
+                span = service.state.spans[bucket.index]
+                words[span.start : span.stop] = service.state.values[bucket.index].view(torch.int32)
+            whole.append(words)
+        return whole
+
+    def close(self) -> None:
+        for service in (*self.processes.values(), *self.zombies):
+            dismiss(service)
+
+
+def play(job: PlayedJob, event: str, number: int) -> None:
+    index = number % job.count
+    if event == "deliver":
+        for turn in range(number):
+            choices = job.network.choices()
+            if choices:
+                choices[(number + turn) % len(choices)]()
+    elif event == "adopt":
+        job.adopt(number)
+    elif event == "push":
+        job.push(index)
+    elif event == "cut":
+        job.cut(number)
+    elif event == "redial":
+        job.network.fire_timers()
+    elif event == "partition lost":
+        job.lose_partition(index)
+    elif event == "taken for lost":
+        job.lose_partition(index, lives_on=True)
+    elif event == "standby lost":
+        job.lose_standby(index)
+    elif event == "standby comes":
+        job.seat_standby(index)
+        job.publish(restore=False)
+    elif event == "plan":
+        job.publish(restore=False)
+    elif event == "everybody adopts":
+        job.everybody_adopts()
+    elif event == "everybody pushes":
+        for each in range(job.count):
+            job.push(each)
+    elif event == "settle":
+        job.settle()
+
+
+KINDS = {
+    "deliver": 8, "everybody adopts": 6, "everybody pushes": 6, "push": 4, "settle": 4, "adopt": 3, "cut": 2,
+    "redial": 2, "standby comes": 2, "plan": 1, "partition lost": 1, "taken for lost": 1, "standby lost": 1,
+}  # fmt: skip
+
+
+def seeded(seed: int) -> PlayedJob:
+    """A storm that begins mostly with what a healthy job does; the job it was, before its end."""
+    chance = random.Random(seed)
+    kinds = chance.choices(list(KINDS), list(KINDS.values()), k=chance.randrange(10, 80))
+    job = PlayedJob(chance.randint(1, 3), chance.choice(["fp32", "bf16"]))
+    try:
+        for kind in kinds:
+            play(job, kind, chance.randrange(31 if kind == "deliver" else 6))
+            job.hear_reports()
+            job.check()
+        job.values_at_the_end = job.run_to_the_end()
+    finally:
+        job.close()
+    return job
