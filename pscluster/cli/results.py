@@ -11,6 +11,7 @@ import click
 from pscluster.cli import formatting as fmt
 from pscluster.cli.output import document, output_option, print_document
 from pscluster.cli.session import Session, Verb, answer, pass_session, say
+from pscluster.storage import below
 
 
 def _read_step(_ctx: click.Context, param: click.Parameter, value: str) -> int | str:
@@ -107,13 +108,12 @@ def _run(session: Session, job: str, step: int | str, request: dict[str, Any]) -
             if found.bundle_sha256:
                 bundle = Path(temporary) / "bundle.tar.gz"
                 cluster.download_bundle(found.bundle_sha256, bundle)
-        store = Path(found.store)
         complete = {
             **request,
             "job": found.job_id,
             "spec": found.spec,
             "bundle": str(bundle) if bundle else None,
-            "parts": [str(store / part.path) for part in snapshot.parts],
+            "parts": [below(found.store, part.path) for part in snapshot.parts],
         }
         result = run_tool(complete)
     return {"step": snapshot.step, **result}

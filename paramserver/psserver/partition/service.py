@@ -5,16 +5,15 @@ from __future__ import annotations
 import hmac
 import json
 import time
-from pathlib import Path
 
 import torch
 
 from pscluster.agent.heart import Heart
 from pscluster.agent.link import ProcessLink
-from pscluster.errors import AuthError, FrameError, PsError
+from pscluster.errors import AuthError, DamagedError, FrameError, PsError
 from pscluster.layout import Layout
-from pscluster.snapshot import Written
 from pscluster.spec import JobSpec
+from pscluster.storage import Written, below
 from pscluster.v1.plan_pb2 import (
     Beat,
     ErrorDetail,
@@ -70,7 +69,9 @@ class PartitionService:
         self.clients = Clients(self.header)
         self._uplink: Uplink | None = None
         self._reception = Reception(self)
-        self._snapshots = SnapshotWriter(Path(link.start.store), self.index, reactor.post)
+        self._snapshots = SnapshotWriter(
+            link.start.store, self.index, reactor.post, every_steps=spec.durability.every_steps
+        )
         self._early: list[tuple[Client, Header, bytes]] = []
         self._verdict: Verdict | None = None  # being carried out
         self._progress = 0
@@ -137,7 +138,8 @@ class PartitionService:
             try:
                 self._restore(plan)
             except PsError as error:
-                error.details["void_snapshot"] = str(plan.resume_step)  # the master falls back to an older one
+                if isinstance(error, DamagedError):  # the master falls back to an older one
+                    error.details["void_snapshot"] = str(plan.resume_step)
                 self.fail(error)
                 self.failed = True
                 self._reactor.stop()
@@ -164,8 +166,7 @@ class PartitionService:
             self.state = PartitionState.empty(layout, self.index, num_partitions, moments, codec)
         if plan.resume_step:
             part = next(part for part in plan.restore.parts if part.partition == self.index)
-            path = Path(self.link.start.store) / part.path
-            self.state.load(path, self.index, num_partitions, plan.resume_step)
+            self.state.load(below(self.link.start.store, part.path), self.index, num_partitions, plan.resume_step)
         else:
             self.state.reset()
         self.step = OpenStep(self.state, self.spec, plan.final_step)
@@ -272,7 +273,7 @@ class PartitionService:
         self._verdict = None
         self.serve_pulls()
         if verdict.snapshot:
-            self._write_snapshot()
+            self._write_snapshot(last=verdict.last)
         early, self._early = self._early, []
         for client, header, body in early:
             if client.connection.is_open:
@@ -297,19 +298,25 @@ class PartitionService:
 
     # ---- snapshots ----
 
-    def _write_snapshot(self) -> None:
+    def _write_snapshot(self, *, last: bool = False) -> None:
+        """Have the newest version written in the background; `last`: the job may end with it."""
         assert self.state is not None and self.plan is not None
         generation, step = self.plan.generation, self.version
         meta = self.state.meta(self.link.start.job_id, step, generation, self.index, self.spec.servers.partitions)
         with self.counters.phase("snapshot"):
             pieces = self.state.pieces()
         self._snapshots.write(
-            meta, self.state.layout, pieces, lambda written, error: self._wrote(step, generation, written, error)
+            meta,
+            self.state.layout,
+            pieces,
+            lambda written, error: self._wrote(step, generation, written, error),
+            last=last or step == self.plan.final_step,
         )
 
     def _wrote(self, step: int, generation: int, written: Written | None, error: PsError | None) -> None:
         if error is not None:
-            detail = ErrorDetail(code=error.code, cause=error.cause, action=error.action, details=error.details)
+            details = {**error.details, "unwritten": str(step)}
+            detail = ErrorDetail(code=error.code, cause=error.cause, action=error.action, details=details)
             self.report(ProcessReport(warning=WarningMessage(error=detail, step=step)))
         elif written is not None:
             self.counters.snapshots += 1
@@ -317,7 +324,7 @@ class PartitionService:
                 step=step,
                 partition=self.index,
                 generation=generation,
-                path=written.path.name,
+                path=written.name,
                 size_bytes=written.size_bytes,
                 checksum=written.checksum,
             )

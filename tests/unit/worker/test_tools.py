@@ -73,7 +73,7 @@ def snapshot(model: nn.Module, spec: JobSpec, store: Path, partitions: int = 2) 
             for span in layout.spans(partition, partitions)
             if span.num_words
         }
-        paths.append(str(write_part(store / f"part-{partition}", meta, layout, pieces).path))
+        paths.append(str(store / write_part(store / f"part-{partition}", meta, layout, pieces).name))
     return paths
 
 
