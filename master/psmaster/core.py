@@ -25,7 +25,7 @@ from psmaster import outbound
 from psmaster.archive import Archive, Writes, batch_of
 from psmaster.draft import Limits
 from psmaster.joblogs import LogMessage
-from psmaster.jobs import Event, Instant, Job
+from psmaster.jobs import Event, Instant, Job, Problem, Trouble
 from psmaster.processes import Process
 from psmaster.reconcile import desired
 from psmaster.state import State
@@ -82,6 +82,8 @@ class Core:
 
     async def load(self) -> None:
         """Read what is stored. Raises StorageError."""
+        loop = asyncio.get_running_loop()
+        self.archive.publisher.tell = lambda *told: _from_thread(loop, self._unpublished, *told)
         self.state = await self.on_disk(self.archive.load, self.now())
         self._listened_s = self.now().mono_s
         # Above every revision that an earlier life of this master has sent.
@@ -239,9 +241,20 @@ class Core:
             self._revision += 1
             stream.assign(outbound.assignment(wanted, self._revision))
 
+    def _unpublished(self, job_id: str, step: int, error: PsError) -> None:
+        """A complete snapshot's manifest could not be written: training goes on, and people are told."""
+        _log.warning("a job's store cannot be brought up to date", job=job_id, code=error.code, cause=error.cause)
+        problem = Problem(code=error.code, cause=error.cause, action=error.action)
+        self._put(Input(apply=lambda turn: turn.troubled(job_id, Trouble(step=step, problem=problem), "psmaster")))
+
     def job(self, job_id: str) -> Job | None:
         """The job as it is now."""
         return self.state.jobs.get(job_id)
+
+
+def _from_thread(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments: Any) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop has ended, and the master with it
+        loop.call_soon_threadsafe(call, *arguments)
 
 
 def _nothing(_turn: Turn) -> None:
