@@ -58,7 +58,6 @@ def _serve(arguments: dict[str, object]) -> int:
 def _rebuild(arguments: dict[str, Any]) -> int:
     import time
 
-    from pscluster import telemetry
     from pscluster.settings import resolve
     from psmaster import rebuild
     from psmaster.server import claim
@@ -66,7 +65,6 @@ def _rebuild(arguments: dict[str, Any]) -> int:
 
     settings = resolve(RebuildSettings, arguments, os.environ)
     os.umask(0o077)
-    telemetry.configure_logging("master", "warning")
     with claim(settings.state_dir):
         found = rebuild.rebuild(settings.state_dir, settings.store, time.time())
     print(rebuild.report(found))

@@ -20,7 +20,7 @@ def digest() -> str:
 
 
 def slow_spec(store: Path) -> dict[str, object]:
-    spec = lm_spec(steps=STEPS, d_model=64, pause_s=0.04, partitions=2)
+    spec = lm_spec(steps=STEPS, d_model=64, pause_s=0.1, partitions=2)
     return spec | {"workers": {"min": 1, "max": 2}, "durability": {"every_steps": 4, "store": str(store)}}
 
 
