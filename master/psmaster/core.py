@@ -38,6 +38,7 @@ TICK_S = 0.25  # at most; a short suspicion makes it shorter
 RETRY_S = 1.0
 MAX_WAITING = 4096  # inputs that may wait before agents' streams are no longer read
 _MAX_BATCH = 512
+_MAX_DELETED = 100
 _log = structlog.get_logger(__name__)
 
 
@@ -73,6 +74,7 @@ class Core:
         self._room = asyncio.Event()
         self._room.set()
         self._revision = 0
+        self._deleted: deque[str] = deque(maxlen=_MAX_DELETED)  # jobs of which nodes may still have files
         self._tick_s = min(TICK_S, limits.suspicion_s / 8)
         self._tick_at = 0.0
         self._listened_s = now().mono_s
@@ -170,6 +172,7 @@ class Core:
                 self._postpone(batch, error)
                 return False
         self.state = changes.state
+        self._deleted.extend(writes.batch.deleted_jobs)
         self._listened_s = now.mono_s
         self._publish(changes.events)
         for item, outcome in zip(batch, outcomes, strict=True):
@@ -235,11 +238,14 @@ class Core:
             for process in desired(job)
             if process.seat.node_id == stream.node_id
         )
-        named = tuple((process.process_id, process.plan) for _, process in wanted)
+        nodes = self.state.nodes.values() if node.depot_address else ()
+        depots = tuple(sorted((other.node_id, other.depot_address) for other in nodes if other.depot_address))
+        deleted = tuple(self._deleted) if node.depot_address else ()
+        named = (depots, deleted, *((process.process_id, process.plan) for _, process in wanted))
         if stream.sent != named:
             stream.sent = named
             self._revision += 1
-            stream.assign(outbound.assignment(wanted, self._revision))
+            stream.assign(outbound.assignment(wanted, depots, deleted, self._revision))
 
     def _unpublished(self, job_id: str, step: int, error: PsError) -> None:
         """A complete snapshot's manifest could not be written: training goes on, and people are told."""

@@ -11,7 +11,6 @@ import click
 from pscluster.cli import formatting as fmt
 from pscluster.cli.output import document, output_option, print_document
 from pscluster.cli.session import Session, Verb, answer, pass_session, say
-from pscluster.storage import below
 
 
 def _read_step(_ctx: click.Context, param: click.Parameter, value: str) -> int | str:
@@ -108,12 +107,13 @@ def _run(session: Session, job: str, step: int | str, request: dict[str, Any]) -
             if found.bundle_sha256:
                 bundle = Path(temporary) / "bundle.tar.gz"
                 cluster.download_bundle(found.bundle_sha256, bundle)
+            parts = cluster.locate_parts(found, snapshot, Path(temporary) / "parts")
         complete = {
             **request,
             "job": found.job_id,
             "spec": found.spec,
             "bundle": str(bundle) if bundle else None,
-            "parts": [below(found.store, part.path) for part in snapshot.parts],
+            "parts": parts,
         }
         result = run_tool(complete)
     return {"step": snapshot.step, **result}

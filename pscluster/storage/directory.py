@@ -26,18 +26,13 @@ class DirectoryStore(SnapshotStore):
         self._directory = directory
 
     def write(self, name: str, buffers: Sequence[Buffer]) -> Written:
-        path = self._directory / name
-        temporary = self._directory / f".{name}{_WRITING}"
+        incoming = Incoming(self._directory, name)
         try:
-            _make_durably(self._directory)
-            size, total = _write_durably(temporary, buffers)
-            os.replace(temporary, path)
-            _sync_directory(self._directory)
-        except OSError as error:
-            with contextlib.suppress(OSError):  # where it could not be made, it cannot be removed either
-                temporary.unlink(missing_ok=True)
-            raise _named(error, f"cannot write {path}") from None
-        return Written(name=name, size_bytes=size, checksum=f"crc32c:{total:08x}")
+            for buffer in buffers:
+                incoming.add(buffer)
+            return incoming.commit()
+        finally:
+            incoming.abort()
 
     @contextlib.contextmanager
     def reading(self, name: str) -> Iterator[BinaryIO]:
@@ -95,6 +90,54 @@ class DirectoryStore(SnapshotStore):
             raise _named(error, f"cannot list {self._directory}") from None
 
 
+class Incoming:
+    """One file on its way into a directory. `commit` makes it durable under its name; always `abort` at the end.
+
+    Blocks on the disk. Raises StorageError. Two of one name at a time are not for one directory."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self._path = directory / name
+        self._temporary = directory / f".{name}{_WRITING}"
+        self._size = self._total = 0
+        with self._named():
+            _make_durably(directory)
+            self._file = self._temporary.open("wb", buffering=0)
+
+    def add(self, buffer: Buffer) -> None:
+        """Take what comes next."""
+        view = memoryview(buffer).cast("B")
+        with self._named():
+            self._size += view.nbytes
+            self._total = crc32c.crc32c(view, self._total)
+            while view.nbytes:
+                view = view[self._file.write(view) :]
+
+    def commit(self, expected: Written | None = None) -> Written:
+        """Publish it. Raises DamagedError for other content than is `expected`."""
+        written = Written(name=self._path.name, size_bytes=self._size, checksum=f"crc32c:{self._total:08x}")
+        if expected is not None and written != expected:
+            raise DamagedError(f"{self._path} did not arrive whole: {written}, not {expected}")
+        with self._named():
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._temporary, self._path)
+            _sync_directory(self._path.parent)
+        return written
+
+    def abort(self) -> None:
+        """Leave nothing that was not committed behind. Safe to repeat, and after `commit`."""
+        with contextlib.suppress(OSError):  # where it could not be written, it may not be removed either
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise _named(error, f"cannot write {self._path}") from None
+
+
 def _make_durably(directory: Path) -> None:
     """The directory and those above it; a new one's name is synced too, or a power loss could take it."""
     if directory.is_dir():
@@ -102,19 +145,6 @@ def _make_durably(directory: Path) -> None:
     _make_durably(directory.parent)
     directory.mkdir(exist_ok=True)
     _sync_directory(directory.parent)
-
-
-def _write_durably(path: Path, buffers: Sequence[Buffer]) -> tuple[int, int]:
-    size = total = 0
-    with path.open("wb", buffering=0) as file:
-        for buffer in buffers:
-            view = memoryview(buffer).cast("B")
-            size += view.nbytes
-            total = crc32c.crc32c(view, total)
-            while view.nbytes:
-                view = view[file.write(view) :]
-        os.fsync(file.fileno())
-    return size, total
 
 
 def _sync_directory(directory: Path) -> None:
