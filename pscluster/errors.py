@@ -26,6 +26,7 @@
         |-- StorageError       PS-4002  a directory is not writable, a disk is full, a file is torn
         |-- UnhealthyError     PS-4003  a member of the cluster is sick
         |-- DeviceError        PS-4004  a CUDA device that is not there, is taken, or that torch cannot use
+        |-- DamagedError       PS-4005  what is read is not what was written: torn, bit-flipped, gone
         |-- JobFailedError     PS-4100  the job awaited ended FAILED
         |-- JobStoppedError    PS-4103  the job awaited ended STOPPED
         |-- WaitTimeoutError   PS-4101  the job awaited did not get there in time
@@ -212,6 +213,13 @@ class UnhealthyError(LocalError):
 class DeviceError(LocalError):
     code = "PS-4004"
     default_action = "see what each node has with `psctl nodes -o wide`, or set workers.device"
+
+
+class DamagedError(StorageError):
+    """Not for want of a disk or a network: the file was read, and is not what was written. Trying again is in vain."""
+
+    code = "PS-4005"
+    default_action = "an older copy is used where there is one; look at the disk that held it"
 
 
 class JobFailedError(LocalError):

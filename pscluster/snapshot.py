@@ -3,15 +3,12 @@
     "PSSNAP01" | header length u32 | header JSON | header CRC-32C u32 | the pieces, one after the other
 
 The header names the job, step, partition, the whole layout, and for each piece (a bucket's values or one of its
-moments) its place, length and CRC-32C. A file is written aside, synced and renamed: it is there whole or not at all.
+moments) its place, length and CRC-32C. Where it lies is `pscluster.storage`'s business: whole there, or not at all.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,15 +17,17 @@ from typing import Any
 
 import crc32c
 
-from pscluster.errors import LayoutError, StorageError
+from pscluster.errors import DamagedError, LayoutError, StorageError
 from pscluster.layout import WORD_BYTES, Layout
+from pscluster.storage import Buffer, SnapshotStore, Written, split
 
 _MAGIC = b"PSSNAP01"
 _U32 = struct.Struct("<I")
 _MAX_HEADER_BYTES = 256 << 20
+_READ_BYTES = 8 << 20
 
 PieceKey = tuple[int, str]  # bucket index; "values", "moment0" or "moment1"
-Buffer = bytes | bytearray | memoryview
+Location = str | Path  # of one file: a path, or a URL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,53 +51,46 @@ class Part:
     pieces: Mapping[PieceKey, bytearray]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Written:
-    """What the catalogue keeps of a part. `checksum`: "crc32c:<8 hex digits>" over the file."""
-
-    path: Path
-    size_bytes: int
-    checksum: str
-
-
 def part_name(step: int, partition: int, generation: int) -> str:
     """A part's file name; the generation is in it, so that a file of the past is never overwritten or mistaken."""
     return f"step-{step:010d}.part-{partition:04d}.generation-{generation}.snapshot"
 
 
-def write_part(path: Path, meta: PartMeta, layout: Layout, pieces: Mapping[PieceKey, Buffer]) -> Written:
-    """Write a part durably. Blocks on the disk. Raises StorageError, and then leaves nothing behind."""
+def write_part(location: Location, meta: PartMeta, layout: Layout, pieces: Mapping[PieceKey, Buffer]) -> Written:
+    """Write a part durably. Blocks on the store. Raises StorageError, and then leaves nothing behind."""
     index = [
         {"bucket": bucket, "what": what, "size_bytes": memoryview(data).nbytes, "crc32c": crc32c.crc32c(data)}
         for (bucket, what), data in pieces.items()
     ]
     header = json.dumps({"meta": asdict(meta), "layout": layout.to_json().decode(), "pieces": index}).encode()
     head = _MAGIC + _U32.pack(len(header)) + header + _U32.pack(crc32c.crc32c(header))
-    temporary = path.with_name(f".{path.name}.writing")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        size, total = _write_durably(temporary, [head, *pieces.values()])
-        os.replace(temporary, path)
-        _sync_directory(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # where it could not be made, it cannot be removed either
-            temporary.unlink(missing_ok=True)
-        raise _storage_error(error, f"cannot write the snapshot {path}") from None
-    return Written(path=path, size_bytes=size, checksum=f"crc32c:{total:08x}")
+    store, name = split(location)
+    return store.write(name, [head, *pieces.values()])
 
 
-def read_part(path: Path) -> Part:
-    """Read and verify a part. Raises StorageError naming the file for whatever is missing, torn or changed."""
-    try:
-        with path.open("rb") as file:
+def read_part(location: Location) -> Part:
+    """Read and verify a part. Raises DamagedError naming the file for one that is gone, torn or changed, and
+    StorageError when it cannot be read at all."""
+    store, name = split(location)
+    with store.reading(name) as file:
+        try:
             return _read(file)
-    except OSError as error:
-        raise _storage_error(error, f"cannot read the snapshot {path}") from None
-    except (AttributeError, KeyError, TypeError, ValueError, struct.error, LayoutError) as error:
-        raise StorageError(f"{path} is no snapshot part, or is torn: {error!r}") from None
+        except (AttributeError, KeyError, TypeError, ValueError, struct.error, LayoutError) as error:
+            raise DamagedError(f"{location} is no snapshot part, or is torn: {error!r}") from None
 
 
-def read_parts(paths: Sequence[Path]) -> tuple[Layout, list[bytearray]]:
+def verify_file(store: SnapshotStore, name: str, size_bytes: int, checksum: str) -> None:
+    """Read a whole file and compare it with what its writer told. Raises DamagedError, StorageError."""
+    size = total = 0
+    with store.reading(name) as file:
+        while data := file.read(_READ_BYTES):
+            size += len(data)
+            total = crc32c.crc32c(data, total)
+    if (size, f"crc32c:{total:08x}") != (size_bytes, checksum):
+        raise DamagedError(f"{store.location}/{name} is not what was written: {size} bytes, crc32c:{total:08x}")
+
+
+def read_parts(paths: Sequence[Location]) -> tuple[Layout, list[bytearray]]:
     """The whole model's values from all parts of one snapshot: the layout, and each bucket's words.
 
     Raises StorageError when a part is missing, of another step, or torn."""
@@ -121,27 +113,6 @@ def read_parts(paths: Sequence[Path]) -> tuple[Layout, list[bytearray]]:
     return layout, words
 
 
-def _write_durably(path: Path, buffers: Sequence[Buffer]) -> tuple[int, int]:
-    size = total = 0
-    with path.open("wb", buffering=0) as file:
-        for buffer in buffers:
-            view = memoryview(buffer).cast("B")
-            size += view.nbytes
-            total = crc32c.crc32c(view, total)
-            while view.nbytes:
-                view = view[file.write(view) :]
-        os.fsync(file.fileno())
-    return size, total
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _read(file: Any) -> Part:
     if file.read(len(_MAGIC)) != _MAGIC:
         raise ValueError("no magic number")
@@ -154,7 +125,9 @@ def _read(file: Any) -> Part:
     header = json.loads(raw)
     meta = header["meta"]
     meta["ages"] = tuple(meta["ages"])
-    left = os.fstat(file.fileno()).st_size - file.tell()
+    begin = file.tell()
+    left = file.seek(0, 2) - begin
+    file.seek(begin)
     pieces: dict[PieceKey, bytearray] = {}
     for entry in header["pieces"]:
         size = entry["size_bytes"]
@@ -168,8 +141,3 @@ def _read(file: Any) -> Part:
     if left:
         raise ValueError(f"{left} bytes too many")
     return Part(meta=PartMeta(**meta), layout=Layout.from_json(header["layout"].encode()), pieces=pieces)
-
-
-def _storage_error(error: OSError, what: str) -> StorageError:
-    action = "free space and submit or resume again" if error.errno == errno.ENOSPC else ""
-    return StorageError(f"{what}: {error.strerror or error}", action=action, details={"errno": str(error.errno)})

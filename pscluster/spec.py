@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pscluster.devices import AUTO, is_lawful
 from pscluster.errors import SpecError
+from pscluster.storage.location import check_location
 
 # Strict: `true` is no number of steps. Floats stay lax, since YAML reads 1e-3 as text.
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
@@ -155,11 +156,12 @@ class ServersSection(_Section):
 
 
 class DurabilitySection(_Section):
-    """`store: null` is the cluster's own state directory. `tier: replica` gives every partition a standby."""
+    """`store: null` is the cluster's own state directory; else an absolute directory, file:///... or s3://...
+    `tier: replica` gives every partition a standby."""
 
     tier: Literal["snapshot", "replica"] = "snapshot"
     every_steps: PositiveInt = 50
-    store: str | None = None
+    store: Annotated[str, AfterValidator(check_location)] | None = None
 
 
 class EvaluateSection(_Section):

@@ -1,12 +1,12 @@
 """The store and the files beside it, written as one: what a turn changed is on the disk when `save` returns.
 
 Used from one thread (the master's disk thread); everything blocks. Order matters: metrics and logs first, because
-repeating them is harmless; then the store, which decides; cuts last, because only a stored rollback voids metrics.
+repeating them is harmless; then the store, which decides; then the manifests of what is complete, before anyone hears
+of it; cuts last, because only a stored rollback voids metrics.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,12 @@ from pathlib import Path
 import structlog
 
 from pscluster.errors import StorageError
-from psmaster.catalogue import Catalogue, Part
+from psmaster.bundles import bundle_file
+from psmaster.catalogue import Catalogue, Part, RestorePoint
 from psmaster.joblogs import LogMessage, SeatLog
 from psmaster.jobs import Instant, Job, JobState
 from psmaster.metricsfile import MetricsFile
+from psmaster.publisher import Publisher
 from psmaster.registry import presumed
 from psmaster.state import Changes, State
 from psmaster.store import Batch, Store
@@ -60,11 +62,28 @@ class Writes:
         return self.batch.empty and not (self.changes.lines or self.changes.cuts or self.logs)
 
 
+def to_publish(before: State, after: State) -> dict[str, tuple[Job, Catalogue]]:
+    """The jobs whose manifests a turn makes out of date: another complete snapshot, another best, the end. Pure."""
+    found = {}
+    for job_id, job in after.jobs.items():
+        held, snapshots, former = before.jobs.get(job_id), after.catalogues[job_id], before.catalogues.get(job_id)
+        points = _points(snapshots)
+        ends = held is not None and (held.state.ended, held.best) != (job.state.ended, job.best)
+        if (former is not snapshots and points != _points(former)) or (ends and points):
+            found[job_id] = (job, snapshots)
+    return found
+
+
+def _points(catalogue: Catalogue | None) -> list[RestorePoint]:
+    return [catalogue.restore_point(step) for step in catalogue.complete_steps()] if catalogue else []
+
+
 class Archive:
-    """Owns the store and a job's files below `directory`/jobs."""
+    """Owns the store, a job's files below `directory`/jobs, and the manifests in each job's store."""
 
     def __init__(self, store: Store, directory: Path) -> None:
         self.store = store
+        self.publisher = Publisher(lambda sha256: bundle_file(directory / "bundles", sha256))
         self._jobs = directory / "jobs"
         self._metrics: dict[str, MetricsFile] = {}
         self._logs: dict[tuple[str, str], SeatLog] = {}
@@ -86,9 +105,12 @@ class Archive:
         for job in jobs.values():
             if job.state in (JobState.STARTING, JobState.RUNNING):
                 self._metrics_of(job.job_id).cut(max(job.step, job.metrics_step))
+        catalogues = {job_id: self._catalogue(job) for job_id, job in jobs.items()}
+        # A kill may have come between the store and a manifest.
+        self.publisher.publish({k: (job, catalogues[k]) for k, job in jobs.items() if catalogues[k].parts}, wait=False)
         return State(
             jobs=jobs,
-            catalogues={job_id: self._catalogue(job) for job_id, job in jobs.items()},
+            catalogues=catalogues,
             events={job_id: self.store.events(job_id) for job_id in jobs},
             nodes=presumed(jobs, now),
         )
@@ -107,6 +129,7 @@ class Archive:
             self._log_of(job_id, message.source).append(message)
         if not writes.batch.empty:
             self.store.write(writes.batch)
+        self.publisher.publish(to_publish(writes.before, writes.changes.state))
         self._cuts |= writes.changes.cuts
         try:
             self._cut_pending()
@@ -142,14 +165,9 @@ class Archive:
         self._cuts.pop(job.job_id, None)
         self._metrics.pop(job.job_id, None)
         self._logs = {key: file for key, file in self._logs.items() if key[0] != job.job_id}
-        for directory in (self.directory(job.job_id), Path(job.store)):
-            try:
-                shutil.rmtree(directory)
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                _log.warning("files of a deleted job remain", directory=str(directory), cause=error.strerror)
+        self.publisher.remove(job, self.directory(job.job_id))
 
     def close(self) -> None:
         """Release the store. Safe to repeat."""
+        self.publisher.close()
         self.store.close()

@@ -56,7 +56,7 @@ class BundleShelf:
             self._path(sha256).unlink(missing_ok=True)
 
     def _path(self, sha256: str) -> Path:
-        return self._directory / f"{sha256}.tar.gz"
+        return bundle_file(self._directory, sha256)
 
 
 class Upload:
@@ -106,6 +106,11 @@ class Upload:
             self._file.close()
         finally:
             self._path.unlink(missing_ok=True)
+
+
+def bundle_file(shelf: Path, sha256: str) -> Path:
+    """Where the shelf at a directory has a bundle."""
+    return shelf / f"{sha256}.tar.gz"
 
 
 def sync_directory(directory: Path) -> None:

@@ -15,7 +15,8 @@ NEWEST_KEPT = 2  # complete snapshots kept beside the best
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """One partition's file of one snapshot. `checksum` is over the whole file."""
+    """One partition's file of one snapshot. `checksum` is over the whole file. `nodes`: who holds it, each for itself;
+    none: it lies in the job's store, which all share."""
 
     step: int
     partition: int
@@ -23,6 +24,7 @@ class Part:
     path: str
     size_bytes: int
     checksum: str
+    nodes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,7 +25,7 @@ from psmaster import outbound
 from psmaster.archive import Archive, Writes, batch_of
 from psmaster.draft import Limits
 from psmaster.joblogs import LogMessage
-from psmaster.jobs import Event, Instant, Job
+from psmaster.jobs import Event, Instant, Job, Problem, Trouble
 from psmaster.processes import Process
 from psmaster.reconcile import desired
 from psmaster.state import State
@@ -38,6 +38,7 @@ TICK_S = 0.25  # at most; a short suspicion makes it shorter
 RETRY_S = 1.0
 MAX_WAITING = 4096  # inputs that may wait before agents' streams are no longer read
 _MAX_BATCH = 512
+_MAX_DELETED = 100
 _log = structlog.get_logger(__name__)
 
 
@@ -73,6 +74,7 @@ class Core:
         self._room = asyncio.Event()
         self._room.set()
         self._revision = 0
+        self._deleted: deque[str] = deque(maxlen=_MAX_DELETED)  # jobs of which nodes may still have files
         self._tick_s = min(TICK_S, limits.suspicion_s / 8)
         self._tick_at = 0.0
         self._listened_s = now().mono_s
@@ -82,6 +84,8 @@ class Core:
 
     async def load(self) -> None:
         """Read what is stored. Raises StorageError."""
+        loop = asyncio.get_running_loop()
+        self.archive.publisher.tell = lambda *told: _from_thread(loop, self._unpublished, *told)
         self.state = await self.on_disk(self.archive.load, self.now())
         self._listened_s = self.now().mono_s
         # Above every revision that an earlier life of this master has sent.
@@ -168,6 +172,7 @@ class Core:
                 self._postpone(batch, error)
                 return False
         self.state = changes.state
+        self._deleted.extend(writes.batch.deleted_jobs)
         self._listened_s = now.mono_s
         self._publish(changes.events)
         for item, outcome in zip(batch, outcomes, strict=True):
@@ -233,15 +238,29 @@ class Core:
             for process in desired(job)
             if process.seat.node_id == stream.node_id
         )
-        named = tuple((process.process_id, process.plan) for _, process in wanted)
+        nodes = self.state.nodes.values() if node.depot_address else ()
+        depots = tuple(sorted((other.node_id, other.depot_address) for other in nodes if other.depot_address))
+        deleted = tuple(self._deleted) if node.depot_address else ()
+        named = (depots, deleted, *((process.process_id, process.plan) for _, process in wanted))
         if stream.sent != named:
             stream.sent = named
             self._revision += 1
-            stream.assign(outbound.assignment(wanted, self._revision))
+            stream.assign(outbound.assignment(wanted, depots, deleted, self._revision))
+
+    def _unpublished(self, job_id: str, step: int, error: PsError) -> None:
+        """A complete snapshot's manifest could not be written: training goes on, and people are told."""
+        _log.warning("a job's store cannot be brought up to date", job=job_id, code=error.code, cause=error.cause)
+        problem = Problem(code=error.code, cause=error.cause, action=error.action)
+        self._put(Input(apply=lambda turn: turn.troubled(job_id, Trouble(step=step, problem=problem), "psmaster")))
 
     def job(self, job_id: str) -> Job | None:
         """The job as it is now."""
         return self.state.jobs.get(job_id)
+
+
+def _from_thread(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments: Any) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop has ended, and the master with it
+        loop.call_soon_threadsafe(call, *arguments)
 
 
 def _nothing(_turn: Turn) -> None:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
@@ -19,13 +20,14 @@ def run(argv: Sequence[str]) -> int:
 
     What keeps it from starting is one line on stderr.
     """
-    arguments = vars(parse(argv))
+    rebuilds = list(argv[:1]) == ["rebuild"]
+    arguments = vars(parse_rebuild(argv[1:]) if rebuilds else parse(argv))
     # Read when grpc is imported: its core tells every broken connection, which we do ourselves.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     from pscluster.errors import InternalError, PsError  # late, so that --help answers at once
 
     try:
-        return _serve(arguments)
+        return _rebuild(arguments) if rebuilds else _serve(arguments)
     except PsError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -53,12 +55,28 @@ def _serve(arguments: dict[str, object]) -> int:
     return 0
 
 
+def _rebuild(arguments: dict[str, Any]) -> int:
+    import time
+
+    from pscluster.settings import resolve
+    from psmaster import rebuild
+    from psmaster.server import claim
+    from psmaster.settings import RebuildSettings
+
+    settings = resolve(RebuildSettings, arguments, os.environ)
+    os.umask(0o077)
+    with claim(settings.state_dir):
+        found = rebuild.rebuild(settings.state_dir, settings.store, time.time())
+    print(rebuild.report(found))
+    return 0
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The flags, None where not given; argparse exits with 2 on a wrong one."""
     parser = argparse.ArgumentParser(
         prog="psmaster",
         description="Keeps the cluster's jobs: admits, plans, recovers. Settings come from flags, PS_* environment "
-        "variables and a TOML file, in this order.",
+        "variables and a TOML file, in this order. `psmaster rebuild` makes a lost or damaged database again.",
     )
     parser.add_argument("--state-dir", type=Path, metavar="DIR", help="what the master keeps on disk")
     parser.add_argument(
@@ -69,6 +87,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--suspicion-s", type=float, metavar="S", help="silence that means a node is dead (default 3)")
     parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning, error or critical (default info)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of the same settings")
+    return parser.parse_args(argv)
+
+
+def parse_rebuild(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags of `psmaster rebuild`, None where not given."""
+    parser = argparse.ArgumentParser(
+        prog="psmaster rebuild",
+        description="Makes the master's database again from the snapshots, while no master runs. Jobs that had not "
+        "ended come back stopped; `psctl resume` goes on with them. A damaged database is kept beside the new one.",
+    )
+    parser.add_argument("--state-dir", type=Path, metavar="DIR", help="the master's, whose database is lost")
+    parser.add_argument(
+        "--store", action="append", metavar="STORE", help="a durability.store that jobs used; repeatable"
+    )
     return parser.parse_args(argv)
 
 

@@ -37,6 +37,7 @@ def node(m: agents_pb2.RegisterRequest) -> Node:
         version=m.version,
         hostname=m.hostname,
         metrics_address=m.metrics_address,
+        depot_address=m.depot_address,
     )
 
 
@@ -158,6 +159,7 @@ def _part(m: plan_pb2.SnapshotPart) -> Part:
         path=m.path,
         size_bytes=m.size_bytes,
         checksum=m.checksum,
+        nodes=tuple(m.nodes),
     )
 
 

@@ -18,9 +18,17 @@ _KINDS = {Kind.TRAINER: plan_pb2.ProcessSpec.KIND_TRAINER, Kind.PARTITION: plan_
 _ROLES = {Role.WORKER: agents_pb2.Role.ROLE_WORKER, Role.SERVER: agents_pb2.Role.ROLE_SERVER}
 
 
-def assignment(wanted: Iterable[tuple[Job, Desired]], revision: int) -> agents_pb2.Assignment:
-    """All that one node is to run."""
-    return agents_pb2.Assignment(revision=revision, processes=[_process_spec(job, process) for job, process in wanted])
+def assignment(
+    wanted: Iterable[tuple[Job, Desired]], depots: Iterable[tuple[str, str]], deleted: Iterable[str], revision: int
+) -> agents_pb2.Assignment:
+    """All that one node is to run, (node, address) of those that keep copies of snapshots, and the jobs whose copies
+    may go."""
+    return agents_pb2.Assignment(
+        revision=revision,
+        processes=[_process_spec(job, process) for job, process in wanted],
+        depots=[agents_pb2.DepotAddress(node_id=node_id, address=address) for node_id, address in depots],
+        deleted_jobs=deleted,
+    )
 
 
 def _process_spec(job: Job, process: Desired) -> plan_pb2.ProcessSpec:
@@ -97,6 +105,7 @@ def _part(part: Part) -> plan_pb2.SnapshotPart:
         path=part.path,
         size_bytes=part.size_bytes,
         checksum=part.checksum,
+        nodes=part.nodes,
     )
 
 
@@ -180,6 +189,7 @@ def node(m: Node, processes: Iterable[str], now: Instant, suspicion_s: float) ->
         hostname=m.hostname,
         processes=sorted(processes),
         metrics_address=m.metrics_address,
+        depot_address=m.depot_address,
     )
 
 

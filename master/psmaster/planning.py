@@ -83,9 +83,20 @@ def _restore(draft: Draft, plan: Plan, *, fresh: bool) -> None:
     draft.cut_to = step
     where = f"the snapshot of step {step}" if step else "the seed"
     if not fresh:
-        draft.say("RolledBack", f"went back from step {job.step} to {where}", warning=True)
+        draft.say("RolledBack", f"went back from step {job.step} to {where}{_again(step, job.step)}", warning=True)
     elif plan.generation > 1:
-        draft.say("Restored", f"goes on from {where}")
+        draft.say("Restored", f"goes on from {where}{_again(step, job.step)}", warning=job.step > step)
+
+
+def _again(step: int, reached: int) -> str:
+    """What was lost: the steps that are computed a second time."""
+    if reached <= step:
+        return "; nothing is lost"
+    return (
+        f"; step {reached} is computed again"
+        if reached == step + 1
+        else (f"; steps {step + 1} to {reached} are computed again")
+    )
 
 
 def _dealt(trainers: tuple[Seat, ...]) -> str:

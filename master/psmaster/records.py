@@ -25,17 +25,26 @@ _APART = frozenset({"layout_json"})
 
 def job_text(job: Job) -> str:
     """The job without its layout and its volatile fields."""
-    data = {
-        field.name: _plain(getattr(job, field.name))
-        for field in dataclasses.fields(job)
-        if field.name not in VOLATILE | _APART
-    }
-    return json.dumps(data, separators=(",", ":"))
+    return json.dumps(plain(job, VOLATILE | _APART), separators=(",", ":"))
 
 
 def job_of(text: str, layout_json: bytes) -> Job:
     """The job that `job_text` described. Raises StorageError for text that describes none."""
     return dataclasses.replace(_parse(Job, text), layout_json=layout_json)
+
+
+def plain(value: Any, without: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """A dataclass as what JSON can say, but for the fields that are left out; `typed` reads it."""
+    return {
+        field.name: _plain(getattr(value, field.name))
+        for field in dataclasses.fields(value)
+        if field.name not in without
+    }
+
+
+def typed(kind: type[T], data: Any) -> T:
+    """The value that `plain` described. Raises ValueError, TypeError, KeyError for data that describe none."""
+    return typing.cast(T, _typed(kind, data))
 
 
 def event_text(event: Event) -> str:
@@ -49,7 +58,7 @@ def event_of(text: str) -> Event:
 
 def _parse(kind: type[T], text: str) -> T:
     try:
-        return typing.cast(T, _typed(kind, json.loads(text)))
+        return typed(kind, json.loads(text))
     except (ValueError, TypeError, KeyError) as error:
         raise StorageError(f"the store holds a {kind.__name__} that cannot be read: {error}") from error
 
@@ -58,7 +67,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, JobSpec):
         return value.model_dump(mode="json")
     if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return plain(value)
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     if isinstance(value, bytes):

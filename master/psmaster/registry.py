@@ -49,6 +49,7 @@ class Node:
     version: str = ""
     hostname: str = ""
     metrics_address: str = ""
+    depot_address: str = ""
     attended: bool = False
     seen_s: float = 0.0
     last_beat_s: float = 0.0

@@ -28,6 +28,7 @@ from psmaster.core import Core
 from psmaster.draft import Limits
 from psmaster.http import MasterMetrics
 from psmaster.jobs_service import Identity, JobsService
+from psmaster.rebuild import DATABASE, refuse_unclaimed
 from psmaster.settings import MasterSettings
 from psmaster.sqlite_store import SqliteStore
 from psmaster.store import Batch
@@ -70,7 +71,8 @@ async def assembled(settings: MasterSettings) -> AsyncIterator[tuple[Core, Any]]
 
 
 async def _load(stack: AsyncExitStack, settings: MasterSettings, shelf: BundleShelf) -> Core:
-    archive = Archive(SqliteStore(settings.state_dir / "master.db"), settings.state_dir)
+    refuse_unclaimed(settings.state_dir)
+    archive = Archive(SqliteStore(settings.state_dir / DATABASE), settings.state_dir)
     core = Core(archive, Limits(suspicion_s=settings.suspicion_s))
     stack.push_async_callback(core.close)
     await core.load()

@@ -40,3 +40,11 @@ class MasterSettings:
             raise ValueError(f"{address!r} is neither host:port nor unix:/path")
         if host not in _LOOPBACK:
             raise ValueError(f"{address!r} is not a loopback address; other hosts must wait for encrypted connections")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RebuildSettings:
+    """Of `psmaster rebuild`. `store`: where jobs with a durability.store of their own have their snapshots."""
+
+    state_dir: Path
+    store: tuple[str, ...] = ()

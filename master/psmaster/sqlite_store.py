@@ -1,7 +1,8 @@
 """The durable store: one SQLite file in WAL mode, `synchronous=FULL`, one writer.
 
-Every batch is one transaction; it is on the disk when `write` returns. The schema carries a version: an older file is
-brought forward step by step, a newer one is refused, so that a downgraded master does not lose what it cannot read.
+Every batch is one transaction; it is on the disk when `write` returns. Every row carries a checksum, and all of them
+are checked when the file is opened (see `soundness`). The schema carries a version: an older file is brought forward
+step by step, a newer one is refused, so that a downgraded master does not lose what it cannot read.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pscluster.errors import StateError, StorageError
-from psmaster import records
+from psmaster import records, soundness
 from psmaster.catalogue import Part
 from psmaster.jobs import MAX_EVENTS, Event, Job
 from psmaster.store import SCHEMA_VERSION, Batch, BundleRecord, Store
@@ -39,6 +40,7 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
             sha256 TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL, created_s REAL NOT NULL
         ) WITHOUT ROWID""",
     ),
+    soundness.migration(),
 )
 
 
@@ -46,16 +48,20 @@ class SqliteStore(Store):
     """Owns its connection. Create it in any thread; use it from one at a time."""
 
     def __init__(self, path: Path) -> None:
-        """Open or create the file. Raises StorageError when it cannot be, or is of a newer version."""
+        """Open or create the file, and read all of it. Raises StorageError when it cannot be or is of a newer version,
+        DamagedError when it is not what was written."""
         self._path = path
+        soundness.check_head(path)
+        soundness.check_log(path)
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
         except sqlite3.Error as error:
             raise StorageError(f"cannot open {path}: {error}") from None
         try:
-            with self._named("open"):
+            with soundness.damage_named(path):
                 self._configure()
                 self._migrate()
+            soundness.check(self._db, path)
         except BaseException:
             self._db.close()
             raise
@@ -66,13 +72,15 @@ class SqliteStore(Store):
             raise StorageError(f"{self._path} cannot use a write-ahead log (its file system gave {mode})")
         self._db.execute("PRAGMA synchronous=FULL")
         self._db.execute("PRAGMA foreign_keys=ON")
+        soundness.prepare(self._db)
 
     def _migrate(self) -> None:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version > SCHEMA_VERSION:
             raise StorageError(
                 f"{self._path} was written by a newer psmaster (schema {version}, this one knows {SCHEMA_VERSION})",
-                action="run the newer version, or give another --state-dir",
+                action="run the newer version, or give another --state-dir; if there is none, the file is damaged: "
+                + soundness.REBUILD,
             )
         for number in range(version, SCHEMA_VERSION):
             with self._transaction():
@@ -86,9 +94,9 @@ class SqliteStore(Store):
                 self._write_job(job)
             self._write_events(batch)
             self._db.executemany("DELETE FROM parts WHERE job_id=? AND step=? AND part=?", batch.dropped_parts)
-            self._db.executemany("INSERT OR REPLACE INTO parts VALUES (?,?,?,?,?,?,?)", map(_part_row, batch.parts))
+            self._db.executemany(soundness.replace("parts"), map(_part_row, batch.parts))
             self._db.executemany(
-                "INSERT OR REPLACE INTO bundles VALUES (?,?,?)",
+                soundness.replace("bundles"),
                 [(bundle.sha256, bundle.size_bytes, bundle.created_s) for bundle in batch.bundles],
             )
             self._db.executemany("DELETE FROM bundles WHERE sha256=?", [(sha256,) for sha256 in batch.deleted_bundles])
@@ -97,7 +105,8 @@ class SqliteStore(Store):
     def _write_job(self, job: Job) -> None:
         try:
             self._db.execute(
-                "INSERT INTO jobs VALUES (?,?,?,?) ON CONFLICT (job_id) DO UPDATE SET record=excluded.record",
+                soundness.insert("jobs") + " ON CONFLICT (job_id) DO UPDATE SET request_id=excluded.request_id, "
+                "created_s=excluded.created_s, record=excluded.record, crc=excluded.crc",
                 (job.job_id, job.request_id or None, job.created_s, records.job_text(job)),
             )
         except sqlite3.IntegrityError:
@@ -107,14 +116,15 @@ class SqliteStore(Store):
             self._db.execute("DELETE FROM layouts WHERE job_id=?", (job.job_id,))
             return
         self._db.execute(
-            "INSERT INTO layouts VALUES (?,?,?) ON CONFLICT (job_id) DO UPDATE "
-            "SET sha256=excluded.sha256, layout=excluded.layout WHERE sha256 != excluded.sha256",
+            soundness.insert("layouts") + " ON CONFLICT (job_id) DO UPDATE "
+            "SET sha256=excluded.sha256, layout=excluded.layout, crc=excluded.crc WHERE sha256 != excluded.sha256",
             (job.job_id, job.layout_sha256, job.layout_json),
         )
 
     def _write_events(self, batch: Batch) -> None:
-        for job_id, event in batch.events:
-            self._db.execute("INSERT INTO events (job_id, record) VALUES (?,?)", (job_id, records.event_text(event)))
+        (last,) = self._db.execute("SELECT coalesce(max(sequence), 0) FROM events").fetchone()
+        for sequence, (job_id, event) in enumerate(batch.events, start=last + 1):
+            self._db.execute(soundness.insert("events"), (sequence, job_id, records.event_text(event)))
         for job_id in {job_id for job_id, _ in batch.events}:
             self._db.execute(
                 "DELETE FROM events WHERE job_id=?1 AND sequence <= "
@@ -138,11 +148,19 @@ class SqliteStore(Store):
             return tuple(records.event_of(text) for (text,) in self._db.execute(query, (job_id,)))
 
     def parts(self, job_id: str) -> tuple[Part, ...]:
-        columns = "step, part, generation, path, size_bytes, checksum"
+        columns = "step, part, generation, path, size_bytes, checksum, nodes"
         query = f"SELECT {columns} FROM parts WHERE job_id=? ORDER BY step, part"
         with self._named("read"):
             return tuple(
-                Part(step=row[0], partition=row[1], generation=row[2], path=row[3], size_bytes=row[4], checksum=row[5])
+                Part(
+                    step=row[0],
+                    partition=row[1],
+                    generation=row[2],
+                    path=row[3],
+                    size_bytes=row[4],
+                    checksum=row[5],
+                    nodes=tuple(row[6].split()),
+                )
                 for row in self._db.execute(query, (job_id,))
             )
 
@@ -176,9 +194,14 @@ class SqliteStore(Store):
         try:
             yield
         except sqlite3.Error as error:
-            raise StorageError(f"cannot {doing} {self._path}: {error}") from error
+            full = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
+            raise StorageError(
+                f"cannot {doing} {self._path}: {error}",
+                action="free space; nothing was acknowledged, and writing is tried again" if full else "",
+            ) from error
 
 
-def _part_row(entry: tuple[str, Part]) -> tuple[str, int, int, int, str, int, str]:
+def _part_row(entry: tuple[str, Part]) -> tuple[str, int, int, int, str, int, str, str]:
     job_id, part = entry
-    return job_id, part.step, part.partition, part.generation, part.path, part.size_bytes, part.checksum
+    nodes = " ".join(part.nodes)
+    return job_id, part.step, part.partition, part.generation, part.path, part.size_bytes, part.checksum, nodes

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from psmaster.catalogue import Part
 from psmaster.jobs import Event, Job
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

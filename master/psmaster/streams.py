@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from pscluster.v1 import agents_pb2
-from psmaster.seats import Plan
 
 
 class AgentStream:
@@ -15,8 +14,8 @@ class AgentStream:
     def __init__(self, node_id: str, incarnation: str) -> None:
         self.node_id = node_id
         self.incarnation = incarnation
-        self.sent: tuple[tuple[str, Plan | None], ...] | None = None
-        """The process ids and plans of the newest assignment handed to this stream; None before the first."""
+        self.sent: tuple[object, ...] | None = None
+        """What the newest assignment handed to this stream names: nodes, process ids, plans; None before the first."""
         self.closed = False
         self._assignment: agents_pb2.Assignment | None = None
         self._sequence = 0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pscluster.errors import SpecError
 from pscluster.spec import JobSpec, parse_spec
+from pscluster.storage import below
 from psmaster.jobs import Instant, Job
 
 
@@ -34,7 +35,7 @@ def new_job(
         request_id=request_id or random_bytes(16).hex(),
         bundle_sha256=bundle_sha256,
         data_token=random_bytes(32),
-        store=str(_store(spec, job_id, directory)),
+        store=_store(spec, job_id, directory),
         directory=str(directory),
         reason="waits for its turn",
     )
@@ -49,10 +50,6 @@ def read_spec(spec_json: str) -> JobSpec:
     return parse_spec(data)
 
 
-def _store(spec: JobSpec, job_id: str, directory: Path) -> Path:
+def _store(spec: JobSpec, job_id: str, directory: Path) -> str:
     chosen = spec.durability.store
-    if chosen is None:
-        return directory / "snapshots"
-    if not Path(chosen).is_absolute():
-        raise SpecError(f"durability.store: {chosen!r} is not an absolute directory")
-    return Path(chosen) / job_id
+    return below(chosen, job_id) if chosen is not None else str(directory / "snapshots")

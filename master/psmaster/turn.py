@@ -120,6 +120,11 @@ class Turn:
         elif seat.kind is Kind.PARTITION and seat.rank == 0:
             self._take(self._of_lead(job, report))
 
+    def troubled(self, job_id: str, trouble: Trouble, source: str) -> None:
+        """The master itself met something that training survives."""
+        if job_id in self.jobs:
+            self._take(reports.trouble(self.jobs[job_id], trouble, source, self.now))
+
     def _of_lead(self, job: Job, report: Progress | Evaluated | Finished) -> Applied:
         if isinstance(report, Progress):
             return reports.progress(job, report, self.now)

@@ -66,6 +66,16 @@ def parse(role: AgentRole, argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--metrics-listen", metavar="HOST:PORT", help="where to serve /metrics (default 127.0.0.1:0)")
     default = f"one for each CUDA device, at least {role.default_slots}" if role.one_per_device else role.default_slots
     parser.add_argument("--slots", type=int, metavar="N", help=f"how many {role.runs} at once (default {default})")
+    if role.keeps_snapshots:
+        parser.add_argument(
+            "--own-store",
+            action="store_true",
+            default=None,
+            help="no disk is shared with the master: keep snapshots here, each copied to a second server",
+        )
+        parser.add_argument(
+            "--depot-listen", metavar="HOST:PORT", help="where to take such copies (default 127.0.0.1:0)"
+        )
     parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning, error or critical (default info)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of the same settings")
     return parser.parse_args(argv)

@@ -3,6 +3,7 @@
     <state_dir>/agent.lock   held while an agent lives: two cannot share a state directory
     <state_dir>/bundles/     extracted code, by content
     <state_dir>/jobs/        working directories of jobs without a bundle
+    <state_dir>/snapshots/   a server's with --own-store: parts of its partitions, and copies of others'; kept
     <runtime dir>/           sockets of its processes; the path follows from the state directory
 
 The processes of a killed agent have ended with it; their sockets remain, and are removed at the next start or
@@ -26,6 +27,7 @@ class AgentDirectories:
     def __init__(self, state_dir: Path, runtime: Path, lock: int) -> None:
         self.bundles = state_dir / "bundles"
         self.jobs = state_dir / "jobs"
+        self.snapshots = state_dir / "snapshots"
         self.runtime = runtime
         self._state_dir = state_dir
         self._lock = lock

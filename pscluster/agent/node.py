@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack
 
 import structlog
 from prometheus_client import REGISTRY
@@ -18,6 +19,8 @@ from pscluster.agent import metrics, resources
 from pscluster.agent.attend import Attendant
 from pscluster.agent.bundles import BundleCache
 from pscluster.agent.child import Patience
+from pscluster.agent.copies import Copies
+from pscluster.agent.depot import serving
 from pscluster.agent.devices import DeviceLedger
 from pscluster.agent.leftovers import AgentDirectories
 from pscluster.agent.process import Site
@@ -50,7 +53,11 @@ async def attend(role: AgentRole, settings: AgentSettings, environ: Mapping[str,
         endpoint = MetricsEndpoint(settings.metrics_listen)
         try:
             node = describe(role, settings, environ, endpoint.address)
-            await _Agent(role, settings, token, node, directories, environ, patience).live(ending)
+            async with AsyncExitStack() as stack:
+                if role.keeps_snapshots and settings.own_store:
+                    depot = serving(directories.snapshots, settings.depot_listen, token)
+                    node.depot_address = await stack.enter_async_context(depot)
+                await _Agent(role, settings, token, node, directories, environ, patience).live(ending)
         finally:
             endpoint.close()
     finally:
@@ -90,12 +97,14 @@ class _Agent:
             settings.master, token, node, lambda: self._supervisor.states(), lambda a: self._supervisor.apply(a)
         )
         self._metrics = metrics.ProcessMetrics()
+        self._copies = Copies(node.node_id, token, directories.snapshots if node.depot_address else None)
         site = Site(
             command=(sys.executable, "-P", "-m", "pscluster.agent.launch", role.module),
             environ=environ,
             directories=directories,
             bundles=BundleCache(directories.bundles, self._fetch),
             devices=DeviceLedger(node.resources.devices),
+            copies=self._copies,
             metrics=self._metrics,
             emit=self._attendant.emit,
             log_bytes=self._attendant.log_bytes,
@@ -118,6 +127,7 @@ class _Agent:
             for task in done:
                 task.result()
         finally:
+            await self._copies.close()
             for task in (attending, watching, told):
                 task.cancel()
             await asyncio.gather(attending, watching, told, return_exceptions=True)

@@ -19,6 +19,7 @@ from pscluster.agent import cgroup, metrics
 from pscluster.agent.backoff import delay_s
 from pscluster.agent.bundles import BundleCache
 from pscluster.agent.child import Child, Ended, Patience
+from pscluster.agent.copies import Copies
 from pscluster.agent.devices import DeviceLedger
 from pscluster.agent.exits import NOT_STARTED, Exit, classify, detail_of
 from pscluster.agent.launch import BUNDLE_DIR, SOCKET_DIR
@@ -48,6 +49,7 @@ class Site:
     directories: AgentDirectories
     bundles: BundleCache
     devices: DeviceLedger
+    copies: Copies
     metrics: metrics.ProcessMetrics
     emit: Callable[[AgentMessage], None]
     log_bytes: Callable[[], int]
@@ -70,6 +72,7 @@ class Process:
         self._child: Child | None = None
         self._preparation: asyncio.Task[Path] | None = None
         self._ending = False
+        self._copies = False  # its snapshots are this node's own, and are copied to a second one
         self._backlog = Backlog()
         self._flush: asyncio.TimerHandle | None = None
         self._sockets = site.directories.runtime / f"p{number}"
@@ -108,6 +111,11 @@ class Process:
         if self._preparation.cancelled():
             return None
         directory = self._preparation.result()
+        while self._copies and not self._ending:
+            plan = self.spec.plan
+            await self._site.copies.obtain(self.spec, plan)
+            if plan == self.spec.plan:
+                break
         # Also when the order came after the preparation was done, but before we were woken.
         return None if self._ending else self._start(directory)
 
@@ -122,11 +130,13 @@ class Process:
 
     def forward(self, plan: Plan) -> None:
         """Hand over a newer plan; one that comes before the start goes with it."""
-        self.plan = plan
-        if self._child is not None:
-            self._child.forward(plan)
-        else:
+        before, self.plan = self.plan, plan
+        if self._child is None:
             self.spec.plan.CopyFrom(plan)
+        elif self._copies and self._site.copies.must_bring(self.spec, before, plan):
+            self._site.copies.bring(self.spec, plan, self._child.forward)
+        else:
+            self._child.forward(plan)
 
     @property
     def suspicion(self) -> ProcessStatus.Suspicion:
@@ -149,13 +159,18 @@ class Process:
             now_s = asyncio.get_running_loop().time()
             self.heard = Heard(at_s=now_s, busy_s=report.beat.busy_s, typical_s=report.beat.typical_s)
             return
+        if body == "snapshot_part" and self._copies:
+            self._site.copies.copy(self.spec, self.plan, report, self._say)
+            return
         if body in ("trainer_ready", "partition_ready"):
             self._ready = report
         if body == "failure":
             self._failure = report.failure
         self._send_lines(final=True)
-        event = ProcessEvent(process_id=self.spec.process_id, report=report)
-        self._site.emit(AgentMessage(event=event))
+        self._say(report)
+
+    def _say(self, report: ProcessReport) -> None:
+        self._site.emit(AgentMessage(event=ProcessEvent(process_id=self.spec.process_id, report=report)))
 
     def wrote(self, stream: str, text: str) -> None:
         dropped = self._backlog.add(LogLine(time_s=time.time(), stream=stream, text=text))
@@ -183,6 +198,7 @@ class Process:
                 raise StorageError(f"cannot create {directory}: {error.strerror}") from None
         if self.spec.kind == ProcessSpec.KIND_TRAINER:
             self.spec.device = await self._site.devices.claim(self.spec.process_id, wanted_device(self.spec))
+        self._copies = self._site.copies.settle(self.spec)
         if not self.spec.bundle_sha256:
             return self._scratch
         failures = 0

@@ -19,6 +19,7 @@ class AgentRole:
     runs: str
     default_slots: int
     one_per_device: bool = False
+    keeps_snapshots: bool = False
 
     def slots(self, num_devices: int) -> int:
         """How many processes at once on a node with so many CUDA devices, when no setting says."""
@@ -27,7 +28,8 @@ class AgentRole:
 
 @dataclass(frozen=True, kw_only=True)
 class AgentSettings:
-    """Settings of psworker and psserver. `slots: None` takes the role's default."""
+    """Settings of psworker and psserver. `slots: None` takes the role's default. `own_store`: a server's disk is its
+    own; it keeps snapshots of jobs without a durability.store there, and copies each to a second node."""
 
     node_id: str
     master: str
@@ -35,6 +37,8 @@ class AgentSettings:
     token_file: Path
     metrics_listen: str = "127.0.0.1:0"
     slots: int | None = None
+    own_store: bool = False
+    depot_listen: str = "127.0.0.1:0"
     log_level: str = "info"
 
     def __post_init__(self) -> None:

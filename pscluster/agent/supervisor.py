@@ -43,6 +43,8 @@ class Supervisor:
         """Start, end and inform processes until they are what `assignment` names; returns at once. Idempotent."""
         if self._closing:
             return
+        self._site.copies.meet(assignment.depots)
+        self._site.copies.forget(assignment.deleted_jobs)
         living = {id_: process.plan for id_, process in self._processes.items() if process.living}
         actions = reconcile(assignment.processes, living, self._ever_ran)
         for process_id in actions.stop:

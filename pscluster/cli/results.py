@@ -107,13 +107,13 @@ def _run(session: Session, job: str, step: int | str, request: dict[str, Any]) -
             if found.bundle_sha256:
                 bundle = Path(temporary) / "bundle.tar.gz"
                 cluster.download_bundle(found.bundle_sha256, bundle)
-        store = Path(found.store)
+            parts = cluster.locate_parts(found, snapshot, Path(temporary) / "parts")
         complete = {
             **request,
             "job": found.job_id,
             "spec": found.spec,
             "bundle": str(bundle) if bundle else None,
-            "parts": [str(store / part.path) for part in snapshot.parts],
+            "parts": parts,
         }
         result = run_tool(complete)
     return {"step": snapshot.step, **result}

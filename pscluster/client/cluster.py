@@ -18,6 +18,7 @@ from pscluster.bundle import Bundle
 from pscluster.client import calls, decode
 from pscluster.client.goals import Goal, parse_goal, reached
 from pscluster.client.logcursor import LogCursor
+from pscluster.client.parts import fetch
 from pscluster.client.records import Health, Job, LogLine, Node, Snapshot
 from pscluster.client.snapshots import choose
 from pscluster.client.tether import STREAM_DEADLINE_S, Tether
@@ -32,6 +33,7 @@ from pscluster.errors import (
 )
 from pscluster.settings import ClientSettings, LocatedCluster, resolve
 from pscluster.spec import JobSpec
+from pscluster.storage import below
 from pscluster.v1 import agents_pb2, agents_pb2_grpc, jobs_pb2, jobs_pb2_grpc
 
 _CONNECT_DEADLINE_S = 5.0
@@ -46,9 +48,10 @@ class Cluster:
     a name that only one job has.
     """
 
-    def __init__(self, channel: grpc.Channel) -> None:
+    def __init__(self, channel: grpc.Channel, token: str = "") -> None:
         """Wrap an open channel and own it. Use `connect`."""
         self._channel = channel
+        self._token = token
         self._jobs = jobs_pb2_grpc.JobsStub(channel)  # type: ignore[no-untyped-call]
         self._agents = agents_pb2_grpc.AgentsStub(channel)  # type: ignore[no-untyped-call]
 
@@ -75,7 +78,8 @@ class Cluster:
         """The same for settings already resolved."""
         if located.local and not Path(located.address.removeprefix("unix:")).exists():
             raise UnreachableError(f"no cluster runs with state directory {located.state_dir}")
-        cluster = cls(rpc.open_channel(located.address, token or rpc.read_token(located.token_file)))
+        known = token or rpc.read_token(located.token_file)
+        cluster = cls(rpc.open_channel(located.address, known), known)
         try:
             cluster._check_protocol(located)
         except PsError:
@@ -250,6 +254,15 @@ class Cluster:
     def snapshot(self, job: str, which: int | str = "last") -> Snapshot:
         """One complete snapshot: "last", "best" or a step. NotFoundError names those there are."""
         return choose(self.snapshots(job), which, job)
+
+    def locate_parts(self, job: Job, snapshot: Snapshot, directory: Path) -> list[str]:
+        """Where this machine can read the snapshot's parts, by partition: in the job's store, or fetched into
+        `directory` from the nodes that keep them. Blocks. Raises NotFoundError when none of these answers.
+        """
+        if not any(part.nodes for part in snapshot.parts):
+            return [below(job.store, part.path) for part in snapshot.parts]
+        depots = {node.node_id: node.depot_address for node in self.nodes()}
+        return [str(fetch(depots, self._token, job.job_id, part, directory)) for part in snapshot.parts]
 
     def download_bundle(self, sha256: str, path: Path) -> None:
         """Write a code bundle to `path`. Raises BundleError when what came is not what the digest names."""

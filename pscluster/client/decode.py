@@ -128,6 +128,7 @@ def node_of(m: jobs_pb2.Node) -> Node:
         hostname=m.hostname,
         processes=tuple(m.processes),
         metrics_address=m.metrics_address,
+        depot_address=m.depot_address,
     )
 
 
@@ -136,7 +137,9 @@ def snapshot_of(m: jobs_pb2.Snapshot) -> Snapshot:
         step=m.step,
         best=m.best,
         parts=tuple(
-            SnapshotPart(partition=p.partition, path=p.path, size_bytes=p.size_bytes, checksum=p.checksum)
+            SnapshotPart(
+                partition=p.partition, path=p.path, size_bytes=p.size_bytes, checksum=p.checksum, nodes=tuple(p.nodes)
+            )
             for p in sorted(m.parts, key=lambda part: part.partition)
         ),
     )

@@ -179,16 +179,18 @@ class Node(_Record):
     hostname: str
     processes: tuple[str, ...]
     metrics_address: str
+    depot_address: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotPart(_Record):
-    """`path` is below the job's store."""
+    """`path` is below the job's store; or each of `nodes` has it for itself."""
 
     partition: int
     path: str
     size_bytes: int
     checksum: str
+    nodes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,20 +98,22 @@ class RestorePoint(_message.Message):
     def __init__(self, step: _Optional[int] = ..., parts: _Optional[_Iterable[_Union[SnapshotPart, _Mapping]]] = ...) -> None: ...
 
 class SnapshotPart(_message.Message):
-    __slots__ = ("step", "partition", "generation", "path", "size_bytes", "checksum")
+    __slots__ = ("step", "partition", "generation", "path", "size_bytes", "checksum", "nodes")
     STEP_FIELD_NUMBER: _ClassVar[int]
     PARTITION_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
     step: int
     partition: int
     generation: int
     path: str
     size_bytes: int
     checksum: str
-    def __init__(self, step: _Optional[int] = ..., partition: _Optional[int] = ..., generation: _Optional[int] = ..., path: _Optional[str] = ..., size_bytes: _Optional[int] = ..., checksum: _Optional[str] = ...) -> None: ...
+    nodes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, step: _Optional[int] = ..., partition: _Optional[int] = ..., generation: _Optional[int] = ..., path: _Optional[str] = ..., size_bytes: _Optional[int] = ..., checksum: _Optional[str] = ..., nodes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ProcessSpec(_message.Message):
     __slots__ = ("process_id", "kind", "job_id", "rank", "attempt", "spec_json", "bundle_sha256", "store", "plan", "data_host", "device")

@@ -27,10 +27,10 @@ DEADLINE_S = 120.0
 class LocalCluster:
     """One cluster under `state_dir`. Make it with `local_cluster`, which takes it down and checks what is left."""
 
-    def __init__(self, state_dir: Path) -> None:
+    def __init__(self, state_dir: Path, environment: Mapping[str, str] | None = None) -> None:
         self.state_dir = state_dir
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("PS_")}
-        self.environment |= {"PS_STATE_DIR": str(state_dir), "NO_COLOR": "1"}
+        self.environment |= {"PS_STATE_DIR": str(state_dir), "NO_COLOR": "1", **(environment or {})}
         self.seen: dict[int, psutil.Process] = {}
 
     # ---- psctl ----
@@ -136,10 +136,21 @@ class LocalCluster:
 
 
 @contextmanager
-def local_cluster(root: Path, *, workers: int = 2, servers: int = 1) -> Iterator[LocalCluster]:
-    """A running cluster; taken down at the end, and nothing of it may be left."""
+def local_cluster(
+    root: Path,
+    *,
+    workers: int = 2,
+    servers: int = 1,
+    environment: Mapping[str, str] | None = None,
+    master_dir: Path | None = None,
+) -> Iterator[LocalCluster]:
+    """A running cluster; taken down at the end, and nothing of it may be left.
+
+    `environment`: variables that its daemons get too; `master_dir`: where the master's state lies instead."""
     state_dir = Path(tempfile.mkdtemp(prefix="pst-", dir=root))
-    cluster = LocalCluster(state_dir)
+    cluster = LocalCluster(state_dir, environment)
+    if master_dir is not None:
+        (state_dir / "master").symlink_to(master_dir, target_is_directory=True)
     try:
         cluster.up(workers, servers)
         yield cluster

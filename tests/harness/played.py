@@ -219,7 +219,7 @@ class KeptParts:
     def __init__(self) -> None:
         self.steps: list[int] = []
 
-    def write(self, meta: Any, layout: Layout, pieces: object, done: object) -> None:  # noqa: ARG002
+    def write(self, meta: Any, layout: Layout, pieces: object, done: object, *, last: bool = False) -> None:  # noqa: ARG002
         self.steps.append(meta.step)
 
     def retain(self, kept: object) -> None:

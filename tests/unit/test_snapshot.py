@@ -12,18 +12,17 @@ from pathlib import Path
 import crc32c
 import pytest
 
-from pscluster.errors import StorageError
+from pscluster.errors import DamagedError, StorageError
 from pscluster.layout import BUCKET_WORDS, Layout, TensorSpec
 from pscluster.snapshot import (
-    Buffer,
     PartMeta,
     PieceKey,
-    Written,
     part_name,
     read_part,
     read_parts,
     write_part,
 )
+from pscluster.storage import Buffer, Written
 
 LAYOUT = Layout((TensorSpec(names=("w",), shape=(5,), dtype="float32", kind="trained"),))
 META = PartMeta(job="job-a", step=7, generation=3, partition=0, num_partitions=1, ages=(7,))
@@ -51,7 +50,7 @@ def test_a_part_reads_back_whole(path: Path) -> None:
     assert (part.meta, part.layout) == (META, LAYOUT)
     assert {key: bytes(data) for key, data in part.pieces.items()} == {k: bytes(v) for k, v in PIECES.items()}
     data = path.read_bytes()
-    assert result == Written(path=path, size_bytes=len(data), checksum=f"crc32c:{crc32c.crc32c(data):08x}")
+    assert result == Written(name=path.name, size_bytes=len(data), checksum=f"crc32c:{crc32c.crc32c(data):08x}")
     assert os.listdir(path.parent) == [path.name], "the temporary file is gone"
 
 
@@ -60,7 +59,7 @@ def test_a_part_is_never_garbage_wherever_it_is_cut(path: Path) -> None:
     data = path.read_bytes()
     for length in range(len(data)):
         os.truncate(path, length) if length else path.write_bytes(b"")
-        with pytest.raises(StorageError, match=path.name):
+        with pytest.raises(DamagedError, match=path.name):
             read_part(path)
         path.write_bytes(data)
 
@@ -73,7 +72,7 @@ def test_a_part_is_never_garbage_whichever_byte_changed(path: Path, flip: int) -
         changed = bytearray(data)
         changed[offset] ^= flip
         path.write_bytes(changed)
-        with pytest.raises(StorageError, match=path.name):
+        with pytest.raises(DamagedError, match=path.name):
             read_part(path)
 
 
@@ -122,8 +121,13 @@ def test_a_header_that_lies_with_a_fitting_checksum_is_refused(path: Path, data:
         read_part(path)
 
 
-def test_a_missing_part_is_named(path: Path) -> None:
-    with pytest.raises(StorageError, match=f"{path.name}.*No such file"):
+def test_a_part_that_is_gone_is_damage_and_a_store_that_is_away_is_not(path: Path) -> None:
+    with pytest.raises(StorageError, match=f"{path.name}.*there is no directory") as away:
+        read_part(path)
+    assert not isinstance(away.value, DamagedError), "an unmounted disk voids no snapshot"
+
+    path.parent.mkdir()
+    with pytest.raises(DamagedError, match=f"{path.name} is gone"):
         read_part(path)
 
 
@@ -133,7 +137,7 @@ def test_a_missing_part_is_named(path: Path) -> None:
 def test_a_store_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
 
-    with pytest.raises(StorageError, match=r"file/store/x.*Not a directory"):
+    with pytest.raises(StorageError, match=r"file/store/x.*File exists"):
         written(tmp_path / "file" / "store" / "x")
 
 

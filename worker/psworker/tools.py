@@ -4,7 +4,7 @@ One JSON request on stdin, one JSON answer on stdout; whatever user code prints 
 
     {"command": "export" | "eval" | "generate",
      "spec": {...} or its JSON text, "bundle": path of an archive or directory or null,
-     "parts": [absolute paths of all parts of one snapshot], "job": id,
+     "parts": [absolute paths or URLs of all parts of one snapshot], "job": id,
      "format": "safetensors" | "pth", "output": path,                               export
      "data_uri": another data.uri, or absent,                                        eval
      "prompt": text, "max_new_tokens": 200, "temperature": 0.8, "seed": 0}           generate
@@ -21,7 +21,7 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,12 +84,12 @@ def answer_request(request: Mapping[str, Any]) -> dict[str, Any]:
     raw = request["spec"]
     spec = parse_spec(json.loads(raw) if isinstance(raw, str) else raw)
     settle_numerics(spec.workers.threads, _DEVICE)
-    snapshot = read_snapshot([Path(part) for part in request["parts"]], str(request.get("job", "")))
+    snapshot = read_snapshot([str(part) for part in request["parts"]], str(request.get("job", "")))
     answer = command(spec, snapshot, request)
     return {"step": snapshot.step, "parameters_sha256": snapshot.sha256, **answer}
 
 
-def read_snapshot(parts: list[Path], job: str) -> Snapshot:
+def read_snapshot(parts: Sequence[str | Path], job: str) -> Snapshot:
     """Read and verify all parts. Raises StorageError for a missing or torn one."""
     layout, words = read_parts(parts)
     meta = read_part(parts[0]).meta

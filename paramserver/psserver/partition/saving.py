@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from pscluster.errors import PsError
-from pscluster.snapshot import Written
-from pscluster.v1.plan_pb2 import ErrorDetail, ProcessReport, SnapshotPart
+from pscluster.spec import JobSpec
+from pscluster.storage import Written
+from pscluster.v1.plan_pb2 import ErrorDetail, ProcessReport, ProcessSpec, SnapshotPart
 from pscluster.v1.plan_pb2 import (
     Warning as WarningMessage,
 )
@@ -21,36 +21,39 @@ class Saving:
 
     def __init__(
         self,
-        job_id: str,
-        store: Path,
-        partition: int,
-        num_partitions: int,
+        start: ProcessSpec,
+        spec: JobSpec,
         counters: PartitionCounters,
         report: Callable[[ProcessReport], None],
         post: Callable[[Callable[[], None]], None],
     ) -> None:
         self.writer: SnapshotWriter | None = None  # of a partition, whose files they are; a standby touches none
-        self._store = store
+        self._store = start.store
         self._post = post
-        self._job_id = job_id
-        self._partition = partition
-        self._num_partitions = num_partitions
+        self._job_id = start.job_id
+        self._partition = start.rank
+        self._num_partitions = spec.servers.partitions
+        self._every_steps = spec.durability.every_steps
         self._counters = counters
         self._report = report
 
     def begin(self) -> None:
         """This process is the partition from now on: what others had begun to write is void."""
         if self.writer is None:
-            self.writer = SnapshotWriter(self._store, self._partition, self._post)
+            self.writer = SnapshotWriter(self._store, self._partition, self._post, every_steps=self._every_steps)
 
-    def write(self, state: PartitionState, step: int, generation: int) -> None:
-        """Copy the state, which is that of committed `step`, and have it written. Blocks only while two are waiting."""
+    def write(self, state: PartitionState, step: int, generation: int, *, last: bool) -> None:
+        """Copy the state, which is that of committed `step`, and have it written. `last`: the job may end with it."""
         meta = state.meta(self._job_id, step, generation, self._partition, self._num_partitions)
         with self._counters.phase("snapshot"):
             pieces = state.pieces()
         assert self.writer is not None
         self.writer.write(
-            meta, state.layout, pieces, lambda written, error: self._wrote(step, generation, written, error)
+            meta,
+            state.layout,
+            pieces,
+            lambda written, error: self._wrote(step, generation, written, error),
+            last=last,
         )
 
     def retain(self, kept: Iterable[int]) -> None:
@@ -65,7 +68,8 @@ class Saving:
 
     def _wrote(self, step: int, generation: int, written: Written | None, error: PsError | None) -> None:
         if error is not None:
-            detail = ErrorDetail(code=error.code, cause=error.cause, action=error.action, details=error.details)
+            details = {**error.details, "unwritten": str(step)}
+            detail = ErrorDetail(code=error.code, cause=error.cause, action=error.action, details=details)
             self._report(ProcessReport(warning=WarningMessage(error=detail, step=step)))
         elif written is not None:
             self._counters.snapshots += 1
@@ -73,7 +77,7 @@ class Saving:
                 step=step,
                 partition=self._partition,
                 generation=generation,
-                path=written.path.name,
+                path=written.name,
                 size_bytes=written.size_bytes,
                 checksum=written.checksum,
             )

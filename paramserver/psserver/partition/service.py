@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
 from pscluster.agent.link import ProcessLink
-from pscluster.errors import FrameError, InternalError, PsError
+from pscluster.errors import DamagedError, FrameError, InternalError, PsError
 from pscluster.layout import Layout
 from pscluster.spec import JobSpec
+from pscluster.storage import below
 from pscluster.summary import Summary
 from pscluster.v1.plan_pb2 import Counters, Plan, PlanAdopted, ProcessReport
 from pscluster.wire.connection import Connection
@@ -60,8 +60,7 @@ class PartitionService(AgentLine):
         self._uplink: Uplink | None = None
         self._reception = Reception(self)
         self.replication = Replication(reactor, self)
-        store, partitions = Path(link.start.store), spec.servers.partitions
-        self.saving = Saving(link.start.job_id, store, self.index, partitions, counters, self.report, reactor.post)
+        self.saving = Saving(link.start, spec, counters, self.report, reactor.post)
         self.cycle = StepCycle(self, reactor.post)
         self._early: list[tuple[Client, Header, bytes]] = []
 
@@ -164,10 +163,10 @@ class PartitionService(AgentLine):
 
     def _load(self, state: PartitionState, plan: Plan) -> None:
         part = next(part for part in plan.restore.parts if part.partition == self.index)
-        path = Path(self.link.start.store) / part.path
+        location = below(self.link.start.store, part.path)
         try:
-            state.load(path, self.index, self.spec.servers.partitions, plan.resume_step)
-        except PsError as error:
+            state.load(location, self.index, self.spec.servers.partitions, plan.resume_step)
+        except DamagedError as error:
             error.details["void_snapshot"] = str(plan.resume_step)  # the master falls back to an older one
             raise
 
@@ -282,7 +281,7 @@ class PartitionService(AgentLine):
             self.standby.resume_reading()
             return
         if verdict.snapshot:
-            self._save()
+            self._save(last=verdict.last)
         self.replication.at_boundary()
         early, self._early = self._early, []
         for client, header, body in early:
@@ -299,9 +298,11 @@ class PartitionService(AgentLine):
         self.notes.evaluations.append(Evaluation(version, metrics))
         self.replication.note()
 
-    def _save(self) -> None:
+    def _save(self, *, last: bool = False) -> None:
+        """Have the newest version written in the background; `last`: the job may end with it."""
         assert self.state is not None and self.plan is not None
-        self.saving.write(self.state, self.version, self.plan.generation)
+        last = last or self.version == self.plan.final_step
+        self.saving.write(self.state, self.version, self.plan.generation, last=last)
 
     def serve_pulls(self) -> None:
         """Send what is owed and new enough."""

@@ -1,83 +1,166 @@
-"""Snapshots in the background: one thread writes what the partition copied, and deletes what is done with."""
+"""Snapshots in the background: one thread writes what the partition copied, and deletes what is done with.
+
+A store that is slower than snapshots come never holds training back: one snapshot is being written, at most one waits,
+and what finds the place taken is left out. A step that one partition leaves out never becomes complete; it is told.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from queue import Queue
+
+import structlog
 
 from pscluster.errors import InternalError, PsError, StorageError
 from pscluster.layout import Layout
-from pscluster.snapshot import Buffer, PartMeta, PieceKey, Written, part_name, write_part
+from pscluster.snapshot import PartMeta, PieceKey, part_name, write_part
+from pscluster.storage import Buffer, Written, below, open_store
 
-Job = Callable[[], None]
+Done = Callable[[Written | None, PsError | None], None]
+ALWAYS = 64  # above the roundness of every step but 0
 _PART = re.compile(r"^step-(\d+)\.part-(\d+)\.generation-\d+\.snapshot$")
+_log = structlog.get_logger(__name__)
+
+
+def roundness(step: int, every_steps: int) -> int:
+    """How often the snapshot's number is divisible by 2; -1 beside the grid of `every_steps`.
+
+    When two snapshots want the one waiting place, the rounder has it, and of equals the newer. Whatever the partitions'
+    disks do, they then agree on some: where no write takes longer than 2^m intervals, every 2^m-th snapshot is written
+    by all, since a rounder one comes no sooner than 2^m intervals later. (The newest alone would not do: two equally
+    slow disks half a write apart could take turns for ever and never write the same step.)"""
+    number, rest = divmod(step, every_steps)
+    if rest:
+        return -1
+    return (number & -number).bit_length() - 1 if number else ALWAYS
+
+
+@dataclass(kw_only=True)
+class _Wish:
+    """A snapshot that wants to be written, with its private copy. Greater goes first."""
+
+    meta: PartMeta
+    layout: Layout
+    pieces: Mapping[PieceKey, Buffer] = field(repr=False)
+    done: Done
+    rank: tuple[int, bool, int, int]  # a newer generation makes older ones void; then the last, the rounder, the newer
 
 
 class SnapshotWriter:
-    """Owns the files of one partition in the job's store. `post` has the callbacks run on the partition's thread."""
+    """Owns the files of one partition in the job's store. `post` has the callbacks run on the partition's thread.
 
-    def __init__(self, store: Path, partition: int, post: Callable[[Job], None]) -> None:
-        self._store = store
+    No method but `close` blocks."""
+
+    def __init__(
+        self, store: str | Path, partition: int, post: Callable[[Callable[[], None]], None], *, every_steps: int
+    ):
+        self._location = str(store)
         self._partition = partition
+        self._every_steps = every_steps
         self._post = post
-        self._jobs: Queue[Job | None] = Queue(maxsize=1)  # a slow disk holds training back, not memory
-        self._jobs.put(self._sweep)
+        self._changed = threading.Condition()
+        self._waiting: _Wish | None = None
+        self._kept: frozenset[int] = frozenset()  # to delete by; empty: nothing to delete
+        self._closing = False
         self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
         self._thread.start()
 
     def write(
-        self,
-        meta: PartMeta,
-        layout: Layout,
-        pieces: Mapping[PieceKey, Buffer],
-        done: Callable[[Written | None, PsError | None], None],
+        self, meta: PartMeta, layout: Layout, pieces: Mapping[PieceKey, Buffer], done: Done, *, last: bool = False
     ) -> None:
-        """Write a part; `done` hears what was written, or why not. Blocks only while two others are waiting."""
-
-        def job() -> None:
-            written: Written | None = None
-            error: PsError | None = None
-            try:
-                path = self._store / part_name(meta.step, meta.partition, meta.generation)
-                written = write_part(path, meta, layout, pieces)
-            except StorageError as problem:
-                error = problem
-            except Exception as problem:  # this thread must live: without it the next snapshot waits for ever
-                error = InternalError(f"writing the snapshot of step {meta.step} failed: {problem!r}")
-            self._post(lambda: done(written, error))
-
-        self._jobs.put(job)
+        """Write a part as soon as the store is free; `done` hears what was written, or why it was not. `last`: no
+        other may take its place."""
+        rank = (meta.generation, last, roundness(meta.step, self._every_steps), meta.step)
+        wish = _Wish(meta=meta, layout=layout, pieces=pieces, done=done, rank=rank)
+        with self._changed:
+            held = self._waiting
+            first, left_out = (wish, held) if held is None or wish.rank >= held.rank else (held, wish)
+            self._waiting = first
+            self._changed.notify()
+        if left_out is not None:
+            self._tell(left_out.done, None, _left_out(left_out.meta.step, first.meta.step))
 
     def retain(self, kept: Iterable[int]) -> None:
         """Delete this partition's parts that are older than the newest kept step and not kept."""
-        steps = set(kept)
+        steps = frozenset(kept)
         if steps:
-            self._jobs.put(lambda: self._delete(steps))
+            with self._changed:
+                self._kept = steps
+                self._changed.notify()
 
     def close(self) -> None:
-        """Finish what is begun; blocks for at most a few seconds."""
-        self._jobs.put(None)
+        """Finish what is begun and what waits; blocks for at most a few seconds."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
         self._thread.join(timeout=10)
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job()
-            del job  # with the copy that it wrote, while it waits for the next
+        self._attempt(self._sweep)
+        while True:
+            kept, wish = self._next()
+            if kept:
+                self._attempt(functools.partial(self._delete, kept))  # first: it makes room
+            if wish is not None:
+                self._write(wish)
+            elif not kept:
+                return
+            del wish  # with the copy that was written, while the next is waited for
 
-    def _delete(self, kept: set[int]) -> None:
-        newest = max(kept)
-        for path in self._store.glob(f"step-*.part-{self._partition:04d}.*.snapshot"):
-            match = _PART.match(path.name)
-            if match and int(match[1]) < newest and int(match[1]) not in kept:
-                with contextlib.suppress(OSError):  # tried again whenever the catalogue grows
-                    path.unlink(missing_ok=True)
+    def _attempt(self, work: Callable[[], None]) -> None:
+        """Tidying up: what fails is tried again whenever the catalogue grows, or by the next process."""
+        try:
+            work()
+        except PsError as error:
+            _log.warning("old files of snapshots remain for now", code=error.code, cause=error.cause)
+
+    def _next(self) -> tuple[frozenset[int], _Wish | None]:
+        """What is to be done now; nothing at all: the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._kept or self._waiting is not None or self._closing)
+            kept, self._kept = self._kept, frozenset()
+            wish, self._waiting = self._waiting, None
+            return kept, wish
+
+    def _write(self, wish: _Wish) -> None:
+        written: Written | None = None
+        error: PsError | None = None
+        meta = wish.meta
+        location = below(self._location, part_name(meta.step, meta.partition, meta.generation))
+        try:
+            written = write_part(location, meta, wish.layout, wish.pieces)
+        except StorageError as problem:
+            error = problem
+        except Exception as problem:  # this thread must live: without it there are no more snapshots
+            error = InternalError(f"writing the snapshot of step {meta.step} failed: {problem!r}")
+        self._tell(wish.done, written, error)
+
+    def _tell(self, done: Done, written: Written | None, error: PsError | None) -> None:
+        self._post(lambda: done(written, error))
+
+    def _delete(self, kept: frozenset[int]) -> None:
+        store, newest = open_store(self._location), max(kept)
+        for name in store.names():
+            step = self._step_of(name)
+            if step is not None and step < newest and step not in kept:
+                store.delete(name)
 
     def _sweep(self) -> None:
         """Delete what an earlier process of this partition had begun to write when it was killed."""
-        for path in self._store.glob(f".step-*.part-{self._partition:04d}.*.writing"):
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+        open_store(self._location).sweep(lambda name: self._step_of(name) is not None)
+
+    def _step_of(self, name: str) -> int | None:
+        """The step of one of this partition's files; None for any other file."""
+        match = _PART.match(name)
+        return int(match[1]) if match and int(match[2]) == self._partition else None
+
+
+def _left_out(step: int, other: int) -> StorageError:
+    return StorageError(
+        f"the snapshot of step {step} is left out: the store is still busy, and that of step {other} goes first",
+        action="use a faster store, or raise durability.every_steps",
+    )

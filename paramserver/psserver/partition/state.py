@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import mmap
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 from pscluster.codec import DTYPES, as_bytes
-from pscluster.errors import StorageError
+from pscluster.errors import DamagedError
 from pscluster.layout import Codec, Kind, Layout, Span
-from pscluster.snapshot import Buffer, Part, PartMeta, PieceKey, read_part
+from pscluster.snapshot import Part, PartMeta, PieceKey, read_part
+from pscluster.storage import Buffer
 from pscluster.wire.memory import Segment, page_offsets
 
 
@@ -89,10 +89,11 @@ class PartitionState:
         tensors = [*self.values, *rounded, *(m for per_bucket in self.moments for m in per_bucket)]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def load(self, path: Path, partition: int, num_partitions: int, step: int) -> None:
-        """Take everything from a snapshot part. Raises StorageError when it is not this partition's or this step's."""
-        part = read_part(path)
-        self._check(part, path, partition, num_partitions, step)
+    def load(self, location: str, partition: int, num_partitions: int, step: int) -> None:
+        """Take everything from a snapshot part. Raises DamagedError when it is not this partition's or this step's,
+        StorageError when it cannot be read."""
+        part = read_part(location)
+        self._check(part, location, partition, num_partitions, step)
         for (bucket, what), data in part.pieces.items():
             target = self.values[bucket] if what == "values" else self.moments[bucket][int(what.removeprefix("moment"))]
             as_bytes(target)[:] = data
@@ -133,20 +134,20 @@ class PartitionState:
             ages=tuple(self.ages),
         )
 
-    def _check(self, part: Part, path: Path, partition: int, num_partitions: int, step: int) -> None:
+    def _check(self, part: Part, where: str, partition: int, num_partitions: int, step: int) -> None:
         meta = part.meta
         if (meta.partition, meta.num_partitions, meta.step) != (partition, num_partitions, step):
-            raise StorageError(
-                f"{path} holds partition {meta.partition} of {meta.num_partitions} at step {meta.step}, "
+            raise DamagedError(
+                f"{where} holds partition {meta.partition} of {meta.num_partitions} at step {meta.step}, "
                 f"not {partition} of {num_partitions} at step {step}"
             )
         if part.layout != self.layout:
-            raise StorageError(f"{path} is of another model")
+            raise DamagedError(f"{where} is of another model")
         if set(part.pieces) != set(self._piece_sizes()):
-            raise StorageError(f"{path} was written with another optimizer")
+            raise DamagedError(f"{where} was written with another optimizer")
         for key, size in self._piece_sizes().items():
             if len(part.pieces[key]) != size:
-                raise StorageError(f"{path}: bucket {key[0]} {key[1]} has the wrong length")
+                raise DamagedError(f"{where}: bucket {key[0]} {key[1]} has the wrong length")
 
     def _piece_sizes(self) -> dict[PieceKey, int]:
         sizes: dict[PieceKey, int] = {}

@@ -14,6 +14,7 @@ import pytest
 from pscluster.agent import metrics
 from pscluster.agent.bundles import BundleCache
 from pscluster.agent.child import Patience
+from pscluster.agent.copies import Copies
 from pscluster.agent.devices import DeviceLedger
 from pscluster.agent.leftovers import AgentDirectories
 from pscluster.agent.process import Site
@@ -65,6 +66,7 @@ def run(bench: Any, body: Callable[[Supervisor, Heard], Awaitable[None]], device
             directories=directories,
             bundles=BundleCache(directories.bundles, nothing),
             devices=DeviceLedger(devices),
+            copies=Copies("server-0", "", None),
             metrics=metrics.ProcessMetrics(),
             emit=heard.emit,
             log_bytes=lambda: 0,

@@ -1,4 +1,4 @@
-"""The snapshot thread: writes, says so, deletes what is done with, and never dies."""
+"""The snapshot thread: writes, says so, deletes what is done with, never dies, and never holds training back."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from queue import Queue
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pscluster.errors import InternalError, PsError, StorageError
 from pscluster.layout import Layout, TensorSpec
-from pscluster.snapshot import PartMeta, Written, part_name, read_part, write_part
+from pscluster.snapshot import PartMeta, part_name, read_part, write_part
+from pscluster.storage import Written
 from psserver.partition import snapshots
-from psserver.partition.snapshots import SnapshotWriter
+from psserver.partition.snapshots import ALWAYS, SnapshotWriter, roundness
 
 LAYOUT = Layout((TensorSpec(names=("w",), shape=(4,), dtype="float32", kind="trained"),))
 DEADLINE_S = 20.0
@@ -43,7 +46,7 @@ class Desk:
 @pytest.fixture
 def desk(tmp_path: Path) -> Iterator[Desk]:
     posted: Queue[Any] = Queue()
-    made = Desk(tmp_path / "store", SnapshotWriter(tmp_path / "store", 0, posted.put), posted)
+    made = Desk(tmp_path / "store", SnapshotWriter(tmp_path / "store", 0, posted.put, every_steps=1), posted)
     yield made
     made.writer.close()
 
@@ -52,8 +55,8 @@ def test_a_part_is_written_and_told(desk: Desk) -> None:
     written, error = desk.write(3)
 
     assert error is None and written is not None
-    assert written.path == desk.store / part_name(3, 0, 1)
-    assert read_part(written.path).meta.step == 3
+    assert written.name == part_name(3, 0, 1)
+    assert read_part(desk.store / written.name).meta.step == 3
 
 
 def test_only_older_parts_of_its_own_that_are_not_kept_are_deleted(desk: Desk) -> None:
@@ -61,7 +64,7 @@ def test_only_older_parts_of_its_own_that_are_not_kept_are_deleted(desk: Desk) -
         desk.write(step)
     desk.write(2, generation=4)
     other = PartMeta(job="job", step=1, generation=1, partition=1, num_partitions=2, ages=(0,))
-    theirs = write_part(desk.store / part_name(1, 1, 1), other, LAYOUT, {}).path
+    theirs = write_part(desk.store / part_name(1, 1, 1), other, LAYOUT, {})
     (desk.store / "step-1.part-0000.notes").write_text("not ours")
 
     desk.writer.retain([2, 4])
@@ -121,7 +124,7 @@ def test_what_a_killed_process_left_half_written_is_deleted(tmp_path: Path) -> N
     for path in (ours, theirs):
         path.write_bytes(b"half")
 
-    SnapshotWriter(tmp_path, 0, lambda _: None).close()
+    SnapshotWriter(tmp_path, 0, lambda _: None, every_steps=1).close()
 
     assert os.listdir(tmp_path) == [theirs.name]
 
@@ -132,3 +135,114 @@ def test_closing_finishes_what_is_begun(desk: Desk) -> None:
     desk.writer.close()
 
     assert desk.steps() == [9]
+
+
+# ---- a store that is slower than snapshots come ----
+
+
+class SlowStore:
+    """Holds every write until it is let go; `wrote` has the steps in the order in which they were begun."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun: Queue[int] = Queue()
+        self.let_go: Queue[None] = Queue()
+        self.wrote: list[int] = []
+        real = snapshots.write_part
+
+        def slowly(location: Any, meta: PartMeta, *rest: Any) -> Written:
+            self.wrote.append(meta.step)
+            self.begun.put(meta.step)
+            self.let_go.get(timeout=DEADLINE_S)
+            return real(location, meta, *rest)
+
+        monkeypatch.setattr(snapshots, "write_part", slowly)
+
+
+def ask(desk: Desk, step: int, *, generation: int = 1, last: bool = False) -> None:
+    """Ask for a snapshot, and do not wait for it."""
+    meta = PartMeta(job="job", step=step, generation=generation, partition=0, num_partitions=1, ages=(0,))
+    desk.writer.write(meta, LAYOUT, {(0, "values"): bytes(64)}, lambda *told: desk.heard.append(told), last=last)
+
+
+def finish(desk: Desk, slow: SlowStore, num_asked: int) -> None:
+    """Let every write go, until each snapshot that was asked for has been told of."""
+    while len(desk.heard) < num_asked:
+        slow.let_go.put(None)
+        desk.posted.get(timeout=DEADLINE_S)()
+
+
+def left_out(desk: Desk) -> list[str]:
+    return [error.cause.split(" is left out")[0] for _, error in desk.heard if error is not None]
+
+
+def test_a_slow_store_holds_nobody_back_and_what_is_left_out_is_told(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SlowStore(monkeypatch)
+    ask(desk, 1)
+    assert slow.begun.get(timeout=DEADLINE_S) == 1
+    for step in (2, 3, 4, 5, 6, 7):  # none of these blocks: nothing is let go before all are asked for
+        ask(desk, step)
+    desk.writer.retain([2])
+    finish(desk, slow, 7)
+
+    assert slow.wrote == [1, 4]
+    assert sorted(left_out(desk)) == [f"the snapshot of step {step}" for step in (2, 3, 5, 6, 7)]
+    assert all(isinstance(error, StorageError) for _, error in desk.heard if error)
+
+
+def test_the_last_snapshot_gives_way_to_none(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = SlowStore(monkeypatch)
+    ask(desk, 1)
+    slow.begun.get(timeout=DEADLINE_S)
+    ask(desk, 8)
+    ask(desk, 9, last=True)
+    finish(desk, slow, 3)
+    assert slow.wrote == [1, 9]
+
+
+def test_what_going_back_has_made_void_gives_way(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = SlowStore(monkeypatch)
+    ask(desk, 1)
+    slow.begun.get(timeout=DEADLINE_S)
+    ask(desk, 8)
+    ask(desk, 3, generation=2)
+    finish(desk, slow, 3)
+    assert slow.wrote == [1, 3]
+
+
+@given(
+    every=st.integers(1, 50),
+    writes=st.lists(st.tuples(st.integers(0, 63), st.integers(1, 64)), min_size=2, max_size=4),
+)
+def test_partitions_with_slow_stores_agree_on_every_so_manyth_snapshot(
+    every: int, writes: list[tuple[int, int]]
+) -> None:
+    """Each partition's store takes `length` quarters of an interval for a write, and is busy for `phase` at first."""
+    longest = max(length for _, length in writes) / 4
+    period = 1
+    while period < longest:
+        period *= 2
+    written = [_written_by(every, phase / 4, length / 4, 8 * period) for phase, length in writes]
+    common = set.intersection(*written)
+    first = 32  # the first busy time is over
+    assert {every * number for number in range(first, 7 * period, period) if number % period == 0} <= common
+
+
+def _written_by(every: int, busy_until: float, length: float, num_snapshots: int) -> set[int]:
+    """The steps that one partition writes, snapshots coming at times 0, 1, 2, ...; by `roundness` alone."""
+    written: set[int] = set()
+    waiting: int | None = None
+    for number in range(num_snapshots):
+        while waiting is not None and busy_until < number:
+            written.add(waiting * every)
+            busy_until, waiting = max(busy_until, waiting) + length, None
+        rank = (roundness(number * every, every), number)
+        if waiting is None or rank >= (roundness(waiting * every, every), waiting):
+            waiting = number
+    return written
+
+
+def test_roundness_counts_twos_on_the_grid_and_nothing_beside_it() -> None:
+    assert [roundness(step, 5) for step in (5, 10, 15, 20, 40, 7)] == [0, 1, 0, 2, 3, -1]
+    assert roundness(0, 5) == ALWAYS

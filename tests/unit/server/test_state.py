@@ -12,7 +12,8 @@ import torch
 from pscluster.codec import as_bytes
 from pscluster.errors import FrameError, StorageError
 from pscluster.layout import BLOCK_WORDS, Codec, Layout, TensorSpec
-from pscluster.snapshot import Buffer, PartMeta, PieceKey, write_part
+from pscluster.snapshot import PartMeta, PieceKey, write_part
+from pscluster.storage import Buffer
 from pscluster.wire.memory import Segment, page_offsets
 from psserver.partition.state import PartitionState
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from pscluster.bundle import pack
 from pscluster.digest import parameters_sha256
-from pscluster.errors import InternalError, SpecError, StateError, StorageError, TaskError
+from pscluster.errors import DamagedError, InternalError, SpecError, StateError, StorageError, TaskError
 from pscluster.snapshot import PartMeta, write_part
 from pscluster.spec import JobSpec
 from psworker.export import write_weights
@@ -73,7 +73,7 @@ def snapshot(model: nn.Module, spec: JobSpec, store: Path, partitions: int = 2) 
             for span in layout.spans(partition, partitions)
             if span.num_words
         }
-        paths.append(str(write_part(store / f"part-{partition}", meta, layout, pieces).path))
+        paths.append(str(store / write_part(store / f"part-{partition}", meta, layout, pieces).name))
     return paths
 
 
@@ -233,7 +233,7 @@ def test_errors_come_as_answers_with_their_exit_status(make_spec: Any) -> None:
     named, ours = run_tool({"command": "eval", **missing}), run_tool({"command": "eval"})
 
     error = json.loads(named.stdout)["error"]
-    assert (error["code"], named.returncode) == ("PS-4002", StorageError.exit_code)
+    assert (error["code"], named.returncode) == ("PS-4005", DamagedError.exit_code)
     assert "/none" in error["cause"]
     error = json.loads(ours.stdout)["error"]
     assert (error["code"], error["cause"]) == ("PS-9001", "KeyError: 'spec'")

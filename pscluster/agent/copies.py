@@ -1,0 +1,185 @@
+"""A server node whose disk is its own: each snapshot part goes to a second node before the master hears of it, and
+comes from one that has it before a partition is told to restore it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from pscluster.agent import depot
+from pscluster.agent.backoff import delay_s
+from pscluster.errors import PsError, StorageError
+from pscluster.storage.directory import DirectoryStore
+from pscluster.v1.agents_pb2 import DepotAddress
+from pscluster.v1.depot_pb2 import PartHeader
+from pscluster.v1.plan_pb2 import ErrorDetail, Plan, ProcessReport, ProcessSpec, SnapshotPart
+from pscluster.v1.plan_pb2 import Warning as WarningMessage
+
+Say = Callable[[ProcessReport], None]
+COPY_PATIENCE_S = 60.0  # how long a node that takes a copy is looked for
+FETCH_PATIENCE_S = 20.0  # how long a node that has a part is waited for; then the job goes back to an older snapshot
+_log = structlog.get_logger(__name__)
+
+
+@dataclass
+class Copies:
+    """Belongs to the agent's loop. `directory` None: the store is shared, and nothing is copied."""
+
+    node_id: str
+    token: str = field(repr=False)
+    directory: Path | None
+    _peers: dict[str, str] = field(default_factory=dict)
+    _bringing: dict[str, Plan] = field(default_factory=dict)  # by process: the newest plan that waits for its part
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def meet(self, depots: Iterable[DepotAddress]) -> None:
+        """These are the nodes that keep copies now."""
+        self._peers = {entry.node_id: entry.address for entry in depots if entry.node_id != self.node_id}
+
+    def forget(self, deleted_jobs: Iterable[str]) -> None:
+        """Remove what is here of jobs that were deleted. Returns at once; safe to repeat."""
+        if self.directory is not None:
+            for job_id in deleted_jobs:
+                if depot.is_job(job_id) and (self.directory / job_id).is_dir():
+                    self._spawn(asyncio.to_thread(DirectoryStore(self.directory / job_id).remove))
+
+    async def settled(self) -> None:
+        """Return when nothing is under way."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def settle(self, spec: ProcessSpec) -> bool:
+        """Have a partition keep its snapshots here, unless its job has a store that is shared; whether it does so.
+
+        Raises ValueError for a spec that is no JSON."""
+        if self.directory is None or spec.kind != ProcessSpec.KIND_PARTITION:
+            return False
+        if json.loads(spec.spec_json).get("durability", {}).get("store") is not None:
+            return False
+        spec.store = str(depot.job_directory(self.directory, spec.job_id))
+        return True
+
+    def copy(self, spec: ProcessSpec, plan: Plan | None, report: ProcessReport, say: Say) -> None:
+        """A part is durable here: say so once it is on a second node, too. Returns at once."""
+        self._spawn(self._copy(spec, plan, report, say))
+
+    def must_bring(self, spec: ProcessSpec, before: Plan | None, plan: Plan) -> bool:
+        """Whether `plan`, after `before`, orders a restore from a part that may not be here yet."""
+        if spec.process_id in self._bringing:
+            return True
+        orders = before is None or before.restore_generation != plan.restore_generation
+        part = _own_part(spec, plan)
+        return orders and part is not None and bool(part.nodes)
+
+    def bring(self, spec: ProcessSpec, plan: Plan, then: Callable[[Plan], None]) -> None:
+        """Get the part that a plan restores, and call `then` with the newest plan. Returns at once."""
+        is_busy = spec.process_id in self._bringing
+        self._bringing[spec.process_id] = plan
+        if not is_busy:
+            self._spawn(self._bring(spec, then))
+
+    async def obtain(self, spec: ProcessSpec, plan: Plan) -> None:
+        """Return when the part that the plan restores is here, or no node that has it was found in time."""
+        part = _own_part(spec, plan)
+        if part is None or not part.nodes:
+            return
+        directory, loop = Path(spec.store), asyncio.get_running_loop()
+        until, failures = loop.time() + FETCH_PATIENCE_S, 0
+        while not await self._is_here(directory, part) and not await self._fetched(spec.job_id, directory, part):
+            failures += 1
+            if loop.time() >= until:
+                _log.warning("no node gives a part of a snapshot", part=part.path, nodes=list(part.nodes))
+                return
+            await asyncio.sleep(delay_s(failures, random.random()))
+
+    async def close(self) -> None:
+        """Give up what is under way."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _copy(self, spec: ProcessSpec, plan: Plan | None, report: ProcessReport, say: Say) -> None:
+        part = report.snapshot_part
+        header = PartHeader(job_id=spec.job_id, part=part, kept_steps=plan.kept_steps if plan is not None else ())
+        try:
+            part.nodes.extend([self.node_id, await self._second(Path(spec.store), header)])
+        except PsError as error:
+            details = {**error.details, "unwritten": str(part.step)}
+            detail = ErrorDetail(code=error.code, cause=error.cause, action=error.action, details=details)
+            say(ProcessReport(warning=WarningMessage(error=detail, step=part.step)))
+            return
+        say(report)
+
+    async def _second(self, job: Path, header: PartHeader) -> str:
+        """The node that has taken the copy. Raises StorageError when none does in time."""
+        loop = asyncio.get_running_loop()
+        until, failures, why = loop.time() + COPY_PATIENCE_S, 0, "there is no other node with --own-store"
+        while True:
+            for node_id in _after(self.node_id, self._peers):
+                try:
+                    await depot.put(self._peers[node_id], self.token, job, header)
+                    return node_id
+                except PsError as error:
+                    why = f"{node_id}: {error.cause}"
+            failures += 1
+            if loop.time() >= until:
+                raise StorageError(
+                    f"the snapshot of step {header.part.step} is on {self.node_id} alone, and does not count: {why}",
+                    action="start a second psserver --own-store, or give the job a durability.store that all share",
+                )
+            await asyncio.sleep(delay_s(failures, random.random()))
+
+    async def _bring(self, spec: ProcessSpec, then: Callable[[Plan], None]) -> None:
+        try:
+            while True:
+                plan = self._bringing[spec.process_id]
+                await self.obtain(spec, plan)
+                if self._bringing[spec.process_id] is plan:
+                    break
+        finally:
+            plan = self._bringing.pop(spec.process_id)
+        then(plan)
+
+    async def _is_here(self, directory: Path, part: SnapshotPart) -> bool:
+        try:
+            return await asyncio.to_thread(depot.is_sound, directory, part)
+        except StorageError as error:
+            _log.warning("a part of a snapshot cannot be read here", part=part.path, cause=error.cause)
+            return False
+
+    async def _fetched(self, job_id: str, directory: Path, part: SnapshotPart) -> bool:
+        for node_id in part.nodes:
+            if node_id in self._peers:
+                try:
+                    await depot.get(self._peers[node_id], self.token, job_id, part, directory)
+                    return True
+                except PsError as error:
+                    _log.warning("a node does not give a part", node=node_id, part=part.path, cause=error.cause)
+        return False
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            _log.error("copying a snapshot failed", exc_info=task.exception())
+
+
+def _own_part(spec: ProcessSpec, plan: Plan) -> SnapshotPart | None:
+    return next((part for part in plan.restore.parts if part.partition == spec.rank), None)
+
+
+def _after(node_id: str, peers: Iterable[str]) -> list[str]:
+    """The peers in a ring, beginning after `node_id`: copies are spread over the nodes."""
+    ordered = sorted(peers)
+    return [peer for peer in ordered if peer > node_id] + [peer for peer in ordered if peer < node_id]

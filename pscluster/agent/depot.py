@@ -1,0 +1,182 @@
+"""The Depot service of a server node: takes copies of snapshot parts from other nodes, and gives them back."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from pscluster import rpc
+from pscluster.errors import AddressInUseError, DamagedError, FrameError, NotFoundError, StateError, StorageError
+from pscluster.rpc import error_of, open_aio_channel
+from pscluster.snapshot import verify_file
+from pscluster.storage import Written
+from pscluster.storage.directory import DirectoryStore, Incoming
+from pscluster.telemetry import observe_rpc
+from pscluster.v1 import depot_pb2, depot_pb2_grpc
+from pscluster.v1.plan_pb2 import SnapshotPart
+
+CHUNK_BYTES = 1 << 20
+MIN_DEADLINE_S = 30.0
+SLOWEST_BYTES_PER_S = 4 << 20  # a transfer that is slower than this is given up
+_STOP_GRACE_S = 0.5
+_JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_PART = re.compile(r"^step-(\d+)\.part-(\d+)\.generation-\d+\.snapshot$")
+
+
+class DepotService(depot_pb2_grpc.DepotServicer):
+    """Keeps files in `directory`/JOB, where this node's own partitions keep theirs. Memory is one chunk a transfer."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._arriving: set[tuple[str, str]] = set()
+
+    async def PutPart(  # noqa: N802
+        self,
+        request_iterator: AsyncIterator[depot_pb2.PutPartRequest],
+        context: Any,  # noqa: ARG002
+    ) -> depot_pb2.PutPartReply:
+        first = await anext(request_iterator, None)
+        if first is None or not first.HasField("header"):
+            raise FrameError("a part begins with its header")
+        part, job = first.header.part, job_directory(self._directory, first.header.job_id)
+        expected = written_of(part)
+        key = (first.header.job_id, expected.name)
+        if key in self._arriving:
+            raise StateError(f"{expected.name} is arriving already", action="try again in a moment")
+        self._arriving.add(key)
+        try:
+            await asyncio.to_thread(tidy, job, part.partition, list(first.header.kept_steps))
+            await _receive(job, expected, (message.data async for message in request_iterator))
+        finally:
+            self._arriving.discard(key)
+        return depot_pb2.PutPartReply()
+
+    async def GetPart(  # noqa: N802
+        self,
+        request: depot_pb2.GetPartRequest,
+        context: Any,  # noqa: ARG002
+    ) -> AsyncIterator[depot_pb2.PartChunk]:
+        path = job_directory(self._directory, request.job_id) / written_of(request.part).name
+        if not await asyncio.to_thread(path.is_file):
+            raise NotFoundError(f"{path.name} of {request.job_id} is not here")
+        async for data in _chunks(path):
+            yield depot_pb2.PartChunk(data=data)
+
+
+@asynccontextmanager
+async def serving(directory: Path, listen: str, token: str) -> AsyncIterator[str]:
+    """Serve the depot of `directory` while the context lasts; its address. Raises AddressInUseError."""
+    server = grpc.aio.server(
+        interceptors=[rpc.ErrorInterceptor(observe_rpc), rpc.TokenInterceptor(token)], options=rpc.SERVER_OPTIONS
+    )
+    depot_pb2_grpc.add_DepotServicer_to_server(DepotService(directory), server)  # type: ignore[no-untyped-call]
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise AddressInUseError(f"cannot listen on {listen}: it is taken, or not ours") from error
+    await server.start()
+    try:
+        yield f"{listen.rpartition(':')[0]}:{port}"
+    finally:
+        await server.stop(_STOP_GRACE_S)
+
+
+async def put(address: str, token: str, job: Path, header: depot_pb2.PartHeader) -> None:
+    """Copy a part of `job`'s directory to another node; it is durable there on return. Raises PsError."""
+
+    async def requests() -> AsyncIterator[depot_pb2.PutPartRequest]:
+        yield depot_pb2.PutPartRequest(header=header)
+        async for data in _chunks(job / header.part.path):
+            yield depot_pb2.PutPartRequest(data=data)
+
+    async with open_aio_channel(address, token) as channel:
+        stub: Any = depot_pb2_grpc.DepotStub(channel)  # type: ignore[no-untyped-call]
+        try:
+            await stub.PutPart(requests(), timeout=_deadline_s(header.part))
+        except grpc.RpcError as failure:
+            raise error_of(failure) from None
+
+
+async def get(address: str, token: str, job_id: str, part: SnapshotPart, directory: Path) -> None:
+    """Copy a part from another node into `directory`, whole and verified. Raises PsError."""
+    async with open_aio_channel(address, token) as channel:
+        stub: Any = depot_pb2_grpc.DepotStub(channel)  # type: ignore[no-untyped-call]
+        call = stub.GetPart(depot_pb2.GetPartRequest(job_id=job_id, part=part), timeout=_deadline_s(part))
+        try:
+            await _receive(directory, written_of(part), (chunk.data async for chunk in call))
+        except grpc.RpcError as failure:
+            raise error_of(failure) from None
+
+
+def is_sound(directory: Path, part: SnapshotPart) -> bool:
+    """Whether the part is in a directory, whole. Blocks. Raises StorageError when it cannot be read."""
+    try:
+        verify_file(DirectoryStore(directory), part.path, part.size_bytes, part.checksum)
+    except DamagedError:
+        return False
+    except StorageError:
+        if directory.is_dir():
+            raise
+        return False
+    return True
+
+
+def is_job(text: str) -> bool:
+    """Whether a text can be the id of a job, and so the name of a directory."""
+    return _JOB.fullmatch(text) is not None
+
+
+def job_directory(directory: Path, job_id: str) -> Path:
+    """Where a job's parts are kept. Raises FrameError for what is no id of a job."""
+    if not is_job(job_id):
+        raise FrameError(f"{job_id[:80]!r} is no id of a job", details={"field": "job_id"})
+    return directory / job_id
+
+
+def written_of(part: SnapshotPart) -> Written:
+    """The file that a part is. Raises FrameError for another name: it could lead anywhere."""
+    if not _PART.fullmatch(part.path):
+        raise FrameError(f"{part.path[:80]!r} is no name of a part", details={"field": "path"})
+    return Written(name=part.path, size_bytes=part.size_bytes, checksum=part.checksum)
+
+
+def tidy(job: Path, partition: int, kept_steps: list[int]) -> None:
+    """Delete copies of a partition's parts that are older than the newest kept step and not kept. Blocks."""
+    store = DirectoryStore(job)
+    for name in store.names() if kept_steps else ():
+        match = _PART.match(name)
+        if match and int(match[2]) == partition and int(match[1]) < max(kept_steps) and int(match[1]) not in kept_steps:
+            store.delete(name)
+
+
+async def _receive(directory: Path, expected: Written, chunks: AsyncIterator[bytes]) -> None:
+    incoming = await asyncio.to_thread(Incoming, directory, expected.name)
+    try:
+        size = 0
+        async for data in chunks:
+            size += len(data)
+            if size > expected.size_bytes:
+                raise FrameError(f"{expected.name} is longer than announced", details={"field": "size_bytes"})
+            await asyncio.to_thread(incoming.add, data)
+        await asyncio.to_thread(incoming.commit, expected)
+    finally:
+        await asyncio.to_thread(incoming.abort)
+
+
+async def _chunks(path: Path) -> AsyncIterator[bytes]:
+    try:
+        with await asyncio.to_thread(path.open, "rb") as file:
+            while data := await asyncio.to_thread(file.read, CHUNK_BYTES):
+                yield data
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _deadline_s(part: SnapshotPart) -> float:
+    return MIN_DEADLINE_S + part.size_bytes / SLOWEST_BYTES_PER_S

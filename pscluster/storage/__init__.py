@@ -1,0 +1,90 @@
+"""Where snapshots live: one interface over directories and object stores. Free of torch.
+
+`tests/contract/test_snapshot_store.py` is what every store passes. All calls block on disk or network and raise
+StorageError naming the place; DamagedError when a file that should be there is gone though its store is not.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from pscluster.errors import StorageError
+from pscluster.storage.location import below, check_location
+
+__all__ = ["Buffer", "SnapshotStore", "Written", "below", "check_location", "open_store", "split"]
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What was written, as the catalogue keeps it. `checksum`: "crc32c:<8 hex digits>" over the whole file."""
+
+    name: str
+    size_bytes: int
+    checksum: str
+
+
+class SnapshotStore(ABC):
+    """A flat set of files under `location`. Used from one thread at a time."""
+
+    location: str
+
+    @abstractmethod
+    def write(self, name: str, buffers: Sequence[Buffer]) -> Written:
+        """Make a file of the buffers, one after the other. On return it is durable and replaces an older one.
+
+        Whoever looks sees all of it or nothing; after an error nothing is left behind."""
+
+    @abstractmethod
+    def reading(self, name: str) -> AbstractContextManager[BinaryIO]:
+        """The file, seekable, while the context lasts; what its reads raise there becomes a StorageError."""
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """The whole files there are, in order of name; none where nothing was written yet."""
+
+    @abstractmethod
+    def below(self) -> list[str]:
+        """The locations of the stores one level further down, in order of name."""
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Safe to repeat."""
+
+    @abstractmethod
+    def sweep(self, wanted: Callable[[str], bool]) -> None:
+        """Remove what killed processes had begun to write under the names that are `wanted`."""
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Remove everything under `location`. Safe to repeat."""
+
+
+def open_store(location: str | Path) -> SnapshotStore:
+    """The store at a directory or URL; nothing is created or asked yet.
+
+    Raises StorageError for a location that `check_location` refuses, or whose client is not installed."""
+    from pscluster.storage.directory import DirectoryStore
+
+    text = str(location)
+    try:
+        scheme = check_location(text).partition("://")[0]
+    except ValueError as error:
+        raise StorageError(str(error)) from None
+    if scheme == "s3":
+        from pscluster.storage.objects import ObjectStore, s3_file_system
+
+        return ObjectStore(text, s3_file_system(text))
+    return DirectoryStore(Path(text.removeprefix("file://")))
+
+
+def split(location: str | Path) -> tuple[SnapshotStore, str]:
+    """The store and the name of one file given by its whole location."""
+    parent, _, name = str(location).rpartition("/")
+    return open_store(parent or "/"), name

@@ -1,0 +1,160 @@
+"""Snapshots in a directory, on this machine or on a file system that several share."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import crc32c
+
+from pscluster.errors import DamagedError, StorageError
+from pscluster.storage import Buffer, SnapshotStore, Written
+
+_WRITING = ".writing"
+
+
+class DirectoryStore(SnapshotStore):
+    """A file is written aside, synced and renamed, and the directory synced: it is there whole or not at all."""
+
+    def __init__(self, directory: Path) -> None:
+        self.location = str(directory)
+        self._directory = directory
+
+    def write(self, name: str, buffers: Sequence[Buffer]) -> Written:
+        incoming = Incoming(self._directory, name)
+        try:
+            for buffer in buffers:
+                incoming.add(buffer)
+            return incoming.commit()
+        finally:
+            incoming.abort()
+
+    @contextlib.contextmanager
+    def reading(self, name: str) -> Iterator[BinaryIO]:
+        path = self._directory / name
+        try:
+            with path.open("rb") as file:
+                yield file
+        except FileNotFoundError as error:
+            if not self._directory.is_dir():
+                raise StorageError(
+                    f"cannot read {path}: there is no directory {self._directory}",
+                    action="mount it where this process runs, then resume",
+                    details={"errno": str(error.errno)},
+                ) from None
+            raise DamagedError(f"{path} is gone: {error.strerror}") from None
+        except OSError as error:
+            raise _named(error, f"cannot read {path}") from None
+
+    def names(self) -> list[str]:
+        return [entry.name for entry in self._entries() if not entry.name.startswith(".") and entry.is_file()]
+
+    def below(self) -> list[str]:
+        return [entry.path for entry in self._entries() if entry.is_dir()]
+
+    def delete(self, name: str) -> None:
+        path = self._directory / name
+        try:
+            path.unlink(missing_ok=True)
+        except NotADirectoryError:
+            return  # there is no such store, and so no such file
+        except OSError as error:
+            raise _named(error, f"cannot delete {path}") from None
+
+    def sweep(self, wanted: Callable[[str], bool]) -> None:
+        for entry in self._entries():
+            name = entry.name
+            if name.startswith(".") and name.endswith(_WRITING) and wanted(name[1 : -len(_WRITING)]):
+                self.delete(name)
+
+    def remove(self) -> None:
+        try:
+            shutil.rmtree(self._directory)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise _named(error, f"cannot remove {self._directory}") from None
+
+    def _entries(self) -> list[os.DirEntry[str]]:
+        try:
+            with os.scandir(self._directory) as entries:
+                return sorted(entries, key=lambda entry: entry.name)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise _named(error, f"cannot list {self._directory}") from None
+
+
+class Incoming:
+    """One file on its way into a directory. `commit` makes it durable under its name; always `abort` at the end.
+
+    Blocks on the disk. Raises StorageError. Two of one name at a time are not for one directory."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self._path = directory / name
+        self._temporary = directory / f".{name}{_WRITING}"
+        self._size = self._total = 0
+        with self._named():
+            _make_durably(directory)
+            self._file = self._temporary.open("wb", buffering=0)
+
+    def add(self, buffer: Buffer) -> None:
+        """Take what comes next."""
+        view = memoryview(buffer).cast("B")
+        with self._named():
+            self._size += view.nbytes
+            self._total = crc32c.crc32c(view, self._total)
+            while view.nbytes:
+                view = view[self._file.write(view) :]
+
+    def commit(self, expected: Written | None = None) -> Written:
+        """Publish it. Raises DamagedError for other content than is `expected`."""
+        written = Written(name=self._path.name, size_bytes=self._size, checksum=f"crc32c:{self._total:08x}")
+        if expected is not None and written != expected:
+            raise DamagedError(f"{self._path} did not arrive whole: {written}, not {expected}")
+        with self._named():
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._temporary, self._path)
+            _sync_directory(self._path.parent)
+        return written
+
+    def abort(self) -> None:
+        """Leave nothing that was not committed behind. Safe to repeat, and after `commit`."""
+        with contextlib.suppress(OSError):  # where it could not be written, it may not be removed either
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise _named(error, f"cannot write {self._path}") from None
+
+
+def _make_durably(directory: Path) -> None:
+    """The directory and those above it; a new one's name is synced too, or a power loss could take it."""
+    if directory.is_dir():
+        return
+    _make_durably(directory.parent)
+    directory.mkdir(exist_ok=True)
+    _sync_directory(directory.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _named(error: OSError, what: str) -> StorageError:
+    action = "free space; training goes on, and the next snapshot is tried" if error.errno == errno.ENOSPC else ""
+    return StorageError(f"{what}: {error.strerror or error}", action=action, details={"errno": str(error.errno)})

@@ -1,0 +1,251 @@
+"""What every place for snapshots promises, checked on each: a directory, a file URL, an S3 server."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import crc32c
+import pytest
+
+from harness.s3 import BUCKET, S3, s3_server
+from pscluster.errors import DamagedError, StorageError
+from pscluster.layout import Layout, TensorSpec
+from pscluster.snapshot import PartMeta, part_name, read_part, read_parts, verify_file, write_part
+from pscluster.storage import SnapshotStore, below, open_store
+
+LAYOUT = Layout((TensorSpec(names=("w",), shape=(4,), dtype="float32", kind="trained"),))
+META = PartMeta(job="job", step=3, generation=1, partition=0, num_partitions=1, ages=(3,))
+
+
+@dataclass(frozen=True)
+class Place:
+    """A store, and hands on what lies behind it: `begin` leaves a write half done, as a killed process does; `raw` and
+    `put` read and write a file without the store; `half_done` counts what was begun."""
+
+    store: SnapshotStore
+    begin: Callable[[str], None]
+    raw: Callable[[str], bytes]
+    put: Callable[[str, bytes], None]
+    half_done: Callable[[], int]
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3]:
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture(params=["directory", "file", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    if request.param != "s3":
+        directory = tmp_path / "root" / "job-a"
+        prefix = "file://" if request.param == "file" else ""
+        return _directory(directory, open_store(f"{prefix}{directory}"))
+    server: S3 = request.getfixturevalue("s3")
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    return _objects(server, f"{BUCKET}/{tmp_path.name}/job-a")
+
+
+def _directory(directory: Path, store: SnapshotStore) -> Place:
+    def begin(name: str) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / f".{name}.writing").write_bytes(b"half")
+
+    return Place(
+        store=store,
+        begin=begin,
+        raw=lambda name: (directory / name).read_bytes(),
+        put=lambda name, data: (directory / name).write_bytes(data) and None,
+        half_done=lambda: len(list(directory.glob(".*"))),
+    )
+
+
+def _objects(server: S3, root: str) -> Place:
+    fs = server.file_system()
+    key = root.partition("/")[2]
+
+    def begin(name: str) -> None:
+        fs.call_s3("create_multipart_upload", Bucket=BUCKET, Key=f"{key}/{name}")
+
+    return Place(
+        store=open_store(f"s3://{root}"),
+        begin=begin,
+        raw=lambda name: fs.cat_file(f"{root}/{name}"),
+        put=lambda name, data: fs.pipe_file(f"{root}/{name}", data),
+        half_done=lambda: sum(upload["Key"].startswith(key) for upload in fs.list_multipart_uploads(BUCKET)),
+    )
+
+
+def test_what_is_written_is_there_whole(place: Place) -> None:
+    buffers = [b"head", bytearray(range(200)), memoryview(b"tail")]
+    written = place.store.write("a", buffers)
+
+    data = b"".join(buffers)
+    assert place.raw("a") == data
+    assert (written.name, written.size_bytes) == ("a", len(data))
+    assert written.checksum == f"crc32c:{crc32c.crc32c(data):08x}"
+    with place.store.reading("a") as file:
+        assert file.seek(0, 2) == len(data)
+        file.seek(2)
+        assert file.read(4) == data[2:6]
+    assert place.half_done() == 0
+
+
+def test_writing_again_replaces_the_whole(place: Place) -> None:
+    place.store.write("a", [b"long " * 100])
+    place.store.write("a", [b"short"])
+    assert place.raw("a") == b"short"
+
+
+def test_an_empty_file_is_a_file(place: Place) -> None:
+    written = place.store.write("a", [])
+    assert (written.size_bytes, written.checksum) == (0, "crc32c:00000000")
+    assert place.store.names() == ["a"]
+
+
+def test_a_large_file_goes_in_parts_and_comes_back(place: Place) -> None:
+    block = os.urandom(1 << 20)
+    written = place.store.write("big", [block] * 40)
+
+    verify_file(place.store, "big", 40 << 20, written.checksum)
+    assert place.raw("big") == block * 40
+    assert place.half_done() == 0
+
+
+def test_files_are_listed_in_order_and_nothing_before_there_is_one(place: Place) -> None:
+    assert place.store.names() == []
+    assert place.store.below() == []
+    for name in ("b", "c", "a"):
+        place.store.write(name, [b"x"])
+    place.begin("d")
+    assert place.store.names() == ["a", "b", "c"]
+
+    parent = open_store(place.store.location.rpartition("/")[0])
+    assert parent.names() == []
+    assert parent.below() == [place.store.location]
+
+
+def test_deleting_is_safe_to_repeat(place: Place) -> None:
+    place.store.delete("a")
+    place.store.write("a", [b"x"])
+    place.store.write("b", [b"x"])
+    for _ in range(2):
+        place.store.delete("a")
+    assert place.store.names() == ["b"]
+
+
+def test_removing_takes_everything_and_is_safe_to_repeat(place: Place) -> None:
+    place.store.write("a", [b"x"])
+    neighbour = open_store(place.store.location + "b")
+    neighbour.write("a", [b"y"])
+    for _ in range(2):
+        place.store.remove()
+    assert place.store.names() == []
+    assert neighbour.names() == ["a"]
+
+
+def test_a_file_that_is_gone_is_damage(place: Place) -> None:
+    place.store.write("other", [b"x"])
+    with pytest.raises(DamagedError, match=f"{place.store.location}/a is gone"):
+        with place.store.reading("a"):
+            pytest.fail("there is nothing to read")
+
+
+@pytest.mark.parametrize("size_bytes", [100, 40 << 20], ids=["small", "in parts"])
+def test_a_write_that_fails_in_its_midst_leaves_nothing(
+    place: Place, size_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.store.write("a", [b"old"])
+    real, calls = crc32c.crc32c, []
+
+    def broken(data: object, total: int = 0) -> int:
+        calls.append(data)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "the disk is on fire")
+        return int(real(data, total))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(crc32c, "crc32c", broken)
+        with pytest.raises(StorageError, match=r"/a: .*the disk is on fire"):
+            place.store.write("a", [bytes(size_bytes), b"more"])
+    assert len(calls) == 2
+
+    assert place.raw("a") == b"old"
+    assert place.store.names() == ["a"]
+    assert place.half_done() == 0
+
+
+def test_what_killed_processes_had_begun_is_swept(place: Place) -> None:
+    place.store.write("mine-1", [b"x"])
+    for name in ("mine-2", "theirs-2"):
+        place.begin(name)
+    assert place.half_done() == 2
+
+    place.store.sweep(lambda name: name.startswith("mine"))
+
+    assert place.half_done() == 1
+    assert place.store.names() == ["mine-1"]
+
+
+def test_a_snapshot_lives_there(place: Place) -> None:
+    location = below(place.store.location, part_name(3, 0, 1))
+    written = write_part(location, META, LAYOUT, {(0, "values"): bytes(range(64))})
+
+    layout, words = read_parts([location])
+
+    assert layout == LAYOUT
+    assert [bytes(data) for data in words] == [bytes(range(64))]
+    verify_file(place.store, written.name, written.size_bytes, written.checksum)
+
+
+def test_a_snapshot_that_was_cut_or_changed_is_damage(place: Place) -> None:
+    name = part_name(3, 0, 1)
+    location = below(place.store.location, name)
+    written = write_part(location, META, LAYOUT, {(0, "values"): bytes(range(64))})
+    data = place.raw(name)
+    changed = [data[:length] for length in range(0, len(data), 41)] + [data + b"\0"]
+    changed += [data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :] for at in range(0, len(data), 41)]
+    for wrong in changed:
+        place.put(name, wrong)
+        with pytest.raises(DamagedError, match=name):
+            read_part(location)
+        with pytest.raises(DamagedError, match=name):
+            verify_file(place.store, name, written.size_bytes, written.checksum)
+
+
+# what only one of them can meet
+
+
+def test_a_bucket_that_is_not_there_is_no_damage(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    store = open_store("s3://nowhere/job")
+    with pytest.raises(StorageError, match="cannot read s3://nowhere/job/a") as away:
+        with store.reading("a"):
+            pytest.fail("there is nothing to read")
+    assert not isinstance(away.value, DamagedError)
+    with pytest.raises(StorageError, match="cannot write s3://nowhere/job/a"):
+        store.write("a", [b"x"])
+
+
+@pytest.mark.parametrize(
+    ("location", "said"),
+    [
+        ("memory://x", "not supported|one process"),
+        ("ftp://host/x", "ftp:// is not supported"),
+        ("relative/path", "not an absolute directory"),
+        ("", "not an absolute directory"),
+        ("file://host/x", "names a host"),
+        ("s3://", "s3://bucket/prefix"),
+        ("s3://key:secret@bucket/x", "credentials do not belong in a spec"),
+        ("s3://bucket/x?versionId=1", "s3://bucket/prefix"),
+    ],
+)
+def test_other_locations_are_refused_by_name(location: str, said: str) -> None:
+    with pytest.raises(StorageError, match=said):
+        open_store(location)

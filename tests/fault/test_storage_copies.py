@@ -1,0 +1,66 @@
+"""Servers without a shared disk: each snapshot part is on two nodes before it counts, and one of them may be lost."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+from harness.cluster import local_cluster
+from harness.jobs import lm_spec
+from harness.plain import train_plainly
+from pscluster.client import Job
+
+STEPS = 24
+OWN = {"PS_OWN_STORE": "true"}
+
+
+def slow_spec() -> dict[str, object]:
+    spec = lm_spec(steps=STEPS, d_model=64, pause_s=0.1, partitions=2)
+    return spec | {"workers": {"min": 1, "max": 2}, "durability": {"every_steps": 4}}
+
+
+def complete(told: Job, step: int) -> bool:
+    return any(e.reason == "Snapshot" and f"step {step} " in e.message for e in told.events)
+
+
+def test_a_server_is_lost_with_its_disk(tmp_path: Path) -> None:
+    with local_cluster(tmp_path, workers=2, servers=3, environment=OWN) as cluster:
+        job = cluster.submit(slow_spec(), tmp_path)
+        told = cluster.until(job, lambda told: complete(told, 4))
+        assert not list((cluster.state_dir / "master" / "jobs" / job / "snapshots").glob("*.snapshot"))
+        with cluster.client() as client:
+            snapshot = client.snapshot(job, 4)
+        assert told.plan is not None
+        homes = {seat.index: seat.node_id for seat in told.plan.partitions}
+        for part in snapshot.parts:
+            assert len(part.nodes) == 2 and part.nodes[0] == homes[part.partition]
+            for node_id in part.nodes:
+                assert (cluster.state_dir / node_id / "snapshots" / job / part.path).stat().st_size == part.size_bytes
+
+        lost = homes[1]
+        disk = cluster.state_dir / lost / "snapshots"
+        cluster.kill(cluster.daemon(lost))
+        shutil.rmtree(disk)
+        told = cluster.until(job, lambda told: any(event.reason == "RolledBack" for event in told.events))
+        assert told.plan is not None
+        assert lost not in {seat.node_id for seat in told.plan.partitions}
+        cluster.wait(job, "succeeded")
+        found = cluster.describe(job)
+        messages = [event["message"] for event in found["events"]]
+        assert any("went back" in text and "to the snapshot of step" in text for text in messages)
+        assert not any(event["reason"] == "SnapshotVoid" for event in found["events"])
+        assert found["parameters_sha256"] == train_plainly(lm_spec(steps=STEPS, d_model=64)).digest
+        exported = cluster.psctl("export", job, "-o", str(tmp_path / "model.safetensors"))
+        assert found["parameters_sha256"] in exported.stderr
+        cluster.psctl("delete", job)
+        for node_id in {f"server-{number}" for number in range(3)} - {lost}:
+            wait_gone_file(cluster.state_dir / node_id / "snapshots" / job)
+
+
+def wait_gone_file(path: Path) -> None:
+    """Block until a directory is gone; there is no process to wait for."""
+    deadline = time.monotonic() + 30
+    while path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.02)

@@ -1,0 +1,286 @@
+"""Copies of snapshot parts between nodes: whole or refused, on a second node before they are told, back when needed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pscluster.agent import copies, depot
+from pscluster.agent.copies import Copies
+from pscluster.client import parts
+from pscluster.client.records import SnapshotPart as PartRecord
+from pscluster.errors import AuthError, DamagedError, FrameError, NotFoundError
+from pscluster.snapshot import part_name
+from pscluster.storage import open_store
+from pscluster.v1.agents_pb2 import DepotAddress
+from pscluster.v1.depot_pb2 import PartHeader
+from pscluster.v1.plan_pb2 import Plan, ProcessReport, ProcessSpec, RestorePoint, SnapshotPart
+
+TOKEN = "a-token"
+DATA = bytes(range(256)) * 10_000  # several chunks
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(60):
+            await test
+
+    asyncio.run(bounded())
+
+
+def write(directory: Path, step: int = 4, partition: int = 0, data: bytes = DATA) -> SnapshotPart:
+    name = part_name(step, partition, 1)
+    written = open_store(directory / "job-a").write(name, [data])
+    return SnapshotPart(
+        step=step,
+        partition=partition,
+        generation=1,
+        path=name,
+        size_bytes=written.size_bytes,
+        checksum=written.checksum,
+    )
+
+
+class Nodes:
+    """Nodes with depots, by name; `stop` ends one's depot, as its death would."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.addresses: dict[str, str] = {}
+        self._stacks: dict[str, AsyncExitStack] = {}
+
+    async def start(self, node_id: str) -> None:
+        stack = self._stacks[node_id] = AsyncExitStack()
+        self.addresses[node_id] = await stack.enter_async_context(
+            depot.serving(self.root / node_id, "127.0.0.1:0", TOKEN)
+        )
+
+    async def stop(self, node_id: str) -> None:
+        await self._stacks.pop(node_id).aclose()
+
+    def copies(self, node_id: str) -> Copies:
+        made = Copies(node_id, TOKEN, self.root / node_id)
+        made.meet(DepotAddress(node_id=name, address=address) for name, address in self.addresses.items())
+        return made
+
+
+@asynccontextmanager
+async def nodes(root: Path, *names: str) -> AsyncIterator[Nodes]:
+    made = Nodes(root)
+    try:
+        for name in names:
+            await made.start(name)
+        yield made
+    finally:
+        for name in list(made._stacks):
+            await made.stop(name)
+
+
+def spec(store: object = None) -> ProcessSpec:
+    return ProcessSpec(
+        process_id="job-a/partition-0/1",
+        kind=ProcessSpec.KIND_PARTITION,
+        job_id="job-a",
+        rank=0,
+        store="/shared/job-a",
+        spec_json=json.dumps({"durability": {"store": store}}),
+    )
+
+
+def plan(part: SnapshotPart, generation: int = 2, **fields: Any) -> Plan:
+    return Plan(restore_generation=generation, restore=RestorePoint(step=part.step, parts=[part]), **fields)
+
+
+async def copied(held: Copies, settled: ProcessSpec, part: SnapshotPart, newest: Plan | None = None) -> ProcessReport:
+    said: asyncio.Queue[ProcessReport] = asyncio.Queue()
+    held.copy(settled, newest, ProcessReport(snapshot_part=part), said.put_nowait)
+    return await said.get()
+
+
+def test_only_partitions_of_jobs_without_a_store_keep_their_own(tmp_path: Path) -> None:
+    held = Copies("server-0", TOKEN, tmp_path)
+    mine = spec()
+    assert held.settle(mine) and mine.store == str(tmp_path / "job-a")
+    for other in (spec("s3://bucket/x"), ProcessSpec(kind=ProcessSpec.KIND_TRAINER, job_id="job-a", spec_json="{}")):
+        before = other.store
+        assert not held.settle(other) and other.store == before
+    assert not Copies("server-0", TOKEN, None).settle(spec())
+
+
+def test_a_part_is_told_once_it_is_on_a_second_node(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with nodes(tmp_path, "server-0", "server-1", "server-2") as made:
+            held, settled, part = made.copies("server-1"), spec(), write(tmp_path / "server-1")
+            held.settle(settled)
+            report = await copied(held, settled, part)
+            assert list(report.snapshot_part.nodes) == ["server-1", "server-2"], "the next in the ring"
+            assert (tmp_path / "server-2" / "job-a" / part.path).read_bytes() == DATA
+
+    run(test())
+
+
+def test_a_node_that_is_away_is_passed_over(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with nodes(tmp_path, "server-0", "server-1", "server-2") as made:
+            held, settled, part = made.copies("server-1"), spec(), write(tmp_path / "server-1")
+            held.settle(settled)
+            await made.stop("server-2")
+            report = await copied(held, settled, part)
+            assert list(report.snapshot_part.nodes) == ["server-1", "server-0"]
+
+    run(test())
+
+
+def test_a_part_that_nobody_takes_is_a_warning_and_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copies, "COPY_PATIENCE_S", 0.0)
+
+    async def test() -> None:
+        async with nodes(tmp_path, "server-0") as made:
+            held, settled, part = made.copies("server-0"), spec(), write(tmp_path / "server-0")
+            held.settle(settled)
+            report = await copied(held, settled, part)
+            assert report.WhichOneof("body") == "warning"
+            assert report.warning.error.code == "PS-4002" and report.warning.error.details["unwritten"] == "4"
+            assert "on server-0 alone" in report.warning.error.cause
+
+    run(test())
+
+
+def test_copies_that_are_done_with_go_with_the_next_one(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with nodes(tmp_path, "server-0", "server-1") as made:
+            held, settled = made.copies("server-0"), spec()
+            held.settle(settled)
+            for step in (4, 8, 12):
+                await copied(held, settled, write(tmp_path / "server-0", step, data=b"x"), Plan(kept_steps=[8]))
+            write(tmp_path / "server-1", 4, partition=1, data=b"its own")
+            await copied(held, settled, write(tmp_path / "server-0", 16, data=b"x"), Plan(kept_steps=[8, 12]))
+            left = open_store(tmp_path / "server-1" / "job-a").names()
+            assert left == sorted([part_name(4, 1, 1), *(part_name(step, 0, 1) for step in (8, 12, 16))])
+
+    run(test())
+
+
+@pytest.mark.parametrize("damage", ["gone", "flipped"])
+def test_a_part_comes_back_from_whichever_node_has_it(damage: str, tmp_path: Path) -> None:
+    async def test() -> None:
+        async with nodes(tmp_path, "server-0", "server-1") as made:
+            held, settled, part = made.copies("server-0"), spec(), write(tmp_path / "server-1")
+            held.settle(settled)
+            part.nodes.extend(["server-9", "server-0", "server-1"])
+            if damage == "flipped":
+                write(tmp_path / "server-0", data=b"\1" + DATA[1:])
+            order = plan(part)
+            assert held.must_bring(settled, None, order)
+            told: asyncio.Queue[Plan] = asyncio.Queue()
+            held.bring(settled, order, told.put_nowait)
+            newer = plan(part, kept_steps=[4])
+            assert held.must_bring(settled, order, newer), "plans keep their order"
+            held.bring(settled, newer, told.put_nowait)
+            assert await told.get() == newer and told.empty()
+            assert (tmp_path / "server-0" / "job-a" / part.path).read_bytes() == DATA
+            assert not held.must_bring(settled, newer, plan(part, kept_steps=[4, 8]))
+
+    run(test())
+
+
+def test_a_part_that_no_living_node_has_is_waited_for_and_then_left_to_the_partition(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copies, "FETCH_PATIENCE_S", 0.0)
+
+    async def test() -> None:
+        async with nodes(tmp_path, "server-0", "server-1") as made:
+            held, settled, part = made.copies("server-0"), spec(), write(tmp_path / "elsewhere")
+            held.settle(settled)
+            part.nodes.extend(["server-1", "server-2"])
+            await held.obtain(settled, plan(part))
+            assert not (tmp_path / "server-0" / "job-a" / part.path).exists()
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"path": "../../escape"}, FrameError),
+        ({"path": "step-1.part-0.generation-1.snapshot/../../x"}, FrameError),
+        ({"checksum": "crc32c:00000000"}, DamagedError),
+        ({"size_bytes": 5}, FrameError),
+        ({"size_bytes": len(DATA) + 5}, DamagedError),
+    ],
+)
+def test_what_is_not_a_part_or_not_whole_leaves_nothing(
+    change: dict[str, Any], error: type[Exception], tmp_path: Path
+) -> None:
+    async def test() -> None:
+        async with nodes(tmp_path, "server-1") as made:
+            part = write(tmp_path / "server-0")
+            source = tmp_path / "server-0" / "job-a" / part.path
+            for name, value in change.items():
+                setattr(part, name, value)
+            job = source.parent
+            if part.path != source.name:  # there is something to send under that name
+                (job / part.path).parent.mkdir(parents=True, exist_ok=True)
+                (job / part.path).write_bytes(DATA)
+            with pytest.raises(error):
+                await depot.put(made.addresses["server-1"], TOKEN, job, PartHeader(job_id="job-a", part=part))
+            assert [path for path in (tmp_path / "server-1").rglob("*") if path.is_file()] == []
+
+    run(test())
+
+
+def test_a_job_id_that_leads_elsewhere_and_a_wrong_token_are_refused(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with nodes(tmp_path, "server-1") as made:
+            part = write(tmp_path / "server-0")
+            job, address = tmp_path / "server-0" / "job-a", made.addresses["server-1"]
+            for job_id in ("../x", "", ".hidden", "a/b"):
+                with pytest.raises(FrameError):
+                    await depot.put(address, TOKEN, job, PartHeader(job_id=job_id, part=part))
+            with pytest.raises(AuthError):
+                await depot.put(address, "wrong", job, PartHeader(job_id="job-a", part=part))
+            with pytest.raises(NotFoundError):
+                await depot.get(address, TOKEN, "job-a", part, tmp_path / "here")
+            assert not (tmp_path / "server-1").exists()
+            assert not list((tmp_path / "here").glob("*"))
+
+    run(test())
+
+
+def test_psctl_gets_a_part_from_whichever_node_answers(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with nodes(tmp_path, "server-0", "server-1") as made:
+            part = write(tmp_path / "server-1")
+            await made.stop("server-0")
+            record = PartRecord(
+                partition=0, path=part.path, size_bytes=part.size_bytes, checksum=part.checksum,
+                nodes=("server-0", "server-1"),
+            )  # fmt: skip
+            found = await asyncio.to_thread(parts.fetch, made.addresses, TOKEN, "job-a", record, tmp_path / "here")
+            assert found.read_bytes() == DATA
+            with pytest.raises(NotFoundError, match="is on server-0, server-1"):
+                await asyncio.to_thread(parts.fetch, {}, TOKEN, "job-a", record, tmp_path / "here")
+
+    run(test())
+
+
+def test_what_is_left_of_deleted_jobs_goes(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with nodes(tmp_path, "server-0") as made:
+            held = made.copies("server-0")
+            write(tmp_path / "server-0")
+            open_store(tmp_path / "server-0" / "job-b").write("x", [b"x"])
+            held.forget(["job-a", "job-never", "../server-0"])
+            await held.settled()
+            assert [path.name for path in (tmp_path / "server-0").iterdir()] == ["job-b"]
+
+    run(test())
