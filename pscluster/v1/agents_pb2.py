@@ -25,15 +25,17 @@ _sym_db = _symbol_database.Default()
 from pscluster.v1 import plan_pb2 as pscluster_dot_v1_dot_plan__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19pscluster/v1/agents.proto\x12\x0cpscluster.v1\x1a\x17pscluster/v1/plan.proto\"T\n\tResources\x12\x11\n\tcpu_cores\x18\x01 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\x0f\n\x07\x64\x65vices\x18\x03 \x03(\t\x12\r\n\x05slots\x18\x04 \x01(\r\"\xe6\x01\n\x0fRegisterRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12 \n\x04role\x18\x02 \x01(\x0e\x32\x12.pscluster.v1.Role\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x11\n\tstarted_s\x18\x04 \x01(\x01\x12*\n\tresources\x18\x05 \x01(\x0b\x32\x17.pscluster.v1.Resources\x12\x0f\n\x07version\x18\x06 \x01(\t\x12\x10\n\x08protocol\x18\x07 \x01(\r\x12\x10\n\x08hostname\x18\x08 \x01(\t\x12\x17\n\x0fmetrics_address\x18\t \x01(\t\"=\n\rRegisterReply\x12\x17\n\x0f\x62\x65\x61t_interval_s\x18\x01 \x01(\x01\x12\x13\n\x0bsuspicion_s\x18\x02 \x01(\x01\"\xa3\x02\n\x0c\x41gentMessage\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12$\n\x05hello\x18\x02 \x01(\x0b\x32\x13.pscluster.v1.HelloH\x00\x12&\n\x04\x62\x65\x61t\x18\x03 \x01(\x0b\x32\x16.pscluster.v1.NodeBeatH\x00\x12-\n\x06status\x18\x04 \x01(\x0b\x32\x1b.pscluster.v1.ProcessStatusH\x00\x12+\n\x05\x65vent\x18\x05 \x01(\x0b\x32\x1a.pscluster.v1.ProcessEventH\x00\x12%\n\x03log\x18\x06 \x01(\x0b\x32\x16.pscluster.v1.LogLinesH\x00\x12(\n\x07goodbye\x18\x07 \x01(\x0b\x32\x15.pscluster.v1.GoodbyeH\x00\x42\x06\n\x04\x62ody\"\\\n\x05Hello\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12-\n\tprocesses\x18\x03 \x03(\x0b\x32\x1a.pscluster.v1.ProcessState\"{\n\x0cProcessState\x12+\n\x06status\x18\x01 \x01(\x0b\x32\x1b.pscluster.v1.ProcessStatus\x12*\n\x05ready\x18\x02 \x01(\x0b\x32\x1b.pscluster.v1.ProcessReport\x12\x12\n\ngeneration\x18\x03 \x01(\x04\":\n\x08NodeBeat\x12\x0e\n\x06sent_s\x18\x01 \x01(\x01\x12\x1e\n\x16memory_available_bytes\x18\x02 \x01(\x04\"\t\n\x07Goodbye\"\xa5\x03\n\rProcessStatus\x12\x12\n\nprocess_id\x18\x01 \x01(\t\x12\x30\n\x05phase\x18\x02 \x01(\x0e\x32!.pscluster.v1.ProcessStatus.Phase\x12\x11\n\texit_code\x18\x03 \x01(\x05\x12\x0e\n\x06signal\x18\x04 \x01(\x05\x12\x15\n\rout_of_memory\x18\x05 \x01(\x08\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12(\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x19.pscluster.v1.ErrorDetail\x12\x10\n\x08\x65xpected\x18\x08 \x01(\x08\x12\x38\n\tsuspicion\x18\t \x01(\x0e\x32%.pscluster.v1.ProcessStatus.Suspicion\"C\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n\rPHASE_RUNNING\x10\x01\x12\x10\n\x0cPHASE_EXITED\x10\x02\"L\n\tSuspicion\x12\x12\n\x0eSUSPICION_NONE\x10\x00\x12\x14\n\x10SUSPICION_SILENT\x10\x01\x12\x15\n\x11SUSPICION_STALLED\x10\x02\"O\n\x0cProcessEvent\x12\x12\n\nprocess_id\x18\x01 \x01(\t\x12+\n\x06report\x18\x02 \x01(\x0b\x32\x1b.pscluster.v1.ProcessReport\"U\n\x08LogLines\x12\x12\n\nprocess_id\x18\x01 \x01(\t\x12$\n\x05lines\x18\x02 \x03(\x0b\x32\x15.pscluster.v1.LogLine\x12\x0f\n\x07\x64ropped\x18\x03 \x01(\x04\"7\n\x07LogLine\x12\x0e\n\x06time_s\x18\x01 \x01(\x01\x12\x0e\n\x06stream\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\"r\n\rMasterMessage\x12.\n\nassignment\x18\x01 \x01(\x0b\x32\x18.pscluster.v1.AssignmentH\x00\x12)\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x1a.pscluster.v1.AcknowledgedH\x00\x42\x06\n\x04\x62ody\"L\n\nAssignment\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12,\n\tprocesses\x18\x02 \x03(\x0b\x32\x19.pscluster.v1.ProcessSpec\" \n\x0c\x41\x63knowledged\x12\x10\n\x08sequence\x18\x01 \x01(\x04\"\'\n\x15\x44ownloadBundleRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\"\x1b\n\x0b\x42undleChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c*>\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_WORKER\x10\x01\x12\x0f\n\x0bROLE_SERVER\x10\x02\x32\xeb\x01\n\x06\x41gents\x12\x46\n\x08Register\x12\x1d.pscluster.v1.RegisterRequest\x1a\x1b.pscluster.v1.RegisterReply\x12\x45\n\x06\x41ttend\x12\x1a.pscluster.v1.AgentMessage\x1a\x1b.pscluster.v1.MasterMessage(\x01\x30\x01\x12R\n\x0e\x44ownloadBundle\x12#.pscluster.v1.DownloadBundleRequest\x1a\x19.pscluster.v1.BundleChunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19pscluster/v1/agents.proto\x12\x0cpscluster.v1\x1a\x17pscluster/v1/plan.proto\"T\n\tResources\x12\x11\n\tcpu_cores\x18\x01 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\x0f\n\x07\x64\x65vices\x18\x03 \x03(\t\x12\r\n\x05slots\x18\x04 \x01(\r\"\xe6\x01\n\x0fRegisterRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12 \n\x04role\x18\x02 \x01(\x0e\x32\x12.pscluster.v1.Role\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x11\n\tstarted_s\x18\x04 \x01(\x01\x12*\n\tresources\x18\x05 \x01(\x0b\x32\x17.pscluster.v1.Resources\x12\x0f\n\x07version\x18\x06 \x01(\t\x12\x10\n\x08protocol\x18\x07 \x01(\r\x12\x10\n\x08hostname\x18\x08 \x01(\t\x12\x17\n\x0fmetrics_address\x18\t \x01(\t\"=\n\rRegisterReply\x12\x17\n\x0f\x62\x65\x61t_interval_s\x18\x01 \x01(\x01\x12\x13\n\x0bsuspicion_s\x18\x02 \x01(\x01\"\xcd\x02\n\x0c\x41gentMessage\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12$\n\x05hello\x18\x02 \x01(\x0b\x32\x13.pscluster.v1.HelloH\x00\x12&\n\x04\x62\x65\x61t\x18\x03 \x01(\x0b\x32\x16.pscluster.v1.NodeBeatH\x00\x12-\n\x06status\x18\x04 \x01(\x0b\x32\x1b.pscluster.v1.ProcessStatusH\x00\x12+\n\x05\x65vent\x18\x05 \x01(\x0b\x32\x1a.pscluster.v1.ProcessEventH\x00\x12%\n\x03log\x18\x06 \x01(\x0b\x32\x16.pscluster.v1.LogLinesH\x00\x12(\n\x07goodbye\x18\x07 \x01(\x0b\x32\x15.pscluster.v1.GoodbyeH\x00\x12(\n\x07leaving\x18\x08 \x01(\x0b\x32\x15.pscluster.v1.LeavingH\x00\x42\x06\n\x04\x62ody\"\\\n\x05Hello\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12-\n\tprocesses\x18\x03 \x03(\x0b\x32\x1a.pscluster.v1.ProcessState\"{\n\x0cProcessState\x12+\n\x06status\x18\x01 \x01(\x0b\x32\x1b.pscluster.v1.ProcessStatus\x12*\n\x05ready\x18\x02 \x01(\x0b\x32\x1b.pscluster.v1.ProcessReport\x12\x12\n\ngeneration\x18\x03 \x01(\x04\"\xb2\x01\n\x08NodeBeat\x12\x0e\n\x06sent_s\x18\x01 \x01(\x01\x12\x1e\n\x16memory_available_bytes\x18\x02 \x01(\x04\x12\x32\n\x06speeds\x18\x03 \x03(\x0b\x32\".pscluster.v1.NodeBeat.SpeedsEntry\x1a\x42\n\x0bSpeedsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.pscluster.v1.Speed:\x02\x38\x01\"\t\n\x07Goodbye\"\t\n\x07Leaving\"\xa5\x03\n\rProcessStatus\x12\x12\n\nprocess_id\x18\x01 \x01(\t\x12\x30\n\x05phase\x18\x02 \x01(\x0e\x32!.pscluster.v1.ProcessStatus.Phase\x12\x11\n\texit_code\x18\x03 \x01(\x05\x12\x0e\n\x06signal\x18\x04 \x01(\x05\x12\x15\n\rout_of_memory\x18\x05 \x01(\x08\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12(\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x19.pscluster.v1.ErrorDetail\x12\x10\n\x08\x65xpected\x18\x08 \x01(\x08\x12\x38\n\tsuspicion\x18\t \x01(\x0e\x32%.pscluster.v1.ProcessStatus.Suspicion\"C\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n\rPHASE_RUNNING\x10\x01\x12\x10\n\x0cPHASE_EXITED\x10\x02\"L\n\tSuspicion\x12\x12\n\x0eSUSPICION_NONE\x10\x00\x12\x14\n\x10SUSPICION_SILENT\x10\x01\x12\x15\n\x11SUSPICION_STALLED\x10\x02\"O\n\x0cProcessEvent\x12\x12\n\nprocess_id\x18\x01 \x01(\t\x12+\n\x06report\x18\x02 \x01(\x0b\x32\x1b.pscluster.v1.ProcessReport\"U\n\x08LogLines\x12\x12\n\nprocess_id\x18\x01 \x01(\t\x12$\n\x05lines\x18\x02 \x03(\x0b\x32\x15.pscluster.v1.LogLine\x12\x0f\n\x07\x64ropped\x18\x03 \x01(\x04\"7\n\x07LogLine\x12\x0e\n\x06time_s\x18\x01 \x01(\x01\x12\x0e\n\x06stream\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\"r\n\rMasterMessage\x12.\n\nassignment\x18\x01 \x01(\x0b\x32\x18.pscluster.v1.AssignmentH\x00\x12)\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x1a.pscluster.v1.AcknowledgedH\x00\x42\x06\n\x04\x62ody\"L\n\nAssignment\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12,\n\tprocesses\x18\x02 \x03(\x0b\x32\x19.pscluster.v1.ProcessSpec\" \n\x0c\x41\x63knowledged\x12\x10\n\x08sequence\x18\x01 \x01(\x04\"\'\n\x15\x44ownloadBundleRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\"\x1b\n\x0b\x42undleChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c*>\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_WORKER\x10\x01\x12\x0f\n\x0bROLE_SERVER\x10\x02\x32\xeb\x01\n\x06\x41gents\x12\x46\n\x08Register\x12\x1d.pscluster.v1.RegisterRequest\x1a\x1b.pscluster.v1.RegisterReply\x12\x45\n\x06\x41ttend\x12\x1a.pscluster.v1.AgentMessage\x1a\x1b.pscluster.v1.MasterMessage(\x01\x30\x01\x12R\n\x0e\x44ownloadBundle\x12#.pscluster.v1.DownloadBundleRequest\x1a\x19.pscluster.v1.BundleChunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pscluster.v1.agents_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=1981
-  _globals['_ROLE']._serialized_end=2043
+  _globals['_NODEBEAT_SPEEDSENTRY']._loaded_options = None
+  _globals['_NODEBEAT_SPEEDSENTRY']._serialized_options = b'8\001'
+  _globals['_ROLE']._serialized_start=2155
+  _globals['_ROLE']._serialized_end=2217
   _globals['_RESOURCES']._serialized_start=68
   _globals['_RESOURCES']._serialized_end=152
   _globals['_REGISTERREQUEST']._serialized_start=155
@@ -41,37 +43,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REGISTERREPLY']._serialized_start=387
   _globals['_REGISTERREPLY']._serialized_end=448
   _globals['_AGENTMESSAGE']._serialized_start=451
-  _globals['_AGENTMESSAGE']._serialized_end=742
-  _globals['_HELLO']._serialized_start=744
-  _globals['_HELLO']._serialized_end=836
-  _globals['_PROCESSSTATE']._serialized_start=838
-  _globals['_PROCESSSTATE']._serialized_end=961
-  _globals['_NODEBEAT']._serialized_start=963
-  _globals['_NODEBEAT']._serialized_end=1021
-  _globals['_GOODBYE']._serialized_start=1023
-  _globals['_GOODBYE']._serialized_end=1032
-  _globals['_PROCESSSTATUS']._serialized_start=1035
-  _globals['_PROCESSSTATUS']._serialized_end=1456
-  _globals['_PROCESSSTATUS_PHASE']._serialized_start=1311
-  _globals['_PROCESSSTATUS_PHASE']._serialized_end=1378
-  _globals['_PROCESSSTATUS_SUSPICION']._serialized_start=1380
-  _globals['_PROCESSSTATUS_SUSPICION']._serialized_end=1456
-  _globals['_PROCESSEVENT']._serialized_start=1458
-  _globals['_PROCESSEVENT']._serialized_end=1537
-  _globals['_LOGLINES']._serialized_start=1539
-  _globals['_LOGLINES']._serialized_end=1624
-  _globals['_LOGLINE']._serialized_start=1626
-  _globals['_LOGLINE']._serialized_end=1681
-  _globals['_MASTERMESSAGE']._serialized_start=1683
-  _globals['_MASTERMESSAGE']._serialized_end=1797
-  _globals['_ASSIGNMENT']._serialized_start=1799
-  _globals['_ASSIGNMENT']._serialized_end=1875
-  _globals['_ACKNOWLEDGED']._serialized_start=1877
-  _globals['_ACKNOWLEDGED']._serialized_end=1909
-  _globals['_DOWNLOADBUNDLEREQUEST']._serialized_start=1911
-  _globals['_DOWNLOADBUNDLEREQUEST']._serialized_end=1950
-  _globals['_BUNDLECHUNK']._serialized_start=1952
-  _globals['_BUNDLECHUNK']._serialized_end=1979
-  _globals['_AGENTS']._serialized_start=2046
-  _globals['_AGENTS']._serialized_end=2281
+  _globals['_AGENTMESSAGE']._serialized_end=784
+  _globals['_HELLO']._serialized_start=786
+  _globals['_HELLO']._serialized_end=878
+  _globals['_PROCESSSTATE']._serialized_start=880
+  _globals['_PROCESSSTATE']._serialized_end=1003
+  _globals['_NODEBEAT']._serialized_start=1006
+  _globals['_NODEBEAT']._serialized_end=1184
+  _globals['_NODEBEAT_SPEEDSENTRY']._serialized_start=1118
+  _globals['_NODEBEAT_SPEEDSENTRY']._serialized_end=1184
+  _globals['_GOODBYE']._serialized_start=1186
+  _globals['_GOODBYE']._serialized_end=1195
+  _globals['_LEAVING']._serialized_start=1197
+  _globals['_LEAVING']._serialized_end=1206
+  _globals['_PROCESSSTATUS']._serialized_start=1209
+  _globals['_PROCESSSTATUS']._serialized_end=1630
+  _globals['_PROCESSSTATUS_PHASE']._serialized_start=1485
+  _globals['_PROCESSSTATUS_PHASE']._serialized_end=1552
+  _globals['_PROCESSSTATUS_SUSPICION']._serialized_start=1554
+  _globals['_PROCESSSTATUS_SUSPICION']._serialized_end=1630
+  _globals['_PROCESSEVENT']._serialized_start=1632
+  _globals['_PROCESSEVENT']._serialized_end=1711
+  _globals['_LOGLINES']._serialized_start=1713
+  _globals['_LOGLINES']._serialized_end=1798
+  _globals['_LOGLINE']._serialized_start=1800
+  _globals['_LOGLINE']._serialized_end=1855
+  _globals['_MASTERMESSAGE']._serialized_start=1857
+  _globals['_MASTERMESSAGE']._serialized_end=1971
+  _globals['_ASSIGNMENT']._serialized_start=1973
+  _globals['_ASSIGNMENT']._serialized_end=2049
+  _globals['_ACKNOWLEDGED']._serialized_start=2051
+  _globals['_ACKNOWLEDGED']._serialized_end=2083
+  _globals['_DOWNLOADBUNDLEREQUEST']._serialized_start=2085
+  _globals['_DOWNLOADBUNDLEREQUEST']._serialized_end=2124
+  _globals['_BUNDLECHUNK']._serialized_start=2126
+  _globals['_BUNDLECHUNK']._serialized_end=2153
+  _globals['_AGENTS']._serialized_start=2220
+  _globals['_AGENTS']._serialized_end=2455
 # @@protoc_insertion_point(module_scope)

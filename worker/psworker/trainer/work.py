@@ -65,6 +65,8 @@ def find_work(
         first = min((seat.rank for seat in plan.trainers if seat.active), default=-1)
         may = empty_partitions and plan.resume_step == 0 and first == rank
         return _left(replace(base, action="initialise"), [min(empty_partitions)] if may else [], done)
+    if directive.action == "hold":
+        return None  # the job rests, to go on from this version elsewhere
     base = replace(base, version=directive.version, action=directive.action)
     if directive.action == "finish":
         return _left(base, [0] if 0 in mine else [], done)
