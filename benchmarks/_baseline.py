@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from _handicap import twice
 from _jobs import CLIP_NORM, GPT_12M, MALLOC, MICROBATCH, ONE_THREAD, OPTIMIZER, SKIP, task
 from _marks import Marks
 from _measure import Side
@@ -34,7 +35,7 @@ TUNED_BUCKET_MB = 5  # the fastest of 2, 5, 10 and 25, which is the default, her
 @dataclass(frozen=True, kw_only=True)
 class Loop:
     """What the ranks do. `world` 1 is the plain loop; `updates=False` leaves out clipping and optimizer; `bucket_mb`
-    is DDP's bucket_cap_mb, None its default."""
+    is DDP's bucket_cap_mb, None its default; `handicapped` is the rank that computes everything twice, -1: none."""
 
     world: int
     steps: int
@@ -44,6 +45,7 @@ class Loop:
     updates: bool = True
     model: Mapping[str, Any] = field(default_factory=lambda: GPT_12M)
     microbatch: int = MICROBATCH
+    handicapped: int = -1
 
 
 def variants(side: str) -> tuple[str, ...]:
@@ -98,6 +100,7 @@ def be_rank(loop: Loop, rank: int, rendezvous: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     made = task(loop.model)
+    loss = twice(made.loss) if rank == loop.handicapped else made.loss
     model = made.build_model()
     if loop.world > 1:
         store = f"file://{rendezvous}"
@@ -110,7 +113,7 @@ def be_rank(loop: Loop, rank: int, rendezvous: str) -> None:
     for step in range(loop.steps):
         for part in range(loop.accumulate):
             with _quiet(model, part + 1 < loop.accumulate):
-                loss_sum, weight = made.loss(model, _batch(made, loop, step * loop.accumulate + part, rank))
+                loss_sum, weight = loss(model, _batch(made, loop, step * loop.accumulate + part, rank))
                 (loss_sum / (weight * loop.accumulate)).backward()  # type: ignore[no-untyped-call]
         if loop.updates:
             nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)

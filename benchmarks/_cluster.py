@@ -17,6 +17,7 @@ import psutil
 from _jobs import SKIP
 from _marks import median_step_s
 from _watch import CpuSeries
+from pscluster.bundle import Bundle
 from pscluster.client import Cluster, Job
 from pscluster.settings import runtime_dir
 from pscluster.spec import parse_spec
@@ -25,7 +26,7 @@ PSCTL = Path(sys.executable).parent / "psctl"
 DEADLINE_S = 600
 
 
-def trained(spec: Mapping[str, Any]) -> dict[str, float]:
+def trained(spec: Mapping[str, Any], bundle: Bundle | None = None) -> dict[str, float]:
     """Train a job to its end in a cluster of its own: median seconds between commits, CPU seconds a sample.
 
     CPU seconds are those of all trainers and partitions over the measured steps; agents and master apart, as
@@ -35,7 +36,7 @@ def trained(spec: Mapping[str, Any]) -> dict[str, float]:
         children = CpuSeries(lambda: [kid for daemon in daemons for kid in daemon.children()], workers + partitions)
         around = CpuSeries(lambda: daemons, len(daemons))
         with children.watch(), around.watch():
-            job = connected.submit(parse_spec(spec))
+            job = connected.submit(parse_spec(spec), bundle)
             connected.wait(job, "succeeded", timeout_s=DEADLINE_S)
         times = [line["time_s"] for line in connected.metrics(job) if "time_s" in line][SKIP:]
     samples = (len(times) - 1) * spec["train"]["global_batch"]

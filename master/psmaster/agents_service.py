@@ -88,8 +88,11 @@ class AgentsService(agents_pb2_grpc.AgentsServicer):
             await self._take_report(stream, sequence, message.event.process_id, report)
         elif body == "goodbye":
             await core.tell(stream, sequence, lambda turn: turn.detach(node_id, stream.incarnation, for_good=True))
+        elif body == "leaving":
+            await core.tell(stream, sequence, lambda turn: turn.leaving(node_id, stream.incarnation))
         else:
-            await core.tell(stream, sequence, lambda turn: turn.beat(node_id, stream.incarnation))
+            speeds = inbound.speeds(message.beat)
+            await core.tell(stream, sequence, lambda turn: turn.beat(node_id, stream.incarnation, speeds))
 
     async def _take_exit(self, stream: AgentStream, sequence: int, process_id: str, exit_: Exit) -> None:
         await self._core.tell(stream, sequence, lambda turn: turn.exited(stream.node_id, process_id, exit_))

@@ -45,6 +45,8 @@ def batch_of(before: State, changes: Changes) -> Batch:
         parts=tuple(put),
         dropped_parts=tuple(dropped),
         deleted_jobs=tuple(job_id for job_id in before.jobs if job_id not in after.jobs),
+        drained=tuple(entry for entry in after.drains.items() if entry not in before.drains.items()),
+        undrained=tuple(node_id for node_id in before.drains if node_id not in after.drains),
     )
 
 
@@ -113,6 +115,7 @@ class Archive:
             catalogues=catalogues,
             events={job_id: self.store.events(job_id) for job_id in jobs},
             nodes=presumed(jobs, now),
+            drains=self.store.drains(),
         )
 
     def _catalogue(self, job: Job) -> Catalogue:

@@ -110,6 +110,13 @@ class Draft:
             )
         )
 
+    def drop(self, seat: Seat) -> None:
+        """Give up a trainer's seat: its process, if it lives, is no longer wanted, and not replaced."""
+        self.update(
+            trainers=tuple(own for own in self.job.trainers if own.rank != seat.rank),
+            connections=tuple(held for held in self.job.connections if held.trainer != seat.rank),
+        )
+
     def exclude(self, node_id: str, incarnation: str, why: str) -> None:
         """Leave a node out of this job for the rest of its present life."""
         others = tuple(entry for entry in self.job.excluded if entry[0] != node_id)

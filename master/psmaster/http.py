@@ -10,7 +10,7 @@ from prometheus_client import Counter as CounterMetric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from psmaster import registry
+from psmaster import registry, relief
 from psmaster.core import Core
 from psmaster.jobs import Event, Job, JobState
 from psmaster.registry import Health, Role
@@ -63,7 +63,9 @@ class MasterMetrics(Collector):
         """Every series of this moment."""
         state = self._core.state
         yield from _of_jobs(state)
-        yield from _of_live_jobs([job for job in state.jobs.values() if not job.state.ended])
+        live = [job for job in state.jobs.values() if not job.state.ended]
+        yield from _of_live_jobs(live)
+        yield _stragglers(live, state)
         yield from self._of_nodes(state)
 
     def _of_nodes(self, state: State) -> Iterator[Family]:
@@ -111,3 +113,13 @@ def _of_live_jobs(jobs: list[Job]) -> Iterator[Family]:
         active.add_metric([*name, "active"], num_active)
         active.add_metric([*name, "waiting"], len(job.trainers) - num_active)
     yield from (step, target, loss, norm, skipped, generation, active)
+
+
+def _stragglers(jobs: list[Job], state: State) -> Family:
+    ratios = GaugeMetricFamily(
+        "ps_job_straggler_ratio", "Time of the slowest trainer for a microbatch over the median one's.", labels=["job"]
+    )
+    for job in jobs:
+        paces = relief.paces_of([seat for seat in job.trainers if seat.active], job.job_id, state.processes)
+        ratios.add_metric([job.job_id], relief.straggler_of(paces)[1])
+    return ratios

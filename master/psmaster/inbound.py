@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pscluster.errors import CallerError, InternalError
@@ -61,6 +61,11 @@ def _process(node_id: str, state: agents_pb2.ProcessState) -> Process:
 def suspicion_of(m: agents_pb2.ProcessStatus) -> str:
     """How a process looks while it runs: "silent", "stalled", or empty."""
     return _SUSPICIONS.get(m.suspicion, "") if m.phase == agents_pb2.ProcessStatus.PHASE_RUNNING else ""
+
+
+def speeds(m: agents_pb2.NodeBeat) -> Mapping[str, tuple[float, int]]:
+    """What a node's trainers measured, by process id: seconds a microbatch, and how many were measured."""
+    return {process_id: (speed.microbatch_s, speed.microbatches) for process_id, speed in m.speeds.items()}
 
 
 def exit_of(m: agents_pb2.ProcessStatus) -> Exit | None:
@@ -168,6 +173,7 @@ def _progress(m: plan_pb2.Progress) -> Progress:
         generation=m.generation,
         step=m.step,
         records=tuple(_record(record) for record in m.records),
+        held=m.held,
     )
 
 

@@ -134,6 +134,22 @@ class Recovery:
     generation: int = 0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dealing:
+    """When shards were dealt last, and what straggler relief remembers; see `relief`.
+
+    `since_s` is monotonic, `step` what was committed then. `moves`: made for speed, one soon after the other, the last
+    at `moved_s`. `probe`: the rank that has a shard to be measured again (-1: none); `tried`: how often that was in
+    vain, by rank."""
+
+    since_s: float
+    step: int
+    moves: int = 0
+    moved_s: float = -math.inf
+    probe: int = -1
+    tried: tuple[tuple[int, int], ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One training run. Fields under "volatile" are not stored: a restarted master measures them anew."""
@@ -180,6 +196,8 @@ class Job:
     trouble: Trouble | None = None
     error: Problem | None = None
     traceback: str = ""
+    saving: bool = False  # a partition is about to move: the next step is to be written, and the job to rest there
+    held: int = -1  # the step at which it rests for that; -1: it does not
     parameters_sha256: str = ""
     checks: tuple[Check, ...] = ()
     connections: tuple[Connection, ...] = ()
@@ -189,6 +207,8 @@ class Job:
     deadline_s: float | None = None  # monotonic: when a wait in progress (stop, finish, failures) is over
     window: tuple[Point, ...] = ()
     recovery: Recovery | None = None
+    dealing: Dealing | None = None
+    held_s: float | None = None  # monotonic: since when it rests at `held`, or rested in vain
 
     @property
     def num_shards(self) -> int:
@@ -226,4 +246,4 @@ class Job:
         return self.plan is not None and self.plan.restore_generation <= generation <= self.generation
 
 
-VOLATILE = frozenset({"deadline_s", "window", "recovery"})
+VOLATILE = frozenset({"deadline_s", "window", "recovery", "dealing", "held_s"})

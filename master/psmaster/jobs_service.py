@@ -11,11 +11,11 @@ import pscluster
 from pscluster.errors import BundleError, NotFoundError
 from pscluster.rpc import PROTOCOL
 from pscluster.v1 import jobs_pb2, jobs_pb2_grpc
-from psmaster import outbound, registry, tails
+from psmaster import drain, outbound, registry, tails
 from psmaster.bundles import BundleShelf
 from psmaster.core import Core
 from psmaster.jobs import Job
-from psmaster.registry import Health
+from psmaster.registry import Health, Node
 from psmaster.state import find
 from psmaster.store import Batch, BundleRecord
 from psmaster.submission import new_job
@@ -127,16 +127,28 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         return jobs_pb2.ListSnapshotsReply(snapshots=outbound.snapshots(job, state.catalogues[job.job_id]))
 
     async def ListNodes(self, request: jobs_pb2.ListNodesRequest, context: Any) -> jobs_pb2.ListNodesReply:  # noqa: ARG002, N802
-        state, now = self._core.state, self._core.now()
-        running: dict[str, list[str]] = {}
-        for job in state.jobs.values():
-            for seat in job.seats:
-                running.setdefault(seat.node_id, []).append(seat.process_id(job.job_id))
-        ordered = sorted(state.nodes.values(), key=lambda node: (node.role is not registry.Role.WORKER, node.node_id))
-        suspicion_s = self._core.limits.suspicion_s
-        return jobs_pb2.ListNodesReply(
-            nodes=[outbound.node(node, running.get(node.node_id, ()), now, suspicion_s) for node in ordered]
-        )
+        nodes = self._core.state.nodes.values()
+        ordered = sorted(nodes, key=lambda node: (node.role is not registry.Role.WORKER, node.node_id))
+        return jobs_pb2.ListNodesReply(nodes=[self._node(node) for node in ordered])
+
+    async def Drain(self, request: jobs_pb2.DrainRequest, context: Any) -> jobs_pb2.Node:  # noqa: ARG002, N802
+        await self._core.ask(lambda turn: (turn.undrain if request.undo else turn.drain)(request.node_id))
+        node = self._core.state.nodes.get(request.node_id)
+        if node is None:  # drained, and away
+            return jobs_pb2.Node(node_id=request.node_id, drain="" if request.undo else drain.DRAINED)
+        return self._node(node)
+
+    def _node(self, node: Node) -> jobs_pb2.Node:
+        state, now, limits = self._core.state, self._core.now(), self._core.limits
+        running = [
+            seat.process_id(job.job_id)
+            for job in state.jobs.values()
+            for seat in job.seats
+            if seat.node_id == node.node_id
+        ]
+        waits_for = drain.waits_for(state, node, now, limits.suspicion_s)
+        status = drain.status(state, node)
+        return outbound.node(node, running, now, limits.suspicion_s, drain=status, waits_for=waits_for)
 
     async def GetCluster(self, request: jobs_pb2.GetClusterRequest, context: Any) -> jobs_pb2.Cluster:  # noqa: ARG002, N802
         state, now = self._core.state, self._core.now()
@@ -155,8 +167,9 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         )
 
     def _message(self, job: Job, *, full: bool) -> jobs_pb2.Job:
-        events = self._core.state.events.get(job.job_id, ())
-        return outbound.job(job, events, self._core.now(), full=full)
+        state = self._core.state
+        events = state.events.get(job.job_id, ())
+        return outbound.job(job, events, self._core.now(), full=full, processes=state.processes)
 
 
 def _matters(shown: Job, job: Job) -> bool:

@@ -20,6 +20,7 @@ class MemoryStore(Store):
         self._events: dict[str, list[Event]] = {}
         self._parts: dict[tuple[str, int, int], Part] = {}
         self._bundles: dict[str, BundleRecord] = {}
+        self._drains: dict[str, float] = {}
 
     def write(self, batch: Batch) -> None:
         self._refuse_conflicts(batch)
@@ -35,6 +36,9 @@ class MemoryStore(Store):
         self._bundles |= {bundle.sha256: bundle for bundle in batch.bundles}
         for sha256 in batch.deleted_bundles:
             self._bundles.pop(sha256, None)
+        self._drains |= dict(batch.drained)
+        for node_id in batch.undrained:
+            self._drains.pop(node_id, None)
         for job_id in batch.deleted_jobs:
             self._jobs.pop(job_id, None)
             self._events.pop(job_id, None)
@@ -65,6 +69,9 @@ class MemoryStore(Store):
 
     def bundles(self) -> tuple[BundleRecord, ...]:
         return tuple(record for _, record in sorted(self._bundles.items()))
+
+    def drains(self) -> Mapping[str, float]:
+        return dict(self._drains)
 
     def close(self) -> None:
         """Nothing is held."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import MappingProxyType
 from typing import cast
 
 from pscluster.v1 import agents_pb2, jobs_pb2, plan_pb2
-from psmaster import registry, reports
+from psmaster import registry, relief, reports
 from psmaster.catalogue import Catalogue, Part
 from psmaster.jobs import Condition, Event, Instant, Job, JobState, Problem
+from psmaster.pace import Pace
+from psmaster.processes import Processes
 from psmaster.reconcile import Desired
 from psmaster.registry import Health, Node, Role
 from psmaster.seats import Kind, Plan, Seat
@@ -59,6 +62,7 @@ def plan(job: Job, m: Plan) -> plan_pb2.Plan:
         restore_generation=m.restore_generation,
         resume_step=m.resume_step,
         stop=m.stop,
+        save=m.save,
         kept_steps=m.kept_steps,
         final_step=m.final_step,
         moved_generation=m.moved_generation,
@@ -109,8 +113,10 @@ def _part(part: Part) -> plan_pb2.SnapshotPart:
     )
 
 
-def job(m: Job, events: tuple[Event, ...], now: Instant, *, full: bool) -> jobs_pb2.Job:
-    """A job as clients see it; `full` adds its plan, events and checks."""
+def job(
+    m: Job, events: tuple[Event, ...], now: Instant, *, full: bool, processes: Processes = MappingProxyType({})
+) -> jobs_pb2.Job:
+    """A job as clients see it; `full` adds its plan, with how fast its `processes` compute, events and checks."""
     rates = reports.rates(m, now)
     message = jobs_pb2.Job(
         job_id=m.job_id,
@@ -147,6 +153,9 @@ def job(m: Job, events: tuple[Event, ...], now: Instant, *, full: bool) -> jobs_
         message.best.step, message.best.value = m.best.step, m.best.value
     if full:
         _add_details(message, m, events)
+        paces = relief.paces_of(m.trainers, m.job_id, processes)
+        for seat in message.plan.trainers:
+            seat.microbatch_s = paces.get(seat.rank, Pace()).microbatch_s
     return message
 
 
@@ -174,7 +183,15 @@ def _error(m: Problem) -> plan_pb2.ErrorDetail:
     return plan_pb2.ErrorDetail(code=m.code, cause=m.cause, action=m.action, details=dict(m.details))
 
 
-def node(m: Node, processes: Iterable[str], now: Instant, suspicion_s: float) -> jobs_pb2.Node:
+def node(
+    m: Node,
+    processes: Iterable[str],
+    now: Instant,
+    suspicion_s: float,
+    *,
+    drain: str = "",
+    waits_for: Iterable[str] = (),
+) -> jobs_pb2.Node:
     """A node as clients see it, with the ids of the processes that it is to run."""
     return jobs_pb2.Node(
         node_id=m.node_id,
@@ -190,6 +207,8 @@ def node(m: Node, processes: Iterable[str], now: Instant, suspicion_s: float) ->
         processes=sorted(processes),
         metrics_address=m.metrics_address,
         depot_address=m.depot_address,
+        drain=drain,
+        waits_for=waits_for,
     )
 
 

@@ -1,10 +1,9 @@
-"""Admission, seating, shard dealing and the choice of numerics: pure functions with their reasons."""
+"""Admission and seating: pure functions with their reasons."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from pscluster.devices import AUTO, CPU, CUDA, fitting
 from pscluster.spec import JobSpec
@@ -16,7 +15,7 @@ class NodeView:
     """A node as planning sees it. `available`: its slots that no other job holds; `held`: those of its CUDA `devices`
     that other jobs hold; `undecided`: how many trainers of other jobs start there and may take any of the rest.
 
-    `alive`: its processes count as living. `ready`: it may be given new ones.
+    `alive`: its processes count as living. `ready`: it may be given new ones. `draining`: those it has are to go.
     """
 
     node_id: str
@@ -26,6 +25,7 @@ class NodeView:
     ready: bool
     slots: int
     available: int
+    draining: bool = False
     devices: tuple[str, ...] = ()
     held: frozenset[str] = frozenset()
     undecided: int = 0
@@ -155,62 +155,3 @@ def _spread(slots: Mapping[str, int], count: int) -> tuple[str, ...]:
             if len(places) == count:
                 break
     return tuple(places)
-
-
-Runs = tuple[tuple[int, int], ...]
-"""Runs of shards as (first, count), rising."""
-
-
-def deal_shards(num_shards: int, ranks: Iterable[int]) -> dict[int, Runs]:
-    """Give each rank one contiguous run of shards, sizes as equal as possible.
-
-    Which ranks get the larger runs is free; it is chosen so that the runs consist of as few whole subtrees of the
-    left-balanced gradient tree as possible, which is what crosses the wire. With more ranks than shards the surplus
-    ranks get no run. Ranks are served in rising order; the result depends on nothing else.
-    """
-    ordered = sorted(ranks)
-    if not ordered:
-        return {}
-    sizes = _run_sizes(num_shards, len(ordered))
-    runs: dict[int, Runs] = {}
-    first = 0
-    for rank, size in zip(ordered, sizes, strict=True):
-        runs[rank] = ((first, size),) if size else ()
-        first += size
-    return runs
-
-
-@lru_cache(maxsize=256)
-def _run_sizes(num_shards: int, num_ranks: int) -> tuple[int, ...]:
-    """Sizes of the runs in order. Dynamic programme over (runs dealt, how many of them were large)."""
-    small, num_large = divmod(num_shards, num_ranks)
-    best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
-    for dealt in range(num_ranks):
-        after: dict[int, tuple[int, tuple[int, ...]]] = {}
-        for large, (cost, sizes) in sorted(best.items(), reverse=True):
-            first = dealt * small + large
-            for extra in (1, 0):
-                size = small + extra
-                total = large + extra
-                if total > num_large or num_large - total > num_ranks - dealt - 1:
-                    continue
-                option = (cost + cover_size(num_shards, first, size), (*sizes, size))
-                if total not in after or option[0] < after[total][0]:
-                    after[total] = option
-        best = after
-    return best[num_large][1]
-
-
-@lru_cache(maxsize=65536)
-def cover_size(num_leaves: int, first: int, count: int) -> int:
-    """How many whole subtrees of the tree over `num_leaves` make up the leaves first ... first + count - 1."""
-    if count <= 0:
-        return 0
-    if first <= 0 and count >= num_leaves - first:
-        return 1
-    left = 1 << ((num_leaves - 1).bit_length() - 1)
-    in_left = max(0, min(first + count, left) - first)
-    if in_left == 0:
-        return cover_size(num_leaves - left, first - left, count)
-    right_count = count - in_left
-    return cover_size(left, first, in_left) + (cover_size(num_leaves - left, 0, right_count) if right_count else 0)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from psmaster import catalogue
+from psmaster import catalogue, drain, relief
 from psmaster.draft import Draft, View
-from psmaster.planner import deal_shards
+from psmaster.jobs import Dealing, Job
 from psmaster.seats import Plan, Seat, counted_on
 
 
-def replan(draft: Draft, _view: View) -> None:
-    """A new generation when who computes, who holds, or whether to stop has changed; new kept steps in the same one.
+def replan(draft: Draft, view: View) -> None:
+    """A new generation when who computes, who holds, or whether to stop has changed, or shards should move for speed's
+    sake; new kept steps in the same one.
 
     While a partition is away there is no new plan: nothing can be committed, and the next one restores. Where a standby
     in sync has the seat, the partition is not away, and the next plan goes on."""
@@ -19,23 +20,42 @@ def replan(draft: Draft, _view: View) -> None:
     if plan is None or any(not seat.active for seat in job.partitions):
         return
     new = [seat for seat in job.partitions if not plan.holds(seat)]
-    active = frozenset((seat.rank, seat.attempt) for seat in counted_on(job.trainers))
-    standing_by = frozenset((seat.rank, seat.attempt) for seat in job.standbys if seat.active)
     if new:
-        if active:
-            make_plan(draft, restore=not all(seat.synced for seat in new))
-    elif (active and (active, standing_by) != (plan.active, plan.standing_by)) or job.stopping != plan.stop:
-        make_plan(draft, restore=False)
+        if any(seat.active for seat in job.trainers):
+            make_plan(draft, view, restore=not all(seat.synced for seat in new))
+    elif _is_stale(job, plan, view):
+        make_plan(draft, view, restore=False)
+    elif move := relief.due(job, drain.sharing(job, view.nodes), view.processes, view.now):
+        draft.say(move.reason, move.message, warning=move.probe < 0)
+        draft.update(dealing=move.dealing)
+        make_plan(draft, view, restore=False, probe=move.probe)
+    elif job.dealing is None:
+        draft.update(dealing=Dealing(since_s=view.now.mono_s, step=job.step))  # a restarted master begins to measure
     kept = catalogue.kept_steps(draft.snapshots, draft.job.pinned)
     if draft.job.plan is not None and kept != draft.job.plan.kept_steps:
         draft.update(plan=replace(draft.job.plan, kept_steps=kept))
 
 
-def make_plan(draft: Draft, *, restore: bool) -> None:
-    """The plan of the next generation over the seats that are active; with `restore`, from the newest snapshot."""
+def _is_stale(job: Job, plan: Plan, view: View) -> bool:
+    """Whether the plan counts on others than there are, has shards where none should be, or asks for something else."""
+    active = frozenset((seat.rank, seat.attempt) for seat in counted_on(job.trainers))
+    standing_by = frozenset((seat.rank, seat.attempt) for seat in job.standbys if seat.active)
+    if active and (active, standing_by) != (plan.active, plan.standing_by):
+        return True
+    if (job.stopping, job.saving) != (plan.stop, plan.save):
+        return True
+    sharing = drain.sharing(job, view.nodes)
+    return any(seat.shards for seat in job.trainers if seat not in sharing)
+
+
+def make_plan(draft: Draft, view: View, *, restore: bool, probe: int = -1) -> None:
+    """The plan of the next generation over the seats that are active; with `restore`, from the newest snapshot.
+
+    `probe`: the rank that gets one shard to be measured again; -1: all get what their speed is good for."""
     job = draft.job
     generation = job.generation + 1
-    runs = deal_shards(job.num_shards, [seat.rank for seat in counted_on(job.trainers)])
+    paces = relief.paces_of(drain.sharing(job, view.nodes), job.job_id, view.processes)
+    runs = relief.deal(job.num_shards, paces, probe)
     trainers = tuple(replace(seat, shards=runs.get(seat.rank, ())) for seat in job.trainers)
     taken = [] if restore or job.plan is None else [s.rank for s in job.partitions if not job.plan.holds(s)]
     partitions = tuple(replace(seat, synced=True) for seat in job.partitions)
@@ -50,6 +70,7 @@ def make_plan(draft: Draft, *, restore: bool) -> None:
         resume_step=0 if job.plan is None else job.plan.resume_step,
         restore=None if job.plan is None else job.plan.restore,
         stop=job.stopping,
+        save=job.saving,
         kept_steps=() if job.plan is None else job.plan.kept_steps,
         final_step=job.final_step,
     )
@@ -57,12 +78,14 @@ def make_plan(draft: Draft, *, restore: bool) -> None:
     if job.recovery is not None:
         draft.update(recovery=replace(job.recovery, generation=generation))
     if restore:
-        _restore(draft, plan, fresh=job.plan is None)
+        _restore(draft, plan, fresh=job.plan is None, rested=job.plan is not None and job.plan.save)
+    dealing = job.dealing or Dealing(since_s=0.0, step=0)
+    draft.update(dealing=replace(dealing, since_s=view.now.mono_s, step=draft.job.step, probe=probe))
     draft.say("Planned", f"generation {generation}: " + _dealt(trainers))
 
 
-def _restore(draft: Draft, plan: Plan, *, fresh: bool) -> None:
-    """Take the whole job back to its newest complete snapshot, or to the seed."""
+def _restore(draft: Draft, plan: Plan, *, fresh: bool, rested: bool) -> None:
+    """Take the whole job back to its newest complete snapshot, or to the seed. `rested`: there it was asked to rest."""
     job = draft.job
     draft.snapshots = catalogue.settle_for_restore(draft.snapshots)
     point = draft.snapshots.newest()
@@ -82,7 +105,9 @@ def _restore(draft: Draft, plan: Plan, *, fresh: bool) -> None:
     )
     draft.cut_to = step
     where = f"the snapshot of step {step}" if step else "the seed"
-    if not fresh:
+    if rested and job.step <= step:
+        draft.say("Moved", f"goes on from {where}, where it rested")
+    elif not fresh:
         draft.say("RolledBack", f"went back from step {job.step} to {where}{_again(step, job.step)}", warning=True)
     elif plan.generation > 1:
         draft.say("Restored", f"goes on from {where}{_again(step, job.step)}", warning=job.step > step)

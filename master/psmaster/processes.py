@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from pscluster.errors import OutOfMemoryError, ProcessLostError
 from psmaster.jobs import Check, Job, Problem
+from psmaster.pace import UNKNOWN, Pace
 from psmaster.seats import Kind, Seat
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class Process:
     failure: Failure | None = None
     suspicion: str = ""
     suspect_since_s: float = 0.0
+    pace: Pace = UNKNOWN  # of a trainer
 
     @property
     def living(self) -> bool:

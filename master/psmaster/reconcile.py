@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from pscluster.errors import InternalError
-from psmaster import describe, endings, planning, recovery, standbys, starting, transitions
+from psmaster import describe, drain, endings, planning, recovery, standbys, starting, transitions
 from psmaster.catalogue import Catalogue
 from psmaster.draft import Draft, Limits, View
 from psmaster.jobs import Event, Instant, Job, JobState
@@ -24,6 +24,7 @@ _STAGES = (
     endings.end_if_finished,
     recovery.lose,
     endings.end_if_stopping,
+    drain.move_away,
     recovery.place,
     starting.first_plan,
     recovery.join,

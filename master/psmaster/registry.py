@@ -36,7 +36,8 @@ class Health(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Node:
-    """One node in one life. `seen_s` is monotonic; `last_beat_s` and `started_s` are Unix times."""
+    """One node in one life. `seen_s` is monotonic; `last_beat_s` and `started_s` are Unix times. `leaving`: it
+    said that it is about to end."""
 
     node_id: str
     role: Role
@@ -51,6 +52,7 @@ class Node:
     metrics_address: str = ""
     depot_address: str = ""
     attended: bool = False
+    leaving: bool = False
     seen_s: float = 0.0
     last_beat_s: float = 0.0
 
@@ -114,6 +116,14 @@ def leave(nodes: Nodes, node_id: str, incarnation: str) -> Nodes:
     if held is None or held.incarnation != incarnation:
         return nodes
     return {other_id: node for other_id, node in nodes.items() if other_id != node_id}
+
+
+def announce_leave(nodes: Nodes, node_id: str, incarnation: str) -> Nodes:
+    """With a node that is about to end: what it runs should go on elsewhere. Safe to repeat."""
+    held = nodes.get(node_id)
+    if held is None or held.incarnation != incarnation:
+        return nodes
+    return {**nodes, node_id: replace(held, leaving=True)}
 
 
 def forget(nodes: Nodes, now: Instant) -> Nodes:

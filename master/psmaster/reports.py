@@ -37,6 +37,7 @@ class Progress:
     generation: int
     step: int
     records: tuple[StepRecord, ...] = ()
+    held: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,8 +99,13 @@ def progress(job: Job, report: Progress, now: Instant) -> Applied:
     job, recovered = _mended(job, report.generation, step > job.step, now)
     if step > job.high_step:
         job = _reset_losses(replace(job, high_step=step))
-    job = replace(job, step=step)
+    job = replace(job, step=step, held=report.step if _rests(job, report) else job.held)
     return Applied(job=job, events=(*events, *recovered), lines=records)
+
+
+def _rests(job: Job, report: Progress) -> bool:
+    """Whether nothing is computed beyond the reported step: as the newest plan asked, not an older one."""
+    return report.held and job.saving and job.plan is not None and job.plan.save and report.generation == job.generation
 
 
 def _window(window: tuple[Point, ...], records: tuple[StepRecord, ...]) -> tuple[Point, ...]:

@@ -82,6 +82,7 @@ class Plan:
     resume_step: int = 0
     restore: RestorePoint | None = None
     stop: bool = False
+    save: bool = False
     kept_steps: tuple[int, ...] = ()
     final_step: int = 0
     standbys: tuple[Seat, ...] = ()

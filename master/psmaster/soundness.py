@@ -25,6 +25,7 @@ _COLUMNS = {
     "events": "sequence, job_id, record",
     "parts": "job_id, step, part, generation, path, size_bytes, checksum, nodes",
     "bundles": "sha256, size_bytes, created_s",
+    "drains": "node_id, since_s",
 }
 _NOT_DAMAGE = {
     getattr(sqlite3, f"SQLITE_{name}")
@@ -52,7 +53,7 @@ def prepare(db: sqlite3.Connection) -> None:
 
 
 def migration() -> tuple[str, ...]:
-    """The statements that give the tables of schema 1 their checksums."""
+    """The statements that give the tables of schema 2 their checksums."""
     statements = [
         "ALTER TABLE parts ADD COLUMN nodes TEXT NOT NULL DEFAULT ''",
         "CREATE TABLE digests (name TEXT PRIMARY KEY, num_rows INTEGER NOT NULL, total INTEGER NOT NULL) WITHOUT ROWID",

@@ -8,7 +8,7 @@ step by step, a newer one is refused, so that a downgraded master does not lose 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,6 +40,7 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
             sha256 TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL, created_s REAL NOT NULL
         ) WITHOUT ROWID""",
     ),
+    ("CREATE TABLE drains (node_id TEXT PRIMARY KEY, since_s REAL NOT NULL) WITHOUT ROWID",),
     soundness.migration(),
 )
 
@@ -100,6 +101,8 @@ class SqliteStore(Store):
                 [(bundle.sha256, bundle.size_bytes, bundle.created_s) for bundle in batch.bundles],
             )
             self._db.executemany("DELETE FROM bundles WHERE sha256=?", [(sha256,) for sha256 in batch.deleted_bundles])
+            self._db.executemany(soundness.replace("drains"), batch.drained)
+            self._db.executemany("DELETE FROM drains WHERE node_id=?", [(node_id,) for node_id in batch.undrained])
             self._db.executemany("DELETE FROM jobs WHERE job_id=?", [(job_id,) for job_id in batch.deleted_jobs])
 
     def _write_job(self, job: Job) -> None:
@@ -173,6 +176,12 @@ class SqliteStore(Store):
             return tuple(
                 BundleRecord(sha256=row[0], size_bytes=row[1], created_s=row[2]) for row in self._db.execute(query)
             )
+
+    def drains(self) -> Mapping[str, float]:
+        with self._named("read"):
+            return {
+                str(node_id): since_s for node_id, since_s in self._db.execute("SELECT node_id, since_s FROM drains")
+            }
 
     def close(self) -> None:
         self._db.close()

@@ -34,7 +34,7 @@ def first_plan(draft: Draft, view: View) -> None:
     if not _settle_numerics(draft, trainers, partitions):
         return
     _adopt(draft, trainers, partitions)
-    make_plan(draft, restore=True)
+    make_plan(draft, view, restore=True)
 
 
 def ready(draft: Draft, view: View) -> tuple[ReadyTrainers, ReadyPartitions]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pscluster.devices import AUTO, CPU, CUDA
@@ -27,6 +27,8 @@ class State:
     events: Mapping[str, tuple[Event, ...]] = field(default_factory=dict)
     nodes: Nodes = field(default_factory=dict)
     processes: Processes = field(default_factory=dict)
+    drains: Mapping[str, float] = field(default_factory=dict)
+    """The nodes that are drained on request, with the Unix time of that; stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,19 +43,29 @@ class Changes:
 
 
 def node_views(
-    jobs: Mapping[str, Job], nodes: Nodes, job_id: str, now: Instant, suspicion_s: float
+    jobs: Mapping[str, Job],
+    nodes: Nodes,
+    job_id: str,
+    now: Instant,
+    suspicion_s: float,
+    drains: Container[str] = frozenset(),
 ) -> Mapping[str, NodeView]:
-    """The nodes as the planning of one job sees them: what other jobs hold is taken."""
+    """The nodes as the planning of one job sees them: what other jobs hold is taken. `drains`: those to be emptied."""
     taken: dict[tuple[Role, str], list[str]] = defaultdict(list)
     for job in jobs.values():
         for seat in job.seats if job.job_id != job_id else ():
             if seat.placed:
                 wanted = job.spec.workers.device if seat.kind is Kind.TRAINER else CPU
                 taken[Role.of(seat.kind), seat.node_id].append(seat.device or wanted)
-    return {node.node_id: _view(node, now, suspicion_s, taken[node.role, node.node_id]) for node in nodes.values()}
+    return {
+        node.node_id: _view(
+            node, now, suspicion_s, taken[node.role, node.node_id], node.leaving or node.node_id in drains
+        )
+        for node in nodes.values()
+    }
 
 
-def _view(node: Node, now: Instant, suspicion_s: float, taken: Sequence[str]) -> NodeView:
+def _view(node: Node, now: Instant, suspicion_s: float, taken: Sequence[str], draining: bool) -> NodeView:
     """`taken`: for each slot that others hold, where it computes, or what was wanted of a process that is starting."""
     health = registry.health(node, now.mono_s, suspicion_s)
     return NodeView(
@@ -61,7 +73,8 @@ def _view(node: Node, now: Instant, suspicion_s: float, taken: Sequence[str]) ->
         role=node.role,
         incarnation=node.incarnation,
         alive=health is not Health.DEAD,
-        ready=health is Health.READY,
+        ready=health is Health.READY and not draining,
+        draining=draining,
         slots=node.slots,
         available=node.slots - len(taken),
         devices=node.devices,

@@ -7,12 +7,13 @@ acknowledged or sent. Stores are used from one thread at a time; every method bl
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from psmaster.catalogue import Part
 from psmaster.jobs import Event, Job
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +37,8 @@ class Batch:
     deleted_jobs: tuple[str, ...] = ()  # with all that is theirs
     bundles: tuple[BundleRecord, ...] = ()
     deleted_bundles: tuple[str, ...] = ()
+    drained: tuple[tuple[str, float], ...] = ()  # (node id, Unix time of the request)
+    undrained: tuple[str, ...] = ()
 
     @property
     def empty(self) -> bool:
@@ -75,6 +78,10 @@ class Store(ABC):
     @abstractmethod
     def bundles(self) -> tuple[BundleRecord, ...]:
         """All bundles, by digest."""
+
+    @abstractmethod
+    def drains(self) -> Mapping[str, float]:
+        """The nodes that are drained, with the Unix time of the request."""
 
     @abstractmethod
     def close(self) -> None:

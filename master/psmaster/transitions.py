@@ -43,6 +43,10 @@ def end(job: Job, state: JobState, reason: str, now: Instant, *, warning: bool =
         stopping=False,
         deadline_s=None,
         recovery=None,
+        dealing=None,
+        saving=False,
+        held=-1,
+        held_s=None,
         window=(),
     )
     event = Event(time_s=now.unix_s, reason=state.value.capitalize(), message=reason, warning=warning)

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pscluster.errors import StateError
-from psmaster import registry, reports, transitions
+from pscluster.errors import NotFoundError, StateError
+from psmaster import pace, registry, reports, transitions
 from psmaster.catalogue import Catalogue, Part
 from psmaster.draft import Limits
 from psmaster.jobs import MAX_EVENTS, Event, Finished, Instant, Job, JobState, Trouble
@@ -49,6 +49,7 @@ class Turn:
         self.catalogues = dict(state.catalogues)
         self.nodes = state.nodes
         self.processes = dict(state.processes)
+        self.drains = state.drains
         self._events: list[tuple[str, Event]] = []
         self._lines: list[tuple[str, MetricLine]] = []
         self._cuts: dict[str, int] = {}
@@ -67,8 +68,10 @@ class Turn:
         for process in processes:
             if self._seat_of(process.process_id, node_id) is not None:
                 known = self.processes.get(process.process_id)
-                failure = known.failure if known else None
-                self.processes[process.process_id] = replace(process, failure=failure, suspect_since_s=self.now.mono_s)
+                failure, known_pace = (known.failure, known.pace) if known else (None, pace.UNKNOWN)
+                self.processes[process.process_id] = replace(
+                    process, failure=failure, pace=known_pace, suspect_since_s=self.now.mono_s
+                )
         self._unsettled = True
 
     def detach(self, node_id: str, incarnation: str, *, for_good: bool = False) -> None:
@@ -76,9 +79,19 @@ class Turn:
         self.nodes = (registry.leave if for_good else registry.detach)(self.nodes, node_id, incarnation)
         self._unsettled = True
 
-    def beat(self, node_id: str, incarnation: str) -> None:
-        """A node is alive."""
+    def beat(self, node_id: str, incarnation: str, speeds: Mapping[str, tuple[float, int]] | None = None) -> None:
+        """A node is alive. `speeds`: of its trainers by process id, seconds a microbatch and how many were measured."""
         self.nodes = registry.beat(self.nodes, node_id, incarnation, self.now)
+        for process_id, (microbatch_s, microbatches) in (speeds or {}).items():
+            if self._seat_of(process_id, node_id) is not None:
+                held = self.processes.get(process_id) or Process(process_id=process_id, node_id=node_id)
+                heard = pace.heard(held.pace, microbatch_s, microbatches, self.now.mono_s)
+                self.processes[process_id] = replace(held, pace=heard)
+
+    def leaving(self, node_id: str, incarnation: str) -> None:
+        """A node was told to end and waits a moment for its processes to be moved."""
+        self.nodes = registry.announce_leave(self.nodes, node_id, incarnation)
+        self._unsettled = True
 
     def exited(self, node_id: str, process_id: str, exit_: Exit) -> None:
         """A process ended. Of one that no seat has any more it changes nothing."""
@@ -189,6 +202,23 @@ class Turn:
         self._unsettled = True
         return job
 
+    def drain(self, node_id: str) -> str:
+        """Have everything moved away from a node, and nothing placed there; its id. Repeating it changes nothing.
+        NotFoundError."""
+        if node_id not in self.nodes and node_id not in self.drains:
+            raise NotFoundError(f"there is no node {node_id!r}", action="see `psctl nodes`")
+        self.drains = {**self.drains, node_id: self.drains.get(node_id, self.now.unix_s)}
+        self._unsettled = True
+        return node_id
+
+    def undrain(self, node_id: str) -> str:
+        """Let a node be given processes again; its id. Repeating it changes nothing. NotFoundError."""
+        if node_id not in self.nodes and node_id not in self.drains:
+            raise NotFoundError(f"there is no node {node_id!r}", action="see `psctl nodes`")
+        self.drains = {other_id: since_s for other_id, since_s in self.drains.items() if other_id != node_id}
+        self._unsettled = True
+        return node_id
+
     def _asked(self, job: Job, event: Event | None) -> str:
         if event is not None:
             self._take(Applied(job=job, events=(event,)))
@@ -220,6 +250,7 @@ class Turn:
             events=self._all_events(events),
             nodes=self.nodes,
             processes=self.processes,
+            drains=self.drains,
         )
         return Changes(state=state, events=events, lines=tuple(self._lines), cuts=self._cuts)
 
@@ -267,4 +298,4 @@ class Turn:
             self._cuts[job_id] = outcome.cut_to
 
     def _views(self, job_id: str) -> Mapping[str, NodeView]:
-        return node_views(self.jobs, self.nodes, job_id, self.now, self.limits.suspicion_s)
+        return node_views(self.jobs, self.nodes, job_id, self.now, self.limits.suspicion_s, self.drains)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import grpc
@@ -26,6 +26,7 @@ from pscluster.v1.agents_pb2 import (
     RegisterRequest,
 )
 from pscluster.v1.agents_pb2_grpc import AgentsStub
+from pscluster.v1.plan_pb2 import Speed
 
 _BATCH = 100
 _log = structlog.get_logger(__name__)
@@ -34,7 +35,8 @@ _log = structlog.get_logger(__name__)
 class Attendant:
     """Registers the node, beats, sends what the outbox holds, and passes on what the master wants.
 
-    Belongs to the agent's loop. `assigned` hears every assignment; `states` says what Hello tells.
+    Belongs to the agent's loop. `assigned` hears every assignment; `states` says what Hello tells, `speeds` what
+    each beat says of trainers.
     """
 
     def __init__(
@@ -44,16 +46,20 @@ class Attendant:
         node: RegisterRequest,
         states: Callable[[], list[ProcessState]],
         assigned: Callable[[Assignment], None],
+        speeds: Callable[[], Mapping[str, Speed]] = dict,
     ) -> None:
         self._address = address
         self._token = token
         self._node = node
         self._states = states
         self._assigned = assigned
+        self._speeds = speeds
         self._outbox = Outbox()
         self._news = asyncio.Event()
         self._empty = asyncio.Event()
         self._empty.set()
+        self._away = asyncio.Event()
+        self._away.set()
         self._failures = 0
         self._told = ""
         self.connected = False
@@ -72,6 +78,10 @@ class Attendant:
     async def flushed(self) -> None:
         """Wait until the master has acknowledged everything."""
         await self._empty.wait()
+
+    async def disconnected(self) -> None:
+        """Wait until the stream is not open; returns at once when it is not."""
+        await self._away.wait()
 
     async def run(self) -> None:
         """Attend for ever. Raises StateError when a newer incarnation of this node has taken its place."""
@@ -166,7 +176,9 @@ class Attendant:
             return
 
     def _beat(self) -> NodeBeat:
-        return NodeBeat(sent_s=time.time(), memory_available_bytes=resources.memory_available_bytes())
+        return NodeBeat(
+            sent_s=time.time(), memory_available_bytes=resources.memory_available_bytes(), speeds=self._speeds()
+        )
 
     def _acknowledge(self, sequence: int) -> None:
         self._outbox.acknowledge(sequence)
@@ -182,7 +194,10 @@ class Attendant:
         if connected:
             self._failures = 0
             self._told = ""
+            self._away.clear()
             _log.info("attends the master", address=self._address)
+        else:
+            self._away.set()
         self.connected = connected
         metrics.MASTER_CONNECTED.set(int(connected))
 

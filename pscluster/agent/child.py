@@ -34,10 +34,12 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Patience:
-    """Seconds from the shutdown order until SIGTERM, and until SIGKILL."""
+    """Seconds from the shutdown order until SIGTERM, and until SIGKILL. `leave_s`: before those, how long an agent that
+    was told to end lets the master move its processes elsewhere."""
 
     terminate_s: float = 3.0
     kill_s: float = 5.0
+    leave_s: float = 0.0
 
 
 class Listener(Protocol):

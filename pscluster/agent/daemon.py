@@ -13,6 +13,9 @@ from pathlib import Path
 from pscluster.agent.role import AgentRole, AgentSettings
 from pscluster.errors import InternalError, PsError
 
+LEAVE_S = 4.0
+"""How long the end of an agent may wait for the master to move its processes: a step or two, or a snapshot."""
+
 
 def run(role: AgentRole, argv: Sequence[str]) -> int:
     """Be the agent that `argv` describes; returns the exit code. Must be called on the main thread.
@@ -45,7 +48,7 @@ def _attend(role: AgentRole, settings: AgentSettings, environ: Mapping[str, str]
     telemetry.configure_logging(role.name, settings.log_level)
     telemetry.record_build(role.name, pscluster.__version__)
     try:
-        asyncio.run(attend(role, settings, environ, Patience()))
+        asyncio.run(attend(role, settings, environ, Patience(leave_s=LEAVE_S)))
     except OSError as error:
         raise InternalError(f"the {role.name}'s agent failed: {error}") from error
     return 0

@@ -28,7 +28,7 @@ from pscluster.agent.role import AgentRole, AgentSettings
 from pscluster.agent.supervisor import Supervisor
 from pscluster.rpc import PROTOCOL, read_token
 from pscluster.telemetry import MetricsEndpoint
-from pscluster.v1.agents_pb2 import AgentMessage, Goodbye, RegisterRequest, Role
+from pscluster.v1.agents_pb2 import AgentMessage, Goodbye, Leaving, RegisterRequest, Role
 
 FLUSH_S = 5.0
 """How long the end of an agent may wait for the master to take the last messages."""
@@ -94,7 +94,12 @@ class _Agent:
         patience: Patience,
     ) -> None:
         self._attendant = Attendant(
-            settings.master, token, node, lambda: self._supervisor.states(), lambda a: self._supervisor.apply(a)
+            settings.master,
+            token,
+            node,
+            states=lambda: self._supervisor.states(),
+            assigned=lambda assignment: self._supervisor.apply(assignment),
+            speeds=lambda: self._supervisor.speeds(),
         )
         self._metrics = metrics.ProcessMetrics()
         self._copies = Copies(node.node_id, token, directories.snapshots if node.depot_address else None)
@@ -110,6 +115,7 @@ class _Agent:
             log_bytes=self._attendant.log_bytes,
         )
         self._supervisor = Supervisor(site, patience)
+        self._patience = patience
 
     async def live(self, ending: asyncio.Event) -> None:
         """Attend and supervise until `ending`, or until something fails; then end every process."""
@@ -120,6 +126,8 @@ class _Agent:
         try:
             done, _ = await asyncio.wait({attending, watching, told}, return_when=asyncio.FIRST_COMPLETED)
             _log.info("ends")
+            if told in done:
+                await self._hand_over()
             await self._supervisor.close()
             if told in done and self._attendant.connected:
                 self._attendant.emit(AgentMessage(goodbye=Goodbye()))  # after all that its processes had to say
@@ -135,6 +143,17 @@ class _Agent:
 
     def _fetch(self, sha256: str) -> AsyncIterator[bytes]:
         return self._attendant.fetch(sha256)
+
+    async def _hand_over(self) -> None:
+        """Let the master move what runs here to other nodes, for as long as patience lasts and it is there to do so."""
+        if self._supervisor.is_empty or not self._attendant.connected or not self._patience.leave_s:
+            return
+        self._attendant.emit(AgentMessage(leaving=Leaving()))
+        waits = [asyncio.create_task(wait) for wait in (self._supervisor.emptied(), self._attendant.disconnected())]
+        await asyncio.wait(waits, timeout=self._patience.leave_s, return_when=asyncio.FIRST_COMPLETED)
+        for task in waits:
+            task.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
 
     async def _flush(self) -> None:
         try:

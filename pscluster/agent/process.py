@@ -29,7 +29,7 @@ from pscluster.agent.suspicion import Heard
 from pscluster.devices import AUTO
 from pscluster.errors import InternalError, PsError, StorageError, UnreachableError
 from pscluster.v1.agents_pb2 import AgentMessage, LogLine, ProcessEvent, ProcessState, ProcessStatus
-from pscluster.v1.plan_pb2 import Failure, Plan, ProcessReport, ProcessSpec
+from pscluster.v1.plan_pb2 import Failure, Plan, ProcessReport, ProcessSpec, Speed
 
 FLUSH_S = 0.2
 """How long a line may wait for others to travel with."""
@@ -64,6 +64,8 @@ class Process:
         self.plan: Plan | None = spec.plan if spec.HasField("plan") else None
         self.heard: Heard | None = None
         """Its last beat."""
+        self.speed: Speed | None = None
+        """How fast a trainer computes, as its last beat said."""
         self._site = site
         self._log = _log.bind(process_id=spec.process_id)
         self._status = ProcessStatus(process_id=spec.process_id)
@@ -158,6 +160,7 @@ class Process:
         if body == "beat":
             now_s = asyncio.get_running_loop().time()
             self.heard = Heard(at_s=now_s, busy_s=report.beat.busy_s, typical_s=report.beat.typical_s)
+            self.speed = report.beat.speed if report.beat.HasField("speed") else None
             return
         if body == "snapshot_part" and self._copies:
             self._site.copies.copy(self.spec, self.plan, report, self._say)

@@ -16,7 +16,7 @@ from pscluster.agent.reconcile import reconcile
 from pscluster.agent.suspicion import SILENCE_S, WORDS, suspicion_of
 from pscluster.devices import modesty
 from pscluster.v1.agents_pb2 import Assignment, ProcessState
-from pscluster.v1.plan_pb2 import ProcessSpec
+from pscluster.v1.plan_pb2 import ProcessSpec, Speed
 
 WATCH_S = 0.25
 AT_ONCE = Patience(terminate_s=0.0, kill_s=0.0)
@@ -63,6 +63,20 @@ class Supervisor:
     def states(self) -> list[ProcessState]:
         """Every process that lives, or ended and is still named by the newest assignment."""
         return [process.state() for process in self._processes.values()]
+
+    @property
+    def is_empty(self) -> bool:
+        """No process runs, or is about to."""
+        return not any(process.living for process in self._processes.values())
+
+    async def emptied(self) -> None:
+        """Wait until no process runs any more because none is wanted here."""
+        while not self.is_empty:
+            await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+
+    def speeds(self) -> dict[str, Speed]:
+        """How fast the living trainers compute that have measured it, by process id."""
+        return {id_: p.speed for id_, p in self._processes.items() if p.living and p.speed is not None}
 
     async def watch(self) -> None:
         """Look for processes that live and do not get on, for ever."""

@@ -1,4 +1,4 @@
-"""Verbs that wait for a job or change its fate: wait, stop, resume, delete."""
+"""Verbs that wait for a job or change its fate, or a node's: wait, stop, resume, delete, drain."""
 
 from __future__ import annotations
 
@@ -96,4 +96,34 @@ def delete(session: Session, jobs: tuple[str, ...]) -> None:
             answer(cluster.delete(job))
 
 
-COMMANDS = (wait, stop, resume, delete)
+@click.command("drain", cls=Verb)
+@click.argument("node")
+@click.option("--undo", is_flag=True, help="let the node be given processes again")
+@click.option("--no-wait", is_flag=True, help="return once the request is stored")
+@duration_option("--timeout", None, "give up waiting after this long (90s, 5m), with exit code 101; it drains on")
+@pass_session
+def drain(session: Session, node: str, undo: bool, no_wait: bool, timeout: float | None) -> None:
+    """Move everything away from NODE, place nothing there any more, and wait until it is empty.
+
+    Shards go to other workers first; partitions move with a snapshot, from which their job goes on. A job that cannot
+    live without the node goes on there, and is named. The node stays drained, over restarts, until --undo.
+    """
+    with session.connect() as cluster:
+        if undo:
+            answer(cluster.undrain(node).node_id)
+            return
+        cluster.drain(node)
+        if no_wait:
+            say(f"{node} drains; see `psctl nodes`")
+        else:
+            told: tuple[str, ...] = ()
+            for found in cluster.drained(node, timeout):
+                for line in found.waits_for:
+                    if line not in told:
+                        say(f"waits: {line}")
+                told = found.waits_for
+            say(f"{node} is drained; to use it again: psctl drain {node} --undo")
+    answer(node)
+
+
+COMMANDS = (wait, stop, resume, delete, drain)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pscluster.cli import formatting as fmt
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from pscluster.client import Job, PartitionSeat, TrainerSeat
 
 _EVENTS_SHOWN = 40
+_SLOW = 1.15  # times the median trainer's microbatch: what is told of a trainer
 
 
 def summary(job: Job, now_s: float) -> str:
@@ -124,29 +126,44 @@ def _evaluation(job: Job) -> str:
 def _plan(job: Job) -> str:
     if job.plan is None:
         return ""
-    rows = [_trainer(t) for t in job.plan.trainers]
+    median_s = _median_s(job.plan.trainers)
+    rows = [_trainer(t, median_s) for t in job.plan.trainers]
     for p in job.plan.partitions:
         rows += _partition(p)
     head = f"Generation {job.plan.generation}"
     if job.plan.resume_step:
         head += f", resumed from step {job.plan.resume_step}"
-    return head + "\n" + fmt.table(("PROCESS", "NODE", "ATTEMPT", "ROLE", "DEVICE", "SHARDS OR ADDRESS"), rows)
+    columns = ("PROCESS", "NODE", "ATTEMPT", "ROLE", "DEVICE", "MICROBATCH", "SHARDS OR ADDRESS")
+    return head + "\n" + fmt.table(columns, rows)
 
 
-def _trainer(seat: TrainerSeat) -> list[str]:
+def _median_s(seats: Sequence[TrainerSeat]) -> float:
+    """What a microbatch takes the median trainer; 0 before any was measured."""
+    known = [seat.microbatch_s for seat in seats if seat.active and seat.microbatch_s]
+    return statistics.median_low(known) if known else 0.0
+
+
+def _trainer(seat: TrainerSeat, median_s: float) -> list[str]:
     role = "active" if seat.active else "standing by"
-    return [f"trainer-{seat.rank}", seat.node_id, str(seat.attempt), role, seat.device or "", _shards(seat)]
+    pace = _pace(seat.microbatch_s, median_s) if seat.active and seat.microbatch_s else ""
+    return [f"trainer-{seat.rank}", seat.node_id, str(seat.attempt), role, seat.device or "", pace, _shards(seat)]
+
+
+def _pace(microbatch_s: float, median_s: float) -> str:
+    """Seconds a microbatch, and for a slow trainer how many times the median one's: "0.21 s, 2.0x"."""
+    ratio = microbatch_s / median_s if median_s else 1.0
+    return f"{microbatch_s:.3g} s" + (f", {ratio:.1f}x" if ratio >= _SLOW else "")
 
 
 def _partition(seat: PartitionSeat) -> list[list[str]]:
     """A partition's row, and its standby's."""
     name = f"partition-{seat.index}"
     role = "lead" if seat.index == 0 else ""
-    rows = [[name, seat.node_id, str(seat.attempt), role, "", " ".join(seat.addresses)]]
+    rows = [[name, seat.node_id, str(seat.attempt), role, "", "", " ".join(seat.addresses)]]
     if seat.standby is not None:
         s = seat.standby
         role = "standby, in sync" if s.in_sync else "standby, catching up"
-        rows.append([name, s.node_id, str(s.attempt), role, "", " ".join(s.addresses)])
+        rows.append([name, s.node_id, str(s.attempt), role, "", "", " ".join(s.addresses)])
     return rows
 
 

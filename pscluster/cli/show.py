@@ -134,7 +134,8 @@ def nodes_table(found: list[Node], wide: bool, now_s: float) -> str:
     for node in found:
         used = f"{len(node.processes)}/{node.slots}"
         beat = fmt.age(node.last_beat_s, now_s)
-        row = [node.node_id, node.role, "yes" if node.ready else "no", used, beat, node.version]
+        ready = ("yes" if node.ready else "no") + (f",{node.drain}" if node.drain else "")
+        row = [node.node_id, node.role, ready, used, beat, node.version]
         if wide:
             devices = ",".join(node.devices) or "cpu"
             memory = fmt.size(node.memory_bytes)

@@ -16,6 +16,7 @@ import grpc
 from pscluster import rpc
 from pscluster.bundle import Bundle
 from pscluster.client import calls, decode
+from pscluster.client.draining import wait_drained
 from pscluster.client.goals import Goal, parse_goal, reached
 from pscluster.client.logcursor import LogCursor
 from pscluster.client.parts import fetch
@@ -284,6 +285,23 @@ class Cluster:
         """The nodes, by role, then id."""
         reply = calls.unary(self._jobs.ListNodes, jobs_pb2.ListNodesRequest())
         return [decode.node_of(m) for m in reply.nodes]
+
+    def drain(self, node_id: str) -> Node:
+        """Have everything moved away from a node and nothing new placed there; returns at once, and `drained` waits.
+
+        It holds until `undrain`, over restarts of the node and the master. Idempotent. NotFoundError."""
+        return decode.node_of(calls.unary(self._jobs.Drain, jobs_pb2.DrainRequest(node_id=node_id)))
+
+    def undrain(self, node_id: str) -> Node:
+        """Let a node be given processes again. Idempotent. NotFoundError."""
+        return decode.node_of(calls.unary(self._jobs.Drain, jobs_pb2.DrainRequest(node_id=node_id, undo=True)))
+
+    def drained(self, node_id: str, timeout_s: float | None = None) -> Iterator[Node]:
+        """The node whenever something has changed, until it is drained; the last one is. Blocks in between.
+
+        A node that left meanwhile holds nothing any more. Raises WaitTimeoutError after `timeout_s`, StateError when it
+        is not, or no longer, to be drained."""
+        return wait_drained(self.nodes, node_id, timeout_s)
 
     def health(self, deadline_s: float = rpc.DEADLINE_S) -> Health:
         """Whether master and members are well, and which version runs."""

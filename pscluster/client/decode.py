@@ -96,6 +96,7 @@ def _plan_of(plan: plan_pb2.Plan) -> Plan:
                 active=t.active,
                 device=t.device or None,
                 shards=tuple((run.first, run.count) for run in t.shards),
+                microbatch_s=t.microbatch_s or None,
             )
             for t in plan.trainers
         ),
@@ -129,6 +130,8 @@ def node_of(m: jobs_pb2.Node) -> Node:
         processes=tuple(m.processes),
         metrics_address=m.metrics_address,
         depot_address=m.depot_address,
+        drain=m.drain or None,
+        waits_for=tuple(m.waits_for),
     )
 
 

@@ -58,7 +58,8 @@ class Event(_Record):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerSeat(_Record):
-    """`shards` holds (first, count) runs; `device` is "cpu" or "cuda:0", None while it is not active."""
+    """`shards` holds (first, count) runs; `device` is "cpu" or "cuda:0", None while it is not active; `microbatch_s`:
+    seconds of its own computing that a microbatch takes it, None before that is known."""
 
     rank: int
     node_id: str
@@ -66,6 +67,7 @@ class TrainerSeat(_Record):
     active: bool
     device: str | None
     shards: tuple[tuple[int, int], ...]
+    microbatch_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +168,9 @@ class Job(_Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Node(_Record):
+    """`drain`: "draining" while jobs run there that are to go, "drained" then, None when it takes processes;
+    `waits_for` says what a draining node waits for."""
+
     node_id: str
     role: str
     ready: bool
@@ -180,6 +185,8 @@ class Node(_Record):
     processes: tuple[str, ...]
     metrics_address: str
     depot_address: str = ""
+    drain: str | None = None
+    waits_for: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

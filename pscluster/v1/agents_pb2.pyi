@@ -62,7 +62,7 @@ class RegisterReply(_message.Message):
     def __init__(self, beat_interval_s: _Optional[float] = ..., suspicion_s: _Optional[float] = ...) -> None: ...
 
 class AgentMessage(_message.Message):
-    __slots__ = ("sequence", "hello", "beat", "status", "event", "log", "goodbye")
+    __slots__ = ("sequence", "hello", "beat", "status", "event", "log", "goodbye", "leaving")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     BEAT_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +70,7 @@ class AgentMessage(_message.Message):
     EVENT_FIELD_NUMBER: _ClassVar[int]
     LOG_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     hello: Hello
     beat: NodeBeat
@@ -77,7 +78,8 @@ class AgentMessage(_message.Message):
     event: ProcessEvent
     log: LogLines
     goodbye: Goodbye
-    def __init__(self, sequence: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., beat: _Optional[_Union[NodeBeat, _Mapping]] = ..., status: _Optional[_Union[ProcessStatus, _Mapping]] = ..., event: _Optional[_Union[ProcessEvent, _Mapping]] = ..., log: _Optional[_Union[LogLines, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
+    leaving: Leaving
+    def __init__(self, sequence: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., beat: _Optional[_Union[NodeBeat, _Mapping]] = ..., status: _Optional[_Union[ProcessStatus, _Mapping]] = ..., event: _Optional[_Union[ProcessEvent, _Mapping]] = ..., log: _Optional[_Union[LogLines, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("node_id", "incarnation", "processes")
@@ -100,14 +102,27 @@ class ProcessState(_message.Message):
     def __init__(self, status: _Optional[_Union[ProcessStatus, _Mapping]] = ..., ready: _Optional[_Union[_plan_pb2.ProcessReport, _Mapping]] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class NodeBeat(_message.Message):
-    __slots__ = ("sent_s", "memory_available_bytes")
+    __slots__ = ("sent_s", "memory_available_bytes", "speeds")
+    class SpeedsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: _plan_pb2.Speed
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[_plan_pb2.Speed, _Mapping]] = ...) -> None: ...
     SENT_S_FIELD_NUMBER: _ClassVar[int]
     MEMORY_AVAILABLE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SPEEDS_FIELD_NUMBER: _ClassVar[int]
     sent_s: float
     memory_available_bytes: int
-    def __init__(self, sent_s: _Optional[float] = ..., memory_available_bytes: _Optional[int] = ...) -> None: ...
+    speeds: _containers.MessageMap[str, _plan_pb2.Speed]
+    def __init__(self, sent_s: _Optional[float] = ..., memory_available_bytes: _Optional[int] = ..., speeds: _Optional[_Mapping[str, _plan_pb2.Speed]] = ...) -> None: ...
 
 class Goodbye(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Leaving(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 

@@ -268,7 +268,7 @@ class ListNodesReply(_message.Message):
     def __init__(self, nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ...) -> None: ...
 
 class Node(_message.Message):
-    __slots__ = ("node_id", "role", "ready", "incarnation", "resources", "last_beat_s", "version", "hostname", "processes", "metrics_address", "depot_address")
+    __slots__ = ("node_id", "role", "ready", "incarnation", "resources", "last_beat_s", "version", "hostname", "processes", "metrics_address", "depot_address", "drain", "waits_for")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -280,6 +280,8 @@ class Node(_message.Message):
     PROCESSES_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     DEPOT_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FOR_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     role: _agents_pb2.Role
     ready: bool
@@ -291,7 +293,17 @@ class Node(_message.Message):
     processes: _containers.RepeatedScalarFieldContainer[str]
     metrics_address: str
     depot_address: str
-    def __init__(self, node_id: _Optional[str] = ..., role: _Optional[_Union[_agents_pb2.Role, str]] = ..., ready: bool = ..., incarnation: _Optional[str] = ..., resources: _Optional[_Union[_agents_pb2.Resources, _Mapping]] = ..., last_beat_s: _Optional[float] = ..., version: _Optional[str] = ..., hostname: _Optional[str] = ..., processes: _Optional[_Iterable[str]] = ..., metrics_address: _Optional[str] = ..., depot_address: _Optional[str] = ...) -> None: ...
+    drain: str
+    waits_for: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, node_id: _Optional[str] = ..., role: _Optional[_Union[_agents_pb2.Role, str]] = ..., ready: bool = ..., incarnation: _Optional[str] = ..., resources: _Optional[_Union[_agents_pb2.Resources, _Mapping]] = ..., last_beat_s: _Optional[float] = ..., version: _Optional[str] = ..., hostname: _Optional[str] = ..., processes: _Optional[_Iterable[str]] = ..., metrics_address: _Optional[str] = ..., depot_address: _Optional[str] = ..., drain: _Optional[str] = ..., waits_for: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("node_id", "undo")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    UNDO_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    undo: bool
+    def __init__(self, node_id: _Optional[str] = ..., undo: bool = ...) -> None: ...
 
 class GetClusterRequest(_message.Message):
     __slots__ = ()

@@ -99,6 +99,11 @@ class JobsStub(object):
                 request_serializer=pscluster_dot_v1_dot_jobs__pb2.ListNodesRequest.SerializeToString,
                 response_deserializer=pscluster_dot_v1_dot_jobs__pb2.ListNodesReply.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/pscluster.v1.Jobs/Drain',
+                request_serializer=pscluster_dot_v1_dot_jobs__pb2.DrainRequest.SerializeToString,
+                response_deserializer=pscluster_dot_v1_dot_jobs__pb2.Node.FromString,
+                _registered_method=True)
         self.GetCluster = channel.unary_unary(
                 '/pscluster.v1.Jobs/GetCluster',
                 request_serializer=pscluster_dot_v1_dot_jobs__pb2.GetClusterRequest.SerializeToString,
@@ -200,6 +205,13 @@ class JobsServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Has everything moved away from a node and nothing new placed there, until it is undone. Durable, idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetCluster(self, request, context):
         """Whether master and members are well, and which version runs.
         """
@@ -274,6 +286,11 @@ def add_JobsServicer_to_server(servicer, server):
                     servicer.ListNodes,
                     request_deserializer=pscluster_dot_v1_dot_jobs__pb2.ListNodesRequest.FromString,
                     response_serializer=pscluster_dot_v1_dot_jobs__pb2.ListNodesReply.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=pscluster_dot_v1_dot_jobs__pb2.DrainRequest.FromString,
+                    response_serializer=pscluster_dot_v1_dot_jobs__pb2.Node.SerializeToString,
             ),
             'GetCluster': grpc.unary_unary_rpc_method_handler(
                     servicer.GetCluster,
@@ -632,6 +649,33 @@ class Jobs(object):
             '/pscluster.v1.Jobs/ListNodes',
             pscluster_dot_v1_dot_jobs__pb2.ListNodesRequest.SerializeToString,
             pscluster_dot_v1_dot_jobs__pb2.ListNodesReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pscluster.v1.Jobs/Drain',
+            pscluster_dot_v1_dot_jobs__pb2.DrainRequest.SerializeToString,
+            pscluster_dot_v1_dot_jobs__pb2.Node.FromString,
             options,
             channel_credentials,
             insecure,

@@ -16,20 +16,22 @@ class ShardRange(_message.Message):
     def __init__(self, first: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
 class TrainerSeat(_message.Message):
-    __slots__ = ("rank", "node_id", "attempt", "shards", "active", "device")
+    __slots__ = ("rank", "node_id", "attempt", "shards", "active", "device", "microbatch_s")
     RANK_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    MICROBATCH_S_FIELD_NUMBER: _ClassVar[int]
     rank: int
     node_id: str
     attempt: int
     shards: _containers.RepeatedCompositeFieldContainer[ShardRange]
     active: bool
     device: str
-    def __init__(self, rank: _Optional[int] = ..., node_id: _Optional[str] = ..., attempt: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[ShardRange, _Mapping]]] = ..., active: bool = ..., device: _Optional[str] = ...) -> None: ...
+    microbatch_s: float
+    def __init__(self, rank: _Optional[int] = ..., node_id: _Optional[str] = ..., attempt: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[ShardRange, _Mapping]]] = ..., active: bool = ..., device: _Optional[str] = ..., microbatch_s: _Optional[float] = ...) -> None: ...
 
 class PartitionSeat(_message.Message):
     __slots__ = ("index", "node_id", "attempt", "addresses", "standby")
@@ -58,7 +60,7 @@ class Standby(_message.Message):
     def __init__(self, node_id: _Optional[str] = ..., attempt: _Optional[int] = ..., addresses: _Optional[_Iterable[str]] = ..., in_sync: bool = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("job_id", "generation", "trainers", "partitions", "layout_json", "restore_generation", "resume_step", "restore", "stop", "data_token", "kept_steps", "final_step", "moved_generation", "lead_generation")
+    __slots__ = ("job_id", "generation", "trainers", "partitions", "layout_json", "restore_generation", "resume_step", "restore", "stop", "data_token", "kept_steps", "final_step", "moved_generation", "lead_generation", "save")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     TRAINERS_FIELD_NUMBER: _ClassVar[int]
@@ -73,6 +75,7 @@ class Plan(_message.Message):
     FINAL_STEP_FIELD_NUMBER: _ClassVar[int]
     MOVED_GENERATION_FIELD_NUMBER: _ClassVar[int]
     LEAD_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    SAVE_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     generation: int
     trainers: _containers.RepeatedCompositeFieldContainer[TrainerSeat]
@@ -87,7 +90,8 @@ class Plan(_message.Message):
     final_step: int
     moved_generation: int
     lead_generation: int
-    def __init__(self, job_id: _Optional[str] = ..., generation: _Optional[int] = ..., trainers: _Optional[_Iterable[_Union[TrainerSeat, _Mapping]]] = ..., partitions: _Optional[_Iterable[_Union[PartitionSeat, _Mapping]]] = ..., layout_json: _Optional[bytes] = ..., restore_generation: _Optional[int] = ..., resume_step: _Optional[int] = ..., restore: _Optional[_Union[RestorePoint, _Mapping]] = ..., stop: bool = ..., data_token: _Optional[bytes] = ..., kept_steps: _Optional[_Iterable[int]] = ..., final_step: _Optional[int] = ..., moved_generation: _Optional[int] = ..., lead_generation: _Optional[int] = ...) -> None: ...
+    save: bool
+    def __init__(self, job_id: _Optional[str] = ..., generation: _Optional[int] = ..., trainers: _Optional[_Iterable[_Union[TrainerSeat, _Mapping]]] = ..., partitions: _Optional[_Iterable[_Union[PartitionSeat, _Mapping]]] = ..., layout_json: _Optional[bytes] = ..., restore_generation: _Optional[int] = ..., resume_step: _Optional[int] = ..., restore: _Optional[_Union[RestorePoint, _Mapping]] = ..., stop: bool = ..., data_token: _Optional[bytes] = ..., kept_steps: _Optional[_Iterable[int]] = ..., final_step: _Optional[int] = ..., moved_generation: _Optional[int] = ..., lead_generation: _Optional[int] = ..., save: bool = ...) -> None: ...
 
 class RestorePoint(_message.Message):
     __slots__ = ("step", "parts")
@@ -244,16 +248,18 @@ class StepRecord(_message.Message):
     def __init__(self, step: _Optional[int] = ..., loss: _Optional[float] = ..., grad_norm: _Optional[float] = ..., lr: _Optional[float] = ..., weight: _Optional[float] = ..., samples: _Optional[float] = ..., skipped: bool = ..., time_s: _Optional[float] = ...) -> None: ...
 
 class Progress(_message.Message):
-    __slots__ = ("generation", "step", "records", "connected_trainers")
+    __slots__ = ("generation", "step", "records", "connected_trainers", "held")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     RECORDS_FIELD_NUMBER: _ClassVar[int]
     CONNECTED_TRAINERS_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
     generation: int
     step: int
     records: _containers.RepeatedCompositeFieldContainer[StepRecord]
     connected_trainers: int
-    def __init__(self, generation: _Optional[int] = ..., step: _Optional[int] = ..., records: _Optional[_Iterable[_Union[StepRecord, _Mapping]]] = ..., connected_trainers: _Optional[int] = ...) -> None: ...
+    held: bool
+    def __init__(self, generation: _Optional[int] = ..., step: _Optional[int] = ..., records: _Optional[_Iterable[_Union[StepRecord, _Mapping]]] = ..., connected_trainers: _Optional[int] = ..., held: bool = ...) -> None: ...
 
 class Connected(_message.Message):
     __slots__ = ("connections",)
@@ -384,14 +390,24 @@ class Counters(_message.Message):
     def __init__(self, samples: _Optional[_Iterable[_Union[Counters.Sample, _Mapping]]] = ...) -> None: ...
 
 class Beat(_message.Message):
-    __slots__ = ("progress", "busy_s", "typical_s")
+    __slots__ = ("progress", "speed", "busy_s", "typical_s")
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    SPEED_FIELD_NUMBER: _ClassVar[int]
     BUSY_S_FIELD_NUMBER: _ClassVar[int]
     TYPICAL_S_FIELD_NUMBER: _ClassVar[int]
     progress: int
+    speed: Speed
     busy_s: float
     typical_s: float
-    def __init__(self, progress: _Optional[int] = ..., busy_s: _Optional[float] = ..., typical_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, progress: _Optional[int] = ..., speed: _Optional[_Union[Speed, _Mapping]] = ..., busy_s: _Optional[float] = ..., typical_s: _Optional[float] = ...) -> None: ...
+
+class Speed(_message.Message):
+    __slots__ = ("microbatch_s", "microbatches")
+    MICROBATCH_S_FIELD_NUMBER: _ClassVar[int]
+    MICROBATCHES_FIELD_NUMBER: _ClassVar[int]
+    microbatch_s: float
+    microbatches: int
+    def __init__(self, microbatch_s: _Optional[float] = ..., microbatches: _Optional[int] = ...) -> None: ...
 
 class PlanAdopted(_message.Message):
     __slots__ = ("generation", "step")

@@ -56,6 +56,7 @@ def full_job() -> Job:
             resume_step=10,
             restore=RestorePoint(step=10, parts=(PART,)),
             kept_steps=(10, 20),
+            save=True,
             final_step=100,
         ),
         layout_json=b"\x00layout",
@@ -64,6 +65,8 @@ def full_job() -> Job:
         metrics=(("loss", 0.25),),
         best=Best(step=10, value=0.5),
         next_best=Best(step=20, value=0.4),
+        saving=True,
+        held=20,
         finished=Finished(generation=3, step=100, stopped=True, parameters_sha256="f"),
         trouble=Trouble(step=5, problem=problem),
         error=problem,
@@ -162,6 +165,13 @@ def test_bundles_are_known_and_forgotten(store: Store) -> None:
     assert store.bundles() == (BUNDLE,)
     store.write(Batch(deleted_bundles=(BUNDLE.sha256, "nobody")))
     assert store.bundles() == ()
+
+
+def test_drains_are_kept_and_forgotten(store: Store) -> None:
+    assert store.drains() == {}
+    store.write(Batch(drained=(("worker-0", 1.5), ("server-1", 2.5))))
+    store.write(Batch(drained=(("worker-0", 1.5),), undrained=("server-1", "nobody")))
+    assert store.drains() == {"worker-0": 1.5}
 
 
 def test_closing_twice_is_harmless(store: Store) -> None:

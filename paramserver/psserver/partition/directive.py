@@ -10,7 +10,7 @@ from pscluster.spec import JobSpec
 from pscluster.summary import Summary
 from psserver.partition.commit import Verdict, Vote, clip_coefficient, global_norm
 
-Action = Literal["train", "evaluate", "finish"]
+Action = Literal["train", "evaluate", "finish", "hold"]
 
 
 def evaluates_at(version: int, spec: JobSpec, final_step: int) -> bool:
@@ -24,26 +24,36 @@ def snapshots_at(version: int, spec: JobSpec, final_step: int) -> bool:
     return version % spec.durability.every_steps == 0 or evaluates_at(version, spec, final_step)
 
 
-def next_action(version: int, spec: JobSpec, final_step: int, *, evaluated: int, saved: int, stop: bool) -> Action:
+def next_action(
+    version: int, spec: JobSpec, final_step: int, *, evaluated: int, saved: int, stop: bool, save: bool = False
+) -> Action:
     """What comes at `version`, of which `evaluated` and `saved` are the newest evaluated and written ones.
 
-    A stop takes effect at a version that is written; the vote on the next step sees to it that there is one."""
-    if stop and saved == version and version < final_step:
-        return "finish"
+    A stop takes effect at a version that is written, and so does a rest (`save`); the vote on the next step sees to it
+    that there is one."""
+    if (stop or save) and saved == version and version < final_step:
+        return "finish" if stop else "hold"
     if evaluates_at(version, spec, final_step) and evaluated != version:
         return "evaluate"
     return "finish" if version >= final_step else "train"
 
 
 def decide(
-    votes: Mapping[int, Vote], summary: Summary, spec: JobSpec, final_step: int, *, generation: int, stop: bool
+    votes: Mapping[int, Vote],
+    summary: Summary,
+    spec: JobSpec,
+    final_step: int,
+    *,
+    generation: int,
+    stop: bool,
+    save: bool = False,
 ) -> Verdict:
     """The verdict on a step from all its votes and its summary; the same wherever and whenever it is reached."""
     step = next(iter(votes.values())).step
     finite = all(vote.finite for vote in votes.values()) and math.isfinite(summary.loss_sum)
     norm = global_norm(votes, summary.weight) if finite else math.nan
     made = step + 1
-    snapshot = stop or snapshots_at(made, spec, final_step)
+    snapshot = stop or save or snapshots_at(made, spec, final_step)
     if not finite:
         kind: Literal["skip", "stop"] = "skip" if spec.on_nonfinite == "skip" else "stop"
         return Verdict(

@@ -144,8 +144,8 @@ class Lead:
 
     def vote(self, vote: Vote) -> None:
         """A partition's vote; the last one decides the step."""
-        if vote.step == self.version and (self._is_over or self.action == "finish"):
-            return  # the job ends at this version: what completes the next step now would take it past its digest
+        if vote.step == self.version and (self._is_over or self.action in ("finish", "hold")):
+            return  # the job ends or rests here: what completes the next step now would take it past its digest or move
         self.state, verdict, to_all = commit.receive_vote(self.state, vote, self._decide)
         if verdict is None:
             return
@@ -214,7 +214,11 @@ class Lead:
         if not (force or (due and self._reported_step != self.version)):
             return
         progress = Progress(
-            generation=self.plan.generation, step=self.version, records=self.records, connected_trainers=connected
+            generation=self.plan.generation,
+            step=self.version,
+            records=self.records,
+            connected_trainers=connected,
+            held=self.action == "hold",
         )
         self.out.report(ProcessReport(progress=progress))
         self.records, self._reported_step, self._reported_at = [], self.version, now_s
@@ -227,6 +231,7 @@ class Lead:
             self.plan.final_step,
             generation=self.plan.generation,
             stop=self.plan.stop,
+            save=self.plan.save,
         )
 
     def _decided(self, verdict: Verdict) -> None:
@@ -256,6 +261,7 @@ class Lead:
             evaluated=self.evaluated,
             saved=self.saved,
             stop=self.plan.stop and self.version > self.undecided,
+            save=self.plan.save,
         )
         if action != "evaluate":
             self.merged = None
@@ -264,6 +270,8 @@ class Lead:
             self.merged = None
         self.action = action
         self.out.direct()
+        if action == "hold":
+            self.report_progress(time.time(), force=True)  # before its snapshot's parts: the master moves upon both
 
     def _evaluated(self, metrics: object) -> None:
         self.evaluated = self.version

@@ -40,6 +40,7 @@ class FakeMaster(AgentsServicer):
         self.registered: list[pb.RegisterRequest] = []
         self.hellos: list[pb.Hello] = []
         self.beats = 0
+        self.speeds: list[dict[str, float]] = []
         self.durable: dict[int, pb.AgentMessage] = {}
         self.num_repeats = 0
         self.acknowledges = True
@@ -140,6 +141,7 @@ class FakeMaster(AgentsServicer):
             self.hellos.append(message.hello)
         elif message.HasField("beat"):
             self.beats += 1
+            self.speeds.append({id_: speed.microbatch_s for id_, speed in message.beat.speeds.items()})
         else:
             self.num_repeats += message.sequence in self.durable
             self.durable[message.sequence] = message

@@ -96,6 +96,11 @@ def beating(link: ProcessLink) -> None:
     heart.close()
 
 
+def measuring(link: ProcessLink) -> None:
+    link.report(plan.ProcessReport(beat=plan.Beat(speed=plan.Speed(microbatch_s=0.25, microbatches=4))))
+    serve(link)
+
+
 def use_bundle(link: ProcessLink) -> None:
     import users_module  # type: ignore[import-not-found]
 
@@ -118,6 +123,7 @@ MODES: dict[str, Callable[[ProcessLink], None]] = {
     "chatter": chatter,
     "count": count,
     "beating": beating,
+    "measuring": measuring,
     "use_bundle": use_bundle,
     "talk_nonsense": talk_nonsense,
 }

@@ -244,6 +244,44 @@ def test_a_process_that_breaks_the_protocol_is_ended(bench: Any) -> None:
     bench.run(body)
 
 
+def test_beats_tell_how_fast_living_trainers_compute(bench: Any) -> None:
+    async def body(master: Any) -> None:
+        await master.assign(bench.trainer("trainer-0", "measuring"), bench.trainer("trainer-1", "serve"))
+        await master.until(lambda: master.speeds and master.speeds[-1] == {"job/trainer-0/1": 0.25})
+        await master.assign()
+        await master.until(lambda: master.speeds[-1] == {})
+
+    bench.run(body)
+
+
+def test_told_to_end_it_waits_until_its_processes_were_moved(bench: Any) -> None:
+    async def body(master: Any) -> None:
+        await master.assign(bench.trainer("trainer-0", "serve"))
+        await master.until(lambda: master.reports("trainer_ready"))
+        os.kill(os.getpid(), signal.SIGTERM)
+        await master.until(lambda: master.messages("leaving"))
+        assert master.exit_of("job/trainer-0/1") is None
+        await master.assign()
+        status = await master.until(lambda: master.exit_of("job/trainer-0/1"))
+        assert (status.exit_code, status.expected) == (0, True)
+
+    bench.run(body, Patience(leave_s=30.0), signal_end=False)
+
+
+def test_told_to_end_it_does_not_wait_for_ever(bench: Any) -> None:
+    masters: list[Any] = []
+
+    async def body(master: Any) -> None:
+        masters.append(master)
+        await master.assign(bench.trainer("trainer-0", "serve"))
+        await master.until(lambda: master.reports("trainer_ready"))
+
+    bench.run(body, Patience(leave_s=0.1))
+    said = [message.WhichOneof("body") for _, message in sorted(masters[0].durable.items())]
+    assert said[said.index("leaving") :] == ["leaving", "status", "goodbye"]
+    assert masters[0].exit_of("job/trainer-0/1").expected
+
+
 def test_a_superseded_agent_ends_its_processes_and_itself(bench: Any) -> None:
     async def body(master: Any) -> None:
         await master.assign(bench.trainer("trainer-0", "serve"))

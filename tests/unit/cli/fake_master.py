@@ -74,6 +74,7 @@ class FakeMaster(jobs_pb2_grpc.JobsServicer, agents_pb2_grpc.AgentsServicer):
         self.log_requests: list[jobs_pb2.ReadLogsRequest] = []
         self.metric_lines: list[str] = []
         self.snapshots: list[jobs_pb2.Snapshot] = []
+        self.drain_states = ["draining"]
         self.node_list: list[jobs_pb2.Node] = []
         self.cluster = jobs_pb2.Cluster(version="0.1.0", protocol=rpc.PROTOCOL, healthy=True)
         self.failures: dict[str, list[PsError]] = {}
@@ -159,6 +160,16 @@ class FakeMaster(jobs_pb2_grpc.JobsServicer, agents_pb2_grpc.AgentsServicer):
     def ListNodes(self, request: Any, context: Any) -> Any:
         self._enter("ListNodes", context)
         return jobs_pb2.ListNodesReply(nodes=self.node_list)
+
+    def Drain(self, request: Any, context: Any) -> Any:
+        self._enter("Drain", context)
+        for node in self.node_list:
+            if node.node_id == request.node_id:
+                node.drain = "" if request.undo else self.drain_states.pop(0)
+                node.waits_for[:] = ["job: moves"] if node.drain == "draining" else []
+                return node
+        self._fail(context, NotFoundError(f"no node {request.node_id}"))
+        raise AssertionError
 
     def GetCluster(self, request: Any, context: Any) -> Any:
         self._enter("GetCluster", context)

@@ -8,6 +8,7 @@ from pscluster.errors import StateError
 from pscluster.v1 import jobs_pb2
 from tests.unit.cli.conftest import Psctl
 from tests.unit.cli.fake_master import FakeMaster, ended_message, job_message
+from tests.unit.cli.test_show import node_message
 
 
 @pytest.mark.parametrize(
@@ -68,3 +69,22 @@ def test_delete_takes_several_and_stops_at_the_first_refusal(run: Psctl, fake: F
     result = run("delete", "lm")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "PS-1004" in result.stderr
+
+
+# ---- drain ----
+
+
+def test_drain_waits_and_says_what_for(run: Psctl, fake: FakeMaster) -> None:
+    fake.node_list = [node_message()]
+    late = run("drain", "worker-0", "--timeout", "1s")
+    assert (late.exit_code, late.stdout) == (101, "")
+    assert "waits: job: moves" in late.stderr
+    assert run("nodes").stdout.splitlines()[1].split()[2] == "yes,draining"
+    fake.drain_states = ["drained", "draining"]
+    done = run("drain", "worker-0")
+    assert (done.exit_code, done.stdout) == (0, "worker-0\n")
+    assert "psctl drain worker-0 --undo" in done.stderr
+    assert run("drain", "worker-0", "--no-wait").stdout == "worker-0\n"
+    assert run("drain", "worker-0", "--undo").stdout == "worker-0\n"
+    assert fake.node_list[0].drain == ""
+    assert run("drain", "worker-9").exit_code == 102

@@ -45,7 +45,13 @@ def full_job() -> jobs_pb2.Job:
             resume_step=50,
             trainers=[
                 plan_pb2.TrainerSeat(
-                    rank=0, node_id="worker-0", attempt=1, active=True, shards=shards, device="cuda:0"
+                    rank=0,
+                    node_id="worker-0",
+                    attempt=1,
+                    active=True,
+                    shards=shards,
+                    device="cuda:0",
+                    microbatch_s=0.21,
                 ),
                 plan_pb2.TrainerSeat(rank=1, node_id="worker-1", attempt=2),
             ],
@@ -136,9 +142,9 @@ def test_describe_has_a_section_for_everything(run: Psctl, fake: FakeMaster) -> 
         assert piece in text, piece
     seats = [line.split() for line in text.splitlines() if line.startswith(("  trainer-", "  partition-"))]
     assert seats == [
-        ["trainer-0", "worker-0", "1", "active", "cuda:0", "shards", "0-2,5"],
-        ["trainer-1", "worker-1", "2", "standing", "by", "-", "none"],
-        ["partition-0", "server-0", "2", "lead", "-", "unix:/x"],
+        ["trainer-0", "worker-0", "1", "active", "cuda:0", "0.21", "s", "shards", "0-2,5"],
+        ["trainer-1", "worker-1", "2", "standing", "by", "-", "-", "none"],
+        ["partition-0", "server-0", "2", "lead", "-", "-", "unix:/x"],
     ]
     check = next(line for line in text.splitlines() if "imports" in line)
     assert check.split() == ["worker-0", "imports", "ok", "fine"]
@@ -194,3 +200,15 @@ def test_an_unknown_job_exits_102(run: Psctl, fake: FakeMaster, verb: str) -> No
     assert result.exit_code == 102
     assert result.stdout == ""
     assert "PS-1003" in result.stderr
+
+
+def test_describe_names_a_slow_trainer(run: Psctl, fake: FakeMaster) -> None:
+    job = full_job()
+    del job.plan.trainers[:]
+    for rank, microbatch_s in enumerate((0.1, 0.11, 0.25)):
+        shards = [plan_pb2.ShardRange(first=rank, count=1)]
+        job.plan.trainers.add(rank=rank, node_id=f"w-{rank}", active=True, shards=shards, microbatch_s=microbatch_s)
+    fake.jobs["a"] = job
+    seats = [line for line in run("describe", "lm").stdout.splitlines() if line.startswith("  trainer-")]
+    assert ["0.25 s, 2.3x" in line for line in seats] == [False, False, True]
+    assert "x" not in seats[1].partition("0.11 s")[2]

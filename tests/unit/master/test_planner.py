@@ -1,15 +1,10 @@
-"""Admission, seating and shard dealing."""
+"""Admission and seating."""
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from pscluster.tree import tree_of
-from psmaster.planner import NodeView, admit, choose_node, cover_size, deal_shards, max_trainers
+from psmaster.planner import NodeView, admit, choose_node, max_trainers
 from psmaster.registry import Role
 from tests.unit.master.world import make_spec
 
@@ -40,50 +35,6 @@ def view(
 
 def views(*nodes: NodeView) -> dict[str, NodeView]:
     return {node.node_id: node for node in nodes}
-
-
-@given(num_shards=st.integers(1, 200), num_ranks=st.integers(1, 40))
-def test_shards_are_dealt_whole_contiguous_and_even(num_shards: int, num_ranks: int) -> None:
-    runs = deal_shards(num_shards, range(num_ranks))
-    dealt = [shard for rank in range(num_ranks) for first, count in runs[rank] for shard in range(first, first + count)]
-    assert dealt == list(range(num_shards))
-    sizes = [sum(count for _, count in runs[rank]) for rank in range(num_ranks)]
-    assert max(sizes) - min(sizes) <= 1
-    assert all(len(runs[rank]) <= 1 for rank in range(num_ranks))
-
-
-@pytest.mark.parametrize("num_shards", range(1, 13))
-@pytest.mark.parametrize("num_ranks", range(1, 6))
-def test_even_dealing_is_as_aligned_as_it_can_be(num_shards: int, num_ranks: int) -> None:
-    small, num_large = divmod(num_shards, num_ranks)
-
-    def cost(large: frozenset[int]) -> int:
-        sizes = [small + (rank in large) for rank in range(num_ranks)]
-        firsts = [0, *itertools.accumulate(sizes)]
-        return sum(cover_size(num_shards, first, size) for first, size in zip(firsts, sizes, strict=False))
-
-    best = min(cost(frozenset(large)) for large in itertools.combinations(range(num_ranks), num_large))
-    dealt = deal_shards(num_shards, range(num_ranks))
-    runs = [run for rank_runs in dealt.values() for run in rank_runs]
-    assert sum(cover_size(num_shards, first, count) for first, count in runs) == best
-
-
-@given(st.integers(1, 64).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n - 1), st.integers(1, n))))
-def test_cover_size_counts_the_trees_own_nodes(shape: tuple[int, int, int]) -> None:
-    num_leaves, first, count = shape
-    count = min(count, num_leaves - first)
-    assert cover_size(num_leaves, first, count) == len(tree_of(num_leaves).cover(range(first, first + count)))
-
-
-def test_dealing_depends_on_the_ranks_order_alone() -> None:
-    assert deal_shards(8, [5, 2]) == {2: ((0, 4),), 5: ((4, 4),)}
-    assert deal_shards(8, []) == {}
-
-
-def test_a_power_of_two_is_dealt_in_whole_subtrees() -> None:
-    for rank, ((first, count),) in deal_shards(16, range(4)).items():
-        assert (first, count) == (4 * rank, 4)
-        assert cover_size(16, first, count) == 1
 
 
 def test_all_or_nothing_is_admitted() -> None:

@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import pytest
 
-from psmaster.jobs import Job, JobState
+from psmaster.jobs import VOLATILE, Job, JobState
 from psmaster.reconcile import reconcile
-from psmaster.reports import StandbyState
+from psmaster.reports import Progress, StandbyState
 from psmaster.seats import Kind, Seat
 from psmaster.turn import Turn
 from tests.unit.master.world import PARTITION, TRAINER, World, failure
@@ -36,6 +36,10 @@ ACTIONS = {
     "stream_breaks": 2,
     "stream_is_back": 4,
     "master_restarts": 2,
+    "node_drains": 2,
+    "node_is_used_again": 2,
+    "lead_rests": 4,
+    "trainers_measure": 6,
     "code_raises": 1,
     "lead_finishes": 1,
     "stop": 1,
@@ -50,6 +54,7 @@ class Simulation:
         self.random = random.Random(seed)
         self.world = World()
         self.lives = 0
+        self.measured = 0
         self.generations: dict[str, int] = {}
         self.places: dict[str, tuple[str, str]] = {}  # of every process id there ever was: node and its life
         self.relied_on: dict[str, int] = {}  # by process id: the timeline in which it was last reported in sync
@@ -149,6 +154,31 @@ class Simulation:
         if seat in self.world.wanted(job_id):
             self.world.report(seat, failure("PS-2001", "ValueError"), job_id)
 
+    def node_drains(self, _job: str, node_id: str, _seat: str) -> None:
+        if node_id in self.world.state.nodes:
+            self.world.take(lambda turn: turn.drain(node_id))
+
+    def node_is_used_again(self, _job: str, node_id: str, _seat: str) -> None:
+        if node_id in self.world.state.drains:
+            self.world.take(lambda turn: turn.undrain(node_id))
+
+    def lead_rests(self, job_id: str, _node: str, _seat: str) -> None:
+        job = self.world.job(job_id)
+        if job.plan is None or not job.plan.save or "partition-0" not in self.world.wanted(job_id):
+            return
+        step = job.step + self.random.randint(0, 1)
+        self.world.report("partition-0", Progress(generation=job.generation, step=step, held=True), job_id)
+        if self.random.random() < 0.7:
+            self.world.snapshot(step, job_id)
+
+    def trainers_measure(self, job_id: str, _node: str, _seat: str) -> None:
+        for process in self.world.wanted(job_id).values():
+            if process.seat.kind is Kind.TRAINER:
+                self.measured += 1
+                told = {process.process_id: (self.random.choice((0.1, 0.1, 0.5)), self.measured)}
+                node_id, life = process.seat.node_id, process.seat.incarnation
+                self.world.take(lambda turn, node_id=node_id, life=life, told=told: turn.beat(node_id, life, told))
+
     def lead_finishes(self, job_id: str, _node: str, _seat: str) -> None:
         job = self.world.job(job_id)
         if job.plan is not None and "partition-0" in self.world.wanted(job_id):
@@ -190,7 +220,8 @@ class Simulation:
     def _what_is_stored_is_what_is_known(self) -> None:
         for job in self.world.store.jobs():
             known = self.world.state.jobs[job.job_id]
-            assert job == replace(known, deadline_s=None, window=(), recovery=None)
+            forgotten = {name: Job.__dataclass_fields__[name].default for name in VOLATILE}
+            assert job == replace(known, **forgotten)
             stored = {(part.step, part.partition): part for part in self.world.store.parts(job.job_id)}
             assert stored == dict(self.world.state.catalogues[job.job_id].parts)
 
@@ -274,6 +305,7 @@ def test_the_simulation_meets_what_it_is_for() -> None:
         seen.update(simulation.world.reasons())
     wanted = {"TrainerLost", "PartitionLost", "RolledBack", "Recovered", "Restored", "Failed", "Stopped", "NodeLeftOut"}
     wanted |= {"StandbyLost", "StandbyInSync", "TookOver"}
+    wanted |= {"TrainerMoved", "PartitionMoves"}
     assert all(seen[reason] for reason in wanted), seen
 
 

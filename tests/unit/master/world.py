@@ -123,7 +123,13 @@ class World:
             for job_id in jobs
         }
         events = {job_id: self.store.events(job_id) for job_id in jobs}
-        self.state = State(jobs=jobs, catalogues=catalogues, events=events, nodes=presumed(jobs, self.now))
+        self.state = State(
+            jobs=jobs,
+            catalogues=catalogues,
+            events=events,
+            nodes=presumed(jobs, self.now),
+            drains=self.store.drains(),
+        )
         self.take()
 
     # nodes
@@ -230,7 +236,11 @@ class World:
 
     def running(self, workers: int = 2, **changes: Any) -> None:
         """A cluster with one job that has committed step 5."""
-        self.cluster(workers)
+        self.train(workers, **changes)
+
+    def train(self, num_workers: int, /, **changes: Any) -> None:
+        """The same, where the spec's `workers` may be among the changes."""
+        self.cluster(num_workers)
         self.submit(**changes)
         self.ready()
         self.snapshot(0)

@@ -264,6 +264,21 @@ def test_a_job_trains_evaluates_and_finishes() -> None:
     assert play(7) == ["t0", "t1", "e2", "t2", "t3", "e4", "t4", "e5", "f5"], "the last version is finished as such"
 
 
+def test_a_rest_comes_at_the_next_written_version_and_before_its_evaluation() -> None:
+    spec = played_spec(2, 2, evaluate={"every_steps": 2}, durability={"every_steps": 100})
+
+    def action(version: int, saved: int, *, stop: bool = False) -> str:
+        return next_action(version, spec, 5, evaluated=-1, saved=saved, stop=stop, save=True)
+
+    assert action(3, 2) == "train"
+    assert action(3, 3) == "hold"
+    assert action(2, 2) == "hold"
+    assert action(3, 3, stop=True) == "finish", "a stop goes first"
+    assert action(5, 5) == "evaluate", "the last version is finished as such"
+    decided = decide({0: vote(0)}, summary(), spec, 5, generation=1, stop=False, save=True)
+    assert decided.snapshot and not decided.last
+
+
 # ---- the learning rate ----
 
 CONSTANT = ScheduleSection(warmup_steps=5)

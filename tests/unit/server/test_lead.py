@@ -132,6 +132,40 @@ def test_a_whole_job_in_order() -> None:
     assert written == [2, 3, 4, 6]
 
 
+def test_asked_to_save_it_rests_after_the_next_step_and_goes_on_when_told() -> None:
+    played = Played(evaluate={"every_steps": 100}, durability={"every_steps": 100}).open()
+    played.vote()
+    played.lead.adopt(played.plan(2, save=True))
+    assert played.lead.action == "train", "version 1 is not written"
+    played.vote(generation=2)
+    assert played.directives()[-1] == "hold 2"
+    assert [v[2].snapshot for v in played.log if v[0] == "verdict" and v[1] == 0] == [False, True]
+    newest = played.reported("progress")[-1]
+    assert (newest.step, newest.held, [r.step for r in newest.records]) == (2, True, [1, 2])
+    said = len(played.log)
+    played.vote(generation=2)
+    assert (played.lead.version, len(played.log)) == (2, said), "nothing is decided while it rests"
+    played.lead.adopt(played.plan(3))
+    assert played.directives()[-1] == "train 2"
+    played.vote(generation=3)
+    assert played.lead.version == 3
+
+
+def test_at_a_version_that_is_written_it_rests_at_once_and_says_so_under_each_plan() -> None:
+    played = Played().open()
+    for _ in range(2):
+        played.vote()
+    assert played.lead.action == "evaluate"
+    for generation in (2, 3):
+        played.lead.adopt(played.plan(generation, save=True))
+        newest = played.reported("progress")[-1]
+        assert (newest.generation, newest.step, newest.held) == (generation, 2, True)
+    played.lead.adopt(played.plan(4))
+    assert played.directives()[-1] == "evaluate 2"
+    played.evaluate()
+    assert [e.step for e in played.reported("evaluated")] == [2]
+
+
 def test_an_evaluation_takes_each_node_once_and_only_of_its_version() -> None:
     played = Played().open()
     played.vote()

@@ -312,7 +312,7 @@ class Exchange:
     def _beat(self) -> Beat:
         """On the heart's thread."""
         busy_s, typical_s = self._counters.pace.now()
-        return Beat(progress=self.progress, busy_s=busy_s, typical_s=typical_s)
+        return Beat(progress=self.progress, speed=self._counters.speed(), busy_s=busy_s, typical_s=typical_s)
 
     def _report_counters(self) -> None:
         self._counters.observe(self._peers)

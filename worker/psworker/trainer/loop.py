@@ -135,7 +135,9 @@ class Trainer:
             if not self._exchange.is_current(work):
                 break
             with self._counters.pace.computing("train"):
-                self._microbatch(work, shard)
+                is_full = self._microbatch(work, shard)
+            if is_full:
+                self._counters.measure(work.version)
             self._done[work.key].add(shard)
             self._exchange.progress += 1
         self._accumulator.flush()
@@ -145,8 +147,9 @@ class Trainer:
         if self._done[work.key].issuperset(work.shards):
             self._exchange.want(work, work.version + 1)
 
-    def _microbatch(self, work: Work, shard: int) -> None:
-        """One shard's gradient, from batch to `push`. A microbatch without samples contributes zeros."""
+    def _microbatch(self, work: Work, shard: int) -> bool:
+        """One shard's gradient, from batch to `push`; whether it had all its samples. One without any contributes
+        zeros."""
         seed_step(self._spec.train.seed, work.version, shard)
         self._replica.restore_buffers()
         with self._counters.phase("data"):
@@ -159,6 +162,7 @@ class Trainer:
         with self._counters.phase("push"):
             self._push_rest(work, shard, loss_sum, weight, num_samples, touched)
         self._counters.microbatch(num_samples, weight)
+        return num_samples == self._spec.train.microbatch
 
     def _forward_backward(self, work: Work, batch: object) -> tuple[float, float]:
         with self._counters.phase("forward"):

@@ -60,6 +60,12 @@ class Pace:
                 return 0.0, 0.0
             return self._clock() - self._began_s - self._waited_s, self._median(self._kind)
 
+    def last_s(self, kind: str) -> float:
+        """The latest of a kind; 0: none was finished."""
+        with self._lock:
+            took = self._took.get(kind)
+            return took[-1] if took else 0.0
+
     def typical_s(self, kind: str) -> float:
         """The median of the latest of a kind; 0: none was finished."""
         with self._lock:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from pscluster.phases import Phases
-from pscluster.v1.plan_pb2 import Counters
+from pscluster.v1.plan_pb2 import Counters, Speed
 from psworker.trainer.pace import Pace
+from psworker.trainer.speed import Speedometer
 
 if TYPE_CHECKING:
     from psworker.trainer.peer import Peer
@@ -28,10 +30,16 @@ class TrainerCounters:
         self._weight = 0.0
         self._microbatches = 0
         self._reconnects = 0
+        self._speedometer = Speedometer()
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Time the block as part of a phase; see `Phases.measure`. The main thread's."""
         return self._phases.measure(name)
+
+    def measure(self, version: int) -> None:
+        """The microbatch of `version` that `pace` has just timed tells how fast this trainer is."""
+        with self._lock:
+            self._speedometer.take(version, self.pace.last_s("train"), time.monotonic())
 
     def microbatch(self, samples: float, weight: float) -> None:
         """One microbatch of training was computed."""
@@ -45,6 +53,14 @@ class TrainerCounters:
         with self._lock:
             self._reconnects = sum(peer.reconnects for peer in peers)
 
+    def speed(self) -> Speed | None:
+        """How fast this trainer computes; None before it is known."""
+        with self._lock:
+            microbatch_s = self._speedometer.microbatch_s(time.monotonic())
+            return (
+                Speed(microbatch_s=microbatch_s, microbatches=self._speedometer.num_measured) if microbatch_s else None
+            )
+
     def sample(self) -> Counters:
         """Every counter as the agent exports it, prefix `ps_` and label `job` left out."""
         with self._lock:
@@ -53,6 +69,9 @@ class TrainerCounters:
                 Counters.Sample(name="tokens_total", value=self._weight),
                 Counters.Sample(name="microbatches_total", value=self._microbatches),
                 Counters.Sample(name="data_reconnects_total", value=self._reconnects),
+                Counters.Sample(
+                    name="microbatch_seconds", value=self._speedometer.microbatch_s(time.monotonic()), gauge=True
+                ),
             ]
             found += [
                 Counters.Sample(name="phase_seconds_total", labels={"phase": name}, value=seconds)

@@ -68,6 +68,8 @@ def find_work(
         first = min((seat.rank for seat in plan.trainers if seat.active), default=-1)
         may = empty_partitions and plan.resume_step == 0 and first == rank
         return _left(replace(base, action="initialise"), [min(empty_partitions)] if may else [], done)
+    if directive.action == "hold":
+        return None  # the job rests, to go on from this version elsewhere
     holders = plan.moved_generation if directive.action == "train" else plan.lead_generation
     base = replace(base, version=directive.version, action=directive.action, holders=holders)
     if directive.action == "finish":

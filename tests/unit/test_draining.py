@@ -1,0 +1,76 @@
+"""Waiting until a node is drained, on a clock of the test's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+
+from pscluster.client.draining import PATIENCE_S, wait_drained
+from pscluster.client.records import Node
+from pscluster.errors import StateError, UnreachableError, WaitTimeoutError
+
+NODE = Node(
+    node_id="worker-0", role="worker", ready=True, incarnation="i", cpu_cores=1, memory_bytes=1, devices=(), slots=1,
+    last_beat_s=None, version="0", hostname="h", processes=("p",), metrics_address="", drain="draining",
+    waits_for=("job: moves",),
+)  # fmt: skip
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+def told(*answers: list[Node] | Exception) -> Callable[[], list[Node]]:
+    """These answers in turn, the last one for ever."""
+    left = list(answers)
+
+    def nodes() -> list[Node]:
+        answer = left.pop(0) if len(left) > 1 else left[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    return nodes
+
+
+def waiting(nodes: Callable[[], list[Node]], timeout_s: float | None = None) -> Iterator[Node]:
+    clock = Clock()
+    return wait_drained(nodes, "worker-0", timeout_s, monotonic=clock.monotonic, sleep=clock.sleep)
+
+
+def test_each_change_is_told_until_it_is_drained() -> None:
+    moved = replace(NODE, waits_for=("job: rests",))
+    empty = replace(NODE, drain="drained", waits_for=(), processes=())
+    assert list(waiting(told([NODE], [NODE], [moved], [empty]))) == [NODE, moved, empty]
+
+
+def test_one_that_left_holds_nothing() -> None:
+    assert [node.drain for node in waiting(told([NODE], []))] == ["draining", "drained"]
+
+
+def test_time_runs_out_with_what_it_waits_for() -> None:
+    with pytest.raises(WaitTimeoutError, match="worker-0 is not drained within 5 s: job: moves"):
+        list(waiting(told([NODE]), 5.0))
+
+
+def test_undone_meanwhile() -> None:
+    with pytest.raises(StateError):
+        list(waiting(told([NODE], [replace(NODE, drain=None)])))
+
+
+def test_a_master_that_is_away_is_waited_for() -> None:
+    away = UnreachableError("nobody")
+    empty = replace(NODE, drain="drained", waits_for=())
+    assert [node.drain for node in waiting(told([NODE], *[away] * 50, [empty]))] == ["draining", "drained"]
+    with pytest.raises(UnreachableError):
+        list(waiting(told([NODE], away)))
+    assert PATIENCE_S == 600
