@@ -42,6 +42,11 @@ def acknowledge(bond: Bond, reach: int, promised: int) -> tuple[Bond, bool]:
     return replace(bond, reach=reach, is_bound=True, is_told=bond.is_told or tells), tells
 
 
+def begin(bond: Bond) -> Bond | None:
+    """A standby needs the whole state: the bond to begin again with. None: never, for the master relies on the pair."""
+    return None if bond.is_told else Bond(attempt=bond.attempt)
+
+
 def resumes(bond: Bond, reach: int, applied: int, step: int) -> bool:
     """Whether a standby that comes back over a new connection can be told what is missing, rather than everything.
 

@@ -300,10 +300,12 @@ class Replication:
                 self._send_verdict(member.last_verdict)
             self._held(reach)
             self.offer()
-        elif self.bond.is_bound:
-            self._give_up(f"it can make version {reach}, not {member.step}")
-        else:
+        elif (anew := bond.begin(self.bond)) is not None:
+            self.bond = anew
             self.at_boundary()
+            self._principal.try_vote()  # maybe it waited for what the standby no longer has
+        else:
+            self._give_up(f"it can make version {reach}, not {member.step}")
 
     def _held(self, reach: int) -> None:
         member = self._principal.member

@@ -1,0 +1,561 @@
+"""A model check of partitions with standbys: every order of events in a small job, with deaths, false deaths and cuts.
+
+The decisions are the real ones (`psserver.partition.commit` and `bond`); what surrounds them is modelled after the
+service, the lead, the replication and the master. A stream between partition and standby keeps its order, and a vote
+comes after the join; verdicts and words to the master arrive in any order. Plans reach each process at a time of its
+own. Who was taken for dead may live on, with its older plan.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import pytest
+
+from psserver.partition import bond, commit
+from psserver.partition.bond import Bond
+from psserver.partition.commit import Lead, Member, Verdict, Vote
+from tests.unit.server.test_commit_model import _cannot_reach, put
+
+
+class Plan(NamedTuple):
+    generation: int
+    timeline: int
+    holders: tuple[int, ...]  # attempts of the partitions
+    standbys: tuple[int, ...]  # of their standbys
+
+
+class Leads(NamedTuple):
+    """`commit.Lead`, hashable, and who has joined it."""
+
+    step: int
+    votes: frozenset[int] = frozenset()
+    last: int = -1
+    joined: frozenset[int] = frozenset()
+    is_open: bool = False
+
+
+class Process(NamedTuple):
+    """A partition's or standby's process. `full`: the sums of its open step are complete. `last`: the step of its last
+    verdict. `stands_by` by its own plan; `synced`: and it was given a state. `joined`: the lead's attempt that it is
+    connected to."""
+
+    index: int
+    attempt: int
+    plan: Plan = Plan(0, 0, (), ())
+    step: int = 0
+    full: bool = False
+    voted: bool = False
+    last: int = -1
+    stands_by: bool = False
+    synced: bool = False
+    bond: Bond = Bond()
+    joined: int = 0
+    lead: Leads | None = None
+
+    @property
+    def reach(self) -> int:
+        return self.step + self.full
+
+
+class Link(NamedTuple):
+    """A stream from one attempt to another, and what the latter answers."""
+
+    sender: int
+    receiver: int
+    down: tuple[tuple[str, int, int], ...] = ()
+    up: tuple[int, ...] = ()
+
+
+class World(NamedTuple):
+    plan: Plan
+    believed: tuple[bool, ...]  # what the master believes to be in sync
+    newest: tuple[int, ...]  # attempts, by partition
+    processes: frozenset[Process]
+    links: tuple[Link | None, ...]
+    messages: frozenset[tuple[Any, ...]]
+    decided: int  # the version that somebody of this timeline was told is committed
+    faults: tuple[int, int, int, int, int]
+
+
+CRASHES, SUSPICIONS, STANDBY_CRASHES, CUTS, PLANS = range(5)
+
+
+def beginning(with_standby: tuple[bool, ...], faults: tuple[int, int, int, int, int]) -> World:
+    """The first plan is out, nobody has heard of it; which partitions have a standby."""
+    partitions = len(with_standby)
+    plan = Plan(1, 1, (1,) * partitions, tuple(2 * has for has in with_standby))
+    processes = {Process(p, 1) for p in range(partitions)} | {
+        Process(p, 2) for p in range(partitions) if with_standby[p]
+    }
+    nobody: tuple[bool, ...] = (False,) * partitions
+    return World(plan, nobody, (2,) * partitions, frozenset(processes), (None,) * partitions, frozenset(), 0, faults)
+
+
+class Model:
+    """What can happen next, for a job of `steps` steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    # ---- looking ----
+
+    def find(self, w: World, index: int, attempt: int) -> Process | None:
+        return next((p for p in w.processes if (p.index, p.attempt) == (index, attempt)), None)
+
+    def holders(self, w: World) -> list[Process | None]:
+        return [self.find(w, index, attempt) for index, attempt in enumerate(w.plan.holders)]
+
+    def is_over(self, w: World) -> bool:
+        return all(p is not None and p.step == self.steps and p.plan == w.plan for p in self.holders(w))
+
+    def swap(self, w: World, old: Process, new: Process) -> World:
+        return w._replace(processes=w.processes - {old} | {new})
+
+    def count(self, w: World, process: Process, version: int) -> World:
+        """Somebody was told that the step to this version is committed."""
+        mine = process.plan.timeline == w.plan.timeline
+        return w._replace(decided=max(w.decided, version)) if mine else w
+
+    # ---- what happens by itself ----
+
+    def progress(self, w: World) -> Iterator[World]:
+        for process in w.processes:
+            named = process.attempt in (w.plan.holders[process.index], w.plan.standbys[process.index])
+            if named and process.plan.generation < w.plan.generation:
+                yield self.adopt(w, process)
+            if self.can_complete(w, process):
+                yield self.complete(w, process)
+            if self.may_vote(process):
+                yield self.vote(w, process)
+            if self.can_join(w, process):
+                yield self.join(w, process)
+        for index in range(len(w.links)):
+            yield from self.stream(w, index)
+        joining = {m[1:3] for m in w.messages if m[0] == "join"}
+        for message in w.messages:
+            if message[0] == "vote" and message[1:3] in joining:
+                continue  # it came after the join, over the same connection
+            yield self.deliver(w._replace(messages=w.messages - {message}), message)
+
+    def can_complete(self, w: World, process: Process) -> bool:
+        """Trainers push to whom they take for the partition, a step of which every partition has the version."""
+        lead = self.find(w, 0, w.plan.holders[0])
+        if process.stands_by or not process.plan.generation or process.full or process.step >= self.steps:
+            return False
+        asked = lead is not None and lead.lead is not None and lead.lead.is_open and lead.lead.step >= process.step
+        together = all(
+            p is not None and not p.stands_by and p.plan.timeline == process.plan.timeline and p.step >= process.step
+            for p in self.holders(w)
+        )
+        return asked and together
+
+    def complete(self, w: World, process: Process) -> World:
+        after = process._replace(full=True)
+        return self.send(self.swap(w, process, after), after, ("sums", process.step, -1))
+
+    def may_vote(self, process: Process) -> bool:
+        ready = process.full and not process.voted and not process.stands_by
+        return ready and bond.may_vote(process.bond, process.step)
+
+    def vote(self, w: World, process: Process) -> World:
+        after = process._replace(voted=True)
+        return self.cast(self.swap(w, process, after), after)
+
+    def cast(self, w: World, process: Process) -> World:
+        if not process.voted or process.stands_by:
+            return w
+        vote = ("vote", process.index, process.joined, process.plan.generation, process.step)
+        if process.index == 0:
+            return self.take_vote(w, process, vote)
+        return w._replace(messages=w.messages | {vote}) if process.joined else w
+
+    # ---- the lead ----
+
+    def can_join(self, w: World, process: Process) -> bool:
+        """It dials the lead of its own plan, which must be that by its own."""
+        if process.index == 0 or process.stands_by or not process.plan.generation:
+            return False
+        attempt = process.plan.holders[0]
+        lead = self.find(w, 0, attempt)
+        fits = lead is not None and lead.lead is not None and lead.plan.timeline == process.plan.timeline
+        known = lead is not None and fits and lead.plan.holders[process.index] == process.attempt
+        return process.joined != attempt and known
+
+    def join(self, w: World, process: Process) -> World:
+        after = process._replace(joined=process.plan.holders[0])
+        told = ("join", after.index, after.joined, after.step, after.last)
+        return self.cast(self.swap(w, process, after)._replace(messages=w.messages | {told}), after)
+
+    def take_join(self, w: World, index: int, attempt: int, step: int, last: int) -> World:
+        process = self.find(w, 0, attempt)
+        if process is None or process.lead is None:
+            return w
+        lead = process.lead._replace(joined=process.lead.joined | {index})
+        lead = lead._replace(is_open=lead.is_open or len(lead.joined) == len(w.plan.holders))
+        after = process._replace(lead=lead)
+        w = self.swap(w, process, after)
+        if step == lead.step - 1:
+            return w._replace(messages=w.messages | {("call", index, attempt)})
+        if step == lead.step + 1 and last >= 0:
+            state, verdict = commit.lead_learns(self.lead_of(w, after), self.verdict(after, last))
+            if verdict is not None:
+                return self.tell_all(w, after, state, verdict)
+        return w
+
+    def lead_of(self, w: World, process: Process) -> Lead:
+        assert process.lead is not None
+        generation = process.plan.generation
+        votes = {p: Vote(generation=generation, step=process.lead.step, partition=p) for p in process.lead.votes}
+        last = self.verdict(process, process.lead.last) if process.lead.last >= 0 else None
+        return Lead(
+            num_partitions=len(w.plan.holders), generation=generation, step=process.lead.step, votes=votes, last=last
+        )
+
+    def verdict(self, process: Process, step: int) -> Verdict:
+        return Verdict(generation=process.plan.generation, step=step, kind="commit")
+
+    def take_vote(self, w: World, process: Process, message: tuple[Any, ...]) -> World:
+        _, index, _, generation, step = message
+        assert process.lead is not None
+
+        def decide(votes: Mapping[int, Vote]) -> Verdict:
+            assert len(votes) == len(w.plan.holders)
+            return self.verdict(process, step)
+
+        vote = Vote(generation=generation, step=step, partition=index)
+        state, verdict, to_all = commit.receive_vote(self.lead_of(w, process), vote, decide)
+        if verdict is not None and to_all:
+            return self.tell_all(w, process, state, verdict)
+        after = process._replace(lead=process.lead._replace(votes=frozenset(state.votes), step=state.step))
+        w = self.swap(w, process, after)
+        if verdict is None:
+            return w
+        if index == 0:
+            return self.hear(w, after, verdict)
+        told = ("verdict", index, after.attempt, verdict.generation, verdict.step)
+        return w._replace(messages=w.messages | {told})
+
+    def tell_all(self, w: World, process: Process, state: Lead, verdict: Verdict) -> World:
+        assert process.lead is not None
+        lead = process.lead._replace(step=state.step, votes=frozenset(), last=verdict.step)
+        after = process._replace(lead=lead)
+        w = self.count(self.swap(w, process, after), after, verdict.step + 1)
+        told = {
+            ("verdict", index, after.attempt, verdict.generation, verdict.step)
+            for index in range(1, len(w.plan.holders))
+        }
+        return self.hear(w._replace(messages=w.messages | told), after, verdict)
+
+    def hear(self, w: World, process: Process, verdict: Verdict) -> World:
+        """Carry out a verdict, if it is on the step that was voted on, under this generation."""
+        vote = Vote(generation=process.plan.generation, step=process.step, partition=process.index)
+        member = Member(generation=process.plan.generation, step=process.step, vote=vote if process.voted else None)
+        member, now = commit.receive_verdict(member, verdict)
+        if not now:
+            return w
+        after = process._replace(step=member.step, full=False, voted=False, last=verdict.step)
+        w = self.count(self.swap(w, process, after), after, member.step)
+        return self.send(w, after, ("verdict", verdict.step, -1))
+
+    def deliver(self, w: World, message: tuple[Any, ...]) -> World:
+        kind, index, attempt = message[:3]
+        if kind == "join":
+            return self.take_join(w, index, attempt, *message[3:])
+        if kind == "in sync":
+            standby, timeline = message[3:]
+            m = w.plan
+            holds = (m.holders[index], m.standbys[index], m.timeline) == (attempt, standby, timeline)
+            return w._replace(believed=put(w.believed, index, True)) if holds else w  # type: ignore[arg-type]
+        if kind == "vote":
+            lead = self.find(w, 0, attempt)
+            return w if lead is None or lead.lead is None else self.take_vote(w, lead, message)
+        for process in sorted(w.processes, key=lambda p: p.attempt):  # who was replaced and lives on hears it, too
+            if process.index == index and process.joined == attempt and not process.stands_by:
+                if kind == "call":
+                    w = self.cast(w, process)
+                else:
+                    w = self.hear(w, process, Verdict(generation=message[3], step=message[4], kind="commit"))
+        return w
+
+    # ---- the stream ----
+
+    def send(self, w: World, process: Process, item: tuple[str, int, int]) -> World:
+        link = w.links[process.index]
+        if link is None or link.sender != process.attempt:
+            return w
+        return w._replace(links=put(w.links, process.index, link._replace(down=(*link.down, item))))  # type: ignore[arg-type]
+
+    def stream(self, w: World, index: int) -> Iterator[World]:
+        link = w.links[index]
+        if link is None:
+            yield from self.connect(w, index)
+            return
+        sender, receiver = self.find(w, index, link.sender), self.find(w, index, link.receiver)
+        if link.down and receiver is not None and receiver.stands_by:
+            item, rest = link.down[0], link._replace(down=link.down[1:])
+            yield self.receive(w, receiver, item, rest)
+        if link.up and sender is not None:
+            reach, rest = link.up[0], link._replace(up=link.up[1:])
+            yield self.acknowledged(w._replace(links=put(w.links, index, rest)), sender, reach)  # type: ignore[arg-type]
+
+    def connect(self, w: World, index: int) -> Iterator[World]:
+        """A partition dials the standby of its plan, which takes it for its partition by its own."""
+        for sender in w.processes:
+            if sender.index != index or sender.stands_by or not sender.plan.generation:
+                continue
+            standby = self.find(w, index, sender.plan.standbys[index])
+            fits = standby is not None and standby.stands_by and standby.plan.holders[index] == sender.attempt
+            if standby is None or not fits or standby.plan.timeline != sender.plan.timeline:
+                continue
+            sums = (("sums", sender.step, -1),) if sender.full else ()
+            reach = standby.reach if standby.synced else -1
+            if bond.resumes(sender.bond, reach, standby.step, sender.step):
+                missed = (("verdict", sender.last, -1),) if standby.step < sender.step else ()
+                link = Link(sender.attempt, standby.attempt, (*missed, *sums), (reach,))
+            else:
+                anew = bond.begin(sender.bond)
+                assert anew is not None, f"what the standby held is gone: {sender} {standby}"
+                w = self.swap(w, sender, sender._replace(bond=anew))
+                link = Link(sender.attempt, standby.attempt, (("state", sender.step, sender.last), *sums))
+            yield w._replace(links=put(w.links, index, link))  # type: ignore[arg-type]
+
+    def receive(self, w: World, standby: Process, item: tuple[str, int, int], link: Link) -> World:
+        kind, step, last = item
+        after, says = standby, None
+        if kind == "state":
+            after, says = standby._replace(step=step, last=last, synced=True, full=False, voted=False), step
+        elif kind == "sums" and standby.synced and step == standby.step and not standby.full:
+            after, says = standby._replace(full=True, voted=True), step + 1
+        elif kind == "verdict" and standby.synced and step == standby.step and standby.voted:
+            after = standby._replace(step=step + 1, full=False, voted=False, last=step)
+        if says is not None:
+            link = link._replace(up=(*link.up, says))
+        return self.swap(w, standby, after)._replace(links=put(w.links, standby.index, link))  # type: ignore[arg-type]
+
+    def acknowledged(self, w: World, process: Process, reach: int) -> World:
+        held, tells = bond.acknowledge(process.bond, reach, process.step + process.voted)
+        after = process._replace(bond=held)
+        w = self.swap(w, process, after)
+        if not tells:
+            return w
+        word = ("in sync", after.index, after.attempt, held.attempt, after.plan.timeline)
+        return w._replace(messages=w.messages | {word})
+
+    # ---- plans ----
+
+    def adopt(self, w: World, process: Process) -> World:
+        plan, index = w.plan, process.index
+        stands_by = process.attempt == plan.standbys[index]
+        if process.plan.timeline != plan.timeline:
+            return self.begin_anew(w, process, stands_by)
+        takes_over = process.stands_by and not stands_by
+        if takes_over:
+            assert process.synced, "it is to take over and holds nothing"
+            w = self.hang_up(w, process)
+        held = bond.adopt(process.bond, plan.standbys[index], restored=takes_over)
+        if held != process.bond and not stands_by:
+            w = self.hang_up(w, process)
+        joined = process.joined if plan.holders[0] == process.joined else 0
+        lead = process.lead
+        if takes_over and index == 0:
+            lead = Leads(step=process.step, last=process.last, joined=frozenset({0}), is_open=len(plan.holders) == 1)
+        elif lead is not None:
+            lead = lead._replace(votes=frozenset(), step=commit.lead_adopts(self.lead_of(w, process), 0).step)
+        after = process._replace(plan=plan, stands_by=stands_by, bond=held, joined=joined, lead=lead)
+        w = self.swap(w, process, after)
+        if after.lead is not None and after.lead.is_open:
+            calls = {("call", other, after.attempt) for other in after.lead.joined if other}
+            w = w._replace(messages=w.messages | calls)
+        return self.cast(w, after)
+
+    def begin_anew(self, w: World, process: Process, stands_by: bool) -> World:
+        index, partitions = process.index, len(w.plan.holders)
+        leads = index == 0 and not stands_by
+        after = Process(
+            index, process.attempt, plan=w.plan, stands_by=stands_by,
+            bond=Bond() if stands_by else Bond(attempt=w.plan.standbys[index]),
+            lead=Leads(step=0, joined=frozenset({0}), is_open=partitions == 1) if leads else None,
+        )  # fmt: skip
+        to_lead, from_lead = ("join", "vote"), ("verdict", "call")
+        over = {m for m in w.messages if m[2] == process.attempt and m[0] in to_lead} if index == 0 else set()
+        over |= {m for m in w.messages if m[1] == index and m[2] == process.joined and m[0] in from_lead}
+        w = self.swap(w, process, after)._replace(messages=w.messages - over)  # its connections are closed
+        return self.hang_up(w, process)
+
+    def hang_up(self, w: World, process: Process) -> World:
+        """The stream that this process is at one end of breaks."""
+        link = w.links[process.index]
+        cut = link is not None and process.attempt in (link.sender, link.receiver)
+        return w._replace(links=put(w.links, process.index, None)) if cut else w  # type: ignore[arg-type]
+
+    # ---- faults ----
+
+    def disturbances(self, w: World) -> Iterator[World]:
+        for index, process in enumerate(self.holders(w)):
+            if process is not None and w.faults[CRASHES]:
+                yield self.lose(self.spend(self.remove(w, process), CRASHES), index)
+            if process is not None and w.faults[SUSPICIONS]:
+                yield self.lose(self.spend(w, SUSPICIONS), index)
+            standby = self.find(w, index, w.plan.standbys[index])
+            if standby is not None and w.faults[STANDBY_CRASHES]:
+                yield self.lose_standby(self.spend(self.remove(w, standby), STANDBY_CRASHES), index)
+            if w.links[index] is not None and w.faults[CUTS]:
+                yield self.spend(w, CUTS)._replace(links=put(w.links, index, None))  # type: ignore[arg-type]
+        if w.faults[PLANS]:
+            yield self.spend(w, PLANS)._replace(plan=w.plan._replace(generation=w.plan.generation + 1))
+
+    def spend(self, w: World, fault: int) -> World:
+        return w._replace(faults=put(w.faults, fault, w.faults[fault] - 1))  # type: ignore[arg-type]
+
+    def remove(self, w: World, process: Process) -> World:
+        w = self.hang_up(w, process)
+        return w._replace(processes=w.processes - {process})
+
+    def new(self, w: World, index: int) -> tuple[World, int]:
+        attempt = w.newest[index] + 1
+        processes = w.processes | {Process(index, attempt)}
+        return w._replace(newest=put(w.newest, index, attempt), processes=processes), attempt  # type: ignore[arg-type]
+
+    def lose(self, w: World, index: int) -> World:
+        """The master plans without the partition: its standby takes over if it is believed in sync, or all go back."""
+        generation = w.plan.generation + 1
+        plan = w.plan._replace(generation=generation)
+        if w.believed[index]:
+            holder = plan.standbys[index]
+            w, standby = self.new(w, index) if len(w.believed) == 1 else (w, 0)
+            believed = put(w.believed, index, False)
+        else:
+            w, holder = self.new(w, index)
+            standby, believed = plan.standbys[index], (False,) * len(w.believed)
+            plan = plan._replace(timeline=generation)
+            w = w._replace(decided=0)
+        plan = plan._replace(holders=put(plan.holders, index, holder), standbys=put(plan.standbys, index, standby))  # type: ignore[arg-type]
+        return w._replace(plan=plan, believed=believed)  # type: ignore[arg-type]
+
+    def lose_standby(self, w: World, index: int) -> World:
+        w, standby = self.new(w, index)
+        plan = w.plan._replace(generation=w.plan.generation + 1, standbys=put(w.plan.standbys, index, standby))  # type: ignore[arg-type]
+        return w._replace(plan=plan, believed=put(w.believed, index, False))  # type: ignore[arg-type]
+
+
+def check(w: World, model: Model) -> None:
+    """What must hold in every state."""
+    held = [p for p in model.holders(w) if p is not None and p.plan.timeline == w.plan.timeline]
+    steps = [p.step for p in held if not p.stands_by]
+    assert not steps or max(steps) - min(steps) <= 1, f"two steps apart: {w}"
+    for process in held:
+        assert process.reach >= w.decided, f"a committed step is lost: {w}"
+    for index, believed in enumerate(w.believed):
+        standby = model.find(w, index, w.plan.standbys[index])
+        if believed and standby is not None:
+            assert standby.reach >= w.decided, f"a standby could not make a committed step: {w}"
+
+
+def explore(start: World, model: Model, max_states: int = 400_000) -> int:
+    """Visit every state that can be reached; from each the end must be reachable without a further fault."""
+    numbers: dict[World, int] = {start: 0}
+    comes_from: list[list[int]] = [[]]
+    over: list[int] = []
+    waiting: deque[World] = deque([start])
+    while waiting:
+        world = waiting.popleft()
+        number = numbers[world]
+        check(world, model)
+        if model.is_over(world):
+            over.append(number)
+        for following, is_progress in _next(world, model):
+            known = numbers.get(following)
+            if known is None:
+                known = numbers[following] = len(numbers)
+                assert known < max_states, "too many states"
+                comes_from.append([])
+                waiting.append(following)
+            if is_progress:
+                comes_from[known].append(number)
+    stuck = _cannot_reach(over, comes_from)
+    if stuck:
+        first = next(world for world, number in numbers.items() if number == min(stuck))
+        raise AssertionError(f"{len(stuck)} of {len(numbers)} states are stuck, first {first}")
+    return len(numbers)
+
+
+def _next(world: World, model: Model) -> Iterator[tuple[World, bool]]:
+    yield from ((following, True) for following in model.progress(world))
+    yield from ((following, False) for following in model.disturbances(world))
+
+
+# who has a standby; steps; (crashes, false deaths, crashes of standbys, cuts, new generations)
+CASES = [
+    ((True,), 2, (1, 1, 0, 0, 0)),
+    ((True,), 2, (0, 1, 1, 0, 0)),
+    ((True,), 2, (1, 0, 0, 1, 1)),
+    ((True,), 2, (0, 1, 0, 1, 0)),
+    ((True, False), 1, (1, 0, 0, 0, 0)),
+    ((False, True), 1, (1, 0, 0, 0, 0)),
+    ((True, False), 2, (0, 1, 0, 0, 0)),
+    ((False, True), 2, (0, 1, 0, 0, 0)),
+    ((True, True), 1, (1, 0, 0, 0, 0)),
+]
+
+
+@pytest.mark.parametrize(("with_standby", "steps", "faults"), CASES)
+def test_no_committed_step_is_lost_and_a_job_never_sticks(
+    with_standby: tuple[bool, ...], steps: int, faults: tuple[int, int, int, int, int]
+) -> None:
+    visited = explore(beginning(with_standby, faults), Model(steps))
+    assert visited > 100, "the model went nowhere"
+
+
+def _tells_at_once(held: Bond, reach: int, promised: int) -> tuple[Bond, bool]:  # noqa: ARG001
+    return Bond(attempt=held.attempt, reach=max(reach, held.reach), is_bound=True, is_told=True), not held.is_told
+
+
+def _never_binds(held: Bond, reach: int, promised: int) -> tuple[Bond, bool]:
+    after, tells = ACKNOWLEDGE(held, reach, promised)
+    return Bond(attempt=after.attempt, reach=after.reach, is_told=after.is_told), tells
+
+
+def _stays_bound(held: Bond, attempt: int, *, restored: bool) -> Bond:  # noqa: ARG001
+    return Bond(attempt=attempt, reach=held.reach, is_bound=held.is_bound, is_told=held.is_told)
+
+
+def _forgets_verdicts(lead: Lead, vote: Vote, decide: commit.Decide) -> tuple[Lead, Verdict | None, bool]:
+    after, verdict, to_all = RECEIVE_VOTE(lead, vote, decide)
+    return after, verdict if to_all else None, to_all
+
+
+ACKNOWLEDGE, RECEIVE_VOTE = bond.acknowledge, commit.receive_vote
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "mistake", "case"),
+    [
+        (bond, "may_vote", lambda _bond, _step: True, CASES[0]),
+        (bond, "acknowledge", _tells_at_once, CASES[0]),
+        (bond, "acknowledge", _never_binds, CASES[0]),
+        (bond, "adopt", _stays_bound, CASES[1]),
+        (bond, "begin", lambda _bond: None, ((True,), 2, (0, 0, 0, 1, 0))),
+        (commit, "lead_learns", lambda lead, _verdict: (lead, None), CASES[4]),
+        (commit, "receive_vote", _forgets_verdicts, CASES[4]),
+    ],
+    ids=[
+        "votes early",
+        "tells early",
+        "never bound",
+        "never untied",
+        "never begins again",
+        "learns not",
+        "repeats not",
+    ],
+)
+def test_the_model_finds_what_is_wrong(
+    where: object, name: str, mistake: object, case: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check can fail: each of these mistakes loses a step, or sticks."""
+    monkeypatch.setattr(where, name, mistake)
+    with_standby, steps, faults = case
+    with pytest.raises(AssertionError, match=r"stuck|apart|is lost|could not make|is gone|holds nothing"):
+        explore(beginning(with_standby, faults), Model(steps))
