@@ -339,9 +339,11 @@ class Replication:
     def _is_awaited(self) -> bool:
         """Whether a vote waits for the standby, or will."""
         step, member = self._principal.step, self._principal.member
-        if not self.bond.is_bound or step is None:
+        if step is None:
             return False
-        return self._connection is None or (member.vote is None and step.is_complete and not self.may_vote())
+        if member.vote is None and step.is_complete and not self.may_vote():
+            return True
+        return self.bond.is_bound and self._connection is None
 
     def _give_up(self, why: str) -> None:
         if not self._gave_up:

@@ -13,7 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.played import PlayedConnection
 from harness.played_standbys import FINAL_STEP, PlayedJob, play, seeded
+from pscluster.layout import BLOCK_WORDS, WORD_BYTES
+from pscluster.wire.frame import Header
 from psserver.partition import bond, commit
 from psserver.partition.commit import Verdict
 from psserver.partition.replication import PATIENCE_S, Replication
@@ -304,3 +307,50 @@ def test_a_lead_that_does_not_learn_sticks(job: PlayedJob, monkeypatch: pytest.M
     job.lose_partition(0)
     with pytest.raises(AssertionError, match="stuck"):
         job.run_to_the_end()
+
+
+def test_a_standby_that_catches_up_slowly_holds_votes_back_rather_than_memory(
+    monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, list[torch.Tensor]]
+) -> None:
+    """Sums that the network does not take pile up only so far."""
+    job = PlayedJob(1, standbys=False)
+    job.everybody_adopts()
+    job.settle()
+    unsent: list[Any] = []
+    send = PlayedConnection.send
+
+    def slowly(connection: PlayedConnection, header: Header, *body: Any, tag: object = None, **rest: Any) -> None:
+        if isinstance(tag, tuple) and tag[0] == "step":
+            unsent.append(rest.pop("on_sent"))
+        send(connection, header, *body, tag=tag, **rest)
+
+    monkeypatch.setattr(PlayedConnection, "send", slowly)
+    monkeypatch.setattr(Replication, "_limit_bytes", lambda _self: 2 * 3 * BLOCK_WORDS * WORD_BYTES)
+    job.seat_standby(0)
+    job.publish(restore=False)
+    job.everybody_adopts()
+    job.network.settle()
+    partition = job.partition(0)
+    next(c for c in job.network.connections if c.handler is partition.replication).reading = False  # no word comes back
+    partition.replication.bond = replace(partition.replication.bond, is_bound=False, is_told=False)
+    for _ in range(FINAL_STEP):
+        job.push(0)
+        job.network.settle()
+    assert partition.version < FINAL_STEP, "nothing held it back"
+    held_at = partition.version
+    now_s = time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr("psserver.partition.replication.time.monotonic", lambda: now_s)
+        job.network.fire_timers()
+        now_s += PATIENCE_S + 0.1
+        job.network.fire_timers()
+    link: Any = partition.link
+    assert [said.in_sync for said in link.reported("standby_state")][-1:] == [False], "nor for ever"
+    while partition.version < FINAL_STEP and unsent:
+        unsent.pop(0)()
+        job.network.settle()
+        job.push(0)
+        job.network.settle()
+    assert held_at < partition.version == FINAL_STEP
+    assert same(job.values([partition]), undisturbed["fp32"])
+    job.close()
