@@ -44,10 +44,12 @@ def makespan_s(sizes: Mapping[int, int], speeds: Mapping[int, float]) -> float:
 
 def least_makespan_s(num_shards: int, speeds: Sequence[float]) -> float:
     """The earliest that `num_shards` can be done."""
-    return max((size * speed for size, speed in zip(_fastest(num_shards, speeds), speeds, strict=True)), default=0.0)
+    sizes = _fastest(num_shards, tuple(speeds))
+    return max((size * speed for size, speed in zip(sizes, speeds, strict=True)), default=0.0)
 
 
-def _fastest(num_shards: int, speeds: Sequence[float]) -> list[int]:
+@lru_cache(maxsize=256)
+def _fastest(num_shards: int, speeds: tuple[float, ...]) -> tuple[int, ...]:
     """Sizes that take the least time: each shard goes to who is done with it first, which is optimal."""
     done = [(speed, index) for index, speed in enumerate(speeds)]
     heapq.heapify(done)
@@ -56,7 +58,7 @@ def _fastest(num_shards: int, speeds: Sequence[float]) -> list[int]:
         index = done[0][1]
         sizes[index] += 1
         heapq.heapreplace(done, ((sizes[index] + 1) * speeds[index], index))
-    return sizes
+    return tuple(sizes)
 
 
 @lru_cache(maxsize=256)
@@ -85,7 +87,7 @@ def _run_sizes(num_shards: int, speeds: tuple[float, ...], single: int) -> tuple
     return best[num_shards][1]
 
 
-def _bounds(num_shards: int, speeds: Sequence[float]) -> tuple[list[int], list[int]]:
+def _bounds(num_shards: int, speeds: tuple[float, ...]) -> tuple[list[int], list[int]]:
     """The least and the most that each rank may get: about its fair part, and no more than is done in the least time.
 
     The sum of the least is at most, that of the most at least, `num_shards`."""

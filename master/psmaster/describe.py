@@ -25,6 +25,8 @@ def reason(job: Job, view: View, queued: str) -> str:
     away = [seat for seat in job.partitions if not seat.active]
     if away:
         return "recovers: waits for " + ", ".join(_where(seat, job) for seat in away)
+    if job.held >= 0:
+        return f"rests at step {job.held}, to move a partition"
     active = counted_on(job.trainers)
     if not active:
         return "waits for a trainer: " + ", ".join(_where(seat, job) for seat in job.trainers)

@@ -26,7 +26,7 @@ def replan(draft: Draft, view: View) -> None:
     elif _is_stale(job, plan, view):
         make_plan(draft, view, restore=False)
     elif move := relief.due(job, drain.sharing(job, view.nodes), view.processes, view.now):
-        draft.say(move.reason, move.message, warning=move.probe < 0)
+        draft.say(move.reason, move.message, warning=move.warning)
         draft.update(dealing=move.dealing)
         make_plan(draft, view, restore=False, probe=move.probe)
     elif job.dealing is None:

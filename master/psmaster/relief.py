@@ -29,11 +29,13 @@ NAMED = 1.15  # how much slower than the median a trainer is that people are tol
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Move:
-    """Shards are to be dealt anew. `probe`: the rank that gets one shard so that it can be measured; -1: none."""
+    """Shards are to be dealt anew. `warning`: a trainer is slow. `probe`: the rank that gets one shard to be measured;
+    -1: none."""
 
     reason: str
     message: str
     dealing: Dealing
+    warning: bool = False
     probe: int = -1
 
 
@@ -117,7 +119,8 @@ def _move(job: Job, seats: Sequence[Seat], paces: Mapping[int, Pace], gain: floa
         what = f"no trainer is slow: they have {min(sizes.values())} to {max(sizes.values())} shards each now"
     tried = tuple((rank, count) for rank, count in dealing.tried if not sizes.get(rank))
     message = f"{what}; a step should take {gain:.0%} less"
-    return Move(reason="ShardsMoved", message=message, dealing=replace(dealing, tried=tried))
+    dealing = replace(dealing, tried=tried)
+    return Move(reason="ShardsMoved", message=message, dealing=dealing, warning=ratio >= NAMED)
 
 
 def _probe(

@@ -172,6 +172,7 @@ def test_a_partition_moves_from_the_step_at_which_the_job_rests(site: Site) -> N
     site.commit(6)
     site.hold(7)
     assert site.waits("server-1") == [f"{JOB}: rests at step 7 until its snapshot is complete"]
+    assert site.job().reason == "rests at step 7, to move a partition"
     assert site.wanted()["partition-1"].seat.node_id == "server-1"
     site.snapshot(7)
     moved = site.wanted()["partition-1"]
@@ -184,8 +185,9 @@ def test_a_partition_moves_from_the_step_at_which_the_job_rests(site: Site) -> N
     told = [event for event in site.events if event.reason in ("Moved", "RolledBack", "PartitionLost")]
     assert [(event.reason, event.warning) for event in told] == [("Moved", False)]
     site.commit(8)
-    site.wait(600)
+    site.wait(60)
     assert not site.plan.save
+    assert site.job().reason == "trains on 2 workers"
 
 
 def test_a_snapshot_that_is_there_already_is_enough(site: Site) -> None:

@@ -70,6 +70,7 @@ def test_shards_move_from_a_trainer_at_half_the_speed_and_back_when_it_recovers(
     shop.go_on(60, 0.1, 0.1)
     assert shop.sizes() == [6, 6]
     assert shop.moves()[-1].message.startswith("no trainer is slow")
+    assert not shop.moves()[-1].warning
 
 
 def test_moving_shards_restores_nothing() -> None:
