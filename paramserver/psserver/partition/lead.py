@@ -156,7 +156,7 @@ class Lead:
             self._evaluated(told["metrics"])
         elif self.action == "finish" and "sha256" in told:
             self._is_over = True
-            self.report_progress(time.time(), force=True)
+            self.report_progress(time.monotonic(), force=True)
             finished = Finished(
                 generation=self.plan.generation,
                 step=self.version,
@@ -166,7 +166,8 @@ class Lead:
             self.out.report(ProcessReport(finished=finished))
 
     def report_progress(self, now_s: float, *, force: bool = False, connected: int = 0) -> None:
-        """Report the steps committed since the last report, at most once a second unless forced."""
+        """Report the steps committed since the last report, at most once a second unless forced. `now_s` is monotonic:
+        a wall clock that is set back would silence the job for as long."""
         due = now_s - self._reported_at >= REPORT_INTERVAL_S or len(self.records) >= MAX_RECORDS
         if not self.is_open or not (force or (due and self._reported_step != self.version)):
             return
@@ -234,7 +235,7 @@ class Lead:
     def _evaluated(self, metrics: object) -> None:
         self.evaluated = self.version
         self.merged = None
-        self.report_progress(time.time(), force=True)
+        self.report_progress(time.monotonic(), force=True)
         if isinstance(metrics, dict) and metrics:
             found = {str(name): float(value) for name, value in metrics.items()}
             report = Evaluated(generation=self.plan.generation, step=self.version, metrics=found)

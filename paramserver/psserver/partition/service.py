@@ -115,7 +115,7 @@ class PartitionService:
         counters = self.counters.sample(self.index, self.version, state_bytes, self.clients.pull_bytes)
         self.report(ProcessReport(counters=counters))
         if self._lead_wire is not None:
-            self._lead_wire.report_progress(time.time())
+            self._lead_wire.report_progress(time.monotonic())
         self._reactor.call_later(COUNTERS_S, self._report_counters)
 
     def fail(self, error: PsError) -> None:
