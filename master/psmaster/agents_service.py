@@ -90,6 +90,7 @@ class AgentsService(agents_pb2_grpc.AgentsServicer):
             await core.tell(stream, sequence, lambda turn: turn.detach(node_id, stream.incarnation, for_good=True))
         else:
             await core.tell(stream, sequence, lambda turn: turn.beat(node_id, stream.incarnation))
+            stream.answer()
 
     async def _take_exit(self, stream: AgentStream, sequence: int, process_id: str, exit_: Exit) -> None:
         await self._core.tell(stream, sequence, lambda turn: turn.exited(stream.node_id, process_id, exit_))
