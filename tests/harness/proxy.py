@@ -8,6 +8,7 @@ import random
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -56,6 +57,18 @@ class CuttingProxy:
             sock.close()
         return len(victims) // 2
 
+    def slow_down(self, bytes_per_s: float, delay_s: float) -> None:
+        """From now on each piece takes so long, and what its bytes take at that rate."""
+
+        def slowly(data: bytes) -> bytes:
+            time.sleep(delay_s + len(data) / bytes_per_s)
+            return data
+
+        self._alter = slowly
+
+    def _passing(self, data: bytes) -> bytes:
+        return self._alter(data)
+
     def stall(self, direction: Direction) -> None:
         """From now on nothing passes in that direction; connections stay open."""
         self._passes[direction].clear()
@@ -86,7 +99,7 @@ class CuttingProxy:
                 ways = (("there", near, far), ("back", far, near))
                 for direction, source, sink in ways:
                     passes = self._passes[direction]
-                    threading.Thread(target=_pump, args=(source, sink, passes, self._alter), daemon=True).start()
+                    threading.Thread(target=_pump, args=(source, sink, passes, self._passing), daemon=True).start()
 
     def _connect(self) -> socket.socket:
         kind, _, rest = self._target.partition(":")
