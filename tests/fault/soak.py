@@ -40,7 +40,7 @@ def main() -> int:
         seed=chosen.seed,
         gap=chosen.gap,
         length=chosen.length,
-        kinds=(*KINDS, "everything") if chosen.power_loss else KINDS,
+        kinds=(*chosen.kinds, "everything") if chosen.power_loss else tuple(chosen.kinds),
     )
     started = time.monotonic()
 
@@ -66,6 +66,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=200, help="how many faults (200)")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1_000_000), help="decides the faults (random)")
     parser.add_argument("--tier", default="snapshot", help="durability.tier of the job (snapshot)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="who is hit (all)")
     parser.add_argument("--gap", type=int, default=16, metavar="STEPS", help="between two faults, about (16)")
     parser.add_argument("--length", type=int, metavar="STEPS", help="of a job; then there is one job after another")
     parser.add_argument("--power-loss", action="store_true", help="now and then everything is killed at once, too")

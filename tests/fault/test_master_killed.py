@@ -29,6 +29,9 @@ AT_STEPS = [point for point in failing_master.POINTS if point not in AT_ROLLBACK
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     with local_cluster(tmp_path_factory.mktemp("failpoints"), workers=2, servers=2) as cluster:
         yield cluster
+        for process in failing_master.started:  # of a test that failed
+            if process.poll() is None:
+                process.kill()
 
 
 def replaced(cluster: LocalCluster, point: str, count: int, marks: Path) -> subprocess.Popen[bytes]:

@@ -90,6 +90,24 @@ def test_a_node_is_cut_off_in_one_direction_and_comes_back(
     assert cluster.describe(job)["parameters_sha256"] == digest
 
 
+def test_a_slow_link_to_the_master_is_no_death(
+    halves: tuple[LocalCluster, Remote, Remote], paced: tuple[dict[str, Any], Path], digest: str, tmp_path: Path
+) -> None:
+    """Twenty kilobytes a second, and half of one from a word to its answer."""
+    cluster, worker, server = halves
+    spec, pace = paced
+    for remote in (worker, server):
+        remote.proxy.slow_down(bytes_per_s=20_000, delay_s=0.2)
+    job = cluster.submit(spec, tmp_path)
+    cluster.wait(job, "step=10")
+    assert worker.children and server.children
+    pace.unlink()
+    cluster.wait(job, "succeeded")
+    told = cluster.describe(job)
+    assert told["parameters_sha256"] == digest
+    assert [event["message"] for event in told["events"] if event["warning"]] == []
+
+
 def test_a_payload_that_is_damaged_on_the_way_is_refused_and_sent_again(tmp_path: Path) -> None:
     spec = lm_spec(partitions=2, transport="tcp", d_model=64, steps=30)
     flips = BitFlips(seed=5, one_in=40)

@@ -41,6 +41,10 @@ POINTS: dict[str, tuple[str, type, str]] = {
 }
 
 
+started: list[subprocess.Popen[bytes]] = []
+"""Every one that `start` started."""
+
+
 class Trap:
     """Counts, and kills the process that it is in."""
 
@@ -77,7 +81,7 @@ def start(cluster: LocalCluster, point: str, count: int, mark: Path) -> subproce
     words = command("master", state_dir, master_address(state_dir), token_file(state_dir))
     flags = words[words.index("psmaster.daemon") + 1 :]
     with (state_dir / "logs" / "master.log").open("ab") as log:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-P", "-m", "harness.failing_master", point, str(count), str(mark), *flags],
             cwd=daemon_dir("master", state_dir),
             env=cluster.environment | {"PYTHONPATH": str(Path(__file__).parents[1])},
@@ -85,6 +89,8 @@ def start(cluster: LocalCluster, point: str, count: int, mark: Path) -> subproce
             stdout=log,
             stderr=log,
         )
+    started.append(process)
+    return process
 
 
 def main() -> int:
