@@ -93,6 +93,7 @@ class AgentsService(agents_pb2_grpc.AgentsServicer):
         else:
             speeds = inbound.speeds(message.beat)
             await core.tell(stream, sequence, lambda turn: turn.beat(node_id, stream.incarnation, speeds))
+            stream.answer()
 
     async def _take_exit(self, stream: AgentStream, sequence: int, process_id: str, exit_: Exit) -> None:
         await self._core.tell(stream, sequence, lambda turn: turn.exited(stream.node_id, process_id, exit_))

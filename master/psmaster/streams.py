@@ -1,4 +1,5 @@
-"""The open stream of one agent, as the master writes to it: the newest assignment and the newest acknowledgement."""
+"""The open stream of one agent, as the master writes to it: the newest assignment and the newest acknowledgement, which
+answers beats, too."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ class AgentStream:
         self._assignment: agents_pb2.Assignment | None = None
         self._sequence = 0
         self._acknowledged = 0
+        self._beaten = False
         self._news = asyncio.Event()
 
     def assign(self, assignment: agents_pb2.Assignment) -> None:
@@ -30,6 +32,11 @@ class AgentStream:
     def acknowledge(self, sequence: int) -> None:
         """Send that everything up to `sequence` is stored. Never blocks."""
         self._sequence = max(self._sequence, sequence)
+        self._news.set()
+
+    def answer(self) -> None:
+        """Let the agent hear something after its beat: a network may carry its words and not ours. Never blocks."""
+        self._beaten = True
         self._news.set()
 
     def close(self) -> None:
@@ -47,6 +54,6 @@ class AgentStream:
             if self._assignment is not None:
                 assignment, self._assignment = self._assignment, None
                 yield agents_pb2.MasterMessage(assignment=assignment)
-            if self._sequence > self._acknowledged:
-                self._acknowledged = self._sequence
+            if self._sequence > self._acknowledged or self._beaten:
+                self._acknowledged, self._beaten = self._sequence, False
                 yield agents_pb2.MasterMessage(ack=agents_pb2.Acknowledged(sequence=self._acknowledged))

@@ -28,6 +28,9 @@ from pscluster.v1.agents_pb2 import (
 from pscluster.v1.agents_pb2_grpc import AgentsStub
 from pscluster.v1.plan_pb2 import Speed
 
+SILENCE_S = 6.0
+"""The master answers every beat. With no word from it for so long the stream is opened anew: a network that carries
+only our words would leave the node without orders, and the master believing that it has them."""
 _BATCH = 100
 _log = structlog.get_logger(__name__)
 
@@ -138,7 +141,7 @@ class Attendant:
         return float(reply.beat_interval_s) or 1.0
 
     async def _receive(self, call: Any) -> None:
-        while (message := await call.read()) is not grpc.aio.EOF:
+        while (message := await self._heard(call)) is not grpc.aio.EOF:
             if not self.connected:
                 self._set_connected(True)
             if message.HasField("assignment"):
@@ -151,6 +154,13 @@ class Attendant:
                 code, await call.initial_metadata(), await call.trailing_metadata(), await call.details()
             )
         raise UnreachableError("the master closed the stream")
+
+    async def _heard(self, call: Any) -> Any:
+        try:
+            async with asyncio.timeout(SILENCE_S):
+                return await call.read()
+        except TimeoutError:
+            raise UnreachableError(f"the master has not been heard for {SILENCE_S:g} s") from None
 
     async def _send(self, call: Any, beat_interval_s: float) -> None:
         """Everything unacknowledged first, then what is new, and beats in between; ends with the call."""

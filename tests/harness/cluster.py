@@ -103,16 +103,25 @@ class LocalCluster:
         record = json.loads((self.state_dir / "cluster.json").read_text())
         return psutil.Process(next(d["pid"] for d in record["daemons"] if d["name"] == name))
 
+    def daemons(self) -> dict[str, psutil.Process]:
+        """The daemons on record that still are processes, by name."""
+        record = json.loads((self.state_dir / "cluster.json").read_text())
+        found = {}
+        for entry in record["daemons"]:
+            try:
+                found[entry["name"]] = psutil.Process(entry["pid"])
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
     def child(self, daemon: str) -> psutil.Process:
         """The one trainer or partition that an agent runs now."""
         return next(iter(self.daemon(daemon).children()))
 
     def note_processes(self) -> None:
         """Remember every process of the cluster, so that none is missed when leftovers are looked for."""
-        record = json.loads((self.state_dir / "cluster.json").read_text())
-        for entry in record["daemons"]:
+        for process in self.daemons().values():
             try:
-                process = psutil.Process(entry["pid"])
                 for found in (process, *process.children(recursive=True)):
                     self.seen[found.pid] = found
             except psutil.NoSuchProcess:

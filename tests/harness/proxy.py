@@ -1,21 +1,35 @@
-"""A proxy whose connections the test cuts, to see what a broken network does."""
+"""A proxy whose connections the test cuts, stalls or corrupts, to see what a broken network does."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import random
 import socket
 import tempfile
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
+
+Direction = Literal["there", "back"]
+"""From who connects to the target, or from the target back."""
+Alter = Callable[[bytes], bytes]
+"""What becomes of one piece of a stream on its way."""
 
 
 class CuttingProxy:
     """Forwards connections to one address, "tcp:host:port" or "unix:/path"; `cut` breaks all of them at once, new ones
-    are accepted again. File descriptors that come over a Unix socket are passed on."""
+    are accepted again; `stall` lets nothing pass in one direction until `heal`, then all that was sent meanwhile. File
+    descriptors that come over a Unix socket are passed on. `alter` sees every piece that passes."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, alter: Alter = bytes) -> None:
         self._target = target
+        self._alter = alter
+        self._passes: dict[Direction, threading.Event] = {"there": threading.Event(), "back": threading.Event()}
+        for passes in self._passes.values():
+            passes.set()
         if target.startswith("unix:"):
             self._directory = tempfile.TemporaryDirectory(prefix="psp-")
             path = Path(self._directory.name) / "data.sock"
@@ -43,7 +57,29 @@ class CuttingProxy:
             sock.close()
         return len(victims) // 2
 
+    def slow_down(self, bytes_per_s: float, delay_s: float) -> None:
+        """From now on each piece takes so long, and what its bytes take at that rate."""
+
+        def slowly(data: bytes) -> bytes:
+            time.sleep(delay_s + len(data) / bytes_per_s)
+            return data
+
+        self._alter = slowly
+
+    def _passing(self, data: bytes) -> bytes:
+        return self._alter(data)
+
+    def stall(self, direction: Direction) -> None:
+        """From now on nothing passes in that direction; connections stay open."""
+        self._passes[direction].clear()
+
+    def heal(self) -> None:
+        """Everything passes again, late as it is."""
+        for passes in self._passes.values():
+            passes.set()
+
     def close(self) -> None:
+        self.heal()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -59,8 +95,11 @@ class CuttingProxy:
                 far = self._connect()
                 with self._lock:
                     self._open += [near, far]
-                for source, sink in ((near, far), (far, near)):
-                    threading.Thread(target=_pump, args=(source, sink), daemon=True).start()
+                ways: tuple[tuple[Direction, socket.socket, socket.socket], ...]
+                ways = (("there", near, far), ("back", far, near))
+                for direction, source, sink in ways:
+                    passes = self._passes[direction]
+                    threading.Thread(target=_pump, args=(source, sink, passes, self._passing), daemon=True).start()
 
     def _connect(self) -> socket.socket:
         kind, _, rest = self._target.partition(":")
@@ -72,9 +111,30 @@ class CuttingProxy:
         return socket.create_connection((host, int(port)))
 
 
-def _pump(source: socket.socket, sink: socket.socket) -> None:
+class BitFlips:
+    """An `Alter` that flips one bit in every so many pieces, on average. Thread-safe."""
+
+    def __init__(self, seed: int, one_in: int) -> None:
+        self._draw = random.Random(seed)
+        self._one_in = one_in
+        self._lock = threading.Lock()
+        self.flipped = 0
+
+    def __call__(self, data: bytes) -> bytes:
+        with self._lock:
+            if self._draw.randrange(self._one_in):
+                return data
+            self.flipped += 1
+            bit = self._draw.randrange(len(data) * 8)
+        altered = bytearray(data)
+        altered[bit // 8] ^= 1 << bit % 8
+        return bytes(altered)
+
+
+def _pump(source: socket.socket, sink: socket.socket, passes: threading.Event, alter: Alter) -> None:
     with contextlib.suppress(OSError):
         while True:
+            passes.wait()
             fds: list[int] = []
             if source.family == socket.AF_UNIX:
                 data, fds, _, _ = socket.recv_fds(source, 1 << 16, 4)
@@ -82,6 +142,8 @@ def _pump(source: socket.socket, sink: socket.socket) -> None:
                 data = source.recv(1 << 16)
             if not data:
                 break
+            passes.wait()
+            data = alter(data)
             if fds:
                 sent = socket.send_fds(sink, [data], fds)
                 data = data[sent:]

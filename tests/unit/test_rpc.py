@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
+from harness.proxy import CuttingProxy
 from pscluster import errors
 from pscluster.rpc import (
     SERVER_OPTIONS,
@@ -226,6 +227,22 @@ def test_a_blocking_channel_carries_token_and_errors(tmp_path: Path) -> None:
 
     async def body(address: str, _calls: Calls) -> None:
         await asyncio.to_thread(blocking, address)
+
+    serve(tmp_path, body)
+
+
+def test_a_master_half_a_world_away_is_reached_at_the_first_try(tmp_path: Path) -> None:
+    """A connection takes more than one round trip, of 0.4 s here; who asks once does not try again."""
+
+    async def body(address: str, _calls: Calls) -> None:
+        proxy = CuttingProxy(address)
+        proxy.slow_down(bytes_per_s=1e9, delay_s=0.2)
+        try:
+            async with open_aio_channel(proxy.address, TOKEN) as untyped:
+                channel: Any = untyped
+                assert await channel.unary_unary("/test.Echo/Unary", echo, echo)(b"far", timeout=10) == b"far"
+        finally:
+            proxy.close()
 
     serve(tmp_path, body)
 

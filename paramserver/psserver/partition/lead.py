@@ -197,7 +197,7 @@ class Lead:
             self._evaluated(told["metrics"])
         elif self.action == "finish" and "sha256" in told:
             self._is_over = True
-            self.report_progress(time.time(), force=True)
+            self.report_progress(time.monotonic(), force=True)
             finished = Finished(
                 generation=self.plan.generation,
                 step=self.version,
@@ -207,7 +207,8 @@ class Lead:
             self.out.report(ProcessReport(finished=finished))
 
     def report_progress(self, now_s: float, *, force: bool = False, connected: int = 0) -> None:
-        """Report the steps committed since the last report, at most once a second unless forced."""
+        """Report the steps committed since the last report, at most once a second unless forced. `now_s` is monotonic:
+        a wall clock that is set back would silence the job for as long."""
         due = now_s - self._reported_at >= REPORT_INTERVAL_S or len(self.records) >= MAX_RECORDS
         if not self.is_open and not (force and self.records):
             return
@@ -271,12 +272,12 @@ class Lead:
         self.action = action
         self.out.direct()
         if action == "hold":
-            self.report_progress(time.time(), force=True)  # before its snapshot's parts: the master moves upon both
+            self.report_progress(time.monotonic(), force=True)  # before its snapshot's parts: the master moves upon both
 
     def _evaluated(self, metrics: object) -> None:
         self.evaluated = self.version
         self.merged = None
-        self.report_progress(time.time(), force=True)
+        self.report_progress(time.monotonic(), force=True)
         found = {str(name): float(value) for name, value in metrics.items()} if isinstance(metrics, dict) else {}
         self.out.evaluated(self.version, found)
         self._report_evaluated(self.version, found)

@@ -83,12 +83,12 @@ class PartitionService(AgentLine):
 
     def beaten(self) -> None:
         if self.lead_wire is not None:
-            self.lead_wire.report_progress(time.time())
+            self.lead_wire.report_progress(time.monotonic())
 
     def report_steps(self) -> None:
         """Tell the master of every step that it has not heard of, if this is the lead."""
         if self.lead_wire is not None:
-            self.lead_wire.lead.report_progress(time.time(), force=True)
+            self.lead_wire.lead.report_progress(time.monotonic(), force=True)
 
     # ---- plans ----
 

@@ -33,7 +33,7 @@ ROLE = AgentRole(name="worker", module="played_process", runs="trainers", defaul
 
 
 class FakeMaster(AgentsServicer):
-    """Records all that an agent says; acknowledges it unless told not to."""
+    """Records all that an agent says; acknowledges it and answers beats unless told not to."""
 
     def __init__(self, socket_path: Path) -> None:
         self.address = f"unix:{socket_path}"
@@ -44,6 +44,7 @@ class FakeMaster(AgentsServicer):
         self.durable: dict[int, pb.AgentMessage] = {}
         self.num_repeats = 0
         self.acknowledges = True
+        self.answers = True
         self.bundles: dict[str, bytes | Exception] = {}
         self.downloads: list[str] = []
         self.refusal: Exception | None = None
@@ -110,6 +111,8 @@ class FakeMaster(AgentsServicer):
                     self._streams.add(context)
                     await self._tell(context, pb.MasterMessage(assignment=self._assignment))
                 await self._note(partial(self._hear, message))
+                if message.HasField("beat") and self.answers:
+                    await self._tell(context, pb.MasterMessage(ack=pb.Acknowledged()))
                 if message.sequence and self.acknowledges:
                     ack = pb.Acknowledged(sequence=message.sequence)
                     await self._tell(context, pb.MasterMessage(ack=ack))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pscluster.agent import attend
 from pscluster.agent.child import Patience
 from pscluster.bundle import pack
 from pscluster.errors import PsError, StateError
@@ -207,6 +208,24 @@ def test_what_was_not_acknowledged_is_sent_again(bench: Any) -> None:
         (state,) = master.hellos[-1].processes
         assert state.ready.HasField("trainer_ready")
         assert state.generation == 4
+
+    bench.run(body)
+
+
+def test_a_master_that_is_no_longer_heard_is_sought_anew(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes what the agent says, and nothing comes back: orders would not, either."""
+    monkeypatch.setattr(attend, "SILENCE_S", 0.5)
+
+    async def body(master: Any) -> None:
+        await master.until(lambda: master.beats > 20)  # a second and more of answers
+        assert len(master.hellos) == 1
+        master.answers = False
+        await master.until(lambda: len(master.hellos) == 3)
+        assert master.registered[0].incarnation == master.registered[-1].incarnation
+        master.answers = True
+        count, beats = len(master.hellos), master.beats
+        await master.until(lambda: master.beats > beats + 20)
+        assert len(master.hellos) - count <= 1
 
     bench.run(body)
 

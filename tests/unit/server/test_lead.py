@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from pscluster.summary import Summary
 from pscluster.tree import Node
 from pscluster.v1.plan_pb2 import ProcessReport
 from psserver.partition.commit import Verdict, Vote
-from psserver.partition.lead import Lead, Outputs
+from psserver.partition.lead import REPORT_INTERVAL_S, Lead, Outputs
 
 LAYOUT = Layout((TensorSpec(names=("w",), shape=(4,), dtype="float32", kind="trained"),))
 FINAL_STEP = 6
@@ -319,6 +320,18 @@ def test_progress_is_reported_once_a_second_when_there_is_news() -> None:
     assert reported_at(1000.5) == [], "not yet"
     assert reported_at(1001.0) == [2, 3]
     assert reported_at(1100.0) == [] and played.reports == [], "no news"
+
+
+def test_a_wall_clock_that_is_set_back_silences_nobody() -> None:
+    """Reports are timed by the monotonic clock, as those that an evaluation forces in between."""
+    played = Played().open()
+    played.vote()
+    played.vote()
+    played.evaluate()
+    played.reports.clear()
+    played.vote()
+    played.lead.report_progress(time.monotonic() + REPORT_INTERVAL_S)
+    assert [report.step for report in played.reported("progress")] == [3]
 
 
 def test_a_lead_that_resumes_goes_on_from_there() -> None:

@@ -1,0 +1,81 @@
+"""`make soak`: a job under a storm of kill -9 and SIGSTOP, compared with the same job undisturbed.
+
+    python tests/fault/soak.py [--kills 200] [--seed N] [--tier snapshot] [--power-loss]
+
+A cluster of one master, three workers and three servers trains a byte-level language model on the data of
+$PSCLUSTER_DATA, on made-up sequences without it; first undisturbed, then while trainers, partitions, agents and the
+master are killed or stopped, each time after at least one step was committed since the last fault. Whatever ended is
+started again as a service manager would; what was stopped goes on after a while, or is left stopped.
+
+It fails unless the job ends SUCCEEDED with the same parameters, evaluation and losses of every step, no process grew,
+and nothing is left. A seed gives the same faults at the same steps; the clock decides what they interrupt. With no
+step for two minutes everything that can be seen is written down beside the result, and it fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `import harness`
+from harness.faults import KINDS
+from harness.soak import Soak, lm_job, soak
+from harness.storm import Violation
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+def main() -> int:
+    chosen = _arguments()
+    data = os.environ.get("PSCLUSTER_DATA")
+    plan = Soak(
+        spec=lm_job(chosen.tier, Path(data) if data else None),
+        kills=chosen.kills,
+        seed=chosen.seed,
+        gap=chosen.gap,
+        length=chosen.length,
+        kinds=(*chosen.kinds, "everything") if chosen.power_loss else tuple(chosen.kinds),
+    )
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - started:7.1f} s  {text}", flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="soak-") as root:
+        evidence = Path(tempfile.gettempdir()) / f"soak-evidence-{plan.seed}"
+        try:
+            result = soak(plan, Path(root), evidence, say)
+        except Violation as violation:
+            print(f"seed {plan.seed}: {violation}", file=sys.stderr)
+            return 1
+    chosen.results.mkdir(parents=True, exist_ok=True)
+    (chosen.results / "soak.json").write_text(json.dumps(result, indent=1) + "\n")
+    for key, value in result["keys"].items():
+        print(f"{key} = {value}")
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200, help="how many faults (200)")
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(1_000_000), help="decides the faults (random)")
+    parser.add_argument("--tier", default="snapshot", help="durability.tier of the job (snapshot)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="who is hit (all)")
+    parser.add_argument("--gap", type=int, default=16, metavar="STEPS", help="between two faults, about (16)")
+    parser.add_argument("--length", type=int, metavar="STEPS", help="of a job; then there is one job after another")
+    parser.add_argument("--power-loss", action="store_true", help="now and then everything is killed at once, too")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where soak.json goes")
+    chosen = parser.parse_args()
+    if chosen.kills < 1:
+        parser.error("--kills must be at least 1")
+    return chosen
+
+
+if __name__ == "__main__":
+    sys.exit(main())

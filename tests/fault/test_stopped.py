@@ -1,0 +1,123 @@
+"""SIGSTOP past suspicion, then SIGCONT: the job goes on without the stopped one, which changes nothing afterwards."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from harness.cluster import LocalCluster, local_cluster, wait_gone
+from harness.commits import Commits
+
+STEPS = 60  # of the job in conftest.py
+DEADLINE_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    with local_cluster(tmp_path_factory.mktemp("stopped"), workers=3, servers=3) as cluster:
+        yield cluster
+
+
+Running = tuple[str, Path]
+
+
+@pytest.fixture
+def running(cluster: LocalCluster, paced: tuple[dict[str, Any], Path], tmp_path: Path) -> Running:
+    """A job of two trainers and two partitions in mid-run, with a worker and a server to spare; and its pace."""
+    spec, pace = paced
+    job = cluster.submit(spec, tmp_path)
+    cluster.wait(job, "step=3")
+    return job, pace
+
+
+def seats(cluster: LocalCluster, job: str, kind: str) -> list[str]:
+    """The nodes on which the job's trainers or partitions are, by rank."""
+    return [seat["node_id"] for seat in cluster.describe(job)["plan"][kind]]
+
+
+def events(cluster: LocalCluster, job: str, reason: str) -> list[str]:
+    return [event["message"] for event in cluster.describe(job)["events"] if event["reason"] == reason]
+
+
+def stopped(process: psutil.Process) -> psutil.Process:
+    process.send_signal(signal.SIGSTOP)
+    deadline = time.monotonic() + DEADLINE_S
+    while process.status() != psutil.STATUS_STOPPED:
+        assert time.monotonic() < deadline
+    return process
+
+
+def finish(cluster: LocalCluster, job: str, pace: Path, digest: str) -> dict[str, Any]:
+    pace.unlink()
+    cluster.wait(job, "succeeded")
+    told = cluster.describe(job)
+    assert told["parameters_sha256"] == digest
+    with cluster.client() as client:
+        recorded = [line["step"] for line in client.metrics(job) if "loss" in line]
+    assert recorded == sorted(set(recorded)), "a step was recorded twice"
+    return told
+
+
+@pytest.mark.parametrize(("kind", "lost"), [("trainers", "TrainerLost"), ("partitions", "PartitionLost")])
+def test_an_agent_past_suspicion(kind: str, lost: str, cluster: LocalCluster, running: Running, digest: str) -> None:
+    """Its process goes on meanwhile, as one that nobody counts on any more."""
+    job, pace = running
+    node = seats(cluster, job, kind)[1]
+    agent, orphan = stopped(cluster.daemon(node)), cluster.child(node)
+    found = cluster.until(job, lambda found: any(event.reason == lost for event in found.events))
+    assert any(f"node {node} is silent" in event.message for event in found.events)
+    cluster.until(job, lambda found: found.step > 0 and any(event.reason == "Recovered" for event in found.events))
+    assert orphan.is_running()
+    agent.send_signal(signal.SIGCONT)
+    wait_gone([orphan])  # the agent was told that it is to run there no longer
+    assert node not in seats(cluster, job, kind)
+    finish(cluster, job, pace, digest)
+    with cluster.client() as client:
+        assert all(held.ready for held in client.nodes())
+
+
+def test_a_master_past_every_patience_costs_nothing(cluster: LocalCluster, running: Running, digest: str) -> None:
+    job, pace = running
+    master = stopped(cluster.daemon("master"))
+    for _ in instants(8.0):
+        assert master.status() == psutil.STATUS_STOPPED
+    master.send_signal(signal.SIGCONT)
+    told = finish(cluster, job, pace, digest)
+    assert told["generation"] == 1  # it took nobody's silence for death: it had not listened
+    commits = Commits(cluster.state_dir, job)
+    commits.look()
+    assert {commit.step for commit in commits.all} == set(range(1, STEPS + 1))
+
+
+def test_one_of_many_short_stops_is_no_death(cluster: LocalCluster, running: Running, digest: str) -> None:
+    """A slow machine: a trainer and a partition that get a quarter of the time, and their agents alike."""
+    job, pace = running
+    nodes = [seats(cluster, job, kind)[0] for kind in ("trainers", "partitions")]
+    processes = [process for node in nodes for process in (cluster.child(node), cluster.daemon(node))]
+    stops = 0
+    for _ in instants(8.0, every_s=0.4):
+        for process in processes:
+            stopped(process)
+        threading.Event().wait(0.3)
+        for process in processes:
+            process.send_signal(signal.SIGCONT)
+        stops += 1
+    assert stops > 10
+    told = finish(cluster, job, pace, digest)
+    assert events(cluster, job, "TrainerLost") + events(cluster, job, "PartitionLost") == []
+    assert told["generation"] == 1
+
+
+def instants(duration_s: float, every_s: float = 0.1) -> Iterator[None]:
+    """Moments over a time: how long the fault lasts is what the test is about."""
+    deadline, tick = time.monotonic() + duration_s, threading.Event()
+    while time.monotonic() < deadline:
+        yield
+        tick.wait(every_s)
