@@ -7,7 +7,7 @@ PROTO_VENV := .venv-proto
 PROTO_TOOLS := grpcio-tools==1.73.1 protobuf==6.30.2 setuptools==80.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fix verify test bench proto proto-check demo clean
+.PHONY: help setup fix verify test simulate bench proto proto-check demo clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ verify: setup proto-check ## format, lint, strict types, proto drift, policy and
 
 test: setup ## every test (under 10 minutes on two cores)
 	$(BIN)/pytest -q tests
+
+SEEDS ?= 5000
+simulate: setup ## SEEDS=5000 histories of a cluster in which things go wrong; SEED=7 prints one
+	@$(BIN)/python -m tests.fault.simulation $(if $(SEED),$(SEED),--seeds $(SEEDS))
 
 bench: setup ## the benchmarks, each against its baseline in one run
 	@for script in $(wildcard benchmarks/[a-z]*.py); do $(BIN)/python $$script || exit 1; done
