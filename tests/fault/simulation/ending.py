@@ -24,14 +24,18 @@ def is_over(sim: Any) -> bool:
 def check(sim: Any) -> None:
     """The result is there, and nothing else is."""
     sim.calm()
-    sim.settle(RELEASE_S)
+    sim.settle(RELEASE_S, lambda: is_over(sim) and not _left(sim))
     require(is_over(sim), f"a job that had succeeded has not: {describe(sim)}")
-    left = [child.spec.process_id for child in sim.children()]
-    require(not left, f"processes of ended jobs are left: {left}")
-    owed = {agent.node_id: len(agent.outbox) for agent in sim.agents.values() if len(agent.outbox)}
-    require(not owed, f"agents owe the master messages: {owed}")
+    require(not _left(sim), f"of ended jobs something is left: {_left(sim)}")
     for job in sim.jobs():
         _check_job(sim, job)
+
+
+def _left(sim: Any) -> list[str]:
+    """Processes of jobs, nodes that are away, and agents that still owe the master something."""
+    left = [child.spec.process_id for child in sim.children()]
+    left += [agent.node_id for agent in (*sim.agents.values(), *sim.former) if len(agent.outbox)]
+    return left + [node_id for node_id in sim.nodes if node_id not in sim.agents]
 
 
 def _check_job(sim: Any, job: Job) -> None:

@@ -8,16 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
-import psmaster.core
 import psmaster.planning
 from pscluster import snapshot
 from pscluster.tree import Node
 from psmaster import planner, processes, recovery
+from psmaster.archive import Archive
 from psmaster.catalogue import Catalogue
-from psmaster.core import Core, Input
 from psmaster.jobs import Job
 from psmaster.registry import Node as ClusterNode
-from psmaster.turn import Turn
 from psserver.partition import commit
 from psserver.partition.commit import Decide, Lead, Member, Verdict, Vote
 from psserver.partition.reception import Reception
@@ -68,23 +66,16 @@ def older_generations_count() -> Iterable[Patch]:
     yield patch.object(Job, "counts", lambda self, generation: self.plan is not None and generation >= 0)
 
 
-@mistake
+@mistake_in(every_s=0.2, faults={"kill_while_writing": 1.0, "kill_master": 1.0})
 def answers_before_it_is_durable() -> Iterable[Patch]:
-    put = Core._put
+    save = Archive.save
 
-    def answer_and_put(self: Core, item: Input) -> None:
-        put(self, item)
-        if item.reply is not None:
-            outcome = item.apply(Turn(self.state, self.now(), self.limits))
-            item.reply.set_result(outcome)
+    def save_the_one_before(self: Any, writes: Any) -> None:
+        late, self.late = getattr(self, "late", None), writes
+        if late is not None:
+            save(self, late)
 
-    yield patch.object(Core, "_put", answer_and_put)
-    yield patch.object(psmaster.core, "_answer", _acknowledge_only)
-
-
-def _acknowledge_only(item: Input, _outcome: Any) -> None:
-    if item.ack is not None:
-        item.ack[0].acknowledge(item.ack[1])
+    yield patch.object(Archive, "save", save_the_one_before)
 
 
 @mistake
@@ -105,7 +96,7 @@ def restarted_daemons_are_not_noticed() -> Iterable[Patch]:
     yield patch.object(recovery, "loss_of", loss_of)
 
 
-@mistake
+@mistake_in(every_s=1.0, storm_s=8.0, liveness_s=25.0, faults={"replace_node": 1.0})
 def older_lives_displace_newer_ones() -> Iterable[Patch]:
     def register(nodes: Mapping[str, ClusterNode], node: ClusterNode, now: Any, _suspicion_s: float) -> Any:
         return {**nodes, node.node_id: replace(node, attended=True, seen_s=now.mono_s)}
@@ -117,7 +108,7 @@ def older_lives_displace_newer_ones() -> Iterable[Patch]:
 # votes and verdicts
 
 
-@mistake
+@mistake_in(partitions=3, servers=3, every_s=0.05, storm_s=4.0, faults={"cut_votes": 1.0})
 def the_lead_forgets_its_last_verdict() -> Iterable[Patch]:
     receive = commit.receive_vote
 
@@ -205,7 +196,7 @@ def parts_are_reported_before_they_are_written() -> Iterable[Patch]:
     yield patch.object(SnapshotWriter, "write", tell_first)
 
 
-@mistake
+@mistake_in(every_s=1.0, storm_s=8.0, faults={"power_loss": 1.0})
 def parts_are_not_synced() -> Iterable[Patch]:
     def write(path: Any, buffers: Any) -> tuple[int, int]:
         data = b"".join(bytes(memoryview(buffer).cast("B")) for buffer in buffers)

@@ -29,29 +29,32 @@ class Setting:
     sqlite: bool = False
     storm_s: float = 0.0
     every_s: float = 1.0
+    liveness_s: float = 60.0  # in which jobs end once nothing goes wrong any more
     faults: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, seed: int) -> Setting:
         """Drawn from the seed. Few kinds of faults at a time: among all of them, none goes deep."""
         draw = random.Random(f"setting of {seed}")
-        partitions = draw.choice((1, 2, 2, 3))
+        workers, partitions, shards = draw.choice((1, 2, 2, 3)), draw.choice((1, 2, 2, 3)), draw.choice((2, 3, 4, 5))
+        steps, storm_s = draw.randint(3, model.MOST_STEPS), draw.choice((2.0, 4.0, 8.0))
+        lasts_s = storm_s * draw.choice((0.1, 0.5, 0.5, 1.0, 1.0))  # the job, if it were left alone
         kinds = draw.sample(KINDS, draw.choice((1, 2, 3, 5, len(KINDS))))
         return cls(
             seed=seed,
-            workers=draw.choice((1, 2, 2, 3)),
+            workers=workers,
             servers=draw.choice((max(1, (partitions + 1) // 2), partitions)),
             partitions=partitions,
-            shards=draw.choice((2, 3, 4, 5)),
-            steps=draw.randint(3, model.MOST_STEPS),
+            shards=shards,
+            steps=steps,
             snapshot_every=draw.choice((1, 2, 2, 3)),
             evaluate_every=draw.choice((None, None, 2, 3)),
             jobs=draw.choice((1, 1, 1, 1, 2)),
-            compute_s=draw.choice((0.003, 0.02, 0.1, 0.3)),
+            compute_s=lasts_s * min(workers, shards) / (steps * shards),
             latency_s=draw.choice((0.0002, 0.002, 0.02)),
             unruly=draw.choice((0.0, 0.05, 0.3)),
             sqlite=seed % 25 == 0,
-            storm_s=draw.choice((2.0, 4.0, 8.0)),
-            every_s=draw.choice((0.1, 0.3, 1.0)),
+            storm_s=storm_s,
+            every_s=draw.choice((0.2, 0.5, 1.0, 2.0)),
             faults={kind: draw.choice((1.0, 3.0)) for kind in kinds},
         )

@@ -40,7 +40,6 @@ from tests.fault.simulation.people import People
 from tests.fault.simulation.schedule import Life, Schedule
 from tests.fault.simulation.setting import Setting
 
-LIVENESS_S = 90.0  # in which jobs end once nothing goes wrong any more
 MOST_EVENTS = 400_000
 
 
@@ -72,13 +71,13 @@ class Simulation:
         self.stalls: dict[Life, float] = {}  # how long a process's next microbatch takes
         self.master: Master | None = None
         self.losses: dict[int, float] = {}
-        self.deadline_s = setting.storm_s + LIVENESS_S
+        self.deadline_s = setting.storm_s + setting.liveness_s
         self._numbers = 0
         self._is_calm = False
         self._is_closing = False
         workers = [f"worker-{index}" for index in range(setting.workers)]
-        self._nodes = workers + [f"server-{index}" for index in range(setting.servers)]
-        self.hosts = ["master", *self._nodes]
+        self.nodes = workers + [f"server-{index}" for index in range(setting.servers)]
+        self.hosts = ["master", *self.nodes]
 
     # a history
 
@@ -98,22 +97,21 @@ class Simulation:
     def _step(self) -> None:
         schedule = self.schedule
         if schedule.now_s >= self.deadline_s:
-            raise Violation(f"not over {LIVENESS_S:.0f} s after the faults: {ending.describe(self)}")
+            raise Violation(f"not over {self.setting.liveness_s:.0f} s after the faults: {ending.describe(self)}")
         if schedule.num_events >= MOST_EVENTS or not schedule.step():
             raise Violation(f"nothing happens any more, or the same for ever: {ending.describe(self)}")
         self.monitor.check()
 
-    def settle(self, seconds: float) -> None:
-        """Let so much time pass."""
+    def settle(self, seconds: float, until: Callable[[], bool]) -> None:
+        """Let time pass until something holds, but no longer than that."""
         until_s = self.schedule.now_s + seconds
         self.deadline_s = max(self.deadline_s, until_s + 1.0)
-        self.schedule.after(seconds, "", lambda: None)
-        while self.schedule.now_s < until_s:
+        while self.schedule.now_s < until_s and not until():
             self._step()
 
     def _begin(self) -> None:
         self.master = Master(self)
-        for node_id in self._nodes:
+        for node_id in self.nodes:
             self.schedule.after(self.schedule.between(0.0, 0.05), "", lambda node_id=node_id: self._start(node_id))
         for number in range(self.setting.jobs):
             self.schedule.after(0.05, "", lambda number=number: self._submit(number))

@@ -11,6 +11,7 @@ from tests.fault.simulation.mistakes import MISTAKES
 from tests.fault.simulation.simulation import reference_of, run_seed
 
 WITHIN = 60  # seeds
+LIVENESS_S = 40.0  # more than any history takes that has no mistake in it
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -28,7 +29,7 @@ def test_a_planted_mistake_is_found(name: str) -> None:
             stack.enter_context(planted)
         for seed in range(WITHIN):
             try:
-                run_seed(seed, **mistake.changes)
+                run_seed(seed, **{"liveness_s": LIVENESS_S, **mistake.changes})
             except Violation:
                 return
     pytest.fail(f"{name} broke no promise in {WITHIN} histories")
