@@ -100,15 +100,15 @@ class Reactor:
 
     def __init__(self, network: Network, life: Life, host: str, stopped: Callable[[], None]) -> None:
         self._network = network
-        self._life = life
+        self.life = life
         self._host = host
         self._stopped = stopped
 
     def post(self, call: Callable[[], None]) -> None:
-        self._life.after(SOON_S, "", call)
+        self.life.after(SOON_S, "", call)
 
     def call_later(self, delay_s: float, call: Callable[[], None]) -> None:
-        self._life.after(delay_s, "", call)
+        self.life.after(delay_s, "", call)
 
     def watch(self, fd: int, call: Callable[[], None]) -> None:
         """Orders are read when they are there."""
@@ -123,10 +123,10 @@ class Reactor:
         def dialled(end: End | None) -> None:
             done(None if end is None else Connection(end, handler), "" if end else "nobody listens")
 
-        self._network.dial(self._life, self._host, address, dialled)
+        self._network.dial(self.life, self._host, address, dialled)
 
     def listen(self, address: str, handler: Any) -> None:
-        self._network.listen(address, self._life, self._host, lambda end: _accept(end, handler))
+        self._network.listen(address, self.life, self._host, lambda end: _accept(end, handler))
 
 
 def _accept(end: End, handler: Any) -> None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from psmaster.memory_store import MemoryStore
 from psmaster.metricsfile import FILE_NAME
 from psmaster.sqlite_store import SqliteStore
 from psmaster.store import Batch
-from psserver.partition import service, snapshots
+from psserver.partition import snapshots
 from psserver.partition.snapshots import SnapshotWriter
 from tests.fault.simulation.schedule import SOON_S, Life, Schedule
 
@@ -59,6 +58,7 @@ class Disks:
         self.master_writes: Callable[[], Any] | None = None  # what is being written
         self.kills_next_write = False  # the master dies in the middle of the next write
         self.slowness = 1.0
+        self.writers: dict[Life, _Writer] = {}
         self._sqlite = sqlite
         self._memory_store = MemoryStore()
         self._archive: Archive | None = None
@@ -100,16 +100,13 @@ class Disks:
 
     # the servers'
 
-    @contextmanager
-    def writer_of(self, life: Life) -> Iterator[None]:
-        """Partitions that are made in here write their snapshots in virtual time."""
-        module: Any = service
-        real = module.SnapshotWriter
-        module.SnapshotWriter = lambda store, partition, post: _Writer(self, life, store, partition, post)
-        try:
-            yield
-        finally:
-            module.SnapshotWriter = real
+    def writer(self, store: Path, partition: int, post: Callable[..., None]) -> SnapshotWriter:
+        """A writer of snapshots in virtual time, of the process whose reactor `post` is."""
+        reactor: Any = getattr(post, "__self__", None)
+        life: Life = reactor.life
+        writer = self.writers[life] = _Writer(self, life, store, partition, post)
+        life.at_end.append(lambda: self.writers.pop(life, None))
+        return writer
 
     def power_loss(self) -> None:
         """What was not synced is torn."""

@@ -21,7 +21,6 @@ from psmaster.jobs import MAX_EVENTS, Job, JobState
 from psserver.partition.commit import Verdict
 from tests.fault.simulation import model
 from tests.fault.simulation.model import LAYOUT, Reference
-from tests.fault.simulation.schedule import Schedule
 
 Timeline = tuple[str, int]  # job, generation of the restore that began it
 
@@ -51,7 +50,7 @@ class _Watched:
 class Monitor:
     """Without a `reference` it makes one, `recorded`: of a job on one partition, undisturbed."""
 
-    schedule: Schedule
+    disk: Any
     reference: Reference | None = None
     recorded: Reference = field(default_factory=Reference)
     acknowledged: set[str] = field(default_factory=set)  # jobs of which a person was told that they are taken in
@@ -61,7 +60,7 @@ class Monitor:
     num_turns: int = 0  # of the master
     _partitions: list[_Watched] = field(default_factory=list)
     _trainers: list[Any] = field(default_factory=list)
-    _owners: dict[tuple[str, int, int], str] = field(default_factory=dict)
+    _owners: dict[tuple[str, int, int], list[tuple[str, int]]] = field(default_factory=dict)
     _verdicts: dict[tuple[str, int, int], tuple[Any, ...]] = field(default_factory=dict)
     _generations: dict[str, int] = field(default_factory=dict)
     _known_parts: dict[str, Mapping[tuple[int, int], Part]] = field(default_factory=dict)
@@ -107,7 +106,8 @@ class Monitor:
         """A partition began a timeline: its decisions are watched from here on."""
         service = watched.process.service
         timeline = service.plan.restore_generation
-        require(timeline > watched.timeline, f"{watched.process.process_id} went back to timeline {timeline}")
+        rises = timeline > watched.timeline or (timeline == watched.timeline and _stands_by(service))
+        require(rises, f"{watched.process.process_id} went back to timeline {timeline}")
         watched.timeline, watched.version, watched.was_filled = timeline, -1, False
         watched.open_step = service.step
         decide = service.step.decide
@@ -117,8 +117,8 @@ class Monitor:
         """A partition carries out a verdict: it alone may, all carry out the same, and every shard is in once."""
         process, service = watched.process, watched.process.service
         job_id, timeline, index = process.job_id, watched.timeline, service.index
-        owner = self._owners.setdefault((job_id, timeline, index), process.process_id)
-        require(owner == process.process_id, f"{owner} and {process.process_id} both commit in timeline {timeline}")
+        if not _stands_by(service):
+            self._owns(self._owners.setdefault((job_id, timeline, index), []), process.process_id, service)
         said = (verdict.kind, verdict.scale, verdict.norm, verdict.snapshot, verdict.last)
         known = self._verdicts.setdefault((job_id, timeline, verdict.step), said)
         require(known == said, f"two verdicts on step {verdict.step} of timeline {timeline}: {known} and {said}")
@@ -129,10 +129,19 @@ class Monitor:
         held = self.committed.get((job_id, timeline), -1)
         self.committed[job_id, timeline] = max(held, verdict.step + 1)
 
+    def _owns(self, owners: list[tuple[str, int]], process_id: str, service: Any) -> None:
+        """One process commits for a partition; another one in the same timeline only if a newer generation says so,
+        and never again the one before."""
+        generation = service.plan.generation
+        if not owners or owners[-1][0] != process_id:
+            alone = all(name != process_id and generation > since for name, since in owners)
+            require(alone, f"{process_id} commits under generation {generation} beside {owners}")
+            owners.append((process_id, generation))
+
     def _new_version(self, watched: _Watched) -> None:
         """All of a partition is at a version: it must be that version, bit for bit."""
         process, service = watched.process, watched.process.service
-        if not service.state.is_filled or service._verdict is not None:
+        if not service.state.is_filled or service.step.next_update() is not None:
             return
         rises = service.version > watched.version or not watched.was_filled
         require(rises, f"{process.process_id} went from version {watched.version} to {service.version}")
@@ -163,7 +172,7 @@ class Monitor:
     def _stay_together(self) -> None:
         steps: dict[Timeline, list[int]] = {}
         for watched in self._partitions:
-            if watched.step >= 0:
+            if watched.step >= 0 and not _stands_by(watched.process.service):
                 steps.setdefault((watched.process.job_id, watched.timeline), []).append(watched.step)
         for timeline, held in steps.items():
             require(max(held) - min(held) <= 1, f"partitions of {timeline} are at {held}, two steps apart")
@@ -181,7 +190,8 @@ class Monitor:
         for watched in self._partitions:
             service = watched.process.service
             require(len(service._early) <= 64, f"{watched.process.process_id} holds {len(service._early)} early frames")
-            require(service._snapshots.num_waiting <= 64, f"{watched.process.process_id} queues snapshots")
+        for life, writer in self.disk.writers.items():
+            require(writer.num_waiting <= 64, f"{life.name} queues {writer.num_waiting} snapshots")
         for trainer in self._trainers:
             for peer in trainer.exchange._peers:
                 require(len(peer.outbox) <= 64, f"{trainer.process_id} owes partition {peer.index} {len(peer.outbox)}")
@@ -289,3 +299,8 @@ class Monitor:
                     assert part is not None
                     path = Path(job.store) / part.path
                     require(path.exists() or str(path) in self.damaged, f"{part.path} is counted and not there")
+
+
+def _stands_by(service: Any) -> bool:
+    """Whether a partition's process only follows the one that is the partition."""
+    return getattr(service, "standby", None) is not None

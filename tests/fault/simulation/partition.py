@@ -37,9 +37,8 @@ class PartitionProcess:
         self._ending = False
         self.link = Link(life, start, report)
         self.reactor = Reactor(sim.network, life, host, self._stopped)
-        with sim.disk.writer_of(life):
-            spec = parse_spec(json.loads(start.spec_json))
-            self.service = PartitionService(self.link, spec, self.reactor, PartitionCounters())  # type: ignore[arg-type]
+        spec = parse_spec(json.loads(start.spec_json))
+        self.service = PartitionService(self.link, spec, self.reactor, PartitionCounters())  # type: ignore[arg-type]
         self._address = sim.new_address(host)
         sim.monitor.watch_partition(self)
         life.at_end.append(lambda: sim.monitor.forget_partition(self))

@@ -7,31 +7,19 @@ happen. `python -m tests.fault.simulation 1234` prints the history of seed 1234 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
-from unittest.mock import patch
 
-import psmaster.archive
-import psmaster.core
-import psserver.partition.lead
-import psserver.partition.service
-import psserver.partition.snapshots
-import psserver.partition.state
-import psserver.partition.sums
-import psserver.partition.uplink
-import psworker.trainer.exchange
-import psworker.trainer.peer
-from pscluster import layout, snapshot
 from psmaster.jobs import Job
 from tests.fault.simulation import ending, model
 from tests.fault.simulation.agent import Agent, restart_after_s
 from tests.fault.simulation.child import Child
-from tests.fault.simulation.dataplane import Clock, Dice, Heart, PrivateMemory, bears_unruliness
+from tests.fault.simulation.dataplane import bears_unruliness
 from tests.fault.simulation.disk import Disks
 from tests.fault.simulation.faults import Faults
+from tests.fault.simulation.installed import installed
 from tests.fault.simulation.invariants import Monitor, Violation
 from tests.fault.simulation.master import Master
 from tests.fault.simulation.model import Reference
@@ -62,8 +50,8 @@ class Simulation:
         self.schedule.told = told
         self.network = Network(self.schedule, latency_s=setting.latency_s, unruly=setting.unruly)
         self.network.bears = bears_unruliness
-        self.monitor = Monitor(self.schedule, reference)
         self.disk = Disks(self, sqlite=setting.sqlite)
+        self.monitor = Monitor(self.disk, reference)
         self.faults = Faults(self)
         self.people = People(self)
         self.agents: dict[str, Agent] = {}
@@ -83,7 +71,7 @@ class Simulation:
 
     def run(self) -> None:
         """Let it happen. Raises Violation, or whatever a process of the product raised."""
-        with self._installed():
+        with installed(self):
             try:
                 self._begin()
                 looked_at = 0
@@ -224,42 +212,6 @@ class Simulation:
         for life in self.lives():
             life.end()
         shutil.rmtree(self.disk.directory, ignore_errors=True)
-
-    @contextmanager
-    def _installed(self) -> Iterator[None]:
-        """The clock, the dice, the disk and the sizes of this history, where the product has its own."""
-        silent: Any = _Silent()
-        dice: Any = Dice(self.schedule.random)
-        clock: Any = Clock(self.schedule)
-        with ExitStack() as stack:
-            for module, name, value in (
-                (layout, "BLOCK_WORDS", model.BLOCK_WORDS),
-                (layout, "BUCKET_WORDS", model.BUCKET_WORDS),
-                (psserver.partition.sums, "BLOCK_WORDS", model.BLOCK_WORDS),
-                (psserver.partition.service, "SLICE_S", 0.0),
-                (psserver.partition.service, "time", clock),
-                (psserver.partition.lead, "time", clock),
-                (psserver.partition.service, "Heart", Heart),
-                (psworker.trainer.exchange, "Heart", Heart),
-                (psserver.partition.uplink, "random", dice),
-                (psworker.trainer.peer, "random", dice),
-                (psserver.partition.state, "Segment", PrivateMemory),
-                (psserver.partition.snapshots, "write_part", self.disk.write_part),
-                (snapshot, "os", self.disk.syncs),
-                (psmaster.core, "_log", silent),
-                (psmaster.archive, "_log", silent),
-            ):
-                stack.enter_context(patch.object(module, name, value))
-            yield
-
-
-class _Silent:
-    """Stands in for a logger."""
-
-    def _nothing(self, *_args: Any, **_fields: Any) -> None:
-        """Nobody reads it."""
-
-    info = warning = error = debug = _nothing
 
 
 def run_seed(seed: int, told: Callable[[str], None] | None = None, **changes: Any) -> Simulation:
