@@ -117,7 +117,7 @@ class Simulation:
             steps=setting.steps,
             workers=setting.workers,
             partitions=setting.partitions,
-            durability={"every_steps": setting.snapshot_every},
+            durability={"every_steps": setting.snapshot_every, "tier": setting.tier},
             evaluate=evaluate,
         )
         self.people.submit(spec, f"request {number}")
