@@ -16,7 +16,7 @@ from typing import Any
 from pscluster.agent.heart import BEAT_S
 from pscluster.errors import PsError
 from pscluster.v1.plan_pb2 import Beat, Plan, ProcessOrder, ProcessReport, ProcessSpec, Shutdown
-from pscluster.wire.frame import Buffer, Header, Kind
+from pscluster.wire.frame import HEADER_BYTES, Buffer, Header, Kind
 from tests.fault.simulation.network import End, Network
 from tests.fault.simulation.schedule import SOON_S, Life, Schedule
 
@@ -37,6 +37,10 @@ class Connection:
         self.is_open = True
         self.is_local = False
         self.wants_write = False
+        self.queued_bytes = 0
+        self.sent_bytes = 0
+        self.reading = True
+        self._held: deque[tuple[Header, bytes] | None] = deque()  # while it does not read; None: the end
         self._end = end
         end.receive = self._receive
         end.lost = self._lost
@@ -56,6 +60,7 @@ class Connection:
         assert not fds, "no descriptors travel between hosts"
         data = b"".join(bytes(memoryview(part).cast("B")) for part in body if memoryview(part).nbytes)
         what = _words(header) if self._end.network.schedule.told is not None else ""
+        self.sent_bytes += HEADER_BYTES + len(data)
         self._end.send((replace(header, length=len(data)), data), what)
         if on_sent is not None:
             on_sent()
@@ -72,12 +77,39 @@ class Connection:
             self._end.close()
             self.handler.closed(self, error)
 
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
+        self._end.life.after(SOON_S, "", self._read_on)
+
+    def _read_on(self) -> None:
+        while self.reading and self.is_open and self._held:
+            message = self._held.popleft()
+            if message is None:
+                self._hear_end()
+            else:
+                self._take(message)
+
     def _lost(self) -> None:
+        if self.reading and not self._held:
+            self._hear_end()
+        else:
+            self._held.append(None)
+
+    def _hear_end(self) -> None:
         if self.is_open:
             self.is_open = False
             self.handler.closed(self, None)
 
     def _receive(self, message: tuple[Header, bytes]) -> None:
+        if self.reading and not self._held:
+            self._take(message)
+        else:
+            self._held.append(message)
+
+    def _take(self, message: tuple[Header, bytes]) -> None:
         header, data = message
         try:
             body = memoryview(b"")
