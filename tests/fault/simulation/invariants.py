@@ -1,4 +1,4 @@
-"""What must hold after every event, whatever happened: design.md's promises, restated without the product's own code.
+"""What must hold after every event, whatever happened: the promises, restated without the product's own code.
 
 A `Monitor` looks at the processes from outside. It compares every version that any partition ever holds, every value
 that a trainer computes on, and every part that the catalogue takes, with the `Reference`, bit for bit.
@@ -170,12 +170,15 @@ class Monitor:
         self.recorded.ages[service.version] = tuple(service.state.ages)
 
     def _stay_together(self) -> None:
-        steps: dict[Timeline, list[int]] = {}
-        for watched in self._partitions:
+        """Of two processes of one partition that live in one timeline, the one before lags as it likes."""
+        steps: dict[Timeline, dict[int, int]] = {}
+        for watched in sorted(self._partitions, key=lambda watched: watched.process.service.member.generation):
             if watched.step >= 0 and not _stands_by(watched.process.service):
-                steps.setdefault((watched.process.job_id, watched.timeline), []).append(watched.step)
+                timeline = (watched.process.job_id, watched.timeline)
+                steps.setdefault(timeline, {})[watched.process.service.index] = watched.step
         for timeline, held in steps.items():
-            require(max(held) - min(held) <= 1, f"partitions of {timeline} are at {held}, two steps apart")
+            apart = max(held.values()) - min(held.values())
+            require(apart <= 1, f"partitions of {timeline} are at {held}, two steps apart")
 
     def computes(self, name: str, work: Any, flats: Any) -> None:
         """A trainer begins a microbatch: on the version that its gradients will be for."""
