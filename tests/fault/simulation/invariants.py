@@ -60,7 +60,7 @@ class Monitor:
     num_turns: int = 0  # of the master
     _partitions: list[_Watched] = field(default_factory=list)
     _trainers: list[Any] = field(default_factory=list)
-    _owners: dict[tuple[str, int, int], list[tuple[str, int]]] = field(default_factory=dict)
+    _owners: dict[tuple[str, int, int, int], str] = field(default_factory=dict)
     _verdicts: dict[tuple[str, int, int], tuple[Any, ...]] = field(default_factory=dict)
     _generations: dict[str, int] = field(default_factory=dict)
     _known_parts: dict[str, Mapping[tuple[int, int], Part]] = field(default_factory=dict)
@@ -117,8 +117,9 @@ class Monitor:
         """A partition carries out a verdict: it alone may, all carry out the same, and every shard is in once."""
         process, service = watched.process, watched.process.service
         job_id, timeline, index = process.job_id, watched.timeline, service.index
-        if not _stands_by(service):
-            self._owns(self._owners.setdefault((job_id, timeline, index), []), process.process_id, service)
+        place = (job_id, timeline, index, service.plan.generation)
+        owner = process.process_id if _stands_by(service) else self._owners.setdefault(place, process.process_id)
+        require(owner == process.process_id, f"{owner} and {process.process_id} both commit for {place}")
         said = (verdict.kind, verdict.scale, verdict.norm, verdict.snapshot, verdict.last)
         known = self._verdicts.setdefault((job_id, timeline, verdict.step), said)
         require(known == said, f"two verdicts on step {verdict.step} of timeline {timeline}: {known} and {said}")
@@ -128,15 +129,6 @@ class Monitor:
         require(verdict.step == service.member.step - 1, "a verdict on another step is carried out")
         held = self.committed.get((job_id, timeline), -1)
         self.committed[job_id, timeline] = max(held, verdict.step + 1)
-
-    def _owns(self, owners: list[tuple[str, int]], process_id: str, service: Any) -> None:
-        """One process commits for a partition; another one in the same timeline only if a newer generation says so,
-        and never again the one before."""
-        generation = service.plan.generation
-        if not owners or owners[-1][0] != process_id:
-            alone = all(name != process_id and generation > since for name, since in owners)
-            require(alone, f"{process_id} commits under generation {generation} beside {owners}")
-            owners.append((process_id, generation))
 
     def _new_version(self, watched: _Watched) -> None:
         """All of a partition is at a version: it must be that version, bit for bit."""
