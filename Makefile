@@ -7,7 +7,7 @@ PROTO_VENV := .venv-proto
 PROTO_TOOLS := grpcio-tools==1.73.1 protobuf==6.30.2 setuptools==80.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fix verify test soak bench proto proto-check demo clean
+.PHONY: help setup fix verify test soak simulate bench proto proto-check demo clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,10 @@ test: setup ## every test (under 10 minutes on two cores)
 
 soak: setup ## a job under a storm of kills, compared with the undisturbed one (KILLS=200 SEED= TIER=snapshot)
 	$(BIN)/python tests/fault/soak.py --kills $(or $(KILLS),200) $(if $(SEED),--seed $(SEED)) $(if $(TIER),--tier $(TIER))
+
+SEEDS ?= 5000
+simulate: setup ## SEEDS=5000 histories of a cluster in which things go wrong; SEED=7 prints one
+	@$(BIN)/python -m tests.fault.simulation $(if $(SEED),$(SEED),--seeds $(SEEDS))
 
 bench: setup ## the benchmarks, each against its baseline in one run
 	@for script in $(wildcard benchmarks/[a-z]*.py); do $(BIN)/python $$script || exit 1; done

@@ -63,9 +63,15 @@ class Catalogue:
 
 
 def kept_steps(catalogue: Catalogue, pinned: frozenset[int]) -> tuple[int, ...]:
-    """The steps to keep: the two newest complete ones and the pinned (best) ones, complete yet or not; rising."""
+    """The steps to keep: the two newest complete ones and the pinned (best) ones before them, complete yet or not;
+    rising.
+
+    Partitions delete what is older than the last of these. So it is a complete one: parts of a step before a pinned one
+    that is still on its way may be, too, and will count."""
     complete = catalogue.complete_steps()
-    return tuple(sorted(pinned.union(complete[-NEWEST_KEPT:]))) if complete else ()
+    if not complete:
+        return ()
+    return tuple(sorted({step for step in pinned if step < complete[-1]}.union(complete[-NEWEST_KEPT:])))
 
 
 def add(catalogue: Catalogue, part: Part) -> Catalogue:

@@ -53,6 +53,12 @@ def test_the_two_newest_and_the_best_are_kept() -> None:
     assert catalogue.kept_steps(Catalogue(num_partitions=2), frozenset({10})) == ()
 
 
+def test_a_best_on_its_way_gives_up_nothing_that_is_on_its_way_before_it() -> None:
+    held = of(*whole(10).parts.values(), part(20, 0))
+    assert catalogue.kept_steps(held, frozenset({30})) == (10,)
+    assert catalogue.kept_steps(whole(10, 40), frozenset({30})) == (10, 30, 40)
+
+
 def test_pruning_spares_what_is_on_its_way() -> None:
     held = of(*whole(10, 20, 30).parts.values(), part(25, 0), part(40, 1))
     assert {step for step, _ in catalogue.prune(held, frozenset()).parts} == {20, 30, 40}

@@ -1,0 +1,188 @@
+"""Disks that take time, fill up, and forget at a power loss what was not synced.
+
+The files are real ones, in a directory of the run; so is the code that writes them. What a crash leaves behind is made
+by hand: a torn metrics line, a half-written file, a file whose bytes never reached the disk.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pscluster.errors import StorageError
+from pscluster.snapshot import Written
+from psmaster.archive import Archive, Writes
+from psmaster.memory_store import MemoryStore
+from psmaster.metricsfile import FILE_NAME
+from psmaster.sqlite_store import SqliteStore
+from psmaster.store import Batch
+from psserver.partition import snapshots
+from psserver.partition.snapshots import SnapshotWriter
+from tests.fault.simulation.schedule import SOON_S, Life, Schedule
+
+
+class Syncs:
+    """Stands in for `os` in pscluster.snapshot: knows which files reached the disk. Nothing is really synced."""
+
+    def __init__(self) -> None:
+        self._synced: set[int] = set()  # inodes
+        self.unsynced: list[str] = []  # renamed into place before their bytes were on the disk
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def fsync(self, descriptor: int) -> None:
+        self._synced.add(os.fstat(descriptor).st_ino)
+
+    def replace(self, source: str | Path, target: str | Path) -> None:
+        inode = os.stat(source).st_ino
+        if inode not in self._synced:
+            self.unsynced.append(str(target))
+        self._synced.discard(inode)
+        os.replace(source, target)
+
+
+class Disks:
+    """The master's disk and the store that the servers share."""
+
+    def __init__(self, sim: Any, *, sqlite: bool) -> None:
+        self.sim = sim
+        self.schedule: Schedule = sim.schedule
+        memory = "/dev/shm"
+        self.directory = Path(tempfile.mkdtemp(prefix="simulation-", dir=memory if os.path.isdir(memory) else None))
+        self.syncs = Syncs()
+        self.is_full = False
+        self.master_writes: Callable[[], Any] | None = None  # what is being written
+        self.kills_next_write = False  # the master dies in the middle of the next write
+        self.slowness = 1.0
+        self.writers: dict[Life, _Writer] = {}
+        self._sqlite = sqlite
+        self._memory_store = MemoryStore()
+        self._archive: Archive | None = None
+
+    # the master's
+
+    def archive(self) -> Archive:
+        """What a master finds when it starts."""
+        store = SqliteStore(self.directory / "master.db") if self._sqlite else self._memory_store
+        self._archive = _Archive(store, self.directory, self)
+        return self._archive
+
+    def master_latency_s(self) -> float:
+        return self.slowness * self.schedule.between(0.0005, 0.005)
+
+    def master_crashes(self) -> None:
+        """The master is gone. What it was writing is there, or not, or only what comes before the store."""
+        work, self.master_writes = self.master_writes, None
+        fate = self.schedule.random.choice(("whole", "nothing", "half"))
+        archive = self._archive
+        assert isinstance(archive, _Archive)
+        if work is not None and fate != "nothing":
+            archive.is_cut = fate == "half"
+            try:
+                work()
+            except (_PowerCut, StorageError):
+                self.schedule.tell("master: was cut off while it wrote")
+        archive.close()
+        if work is not None and fate != "whole":
+            self._tear_metrics()
+
+    def _tear_metrics(self) -> None:
+        """A line of metrics was being appended."""
+        for job in self.sim.jobs():
+            path = self.directory / "jobs" / job.job_id / FILE_NAME
+            if not job.state.ended and path.exists():
+                with path.open("ab") as file:
+                    file.write(b'{"step": 1, "lo')
+
+    # the servers'
+
+    def writer(self, store: Path, partition: int, post: Callable[..., None]) -> SnapshotWriter:
+        """A writer of snapshots in virtual time, of the process whose reactor `post` is."""
+        reactor: Any = getattr(post, "__self__", None)
+        life: Life = reactor.life
+        writer = self.writers[life] = _Writer(self, life, store, partition, post)
+        life.at_end.append(lambda: self.writers.pop(life, None))
+        return writer
+
+    def power_loss(self) -> None:
+        """What was not synced is torn."""
+        for name in self.syncs.unsynced:
+            if os.path.exists(name):
+                os.truncate(name, os.path.getsize(name) // 2)
+        self.syncs.unsynced.clear()
+
+    def write_part(self, path: Path, *arguments: Any) -> Written:
+        """pscluster.snapshot.write_part, on a disk that may be full."""
+        if self.is_full:
+            raise StorageError(f"cannot write the snapshot {path}: no space left on the disk")
+        return _REAL_WRITE_PART(path, *arguments)
+
+
+_REAL_WRITE_PART = snapshots.write_part
+
+
+class _PowerCut(BaseException):
+    """The process is gone in the middle of something."""
+
+
+class _Archive(Archive):
+    """The product's archive on a disk that may be full or lost."""
+
+    def __init__(self, store: Any, directory: Path, disks: Disks) -> None:
+        super().__init__(store, directory)
+        self._disks = disks
+        self.is_cut = False
+        write = store.write if isinstance(store, SqliteStore) else MemoryStore.write.__get__(store)
+        store.write = lambda batch: self._write(write, batch)
+
+    def save(self, writes: Writes) -> None:
+        if self._disks.is_full:
+            raise StorageError("cannot write: no space left on the disk")
+        super().save(writes)
+
+    def _write(self, write: Callable[[Batch], None], batch: Batch) -> None:
+        if self.is_cut:
+            raise _PowerCut
+        write(batch)
+
+
+class _Writer(SnapshotWriter):
+    """The product's writer, whose thread is the schedule: one job after another, each after a while."""
+
+    def __init__(self, disks: Disks, life: Life, store: Path, partition: int, post: Callable[..., None]) -> None:
+        self._store = store
+        self._partition = partition
+        self._post = post
+        self._disks = disks
+        self._life = life
+        self._free_s = 0.0
+        self.num_waiting = 0
+        self._jobs: Any = self
+        life.at_end.append(self._cut)
+        self.put(self._sweep)
+
+    def put(self, job: Callable[[], None]) -> None:
+        """Stands in for the thread's queue."""
+        schedule = self._disks.schedule
+        takes_s = self._disks.slowness * schedule.between(0.002, 0.05)
+        self._free_s = max(self._free_s, schedule.now_s) + takes_s
+        self.num_waiting += 1
+        self._life.after(self._free_s - schedule.now_s + SOON_S, "has its disk's answer", lambda: self._do(job))
+
+    def close(self) -> None:
+        """The process ends; what is begun ends with it."""
+
+    def _do(self, job: Callable[[], None]) -> None:
+        self.num_waiting -= 1
+        job()
+        self._disks.sim.monitor.files_changed()
+
+    def _cut(self) -> None:
+        """Killed while it wrote: a part of a file is left."""
+        if self.num_waiting and self._store.is_dir():
+            torn = self._store / f".step-0000000000.part-{self._partition:04d}.generation-0.snapshot.writing"
+            torn.write_bytes(b"PSSNAP01 torn")

@@ -1,0 +1,74 @@
+"""The clock, the dice, the memory and the disk of a history, where the product has its own.
+
+They are put in place of what they stand in for in every module of partitions and trainers that uses it, wherever that
+is: what moves between those modules needs no change here.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import psmaster.archive
+import psmaster.core
+import psserver.partition.service
+import psserver.partition.sums
+import psworker.trainer.loop  # noqa: F401 - with all that belongs to a trainer
+from pscluster import layout, snapshot
+from pscluster.agent.heart import Heart
+from pscluster.wire.memory import Segment
+from psserver.partition.snapshots import SnapshotWriter
+from tests.fault.simulation import dataplane, model
+
+_HOMES = ("psserver.partition.", "psworker.trainer.")
+
+
+@contextmanager
+def installed(sim: Any) -> Iterator[None]:
+    """Have the product live in the world of `sim`."""
+    stand_ins: list[tuple[object, object]] = [
+        (time, dataplane.Clock(sim.schedule)),
+        (random, dataplane.Dice(sim.schedule.random)),
+        (Heart, dataplane.Heart),
+        (Segment, dataplane.PrivateMemory),
+        (SnapshotWriter, sim.disk.writer),
+        (snapshot.write_part, sim.disk.write_part),
+    ]
+    silent = _Silent()
+    with ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.startswith(_HOMES):
+                _replace_in(stack, module, stand_ins)
+        for module, name, value in (
+            (layout, "BLOCK_WORDS", model.BLOCK_WORDS),
+            (layout, "BUCKET_WORDS", model.BUCKET_WORDS),
+            (psserver.partition.sums, "BLOCK_WORDS", model.BLOCK_WORDS),
+            (snapshot, "os", sim.disk.syncs),
+            (psmaster.core, "_log", silent),
+            (psmaster.archive, "_log", silent),
+        ):
+            stack.enter_context(patch.object(module, name, value))
+        yield
+
+
+def _replace_in(stack: ExitStack, module: Any, stand_ins: list[tuple[object, object]]) -> None:
+    for name, value in list(vars(module).items()):
+        if name == "SLICE_S":  # updates take turns with frames after each bucket, not when a clock says so
+            stack.enter_context(patch.object(module, name, 0.0))
+        for real, stand_in in stand_ins:
+            if value is real and getattr(value, "__module__", "") != module.__name__:
+                stack.enter_context(patch.object(module, name, stand_in))
+
+
+class _Silent:
+    """Stands in for a logger."""
+
+    def _nothing(self, *_args: Any, **_fields: Any) -> None:
+        """Nobody reads it."""
+
+    info = warning = error = debug = _nothing

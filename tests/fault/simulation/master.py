@@ -1,0 +1,251 @@
+"""The master: the real `Core`, `AgentsService`, `Turn` and stores, driven without an event loop, on a disk that takes
+time and may be lost in the middle of a write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from pscluster.errors import PsError, StorageError
+from pscluster.v1.agents_pb2 import AgentMessage, MasterMessage, RegisterRequest
+from psmaster import inbound
+from psmaster.agents_service import AgentsService
+from psmaster.core import RETRY_S, Core, Input
+from psmaster.draft import Limits
+from psmaster.jobs import Instant
+from psmaster.streams import AgentStream
+from psmaster.turn import Turn
+from tests.fault.simulation.network import End
+from tests.fault.simulation.schedule import SOON_S, Life
+
+LIMITS = Limits(trainer_grace_s=8.0, gather_s=2.0, finish_grace_s=10.0, stop_grace_s=15.0, stop_idle_grace_s=5.0)
+_MAX_BATCH = 512
+_TICK_S = 0.5  # half as often as the product's: most of what happens, happens when it is told of something
+
+
+class Awaited:
+    """Something that a coroutine waits for: an answer, or work on the disk. Stands in for asyncio's futures."""
+
+    def __init__(self) -> None:
+        self._is_done = False
+        self._result: Any = None
+        self._error: BaseException | None = None
+        self._then: Callable[[], None] | None = None
+
+    def done(self) -> bool:
+        return self._is_done
+
+    def set_result(self, result: Any) -> None:
+        self._finish(result, None)
+
+    def set_exception(self, error: BaseException) -> None:
+        self._finish(None, error)
+
+    def _finish(self, result: Any, error: BaseException | None) -> None:
+        self._is_done, self._result, self._error = True, result, error
+        if self._then is not None:
+            self._then()
+
+    def __await__(self) -> Any:
+        if not self._is_done:
+            yield self
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def then(self, call: Callable[[], None]) -> None:
+        self._then = call
+        if self._is_done:
+            call()
+
+
+def drive(
+    coroutine: Coroutine[Any, Any, Any], done: Callable[[Any], None], failed: Callable[[PsError], None] | None = None
+) -> None:
+    """Run a coroutine of the master until it ends, over whatever it waits for. Without `failed` it may not fail."""
+    try:
+        awaited = coroutine.send(None)
+    except StopIteration as end:
+        done(end.value)
+    except PsError as error:
+        if failed is None:
+            raise
+        failed(error)
+    else:
+        awaited.then(lambda: drive(coroutine, done, failed))
+
+
+class SimulatedCore(Core):
+    """The product's core, whose disk work takes virtual time, and whose callers are no tasks of a loop."""
+
+    master: Master
+
+    async def on_disk(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        return await self.master.write(lambda: work(*arguments))
+
+    async def ask(self, apply: Callable[[Turn], Any]) -> Any:
+        reply = Awaited()
+        self._put(Input(apply=apply, reply=reply))  # type: ignore[arg-type]
+        self.master.wake()
+        return await reply
+
+    def has_inputs(self) -> bool:
+        return bool(self._inputs)
+
+    def take_batch(self) -> list[Input]:
+        return [self._inputs.popleft() for _ in range(min(len(self._inputs), _MAX_BATCH))]
+
+
+class Master:
+    """One life of the master."""
+
+    def __init__(self, sim: Any) -> None:
+        self.sim = sim
+        self.host = "master"
+        self.life = Life(sim.schedule, "master")
+        self.core = SimulatedCore(sim.disk.archive(), LIMITS, self.now)
+        self.core.master = self
+        self.service = AgentsService(self.core, None)  # type: ignore[arg-type]
+        self._streams: dict[AgentStream, End] = {}
+        self._is_busy = False  # a turn is on its way to the disk
+        self._is_awake = False  # one is due
+        self._loading = True
+        self.life.at_end += [self._crash, sim.master_ended]
+        drive(self.core.load(), self._loaded)
+
+    def now(self) -> Instant:
+        schedule = self.sim.schedule
+        return Instant(mono_s=schedule.now_s, unix_s=schedule.wall_s)
+
+    def _loaded(self, _nothing: Any) -> None:
+        self._loading = False
+        self.sim.monitor.master_loaded(self.core)
+        self.sim.network.listen("master", self.life, self.host, self._accepted)
+        self.sim.schedule.tell("master: has loaded its state")
+        self._tick()
+
+    # turns
+
+    def wake(self) -> None:
+        """Take a turn soon."""
+        if not self._is_awake and not self._loading:
+            self._is_awake = True
+            self.life.after(SOON_S, "", self._take_turn)
+
+    def _tick(self) -> None:
+        self.wake()
+        self.life.after(_TICK_S, "", self._tick)
+
+    def _take_turn(self) -> None:
+        self._is_awake = False
+        if not self._is_busy:
+            self._is_busy = True
+            drive(self.core._turn(self.core.take_batch()), self._took_turn)
+
+    def _took_turn(self, durable: bool) -> None:
+        self.sim.monitor.master_turned(self.core)
+        for stream, end in list(self._streams.items()):
+            self._flush(stream, end)
+        if durable:
+            self._rested()
+        else:
+            self.life.after(RETRY_S, "", self._rested)
+
+    def _rested(self) -> None:
+        self._is_busy = False
+        if self.core.has_inputs():
+            self.wake()
+
+    def write(self, work: Callable[[], Any]) -> Awaited:
+        """Have work done on the disk, in a moment; lost, or half done, when the master ends before."""
+        awaited = Awaited()
+        disk = self.sim.disk
+
+        def do() -> None:
+            disk.master_writes = None
+            try:
+                result = work()
+            except StorageError as error:
+                awaited.set_exception(error)
+            else:
+                awaited.set_result(result)
+
+        if self._loading:
+            do()
+        else:
+            disk.master_writes = work
+            latency_s = disk.master_latency_s()
+            self.life.after(latency_s, "its disk has done it", do)
+            if disk.kills_next_write:
+                disk.kills_next_write = False
+                self.life.after(latency_s / 2, "is killed while it writes", self.life.end)
+        return awaited
+
+    def _crash(self) -> None:
+        self.sim.disk.master_crashes()
+
+    # agents
+
+    def _accepted(self, end: End) -> None:
+        end.receive = lambda message: self._hear(end, message)
+
+    def _hear(self, end: End, message: Any) -> None:
+        if isinstance(message, RegisterRequest):
+            drive(self.service.Register(message, None), end.send, end.send)
+        elif message.HasField("hello"):
+            self._attend(end, message)
+        else:
+            raise AssertionError(f"a stream begins with {message.WhichOneof('body')}")
+
+    def _attend(self, end: End, message: AgentMessage) -> None:
+        """AgentsService.Attend, without its tasks."""
+        hello = message.hello
+        processes = inbound.processes(hello.node_id, hello.processes)
+        waiting: list[AgentMessage] = []
+        end.receive = waiting.append  # until the hello was taken in
+
+        def attended(stream: AgentStream) -> None:
+            if not end.is_open:
+                self.core.leave(stream)
+                return
+            self._streams[stream] = end
+            end.receive = lambda told: self._take(stream, end, told)
+            end.lost = lambda: self._leave(stream)
+            for told in waiting:
+                self._take(stream, end, told)
+            self._flush(stream, end)
+
+        drive(self.core.attend(hello.node_id, hello.incarnation, processes), attended, end.send)
+
+    def _take(self, stream: AgentStream, end: End, message: AgentMessage) -> None:
+        if stream.closed:
+            end.close()
+            return
+        assert self.core._room.is_set(), "the master is drowned in messages"
+        drive(self.service._take(stream, message), lambda _: self.wake())
+
+    def _leave(self, stream: AgentStream) -> None:
+        self._streams.pop(stream, None)
+        self.core.leave(stream)
+        self.wake()
+
+    def _flush(self, stream: AgentStream, end: End) -> None:
+        """AgentStream.messages, as far as it goes without waiting."""
+        if stream.closed:
+            self._streams.pop(stream, None)
+            end.close()
+            self.core.leave(stream)
+            return
+        if stream._assignment is not None:
+            assignment, stream._assignment = stream._assignment, None
+            what = ", ".join(spec.process_id for spec in assignment.processes)
+            end.send(MasterMessage(assignment=assignment), f"that it is to run {what or 'nothing'}")
+        if stream._sequence > stream._acknowledged:
+            stream._acknowledged = stream._sequence
+            end.send(MasterMessage(ack={"sequence": stream._acknowledged}))
+
+    # people
+
+    def ask(self, apply: Callable[[Turn], Any], done: Callable[[Any], None], failed: Callable[[PsError], None]) -> None:
+        """A person asks something; the answer comes once it is durable."""
+        drive(self.core.ask(apply), done, failed)

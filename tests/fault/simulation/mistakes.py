@@ -1,0 +1,231 @@
+"""Mistakes to plant in the product, to see that the simulation finds them. Each gives the patches that make it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import psmaster.planning
+from pscluster import snapshot
+from pscluster.tree import Node
+from psmaster import planner, processes, recovery
+from psmaster.archive import Archive
+from psmaster.catalogue import Catalogue
+from psmaster.jobs import Job
+from psmaster.registry import Node as ClusterNode
+from psserver.partition import commit
+from psserver.partition.commit import Decide, Lead, Member, Verdict, Vote
+from psserver.partition.reception import Reception
+from psserver.partition.service import PartitionService
+from psserver.partition.snapshots import SnapshotWriter
+from psserver.partition.sums import Entry, Sums
+from psworker.trainer.exchange import Exchange
+from psworker.trainer.landing import Landing
+
+Patch = AbstractContextManager[Any]
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """`plant` gives its patches; `changes` are made to the settings in which it is looked for."""
+
+    plant: Callable[[], Iterable[Patch]]
+    changes: Mapping[str, Any]
+
+
+MISTAKES: dict[str, Mistake] = {}
+
+
+def mistake(plant: Callable[[], Iterable[Patch]]) -> Callable[[], Iterable[Patch]]:
+    MISTAKES[plant.__name__] = Mistake(plant, {})
+    return plant
+
+
+def mistake_in(**changes: Any) -> Callable[[Callable[[], Iterable[Patch]]], Callable[[], Iterable[Patch]]]:
+    def enter(plant: Callable[[], Iterable[Patch]]) -> Callable[[], Iterable[Patch]]:
+        MISTAKES[plant.__name__] = Mistake(plant, changes)
+        return plant
+
+    return enter
+
+
+# the master
+
+
+@mistake
+def incomplete_snapshots_count() -> Iterable[Patch]:
+    yield patch.object(Catalogue, "complete_steps", lambda self: tuple(sorted({step for step, _ in self.parts})))
+    yield patch.object(Catalogue, "complete", lambda self, step: any(held == step for held, _ in self.parts))
+
+
+@mistake_in(partitions=3, servers=3, storm_s=8.0, faults={"kill_partition": 1.0, "slow_host": 3.0, "slow_disk": 1.0})
+def older_generations_count() -> Iterable[Patch]:
+    yield patch.object(Job, "counts", lambda self, generation: self.plan is not None and generation >= 0)
+
+
+@mistake_in(every_s=0.2, faults={"kill_while_writing": 1.0, "kill_master": 1.0})
+def answers_before_it_is_durable() -> Iterable[Patch]:
+    save = Archive.save
+
+    def save_the_one_before(self: Any, writes: Any) -> None:
+        late, self.late = getattr(self, "late", None), writes
+        if late is not None:
+            save(self, late)
+
+    yield patch.object(Archive, "save", save_the_one_before)
+
+
+@mistake
+def a_shard_is_dealt_to_nobody() -> Iterable[Patch]:
+    def deal(num_shards: int, ranks: Iterable[int]) -> dict[int, Any]:
+        runs = planner.deal_shards(num_shards, ranks)
+        return {rank: () if len(runs) > 1 and rank == max(runs) else run for rank, run in runs.items()}
+
+    yield patch.object(psmaster.planning, "deal_shards", deal)
+
+
+@mistake
+def restarted_daemons_are_not_noticed() -> Iterable[Patch]:
+    def loss_of(seat: Any, job: Any, view: Any) -> Any:
+        same = {node_id: replace(node, incarnation=seat.incarnation) for node_id, node in view.nodes.items()}
+        return processes.loss_of(seat, job, replace(view, nodes=same))
+
+    yield patch.object(recovery, "loss_of", loss_of)
+
+
+@mistake_in(every_s=1.0, storm_s=8.0, liveness_s=25.0, faults={"replace_node": 1.0})
+def older_lives_displace_newer_ones() -> Iterable[Patch]:
+    def register(nodes: Mapping[str, ClusterNode], node: ClusterNode, now: Any, _suspicion_s: float) -> Any:
+        return {**nodes, node.node_id: replace(node, attended=True, seen_s=now.mono_s)}
+
+    yield patch("psmaster.registry.register", register)
+    yield patch("psmaster.registry.attend", lambda nodes, *_: nodes)
+
+
+# votes and verdicts
+
+
+@mistake_in(partitions=3, servers=3, every_s=0.05, storm_s=4.0, faults={"cut_votes": 1.0})
+def the_lead_forgets_its_last_verdict() -> Iterable[Patch]:
+    receive = commit.receive_vote
+
+    def forget(lead: Lead, vote: Vote, decide: Decide) -> tuple[Lead, Verdict | None, bool]:
+        after, verdict, to_all = receive(lead, vote, decide)
+        return after, verdict if to_all else None, to_all
+
+    yield patch.object(commit, "receive_vote", forget)
+
+
+@mistake
+def members_obey_any_verdict() -> Iterable[Patch]:
+    def obey(member: Member, verdict: Verdict) -> tuple[Member, bool]:
+        if member.vote is None:
+            return member, False
+        return replace(member, step=member.step + 1, vote=None, last_verdict=verdict), True
+
+    yield patch.object(commit, "receive_verdict", obey)
+
+
+@mistake_in(
+    workers=3, partitions=3, servers=3, every_s=0.3, storm_s=8.0, faults={"kill_trainer": 1.0, "kill_worker": 1.0}
+)
+def a_vote_keeps_its_generation() -> Iterable[Patch]:
+    yield patch.object(commit, "member_adopts", lambda member, generation: replace(member, generation=generation))
+
+
+@mistake
+def the_lead_decides_without_the_last_vote() -> Iterable[Patch]:
+    receive = commit.receive_vote
+
+    def hurry(lead: Lead, vote: Vote, decide: Decide) -> tuple[Lead, Verdict | None, bool]:
+        fewer = replace(lead, num_partitions=max(1, lead.num_partitions - 1))
+        after, verdict, to_all = receive(fewer, vote, decide)
+        return replace(after, num_partitions=lead.num_partitions), verdict, to_all
+
+    yield patch.object(commit, "receive_vote", hurry)
+
+
+# partitions
+
+
+@mistake
+def the_gate_takes_duplicates() -> Iterable[Patch]:
+    offer = Sums.offer
+
+    def add_again(self: Sums[Any], node: Node, entry: Entry[Any]) -> bool:
+        holder = next((held for held in self._entries if held.covers(node)), None)
+        if holder is None:
+            return offer(self, node, entry)
+        held = self._entries[holder]
+        held.value = self.add(held.value, entry.value, holder)
+        return True
+
+    yield patch.object(Sums, "offer", add_again)
+    yield patch.object(Sums, "holds", lambda _self, _node: False)
+
+
+@mistake
+def gradients_of_any_step_are_taken() -> Iterable[Patch]:
+    yield patch.object(Reception, "_is_open", lambda _self, _header: True)
+
+
+@mistake
+def a_partition_goes_back_alone() -> Iterable[Patch]:
+    adopt = PartitionService.adopt
+
+    def stay(self: PartitionService, plan: Any) -> None:
+        if self.plan is not None and plan.restore_generation != self.plan.restore_generation:
+            plan.restore_generation = self.plan.restore_generation
+        adopt(self, plan)
+
+    yield patch.object(PartitionService, "adopt", stay)
+
+
+@mistake
+def parts_are_reported_before_they_are_written() -> Iterable[Patch]:
+    write = SnapshotWriter.write
+
+    def tell_first(self: Any, meta: Any, layout: Any, pieces: Any, done: Any) -> None:
+        path = self._store / snapshot.part_name(meta.step, meta.partition, meta.generation)
+        self._post(lambda: done(snapshot.Written(path=path, size_bytes=1, checksum="crc32c:0"), None))
+        write(self, meta, layout, pieces, lambda *_: None)
+
+    yield patch.object(SnapshotWriter, "write", tell_first)
+
+
+@mistake_in(every_s=1.0, storm_s=8.0, faults={"power_loss": 1.0})
+def parts_are_not_synced() -> Iterable[Patch]:
+    def write(path: Any, buffers: Any) -> tuple[int, int]:
+        data = b"".join(bytes(memoryview(buffer).cast("B")) for buffer in buffers)
+        path.write_bytes(data)
+        return len(data), 0
+
+    yield patch.object(snapshot, "_write_durably", write)
+
+
+@mistake
+def parts_that_count_are_deleted() -> Iterable[Patch]:
+    retain = SnapshotWriter.retain
+    yield patch.object(SnapshotWriter, "retain", lambda self, kept: retain(self, [*kept][-1:]))
+
+
+# trainers
+
+
+@mistake
+def values_of_an_older_timeline_are_kept() -> Iterable[Patch]:
+    yield patch.object(Landing, "restart", lambda _self: None)
+
+
+@mistake_in(workers=2, compute_s=0.3, every_s=0.3, storm_s=8.0, faults={"kill_partition": 2.0, "kill_server": 1.0})
+def versions_are_asked_for_across_timelines() -> Iterable[Patch]:
+    want = Exchange.want
+
+    def want_anyway(self: Exchange, work: Any, version: int, exact: bool = False) -> bool:
+        with self._changed:
+            return want(self, replace(work, timeline=self._timeline()), version, exact)
+
+    yield patch.object(Exchange, "want", want_anyway)

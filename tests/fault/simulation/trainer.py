@@ -1,0 +1,236 @@
+"""A trainer's process: the real `Exchange` and the real `Trainer` loop, around a model whose gradients are arithmetic.
+
+The loop blocks, as it does in the product; it runs on a strand of its own and may be overtaken by the exchange whenever
+it takes their lock, and while it computes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from pscluster.spec import JobSpec, parse_spec
+from pscluster.summary import Statistics
+from pscluster.tree import Node, Tree, tree_of
+from pscluster.v1.plan_pb2 import ProcessReport, ProcessSpec, TrainerReady
+from psworker.memory import BucketMemory
+from psworker.trainer.accumulate import Counter, SummaryCounter, add_gradients
+from psworker.trainer.exchange import Exchange
+from psworker.trainer.gradients import Gradients
+from psworker.trainer.loop import Trainer
+from psworker.trainer.pace import Pace
+from psworker.trainer.telemetry import TrainerCounters
+from psworker.trainer.work import Work
+from tests.fault.simulation import model
+from tests.fault.simulation.dataplane import Link, Reactor
+from tests.fault.simulation.model import LAYOUT
+from tests.fault.simulation.schedule import SOON_S, Condition, Life, Strand
+
+NUMERICS = "1" * 16
+PREEMPTION = 0.3  # how often others come first when the loop takes the lock
+
+
+class _Module:
+    """Stands in for the module's own switches."""
+
+    def train(self) -> None:
+        """Nothing here depends on it."""
+
+
+class _Replica:
+    """Stands in for `psworker.replica.Replica`: the memory, and no module over it."""
+
+    def __init__(self) -> None:
+        self.layout = LAYOUT
+        self.memory = BucketMemory(LAYOUT)
+        self.model = _Module()
+        model.first_values(self.memory.flats)
+
+    def bring_in(self, bucket: int) -> None:
+        """What landed is what is computed on."""
+
+    def restore_buffers(self) -> None:
+        """There are no live buffers beside the committed ones."""
+
+    def rebuild(self) -> None:
+        self.memory.close_windows()
+        model.first_values(self.memory.flats)
+
+    def sha256(self) -> str:
+        return model.digest(self.memory.flats)
+
+
+class _Accumulation:
+    """Stands in for `Accumulator`, whose hooks need autograd: the same counters, fed by hand."""
+
+    def __init__(self, tree: Tree, push: Callable[[int, Node, Gradients], None]) -> None:
+        self._push = push
+        trained = (bucket.index for bucket in LAYOUT.buckets if bucket.kind == "trained")
+        self._counters = {index: Counter[Gradients](tree, add_gradients) for index in trained}
+
+    def begin_run(self, roots: list[Node]) -> None:
+        for counter in self._counters.values():
+            counter.begin(roots)
+
+    def carry(self, bucket: int, shard: int, gradients: Gradients) -> None:
+        for node, value in self._counters[bucket].carry(model.leaf(shard), gradients):
+            self._push(bucket, node, value)
+
+    def flush(self) -> None:
+        for index, counter in self._counters.items():
+            for node, value in counter.flush():
+                self._push(index, node, value)
+
+    def abandon(self) -> None:
+        for counter in self._counters.values():
+            counter.flush()
+
+    @property
+    def buckets(self) -> list[int]:
+        """In the order in which backward gives them."""
+        return sorted(self._counters, reverse=True)
+
+
+class _NoBuffers:
+    """Stands in for `BufferSums`: each microbatch's buffers are pushed as they are."""
+
+    def begin_run(self, roots: list[Node]) -> None:
+        """Nothing is summed here."""
+
+    def flush(self) -> list[Any]:
+        return []
+
+    def abandon(self) -> None:
+        """Nothing is held."""
+
+
+class ArithmeticTrainer(Trainer):
+    """The product's loop; only what touches torch modules and user code is replaced."""
+
+    def __init__(
+        self, spec: JobSpec, exchange: Exchange, replica: _Replica, counters: TrainerCounters, strand: Strand, sim: Any
+    ) -> None:
+        self._spec = spec
+        self._replica: Any = replica
+        self._exchange = exchange
+        self._counters = counters
+        self._rebuild = replica.rebuild
+        self._pristine = True
+        self._tree = tree_of(spec.train.num_shards)
+        self._work: Work | None = None
+        self._accumulator: Any = _Accumulation(self._tree, self._push_gradients)
+        self._summaries = SummaryCounter(self._tree)
+        self._buffers: Any = _NoBuffers()
+        self._done: dict[tuple[int, int, str], set[int]] = {}
+        self._brought: set[int] = set()
+        self._may_overlap = False
+        self._strand = strand
+        self._sim = sim
+
+    def _microbatch(self, work: Work, shard: int) -> None:
+        flats = self._replica.memory.flats
+        self._strand.spend(self._sim.compute_s(self._strand.life))
+        self._exchange.wait_values(work)
+        self._sim.monitor.computes(self._strand.life.name, work, flats)
+        for bucket in self._accumulator.buckets:
+            self._accumulator.carry(bucket, shard, model.gradients(flats, bucket, work.version, shard))
+        self._strand.spend(SOON_S)
+        self._exchange.wait_values(work)
+        self._push_moved(work, shard)
+
+    def _push_moved(self, work: Work, shard: int) -> None:
+        flats, node = self._replica.memory.flats, model.leaf(shard)
+        averaged, carried = LAYOUT.bucket_of[model.MEAN][0], LAYOUT.bucket_of[model.COUNT][0]
+        words = model.buffer_words(flats, shard)
+        if words is None:
+            self._exchange.push_unchanged(work, averaged, node, model.weight_of(shard))
+        else:
+            self._exchange.push_words(work, averaged, node, words)
+        if shard == 0:
+            self._exchange.push_words(work, carried, node, model.carried_words(flats))
+        for root, value in self._summaries.carry(node, model.summary(flats, shard)):
+            self._exchange.push_summary(work, root, value)
+
+    def _shard_statistics(self, shard: int) -> Statistics:
+        """Sums over a shard's part of the parameters."""
+        self._strand.spend(self._sim.compute_s(self._strand.life))
+        flats = self._replica.memory.flats
+        tensors = [model.tensor_of(flats, number) for number in (model.W, model.B, model.MEAN)]
+        return np.array([float(tensor[shard::4].double().sum()) for tensor in tensors])
+
+    def _finalise(self, work: Work) -> None:
+        assert work.statistics is not None
+        self._exchange.send_outcome(work, {"metrics": {"loss": float(work.statistics.sum())}})
+        self._done[work.key].update(work.shards)
+
+
+class TrainerProcess:
+    """`ended` hears the exit code when the process ends by itself; `report` takes what it tells its agent."""
+
+    def __init__(
+        self,
+        sim: Any,
+        life: Life,
+        host: str,
+        start: ProcessSpec,
+        report: Callable[[ProcessReport], None],
+        ended: Callable[[int], None],
+    ) -> None:
+        self.sim = sim
+        self.life = life
+        self.process_id = start.process_id
+        self.job_id = start.job_id
+        self._ended = ended
+        self.spec = parse_spec(json.loads(start.spec_json))
+        self.link = Link(life, start, report)
+        self.strand = Strand(life, self._run)
+        self._replica = _Replica()
+        self._counters = TrainerCounters()
+        self._counters.pace = Pace(lambda: sim.schedule.now_s)
+        reactor = Reactor(sim.network, life, host, self.strand.notify)
+        self.exchange = Exchange(
+            self.link,  # type: ignore[arg-type]
+            self.spec,
+            LAYOUT,
+            self._replica.memory,
+            self._counters,
+        )
+        self.exchange._reactor.close()
+        self.exchange._reactor = reactor  # type: ignore[assignment]
+        changed: Any = Condition(self.strand, PREEMPTION)
+        self.exchange._changed = self.exchange.values._changed = changed
+        sim.monitor.watch_trainer(self)
+        life.at_end.append(lambda: sim.monitor.forget_trainer(self))
+
+    def begin(self) -> None:
+        """Say what was built, listen to the agent, and work."""
+        self.link.report(ProcessReport(trainer_ready=self._ready()))
+        if self.link.start.HasField("plan"):
+            self.exchange.adopt(self.link.start.plan)
+        self.exchange._report_counters()
+        self.exchange._heart.start()
+        self.strand.begin()
+
+    def hear_orders(self) -> None:
+        """Orders are there."""
+        self.exchange._orders()
+
+    def _run(self) -> None:
+        trainer = ArithmeticTrainer(self.spec, self.exchange, self._replica, self._counters, self.strand, self.sim)
+        trainer.run()
+        self.life.after(SOON_S, "returns from its loop", lambda: self._ended(0))
+
+    def _ready(self) -> TrainerReady:
+        return TrainerReady(
+            layout_json=LAYOUT.to_json(),
+            layout_sha256=LAYOUT.sha256,
+            data_fingerprint="2" * 64,
+            numerics_class=NUMERICS,
+            numerics_detail="simulated",
+            num_samples=self.spec.train.num_shards * model.MOST_STEPS,
+            device="cpu",
+            final_step=self.spec.train.max_steps or 0,
+        )
