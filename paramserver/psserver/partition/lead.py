@@ -272,9 +272,8 @@ class Lead:
         self.action = action
         self.out.direct()
         if action == "hold":
-            self.report_progress(
-                time.monotonic(), force=True
-            )  # before its snapshot's parts: the master moves upon both
+            # Before its snapshot's parts: the master moves upon both.
+            self.report_progress(time.monotonic(), force=True)
 
     def _evaluated(self, metrics: object) -> None:
         self.evaluated = self.version
