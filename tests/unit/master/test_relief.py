@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -170,6 +171,25 @@ def test_a_straggler_is_relieved_in_few_moves_under_noise(seed: int, ratio: floa
     reached_s = max(size * true[rank] for rank, size in bench.sizes.items())
     assert reached_s <= 1.2 * relief.least_makespan_s(num_shards, list(true.values()))
     assert reached_s < even_s
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_two_trainers_that_share_a_core_do_not_thrash(seed: int) -> None:
+    """Where they slow each other down, who has less is done earlier, and the other's rest goes at full speed."""
+    noise = random.Random(seed)
+    bench = Bench(2, 12)
+
+    def measured(rank: int) -> Speed:
+        def median_s() -> float:
+            mine, other = bench.sizes[rank], bench.sizes[1 - rank]
+            took = [0.2] * min(mine, other) + [0.1] * max(0, mine - other)
+            return statistics.median(took) * (1 + noise.uniform(-0.1, 0.1))
+
+        return median_s
+
+    bench.go_on(1800, measured(0), measured(1))
+    assert bench.num_moves <= 3
 
 
 def test_who_is_too_slow_for_a_shard_stands_by_and_is_tried_again() -> None:
