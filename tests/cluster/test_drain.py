@@ -11,9 +11,10 @@ import pytest
 from harness.cluster import LocalCluster, local_cluster, wait_gone
 from harness.held_task import held_spec
 from harness.jobs import lm_spec
+from harness.paced_task import paced_spec
 from harness.plain import train_plainly
 
-STEPS = 60
+STEPS = 160
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +23,16 @@ def digest() -> str:
 
 
 def spec_of(**changes: Any) -> dict[str, Any]:
-    spec = lm_spec(steps=STEPS, d_model=64, pause_s=0.03, partitions=2)
+    spec = lm_spec(steps=STEPS, d_model=64, partitions=2)
     return spec | {"workers": {"min": 1, "max": 2}, "durability": {"every_steps": 1000}, "evaluate": {}} | changes
+
+
+def submit(cluster: LocalCluster, directory: Path, **changes: Any) -> tuple[str, Path]:
+    """A job that goes slowly for as long as the file exists, in its fifth step at least."""
+    paced, pace = paced_spec(spec_of(**changes), directory, slow_s=0.03)
+    job = cluster.submit(paced, directory)
+    cluster.wait(job, "step=5")
+    return job, pace
 
 
 def node(cluster: LocalCluster, node_id: str) -> dict[str, Any]:
@@ -32,8 +41,10 @@ def node(cluster: LocalCluster, node_id: str) -> dict[str, Any]:
     return found
 
 
-def finish(cluster: LocalCluster, job: str, digest: str) -> list[str]:
-    """Wait for the end and check that it is the undisturbed one, each step computed once; what happened, by reason."""
+def finish(cluster: LocalCluster, job: str, pace: Path, digest: str) -> list[str]:
+    """Let it go on to its end, and check that it is the undisturbed one, each step computed once; what happened, by
+    reason."""
+    pace.unlink()
     cluster.wait(job, "succeeded")
     told = cluster.describe(job)
     assert told["parameters_sha256"] == digest
@@ -47,8 +58,7 @@ def finish(cluster: LocalCluster, job: str, digest: str) -> list[str]:
 
 def test_a_worker_is_drained_and_its_job_goes_on_with_the_others(digest: str, tmp_path: Path) -> None:
     with local_cluster(tmp_path, workers=2, servers=2) as cluster:
-        job = cluster.submit(spec_of(), tmp_path)
-        cluster.wait(job, "step=5")
+        job, pace = submit(cluster, tmp_path)
         trainer = cluster.child("worker-1")
         done = cluster.psctl("drain", "worker-1")
         assert done.stdout.strip() == "worker-1"
@@ -56,14 +66,13 @@ def test_a_worker_is_drained_and_its_job_goes_on_with_the_others(digest: str, tm
         drained = node(cluster, "worker-1")
         assert (drained["drain"], drained["processes"], drained["ready"]) == ("drained", [], True)
         assert "yes,drained" in cluster.psctl("nodes").stdout
-        assert "TrainerMoved" in finish(cluster, job, digest)
+        assert "TrainerMoved" in finish(cluster, job, pace, digest)
 
 
 def test_the_only_worker_is_drained_once_another_has_taken_over(digest: str, tmp_path: Path) -> None:
     with local_cluster(tmp_path, workers=2, servers=2) as cluster:
         cluster.psctl("drain", "worker-1")
-        job = cluster.submit(spec_of(workers={"min": 1, "max": 1}), tmp_path)
-        cluster.wait(job, "step=5")
+        job, pace = submit(cluster, tmp_path, workers={"min": 1, "max": 1})
         assert node(cluster, "worker-1")["processes"] == []
         refused = cluster.psctl("drain", "worker-0", "--timeout", "1s", expect=101)
         assert "no other worker has room for trainer-0" in refused.stderr
@@ -71,20 +80,25 @@ def test_the_only_worker_is_drained_once_another_has_taken_over(digest: str, tmp
         cluster.psctl("drain", "worker-0")
         told = cluster.describe(job)
         assert [seat["node_id"] for seat in told["plan"]["trainers"]] == ["worker-1"]
-        assert {"TrainerAdded", "TrainerMoved"} <= set(finish(cluster, job, digest))
+        assert {"TrainerAdded", "TrainerMoved"} <= set(finish(cluster, job, pace, digest))
 
 
-@pytest.mark.parametrize("victim", ["server-0", "server-1"])
-def test_a_server_is_drained_and_no_step_is_computed_again(victim: str, digest: str, tmp_path: Path) -> None:
-    """server-0 has the lead."""
+def test_servers_are_drained_in_turn_and_no_step_is_computed_again(digest: str, tmp_path: Path) -> None:
+    """server-0 has the lead at first."""
     with local_cluster(tmp_path, workers=2, servers=2) as cluster:
-        job = cluster.submit(spec_of(), tmp_path)
-        cluster.wait(job, "step=5")
-        partition = cluster.child(victim)
-        cluster.psctl("drain", victim)
-        wait_gone([partition])
-        assert node(cluster, victim)["drain"] == "drained"
-        assert {"PartitionMoves", "Moved"} <= set(finish(cluster, job, digest))
+        job, pace = submit(cluster, tmp_path)
+        for victim, other in (("server-0", "server-1"), ("server-1", "server-0")):
+            partitions = cluster.daemon(victim).children()
+            cluster.psctl("drain", victim)
+            wait_gone(partitions)
+            assert node(cluster, victim)["drain"] == "drained"
+            assert len(node(cluster, other)["processes"]) == 2
+            cluster.psctl("drain", victim, "--undo")
+            cluster.until(
+                job, lambda job: all(condition.status for condition in job.conditions if condition.type == "Ready")
+            )
+        reasons = finish(cluster, job, pace, digest)
+        assert reasons.count("PartitionMoves") == reasons.count("Moved") == 2
 
 
 def test_a_drain_outlives_the_master_and_is_undone(tmp_path: Path) -> None:
@@ -100,16 +114,15 @@ def test_a_drain_outlives_the_master_and_is_undone(tmp_path: Path) -> None:
 
 def test_a_worker_told_to_end_hands_its_shards_over_first(digest: str, tmp_path: Path) -> None:
     with local_cluster(tmp_path, workers=2, servers=2) as cluster:
-        job = cluster.submit(spec_of(), tmp_path)
-        cluster.wait(job, "step=5")
+        job, pace = submit(cluster, tmp_path)
         agent = cluster.daemon("worker-1")
         agent.terminate()
         wait_gone([agent])
-        assert "TrainerMoved" in finish(cluster, job, digest)
+        assert "TrainerMoved" in finish(cluster, job, pace, digest)
 
 
 def test_the_last_worker_leaves_and_the_job_waits_for_one(tmp_path: Path) -> None:
-    plain = spec_of(workers={"min": 1, "max": 1})
+    plain = lm_spec(steps=30, d_model=64, partitions=2) | {"workers": {"min": 1, "max": 1}}
     digest = train_plainly(plain).digest
     spec, gate = held_spec(plain, tmp_path, free=40)
     with local_cluster(tmp_path, workers=1, servers=2) as cluster:

@@ -11,8 +11,8 @@ from harness.plain import train_plainly
 from harness.slow_task import slow_spec
 from pscluster.client import Job
 
-STEPS = 160
-PAUSE_S, SLOW_S = 0.03, 0.15
+STEPS = 240
+PACE_S, SLOW_S = 0.03, 0.12
 
 
 def shards_of(job: Job, node_id: str) -> int:
@@ -21,12 +21,12 @@ def shards_of(job: Job, node_id: str) -> int:
 
 
 def test_shards_move_away_from_a_slow_worker_and_back(tmp_path: Path) -> None:
-    spec = lm_spec(steps=STEPS, d_model=64, pause_s=PAUSE_S, partitions=2)
+    spec = lm_spec(steps=STEPS, d_model=64, partitions=2)
     spec |= {"workers": {"min": 2, "max": 2}, "durability": {"every_steps": 1000}, "evaluate": {}}
     digest = train_plainly(spec).digest
-    slow, file = slow_spec(spec, tmp_path, "worker-1", SLOW_S)
+    paced, files = slow_spec(spec, tmp_path, pace_s=PACE_S, worker="worker-1", slow_s=SLOW_S)
     with local_cluster(tmp_path, workers=2, servers=2) as cluster:
-        job = cluster.submit(slow, tmp_path)
+        job = cluster.submit(paced, tmp_path)
         even = cluster.until(job, lambda job: job.plan is not None)
         assert shards_of(even, "worker-1") in (3, 4)
         relieved = cluster.until(job, lambda job: job.plan is not None and shards_of(job, "worker-1") <= 2)
@@ -35,8 +35,9 @@ def test_shards_move_away_from_a_slow_worker_and_back(tmp_path: Path) -> None:
         assert "on worker-1 takes" in moves[-1].message
         shown = cluster.psctl("describe", job).stdout
         assert re.search(r"trainer-1 +worker-1 .* s, \d\.\dx +shards", shown), shown
-        file.unlink()
+        (files / "slow").unlink()
         cluster.until(job, lambda job: job.plan is not None and shards_of(job, "worker-1") >= 3)
+        (files / "paced").unlink()
         cluster.wait(job, "succeeded")
         told = cluster.describe(job)
         assert told["parameters_sha256"] == digest

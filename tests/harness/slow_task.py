@@ -1,7 +1,8 @@
-"""A job with a straggler: while a file exists, one worker takes several times as long for a microbatch as the others.
+"""A job with a straggler, whose pace a test sets with two files: it is not over before the test has seen what it wants.
 
-`slow_spec` writes this very file into the directory that is submitted. A worker knows itself by the directory that its
-bundle lies in. The bits are those of SyntheticLm.
+While the file "paced" exists every microbatch takes `pace_s`, and while "slow" exists it takes `slow_s` on one worker,
+the straggler. Without them it goes as fast as it can. `slow_spec` writes this very file into the directory that is
+submitted; a worker knows itself by the directory that its bundle lies in. The bits are those of SyntheticLm.
 """
 
 from __future__ import annotations
@@ -16,23 +17,30 @@ from psworker.tasks.synthetic import SyntheticLm
 
 
 class Slow(SyntheticLm):
-    """Every microbatch takes `pause_s` more; on `worker`, `slow_s` while the file that data.uri names exists."""
+    """Minds the files in the directory that data.uri names."""
 
-    def __init__(self, worker: str = "", slow_s: float = 0.0, **args: Any) -> None:
+    def __init__(self, pace_s: float, worker: str = "", slow_s: float = 0.0, **args: Any) -> None:
         super().__init__(**args)
-        self.slow_s = slow_s
-        self.is_there = worker in Path(__file__).parts
+        self.pace_s = pace_s
+        self.slow_s = slow_s if worker in Path(__file__).parts else 0.0
 
     def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, float]:
-        if model.training and self.is_there and Path(self.data_uri).exists():
-            time.sleep(self.slow_s - self.pause_s)
+        if model.training:
+            files = Path(self.data_uri)
+            if self.slow_s and (files / "slow").exists():
+                time.sleep(self.slow_s)
+            elif (files / "paced").exists():
+                time.sleep(self.pace_s)
         return super().loss(model, batch)
 
 
-def slow_spec(spec: dict[str, Any], directory: Path, worker: str, slow_s: float) -> tuple[dict[str, Any], Path]:
-    """The spec of a SyntheticLm job with a straggler, to be submitted from `directory`; and the file, which exists."""
+def slow_spec(spec: dict[str, Any], directory: Path, **args: Any) -> tuple[dict[str, Any], Path]:
+    """The spec of a SyntheticLm job that minds the files, to be submitted from `directory`; and where they are: both
+    exist. `args`: of `Slow`."""
     (directory / "slow_task.py").write_text(Path(__file__).read_text())
-    slow = directory / "slow"
-    slow.touch()
-    args = {**spec["task"]["args"], "worker": worker, "slow_s": slow_s}
-    return {**spec, "task": {"entrypoint": "slow_task:Slow", "args": args}, "data": {"uri": str(slow)}}, slow
+    files = directory / "files"
+    files.mkdir()
+    for name in ("paced", "slow"):
+        (files / name).touch()
+    task = {"entrypoint": "slow_task:Slow", "args": {**spec["task"]["args"], **args}}
+    return {**spec, "task": task, "data": {"uri": str(files)}}, files
