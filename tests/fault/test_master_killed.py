@@ -20,7 +20,7 @@ from pscluster.errors import UnreachableError
 STEPS = 60  # of the job in conftest.py
 DEADLINE_S = 60.0
 # A turn that stores a submission writes no metrics and cuts none; a rollback does.
-AT_SUBMISSION = ("before the transaction", "in the transaction", "before its commit", "committed")
+AT_SUBMISSION = ("before the transaction", "before its commit", "committed")
 AT_ROLLBACK = ("metrics not yet cut", "metrics cut")
 AT_STEPS = [point for point in failing_master.POINTS if point not in AT_ROLLBACK]
 
