@@ -81,6 +81,7 @@ def test_a_running_job_does_not_notice_and_a_rollback_is_whole(
     cluster: LocalCluster, paced: tuple[dict[str, Any], Path], digest: str, tmp_path: Path
 ) -> None:
     spec, pace = paced
+    spec["task"]["args"]["slow_s"] = 0.4  # a dozen masters come and go before the last step
     job = cluster.submit(spec, tmp_path)
     cluster.wait(job, "step=2")
     for point in AT_STEPS:
