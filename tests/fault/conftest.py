@@ -25,5 +25,5 @@ def digest() -> str:
 def paced(tmp_path: Path) -> tuple[dict[str, Any], Path]:
     """The spec of that job, for two trainers and two partitions, to be submitted from `tmp_path`; slow while the file
     is there."""
-    spec, pace = paced_spec(lm_spec(partitions=2, **_SMALL), tmp_path, slow_s=0.08)
+    spec, pace = paced_spec(lm_spec(partitions=2, **_SMALL), tmp_path, slow_s=0.15)
     return spec | {"workers": {"min": 1, "max": 2}}, pace

@@ -225,6 +225,11 @@ def _let_go_on(cluster: LocalCluster) -> None:
                 continue
 
 
+def _without_place(spec: dict[str, Any]) -> dict[str, Any]:
+    """Where the data lie on this machine is nobody's concern."""
+    return {**spec, "data": {"uri": Path(spec["data"]["uri"]).name}} if spec.get("data") else spec
+
+
 def _result(plan: Soak, weather: Storm, outcome: Outcome, restarts: int) -> dict[str, Any]:
     waits = sorted(s.next_commit_s - s.at_s for s in weather.struck if s.next_commit_s is not None)
     by_victim: dict[str, int] = {}
@@ -261,6 +266,6 @@ def _result(plan: Soak, weather: Storm, outcome: Outcome, restarts: int) -> dict
             "python": platform.python_version(),
             "load_average": os.getloadavg(),
         },
-        "plan": {**asdict(plan), "spec": plan.job_spec()},
+        "plan": {**asdict(plan), "spec": _without_place(plan.job_spec())},
         "struck": [struck.to_dict() for struck in weather.struck],
     }

@@ -60,7 +60,7 @@ class PartitionService(AgentLine):
         self._uplink: Uplink | None = None
         self._reception = Reception(self)
         self.replication = Replication(reactor, self)
-        self.saving = Saving(link.start, spec, counters, self.report, reactor.post)
+        self.saving = Saving(link.start, spec, counters, self._report_part, reactor.post)
         self.cycle = StepCycle(self, reactor.post)
         self._early: list[tuple[Client, Header, bytes]] = []
 
@@ -89,6 +89,11 @@ class PartitionService(AgentLine):
         """Tell the master of every step that it has not heard of, if this is the lead."""
         if self.lead_wire is not None:
             self.lead_wire.lead.report_progress(time.monotonic(), force=True)
+
+    def _report_part(self, report: ProcessReport) -> None:
+        """Steps first: who goes back to a snapshot never commits again, and so never tells, what came before it."""
+        self.report_steps()
+        self.report(report)
 
     # ---- plans ----
 
