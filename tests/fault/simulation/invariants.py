@@ -230,11 +230,9 @@ class Monitor:
 
     def _judge_seats(self, job: Job) -> None:
         plan = job.plan
-        for seat in job.seats:
-            if seat.placed:
-                place = (seat.node_id, seat.incarnation)
-                held = self._places.setdefault(seat.process_id(job.job_id), place)
-                require(held == place, f"the process id {seat.process_id(job.job_id)} was used twice")
+        for seat in [seat for seat in job.seats if seat.placed]:
+            place, process_id = (seat.node_id, seat.incarnation), seat.process_id(job.job_id)
+            require(self._places.setdefault(process_id, place) == place, f"the process id {process_id} was used twice")
         if plan is None or not plan.active:
             return
         dealt = sorted(s for seat in plan.trainers for first, count in seat.shards for s in range(first, first + count))
