@@ -50,7 +50,6 @@ class _Watched:
 class Monitor:
     """Without a `reference` it makes one, `recorded`: of a job on one partition, undisturbed."""
 
-    disk: Any
     reference: Reference | None = None
     recorded: Reference = field(default_factory=Reference)
     acknowledged: set[str] = field(default_factory=set)  # jobs of which a person was told that they are taken in
@@ -185,8 +184,6 @@ class Monitor:
         for watched in self._partitions:
             service = watched.process.service
             require(len(service._early) <= 64, f"{watched.process.process_id} holds {len(service._early)} early frames")
-        for life, writer in self.disk.writers.items():
-            require(writer.num_waiting <= 64, f"{life.name} queues {writer.num_waiting} snapshots")
         for trainer in self._trainers:
             for peer in trainer.exchange._peers:
                 require(len(peer.outbox) <= 64, f"{trainer.process_id} owes partition {peer.index} {len(peer.outbox)}")
