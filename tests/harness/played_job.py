@@ -83,6 +83,7 @@ class PlayedTrainer:
         if work.action == "initialise":
             self.memory.close_windows()
             _fill(self.memory)
+            exchange.forget_values()
             exchange.send_initial(work)
             self._done[work.key].update(work.shards)
             return True

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
+from pscluster.agent.attend import SILENCE_S
 from pscluster.agent.backoff import delay_s
 from pscluster.agent.outbox import Outbox
 from pscluster.agent.reconcile import reconcile
@@ -59,6 +60,7 @@ class Agent:
         self._attends = False
         self._sent = 0
         self._failures = 0
+        self._heard_s = 0.0
         self._leaving = False
         self.life.at_end += [self._orphan, lambda: sim.agent_ended(self)]
         self.life.after(SOON_S, "starts", self._connect)
@@ -149,6 +151,7 @@ class Agent:
         self.life.after(wait_s, "dials the master", self._connect)
 
     def _hear(self, message: Any) -> None:
+        self._heard_s = self.sim.schedule.now_s
         if isinstance(message, PsError):
             self._refused(message)
         elif isinstance(message, RegisterReply):
@@ -175,7 +178,12 @@ class Agent:
         self._beat(self._end, reply.beat_interval_s)
 
     def _beat(self, end: End, interval_s: float) -> None:
-        if end is self._end and end.is_open:
+        if end is not self._end or not end.is_open:
+            return
+        if self.sim.schedule.now_s - self._heard_s > SILENCE_S:
+            end.close()
+            self._lost()
+        else:
             end.send(AgentMessage(beat=NodeBeat(sent_s=self.sim.schedule.wall_s)))
             self.life.after(interval_s, "", lambda: self._beat(end, interval_s))
 

@@ -13,19 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from pscluster.errors import StorageError
-from pscluster.snapshot import Written
+from pscluster.snapshot import part_name
+from pscluster.storage import Written
 from psmaster.archive import Archive, Writes
 from psmaster.memory_store import MemoryStore
 from psmaster.metricsfile import FILE_NAME
+from psmaster.publisher import Publisher
 from psmaster.sqlite_store import SqliteStore
 from psmaster.store import Batch
 from psserver.partition import snapshots
 from psserver.partition.snapshots import SnapshotWriter
-from tests.fault.simulation.schedule import SOON_S, Life, Schedule
+from tests.fault.simulation.schedule import SOON_S, Condition, Life, Schedule, Strand
 
 
 class Syncs:
-    """Stands in for `os` in pscluster.snapshot: knows which files reached the disk. Nothing is really synced."""
+    """Stands in for `os` in pscluster.storage.directory: knows what reached the disk. Nothing is really synced."""
 
     def __init__(self) -> None:
         self._synced: set[int] = set()  # inodes
@@ -58,7 +60,6 @@ class Disks:
         self.master_writes: Callable[[], Any] | None = None  # what is being written
         self.kills_next_write = False  # the master dies in the middle of the next write
         self.slowness = 1.0
-        self.writers: dict[Life, _Writer] = {}
         self._sqlite = sqlite
         self._memory_store = MemoryStore()
         self._archive: Archive | None = None
@@ -100,13 +101,12 @@ class Disks:
 
     # the servers'
 
-    def writer(self, store: Path, partition: int, post: Callable[..., None]) -> SnapshotWriter:
+    def writer(
+        self, store: str | Path, partition: int, post: Callable[..., None], *, every_steps: int
+    ) -> SnapshotWriter:
         """A writer of snapshots in virtual time, of the process whose reactor `post` is."""
         reactor: Any = getattr(post, "__self__", None)
-        life: Life = reactor.life
-        writer = self.writers[life] = _Writer(self, life, store, partition, post)
-        life.at_end.append(lambda: self.writers.pop(life, None))
-        return writer
+        return _Writer(self, reactor.life, store, partition, post, every_steps)
 
     def power_loss(self) -> None:
         """What was not synced is torn."""
@@ -115,7 +115,7 @@ class Disks:
                 os.truncate(name, os.path.getsize(name) // 2)
         self.syncs.unsynced.clear()
 
-    def write_part(self, path: Path, *arguments: Any) -> Written:
+    def write_part(self, path: str | Path, *arguments: Any) -> Written:
         """pscluster.snapshot.write_part, on a disk that may be full."""
         if self.is_full:
             raise StorageError(f"cannot write the snapshot {path}: no space left on the disk")
@@ -151,38 +151,68 @@ class _Archive(Archive):
 
 
 class _Writer(SnapshotWriter):
-    """The product's writer, whose thread is the schedule: one job after another, each after a while."""
+    """The product's writer on a strand, whose disk takes a while for everything."""
 
-    def __init__(self, disks: Disks, life: Life, store: Path, partition: int, post: Callable[..., None]) -> None:
-        self._store = store
+    def __init__(
+        self,
+        disks: Disks,
+        life: Life,
+        store: str | Path,
+        partition: int,
+        post: Callable[..., None],
+        every_steps: int,
+    ) -> None:
+        self._location = str(store)
         self._partition = partition
+        self._every_steps = every_steps
         self._post = post
         self._disks = disks
-        self._life = life
-        self._free_s = 0.0
-        self.num_waiting = 0
-        self._jobs: Any = self
+        self._waiting = None
+        self._kept = frozenset()
+        self._closing = False
+        self._strand = Strand(life, self._run)
+        self._changed: Any = Condition(self._strand, 0.0)
+        self._writes = False
         life.at_end.append(self._cut)
-        self.put(self._sweep)
-
-    def put(self, job: Callable[[], None]) -> None:
-        """Stands in for the thread's queue."""
-        schedule = self._disks.schedule
-        takes_s = self._disks.slowness * schedule.between(0.002, 0.05)
-        self._free_s = max(self._free_s, schedule.now_s) + takes_s
-        self.num_waiting += 1
-        self._life.after(self._free_s - schedule.now_s + SOON_S, "has its disk's answer", lambda: self._do(job))
+        self._strand.begin()
 
     def close(self) -> None:
         """The process ends; what is begun ends with it."""
 
-    def _do(self, job: Callable[[], None]) -> None:
-        self.num_waiting -= 1
-        job()
+    def _attempt(self, work: Callable[[], None]) -> None:
+        self._take_time()
+        super()._attempt(work)
         self._disks.sim.monitor.files_changed()
+
+    def _write(self, wish: Any) -> None:
+        self._writes = True
+        self._take_time()
+        super()._write(wish)
+        self._writes = False
+
+    def _take_time(self) -> None:
+        schedule = self._disks.schedule
+        self._strand.spend(SOON_S + self._disks.slowness * schedule.between(0.002, 0.05))
 
     def _cut(self) -> None:
         """Killed while it wrote: a part of a file is left."""
-        if self.num_waiting and self._store.is_dir():
-            torn = self._store / f".step-0000000000.part-{self._partition:04d}.generation-0.snapshot.writing"
+        directory = Path(self._location)
+        if self._writes and directory.is_dir():
+            torn = directory / f".{part_name(0, self._partition, 0)}.writing"
             torn.write_bytes(b"PSSNAP01 torn")
+
+
+class ImmediatePublisher(Publisher):
+    """The product's publisher of manifests, which does at once what it is asked for."""
+
+    def __init__(self, bundle_file: Any) -> None:
+        self.tell = lambda _job_id, _step, _error: None
+        self._bundle_file = bundle_file
+        self._published = {}
+
+    def _wish(self, wishes: Any, *, wait: bool = True) -> None:  # noqa: ARG002 - there is nothing to wait for
+        for job_id, wish in wishes.items():
+            self._carry_out(job_id, wish)
+
+    def close(self) -> None:
+        """Nothing runs."""

@@ -6,10 +6,11 @@ is: what moves between those modules needs no change here.
 
 from __future__ import annotations
 
+import asyncio
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -21,9 +22,11 @@ import psserver.partition.sums
 import psworker.trainer.loop  # noqa: F401 - with all that belongs to a trainer
 from pscluster import layout, snapshot
 from pscluster.agent.heart import Heart
+from pscluster.storage import directory
 from pscluster.wire.memory import Segment
 from psserver.partition.snapshots import SnapshotWriter
 from tests.fault.simulation import dataplane, model
+from tests.fault.simulation.disk import ImmediatePublisher
 
 _HOMES = ("psserver.partition.", "psworker.trainer.")
 
@@ -48,8 +51,10 @@ def installed(sim: Any) -> Iterator[None]:
             (layout, "BLOCK_WORDS", model.BLOCK_WORDS),
             (layout, "BUCKET_WORDS", model.BUCKET_WORDS),
             (psserver.partition.sums, "BLOCK_WORDS", model.BLOCK_WORDS),
-            (snapshot, "os", sim.disk.syncs),
+            (directory, "os", sim.disk.syncs),
+            (psmaster.archive, "Publisher", ImmediatePublisher),
             (psmaster.core, "_log", silent),
+            (psmaster.core, "asyncio", _OneThread()),
             (psmaster.archive, "_log", silent),
         ):
             stack.enter_context(patch.object(module, name, value))
@@ -63,6 +68,19 @@ def _replace_in(stack: ExitStack, module: Any, stand_ins: list[tuple[object, obj
         for real, stand_in in stand_ins:
             if value is real and getattr(value, "__module__", "") != module.__name__:
                 stack.enter_context(patch.object(module, name, stand_in))
+
+
+class _OneThread:
+    """Stands in for `asyncio`, and for its running loop: what other threads would ask of it happens at once."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    def get_running_loop(self) -> _OneThread:
+        return self
+
+    def call_soon_threadsafe(self, call: Callable[..., None], *arguments: Any) -> None:
+        call(*arguments)
 
 
 class _Silent:

@@ -50,7 +50,6 @@ class _Watched:
 class Monitor:
     """Without a `reference` it makes one, `recorded`: of a job on one partition, undisturbed."""
 
-    disk: Any
     reference: Reference | None = None
     recorded: Reference = field(default_factory=Reference)
     acknowledged: set[str] = field(default_factory=set)  # jobs of which a person was told that they are taken in
@@ -185,8 +184,6 @@ class Monitor:
         for watched in self._partitions:
             service = watched.process.service
             require(len(service._early) <= 64, f"{watched.process.process_id} holds {len(service._early)} early frames")
-        for life, writer in self.disk.writers.items():
-            require(writer.num_waiting <= 64, f"{life.name} queues {writer.num_waiting} snapshots")
         for trainer in self._trainers:
             for peer in trainer.exchange._peers:
                 require(len(peer.outbox) <= 64, f"{trainer.process_id} owes partition {peer.index} {len(peer.outbox)}")
@@ -230,11 +227,9 @@ class Monitor:
 
     def _judge_seats(self, job: Job) -> None:
         plan = job.plan
-        for seat in job.seats:
-            if seat.placed:
-                place = (seat.node_id, seat.incarnation)
-                held = self._places.setdefault(seat.process_id(job.job_id), place)
-                require(held == place, f"the process id {seat.process_id(job.job_id)} was used twice")
+        for seat in [seat for seat in job.seats if seat.placed]:
+            place, process_id = (seat.node_id, seat.incarnation), seat.process_id(job.job_id)
+            require(self._places.setdefault(process_id, place) == place, f"the process id {process_id} was used twice")
         if plan is None or not plan.active:
             return
         dealt = sorted(s for seat in plan.trainers for first, count in seat.shards for s in range(first, first + count))

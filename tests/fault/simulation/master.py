@@ -240,8 +240,8 @@ class Master:
             assignment, stream._assignment = stream._assignment, None
             what = ", ".join(spec.process_id for spec in assignment.processes)
             end.send(MasterMessage(assignment=assignment), f"that it is to run {what or 'nothing'}")
-        if stream._sequence > stream._acknowledged:
-            stream._acknowledged = stream._sequence
+        if stream._sequence > stream._acknowledged or stream._beaten:
+            stream._acknowledged, stream._beaten = stream._sequence, False
             end.send(MasterMessage(ack={"sequence": stream._acknowledged}))
 
     # people

@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import psmaster.planning
 from pscluster import snapshot
+from pscluster.storage import Written, directory
 from pscluster.tree import Node
 from psmaster import planner, processes, recovery
 from psmaster.archive import Archive
@@ -188,22 +189,22 @@ def a_partition_goes_back_alone() -> Iterable[Patch]:
 def parts_are_reported_before_they_are_written() -> Iterable[Patch]:
     write = SnapshotWriter.write
 
-    def tell_first(self: Any, meta: Any, layout: Any, pieces: Any, done: Any) -> None:
-        path = self._store / snapshot.part_name(meta.step, meta.partition, meta.generation)
-        self._post(lambda: done(snapshot.Written(path=path, size_bytes=1, checksum="crc32c:0"), None))
-        write(self, meta, layout, pieces, lambda *_: None)
+    def tell_first(self: Any, meta: Any, layout: Any, pieces: Any, done: Any, **how: Any) -> None:
+        name = snapshot.part_name(meta.step, meta.partition, meta.generation)
+        self._post(lambda: done(Written(name=name, size_bytes=1, checksum="crc32c:0"), None))
+        write(self, meta, layout, pieces, lambda *_: None, **how)
 
     yield patch.object(SnapshotWriter, "write", tell_first)
 
 
 @mistake_in(every_s=1.0, storm_s=8.0, faults={"power_loss": 1.0})
 def parts_are_not_synced() -> Iterable[Patch]:
-    def write(path: Any, buffers: Any) -> tuple[int, int]:
-        data = b"".join(bytes(memoryview(buffer).cast("B")) for buffer in buffers)
-        path.write_bytes(data)
-        return len(data), 0
+    def commit(self: Any, expected: Any = None) -> Written:  # noqa: ARG001 - the product's signature
+        self._file.close()
+        directory.os.replace(self._temporary, self._path)
+        return Written(name=self._path.name, size_bytes=self._size, checksum=f"crc32c:{self._total:08x}")
 
-    yield patch.object(snapshot, "_write_durably", write)
+    yield patch.object(directory.Incoming, "commit", commit)
 
 
 @mistake

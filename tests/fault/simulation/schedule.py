@@ -175,5 +175,11 @@ class Condition:
         self._strand.wait()
         self._depth = depth
 
+    def wait_for(self, holds: Callable[[], object]) -> None:
+        while not holds():
+            self.wait()
+
     def notify_all(self) -> None:
         self._strand.notify()
+
+    notify = notify_all

@@ -51,7 +51,7 @@ class Simulation:
         self.network = Network(self.schedule, latency_s=setting.latency_s, unruly=setting.unruly)
         self.network.bears = bears_unruliness
         self.disk = Disks(self, sqlite=setting.sqlite)
-        self.monitor = Monitor(self.disk, reference)
+        self.monitor = Monitor(reference)
         self.faults = Faults(self)
         self.people = People(self)
         self.agents: dict[str, Agent] = {}

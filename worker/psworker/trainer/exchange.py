@@ -150,6 +150,11 @@ class Exchange:
             self._reactor.post(self._pull_all)
         return answer != "gone"
 
+    def forget_values(self) -> None:
+        """The main thread has written other values to the replica's memory: it holds no version any more."""
+        with self._changed:
+            self._landing.restart()
+
     @property
     def has_landed(self) -> bool:
         """Whether all of the wanted version is there."""
@@ -448,6 +453,7 @@ class Exchange:
             if directive.generation < plan.restore_generation:
                 return
             self._directive = directive
+            self._needs_values = set()  # the lead speaks once every partition has its first values
             self._changed.notify_all()
         for peer in self._peers:
             peer.outbox.drop_before(directive.version)

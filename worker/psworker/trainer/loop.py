@@ -88,6 +88,7 @@ class Trainer:
         if work.action == "initialise":
             if not self._pristine:
                 self._rebuild()
+                self._exchange.forget_values()  # also when this was not needed: a word of a partition came late
             self._exchange.send_initial(work)
             self._done[work.key].update(work.shards)
             return

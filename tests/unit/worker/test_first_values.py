@@ -1,0 +1,40 @@
+"""First values are made for partitions that hold none, and never stay where a version was held."""
+
+from __future__ import annotations
+
+from harness.played import Network, played_plan, played_spec
+from harness.played_job import LAYOUT, PlayedTrainer
+from psworker.trainer.exchange import Exchange
+from psworker.trainer.work import Directive, find_work
+
+
+def made() -> Exchange:
+    """The exchange of the only trainer, which has a plan."""
+    exchange = PlayedTrainer(Network(), played_spec(2), 0).exchange
+    exchange.adopt(played_plan(LAYOUT, {0: [0, 1]}))
+    return exchange
+
+
+def test_once_the_lead_speaks_no_partition_waits_for_first_values() -> None:
+    """Else a trainer that did not make them would make them when the lead is another one, over what it computes on."""
+    exchange = made()
+    exchange._welcomed(0, {"needs_values": True})
+    assert exchange._plan is not None
+    work = find_work(exchange._plan, None, None, exchange._needs_values, 0, {})
+    assert work is not None and work.action == "initialise"
+
+    exchange._direct(Directive(1, 1, "train"))
+
+    assert find_work(exchange._plan, None, None, exchange._needs_values, 0, {}) is None
+
+
+def test_who_makes_first_values_again_holds_no_version() -> None:
+    exchange = made()
+    landing = exchange._landing
+    landing.want(2)
+    landing._missing.clear()
+    assert landing.want(2) == "held"
+
+    exchange.forget_values()
+
+    assert landing.want(2) == "missing"
