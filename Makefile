@@ -7,7 +7,7 @@ PROTO_VENV := .venv-proto
 PROTO_TOOLS := grpcio-tools==1.73.1 protobuf==6.30.2 setuptools==80.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fix verify test soak simulate bench proto proto-check demo clean
+.PHONY: help setup fix verify test faults soak simulate bench proto proto-check demo clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,8 +32,11 @@ verify: setup proto-check ## format, lint, strict types, proto drift, policy and
 	$(BIN)/mypy pscluster master/psmaster worker/psworker paramserver/psserver
 	$(BIN)/pytest -q tests/policy tests/unit
 
-test: setup ## every test (under 10 minutes on two cores)
-	$(BIN)/pytest -q tests
+test: setup ## every test but those of `make faults` (under 10 minutes on two cores)
+	$(BIN)/pytest -q tests/policy tests/unit tests/contract tests/fault/simulation tests/cluster
+
+faults: setup ## real processes, disks and networks broken on purpose, and a short soak (about 10 minutes)
+	$(BIN)/pytest -q tests/fault --ignore tests/fault/simulation
 
 soak: setup ## a job under a storm of kills, compared with the undisturbed one (KILLS=200 SEED= TIER=snapshot)
 	$(BIN)/python tests/fault/soak.py --kills $(or $(KILLS),200) $(if $(SEED),--seed $(SEED)) $(if $(TIER),--tier $(TIER))
