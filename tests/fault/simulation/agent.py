@@ -184,7 +184,9 @@ class Agent:
             end.close()
             self._lost()
         else:
-            end.send(AgentMessage(beat=NodeBeat(sent_s=self.sim.schedule.wall_s)))
+            children = self.children.items()
+            speeds = {id_: child.speed for id_, child in children if child.living and child.speed is not None}
+            end.send(AgentMessage(beat=NodeBeat(sent_s=self.sim.schedule.wall_s, speeds=speeds)))
             self.life.after(interval_s, "", lambda: self._beat(end, interval_s))
 
     def _send(self) -> None:

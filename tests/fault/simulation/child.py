@@ -9,7 +9,7 @@ from pscluster.agent.exits import Exit, classify
 from pscluster.agent.supervisor import AT_ONCE
 from pscluster.agent.suspicion import SILENCE_S, Heard, suspicion_of
 from pscluster.v1.agents_pb2 import AgentMessage, ProcessEvent, ProcessState, ProcessStatus
-from pscluster.v1.plan_pb2 import Failure, Plan, ProcessReport, ProcessSpec
+from pscluster.v1.plan_pb2 import Failure, Plan, ProcessReport, ProcessSpec, Speed
 from tests.fault.simulation.partition import PartitionProcess
 from tests.fault.simulation.schedule import SOON_S, Life
 from tests.fault.simulation.trainer import TrainerProcess
@@ -33,6 +33,7 @@ class Child:
         self._ending = False
         self._begun = False
         self.heard: Heard | None = None
+        self.speed: Speed | None = None
 
     @property
     def living(self) -> bool:
@@ -107,6 +108,7 @@ class Child:
         if body == "beat":
             now_s = self._agent.sim.schedule.now_s
             self.heard = Heard(at_s=now_s, busy_s=report.beat.busy_s, typical_s=report.beat.typical_s)
+            self.speed = report.beat.speed if report.beat.HasField("speed") else None
         if body in ("counters", "beat"):
             return
         if body in ("trainer_ready", "partition_ready"):

@@ -14,6 +14,7 @@ KILLS = ("kill_trainer", "kill_partition", "kill_worker", "kill_server", "kill_m
 OTHERS = (
     "stop",
     "stall_trainer",
+    "slow_trainer",
     "replace_node",
     "cut_data",
     "cut_votes",
@@ -26,6 +27,7 @@ OTHERS = (
     "disk_full",
     "clock_jump",
     "leave",
+    "drain",
     "power_loss",
     "damage_snapshot",
     "user_stops",
@@ -131,6 +133,16 @@ class Faults:
         agent.leave()
         return str(agent.node_id)
 
+    def drain(self) -> str:
+        """People want a node empty, and after a while no longer."""
+        drained = self.sim.people.drained
+        node_id = self._one([node_id for node_id in self.sim.nodes if node_id not in drained])
+        if node_id is None:
+            return ""
+        drained.add(node_id)
+        self._for_a_while(1.0, 10.0, lambda: drained.discard(node_id))
+        return str(node_id)
+
     # what goes on by itself after a while
 
     def stop(self) -> str:
@@ -148,6 +160,16 @@ class Faults:
         if child is None:
             return ""
         self.sim.stalls[child.life] = self.sim.schedule.between(1.0, 15.0)
+        return str(child.spec.process_id)
+
+    def slow_trainer(self) -> str:
+        """It computes much more slowly than the others, for a while."""
+        child = self._one([child for child in self.sim.children() if "/trainer-" in child.spec.process_id])
+        if child is None:
+            return ""
+        life, sluggish = child.life, self.sim.sluggish
+        sluggish[life] = self._random.choice((3.0, 10.0))
+        self._for_a_while(2.0, 20.0, lambda: sluggish.pop(life, None))
         return str(child.spec.process_id)
 
     def replace_node(self) -> str:

@@ -64,6 +64,7 @@ class Monitor:
     _generations: dict[str, int] = field(default_factory=dict)
     _known_parts: dict[str, Mapping[tuple[int, int], Part]] = field(default_factory=dict)
     _places: dict[str, tuple[str, str]] = field(default_factory=dict)
+    _drained: frozenset[str] = frozenset()  # nodes of which a turn before knew that they drain
     _core: Core | None = None
 
     # who is watched
@@ -202,12 +203,13 @@ class Monitor:
     def master_turned(self, core: Core) -> None:
         """The master's state is another one."""
         self.num_turns += 1
+        drained, self._drained = self._drained & core.state.drains.keys(), frozenset(core.state.drains)
         for job in core.state.jobs.values():
             require(job.generation >= self._generations.get(job.job_id, 0), f"{job.job_id}'s generation fell")
             self._generations[job.job_id] = job.generation
             require(len(core.state.events[job.job_id]) <= MAX_EVENTS, "more events than are kept")
             self._judge_progress(job)
-            self._judge_seats(job)
+            self._judge_seats(job, drained)
             self._judge_parts(core, job)
         slots = Counter(seat.node_id for job in core.state.jobs.values() for seat in job.seats if seat.placed)
         require(all(count <= model.SLOTS for count in slots.values()), f"slots are oversold: {slots}")
@@ -225,10 +227,12 @@ class Monitor:
             wanted = self.reference.digest(job.final_step) if self.reference else job.parameters_sha256
             require(job.parameters_sha256 == wanted, f"{job.job_id} ended with other parameters")
 
-    def _judge_seats(self, job: Job) -> None:
+    def _judge_seats(self, job: Job, drained: frozenset[str]) -> None:
         plan = job.plan
         for seat in [seat for seat in job.seats if seat.placed]:
             place, process_id = (seat.node_id, seat.incarnation), seat.process_id(job.job_id)
+            starts_in_vain = process_id not in self._places and seat.node_id in drained
+            require(not starts_in_vain, f"{process_id} is to start on {seat.node_id}, which drains")
             require(self._places.setdefault(process_id, place) == place, f"the process id {process_id} was used twice")
         if plan is None or not plan.active:
             return

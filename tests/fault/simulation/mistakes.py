@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
-import psmaster.planning
 from pscluster import snapshot
 from pscluster.storage import Written, directory
 from pscluster.tree import Node
-from psmaster import planner, processes, recovery
+from psmaster import processes, recovery, relief
 from psmaster.archive import Archive
-from psmaster.catalogue import Catalogue
+from psmaster.catalogue import Catalogue, RestorePoint
 from psmaster.jobs import Job
 from psmaster.registry import Node as ClusterNode
 from psserver.partition import commit
@@ -60,9 +59,20 @@ def mistake_in(**changes: Any) -> Callable[[Callable[[], Iterable[Patch]]], Call
 def incomplete_snapshots_count() -> Iterable[Patch]:
     yield patch.object(Catalogue, "complete_steps", lambda self: tuple(sorted({step for step, _ in self.parts})))
     yield patch.object(Catalogue, "complete", lambda self, step: any(held == step for held, _ in self.parts))
+    yield patch.object(Catalogue, "restore_point", _what_there_is)
 
 
-@mistake_in(partitions=3, servers=3, storm_s=8.0, faults={"kill_partition": 1.0, "slow_host": 3.0, "slow_disk": 1.0})
+def _what_there_is(snapshots: Catalogue, step: int) -> RestorePoint:
+    return RestorePoint(step=step, parts=tuple(part for (held, _), part in snapshots.parts.items() if held == step))
+
+
+@mistake_in(
+    tier="snapshot",
+    partitions=3,
+    servers=3,
+    storm_s=8.0,
+    faults={"kill_partition": 1.0, "slow_host": 3.0, "slow_disk": 1.0},
+)
 def older_generations_count() -> Iterable[Patch]:
     yield patch.object(Job, "counts", lambda self, generation: self.plan is not None and generation >= 0)
 
@@ -81,11 +91,13 @@ def answers_before_it_is_durable() -> Iterable[Patch]:
 
 @mistake
 def a_shard_is_dealt_to_nobody() -> Iterable[Patch]:
-    def deal(num_shards: int, ranks: Iterable[int]) -> dict[int, Any]:
-        runs = planner.deal_shards(num_shards, ranks)
+    deal = relief.deal_shards
+
+    def deal_fewer(num_shards: int, *arguments: Any, **how: Any) -> dict[int, Any]:
+        runs = deal(num_shards, *arguments, **how)
         return {rank: () if len(runs) > 1 and rank == max(runs) else run for rank, run in runs.items()}
 
-    yield patch.object(psmaster.planning, "deal_shards", deal)
+    yield patch.object(relief, "deal_shards", deal_fewer)
 
 
 @mistake

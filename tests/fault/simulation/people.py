@@ -22,6 +22,7 @@ class People:
     def __init__(self, sim: Any) -> None:
         self.sim = sim
         self.jobs: dict[str, str] = {}
+        self.drained: set[str] = set()  # nodes that they want empty
         self.num_resumed = 0
 
     def submit(self, spec: Any, request_id: str) -> None:
@@ -51,7 +52,8 @@ class People:
         self._ask(lambda turn: turn.stop(job_id), lambda _: None)
 
     def look_after(self) -> None:
-        """Resume what ended before its last step, for ever."""
+        """Resume what ended before its last step, and have those nodes drained that should be, for ever."""
+        self._tell_drains()
         for job in self.sim.jobs():
             if job.state is JobState.FAILED:
                 require(job.error.code in _EXPECTED, f"{job.job_id} failed: {job.error}")
@@ -59,6 +61,16 @@ class People:
                 self.num_resumed += 1
                 self._ask(lambda turn, job_id=job.job_id: turn.resume(job_id), lambda _: None)  # type: ignore[misc]
         self.sim.schedule.after(0.5, "", self.look_after)
+
+    def _tell_drains(self) -> None:
+        master = self.sim.master
+        if master is None:
+            return
+        asked, known = set(master.core.state.drains), set(master.core.state.nodes)
+        for node_id in sorted((self.drained - asked) & known):
+            self._ask(lambda turn, node_id=node_id: turn.drain(node_id), lambda _: None)  # type: ignore[misc]
+        for node_id in sorted(asked - self.drained):
+            self._ask(lambda turn, node_id=node_id: turn.undrain(node_id), lambda _: None)  # type: ignore[misc]
 
     def _ask(self, apply: Callable[[Turn], Any], done: Callable[[Any], None]) -> None:
         """Whoever gets no answer, or a refusal, may ask again."""

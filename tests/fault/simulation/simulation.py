@@ -57,6 +57,7 @@ class Simulation:
         self.agents: dict[str, Agent] = {}
         self.former: list[Agent] = []  # frozen, and replaced meanwhile
         self.stalls: dict[Life, float] = {}  # how long a process's next microbatch takes
+        self.sluggish: dict[Life, float] = {}  # how many times as long each of a process's microbatches takes
         self.master: Master | None = None
         self.losses: dict[int, float] = {}
         self.deadline_s = setting.storm_s + setting.liveness_s
@@ -163,7 +164,7 @@ class Simulation:
     def compute_s(self, life: Life) -> float:
         """How long a microbatch takes."""
         stall_s = self.stalls.pop(life, 0.0)
-        return stall_s + self.setting.compute_s * self.schedule.between(0.5, 1.5)
+        return stall_s + self.sluggish.get(life, 1.0) * self.setting.compute_s * self.schedule.between(0.5, 1.5)
 
     def new_number(self) -> int:
         """One that was never given before."""

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 
 import pytest
 
+from tests.fault.simulation import standby_mistakes  # noqa: F401 - they are in the catalogue too
 from tests.fault.simulation.invariants import Violation
 from tests.fault.simulation.mistakes import MISTAKES
 from tests.fault.simulation.simulation import reference_of, run_seed

@@ -1,0 +1,52 @@
+"""Mistakes to plant where standbys take over and where nodes are drained; in the catalogue of `mistakes`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+from psmaster import recovery
+from psmaster.planner import NodeView
+from psserver.partition import bond
+from psserver.partition.bond import Bond
+from psserver.partition.standby import Standby
+from tests.fault.simulation.mistakes import Patch, mistake_in
+
+_KILLED = {"kill_partition": 3.0, "kill_server": 1.0}
+
+
+@mistake_in(tier="replica", partitions=1, servers=2, compute_s=0.1, every_s=0.5, storm_s=8.0, faults=_KILLED)
+def votes_do_not_wait_for_the_standby() -> Iterable[Patch]:
+    yield patch.object(bond, "may_vote", lambda _bond, _step: True)
+
+
+@mistake_in(tier="replica", partitions=2, servers=3, compute_s=0.1, every_s=0.3, storm_s=8.0, faults=_KILLED)
+def a_standby_is_relied_on_before_it_is_in_sync() -> Iterable[Patch]:
+    def acknowledge(held: Bond, reach: int, _promised: int) -> tuple[Bond, bool]:
+        return replace(held, reach=max(held.reach, reach), is_told=True), not held.is_told
+
+    yield patch.object(bond, "acknowledge", acknowledge)
+
+
+@mistake_in(tier="replica", partitions=2, servers=3)
+def a_standby_begins_without_the_ages() -> Iterable[Patch]:
+    begin = Standby._begin
+
+    def begin_young(self: Standby, header: Any, told: Any) -> None:
+        begin(self, header, {**told, "ages": [0 for _ in told["ages"]]})
+
+    yield patch.object(Standby, "_begin", begin_young)
+
+
+@mistake_in(
+    workers=1, servers=1, partitions=1, tier="snapshot", storm_s=8.0, faults={"drain": 1.0, "kill_partition": 1.0}
+)
+def draining_nodes_are_given_processes() -> Iterable[Patch]:
+    choose = recovery.choose_node
+
+    def choose_any(nodes: Mapping[str, NodeView], *others: Any) -> NodeView | None:
+        return choose({node_id: replace(node, ready=node.alive) for node_id, node in nodes.items()}, *others)
+
+    yield patch.object(recovery, "choose_node", choose_any)
