@@ -15,7 +15,7 @@ SILENT = ProcessStatus.SUSPICION_SILENT
 STALLED = ProcessStatus.SUSPICION_STALLED
 WORDS = {NONE: "", SILENT: "silent", STALLED: "stalled"}
 
-SILENCE_S = {ProcessSpec.KIND_TRAINER: 2.0, ProcessSpec.KIND_PARTITION: 3.0}
+SILENCE_S = {ProcessSpec.KIND_TRAINER: 3.0, ProcessSpec.KIND_PARTITION: 4.0}
 """How long no beat may come. Beats come every half second from a thread of their own. A trainer is taken back when it
 is heard again, so it costs little to suspect one; a partition is replaced."""
 STALL_FACTOR = 5.0
