@@ -132,7 +132,7 @@ def loss_of(seat: Seat, job: Job, view: View) -> Loss | None:
         return _lost(seat, "failure", f"reported {process.failure.error}", process.failure.error)
     if process is not None and process.exit is not None:
         return _ended(seat, process.exit, job)
-    if process is not None and process.suspicion and (silence := _silence(seat, process, view)):
+    if process is not None and process.suspicion and (silence := _silence(seat, process, job, view)):
         return silence
     node = view.nodes.get(seat.node_id)
     if node is None:
@@ -144,12 +144,16 @@ def loss_of(seat: Seat, job: Job, view: View) -> Loss | None:
     return None
 
 
-def _silence(seat: Seat, process: Process, view: View) -> Loss | None:
+def _silence(seat: Seat, process: Process, job: Job, view: View) -> Loss | None:
     """A partition that no longer beats holds up everybody and is replaced at once. Of a trainer others do the work
-    meanwhile: it has time to come back."""
-    lasted_s = view.now.mono_s - process.suspect_since_s
-    if seat.kind is Kind.TRAINER and lasted_s < view.limits.trainer_grace_s:
-        return None
+    meanwhile: it has time to come back. When all of them are at one microbatch for long, something that they share may
+    be slow, and ending them would not help."""
+    if seat.kind is Kind.TRAINER:
+        if view.now.mono_s - process.suspect_since_s < view.limits.trainer_grace_s:
+            return None
+        others = any(own.active and not own.suspect for own in job.trainers)
+        if process.suspicion == "stalled" and not others:
+            return None
     return _lost(seat, "silence", "lives, but no longer beats or gets on", None)
 
 

@@ -83,6 +83,16 @@ def test_a_suspect_that_stays_away_is_replaced(world: World) -> None:
     assert "TrainerLost" in world.reasons()
 
 
+def test_when_all_trainers_are_stuck_none_is_ended(world: World) -> None:
+    world.suspect("trainer-0", "stalled")
+    world.suspect("trainer-1", "stalled")
+    world.wait(world.limits.trainer_grace_s + 5)
+    assert {world.wanted()[name].seat.attempt for name in ("trainer-0", "trainer-1")} == {1}
+    assert world.job().reason == "trains on 2 workers; hears nothing of trainer-0 on worker-0, trainer-1 on worker-1"
+    world.suspect("trainer-1", "")
+    assert world.wanted()["trainer-0"].seat.attempt == 2, "one gets on: the other is the one to blame"
+
+
 def test_a_silent_partition_is_replaced_at_once(world: World) -> None:
     world.suspect("partition-1", "silent")
     assert world.wanted()["partition-1"].process_id == "job-aaaaaa/partition-1/2"
