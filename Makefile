@@ -35,8 +35,9 @@ verify: setup proto-check ## format, lint, strict types, proto drift, policy and
 test: setup ## every test but those of `make faults` (under 10 minutes on two cores)
 	$(BIN)/pytest -q tests/policy tests/unit tests/contract tests/fault/simulation tests/cluster
 
-faults: setup ## real processes, disks and networks broken on purpose, and a short soak (about 10 minutes)
-	$(BIN)/pytest -q tests/fault --ignore tests/fault/simulation
+FAULTS ?= tests/fault
+faults: setup ## real processes, disks and networks broken on purpose, and a short soak (about a quarter of an hour)
+	$(BIN)/pytest -q $(FAULTS) --ignore tests/fault/simulation
 
 soak: setup ## a job under a storm of kills, compared with the undisturbed one (KILLS=200 SEED= TIER=snapshot)
 	$(BIN)/python tests/fault/soak.py --kills $(or $(KILLS),200) $(if $(SEED),--seed $(SEED)) $(if $(TIER),--tier $(TIER))
