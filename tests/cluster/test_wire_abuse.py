@@ -42,10 +42,11 @@ def frame(
     length: int | None = None,
     checksum: int | None = None,
     header_checksum: int | None = None,
+    sender: int = 5,
 ) -> bytes:
     """A frame from the wire's description alone; what is not given is right."""
     told = _FIELDS.pack(
-        magic, protocol, kind, codec, 0, 5, job_number(job), 1, step, bucket, *node,
+        magic, protocol, kind, codec, 0, sender, job_number(job), 1, step, bucket, *node,
         len(body) if length is None else length, crc32c.crc32c(body) if checksum is None else checksum,
     )  # fmt: skip
     own = crc32c.crc32c(told) if header_checksum is None else header_checksum
@@ -53,7 +54,8 @@ def frame(
 
 
 def hello(channel: str = "push", token: object = TOKEN.hex(), **fields: object) -> bytes:
-    return frame(HELLO, json.dumps({"token": token, "channel": channel, "restore_generation": 1, **fields}).encode())
+    told = {"token": token, "channel": channel, "restore_generation": 1, "attempt": 1, **fields}
+    return frame(HELLO, json.dumps(told).encode(), sender=0 if channel == "vote" else 5)  # there is one partition
 
 
 class Target:
