@@ -89,7 +89,9 @@ def test_a_master_past_every_patience_costs_nothing(cluster: LocalCluster, runni
         assert master.status() == psutil.STATUS_STOPPED
     master.send_signal(signal.SIGCONT)
     told = finish(cluster, job, pace, digest)
-    assert told["generation"] == 1  # it took nobody's silence for death: it had not listened
+    # It took nobody's silence for death: it had not listened. (Shards may have moved for speed's sake.)
+    assert told["plan"]["restore_generation"] == 1
+    assert events(cluster, job, "TrainerLost") + events(cluster, job, "PartitionLost") == []
     commits = Commits(cluster.state_dir, job)
     commits.look()
     assert {commit.step for commit in commits.all} == set(range(1, STEPS + 1))
@@ -111,7 +113,7 @@ def test_one_of_many_short_stops_is_no_death(cluster: LocalCluster, running: Run
     assert stops > 6
     told = finish(cluster, job, pace, digest)
     assert events(cluster, job, "TrainerLost") + events(cluster, job, "PartitionLost") == []
-    assert told["generation"] == 1
+    assert told["plan"]["restore_generation"] == 1  # shards may have moved for speed's sake
 
 
 def instants(duration_s: float, every_s: float = 0.1) -> Iterator[None]:
