@@ -117,11 +117,9 @@ def _again(step: int, reached: int) -> str:
     """What was lost: the steps that are computed a second time."""
     if reached <= step:
         return "; nothing is lost"
-    return (
-        f"; step {reached} is computed again"
-        if reached == step + 1
-        else (f"; steps {step + 1} to {reached} are computed again")
-    )
+    if reached == step + 1:
+        return f"; step {reached} is computed again"
+    return f"; steps {step + 1} to {reached} are computed again"
 
 
 def _dealt(trainers: tuple[Seat, ...]) -> str:

@@ -100,10 +100,9 @@ class Supervisor:
                 continue
             if found:
                 metrics.SUSPICIONS.labels(kind=WORDS[found]).inc()
-            _log.warning(
-                "a process is " + (f"suspected: {WORDS[found]}" if found else "heard again"),
-                process_id=process.spec.process_id,
-            )
+                _log.warning(f"a process is {WORDS[found]}", process_id=process.spec.process_id)
+            else:
+                _log.info("a process gets on again", process_id=process.spec.process_id)
             process.suspect(found)
 
     async def close(self) -> None:

@@ -284,3 +284,28 @@ def test_the_end_releases_standbys(world: World) -> None:
     world.finish()
     assert world.job().state is JobState.SUCCEEDED
     assert world.wanted() == {}
+
+
+def test_from_a_draining_server_its_partition_goes_to_the_standby_without_a_rest(world: World) -> None:
+    before = nodes_of(world)
+    node, heir = before["partition-0"], world.wanted()["standby-0"].process_id
+    moves = [name for name, where in before.items() if name.startswith("partition") and where == node]
+    world.take(lambda turn: turn.drain(node))
+    plan = plan_of(world)
+    assert world.wanted()["partition-0"].process_id == heir
+    assert (plan.restore_generation, plan.save) == (1, False), "nobody goes back, nobody rests"
+    assert plan.moved_generation == plan.generation
+    assert world.reasons().count("TookOver") == len(moves)
+    assert node not in nodes_of(world).values(), "its standbys went, too"
+    assert nodes_of(world)["standby-0"] != nodes_of(world)["partition-0"]
+
+
+def test_from_a_draining_server_a_standby_is_ended_and_another_one_begins(world: World) -> None:
+    before = nodes_of(world)
+    node = before["standby-0"]
+    held = {name: world.wanted()[name].process_id for name in ("partition-0", "partition-1")}
+    stays = [name for name in held if before[name] != node]
+    world.take(lambda turn: turn.drain(node))
+    assert all(world.wanted()[name].process_id == held[name] for name in stays)
+    assert node not in nodes_of(world).values()
+    assert plan_of(world).restore_generation == 1
