@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import mmap
 import os
 import socket
 import sys
@@ -178,8 +179,9 @@ def test_cpu_seconds_are_those_between_two_times(monkeypatch: pytest.MonkeyPatch
 def test_memory_is_what_a_process_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     watch = load("_watch")
     before = watch.memory_of(os.getpid()).total
-    held = b"\1" * (32 << 20)
-    assert watch.memory_of(os.getpid()).total - before >= len(held) // 2
+    with mmap.mmap(-1, 32 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as held:  # not what malloc has kept
+        held.write(b"\1" * len(held))
+        assert watch.memory_of(os.getpid()).total - before >= len(held) // 2
     series = watch.MemorySeries([7])
     for at, anonymous, shared in ((1.0, 10, 1), (2.0, 30, 2), (3.0, 20, 0)):
         monkeypatch.setattr(watch.time, "time", lambda at=at: at)
