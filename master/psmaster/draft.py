@@ -20,6 +20,7 @@ class Limits:
 
     suspicion_s: float = 3.0  # silence after which a node is dead
     trainer_grace_s: float = 30.0  # how long a trainer that does not get on may live before it is replaced
+    first_grace_s: float = 600.0  # the same while it is at its first microbatch: compilers and cold devices
     max_losses: int = 5  # processes one seat may lose without a new step in between
     gather_s: float = 5.0  # how long other nodes' failures at start are waited for
     finish_grace_s: float = 30.0  # how long a finished job waits for its last snapshot to be complete

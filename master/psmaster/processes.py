@@ -149,10 +149,13 @@ def _silence(seat: Seat, process: Process, job: Job, view: View) -> Loss | None:
     meanwhile: it has time to come back. When all of them are at one microbatch for long, something that they share may
     be slow, and ending them would not help."""
     if seat.kind is Kind.TRAINER:
-        if view.now.mono_s - process.suspect_since_s < view.limits.trainer_grace_s:
+        is_stalled = process.suspicion == "stalled"
+        is_first = is_stalled and not process.pace.is_known
+        grace_s = view.limits.first_grace_s if is_first else view.limits.trainer_grace_s
+        if view.now.mono_s - process.suspect_since_s < grace_s:
             return None
         others = any(own.active and not own.suspect for own in job.trainers)
-        if process.suspicion == "stalled" and not others:
+        if is_stalled and not others:
             return None
     return _lost(seat, "silence", "lives, but no longer beats or gets on", None)
 

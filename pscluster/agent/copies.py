@@ -63,7 +63,7 @@ class Copies:
             return False
         if json.loads(spec.spec_json).get("durability", {}).get("store") is not None:
             return False
-        spec.store = str(depot.job_directory(self.directory, spec.job_id))
+        spec.store, spec.own_store = str(depot.job_directory(self.directory, spec.job_id)), True
         return True
 
     def copy(self, spec: ProcessSpec, plan: Plan | None, report: ProcessReport, say: Say) -> None:
@@ -96,6 +96,7 @@ class Copies:
             failures += 1
             if loop.time() >= until:
                 _log.warning("no node gives a part of a snapshot", part=part.path, nodes=list(part.nodes))
+                await self._admit_loss(directory)
                 return
             await asyncio.sleep(delay_s(failures, random.random()))
 
@@ -153,6 +154,13 @@ class Copies:
         except StorageError as error:
             _log.warning("a part of a snapshot cannot be read here", part=part.path, cause=error.cause)
             return False
+
+    async def _admit_loss(self, directory: Path) -> None:
+        """Have the directory there: a part that is not in it is gone, not out of reach, and an older one will do."""
+        try:
+            await asyncio.to_thread(DirectoryStore(directory).create)
+        except StorageError as error:
+            _log.warning("the store of this node cannot be made", cause=error.cause)
 
     async def _fetched(self, job_id: str, directory: Path, part: SnapshotPart) -> bool:
         for node_id in part.nodes:

@@ -21,6 +21,8 @@ is heard again, so it costs little to suspect one; a partition is replaced."""
 STALL_FACTOR = 5.0
 MIN_STALL_S = 3.0
 """A microbatch that takes so many times the median, and at least so long, is stuck."""
+FIRST_STALL_S = 30.0
+"""The same where there is no median yet: compilers and cold devices take their time, and others can do the work."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,7 @@ def suspicion_of(now_s: float, heard: Heard | None, silence_s: float) -> Process
         return NONE
     if now_s - heard.at_s > silence_s:
         return SILENT
-    limit_s = max(MIN_STALL_S, STALL_FACTOR * heard.typical_s)
-    if heard.typical_s > 0 and heard.busy_s > limit_s:
+    limit_s = max(MIN_STALL_S, STALL_FACTOR * heard.typical_s) if heard.typical_s > 0 else FIRST_STALL_S
+    if heard.busy_s > limit_s:
         return STALLED
     return NONE

@@ -25,6 +25,13 @@ class DirectoryStore(SnapshotStore):
         self.location = str(directory)
         self._directory = directory
 
+    def create(self) -> None:
+        """Make the directory, durably. Safe to repeat. Raises StorageError."""
+        try:
+            _make_durably(self._directory)
+        except OSError as error:
+            raise _named(error, f"cannot make {self._directory}") from None
+
     def write(self, name: str, buffers: Sequence[Buffer]) -> Written:
         incoming = Incoming(self._directory, name)
         try:

@@ -1,8 +1,12 @@
-"""Snapshots in an object store: a job loses a partition, is stopped, resumed, exported and deleted, all through S3."""
+"""Snapshots in an object store: a job loses a partition, is stopped, resumed, exported and deleted, all through S3; and
+goes on while S3 hangs or fails."""
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
+
+import psutil
 
 from harness.cluster import local_cluster
 from harness.jobs import lm_spec
@@ -38,3 +42,29 @@ def test_a_job_lives_by_its_snapshots_in_s3(tmp_path: Path) -> None:
         assert sum(name.endswith(".snapshot") for name in names) <= 2 * 4, "old parts are deleted there too"
         cluster.psctl("delete", job)
         assert s3.file_system().find(f"{BUCKET}/prefix") == []
+
+
+def test_training_goes_on_while_the_store_hangs_and_while_it_fails(tmp_path: Path) -> None:
+    steps = 80
+    spec = lm_spec(steps=steps, d_model=64, pause_s=0.1, partitions=2) | {
+        "workers": {"min": 1, "max": 2},
+        "durability": {"every_steps": 4, "store": f"s3://{BUCKET}"},
+    }
+    with s3_server() as s3, local_cluster(tmp_path, workers=2, servers=2, environment=s3.environment) as cluster:
+        job = cluster.submit(spec, tmp_path)
+        told = cluster.until(job, lambda told: any(event.reason == "Snapshot" for event in told.events))
+        s3.process.send_signal(signal.SIGSTOP)
+        cluster.wait(job, f"step={told.step + 12}")
+        assert s3.process.status() == psutil.STATUS_STOPPED
+        s3.process.send_signal(signal.SIGCONT)
+        s3.lose_bucket()
+        told = cluster.until(job, lambda told: any("cannot write s3://" in event.message for event in told.events))
+        cluster.wait(job, f"step={told.step + 8}")
+        s3.make_bucket()
+        cluster.until(
+            job, lambda now: any(e.reason == "Snapshot" and int(e.message.split()[4]) > told.step for e in now.events)
+        )
+        cluster.wait(job, "succeeded")
+        found = cluster.describe(job)
+    assert found["parameters_sha256"] == train_plainly(lm_spec(steps=steps, d_model=64)).digest
+    assert not {"RolledBack", "PartitionLost", "TrainerLost"} & {event["reason"] for event in found["events"]}

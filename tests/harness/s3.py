@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import psutil
 import s3fs
 
 _SERVE = """
@@ -26,6 +28,20 @@ class S3:
     """A running server. `environment` is what a client, or a daemon, needs to find it."""
 
     environment: dict[str, str]
+    process: psutil.Process
+
+    def lose_bucket(self) -> None:
+        """Remove the bucket and what is in it, though others are writing to it."""
+        for _ in range(100):
+            try:
+                self.file_system().rm(BUCKET, recursive=True)
+            except OSError:
+                continue  # something was written meanwhile
+            return
+        raise AssertionError("the bucket is never empty")
+
+    def make_bucket(self) -> None:
+        self.file_system().mkdir(BUCKET)
 
     def file_system(self) -> s3fs.S3FileSystem:
         """A client of the test's own, which remembers nothing."""
@@ -57,11 +73,13 @@ def s3_server() -> Iterator[S3]:
                 "AWS_ACCESS_KEY_ID": "test",
                 "AWS_SECRET_ACCESS_KEY": "secret",
                 "AWS_DEFAULT_REGION": "us-east-1",
-            }
+            },
+            psutil.Process(process.pid),
         )
-        made.file_system().mkdir(BUCKET)
+        made.make_bucket()
         yield made
     finally:
+        process.send_signal(signal.SIGCONT)  # whatever a test did to it
         process.stdin.close()
         process.wait(20)
         process.stdout.close()

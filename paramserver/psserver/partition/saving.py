@@ -8,9 +8,8 @@ from pscluster.errors import PsError
 from pscluster.spec import JobSpec
 from pscluster.storage import Written
 from pscluster.v1.plan_pb2 import ErrorDetail, ProcessReport, ProcessSpec, SnapshotPart
-from pscluster.v1.plan_pb2 import (
-    Warning as WarningMessage,
-)
+from pscluster.v1.plan_pb2 import Warning as WarningMessage
+from psserver.partition.sharing import Sharing
 from psserver.partition.snapshots import SnapshotWriter
 from psserver.partition.state import PartitionState
 from psserver.partition.telemetry import PartitionCounters
@@ -29,6 +28,7 @@ class Saving:
     ) -> None:
         self.writer: SnapshotWriter | None = None  # of a partition, whose files they are; a standby touches none
         self._store = start.store
+        self._own_store = start.own_store
         self._post = post
         self._job_id = start.job_id
         self._partition = start.rank
@@ -40,7 +40,15 @@ class Saving:
     def begin(self) -> None:
         """This process is the partition from now on: what others had begun to write is void."""
         if self.writer is None:
-            self.writer = SnapshotWriter(self._store, self._partition, self._post, every_steps=self._every_steps)
+            sharing = None if self._own_store else Sharing(self._partition, self._num_partitions)
+            self.writer = SnapshotWriter(
+                self._store,
+                self._partition,
+                self._post,
+                every_steps=self._every_steps,
+                sharing=sharing,
+                warn=self._warn,
+            )
 
     def write(self, state: PartitionState, step: int, generation: int, *, last: bool) -> None:
         """Copy the state, which is that of committed `step`, and have it written. `last`: the job may end with it."""
@@ -68,9 +76,8 @@ class Saving:
 
     def _wrote(self, step: int, generation: int, written: Written | None, error: PsError | None) -> None:
         if error is not None:
-            details = {**error.details, "unwritten": str(step)}
-            detail = ErrorDetail(code=error.code, cause=error.cause, action=error.action, details=details)
-            self._report(ProcessReport(warning=WarningMessage(error=detail, step=step)))
+            error.details["unwritten"] = str(step)
+            self._warn(error, step)
         elif written is not None:
             self._counters.snapshots += 1
             part = SnapshotPart(
@@ -82,3 +89,7 @@ class Saving:
                 checksum=written.checksum,
             )
             self._report(ProcessReport(snapshot_part=part))
+
+    def _warn(self, error: PsError, step: int = 0) -> None:
+        detail = ErrorDetail(code=error.code, cause=error.cause, action=error.action, details=error.details)
+        self._report(ProcessReport(warning=WarningMessage(error=detail, step=step)))

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 import torch
 
 from pscluster.agent.link import ProcessLink
-from pscluster.errors import DamagedError, FrameError, InternalError, PsError
+from pscluster.errors import FrameError, InternalError, PsError
 from pscluster.layout import Layout
 from pscluster.spec import JobSpec
-from pscluster.storage import below
 from pscluster.summary import Summary
 from pscluster.v1.plan_pb2 import Counters, Plan, PlanAdopted, ProcessReport
 from pscluster.wire.connection import Connection
@@ -29,6 +28,7 @@ from psserver.partition.notes import Evaluation, Notes
 from psserver.partition.optimizer import moments_of
 from psserver.partition.reception import Reception
 from psserver.partition.replication import Replication
+from psserver.partition.restoring import Restoring
 from psserver.partition.saving import Saving
 from psserver.partition.standby import Standby
 from psserver.partition.state import PartitionState
@@ -61,6 +61,7 @@ class PartitionService(AgentLine):
         self._reception = Reception(self)
         self.replication = Replication(reactor, self)
         self.saving = Saving(link.start, spec, counters, self._report_part, reactor.post)
+        self._restoring = Restoring(link.start, reactor, self.report)
         self.cycle = StepCycle(self, reactor.post)
         self._early: list[tuple[Client, Header, bytes]] = []
 
@@ -115,7 +116,9 @@ class PartitionService(AgentLine):
             else:
                 self._go_on(plan)
         except PsError as error:
-            self.give_up(error)
+            self.plan = self.step = None  # nobody is welcome, as before the first plan
+            if not self._restoring.wait(plan, error, self.adopt):
+                self.give_up(error)
             return
         self.saving.retain(plan.kept_steps)
         self.report(ProcessReport(plan_adopted=PlanAdopted(generation=plan.generation, step=self.member.step)))
@@ -152,8 +155,8 @@ class PartitionService(AgentLine):
             codec = self.spec.network.pull_codec
             self.state = PartitionState.empty(layout, self.index, num_partitions, moments, codec)
         self.standby = Standby(self) if self._stands_by(plan) else None
-        if self.standby is None and plan.resume_step:
-            self._load(self.state, plan)
+        if self.standby is None:
+            self._restoring.restore(self.state, plan, num_partitions)
         else:
             self.state.reset()
         gradients = layout.gradient_bytes(self.state.spans, self.spec.network.push_codec)
@@ -165,15 +168,6 @@ class PartitionService(AgentLine):
             self.replication.adopt(plan, restored=True)
             if self.state.is_filled:
                 self._filled()
-
-    def _load(self, state: PartitionState, plan: Plan) -> None:
-        part = next(part for part in plan.restore.parts if part.partition == self.index)
-        location = below(self.link.start.store, part.path)
-        try:
-            state.load(location, self.index, self.spec.servers.partitions, plan.resume_step)
-        except DamagedError as error:
-            error.details["void_snapshot"] = str(plan.resume_step)  # the master falls back to an older one
-            raise
 
     def _take_over(self, plan: Plan, standby: Standby) -> None:
         """The partition is gone, and this process, which holds all that it voted on, is the partition from now on."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from pscluster.errors import InternalError, PsError, StorageError
 from pscluster.layout import Layout
 from pscluster.snapshot import PartMeta, PieceKey, part_name, write_part
 from pscluster.storage import Buffer, Written, below, open_store
+from psserver.partition.sharing import Sharing
 
 Done = Callable[[Written | None, PsError | None], None]
 ALWAYS = 64  # above the roundness of every step but 0
@@ -56,12 +58,23 @@ class SnapshotWriter:
     No method but `close` blocks."""
 
     def __init__(
-        self, store: str | Path, partition: int, post: Callable[[Callable[[], None]], None], *, every_steps: int
+        self,
+        store: str | Path,
+        partition: int,
+        post: Callable[[Callable[[], None]], None],
+        *,
+        every_steps: int,
+        sharing: Sharing | None = None,
+        warn: Callable[[PsError], None] = lambda _: None,
     ):
+        """`sharing`: what looks for the other partitions' files; `warn` hears, on the partition's thread, of what it
+        finds."""
         self._location = str(store)
         self._partition = partition
         self._every_steps = every_steps
         self._post = post
+        self._sharing = sharing
+        self._warn = warn
         self._changed = threading.Condition()
         self._waiting: _Wish | None = None
         self._kept: frozenset[int] = frozenset()  # to delete by; empty: nothing to delete
@@ -144,10 +157,19 @@ class SnapshotWriter:
 
     def _delete(self, kept: frozenset[int]) -> None:
         store, newest = open_store(self._location), max(kept)
-        for name in store.names():
+        names = store.names()
+        self._look(names)
+        for name in names:
             step = self._step_of(name)
             if step is not None and step < newest and step not in kept:
                 store.delete(name)
+
+    def _look(self, names: Iterable[str]) -> None:
+        """The catalogue has a snapshot of all: are the others' files here?"""
+        if self._sharing is not None:
+            seen = {int(match[2]) for match in map(_PART.match, names) if match}
+            if error := self._sharing.look(self._location, seen, time.monotonic()):
+                self._post(functools.partial(self._warn, error))
 
     def _sweep(self) -> None:
         """Delete what an earlier process of this partition had begun to write when it was killed."""

@@ -16,7 +16,7 @@ from pscluster.agent.copies import Copies
 from pscluster.client import parts
 from pscluster.client.records import SnapshotPart as PartRecord
 from pscluster.errors import AuthError, DamagedError, FrameError, NotFoundError
-from pscluster.snapshot import part_name
+from pscluster.snapshot import part_name, read_part
 from pscluster.storage import open_store
 from pscluster.v1.agents_pb2 import DepotAddress
 from pscluster.v1.depot_pb2 import PartHeader
@@ -106,10 +106,10 @@ async def copied(held: Copies, settled: ProcessSpec, part: SnapshotPart, newest:
 def test_only_partitions_of_jobs_without_a_store_keep_their_own(tmp_path: Path) -> None:
     held = Copies("server-0", TOKEN, tmp_path)
     mine = spec()
-    assert held.settle(mine) and mine.store == str(tmp_path / "job-a")
+    assert held.settle(mine) and mine.own_store and mine.store == str(tmp_path / "job-a")
     for other in (spec("s3://bucket/x"), ProcessSpec(kind=ProcessSpec.KIND_TRAINER, job_id="job-a", spec_json="{}")):
         before = other.store
-        assert not held.settle(other) and other.store == before
+        assert not held.settle(other) and not other.own_store and other.store == before
     assert not Copies("server-0", TOKEN, None).settle(spec())
 
 
@@ -203,7 +203,8 @@ def test_a_part_that_no_living_node_has_is_waited_for_and_then_left_to_the_parti
             held.settle(settled)
             part.nodes.extend(["server-1", "server-2"])
             await held.obtain(settled, plan(part))
-            assert not (tmp_path / "server-0" / "job-a" / part.path).exists()
+            with pytest.raises(DamagedError, match="is gone"):  # and so the job falls back to an older snapshot
+                read_part(tmp_path / "server-0" / "job-a" / part.path)
 
     run(test())
 

@@ -18,7 +18,8 @@ def test_silence_needs_a_first_beat() -> None:
 @pytest.mark.parametrize(
     ("busy_s", "typical_s", "found"),
     [
-        (100.0, 0.0, NONE),  # its first microbatch: nobody knows how long it may take
+        (29.0, 0.0, NONE),  # its first microbatch: nobody knows how long it may take
+        (31.0, 0.0, STALLED),
         (2.9, 0.01, NONE),  # short ones may be held up for a moment
         (3.1, 0.01, STALLED),
         (49.0, 10.0, NONE),

@@ -84,6 +84,7 @@ def test_a_suspect_that_stays_away_is_replaced(world: World) -> None:
 
 
 def test_when_all_trainers_are_stuck_none_is_ended(world: World) -> None:
+    world.measure("trainer-0", 0.1)
     world.suspect("trainer-0", "stalled")
     world.suspect("trainer-1", "stalled")
     world.wait(world.limits.trainer_grace_s + 5)
@@ -91,6 +92,15 @@ def test_when_all_trainers_are_stuck_none_is_ended(world: World) -> None:
     assert world.job().reason == "trains on 2 workers; hears nothing of trainer-0 on worker-0, trainer-1 on worker-1"
     world.suspect("trainer-1", "")
     assert world.wanted()["trainer-0"].seat.attempt == 2, "one gets on: the other is the one to blame"
+
+
+def test_a_first_microbatch_has_more_time(world: World) -> None:
+    world.suspect("trainer-0", "stalled")
+    assert [seat.shards for seat in world.job().trainers] == [(), ((0, 8),)], "others do the work meanwhile"
+    world.wait(world.limits.first_grace_s - 1)
+    assert world.wanted()["trainer-0"].seat.attempt == 1
+    world.wait(2)
+    assert world.wanted()["trainer-0"].seat.attempt == 2
 
 
 def test_a_silent_partition_is_replaced_at_once(world: World) -> None:

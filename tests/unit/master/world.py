@@ -112,6 +112,12 @@ class World:
     def _beat(self, node_id: str) -> Callable[[Turn], None]:
         return lambda turn: turn.beat(node_id, self.lives[node_id])
 
+    def measure(self, name: str, microbatch_s: float) -> None:
+        """A trainer's agent tells how long a microbatch took it."""
+        seat = self.wanted()[name].seat
+        told = {seat.process_id(self.job().job_id): (microbatch_s, 1)}
+        self.take(lambda turn: turn.beat(seat.node_id, self.lives[seat.node_id], told))
+
     def restart(self) -> None:
         """The master dies and starts again: what was stored is all it knows."""
         jobs = {job.job_id: job for job in self.store.jobs()}

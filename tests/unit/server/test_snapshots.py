@@ -17,7 +17,7 @@ from pscluster.errors import InternalError, PsError, StorageError
 from pscluster.layout import Layout, TensorSpec
 from pscluster.snapshot import PartMeta, part_name, read_part, write_part
 from pscluster.storage import Written
-from psserver.partition import snapshots
+from psserver.partition import sharing, snapshots
 from psserver.partition.snapshots import ALWAYS, SnapshotWriter, roundness
 
 LAYOUT = Layout((TensorSpec(names=("w",), shape=(4,), dtype="float32", kind="trained"),))
@@ -246,3 +246,29 @@ def _written_by(every: int, busy_until: float, length: float, num_snapshots: int
 def test_roundness_counts_twos_on_the_grid_and_nothing_beside_it() -> None:
     assert [roundness(step, 5) for step in (5, 10, 15, 20, 40, 7)] == [0, 1, 0, 2, 3, -1]
     assert roundness(0, 5) == ALWAYS
+
+
+def test_a_store_that_shows_nobody_elses_files_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "PATIENCE_S", 0.0)
+    warnings: list[PsError] = []
+    posted: Queue[Any] = Queue()
+    writer = SnapshotWriter(tmp_path, 0, posted.put, every_steps=1, sharing=sharing.Sharing(0, 3), warn=warnings.append)
+    (tmp_path / part_name(4, 1, 1)).touch()
+    writer.retain([4])
+    posted.get(timeout=DEADLINE_S)()
+    (warning,) = warnings
+    assert warning.cause.startswith(f"{tmp_path} shows nothing that partition-2 wrote there")
+    writer.retain([4, 8])
+    writer.close()
+    assert posted.empty()
+
+
+def test_files_that_are_seen_late_are_no_reason_to_warn() -> None:
+    held = sharing.Sharing(1, 3)
+    assert held.look("/store", {1}, 0.0) is None
+    assert held.look("/store", {1}, sharing.PATIENCE_S - 1) is None
+    assert held.look("/store", {0, 1, 2}, sharing.PATIENCE_S + 1) is None
+    assert held.look("/store", {1, 2}, 1000.0) is None
+    assert held.look("/store", {1, 2}, 1000.0 + sharing.PATIENCE_S) is not None
+    assert held.look("/store", {1, 2}, 3000.0) is None, "told once"
+    assert sharing.Sharing(0, 1).look("/store", {0}, 5000.0) is None
