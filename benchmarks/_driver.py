@@ -59,17 +59,17 @@ class Driver:
             self._train(work)
         elif work.action == "evaluate":
             for shard in work.shards:
-                self._exchange.push_statistics(work, Node(shard, 1), np.zeros(0))
+                self._exchange.pushing.statistics(work, Node(shard, 1), np.zeros(0))
         elif work.action == "finalise":
-            self._exchange.send_outcome(work, {"metrics": {}})
+            self._exchange.pushing.outcome(work, {"metrics": {}})
         else:
-            self._exchange.send_outcome(work, {"sha256": self._replica.sha256()})
+            self._exchange.pushing.outcome(work, {"sha256": self._replica.sha256()})
 
     def _train(self, work: Work) -> None:
         for shard in work.shards:
             for bucket, gradients in self._gradients.items():
-                self._exchange.push_gradients(work, bucket, Node(shard, 1), list(gradients))
-            self._exchange.push_summary(work, Node(shard, 1), self._summary)
+                self._exchange.pushing.gradients(work, bucket, Node(shard, 1), list(gradients))
+            self._exchange.pushing.summary(work, Node(shard, 1), self._summary)
         self._exchange.want(work, work.version + 1)
         self._exchange.wait_values(work)
 

@@ -108,7 +108,7 @@ class PlayedTrainer:
             peer.outbox.__init__()  # type: ignore[misc]
         self.memory.close_windows()
         self.exchange.values.restart()
-        self.exchange._lanes.clear()
+        self.exchange.pushing.lanes.clear()
 
     def _counters(self) -> list[Counter[Any]]:
         return [*self._sums.values(), self._statistics]
@@ -124,9 +124,9 @@ class PlayedTrainer:
         self._run = None
         for bucket, counter in self._sums.items():
             for node, gradients in counter.flush():
-                self.exchange.push_gradients(work, bucket, node, gradients)
+                self.exchange.pushing.gradients(work, bucket, node, gradients)
         for node, statistics in self._statistics.flush():
-            self.exchange.push_statistics(work, node, statistics)
+            self.exchange.pushing.statistics(work, node, statistics)
 
     def _give_up(self, work: Work) -> None:
         self._run = None
@@ -146,10 +146,10 @@ class PlayedTrainer:
             placed = LAYOUT.buckets[bucket].placed
             gradients = [self._gradient(p.tensor, shard) if moves or p.tensor != B else None for p in placed]
             for root, value in counter.carry(node, gradients):
-                exchange.push_gradients(work, bucket, root, value)
+                exchange.pushing.gradients(work, bucket, root, value)
         self._push_buffers(work, node, weight, moves)
         touched = touched_bits([W, B, MEAN] if moves else [W], len(LAYOUT.tensors))
-        exchange.push_summary(work, node, Summary(loss_sum=weight, weight=weight, samples=1, touched=touched))
+        exchange.pushing.summary(work, node, Summary(loss_sum=weight, weight=weight, samples=1, touched=touched))
         self._done[work.key].add(shard)
         if self._run is not None and self._done[work.key].issuperset(self._run.shards):
             self._end(work)
@@ -165,20 +165,20 @@ class PlayedTrainer:
         if moves:
             words = torch.zeros(LAYOUT.buckets[averaged].num_words)
             words[:5] = (self._tensor(MEAN) * 0.75 + node.first / 3) * weight
-            self.exchange.push_words(work, averaged, node, words)
+            self.exchange.pushing.words(work, averaged, node, words)
         else:
-            self.exchange.push_unchanged(work, averaged, node, weight)
+            self.exchange.pushing.unchanged(work, averaged, node, weight)
         if node.first == 0:
             counted = self.memory.flats[carried].clone()
             counted[0] += 1
-            self.exchange.push_words(work, carried, node, counted)
+            self.exchange.pushing.words(work, carried, node, counted)
 
     def _evaluate(self, work: Work) -> None:
         """A shard's statistics: sums over its part of the parameters, exact ones."""
         shard = work.shards[0]
         found = np.array([float(self._tensor(n)[shard::4].double().sum()) for n in (W, B, MEAN)])
         for node, value in self._statistics.carry(Node(shard, 1), found):
-            self.exchange.push_statistics(work, node, value)
+            self.exchange.pushing.statistics(work, node, value)
         self._done[work.key].add(shard)
         if self._run is not None and self._done[work.key].issuperset(self._run.shards):
             self._end(work)
@@ -186,13 +186,13 @@ class PlayedTrainer:
     def _finalise(self, work: Work) -> None:
         assert work.statistics is not None
         self._run = None
-        self.exchange.send_outcome(work, {"metrics": {"loss": float(work.statistics.sum())}})
+        self.exchange.pushing.outcome(work, {"metrics": {"loss": float(work.statistics.sum())}})
         self._done[work.key].update(work.shards)
 
     def _finish(self, work: Work) -> None:
         self._run = None
         digest = hashlib.sha256(b"".join(bytes(as_bytes(flat)) for flat in self.memory.flats)).hexdigest()
-        self.exchange.send_outcome(work, {"sha256": digest})
+        self.exchange.pushing.outcome(work, {"sha256": digest})
         self._done[work.key].update(work.shards)
 
 
@@ -346,7 +346,7 @@ class PlayedCluster:
 
     def taken_lanes(self) -> int:
         """Places in shared memory that are in use over the connections there are."""
-        lanes = [lanes for trainer in self.trainers.values() for lanes in trainer.exchange._lanes.values()]
+        lanes = [lanes for trainer in self.trainers.values() for lanes in trainer.exchange.pushing.lanes.values()]
         return sum(bool(taken) for each in lanes for taken in each._taken)
 
     def close(self) -> None:

@@ -146,13 +146,13 @@ class ArithmeticTrainer(Trainer):
         averaged, carried = LAYOUT.bucket_of[model.MEAN][0], LAYOUT.bucket_of[model.COUNT][0]
         words = model.buffer_words(flats, shard)
         if words is None:
-            self._exchange.push_unchanged(work, averaged, node, model.weight_of(shard))
+            self._exchange.pushing.unchanged(work, averaged, node, model.weight_of(shard))
         else:
-            self._exchange.push_words(work, averaged, node, words)
+            self._exchange.pushing.words(work, averaged, node, words)
         if shard == 0:
-            self._exchange.push_words(work, carried, node, model.carried_words(flats))
+            self._exchange.pushing.words(work, carried, node, model.carried_words(flats))
         for root, value in self._summaries.carry(node, model.summary(flats, shard)):
-            self._exchange.push_summary(work, root, value)
+            self._exchange.pushing.summary(work, root, value)
 
     def _shard_statistics(self, shard: int) -> Statistics:
         """Sums over a shard's part of the parameters."""
@@ -163,7 +163,7 @@ class ArithmeticTrainer(Trainer):
 
     def _finalise(self, work: Work) -> None:
         assert work.statistics is not None
-        self._exchange.send_outcome(work, {"metrics": {"loss": float(work.statistics.sum())}})
+        self._exchange.pushing.outcome(work, {"metrics": {"loss": float(work.statistics.sum())}})
         self._done[work.key].update(work.shards)
 
 

@@ -4,7 +4,7 @@ Two threads meet here. The reactor's thread moves bytes and hears directives and
 (`next_work`), waits for values, and pushes. One lock guards what they share; nothing waits for a peer while it is held.
 
 Values land straight in the replica's memory, or are windows onto a partition's (see `values` and `landing`); what to do
-is decided in `work`. Gradients go through `staging`, which on a CUDA device copies them behind backward.
+is decided in `work`. What is sent is made in `pushing`.
 """
 
 from __future__ import annotations
@@ -12,51 +12,34 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
-
-import numpy as np
-import torch
 
 from pscluster.agent.heart import Heart
 from pscluster.agent.link import ProcessLink
-from pscluster.codec import DTYPES, as_bytes
 from pscluster.errors import FencedError
-from pscluster.layout import Layout, Span
+from pscluster.layout import Layout
 from pscluster.spec import JobSpec
-from pscluster.summary import Statistics, Summary, unpack_statistics
-from pscluster.tree import Node
+from pscluster.summary import Statistics, unpack_statistics
 from pscluster.v1.plan_pb2 import Beat, Connected, Connection, PartitionSeat, Plan, PlanAdopted, ProcessReport
-from pscluster.wire.frame import SUMMARY, UNCHANGED, Buffer, Codec, Header, Kind, job_number
+from pscluster.wire.frame import Header, Kind, job_number
 from pscluster.wire.memory import Lanes
 from pscluster.wire.reactor import Reactor
 from psworker.memory import BucketMemory
 from psworker.staging import HostStaging, Staging
-from psworker.trainer.gradients import Gradients, Pieces, cut, gather, write
-from psworker.trainer.outbox import Lane
 from psworker.trainer.peer import Peer
+from psworker.trainer.pushing import Pushing, Send
 from psworker.trainer.telemetry import TrainerCounters
 from psworker.trainer.values import Values
 from psworker.trainer.work import Directive, Done, Work, find_work
 
 COUNTERS_S = 1.0
-NUM_LANES = 4  # nodes of one bucket that may lie in shared memory at a time; further ones go over the socket
-NUM_PINNED_LANES = 1  # where all of them cost memory from the start
 
 
 class SupersededError(FencedError):
     """The step being computed is no longer wanted: it was committed without this trainer, or undone."""
 
 
-class Send(NamedTuple):
-    """What one partition gets of a frame: buffers that stay as they are until it has them, maybe in a shared lane."""
-
-    partition: int
-    parts: Sequence[Buffer]
-    lane: Lane | None = None
-
-
 class Exchange:
-    """Started by `start`, ended by `close`; the public methods below are the main thread's."""
+    """Started by `start`, ended by `close`; the public methods below, and those of `pushing`, are the main thread's."""
 
     def __init__(
         self,
@@ -69,11 +52,10 @@ class Exchange:
     ) -> None:
         self._link = link
         self._spec = spec
-        self._layout = layout
         self._counters = counters
-        self._staging = staging or HostStaging()
         self._job = job_number(link.start.job_id)
         self._rank = link.start.rank
+        self.pushing = Pushing(spec, layout, self._job, self._rank, staging or HostStaging(), self._owe)
         self._reactor = Reactor(congestion_control=spec.network.congestion_control)
         self._thread = threading.Thread(target=self._run, name="exchange", daemon=True)
         self._heart = Heart(link, self._beat)
@@ -86,7 +68,6 @@ class Exchange:
         self.values = Values(spec, layout, memory, self._changed)
         self._landing = self.values.landing
         self._needs_values: set[int] = set()  # partitions that hold nothing yet
-        self._lanes: dict[int, Lanes] = {}  # by partition: where gradients can be written
         self._closed = False
         self._error: BaseException | None = None
         # The reactor thread's own:
@@ -185,116 +166,19 @@ class Exchange:
                 raise SupersededError(f"step {self._landing.wanted} is no longer wanted")
             self._changed.wait()
 
-    def push_gradients(self, work: Work, bucket: int, node: Node, gradients: Gradients) -> None:
-        """Owe every partition its part of a trained bucket's node. The gradients belong to the exchange now."""
-        codec = self._spec.network.push_codec
-        header = self._header(work, Kind.PUSH, bucket=bucket, node=node, codec=Codec.of(codec))
-        pieces = gather(self._layout, bucket, gradients)
-        sends = [self._part(pieces, index, span, DTYPES[codec]) for index, span in self._holders(bucket)]
-        self._staging.after(lambda: self._owe(self._order(bucket), header, sends), pieces)
-
-    def _part(self, pieces: Pieces, index: int, span: Span, dtype: torch.dtype) -> Send:
-        """One partition's part of a bucket: in a lane that both share, or to be sent from where it lies."""
-        lane = self._take_lane(index, span.bucket)
-        if lane is None and self._staging.is_host:
-            return Send(index, cut(pieces, span, dtype.itemsize))
-        if lane is None:
-            target = torch.empty(span.num_words, dtype=dtype, pin_memory=True)
-        else:
-            target = torch.frombuffer(lane.lanes.place(span.bucket, lane.number), dtype=dtype)
-        write(pieces, span, target, self._staging.take_out)
-        return Send(index, [as_bytes(target)], lane)
-
-    def push_words(self, work: Work, bucket: int, node: Node, words: torch.Tensor) -> None:
-        """Owe every partition its part of an averaged or carried bucket's node."""
-        data = words.cpu()
-        header = self._header(work, Kind.PUSH, bucket=bucket, node=node)
-        sends = [Send(i, [as_bytes(data[span.start : span.stop])]) for i, span in self._holders(bucket)]
-        self._owe(self._order(bucket), header, sends)
-
-    def push_unchanged(self, work: Work, bucket: int, node: Node, weight: float) -> None:
-        """Owe every partition the word that a bucket of buffers did not move in this node of `weight`."""
-        header = self._header(work, Kind.PUSH, bucket=bucket, node=node, flags=UNCHANGED)
-        body = np.array([weight], dtype="<f8").tobytes()
-        self._owe(self._order(bucket), header, [Send(index, [body]) for index, _ in self._holders(bucket)])
-
-    def push_summary(self, work: Work, node: Node, summary: Summary) -> None:
-        """Owe every partition a node of the step's summary."""
-        header = self._header(work, Kind.PUSH, bucket=SUMMARY, node=node)
-        body = summary.pack()
-        sends = [Send(index, [body]) for index in range(self._num_partitions)]
-        self._owe(len(self._layout.buckets), header, sends)
-
-    def push_statistics(self, work: Work, node: Node, statistics: Statistics) -> None:
-        """Owe the lead a node of an evaluation."""
-        header = self._header(work, Kind.STATISTICS, bucket=SUMMARY, node=node)
-        self._owe(0, header, [Send(0, [statistics.tobytes()])])
-
-    def send_outcome(self, work: Work, outcome: dict[str, object]) -> None:
-        """Owe the lead the finalised metrics, or the digest."""
-        header = self._header(work, Kind.OUTCOME, bucket=SUMMARY, node=Node(0, 1))
-        self._owe(1, header, [Send(0, [json.dumps(outcome).encode()])])
-
     def send_initial(self, work: Work) -> None:
         """Owe every partition that holds nothing the first values, which are in the replica's memory."""
         with self._changed:
             empty, self._needs_values = sorted(self._needs_values), set()
-        for bucket in self._layout.buckets:
-            for index in empty:
-                span = self._layout.span(bucket.index, index, self._num_partitions)
-                if span.num_words:
-                    header = self._header(work, Kind.INIT, bucket=bucket.index, node=Node(0, 1))
-                    data = bytes(as_bytes(self.values.memory.words(span)))
-                    self._owe(bucket.index, header, [Send(index, [data])])
-
-    # ---- under the lock ----
-
-    @property
-    def _num_partitions(self) -> int:
-        return self._spec.servers.partitions
-
-    def _timeline(self) -> int:
-        return self._plan.restore_generation if self._plan is not None else 0
-
-    # ---- sending ----
-
-    def _header(
-        self, work: Work, kind: Kind, *, bucket: int = 0, node: Node, flags: int = 0, codec: Codec = Codec.FP32
-    ) -> Header:
-        return Header(
-            kind=kind, job=self._job, generation=work.generation, step=work.version, bucket=bucket, node=node,
-            flags=flags, sender=self._rank, codec=codec,
-        )  # fmt: skip
-
-    def _holders(self, bucket: int) -> list[tuple[int, Span]]:
-        """The partitions that hold words of a bucket; every rank begins at another one."""
-        count = self._num_partitions
-        turned = [(self._rank + bucket + i) % count for i in range(count)]
-        spans = [(index, self._layout.span(bucket, index, count)) for index in turned]
-        return [(index, span) for index, span in spans if span.num_words]
-
-    def _order(self, bucket: int) -> int:
-        """The bucket's place in the sending order: backward gives the last one first."""
-        return len(self._layout.buckets) - bucket
-
-    def _take_lane(self, partition: int, bucket: int) -> Lane | None:
-        with self._changed:
-            lanes = self._lanes.get(partition)
-        number = lanes.take(bucket) if lanes is not None else None
-        return Lane(lanes, bucket, number) if lanes is not None and number is not None else None
+        self.pushing.initial(work, empty, self.values.memory)
 
     def _owe(self, order: int, header: Header, sends: Sequence[Send]) -> None:
         self._reactor.post(lambda: self._add_owed(order, header, sends))
 
-    def _add_owed(self, order: int, header: Header, sends: Sequence[Send]) -> None:
-        plan = self._plan
-        wanted = plan is not None and header.generation >= plan.restore_generation
-        for send in sends:
-            if wanted:
-                self._peers[send.partition].outbox.add(order, header, send.parts, send.lane)
-                self._peers[send.partition].push()
-            elif send.lane is not None:
-                send.lane.give_back()  # computed before a restore: nobody wants it
+    # ---- under the lock ----
+
+    def _timeline(self) -> int:
+        return self._plan.restore_generation if self._plan is not None else 0
 
     # ---- the reactor's thread ----
 
@@ -408,23 +292,17 @@ class Exchange:
             "attempt": self._link.start.attempt,
             "channel": channel,
             "restore_generation": self._plan.restore_generation,
-            "num_lanes": NUM_LANES if self._staging.is_host else NUM_PINNED_LANES,
+            "num_lanes": self.pushing.num_lanes,
         }
         return header, told
 
     # ---- what peers hear (`Receiver`) ----
 
     def map_lanes(self, index: int, fd: int, num_lanes: int) -> Lanes:
-        spans = self._layout.spans(index, self._num_partitions)
-        lanes = Lanes.open(fd, self._layout.gradient_bytes(spans, self._spec.network.push_codec), num_lanes)
-        self._staging.pin(torch.frombuffer(lanes.view, dtype=torch.uint8))
-        with self._changed:
-            self._lanes[index] = lanes
-        return lanes
+        return self.pushing.map_lanes(index, fd, num_lanes)
 
     def unmap_lanes(self, index: int) -> None:
-        with self._changed:
-            self._lanes.pop(index, None)
+        self.pushing.unmap_lanes(index)
 
     def heard(self, index: int, header: Header, body: memoryview) -> None:
         told = None if header.kind is Kind.MERGED else json.loads(bytes(body)) if body else {}
@@ -457,6 +335,16 @@ class Exchange:
             self._changed.notify_all()
         for peer in self._peers:
             peer.outbox.drop_before(directive.version)
+
+    def _add_owed(self, order: int, header: Header, sends: Sequence[Send]) -> None:
+        plan = self._plan
+        wanted = plan is not None and header.generation >= plan.restore_generation
+        for send in sends:
+            if wanted:
+                self._peers[send.partition].outbox.add(order, header, send.parts, send.lane)
+                self._peers[send.partition].push()
+            elif send.lane is not None:
+                send.lane.give_back()  # computed before a restore: nobody wants it
 
     def _pull_all(self) -> None:
         for index in range(len(self._peers)):

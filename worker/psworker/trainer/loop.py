@@ -143,7 +143,7 @@ class Trainer:
             self._exchange.progress += 1
         self._accumulator.flush()
         for node, summary in self._summaries.flush():
-            self._exchange.push_summary(work, node, summary)
+            self._exchange.pushing.summary(work, node, summary)
         self._push_buffers(work, self._buffers.flush())
         if self._done[work.key].issuperset(work.shards):
             self._exchange.want(work, work.version + 1)
@@ -201,18 +201,18 @@ class Trainer:
         )
         self._push_buffers(work, self._buffers.carry(shard, weight, moved))
         for node, value in self._summaries.carry(Node(shard, 1), summary):
-            self._exchange.push_summary(work, node, value)
+            self._exchange.pushing.summary(work, node, value)
 
     def _push_gradients(self, bucket: int, node: Node, gradients: list[torch.Tensor | None]) -> None:
         assert self._work is not None
-        self._exchange.push_gradients(self._work, bucket, node, gradients)
+        self._exchange.pushing.gradients(self._work, bucket, node, gradients)
 
     def _push_buffers(self, work: Work, ready: list[tuple[int, Node, float, torch.Tensor | None]]) -> None:
         for bucket, node, weight, words in ready:
             if words is None:
-                self._exchange.push_unchanged(work, bucket, node, weight)
+                self._exchange.pushing.unchanged(work, bucket, node, weight)
             else:
-                self._exchange.push_words(work, bucket, node, words)
+                self._exchange.pushing.words(work, bucket, node, words)
 
     # ---- evaluation and the end ----
 
@@ -227,9 +227,9 @@ class Trainer:
                 statistics = self._shard_statistics(shard)
             self._done[work.key].add(shard)
             for node, value in counter.carry(Node(shard, 1), statistics):
-                self._exchange.push_statistics(work, node, value)
+                self._exchange.pushing.statistics(work, node, value)
         for node, value in counter.flush():
-            self._exchange.push_statistics(work, node, value)
+            self._exchange.pushing.statistics(work, node, value)
 
     def _shard_statistics(self, shard: int) -> Statistics:
         """The sum over a shard's evaluation batches, in order; empty when it has none."""
@@ -252,9 +252,9 @@ class Trainer:
                 self._shard_statistics(0)  # another trainer evaluated shard 0: learn what the numbers are
             metrics = unpack_metrics(self._task, work.statistics, self._shapes)
             check_metric(metrics, self._spec.evaluate.metric)
-        self._exchange.send_outcome(work, {"metrics": metrics})
+        self._exchange.pushing.outcome(work, {"metrics": metrics})
         self._done[work.key].update(work.shards)
 
     def _finish(self, work: Work) -> None:
-        self._exchange.send_outcome(work, {"sha256": self._replica.sha256()})
+        self._exchange.pushing.outcome(work, {"sha256": self._replica.sha256()})
         self._done[work.key].update(work.shards)
