@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pscluster.errors import StorageError
+from pscluster.errors import PsError, StorageError
 from pscluster.snapshot import part_name
 from pscluster.storage import Written
 from psmaster.archive import Archive, Writes
@@ -22,6 +22,7 @@ from psmaster.publisher import Publisher
 from psmaster.sqlite_store import SqliteStore
 from psmaster.store import Batch
 from psserver.partition import snapshots
+from psserver.partition.sharing import Sharing
 from psserver.partition.snapshots import SnapshotWriter
 from tests.fault.simulation.schedule import SOON_S, Condition, Life, Schedule, Strand
 
@@ -102,11 +103,17 @@ class Disks:
     # the servers'
 
     def writer(
-        self, store: str | Path, partition: int, post: Callable[..., None], *, every_steps: int
+        self,
+        store: str | Path,
+        partition: int,
+        post: Callable[..., None],
+        *,
+        every_steps: int,
+        **watching: Any,
     ) -> SnapshotWriter:
         """A writer of snapshots in virtual time, of the process whose reactor `post` is."""
         reactor: Any = getattr(post, "__self__", None)
-        return _Writer(self, reactor.life, store, partition, post, every_steps)
+        return _Writer(self, reactor.life, store, partition, post, every_steps, **watching)
 
     def power_loss(self) -> None:
         """What was not synced is torn."""
@@ -161,11 +168,15 @@ class _Writer(SnapshotWriter):
         partition: int,
         post: Callable[..., None],
         every_steps: int,
+        sharing: Sharing | None,
+        warn: Callable[[PsError], None],
     ) -> None:
         self._location = str(store)
         self._partition = partition
         self._every_steps = every_steps
         self._post = post
+        self._sharing = sharing
+        self._warn = warn
         self._disks = disks
         self._waiting = None
         self._kept = frozenset()
