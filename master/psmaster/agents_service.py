@@ -82,8 +82,8 @@ class AgentsService(agents_pb2_grpc.AgentsServicer):
         if exit_ is not None:
             await self._take_exit(stream, sequence, status.process_id, exit_)
         elif body == "status":
-            suspicion = inbound.suspicion_of(status)
-            await core.tell(stream, sequence, lambda turn: turn.suspected(node_id, status.process_id, suspicion))
+            looks = inbound.suspicion_of(status), inbound.unreached_of(status)
+            await core.tell(stream, sequence, lambda turn: turn.suspected(node_id, status.process_id, *looks))
         elif body == "event" and report is not None:
             await self._take_report(stream, sequence, message.event.process_id, report)
         elif body == "goodbye":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from psmaster import standbys
+from psmaster import reach, standbys
 from psmaster.draft import View
 from psmaster.jobs import Condition, Instant, Job, JobState
 from psmaster.planner import with_device
@@ -30,15 +30,22 @@ def reason(job: Job, view: View, queued: str) -> str:
     active = counted_on(job.trainers)
     if not active:
         return "waits for a trainer: " + ", ".join(_where(seat, job) for seat in job.trainers)
+    doubts = _doubts(job, view)
     if job.state is JobState.STARTING:
-        return "waits for the first step"
+        return "waits for the first step" + doubts
     waiting = sum(1 for seat in job.trainers if not seat.active)
-    stuck = [f"{seat.name} on {seat.node_id}" for seat in job.trainers if seat.suspect]
     trains = f"trains on {len(active)} worker{'s' if len(active) > 1 else ''}"
     trains += f"; {waiting} more on the way" if waiting else ""
-    trains += f"; hears nothing of {', '.join(stuck)}" if stuck else ""
     shortfall = standbys.shortfall(job)
-    return trains + (f"; {shortfall}" if shortfall else "")
+    return trains + doubts + (f"; {shortfall}" if shortfall else "")
+
+
+def _doubts(job: Job, view: View) -> str:
+    """Who does not get on, to be added to a sentence."""
+    cut = reach.judge(job, view.processes, view.now)
+    silent = [seat for seat in job.trainers if seat.suspect and seat.rank not in cut.trainers]
+    stuck = ", ".join(f"{seat.name} on {seat.node_id}" for seat in silent)
+    return (f"; hears nothing of {stuck}" if stuck else "") + (f"; {reach.words(cut.reports)}" if cut.reports else "")
 
 
 def _starting(job: Job, view: View) -> str:

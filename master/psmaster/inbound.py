@@ -9,7 +9,7 @@ from pscluster.errors import CallerError, InternalError
 from pscluster.v1 import agents_pb2, plan_pb2
 from psmaster.catalogue import Part
 from psmaster.jobs import Check, Connection, Finished, Problem, Trouble
-from psmaster.processes import Exit, Failure, PartitionFacts, Process, TrainerFacts
+from psmaster.processes import REACHES_ALL, Exit, Failure, PartitionFacts, Process, TrainerFacts, Unreached
 from psmaster.registry import Node, Role
 from psmaster.reports import Connected, Evaluated, Progress, StandbyState, StepRecord
 from psmaster.turn import Report
@@ -55,12 +55,20 @@ def _process(node_id: str, state: agents_pb2.ProcessState) -> Process:
         partition=ready if isinstance(ready, PartitionFacts) else None,
         exit=exit_of(state.status),
         suspicion=suspicion_of(state.status),
+        unreached=unreached_of(state.status),
     )
 
 
 def suspicion_of(m: agents_pb2.ProcessStatus) -> str:
     """How a process looks while it runs: "silent", "stalled", or empty."""
     return _SUSPICIONS.get(m.suspicion, "") if m.phase == agents_pb2.ProcessStatus.PHASE_RUNNING else ""
+
+
+def unreached_of(m: agents_pb2.ProcessStatus) -> Unreached:
+    """The partitions that a process cannot connect to while it runs."""
+    if m.phase != agents_pb2.ProcessStatus.PHASE_RUNNING:
+        return REACHES_ALL
+    return Unreached(generation=m.unreached.generation, partitions=frozenset(m.unreached.partitions))
 
 
 def speeds(m: agents_pb2.NodeBeat) -> Mapping[str, tuple[float, int]]:

@@ -78,6 +78,19 @@ class Failure:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Unreached:
+    """The partitions that a process cannot connect to where the plan of `generation` says that they are; told first at
+    `since_s` on the monotonic clock."""
+
+    generation: int = 0
+    partitions: frozenset[int] = frozenset()
+    since_s: float = 0.0
+
+
+REACHES_ALL = Unreached()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Process:
     """One process as its agent reported it. `suspicion`: empty, "silent" or "stalled", since `suspect_since_s` on the
     monotonic clock."""
@@ -90,6 +103,7 @@ class Process:
     failure: Failure | None = None
     suspicion: str = ""
     suspect_since_s: float = 0.0
+    unreached: Unreached = REACHES_ALL
     pace: Pace = UNKNOWN  # of a trainer
 
     @property
@@ -104,7 +118,7 @@ Processes = Mapping[str, Process]
 class Loss:
     """A seat's process is gone. `counted`: it speaks against the job and is bounded; the loss of a node does not."""
 
-    cause: str  # "exit", "signal", "memory", "failure", "silence", "node"
+    cause: str  # "exit", "signal", "memory", "failure", "silence", "node", "reach"
     message: str
     problem: Problem
     counted: bool
@@ -142,6 +156,12 @@ def loss_of(seat: Seat, job: Job, view: View) -> Loss | None:
     if node.incarnation != seat.incarnation:
         return _gone(seat, f"is lost: the daemon of {seat.node_id} was restarted")
     return None
+
+
+def out_of_reach(seat: Seat, told: str) -> Loss:
+    """The loss of a partition that lives where others cannot reach it; `told`: who cannot."""
+    message = f"{seat.title} on {seat.node_id} is out of reach: {told}"
+    return Loss(cause="reach", message=message, problem=_unexplained(message), counted=False)
 
 
 def _silence(seat: Seat, process: Process, job: Job, view: View) -> Loss | None:

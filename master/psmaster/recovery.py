@@ -6,19 +6,21 @@ from collections import Counter
 from dataclasses import replace
 
 from pscluster.devices import CPU
-from psmaster import catalogue, numerics, standbys
+from psmaster import catalogue, numerics, reach, standbys
 from psmaster.draft import Draft, View
 from psmaster.jobs import Problem, Recovery
 from psmaster.planner import NodeView, choose_node, max_trainers
-from psmaster.processes import PartitionFacts, TrainerFacts, failure_of, loss_of, ready_facts
+from psmaster.processes import Loss, PartitionFacts, TrainerFacts, failure_of, loss_of, out_of_reach, ready_facts
 from psmaster.registry import Role
 from psmaster.seats import Kind, Seat
+
+_LOOKS = {"silent": "no longer beats", "stalled": "has been at one microbatch for far too long"}
 
 
 def lose(draft: Draft, view: View) -> None:
     """Empty the seats whose process is gone. FAILED when one seat loses too many without a new step in between."""
     for seat in (*draft.job.standbys, *draft.job.working):
-        loss = loss_of(seat, draft.job, view)
+        loss = loss_of(seat, draft.job, view) or _out_of_reach(draft, view, seat)
         if seat.standby and loss is not None:
             standbys.lose(draft, view, seat, loss)
             continue
@@ -41,8 +43,24 @@ def lose(draft: Draft, view: View) -> None:
         if draft.job.plan is not None and seat.active:
             _begin_recovery(draft, seat.kind)
         draft.unseat(seat, losses=losses)
+        if loss.cause == "reach":
+            draft.exclude(seat.node_id, seat.incarnation, f"others cannot reach {seat.name} there")
         if seat.kind is Kind.PARTITION:
             standbys.succeed(draft, seat, losses)
+
+
+def _out_of_reach(draft: Draft, view: View, seat: Seat) -> Loss | None:
+    """A partition that others cannot reach, and that can be elsewhere."""
+    if seat.kind is not Kind.PARTITION or seat.standby or not seat.active:
+        return None
+    cut = reach.judge(draft.job, view.processes, view.now)
+    if seat.rank not in cut.partitions:
+        return None
+    standby = draft.job.standby(seat.rank)
+    elsewhere = _choose(draft, view, seat, draft.excluded(view.nodes) | {seat.node_id})
+    if elsewhere is None and (standby is None or not standby.synced):
+        return None
+    return out_of_reach(seat, reach.words(cut.reports))
 
 
 def _spared(draft: Draft, seat: Seat) -> bool:
@@ -70,14 +88,17 @@ def suspect(draft: Draft, view: View) -> None:
     """Mark the trainers that live and do not get on: others compute their shards until they are heard again.
 
     Nothing is lost by an error here, nor by a late return: what two compute counts once."""
+    cut = reach.judge(draft.job, view.processes, view.now)
     for seat in draft.job.trainers:
         process = view.processes.get(seat.process_id(draft.job.job_id))
         suspicion = process.suspicion if process is not None and seat.active else ""
+        if not suspicion and seat.active and seat.rank in cut.trainers:
+            suspicion = "cut off"
         if bool(suspicion) == seat.suspect:
             continue
         draft.put(replace(seat, suspect=bool(suspicion)))
         if suspicion:
-            what = "no longer beats" if suspicion == "silent" else "has been at one microbatch for far too long"
+            what = _LOOKS.get(suspicion) or reach.cannot_reach(cut.reports[seat.name])
             draft.say("TrainerSuspect", f"{seat.name} on {seat.node_id} {what}", warning=True)
             _begin_recovery(draft, seat.kind)
         elif seat.active:

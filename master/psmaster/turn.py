@@ -17,7 +17,7 @@ from psmaster.catalogue import Catalogue, Part
 from psmaster.draft import Limits
 from psmaster.jobs import MAX_EVENTS, Event, Finished, Instant, Job, JobState, Trouble
 from psmaster.planner import NodeView, admit
-from psmaster.processes import Exit, Failure, PartitionFacts, Process, TrainerFacts
+from psmaster.processes import REACHES_ALL, Exit, Failure, PartitionFacts, Process, TrainerFacts, Unreached
 from psmaster.reconcile import reconcile
 from psmaster.registry import Node
 from psmaster.reports import Applied, Connected, Evaluated, MetricLine, Progress, StandbyState
@@ -70,7 +70,11 @@ class Turn:
                 known = self.processes.get(process.process_id)
                 failure, known_pace = (known.failure, known.pace) if known else (None, pace.UNKNOWN)
                 self.processes[process.process_id] = replace(
-                    process, failure=failure, pace=known_pace, suspect_since_s=self.now.mono_s
+                    process,
+                    failure=failure,
+                    pace=known_pace,
+                    suspect_since_s=self.now.mono_s,
+                    unreached=replace(process.unreached, since_s=self.now.mono_s),
                 )
         self._unsettled = True
 
@@ -98,10 +102,15 @@ class Turn:
         if self._seat_of(process_id, node_id) is not None:
             self._know(process_id, node_id, exit=exit_)
 
-    def suspected(self, node_id: str, process_id: str, suspicion: str) -> None:
-        """A process lives and does not get on ("silent", "stalled"), or does again (empty). Repeats change nothing."""
-        held = self.processes.get(process_id)
-        if self._seat_of(process_id, node_id) is not None and (held.suspicion if held else "") != suspicion:
+    def suspected(self, node_id: str, process_id: str, suspicion: str, unreached: Unreached = REACHES_ALL) -> None:
+        """A process lives and does not get on ("silent", "stalled"), or does again (empty); and what it cannot reach.
+        Repeats change nothing."""
+        if self._seat_of(process_id, node_id) is None:
+            return
+        held = self.processes.get(process_id) or Process(process_id=process_id, node_id=node_id)
+        since_s = held.unreached.since_s if held.unreached.partitions else self.now.mono_s
+        self._know(process_id, node_id, unreached=replace(unreached, since_s=since_s))
+        if held.suspicion != suspicion:
             self._know(process_id, node_id, suspicion=suspicion, suspect_since_s=self.now.mono_s)
 
     def reported(self, node_id: str, process_id: str, report: Report) -> None:

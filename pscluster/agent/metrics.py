@@ -19,7 +19,7 @@ _NAME = re.compile(r"[a-z_][a-z0-9_]*")
 PROCESSES = Gauge("ps_processes", "Processes of jobs that run on this node.")
 STARTED = Counter("ps_processes_started_total", "Processes started.")
 EXITS = Counter("ps_process_exits_total", "Processes that ended, by cause.", ["cause"])
-SUSPICIONS = Counter("ps_process_suspicions_total", "Times a living process fell silent or stalled.", ["kind"])
+SUSPICIONS = Counter("ps_process_suspicions_total", "Times a living process did not get on.", ["kind"])
 LINES_DROPPED = Counter("ps_log_lines_dropped_total", "Lines of output given up for want of room.")
 OUTBOX_MESSAGES = Gauge("ps_outbox_messages", "Messages that the master has not acknowledged.")
 OUTBOX_DROPPED = Gauge("ps_outbox_dropped", "Messages given up for want of room since the start.")
@@ -28,7 +28,7 @@ MASTER_CONNECTED = Gauge("ps_master_connected", "1 while the stream to the maste
 EXIT_CAUSES = ("clean", "expected", "code", "signal", "memory", "not_started")
 for _cause in EXIT_CAUSES:
     EXITS.labels(cause=_cause)
-for _kind in ("silent", "stalled"):
+for _kind in ("silent", "stalled", "cut off"):
     SUSPICIONS.labels(kind=_kind)
 
 

@@ -29,7 +29,7 @@ from pscluster.agent.suspicion import Heard
 from pscluster.devices import AUTO
 from pscluster.errors import InternalError, PsError, StorageError, UnreachableError
 from pscluster.v1.agents_pb2 import AgentMessage, LogLine, ProcessEvent, ProcessState, ProcessStatus
-from pscluster.v1.plan_pb2 import Failure, Plan, ProcessReport, ProcessSpec, Speed
+from pscluster.v1.plan_pb2 import Failure, Plan, ProcessReport, ProcessSpec, Speed, Unreached
 
 FLUSH_S = 0.2
 """How long a line may wait for others to travel with."""
@@ -145,9 +145,17 @@ class Process:
         """What the master was last told of it."""
         return self._status.suspicion
 
-    def suspect(self, suspicion: ProcessStatus.Suspicion) -> None:
-        """Tell the master how the living process looks."""
+    @property
+    def unreached(self) -> Unreached | None:
+        """What the master was last told that it cannot reach."""
+        return self._status.unreached if self._status.HasField("unreached") else None
+
+    def suspect(self, suspicion: ProcessStatus.Suspicion, unreached: Unreached | None) -> None:
+        """Tell the master how the living process looks, and whom it cannot reach."""
         self._status.suspicion = suspicion
+        self._status.ClearField("unreached")
+        if unreached is not None:
+            self._status.unreached.CopyFrom(unreached)
         self._site.emit(AgentMessage(status=self._status))
 
     # What the child says (Listener).
@@ -159,8 +167,10 @@ class Process:
             return
         if body == "beat":
             now_s = asyncio.get_running_loop().time()
-            self.heard = Heard(at_s=now_s, busy_s=report.beat.busy_s, typical_s=report.beat.typical_s)
-            self.speed = report.beat.speed if report.beat.HasField("speed") else None
+            beat = report.beat
+            unreached = beat.unreached if beat.HasField("unreached") else None
+            self.heard = Heard(at_s=now_s, busy_s=beat.busy_s, typical_s=beat.typical_s, unreached=unreached)
+            self.speed = beat.speed if beat.HasField("speed") else None
             return
         if body == "snapshot_part" and self._copies:
             self._site.copies.copy(self.spec, self.plan, report, self._say)

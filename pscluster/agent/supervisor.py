@@ -13,10 +13,10 @@ from pscluster.agent import metrics
 from pscluster.agent.child import Patience
 from pscluster.agent.process import Process, Site, wanted_device
 from pscluster.agent.reconcile import reconcile
-from pscluster.agent.suspicion import SILENCE_S, WORDS, suspicion_of
+from pscluster.agent.suspicion import NONE, SILENCE_S, WORDS, suspicion_of
 from pscluster.devices import modesty
-from pscluster.v1.agents_pb2 import Assignment, ProcessState
-from pscluster.v1.plan_pb2 import ProcessSpec, Speed
+from pscluster.v1.agents_pb2 import Assignment, ProcessState, ProcessStatus
+from pscluster.v1.plan_pb2 import ProcessSpec, Speed, Unreached
 
 WATCH_S = 0.25
 AT_ONCE = Patience(terminate_s=0.0, kill_s=0.0)
@@ -96,14 +96,10 @@ class Supervisor:
         metrics.PROCESSES.set(len(living))
         for process in living:
             found = suspicion_of(now_s, process.heard, SILENCE_S[process.spec.kind])
-            if found == process.suspicion:
-                continue
-            if found:
-                metrics.SUSPICIONS.labels(kind=WORDS[found]).inc()
-                _log.warning(f"a process is {WORDS[found]}", process_id=process.spec.process_id)
-            else:
-                _log.info("a process gets on again", process_id=process.spec.process_id)
-            process.suspect(found)
+            unreached = process.heard.unreached if process.heard is not None else None
+            if (found, unreached) != (process.suspicion, process.unreached):
+                _note(process, found, unreached)
+                process.suspect(found, unreached)
 
     async def close(self) -> None:
         """End every process and wait until each exit was told. No assignment counts any more."""
@@ -135,6 +131,21 @@ class Supervisor:
     def _forget_ended(self, named: set[str]) -> None:
         for process_id in [id_ for id_, p in self._processes.items() if not p.living and id_ not in named]:
             del self._processes[process_id]
+
+
+def _note(process: Process, suspicion: ProcessStatus.Suspicion, unreached: Unreached | None) -> None:
+    """Say, and count, what has changed about a living process."""
+    log = _log.bind(process_id=process.spec.process_id)
+    if suspicion not in (process.suspicion, NONE):
+        metrics.SUSPICIONS.labels(kind=WORDS[suspicion]).inc()
+        log.warning(f"a process is {WORDS[suspicion]}")
+    elif suspicion != process.suspicion:
+        log.info("a process gets on again")
+    if unreached is not None and process.unreached is None:
+        metrics.SUSPICIONS.labels(kind="cut off").inc()
+        log.warning("a process cannot reach partitions", partitions=list(unreached.partitions))
+    elif unreached is None and process.unreached is not None:
+        log.info("a process reaches every partition again")
 
 
 def _modesty(spec: ProcessSpec) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pscluster.v1.agents_pb2 import ProcessStatus
-from pscluster.v1.plan_pb2 import ProcessSpec
+from pscluster.v1.plan_pb2 import ProcessSpec, Unreached
 
 NONE = ProcessStatus.SUSPICION_NONE
 SILENT = ProcessStatus.SUSPICION_SILENT
@@ -32,6 +32,7 @@ class Heard:
     at_s: float
     busy_s: float = 0.0
     typical_s: float = 0.0
+    unreached: Unreached | None = None
 
 
 def suspicion_of(now_s: float, heard: Heard | None, silence_s: float) -> ProcessStatus.Suspicion:

@@ -127,7 +127,7 @@ class Leaving(_message.Message):
     def __init__(self) -> None: ...
 
 class ProcessStatus(_message.Message):
-    __slots__ = ("process_id", "phase", "exit_code", "signal", "out_of_memory", "pid", "error", "expected", "suspicion")
+    __slots__ = ("process_id", "phase", "exit_code", "signal", "out_of_memory", "pid", "error", "expected", "suspicion", "unreached")
     class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         PHASE_UNSPECIFIED: _ClassVar[ProcessStatus.Phase]
@@ -153,6 +153,7 @@ class ProcessStatus(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_FIELD_NUMBER: _ClassVar[int]
     SUSPICION_FIELD_NUMBER: _ClassVar[int]
+    UNREACHED_FIELD_NUMBER: _ClassVar[int]
     process_id: str
     phase: ProcessStatus.Phase
     exit_code: int
@@ -162,7 +163,8 @@ class ProcessStatus(_message.Message):
     error: _plan_pb2.ErrorDetail
     expected: bool
     suspicion: ProcessStatus.Suspicion
-    def __init__(self, process_id: _Optional[str] = ..., phase: _Optional[_Union[ProcessStatus.Phase, str]] = ..., exit_code: _Optional[int] = ..., signal: _Optional[int] = ..., out_of_memory: bool = ..., pid: _Optional[int] = ..., error: _Optional[_Union[_plan_pb2.ErrorDetail, _Mapping]] = ..., expected: bool = ..., suspicion: _Optional[_Union[ProcessStatus.Suspicion, str]] = ...) -> None: ...
+    unreached: _plan_pb2.Unreached
+    def __init__(self, process_id: _Optional[str] = ..., phase: _Optional[_Union[ProcessStatus.Phase, str]] = ..., exit_code: _Optional[int] = ..., signal: _Optional[int] = ..., out_of_memory: bool = ..., pid: _Optional[int] = ..., error: _Optional[_Union[_plan_pb2.ErrorDetail, _Mapping]] = ..., expected: bool = ..., suspicion: _Optional[_Union[ProcessStatus.Suspicion, str]] = ..., unreached: _Optional[_Union[_plan_pb2.Unreached, _Mapping]] = ...) -> None: ...
 
 class ProcessEvent(_message.Message):
     __slots__ = ("process_id", "report")

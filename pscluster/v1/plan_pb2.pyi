@@ -392,16 +392,26 @@ class Counters(_message.Message):
     def __init__(self, samples: _Optional[_Iterable[_Union[Counters.Sample, _Mapping]]] = ...) -> None: ...
 
 class Beat(_message.Message):
-    __slots__ = ("progress", "speed", "busy_s", "typical_s")
+    __slots__ = ("progress", "speed", "busy_s", "typical_s", "unreached")
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     SPEED_FIELD_NUMBER: _ClassVar[int]
     BUSY_S_FIELD_NUMBER: _ClassVar[int]
     TYPICAL_S_FIELD_NUMBER: _ClassVar[int]
+    UNREACHED_FIELD_NUMBER: _ClassVar[int]
     progress: int
     speed: Speed
     busy_s: float
     typical_s: float
-    def __init__(self, progress: _Optional[int] = ..., speed: _Optional[_Union[Speed, _Mapping]] = ..., busy_s: _Optional[float] = ..., typical_s: _Optional[float] = ...) -> None: ...
+    unreached: Unreached
+    def __init__(self, progress: _Optional[int] = ..., speed: _Optional[_Union[Speed, _Mapping]] = ..., busy_s: _Optional[float] = ..., typical_s: _Optional[float] = ..., unreached: _Optional[_Union[Unreached, _Mapping]] = ...) -> None: ...
+
+class Unreached(_message.Message):
+    __slots__ = ("generation", "partitions")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    PARTITIONS_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    partitions: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, generation: _Optional[int] = ..., partitions: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Speed(_message.Message):
     __slots__ = ("microbatch_s", "microbatches")

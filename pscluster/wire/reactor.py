@@ -22,6 +22,7 @@ from pscluster.wire.transport import accept, bind, control_congestion, start_dia
 
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _ACCEPT_AGAIN_S = 0.1
+DIAL_S = 5.0  # in which a connection must be made; the kernel would try for minutes, with long pauses
 
 
 class Reactor:
@@ -108,7 +109,7 @@ class Reactor:
         return bound
 
     def dial(self, address: str, handler: Handler, done: Callable[[Connection | None, str], None]) -> None:
-        """Connect to `address`; `done` is called once with the connection, or with None and the reason.
+        """Connect to `address` within `DIAL_S`; `done` is called once with the connection, or with None and the reason.
 
         Who dials takes file descriptors from who listens, never the other way round."""
         try:
@@ -121,6 +122,7 @@ class Reactor:
             return
         self._dialling.add(sock)
         self._selector.register(sock, selectors.EVENT_WRITE, lambda: self._dialled(sock, handler, done))
+        self.call_later(DIAL_S, lambda: self._end_dial(sock, done))
 
     def adopt(self, sock: socket.socket, handler: Handler, *, takes_fds: bool = False) -> Connection:
         """Drive a connected socket from now on. The reactor owns it."""
@@ -176,6 +178,14 @@ class Reactor:
             done(None, os.strerror(error))
         else:
             done(self.adopt(sock, handler, takes_fds=True), "")
+
+    def _end_dial(self, sock: socket.socket, done: Callable[..., Any]) -> None:
+        """Time is up, if it is still being dialled."""
+        if sock in self._dialling:
+            self._selector.unregister(sock)
+            self._dialling.discard(sock)
+            sock.close()
+            done(None, f"no answer within {DIAL_S:g} s")
 
     def _drain_posted(self) -> None:
         os.eventfd_read(self._wake)

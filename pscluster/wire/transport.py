@@ -10,6 +10,10 @@ from pathlib import Path
 from pscluster.errors import AddressInUseError, FrameError, StateError
 
 _BACKLOG = 512
+DEAD_S = 10
+"""A TCP connection whose other end has not answered for so long is closed by the kernel. Else one over a path that lets
+nothing through any more would look open for a quarter of an hour."""
+_PROBES = ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 2))  # of a silent one, in seconds
 
 
 def transport_of(address: str) -> str:
@@ -116,4 +120,8 @@ def control_congestion(sock: socket.socket, name: str) -> None:
 def _tune(sock: socket.socket) -> socket.socket:
     if sock.family != socket.AF_UNIX:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_S * 1000)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _PROBES:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
     return sock

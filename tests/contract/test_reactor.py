@@ -7,11 +7,13 @@ import os
 import resource
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import pscluster.wire.reactor
 from harness.wire import DEADLINE_S, Recorder, World, header
 from pscluster.errors import AddressInUseError
 from pscluster.wire.connection import Connection
@@ -30,6 +32,23 @@ def test_nobody_listening_is_an_answer(world: World) -> None:
     assert answers[0][0] is None
     assert answers[0][1]
     assert world.dialling.ends == []
+
+
+def test_a_dial_that_gets_no_answer_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pscluster.wire.reactor, "DIAL_S", 0.1)
+    reactor, answers = Reactor(), []
+    with contextlib.ExitStack() as stack:
+        stack.callback(reactor.close)
+        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        waiting = [stack.enter_context(socket.socket()) for _ in range(4)]  # more than it lets wait to be accepted
+        for sock in waiting:
+            sock.setblocking(False)
+            sock.connect_ex(full.getsockname())
+        reactor.dial(f"tcp:127.0.0.1:{full.getsockname()[1]}", Recorder(), lambda *answer: answers.append(answer))
+        deadline_s = time.monotonic() + DEADLINE_S
+        while not answers and time.monotonic() < deadline_s:
+            reactor.poll(0.05)
+        assert answers == [(None, "no answer within 0.1 s")]
 
 
 def test_calls_from_other_threads_run_in_order_on_the_reactors_thread(world: World) -> None:

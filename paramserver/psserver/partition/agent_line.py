@@ -5,7 +5,7 @@ from __future__ import annotations
 from pscluster.agent.heart import Heart
 from pscluster.agent.link import ProcessLink
 from pscluster.errors import PsError
-from pscluster.v1.plan_pb2 import Beat, Counters, ErrorDetail, Failure, Plan, ProcessReport
+from pscluster.v1.plan_pb2 import Beat, Counters, ErrorDetail, Failure, Plan, ProcessReport, Unreached
 from pscluster.wire.reactor import Reactor
 
 COUNTERS_S = 1.0
@@ -20,7 +20,7 @@ class AgentLine:
         self.link = link
         self.failed = False
         self._reactor = reactor
-        self._heart = Heart(link, lambda: Beat(progress=self.progress))
+        self._heart = Heart(link, lambda: Beat(progress=self.progress, unreached=self.unreached()))
 
     def start(self) -> None:
         """Begin to listen to the agent, and to beat."""
@@ -45,6 +45,10 @@ class AgentLine:
 
     def counted(self) -> Counters:
         """Every counter as it is now."""
+        raise NotImplementedError
+
+    def unreached(self) -> Unreached | None:
+        """The partitions that cannot be reached. From any thread."""
         raise NotImplementedError
 
     @property

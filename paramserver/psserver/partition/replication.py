@@ -10,26 +10,23 @@ standby, and when the two are in sync, is decided in `bond`.
 from __future__ import annotations
 
 import json
-import random
 import time
 from typing import Protocol
 
 from pscluster.codec import BufferNode, as_bytes
-from pscluster.errors import FrameError, PsError
+from pscluster.errors import FrameError
 from pscluster.layout import WORD_BYTES
-from pscluster.spec import JobSpec
 from pscluster.v1.plan_pb2 import Plan, ProcessReport, StandbyState
 from pscluster.wire.connection import Connection
-from pscluster.wire.frame import MAX_SMALL_BYTES, SUMMARY, UNCHANGED, Codec, Header, Kind
+from pscluster.wire.frame import SUMMARY, UNCHANGED, Codec, Header, Kind
 from pscluster.wire.reactor import Reactor
-from pscluster.wire.transport import choose_address
 from psserver.partition import bond, messages
 from psserver.partition.bond import Bond
 from psserver.partition.commit import Member, Verdict
 from psserver.partition.notes import Notes
+from psserver.partition.peer_line import Caller, PeerLine
 from psserver.partition.state import PartitionState
 from psserver.partition.step import OpenStep
-from psserver.partition.telemetry import PartitionCounters
 
 PATIENCE_S = 5.0  # in which a standby that votes wait for must do something
 QUEUE_BYTES = 64 << 20  # of sums on their way to a standby that is not in sync, or those of two steps if that is more
@@ -37,29 +34,19 @@ _RETRY_S = (0.05, 1.0)
 _WATCH_S = 0.5
 
 
-class Principal(Protocol):
-    """What the line asks of its partition. Everything on the partition's thread."""
+class Principal(Caller, Protocol):
+    """What the replication asks of its partition. Everything on the partition's thread."""
 
-    spec: JobSpec
     index: int
-    plan: Plan | None
     state: PartitionState | None
     step: OpenStep | None
     member: Member
     version: int
     notes: Notes
-    counters: PartitionCounters
-
-    @property
-    def attempt(self) -> int:
-        """Which process of its seat it is."""
 
     @property
     def is_updating(self) -> bool:
         """Whether a verdict is being carried out: the state is of no step."""
-
-    def header(self, **fields: object) -> Header:
-        """A header of this job, generation and sender."""
 
     def report(self, report: ProcessReport) -> None:
         """Tell the master."""
@@ -78,11 +65,8 @@ class Replication:
         self.bond = Bond()
         self._reactor = reactor
         self._principal = principal
-        self._addresses: list[str] = []
-        self._greeted: Connection | None = None  # a HELLO is on its way
-        self._connection: Connection | None = None  # once welcomed
-        self._dials = 0  # the newest one counts
-        self._failures = 0
+        kinds = frozenset({Kind.ACK})
+        self._line = PeerLine(reactor, principal, self, channel="replica", kinds=kinds, retry_s=_RETRY_S)
         self._streams = False  # the standby was sent a state, or has one: steps follow
         self._sent: set[int] = set()  # buckets of the open step that were sent over this connection
         self._queued_bytes = 0  # of sums
@@ -100,24 +84,18 @@ class Replication:
         attempt = seat.standby.attempt if seat.HasField("standby") else 0
         addresses = list(seat.standby.addresses)
         before, self.bond = self.bond, bond.adopt(self.bond, attempt, restored=restored)
-        if self.bond is before and addresses == self._addresses:
+        if self.bond is before and addresses == self._line.addresses:
             return
-        self.close()
-        self._addresses = addresses
-        self._failures, self._gave_up = 0, False
+        self._forget_connection()
+        self._line.follow(addresses)
+        self._gave_up = False
         if addresses:
-            self._dial()
             self._watch_soon()
 
     def close(self) -> None:
         """Hang up; only another plan has it dial again."""
-        self._addresses = []
-        self._dials += 1
-        connections, self._greeted, self._connection = (self._greeted, self._connection), None, None
         self._forget_connection()
-        for connection in connections:
-            if connection is not None:
-                connection.close()
+        self._line.close()
 
     def may_vote(self) -> bool:
         """Whether the complete step may be voted on; `Principal.try_vote` is called when that has changed."""
@@ -137,14 +115,14 @@ class Replication:
 
     def decided(self, verdict: Verdict) -> None:
         """A verdict is about to be carried out: the sums will be overwritten."""
-        if self._connection is not None and self._streams:
-            self._connection.detach(("step", verdict.step))
+        if self._line.connection is not None and self._streams:
+            self._line.connection.detach(("step", verdict.step))
             self._send_verdict(verdict)
         self._sent.clear()
 
     def at_boundary(self) -> None:
         """The state is that of a step: a standby that waits for it gets it."""
-        principal, state, connection = self._principal, self._principal.state, self._connection
+        principal, state, connection = self._principal, self._principal.state, self._line.connection
         if connection is None or self._streams or state is None or not state.is_filled or principal.is_updating:
             return
         self._streams = True
@@ -164,9 +142,9 @@ class Replication:
 
     def note(self) -> None:
         """The lead's notes have changed."""
-        if self._connection is not None and self._streams:
+        if self._line.connection is not None and self._streams:
             header = self._principal.header(kind=Kind.NOTE, step=self._principal.member.step)
-            self._connection.send(header, [json.dumps(self._principal.notes.to_json()).encode()])
+            self._line.connection.send(header, [json.dumps(self._principal.notes.to_json()).encode()])
 
     @property
     def lag_steps(self) -> int | None:
@@ -199,7 +177,7 @@ class Replication:
     def _send(
         self, header: Header, body: bytes | bytearray | memoryview, *, at_step: int | None = None, counts: int = 0
     ) -> None:
-        connection = self._connection
+        connection = self._line.connection
         if connection is None:
             return
         self._principal.counters.replicated_bytes += memoryview(body).nbytes
@@ -208,7 +186,7 @@ class Replication:
 
     def _left(self, connection: Connection, size_bytes: int) -> None:
         """Sums of that size are in the kernel's hands."""
-        if connection is self._connection:
+        if connection is self._line.connection:
             held_back = self._queued_bytes > self._limit_bytes()
             self._queued_bytes -= size_bytes
             if held_back and self._queued_bytes <= self._limit_bytes():
@@ -223,73 +201,27 @@ class Replication:
         step_bytes = sum(span.num_words for span in state.spans) * WORD_BYTES if state else 0
         return max(QUEUE_BYTES, 2 * step_bytes)
 
-    # ---- the connection ----
+    # ---- what the line hears ----
 
-    def _dial(self) -> None:
-        self._dials += 1
-        number = self._dials
-        try:
-            address = choose_address(self._addresses, self._principal.spec.network.transport)
-        except FrameError:
-            self._retry(number)
-            return
-        self._reactor.dial(address, self, lambda connection, _: self._dialled(number, connection))
-
-    def _dialled(self, number: int, connection: Connection | None) -> None:
-        if number != self._dials:
-            if connection is not None:
-                connection.close()
-        elif connection is None:
-            self._retry(number)
-        else:
-            self._greeted = connection
-            plan = self._principal.plan
-            assert plan is not None
-            told = {
-                "token": plan.data_token.hex(),
-                "role": "partition",
-                "channel": "replica",
-                "attempt": self._principal.attempt,
-                "restore_generation": plan.restore_generation,
-            }
-            connection.send(self._principal.header(kind=Kind.HELLO), [json.dumps(told).encode()])
-
-    def _retry(self, number: int) -> None:
-        low, high = _RETRY_S
-        delay_s = min(high, low * 1.5 ** min(self._failures, 20)) * random.uniform(0.5, 1.5)
-        self._failures += 1
-        self._reactor.call_later(delay_s, lambda: self._dial() if number == self._dials else None)
-
-    def body_target(self, connection: Connection, header: Header) -> memoryview:  # noqa: ARG002 - Handler's signature
-        if header.kind not in (Kind.WELCOME, Kind.FENCED, Kind.ACK) or header.length > MAX_SMALL_BYTES:
-            raise FrameError(f"{header.kind.name} of {header.length} bytes from a standby")
-        return memoryview(bytearray(header.length))
-
-    def frame(self, connection: Connection, header: Header, body: memoryview) -> None:
-        if connection is not self._greeted and connection is not self._connection:
-            connection.close()  # of a plan that no longer holds
-            return
+    def welcomed(self, header: Header, body: memoryview) -> None:  # noqa: ARG002 - Listener's signature
         self._heard += 1
-        if header.kind is Kind.WELCOME:
-            self._greeted, self._connection, self._failures = None, connection, 0
-            self._welcomed(messages.json_mapping(body))
-        elif header.kind is Kind.HELD:
+        self._begin(messages.json_mapping(body))
+
+    def heard(self, header: Header, body: memoryview) -> None:  # noqa: ARG002 - Listener's signature
+        self._heard += 1
+        if header.kind is Kind.HELD:
             self._held(header.step)
 
-    def closed(self, connection: Connection, error: PsError | None) -> None:
-        if error is not None:
-            self._principal.counters.refused(error)
-        if connection is self._connection or connection is self._greeted:
-            self._greeted = self._connection = None
-            self._forget_connection()
-            self._retry(self._dials)
-            self._principal.try_vote()  # a queue that was too long is no more
+    def lost(self) -> None:
+        self._forget_connection()
+        self._principal.try_vote()  # a queue that was too long is no more
 
     def _forget_connection(self) -> None:
         self._streams, self._queued_bytes = False, 0
         self._sent.clear()
 
-    def _welcomed(self, told: dict[str, object]) -> None:
+    def _begin(self, told: dict[str, object]) -> None:
+        """The standby says what it holds: go on from there, or give it the whole state."""
         reach, applied = told.get("reach"), told.get("applied")
         if not isinstance(reach, int) or not isinstance(applied, int):
             raise FrameError("a welcome that does not say what is held", details={"field": "body"})
@@ -326,9 +258,9 @@ class Replication:
     def _watch(self) -> None:
         """A standby that votes wait for and that does nothing is reported: the master then plans without it."""
         self._is_watching = False
-        if not self._addresses:
+        if not self._line.addresses:
             return
-        now_s, connection = time.monotonic(), self._connection
+        now_s, connection = time.monotonic(), self._line.connection
         mark = (connection, connection.sent_bytes if connection is not None else 0, self._heard, self.bond)
         if mark != self._mark or not self._is_awaited():
             self._mark, self._quiet_since_s = mark, now_s
@@ -343,7 +275,7 @@ class Replication:
             return False
         if member.vote is None and step.is_complete and not self.may_vote():
             return True
-        return self.bond.is_bound and self._connection is None
+        return self.bond.is_bound and self._line.connection is None
 
     def _give_up(self, why: str) -> None:
         if not self._gave_up:

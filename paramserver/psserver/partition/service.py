@@ -12,7 +12,7 @@ from pscluster.errors import FrameError, InternalError, PsError
 from pscluster.layout import Layout
 from pscluster.spec import JobSpec
 from pscluster.summary import Summary
-from pscluster.v1.plan_pb2 import Counters, Plan, PlanAdopted, ProcessReport
+from pscluster.v1.plan_pb2 import Counters, Plan, PlanAdopted, ProcessReport, Unreached
 from pscluster.wire.connection import Connection
 from pscluster.wire.frame import Header, Kind, job_number
 from pscluster.wire.reactor import Reactor
@@ -35,6 +35,8 @@ from psserver.partition.state import PartitionState
 from psserver.partition.step import OpenStep
 from psserver.partition.telemetry import PartitionCounters
 from psserver.partition.uplink import Uplink
+
+UNREACHED_S = 2.0  # for so long it is tried again before the master hears that the lead cannot be reached
 
 
 class PartitionService(AgentLine):
@@ -77,6 +79,12 @@ class PartitionService(AgentLine):
         bond = self.replication.bond if self.spec.durability.tier == "replica" else None
         lag = self.replication.lag_steps or 0
         return self.counters.sample(self.index, self.version, state_bytes, self.clients.pull_bytes, bond, lag)
+
+    def unreached(self) -> Unreached | None:
+        plan, uplink = self.plan, self._uplink
+        if plan is None or uplink is None or uplink.unreached_s(time.monotonic()) < UNREACHED_S:
+            return None
+        return Unreached(generation=plan.generation, partitions=[0])
 
     @property
     def progress(self) -> int:

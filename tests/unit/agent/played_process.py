@@ -96,6 +96,11 @@ def beating(link: ProcessLink) -> None:
     heart.close()
 
 
+def cut_off(link: ProcessLink) -> None:
+    link.report(plan.ProcessReport(beat=plan.Beat(unreached=plan.Unreached(generation=3, partitions=[1]))))
+    serve(link)
+
+
 def measuring(link: ProcessLink) -> None:
     link.report(plan.ProcessReport(beat=plan.Beat(speed=plan.Speed(microbatch_s=0.25, microbatches=4))))
     serve(link)
@@ -123,6 +128,7 @@ MODES: dict[str, Callable[[ProcessLink], None]] = {
     "chatter": chatter,
     "count": count,
     "beating": beating,
+    "cut_off": cut_off,
     "measuring": measuring,
     "use_bundle": use_bundle,
     "talk_nonsense": talk_nonsense,

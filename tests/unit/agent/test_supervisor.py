@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -111,6 +112,24 @@ def test_a_process_that_beats_again_is_no_longer_suspected(bench: Any) -> None:
         watching = asyncio.create_task(supervisor.watch())
         await heard.until(lambda: heard.messages[-1].HasField("status") and not heard.messages[-1].status.suspicion)
         watching.cancel()
+
+    run(bench, body)
+
+
+def test_what_a_process_cannot_reach_is_told_once_and_when_it_is_over(bench: Any) -> None:
+    async def body(supervisor: Supervisor, heard: Heard) -> None:
+        supervisor.apply(Assignment(processes=[bench.trainer("trainer-0", "cut_off")]))
+        await heard.until(lambda: "trainer_ready" in heard.bodies())
+        (process,) = supervisor._processes.values()
+        assert process.heard is not None
+        now = process.heard.at_s
+        for _ in range(2):
+            supervisor.check_beats(now)
+        process.heard = replace(process.heard, unreached=None)
+        supervisor.check_beats(now)
+        told = [message.status.unreached for message in heard.messages if message.HasField("status")]
+        assert [(status.generation, list(status.partitions)) for status in told] == [(0, []), (3, [1]), (0, [])]
+        assert not any(message.status.suspicion for message in heard.messages)
 
     run(bench, body)
 

@@ -13,7 +13,7 @@ from psmaster.catalogue import Part
 from psmaster.draft import Limits
 from psmaster.jobs import Event, Finished, Instant, Job, JobState, Problem
 from psmaster.memory_store import MemoryStore
-from psmaster.processes import Exit, Failure, PartitionFacts, Process, TrainerFacts
+from psmaster.processes import Exit, Failure, PartitionFacts, Process, TrainerFacts, Unreached
 from psmaster.reconcile import Desired, desired
 from psmaster.registry import Node, Role, presumed
 from psmaster.reports import Progress, StandbyState, StepRecord
@@ -193,6 +193,14 @@ class World:
         """The agent of the process now in a seat suspects it; empty: no longer."""
         process = self.wanted(job_id)[seat]
         return self.take(lambda turn: turn.suspected(process.seat.node_id, process.process_id, suspicion))
+
+    def unreached(self, seat: str, *partitions: int, generation: int | None = None) -> Changes:
+        """The agent of the process now in a seat says which partitions that cannot reach; none: it reaches all."""
+        process = self.wanted()[seat]
+        told = Unreached(
+            generation=self.job().generation if generation is None else generation, partitions=frozenset(partitions)
+        )
+        return self.take(lambda turn: turn.suspected(process.seat.node_id, process.process_id, "", told))
 
     def ready(self, job_id: str = "job-aaaaaa") -> None:
         """Every process that has not said anything yet reports ready."""

@@ -331,7 +331,9 @@ def test_a_standby_that_catches_up_slowly_holds_votes_back_rather_than_memory(
     job.everybody_adopts()
     job.network.settle()
     partition = job.partition(0)
-    next(c for c in job.network.connections if c.handler is partition.replication).reading = False  # no word comes back
+    next(
+        c for c in job.network.connections if c.handler is partition.replication._line
+    ).reading = False  # no word comes back
     partition.replication.bond = replace(partition.replication.bond, is_bound=False, is_told=False)
     for _ in range(FINAL_STEP):
         job.push(0)

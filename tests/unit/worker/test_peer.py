@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -283,3 +284,30 @@ def test_a_body_that_broke_off_is_not_made_whole_by_an_empty_one(
     network.settle(redial=False)
 
     assert not trainer.values.landing.is_complete
+
+
+def test_it_is_known_for_how_long_a_partition_took_no_connection(
+    network: Network, partition: Partition, tmp_path: Path
+) -> None:
+    listening, network.listeners = network.listeners, {}
+    trainer = met(network, tmp_path)
+    assert trainer.peer.unreached_s(time.monotonic() + 7) >= 7
+    network.listeners = listening
+    network.settle()
+    assert trainer.peer.is_connected and trainer.peer.unreached_s(time.monotonic() + 7) == 0
+    network.listeners = {}
+    partition.callers["pull"].close()
+    network.settle()
+    assert trainer.peer.unreached_s(time.monotonic() + 7) >= 7, "one of the two is not enough"
+    trainer.close()
+
+
+def test_a_partition_that_sends_callers_away_is_reached(network: Network, partition: Partition, tmp_path: Path) -> None:
+    partition.frame = lambda connection, *_: connection.close()  # type: ignore[method-assign]
+    trainer = met(network, tmp_path)
+    before_s = time.monotonic()
+    network.settle()
+    assert not trainer.peer.is_connected
+    now_s = time.monotonic()
+    assert trainer.peer.unreached_s(now_s) <= now_s - before_s
+    trainer.close()

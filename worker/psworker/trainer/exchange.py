@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 from pscluster.agent.heart import Heart
@@ -19,7 +20,16 @@ from pscluster.errors import FencedError
 from pscluster.layout import Layout
 from pscluster.spec import JobSpec
 from pscluster.summary import Statistics, unpack_statistics
-from pscluster.v1.plan_pb2 import Beat, Connected, Connection, PartitionSeat, Plan, PlanAdopted, ProcessReport
+from pscluster.v1.plan_pb2 import (
+    Beat,
+    Connected,
+    Connection,
+    PartitionSeat,
+    Plan,
+    PlanAdopted,
+    ProcessReport,
+    Unreached,
+)
 from pscluster.wire.frame import Header, Kind, job_number
 from pscluster.wire.memory import Lanes
 from pscluster.wire.reactor import Reactor
@@ -32,6 +42,7 @@ from psworker.trainer.values import Values
 from psworker.trainer.work import Directive, Done, Work, find_work
 
 COUNTERS_S = 1.0
+UNREACHED_S = 2.0  # for so long it is tried again before the master hears that a partition cannot be reached
 
 
 class SupersededError(FencedError):
@@ -201,7 +212,18 @@ class Exchange:
     def _beat(self) -> Beat:
         """On the heart's thread."""
         busy_s, typical_s = self._counters.pace.now()
-        return Beat(progress=self.progress, speed=self._counters.speed(), busy_s=busy_s, typical_s=typical_s)
+        return Beat(
+            progress=self.progress,
+            speed=self._counters.speed(),
+            busy_s=busy_s,
+            typical_s=typical_s,
+            unreached=self._unreached(),
+        )
+
+    def _unreached(self) -> Unreached | None:
+        plan, peers, now_s = self._plan, self._peers, time.monotonic()
+        indices = [peer.index for peer in peers if peer.unreached_s(now_s) >= UNREACHED_S]
+        return Unreached(generation=plan.generation, partitions=indices) if plan is not None and indices else None
 
     def _report_counters(self) -> None:
         self._counters.observe(self._peers)

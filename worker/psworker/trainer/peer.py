@@ -6,6 +6,7 @@ import json
 import os
 import random
 import struct
+import time
 from dataclasses import replace
 from typing import Protocol
 
@@ -56,15 +57,22 @@ class Peer:
         self.transport = ""
         self._connections: dict[str, Connection] = {}  # those that were welcomed, by channel
         self._failures = {"push": 0, "pull": 0}
+        self._unreached_since_s: dict[str, float] = {}  # by channel that has no connection; monotonic
         self._closed = False
         self._scratch = bytearray()
         self._pushing = False
         for channel in ("push", "pull"):
+            self._unreached_since_s[channel] = time.monotonic()
             self._dial(channel)
 
     @property
     def is_connected(self) -> bool:
         return len(self._connections) == 2
+
+    def unreached_s(self, now_s: float) -> float:
+        """For how long nothing at the partition's addresses has taken a connection, by the monotonic clock; 0: there is
+        one of each kind. From any thread."""
+        return max((now_s - since_s for since_s in list(self._unreached_since_s.values())), default=0.0)
 
     def close(self) -> None:
         """Drop the connections and stop dialling."""
@@ -115,6 +123,7 @@ class Peer:
             connection.close()
         else:
             connection.context = channel
+            self._unreached_since_s.pop(channel, None)
             header, told = self._receiver.greeting(channel)
             told["share"] = connection.is_local and self._wanted_transport in ("auto", "shm")
             connection.send(header, [json.dumps(told).encode()])
@@ -156,6 +165,7 @@ class Peer:
 
     def closed(self, connection: Connection, error: PsError | None) -> None:  # noqa: ARG002 - redialled whatever it was
         channel = str(connection.context)
+        self._unreached_since_s[channel] = time.monotonic()
         if self._connections.get(channel) is connection:
             del self._connections[channel]
             if channel == "push":
