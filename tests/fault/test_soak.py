@@ -6,15 +6,17 @@ import itertools
 import os
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from harness.commits import Commit, recovery_s
+from harness.commits import Commit, Commits, recovery_s
 from harness.faults import KINDS, storm
 from harness.growth import Growth, Look
 from harness.jobs import lm_spec
 from harness.plain import train_plainly
-from harness.soak import Soak, soak
+from harness.soak import Run, Soak, compared, soak
 
 SEED = 45  # meets every kind and both actions in eight faults
 KILLS = int(os.environ.get("KILLS", "8"))
@@ -71,3 +73,12 @@ def test_growth_is_told_from_noise() -> None:
     growth.looks[(7, 1.0)] = looks([100, 120, 140, 160, 180, 200, 220, 240, 260], 5)
     (told,) = growth.violations()[:1]
     assert "master (pid 7): resident_bytes grew from" in told
+
+
+def test_a_record_with_a_hole_is_told() -> None:
+    job: Any = SimpleNamespace(job_id="job-a", parameters_sha256="f00d", step=2, metrics={})
+    lines = [{"step": step, "loss": 0.5, "grad_norm": 1.0, "lr": 0.1} for step in (1, 2)]
+    whole = Run(job, Commits(Path(), "job-a"), lines)
+    assert compared(whole, whole) == []
+    (told,) = compared(whole, Run(job, whole.commits, lines[:1]))
+    assert told == "job-a: 1 steps were committed and are not in the record: [2]"

@@ -103,11 +103,6 @@ class Run:
         """Steps that were committed again, after a rollback."""
         return len(self.commits.all) - len({commit.step for commit in self.commits.all})
 
-    @property
-    def unrecorded(self) -> int:
-        """Committed steps without a line in the record: what an agent had not told when it was killed."""
-        return self.job.step - len({line["step"] for line in self.lines if "loss" in line})
-
 
 @dataclass
 class Outcome:
@@ -191,6 +186,8 @@ def compared(undisturbed: Run, disturbed: Run) -> list[str]:
         repeated = [later for earlier, later in itertools.pairwise(steps) if later <= earlier]
         found.append(f"{ours.job_id}: steps are recorded twice or out of order: {repeated[:10]}")
     wanted = {line["step"]: line for line in undisturbed.lines if "loss" in line}
+    if missing := sorted(wanted.keys() - set(steps)):
+        found.append(f"{ours.job_id}: {len(missing)} steps were committed and are not in the record: {missing[:10]}")
     for line in disturbed.lines:
         if "loss" in line and any(line[key] != wanted[line["step"]][key] for key in ("loss", "grad_norm", "lr")):
             found.append(f"{ours.job_id}: step {line['step']} was recorded as {line}, not {wanted[line['step']]}")
@@ -252,7 +249,6 @@ def _result(plan: Soak, weather: Storm, outcome: Outcome, restarts: int) -> dict
         "disturbed_s": [round(run.seconds, 3) for run in outcome.disturbed],
         "steps": plan.steps,
         "steps_repeated": sum(run.repeated for run in outcome.disturbed),
-        "steps_unrecorded": sum(run.unrecorded for run in outcome.disturbed),
         "generations": [run.job.generation for run in outcome.disturbed],
         "daemons_restarted": restarts,
         "next_commit_after_s": {
