@@ -43,10 +43,10 @@ def lose(draft: Draft, view: View) -> None:
         if draft.job.plan is not None and seat.active:
             _begin_recovery(draft, seat.kind)
         draft.unseat(seat, losses=losses)
-        if loss.cause == "reach":
-            draft.exclude(seat.node_id, seat.incarnation, f"others cannot reach {seat.name} there")
         if seat.kind is Kind.PARTITION:
             standbys.succeed(draft, seat, losses)
+        if loss.cause == "reach":
+            _place_elsewhere(draft, view, seat)
 
 
 def _out_of_reach(draft: Draft, view: View, seat: Seat) -> Loss | None:
@@ -57,10 +57,22 @@ def _out_of_reach(draft: Draft, view: View, seat: Seat) -> Loss | None:
     if seat.rank not in cut.partitions:
         return None
     standby = draft.job.standby(seat.rank)
-    elsewhere = _choose(draft, view, seat, draft.excluded(view.nodes) | {seat.node_id})
-    if elsewhere is None and (standby is None or not standby.synced):
+    if _elsewhere(draft, view, seat) is None and (standby is None or not standby.synced):
         return None
     return out_of_reach(seat, reach.words(cut.reports))
+
+
+def _elsewhere(draft: Draft, view: View, seat: Seat) -> NodeView | None:
+    return _choose(draft, view, seat, draft.excluded(view.nodes) | {seat.node_id})
+
+
+def _place_elsewhere(draft: Draft, view: View, lost: Seat) -> None:
+    """A seat whose process was out of reach, unless a standby has it: not where it was. Later it may be there again:
+    networks heal, and one that has not is found again."""
+    seat = draft.job.seat(lost.kind, lost.rank)
+    node = _elsewhere(draft, view, lost)
+    if seat is not None and not seat.placed and node is not None:
+        draft.place(lost.kind, lost.rank, node)
 
 
 def _spared(draft: Draft, seat: Seat) -> bool:

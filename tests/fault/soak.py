@@ -71,7 +71,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--gap", type=int, default=16, metavar="STEPS", help="between two faults, about (16)")
     parser.add_argument("--length", type=int, metavar="STEPS", help="of a job; then there is one job after another")
     parser.add_argument("--power-loss", action="store_true", help="now and then everything is killed at once, too")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where soak.json, or soak_TIER.json, goes")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, metavar="DIR", help="where soak.json, or soak_TIER.json, goes"
+    )
     chosen = parser.parse_args()
     if chosen.kills < 1:
         parser.error("--kills must be at least 1")

@@ -76,10 +76,15 @@ class Child:
             self._agent.life.after(patience.kill_s, "", self.kill)
 
     def look(self, now_s: float) -> None:
-        """Tell the master when the process has fallen silent or stalled, or is heard again."""
+        """Tell the master when the process falls silent or stalls, or is heard again, and what it cannot reach."""
         found = suspicion_of(now_s, self.heard, SILENCE_S[self.spec.kind])
-        if found != self._status.suspicion:
+        unreached = self.heard.unreached if self.heard is not None else None
+        told = self._status.unreached if self._status.HasField("unreached") else None
+        if (found, unreached) != (self._status.suspicion, told):
             self._status.suspicion = found
+            self._status.ClearField("unreached")
+            if unreached is not None:
+                self._status.unreached.CopyFrom(unreached)
             self._agent.emit(AgentMessage(status=self._status))
 
     def kill(self) -> None:
@@ -106,9 +111,10 @@ class Child:
     def _reported(self, report: ProcessReport) -> None:
         body = report.WhichOneof("body")
         if body == "beat":
-            now_s = self._agent.sim.schedule.now_s
-            self.heard = Heard(at_s=now_s, busy_s=report.beat.busy_s, typical_s=report.beat.typical_s)
-            self.speed = report.beat.speed if report.beat.HasField("speed") else None
+            now_s, beat = self._agent.sim.schedule.now_s, report.beat
+            unreached = beat.unreached if beat.HasField("unreached") else None
+            self.heard = Heard(at_s=now_s, busy_s=beat.busy_s, typical_s=beat.typical_s, unreached=unreached)
+            self.speed = beat.speed if beat.HasField("speed") else None
         if body in ("counters", "beat"):
             return
         if body in ("trainer_ready", "partition_ready"):

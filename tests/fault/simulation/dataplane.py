@@ -17,6 +17,7 @@ from pscluster.agent.heart import BEAT_S
 from pscluster.errors import PsError
 from pscluster.v1.plan_pb2 import Beat, Plan, ProcessOrder, ProcessReport, ProcessSpec, Shutdown
 from pscluster.wire.frame import HEADER_BYTES, Buffer, Header, Kind
+from pscluster.wire.reactor import DIAL_S
 from tests.fault.simulation.network import End, Network
 from tests.fault.simulation.schedule import SOON_S, Life, Schedule
 
@@ -152,10 +153,20 @@ class Reactor:
         """Connections end with the process."""
 
     def dial(self, address: str, handler: Any, done: Callable[[Any, str], None]) -> None:
+        """See Reactor.dial: it has an end, whatever the network does."""
+        answered = False
+
         def dialled(end: End | None) -> None:
+            nonlocal answered
+            if answered:
+                if end is not None:
+                    end.close()
+                return
+            answered = True
             done(None if end is None else Connection(end, handler), "" if end else "nobody listens")
 
         self._network.dial(self.life, self._host, address, dialled)
+        self.life.after(DIAL_S, "", lambda: None if answered else dialled(None))
 
     def listen(self, address: str, handler: Any) -> None:
         self._network.listen(address, self.life, self._host, lambda end: _accept(end, handler))

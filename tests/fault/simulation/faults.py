@@ -18,6 +18,7 @@ OTHERS = (
     "replace_node",
     "cut_data",
     "cut_votes",
+    "sever",
     "cut_control",
     "block_one_way",
     "block_both_ways",
@@ -199,6 +200,18 @@ class Faults:
 
     def cut_control(self) -> str:
         return self._cut([end for end in self.sim.network.connections() if end.other.host == "master"])
+
+    def sever(self) -> str:
+        """A worker and a server no longer reach each other, though the master hears both: connections break, and none
+        can be made for a while."""
+        workers = [host for host in self.sim.hosts if host.startswith("worker")]
+        server = self._random.choice([host for host in self.sim.hosts if host.startswith("server")])
+        worker = self._random.choice(workers)
+        struck = self._block([(worker, server), (server, worker)])
+        for end in self.sim.network.connections() if struck else ():
+            if {end.host, end.other.host} == {worker, server}:
+                self.sim.network.cut(end)
+        return struck
 
     def _cut(self, ends: list[Any]) -> str:
         end = self._one(ends)
