@@ -8,12 +8,13 @@ moments) its place, length and CRC-32C. Where it lies is `pscluster.storage`'s b
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import crc32c
 
@@ -51,21 +52,63 @@ class Part:
     pieces: Mapping[PieceKey, bytearray]
 
 
+class Pieces(Protocol):
+    """Where the data of a part come from. Read once, piece by piece; each piece is the same however often it is looked
+    at until then."""
+
+    def sizes(self) -> Mapping[PieceKey, int]:
+        """The bytes of every piece, in the order in which they are written."""
+
+    def checksum(self, key: PieceKey) -> int:
+        """The CRC-32C of a piece."""
+
+    def chunks(self, key: PieceKey) -> Iterator[Buffer]:
+        """The piece, in order; a chunk may be overwritten once the next is asked for. After the last the piece is no
+        longer needed."""
+
+    def end(self) -> None:
+        """Nothing is needed any more. Safe to repeat."""
+
+
+class Held:
+    """`Pieces` that lie in memory which nobody changes."""
+
+    def __init__(self, pieces: Mapping[PieceKey, Buffer]) -> None:
+        self._pieces = pieces
+
+    def sizes(self) -> Mapping[PieceKey, int]:
+        return {key: memoryview(data).nbytes for key, data in self._pieces.items()}
+
+    def checksum(self, key: PieceKey) -> int:
+        return crc32c.crc32c(self._pieces[key])
+
+    def chunks(self, key: PieceKey) -> Iterator[Buffer]:
+        yield self._pieces[key]
+
+    def end(self) -> None:
+        """They are whoever's they were."""
+
+
 def part_name(step: int, partition: int, generation: int) -> str:
     """A part's file name; the generation is in it, so that a file of the past is never overwritten or mistaken."""
     return f"step-{step:010d}.part-{partition:04d}.generation-{generation}.snapshot"
 
 
-def write_part(location: Location, meta: PartMeta, layout: Layout, pieces: Mapping[PieceKey, Buffer]) -> Written:
+def write_part(
+    location: Location, meta: PartMeta, layout: Layout, pieces: Pieces | Mapping[PieceKey, Buffer]
+) -> Written:
     """Write a part durably. Blocks on the store. Raises StorageError, and then leaves nothing behind."""
+    source = Held(pieces) if isinstance(pieces, Mapping) else pieces
+    sizes = source.sizes()
     index = [
-        {"bucket": bucket, "what": what, "size_bytes": memoryview(data).nbytes, "crc32c": crc32c.crc32c(data)}
-        for (bucket, what), data in pieces.items()
+        {"bucket": key[0], "what": key[1], "size_bytes": size, "crc32c": source.checksum(key)}
+        for key, size in sizes.items()
     ]
     header = json.dumps({"meta": asdict(meta), "layout": layout.to_json().decode(), "pieces": index}).encode()
     head = _MAGIC + _U32.pack(len(header)) + header + _U32.pack(crc32c.crc32c(header))
     store, name = split(location)
-    return store.write(name, [head, *pieces.values()])
+    data = itertools.chain([head], itertools.chain.from_iterable(source.chunks(key) for key in sizes))
+    return store.write(name, data, size_bytes=len(head) + sum(sizes.values()))
 
 
 def read_part(location: Location) -> Part:

@@ -7,7 +7,7 @@ StorageError naming the place; DamagedError when a file that should be there is 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +36,10 @@ class SnapshotStore(ABC):
     location: str
 
     @abstractmethod
-    def write(self, name: str, buffers: Sequence[Buffer]) -> Written:
+    def write(self, name: str, buffers: Iterable[Buffer], *, size_bytes: int | None = None) -> Written:
         """Make a file of the buffers, one after the other. On return it is durable and replaces an older one.
 
+        Each buffer is done with when the next is asked for. `size_bytes`: of all of them; None: they are a sequence.
         Whoever looks sees all of it or nothing; after an error nothing is left behind."""
 
     @abstractmethod

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,7 +32,7 @@ class DirectoryStore(SnapshotStore):
         except OSError as error:
             raise _named(error, f"cannot make {self._directory}") from None
 
-    def write(self, name: str, buffers: Sequence[Buffer]) -> Written:
+    def write(self, name: str, buffers: Iterable[Buffer], *, size_bytes: int | None = None) -> Written:  # noqa: ARG002
         incoming = Incoming(self._directory, name)
         try:
             for buffer in buffers:

@@ -6,7 +6,7 @@ Credentials, region and endpoint come from where the AWS tools take them: the da
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
 import crc32c
@@ -42,14 +42,17 @@ class ObjectStore(SnapshotStore):
         self._fs = fs
         self._root = self.location.partition("://")[2]
 
-    def write(self, name: str, buffers: Sequence[Buffer]) -> Written:
+    def write(self, name: str, buffers: Iterable[Buffer], *, size_bytes: int | None = None) -> Written:
         path = f"{self._root}/{name}"
-        views = [memoryview(buffer).cast("B") for buffer in buffers]
-        size = sum(view.nbytes for view in views)
-        total = 0
+        if size_bytes is None:
+            buffers = list(buffers)
+            size_bytes = sum(memoryview(buffer).nbytes for buffer in buffers)
+        size = total = 0
         with self._named("write", name):
-            with self._upload(path, size) as file:
-                for view in views:
+            with self._upload(path, size_bytes) as file:
+                for buffer in buffers:
+                    view = memoryview(buffer).cast("B")
+                    size += view.nbytes
                     total = crc32c.crc32c(view, total)
                     for at in range(0, view.nbytes, _PIECE_BYTES):
                         file.write(view[at : at + _PIECE_BYTES])

@@ -51,6 +51,9 @@ class Holder(Protocol):
     def decided(self, verdict: Verdict, summary: Summary) -> None:
         """A verdict is about to be carried out on the step with that summary: its sums are still what they were."""
 
+    def overwriting(self, bucket: int) -> None:
+        """A bucket's values are about to change."""
+
     def serve_pulls(self) -> None:
         """Send what is owed and new enough."""
 
@@ -113,8 +116,8 @@ class StepCycle:
         until_s = time.perf_counter() + SLICE_S
         while (bucket := step.next_update()) is not None:
             self.progress += 1
+            holder.overwriting(bucket)
             with holder.counters.phase("update"):
-                holder.clients.overwriting(bucket)
                 step.update()
             holder.versions[bucket] = verdict.step + 1
             if time.perf_counter() >= until_s:

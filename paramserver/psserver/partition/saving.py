@@ -1,4 +1,4 @@
-"""A partition's snapshots: copied at a step boundary, written in the background, reported when they are durable."""
+"""A partition's snapshots: begun at a step boundary, written in the background, reported when they are durable."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pscluster.spec import JobSpec
 from pscluster.storage import Written
 from pscluster.v1.plan_pb2 import ErrorDetail, ProcessReport, ProcessSpec, SnapshotPart
 from pscluster.v1.plan_pb2 import Warning as WarningMessage
+from psserver.partition.frozen import Frozen
 from psserver.partition.sharing import Sharing
 from psserver.partition.snapshots import SnapshotWriter
 from psserver.partition.state import PartitionState
@@ -27,6 +28,7 @@ class Saving:
         post: Callable[[Callable[[], None]], None],
     ) -> None:
         self.writer: SnapshotWriter | None = None  # of a partition, whose files they are; a standby touches none
+        self._frozen: list[Frozen] = []  # what may still be written from the partition's memory
         self._store = start.store
         self._own_store = start.own_store
         self._post = post
@@ -51,10 +53,11 @@ class Saving:
             )
 
     def write(self, state: PartitionState, step: int, generation: int, *, last: bool) -> None:
-        """Copy the state, which is that of committed `step`, and have it written. `last`: the job may end with it."""
+        """Have the state, which is that of committed `step`, written. `last`: the job may end with it."""
         meta = state.meta(self._job_id, step, generation, self._partition, self._num_partitions)
         with self._counters.phase("snapshot"):
-            pieces = state.pieces()
+            pieces = Frozen(state.places())
+        self._frozen = [*(frozen for frozen in self._frozen if not frozen.is_over), pieces]
         assert self.writer is not None
         self.writer.write(
             meta,
@@ -63,6 +66,18 @@ class Saving:
             lambda written, error: self._wrote(step, generation, written, error),
             last=last,
         )
+
+    def overwriting(self, bucket: int) -> None:
+        """A bucket is about to change: what of it is still to be written is copied."""
+        if self._frozen:
+            with self._counters.phase("snapshot"):
+                for frozen in self._frozen:
+                    frozen.preserve(bucket)
+
+    def overwriting_all(self) -> None:
+        """Everything is about to change."""
+        for frozen in self._frozen:
+            frozen.preserve_all()
 
     def retain(self, kept: Iterable[int]) -> None:
         """Delete what is older than the newest kept step and not kept."""

@@ -156,6 +156,7 @@ class PartitionService(AgentLine):
     def _restore(self, plan: Plan) -> None:
         """Begin at the plan's resume step; a standby begins with nothing, and hears from its partition."""
         self._hang_up()
+        self.saving.overwriting_all()
         layout = Layout.from_json(plan.layout_json)
         num_partitions = self.spec.servers.partitions
         if self.state is None or self.state.layout != layout:
@@ -294,6 +295,11 @@ class PartitionService(AgentLine):
         for client, header, body in early:
             if client.connection.is_open:
                 self._reception.frame(client.connection, header, memoryview(body))
+
+    def overwriting(self, bucket: int) -> None:
+        """A bucket's values are about to change: who was to read the old ones gets a copy."""
+        self.clients.overwriting(bucket)
+        self.saving.overwriting(bucket)
 
     @property
     def is_updating(self) -> bool:

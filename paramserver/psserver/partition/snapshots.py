@@ -1,4 +1,4 @@
-"""Snapshots in the background: one thread writes what the partition copied, and deletes what is done with.
+"""Snapshots in the background: one thread writes what the partition held, and deletes what is done with.
 
 A store that is slower than snapshots come never holds training back: one snapshot is being written, at most one waits,
 and what finds the place taken is left out. A step that one partition leaves out never becomes complete; it is told.
@@ -10,7 +10,7 @@ import functools
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,8 +18,8 @@ import structlog
 
 from pscluster.errors import InternalError, PsError, StorageError
 from pscluster.layout import Layout
-from pscluster.snapshot import PartMeta, PieceKey, part_name, write_part
-from pscluster.storage import Buffer, Written, below, open_store
+from pscluster.snapshot import PartMeta, Pieces, part_name, write_part
+from pscluster.storage import Written, below, open_store
 from psserver.partition.sharing import Sharing
 
 Done = Callable[[Written | None, PsError | None], None]
@@ -43,11 +43,11 @@ def roundness(step: int, every_steps: int) -> int:
 
 @dataclass(kw_only=True)
 class _Wish:
-    """A snapshot that wants to be written, with its private copy. Greater goes first."""
+    """A snapshot that wants to be written. Greater goes first."""
 
     meta: PartMeta
     layout: Layout
-    pieces: Mapping[PieceKey, Buffer] = field(repr=False)
+    pieces: Pieces = field(repr=False)
     done: Done
     rank: tuple[int, bool, int, int]  # a newer generation makes older ones void; then the last, the rounder, the newer
 
@@ -82,11 +82,9 @@ class SnapshotWriter:
         self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
         self._thread.start()
 
-    def write(
-        self, meta: PartMeta, layout: Layout, pieces: Mapping[PieceKey, Buffer], done: Done, *, last: bool = False
-    ) -> None:
-        """Write a part as soon as the store is free; `done` hears what was written, or why it was not. `last`: no
-        other may take its place."""
+    def write(self, meta: PartMeta, layout: Layout, pieces: Pieces, done: Done, *, last: bool = False) -> None:
+        """Write a part as soon as the store is free; `done` hears what was written, or why it was not. The pieces are
+        ended then. `last`: no other may take its place."""
         rank = (meta.generation, last, roundness(meta.step, self._every_steps), meta.step)
         wish = _Wish(meta=meta, layout=layout, pieces=pieces, done=done, rank=rank)
         with self._changed:
@@ -95,6 +93,7 @@ class SnapshotWriter:
             self._waiting = first
             self._changed.notify()
         if left_out is not None:
+            left_out.pieces.end()
             self._tell(left_out.done, None, _left_out(left_out.meta.step, first.meta.step))
 
     def retain(self, kept: Iterable[int]) -> None:
@@ -122,7 +121,7 @@ class SnapshotWriter:
                 self._write(wish)
             elif not kept:
                 return
-            del wish  # with the copy that was written, while the next is waited for
+            del wish  # with what it holds, while the next is waited for
 
     def _attempt(self, work: Callable[[], None]) -> None:
         """Tidying up: what fails is tried again whenever the catalogue grows, or by the next process."""
@@ -150,6 +149,7 @@ class SnapshotWriter:
             error = problem
         except Exception as problem:  # this thread must live: without it there are no more snapshots
             error = InternalError(f"writing the snapshot of step {meta.step} failed: {problem!r}")
+        wish.pieces.end()
         self._tell(wish.done, written, error)
 
     def _tell(self, done: Done, written: Written | None, error: PsError | None) -> None:

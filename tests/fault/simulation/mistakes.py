@@ -18,6 +18,7 @@ from psmaster.jobs import Job
 from psmaster.registry import Node as ClusterNode
 from psserver.partition import commit
 from psserver.partition.commit import Decide, Lead, Member, Verdict, Vote
+from psserver.partition.frozen import Frozen
 from psserver.partition.reception import Reception
 from psserver.partition.service import PartitionService
 from psserver.partition.snapshots import SnapshotWriter
@@ -224,6 +225,11 @@ def parts_are_not_synced() -> Iterable[Patch]:
 def parts_that_count_are_deleted() -> Iterable[Patch]:
     retain = SnapshotWriter.retain
     yield patch.object(SnapshotWriter, "retain", lambda self, kept: retain(self, [*kept][-1:]))
+
+
+@mistake
+def snapshots_are_written_from_what_changes() -> Iterable[Patch]:
+    yield patch.object(Frozen, "preserve", lambda _self, _bucket: None)
 
 
 # trainers

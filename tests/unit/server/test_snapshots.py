@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pscluster.errors import InternalError, PsError, StorageError
 from pscluster.layout import Layout, TensorSpec
-from pscluster.snapshot import PartMeta, part_name, read_part, write_part
+from pscluster.snapshot import Held, PartMeta, part_name, read_part, write_part
 from pscluster.storage import Written
 from psserver.partition import sharing, snapshots
 from psserver.partition.snapshots import ALWAYS, SnapshotWriter, roundness
@@ -35,7 +35,7 @@ class Desk:
 
     def write(self, step: int, *, generation: int = 1) -> tuple[Written | None, PsError | None]:
         meta = PartMeta(job="job", step=step, generation=generation, partition=0, num_partitions=1, ages=(0,))
-        self.writer.write(meta, LAYOUT, {(0, "values"): bytes(64)}, lambda *told: self.heard.append(told))
+        self.writer.write(meta, LAYOUT, Held({(0, "values"): bytes(64)}), lambda *told: self.heard.append(told))
         self.posted.get(timeout=DEADLINE_S)()
         return self.heard[-1]
 
@@ -131,7 +131,7 @@ def test_what_a_killed_process_left_half_written_is_deleted(tmp_path: Path) -> N
 
 def test_closing_finishes_what_is_begun(desk: Desk) -> None:
     meta = PartMeta(job="job", step=9, generation=1, partition=0, num_partitions=1, ages=(0,))
-    desk.writer.write(meta, LAYOUT, {}, lambda *_: None)
+    desk.writer.write(meta, LAYOUT, Held({}), lambda *_: None)
     desk.writer.close()
 
     assert desk.steps() == [9]
@@ -161,7 +161,7 @@ class SlowStore:
 def ask(desk: Desk, step: int, *, generation: int = 1, last: bool = False) -> None:
     """Ask for a snapshot, and do not wait for it."""
     meta = PartMeta(job="job", step=step, generation=generation, partition=0, num_partitions=1, ages=(0,))
-    desk.writer.write(meta, LAYOUT, {(0, "values"): bytes(64)}, lambda *told: desk.heard.append(told), last=last)
+    desk.writer.write(meta, LAYOUT, Held({(0, "values"): bytes(64)}), lambda *told: desk.heard.append(told), last=last)
 
 
 def finish(desk: Desk, slow: SlowStore, num_asked: int) -> None:

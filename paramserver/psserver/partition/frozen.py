@@ -1,0 +1,87 @@
+"""What a partition holds at one version, for a snapshot: not copied unless it is overwritten before it is written.
+
+Between two updates lie a forward and a backward, in which most of a snapshot can be written from where it lies. A copy
+of everything, beforehand, would cost more than the writing: new memory is cleared page by page as it is touched.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Iterator, Mapping
+
+import crc32c
+
+from pscluster.snapshot import PieceKey
+
+CHUNK_BYTES = 1 << 20
+"""What is read at a time, while the partition's thread would have to wait: about a tenth of a millisecond."""
+
+
+class Frozen:
+    """Made, and told of what is about to change, by the partition's thread; read by the one that writes (`Pieces`).
+
+    `places`: the memory of every piece, of which the partition goes on making newer versions."""
+
+    def __init__(self, places: Mapping[PieceKey, memoryview]) -> None:
+        self._lock = threading.Lock()
+        self._sources = {key: memoryview(place).cast("B") for key, place in places.items()}
+        self._sizes = {key: source.nbytes for key, source in self._sources.items()}
+        self._live = set(self._sources)  # what still lies in the partition's memory
+        self._chunk = memoryview(bytearray(min(CHUNK_BYTES, max(self._sizes.values(), default=0))))
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing of it is needed any more."""
+        return not self._sources
+
+    # ---- the partition's thread ----
+
+    def preserve(self, bucket: int) -> None:
+        """The bucket is about to be overwritten: copy what of it was not written yet."""
+        with self._lock:
+            for key in [key for key in self._sizes if key[0] == bucket and key in self._live]:
+                self._live.discard(key)
+                self._sources[key] = _copied(self._sources[key])
+
+    def preserve_all(self) -> None:
+        """Everything is about to be overwritten."""
+        for bucket in sorted({bucket for bucket, _ in self._sizes}):
+            self.preserve(bucket)
+
+    # ---- the writing thread ----
+
+    def sizes(self) -> Mapping[PieceKey, int]:
+        return self._sizes
+
+    def checksum(self, key: PieceKey) -> int:
+        total = 0
+        for at in range(0, self._sizes[key], CHUNK_BYTES):
+            with self._lock:
+                total = crc32c.crc32c(self._sources[key][at : at + CHUNK_BYTES], total)
+        return total
+
+    def chunks(self, key: PieceKey) -> Iterator[memoryview]:
+        for at in range(0, self._sizes[key], CHUNK_BYTES):
+            with self._lock:
+                part = self._sources[key][at : at + CHUNK_BYTES]
+                chunk = self._chunk[: part.nbytes]
+                chunk[:] = part
+            yield chunk
+        self._drop(key)
+
+    def end(self) -> None:
+        for key in list(self._sizes):
+            self._drop(key)
+
+    def _drop(self, key: PieceKey) -> None:
+        with self._lock:
+            self._live.discard(key)
+            self._sources.pop(key, None)
+
+
+def _copied(source: memoryview) -> memoryview:
+    """In a mapping of its own: the heap would keep the room for it for good."""
+    copied = memoryview(mmap.mmap(-1, max(source.nbytes, 1)))[: source.nbytes]
+    copied[:] = source
+    return copied

@@ -1,0 +1,125 @@
+"""Snapshots are written from the memory of the partition: what is overwritten meanwhile is copied, and nothing else."""
+
+from __future__ import annotations
+
+import random
+import threading
+
+import crc32c
+import pytest
+
+from pscluster.snapshot import PieceKey
+from psserver.partition import frozen
+from psserver.partition.frozen import Frozen
+
+KEYS: list[PieceKey] = [(0, "values"), (0, "moment0"), (1, "values"), (1, "moment0")]
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen, "CHUNK_BYTES", 1000)
+
+
+@pytest.fixture
+def memory() -> dict[PieceKey, bytearray]:
+    draw = random.Random(3)
+    return {key: bytearray(draw.randbytes(size)) for key, size in zip(KEYS, (5_500, 5_500, 999, 1_000), strict=True)}
+
+
+@pytest.fixture
+def before(memory: dict[PieceKey, bytearray]) -> dict[PieceKey, bytes]:
+    return {key: bytes(place) for key, place in memory.items()}
+
+
+def made(memory: dict[PieceKey, bytearray]) -> Frozen:
+    return Frozen({key: memoryview(place) for key, place in memory.items()})
+
+
+def overwrite(memory: dict[PieceKey, bytearray], bucket: int) -> None:
+    for key, place in memory.items():
+        if key[0] == bucket:
+            place[:] = bytes(len(place))
+
+
+def read(held: Frozen, key: PieceKey) -> bytes:
+    return b"".join(bytes(chunk) for chunk in held.chunks(key))
+
+
+def test_what_is_not_overwritten_is_not_copied(
+    memory: dict[PieceKey, bytearray], before: dict[PieceKey, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frozen, "_copied", lambda source: pytest.fail(f"{source.nbytes} bytes were copied"))
+    held = made(memory)
+    assert held.sizes() == {key: len(data) for key, data in before.items()}
+    assert [held.checksum(key) for key in KEYS] == [crc32c.crc32c(before[key]) for key in KEYS]
+    assert [read(held, key) for key in KEYS] == [before[key] for key in KEYS]
+    assert held.is_over
+    held.preserve_all()
+
+
+def test_what_is_overwritten_in_the_middle_of_a_piece_was_copied(
+    memory: dict[PieceKey, bytearray], before: dict[PieceKey, bytes]
+) -> None:
+    held = made(memory)
+    chunks = held.chunks((0, "values"))
+    got = bytes(next(chunks)) + bytes(next(chunks))
+    held.preserve(0)
+    overwrite(memory, 0)
+    got += b"".join(bytes(chunk) for chunk in chunks)
+    assert got == before[(0, "values")]
+    assert held.checksum((0, "moment0")) == crc32c.crc32c(before[(0, "moment0")])
+    assert [read(held, key) for key in KEYS[1:]] == [before[key] for key in KEYS[1:]]
+
+
+def test_only_a_bucket_that_still_waits_is_copied(
+    memory: dict[PieceKey, bytearray], before: dict[PieceKey, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[int] = []
+    copy = frozen._copied
+    monkeypatch.setattr(frozen, "_copied", lambda source: copied.append(source.nbytes) or copy(source))
+    held = made(memory)
+    read(held, (0, "values"))
+    for _ in range(2):
+        held.preserve(0)
+    assert copied == [5_500], "its values are written; and once is enough"
+    held.preserve_all()
+    assert copied == [5_500, 999, 1_000]
+    for bucket in (0, 1):
+        overwrite(memory, bucket)
+    assert [read(held, key) for key in KEYS[1:]] == [before[key] for key in KEYS[1:]]
+
+
+def test_what_is_given_up_is_not_copied(memory: dict[PieceKey, bytearray], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen, "_copied", lambda _: pytest.fail("nobody wants it"))
+    held = made(memory)
+    for _ in range(2):
+        held.end()
+    assert held.is_over
+    held.preserve_all()
+
+
+def test_the_two_threads_never_see_half_a_piece() -> None:
+    """The partition makes versions as fast as it can; each snapshot is of one of them."""
+    memory = {(bucket, "values"): bytearray(64_000) for bucket in range(4)}
+    waiting: list[Frozen | None] = [None]
+    seen: list[set[bytes]] = []
+
+    def write() -> None:
+        while len(seen) < 40:
+            if (held := waiting[0]) is not None:
+                seen.append({bytes([byte]) for key in memory for byte in set(read(held, key))})
+                waiting[0] = None
+
+    writing = threading.Thread(target=write)
+    writing.start()
+    held: Frozen | None = None
+    version = 0
+    while writing.is_alive():
+        if waiting[0] is None:
+            held = waiting[0] = made(memory)
+        for bucket in range(4):
+            held.preserve(bucket) if held is not None else None
+            memory[(bucket, "values")][:] = bytes([version % 250]) * 64_000
+        version += 1
+    assert all(len(bytes_) == 1 for bytes_ in seen), "the bytes of two versions in one snapshot"
+    assert version > 40
