@@ -28,15 +28,20 @@ class Cut:
     partitions: frozenset[int] = frozenset()
 
 
+NOTHING = Cut(reports={})
+
+
 def judge(job: Job, processes: Processes, now: Instant) -> Cut:
     """What follows from the connections that cannot be made."""
+    if not any(process.unreached.partitions for process in processes.values()):
+        return NOTHING
     if job.plan is None or job.finished is not None or not all(seat.active for seat in job.partitions):
-        return Cut(reports={})  # while one is away, of course it is not reached
+        return NOTHING  # while one is away, of course it is not reached
     trainers = {seat: _told(seat, job, processes) for seat in job.trainers if _counts(seat, job, processes)}
     voters = {seat: _told(seat, job, processes) for seat in job.partitions if seat.rank}
     reports = {seat.name: told for seat, told in (trainers | voters).items() if told}
     if not reports:
-        return Cut(reports={})
+        return NOTHING
     ripe = {seat for seat in (*trainers, *voters) if _is_ripe(seat, job, processes, now)}
     lost = _lost_to_trainers(trainers, ripe, len(job.partitions)) | _lost_to_voters(voters, ripe)
     cut_off = frozenset(seat.rank for seat, told in trainers.items() if seat in ripe and told - lost)

@@ -19,8 +19,9 @@ _LOOKS = {"silent": "no longer beats", "stalled": "has been at one microbatch fo
 
 def lose(draft: Draft, view: View) -> None:
     """Empty the seats whose process is gone. FAILED when one seat loses too many without a new step in between."""
+    cut = reach.judge(draft.job, view.processes, view.now)
     for seat in (*draft.job.standbys, *draft.job.working):
-        loss = loss_of(seat, draft.job, view) or _out_of_reach(draft, view, seat)
+        loss = loss_of(seat, draft.job, view) or _out_of_reach(draft, view, seat, cut)
         if seat.standby and loss is not None:
             standbys.lose(draft, view, seat, loss)
             continue
@@ -49,12 +50,9 @@ def lose(draft: Draft, view: View) -> None:
             _place_elsewhere(draft, view, seat)
 
 
-def _out_of_reach(draft: Draft, view: View, seat: Seat) -> Loss | None:
+def _out_of_reach(draft: Draft, view: View, seat: Seat, cut: reach.Cut) -> Loss | None:
     """A partition that others cannot reach, and that can be elsewhere."""
-    if seat.kind is not Kind.PARTITION or seat.standby or not seat.active:
-        return None
-    cut = reach.judge(draft.job, view.processes, view.now)
-    if seat.rank not in cut.partitions:
+    if seat.kind is not Kind.PARTITION or seat.standby or seat.rank not in cut.partitions:
         return None
     standby = draft.job.standby(seat.rank)
     if _elsewhere(draft, view, seat) is None and (standby is None or not standby.synced):

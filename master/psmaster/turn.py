@@ -109,7 +109,8 @@ class Turn:
             return
         held = self.processes.get(process_id) or Process(process_id=process_id, node_id=node_id)
         since_s = held.unreached.since_s if held.unreached.partitions else self.now.mono_s
-        self._know(process_id, node_id, unreached=replace(unreached, since_s=since_s))
+        if replace(unreached, since_s=held.unreached.since_s) != held.unreached:
+            self._know(process_id, node_id, unreached=replace(unreached, since_s=since_s))
         if held.suspicion != suspicion:
             self._know(process_id, node_id, suspicion=suspicion, suspect_since_s=self.now.mono_s)
 
