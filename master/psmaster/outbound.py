@@ -14,7 +14,7 @@ from psmaster.pace import Pace
 from psmaster.processes import Processes
 from psmaster.reconcile import Desired
 from psmaster.registry import Health, Node, Role
-from psmaster.seats import Kind, Plan, Seat
+from psmaster.seats import Kind, Plan, Seat, counted_on
 
 _STATES = {state: cast("jobs_pb2.JobState", jobs_pb2.JobState.Value(f"JOB_STATE_{state.name}")) for state in JobState}
 _KINDS = {Kind.TRAINER: plan_pb2.ProcessSpec.KIND_TRAINER, Kind.PARTITION: plan_pb2.ProcessSpec.KIND_PARTITION}
@@ -54,10 +54,11 @@ def _process_spec(job: Job, process: Desired) -> plan_pb2.ProcessSpec:
 
 def plan(job: Job, m: Plan) -> plan_pb2.Plan:
     """The plan without layout and token: what people may see."""
+    counted = {seat.rank for seat in counted_on(m.trainers)}
     message = plan_pb2.Plan(
         job_id=job.job_id,
         generation=m.generation,
-        trainers=[_trainer_seat(seat) for seat in m.trainers],
+        trainers=[_trainer_seat(seat, active=seat.rank in counted) for seat in m.trainers],
         partitions=[_partition_seat(job, m, seat) for seat in m.partitions],
         restore_generation=m.restore_generation,
         resume_step=m.resume_step,
@@ -74,13 +75,13 @@ def plan(job: Job, m: Plan) -> plan_pb2.Plan:
     return message
 
 
-def _trainer_seat(seat: Seat) -> plan_pb2.TrainerSeat:
+def _trainer_seat(seat: Seat, *, active: bool) -> plan_pb2.TrainerSeat:
     return plan_pb2.TrainerSeat(
         rank=seat.rank,
         node_id=seat.node_id,
         attempt=seat.attempt,
         shards=[plan_pb2.ShardRange(first=first, count=count) for first, count in seat.shards],
-        active=seat.active and not seat.suspect,
+        active=active,
         device=seat.device,
     )
 

@@ -35,8 +35,10 @@ def judge(job: Job, processes: Processes, now: Instant) -> Cut:
     """What follows from the connections that cannot be made."""
     if not any(process.unreached.partitions for process in processes.values()):
         return NOTHING
-    if job.plan is None or job.finished is not None or not all(seat.active for seat in job.partitions):
-        return NOTHING  # while one is away, of course it is not reached
+    if job.plan is None or job.finished is not None:
+        return NOTHING
+    if not all(seat.active and job.plan.holds(seat) for seat in job.partitions):
+        return NOTHING  # one is away, or where nobody was told yet: of course it is not reached
     trainers = {seat: _told(seat, job, processes) for seat in job.trainers if _counts(seat, job, processes)}
     voters = {seat: _told(seat, job, processes) for seat in job.partitions if seat.rank}
     reports = {seat.name: told for seat, told in (trainers | voters).items() if told}

@@ -118,6 +118,20 @@ def test_a_standby_in_sync_takes_over_from_a_partition_out_of_reach() -> None:
     assert world.job().plan is not None and world.job().plan.restore_generation == 1, "no step is repeated"
 
 
+@pytest.mark.parametrize("lost", [(1,), (0, 1)])
+def test_partitions_that_are_replaced_are_not_missed_where_they_were(lost: tuple[int, ...], world: World) -> None:
+    for index in lost:
+        world.exit(f"partition-{index}", signal=9)
+    for name in ("trainer-0", "trainer-1"):
+        world.unreached(name, *lost)
+    world.wait(5.0)
+    for index in lost:
+        world.report(f"partition-{index}", PARTITION)
+    world.wait(5.0)
+    assert not {"TrainerSuspect", "TrainerBack"} & set(world.reasons())
+    assert world.reasons().count("PartitionLost") == len(lost)
+
+
 def test_a_restarted_master_hears_of_it_again(world: World) -> None:
     world.unreached("trainer-0", 1)
     world.wait(reach.GRACE_S)

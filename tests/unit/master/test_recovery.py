@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from psmaster import outbound
 from psmaster.jobs import JobState, Problem, Trouble
 from psmaster.processes import Exit, Process
 from tests.unit.master.world import PARTITION, TRAINER, World, failure
@@ -451,3 +452,19 @@ def test_everything_killed_at_once_resumes_from_the_newest_snapshot(world: World
     assert plan_of(world)[2] == 20
     assert world.job().state is JobState.RUNNING
     assert {process.seat.attempt for process in world.wanted().values()} == {2}
+
+
+def test_a_plan_that_is_made_while_all_are_suspected_still_counts_on_them(world: World) -> None:
+    """What trainers hear: one of them must send the first values, and all compute what they were dealt."""
+    world.suspect("trainer-0", "stalled")
+    world.suspect("trainer-1", "stalled")
+    world.exit("partition-1", signal=9)
+    world.report("partition-1", PARTITION)
+    job = world.job()
+    assert job.plan is not None and job.plan.restore_generation == job.generation
+    told = outbound.plan(job, job.plan)
+    assert [seat.active for seat in told.trainers] == [True, True]
+    world.suspect("trainer-1", "")
+    job = world.job()
+    assert job.plan is not None
+    assert [seat.active for seat in outbound.plan(job, job.plan).trainers] == [False, True]
