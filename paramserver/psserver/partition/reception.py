@@ -220,11 +220,21 @@ class Reception:
         in_time = plan is not None and header.generation >= plan.restore_generation
         return in_time and header.step == self._service.member.step
 
+    def _is_ahead(self, header: Header) -> bool:
+        """Whether it is of a step that the others have, and this partition has not: it took the place of one that had,
+        and still waits for the last verdict."""
+        plan = self._service.plan
+        in_time = plan is not None and header.generation >= plan.restore_generation
+        return in_time and header.step > self._service.member.step
+
     def _push(self, client: Client, header: Header, body: memoryview) -> None:
         service, landing = self._service, client.landing
         client.landing = None
         if header.step == service.member.step + 1 and header.bucket == SUMMARY:
             service.hold_early(client, header, body)
+            return
+        if self._is_ahead(header):
+            client.connection.close()  # not acknowledged, so that it comes again
             return
         with service.counters.phase("sum"):
             result, size = self._offer(client, header, body, landing)

@@ -94,7 +94,7 @@ def test_duplicates_and_the_past_give_their_lane_back_at_once(network: Network) 
     service = started(network)
     caller = Caller(network, service, "push", local=True)
     caller.give(push(TRAINED), words(1.0))
-    for header in (push(TRAINED), push(TRAINED, step=9), push(TRAINED, Node(1, 1), generation=0)):
+    for header in (push(TRAINED), push(TRAINED, Node(1, 1), generation=0)):
         assert caller.give(header, words(7.0)) == 1
         assert caller.taken(TRAINED) == [0]
 

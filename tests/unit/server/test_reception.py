@@ -191,7 +191,7 @@ def test_a_push_is_applied_once_and_duplicates_and_the_past_are_told(
     caller = Caller(network, service, "push", local=local)
     caller.give(push(TRAINED), ONES)
     caller.give(push(TRAINED), ONES)
-    caller.give(push(TRAINED, step=7), ONES)
+    caller.give(push(TRAINED, generation=0), ONES)
     caller.give(push(TRAINED, generation=0, node=Node(1, 1)), ONES)
 
     results = [AckResult.APPLIED, AckResult.DUPLICATE, AckResult.STALE, AckResult.STALE]
@@ -209,7 +209,7 @@ def test_credit_comes_back_for_everything_that_is_not_kept(network: Network, ser
     assert client.granted_bytes == granted
     for header, body in [
         (push(TRAINED), ONES),
-        (push(TRAINED, step=3), ONES),
+        (push(TRAINED, generation=0), ONES),
         (push(AVERAGED, flags=UNCHANGED), WEIGHT),
         (push(SUMMARY), Summary(loss_sum=1, weight=1, samples=1, touched=b"\1").pack()),
     ]:
@@ -317,3 +317,13 @@ def test_a_body_cut_off_gives_its_memory_back(network: Network, service: Partiti
 
     assert len(service.step.pool._free[16]) == 1
     assert untouched(service)
+
+
+def test_a_gradient_that_is_ahead_is_not_taken_for_delivered(
+    network: Network, service: PartitionService, local: bool
+) -> None:
+    """Of a step that the partition before this one had: whose place it took, before it heard the last verdict."""
+    caller = Caller(network, service, "push", local=local)
+    caller.give(push(TRAINED, step=1), ONES)
+    assert not caller.near.is_open, "it is sent again over another connection"
+    assert caller.acks() == [] and untouched(service) and not network.refusals
