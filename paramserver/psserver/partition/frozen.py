@@ -1,18 +1,17 @@
 """What a partition holds at one version, for a snapshot: not copied unless it is overwritten before it is written.
 
-Between two updates lie a forward and a backward, in which most of a snapshot can be written from where it lies. A copy
-of everything, beforehand, would cost more than the writing: new memory is cleared page by page as it is touched.
+Between two updates lie a forward and a backward, in which most of a snapshot can be written from where it lies.
 """
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections.abc import Iterator, Mapping
 
 import crc32c
 
 from pscluster.snapshot import PieceKey
+from psserver.partition.private import private_memory
 
 CHUNK_BYTES = 1 << 20
 """What is read at a time, while the partition's thread would have to wait: about a tenth of a millisecond."""
@@ -81,7 +80,6 @@ class Frozen:
 
 
 def _copied(source: memoryview) -> memoryview:
-    """In a mapping of its own: the heap would keep the room for it for good."""
-    copied = memoryview(mmap.mmap(-1, max(source.nbytes, 1)))[: source.nbytes]
+    copied = private_memory(source.nbytes)
     copied[:] = source
     return copied

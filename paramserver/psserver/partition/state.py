@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +12,7 @@ from pscluster.layout import Codec, Kind, Layout, Span
 from pscluster.snapshot import Part, PartMeta, PieceKey, read_part
 from pscluster.storage import Buffer
 from pscluster.wire.memory import Segment, page_offsets
+from psserver.partition.private import private_memory
 
 
 @dataclass(kw_only=True)
@@ -112,12 +112,10 @@ class PartitionState:
         return found
 
     def pieces(self) -> dict[PieceKey, Buffer]:
-        """A private copy of everything, for a snapshot that is written while training goes on.
-
-        In a mapping of its own: the heap would keep the room for it for good."""
+        """A private copy of everything, to be sent while training goes on."""
         sources = self.places()
         total = sum(source.nbytes for source in sources.values())
-        memory = memoryview(mmap.mmap(-1, max(total, 1)))
+        memory = private_memory(total)
         copied: dict[PieceKey, Buffer] = {}
         for key, source in sources.items():
             memory[: source.nbytes] = source

@@ -11,6 +11,7 @@ import pytest
 from pscluster.snapshot import PieceKey
 from psserver.partition import frozen
 from psserver.partition.frozen import Frozen
+from psserver.partition.private import private_memory
 
 KEYS: list[PieceKey] = [(0, "values"), (0, "moment0"), (1, "values"), (1, "moment0")]
 
@@ -123,3 +124,10 @@ def test_the_two_threads_never_see_half_a_piece() -> None:
         version += 1
     assert all(len(bytes_) == 1 for bytes_ in seen), "the bytes of two versions in one snapshot"
     assert version > 40
+
+
+@pytest.mark.parametrize("size", [0, 1, 5_000_000])
+def test_private_memory_is_fresh_and_of_that_size(size: int) -> None:
+    memory = private_memory(size)
+    assert memory.nbytes == size and not any(memory[:100])
+    memory[:] = bytes(size)
