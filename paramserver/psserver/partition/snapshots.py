@@ -7,7 +7,6 @@ and what finds the place taken is left out. A step that one partition leaves out
 from __future__ import annotations
 
 import functools
-import os
 import re
 import threading
 import time
@@ -24,7 +23,6 @@ from pscluster.storage import Written, below, open_store
 from psserver.partition.sharing import Sharing
 
 Done = Callable[[Written | None, PsError | None], None]
-NICE = 10  # of the writing thread: a tenth of a processor where others want all of it, and all of it otherwise
 ALWAYS = 64  # above the roundness of every step but 0
 _PART = re.compile(r"^step-(\d+)\.part-(\d+)\.generation-\d+\.snapshot$")
 _log = structlog.get_logger(__name__)
@@ -81,7 +79,7 @@ class SnapshotWriter:
         self._waiting: _Wish | None = None
         self._kept: frozenset[int] = frozenset()  # to delete by; empty: nothing to delete
         self._closing = False
-        self._thread = threading.Thread(target=self._run_modestly, name="snapshots", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
         self._thread.start()
 
     def write(self, meta: PartMeta, layout: Layout, pieces: Pieces, done: Done, *, last: bool = False) -> None:
@@ -112,11 +110,6 @@ class SnapshotWriter:
             self._closing = True
             self._changed.notify()
         self._thread.join(timeout=10)
-
-    def _run_modestly(self) -> None:
-        """Trainers on this machine go first: a step should not wait for a snapshot of an older one."""
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
-        self._run()
 
     def _run(self) -> None:
         self._attempt(self._sweep)
