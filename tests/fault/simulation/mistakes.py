@@ -227,7 +227,7 @@ def parts_that_count_are_deleted() -> Iterable[Patch]:
     yield patch.object(SnapshotWriter, "retain", lambda self, kept: retain(self, [*kept][-1:]))
 
 
-@mistake
+@mistake_in(workers=2, compute_s=0.002, snapshot_every=1, every_s=0.3, storm_s=3.0, faults={"slow_disk": 1.0})
 def snapshots_are_written_from_what_changes() -> Iterable[Patch]:
     yield patch.object(Frozen, "preserve", lambda _self, _bucket: None)
 
