@@ -47,7 +47,7 @@ class Listener(Protocol):
 
 class PeerLine:
     """`connection`: once welcomed. `kinds`: what may come, all of it small. `retry_s`: between two dials at first, and
-    at most; a third more each time."""
+    at most; half as long again each time."""
 
     def __init__(
         self,

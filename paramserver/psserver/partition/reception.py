@@ -189,7 +189,10 @@ class Reception:
             return memoryview(b"")
         _expect(header, state.layout.wire_bytes(span, network.push_codec if trained else "fp32"))
         if trained:
-            if not self._is_open(header) or step.trained[header.bucket].holds(header.node):
+            is_held = self._is_open(header) and step.trained[header.bucket].holds(header.node)
+            if is_held or not (
+                self._is_open(header) or self._is_ahead(header)
+            ):  # what is ahead may be open once it is here
                 return client.discard(header.length)
             words = step.pool.take(span.num_words)
             client.landing = words
@@ -215,27 +218,28 @@ class Reception:
         if not known or unfit or (header.kind is Kind.PUSH and kind == "frozen"):
             raise FrameError(f"no node {tuple(header.node)} of a {kind} bucket", details={"field": "node"})
 
-    def _is_open(self, header: Header) -> bool:
+    def _is_in_time(self, header: Header) -> bool:
+        """Whether nothing was restored since."""
         plan = self._service.plan
-        in_time = plan is not None and header.generation >= plan.restore_generation
-        return in_time and header.step == self._service.member.step
+        return plan is not None and header.generation >= plan.restore_generation
+
+    def _is_open(self, header: Header) -> bool:
+        return self._is_in_time(header) and header.step == self._service.member.step
 
     def _is_ahead(self, header: Header) -> bool:
         """Whether it is of a step that the others have, and this partition has not: it took the place of one that had,
         and still waits for the last verdict."""
-        plan = self._service.plan
-        in_time = plan is not None and header.generation >= plan.restore_generation
-        return in_time and header.step > self._service.member.step
+        return self._is_in_time(header) and header.step > self._service.member.step
 
     def _push(self, client: Client, header: Header, body: memoryview) -> None:
         service, landing = self._service, client.landing
-        client.landing = None
         if header.step == service.member.step + 1 and header.bucket == SUMMARY:
             service.hold_early(client, header, body)
             return
         if self._is_ahead(header):
-            client.connection.close()  # not acknowledged, so that it comes again
+            client.connection.close()  # not acknowledged, so that it comes again; `closed` frees where it landed
             return
+        client.landing = None
         with service.counters.phase("sum"):
             result, size = self._offer(client, header, body, landing)
         service.counters.pushed(result, size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -327,3 +328,17 @@ def test_a_gradient_that_is_ahead_is_not_taken_for_delivered(
     caller.give(push(TRAINED, step=1), ONES)
     assert not caller.near.is_open, "it is sent again over another connection"
     assert caller.acks() == [] and untouched(service) and not network.refusals
+
+
+def test_a_gradient_that_was_ahead_when_it_began_counts_once_it_is_whole(
+    network: Network, service: PartitionService
+) -> None:
+    """The last verdict came while its body was on the way."""
+    caller = Caller(network, service, "push")
+    header = replace(push(TRAINED, step=1), length=len(ONES))
+    body = service.handler.body_target(caller.far, header)  # type: ignore[arg-type]
+    body[:] = ONES
+    service.member = replace(service.member, step=1)
+    service.handler.frame(caller.far, header, body)  # type: ignore[arg-type]
+    network.settle()
+    assert caller.acks() == [AckResult.APPLIED]
