@@ -9,6 +9,8 @@ from pscluster.agent.link import ProcessLink
 from pscluster.v1.plan_pb2 import Beat, ProcessReport
 
 BEAT_S = 0.5
+UNREACHED_S = 2.0
+"""For so long a partition is dialled again and again before a beat says that it cannot be reached."""
 
 
 class Heart:

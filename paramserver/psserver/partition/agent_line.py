@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pscluster.agent.exits import detail_of
 from pscluster.agent.heart import Heart
 from pscluster.agent.link import ProcessLink
 from pscluster.errors import PsError
-from pscluster.v1.plan_pb2 import Beat, Counters, ErrorDetail, Failure, Plan, ProcessReport, Unreached
+from pscluster.v1.plan_pb2 import Beat, Counters, Failure, Plan, ProcessReport, Unreached
 from pscluster.wire.reactor import Reactor
 
 COUNTERS_S = 1.0
@@ -68,7 +69,7 @@ class AgentLine:
 
     def fail(self, error: PsError) -> None:
         """Tell the master why this process cannot go on."""
-        detail = ErrorDetail(code=error.code, cause=error.cause, action=error.action, details=error.details)
+        detail = detail_of(error)
         self.report(ProcessReport(failure=Failure(error=detail, step=self.version)))
 
     def give_up(self, error: PsError) -> None:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pscluster.agent.exits import detail_of
 from pscluster.errors import FrameError, NonFiniteError, PsError, TaskError
 from pscluster.spec import JobSpec
 from pscluster.summary import Statistics, Summary, add_statistics
 from pscluster.tree import Node, tree_of
 from pscluster.v1.plan_pb2 import (
-    ErrorDetail,
     Evaluated,
     Failure,
     Finished,
@@ -312,5 +312,5 @@ def _non_finite(step: int, summary: Summary) -> Failure:
 
 
 def _failure(error: PsError, step: int) -> Failure:
-    detail = ErrorDetail(code=error.code, cause=error.cause, action=error.action, details=error.details)
+    detail = detail_of(error)
     return Failure(error=detail, step=step)

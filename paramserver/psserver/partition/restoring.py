@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from pscluster.agent.exits import detail_of
 from pscluster.errors import DamagedError, PsError, StorageError
 from pscluster.storage import below
-from pscluster.v1.plan_pb2 import ErrorDetail, Plan, ProcessReport, ProcessSpec
+from pscluster.v1.plan_pb2 import Plan, ProcessReport, ProcessSpec
 from pscluster.v1.plan_pb2 import Warning as WarningMessage
 from pscluster.wire.reactor import Reactor
 from psserver.partition.state import PartitionState
@@ -51,7 +52,7 @@ class Restoring:
         now = time.monotonic()
         if self._awaits is None:
             self._since_s = now
-            detail = ErrorDetail(code=error.code, cause=error.cause, action=error.action, details=error.details)
+            detail = detail_of(error)
             self._report(ProcessReport(warning=WarningMessage(error=detail, step=plan.resume_step)))
         self._awaits = plan
         if now - self._since_s >= PATIENCE_S:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from pscluster.agent.exits import detail_of
 from pscluster.errors import PsError
 from pscluster.spec import JobSpec
 from pscluster.storage import Written
-from pscluster.v1.plan_pb2 import ErrorDetail, ProcessReport, ProcessSpec, SnapshotPart
+from pscluster.v1.plan_pb2 import ProcessReport, ProcessSpec, SnapshotPart
 from pscluster.v1.plan_pb2 import Warning as WarningMessage
 from psserver.partition.frozen import Frozen
 from psserver.partition.sharing import Sharing
@@ -106,5 +107,5 @@ class Saving:
             self._report(ProcessReport(snapshot_part=part))
 
     def _warn(self, error: PsError, step: int = 0) -> None:
-        detail = ErrorDetail(code=error.code, cause=error.cause, action=error.action, details=error.details)
+        detail = detail_of(error)
         self._report(ProcessReport(warning=WarningMessage(error=detail, step=step)))

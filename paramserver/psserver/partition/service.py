@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from pscluster.agent.heart import UNREACHED_S
 from pscluster.agent.link import ProcessLink
 from pscluster.errors import FrameError, InternalError, PsError
 from pscluster.layout import Layout
@@ -35,8 +36,6 @@ from psserver.partition.state import PartitionState
 from psserver.partition.step import OpenStep
 from psserver.partition.telemetry import PartitionCounters
 from psserver.partition.uplink import Uplink
-
-UNREACHED_S = 2.0  # for so long it is tried again before the master hears that the lead cannot be reached
 
 
 class PartitionService(AgentLine):

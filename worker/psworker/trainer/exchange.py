@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from pscluster.agent.heart import Heart
+from pscluster.agent.heart import UNREACHED_S, Heart
 from pscluster.agent.link import ProcessLink
 from pscluster.errors import FencedError
 from pscluster.layout import Layout
@@ -42,7 +42,6 @@ from psworker.trainer.values import Values
 from psworker.trainer.work import Directive, Done, Work, find_work
 
 COUNTERS_S = 1.0
-UNREACHED_S = 2.0  # for so long it is tried again before the master hears that a partition cannot be reached
 
 
 class SupersededError(FencedError):
