@@ -212,12 +212,12 @@ def test_a_partition_killed_takes_the_job_back_to_a_snapshot(victim: int, lm_dig
 
 
 def test_a_partition_killed_before_any_snapshot_starts_again_from_the_seed(lm_digest: str, tmp_path: Path) -> None:
-    with StaticJob(lm_spec(partitions=2, pause_s=0.05), 2, tmp_path) as job:
+    spec = lm_spec(partitions=2, pause_s=0.1) | {"durability": {"every_steps": 100}, "evaluate": {"every_steps": 100}}
+    with StaticJob(spec, 2, tmp_path) as job:
         job.wait_ready()
         job.publish(even_split(NUM_SHARDS, 2))
         job.wait_step(1)
         job.kill("partition-1")
-        job.parts.clear()
         job.start("partition", 1)
         job.wait(lambda: bool(job.reported("partition-1", "partition_ready")))
         job.publish(even_split(NUM_SHARDS, 2), restore=True)
