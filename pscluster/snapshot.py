@@ -1,31 +1,35 @@
 """A snapshot part: one partition's slice of one committed step, as a file. Free of torch.
 
-    "PSSNAP01" | header length u32 | header JSON | header CRC-32C u32 | the pieces, one after the other
+    "PSSNAP02" | header length u32 | header JSON | header CRC-32C u32 | the pieces | footer
 
-The header names the job, step, partition, the whole layout, and for each piece (a bucket's values or one of its
-moments) its place, length and CRC-32C. Where it lies is `pscluster.storage`'s business: whole there, or not at all.
+The header names the job, step, partition, the whole layout, and the bucket, kind (its values or one of its moments) and
+length of each piece. The footer is each piece's CRC-32C as u32, and one of these: checksums come last, so that whoever
+writes reads each byte once. Zeros come before each large piece, which begins at a multiple of 4096: a disk can take it
+from where it lies. Where the file lies is `pscluster.storage`'s business: whole there, or not at all.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import crc32c
 
+from pscluster.checksum import combined
 from pscluster.errors import DamagedError, LayoutError, StorageError
 from pscluster.layout import WORD_BYTES, Layout
 from pscluster.storage import Buffer, SnapshotStore, Written, split
+from pscluster.storage.direct import ALIGNMENT
 
-_MAGIC = b"PSSNAP01"
+_MAGIC = b"PSSNAP02"
 _U32 = struct.Struct("<I")
 _MAX_HEADER_BYTES = 256 << 20
 _READ_BYTES = 8 << 20
+_LARGE_BYTES = 1 << 20
 
 PieceKey = tuple[int, str]  # bucket index; "values", "moment0" or "moment1"
 Location = str | Path  # of one file: a path, or a URL
@@ -53,14 +57,10 @@ class Part:
 
 
 class Pieces(Protocol):
-    """Where the data of a part come from. Read once, piece by piece; each piece is the same however often it is looked
-    at until then."""
+    """Where the data of a part come from, read once, piece by piece."""
 
     def sizes(self) -> Mapping[PieceKey, int]:
         """The bytes of every piece, in the order in which they are written."""
-
-    def checksum(self, key: PieceKey) -> int:
-        """The CRC-32C of a piece."""
 
     def chunks(self, key: PieceKey) -> Iterator[Buffer]:
         """The piece, in order; a chunk may be overwritten once the next is asked for. After the last the piece is no
@@ -78,9 +78,6 @@ class Held:
 
     def sizes(self) -> Mapping[PieceKey, int]:
         return {key: memoryview(data).nbytes for key, data in self._pieces.items()}
-
-    def checksum(self, key: PieceKey) -> int:
-        return crc32c.crc32c(self._pieces[key])
 
     def chunks(self, key: PieceKey) -> Iterator[Buffer]:
         yield self._pieces[key]
@@ -100,15 +97,60 @@ def write_part(
     """Write a part durably. Blocks on the store. Raises StorageError, and then leaves nothing behind."""
     source = Held(pieces) if isinstance(pieces, Mapping) else pieces
     sizes = source.sizes()
-    index = [
-        {"bucket": key[0], "what": key[1], "size_bytes": size, "crc32c": source.checksum(key)}
-        for key, size in sizes.items()
-    ]
-    header = json.dumps({"meta": asdict(meta), "layout": layout.to_json().decode(), "pieces": index}).encode()
-    head = _MAGIC + _U32.pack(len(header)) + header + _U32.pack(crc32c.crc32c(header))
     store, name = split(location)
-    data = itertools.chain([head], itertools.chain.from_iterable(source.chunks(key) for key in sizes))
-    return store.write(name, data, size_bytes=len(head) + sum(sizes.values()))
+    content = _Content(_head(meta, layout, sizes), source)
+    return store.write(name, content, size_bytes=content.size_bytes, checksum=content.checksum)
+
+
+def _head(meta: PartMeta, layout: Layout, sizes: Mapping[PieceKey, int]) -> bytes:
+    pieces = [{"bucket": bucket, "what": what, "size_bytes": size} for (bucket, what), size in sizes.items()]
+    header = json.dumps({"meta": asdict(meta), "layout": layout.to_json().decode(), "pieces": pieces}).encode()
+    return _MAGIC + _U32.pack(len(header)) + header + _U32.pack(crc32c.crc32c(header))
+
+
+class _Content:
+    """The bytes of a part, to be gone through once, and the CRC-32C of what was gone through."""
+
+    def __init__(self, head: bytes, pieces: Pieces) -> None:
+        self._head = head
+        self._pieces = pieces
+        self._checksum = 0
+        self.size_bytes = _end(len(head), pieces.sizes().values())
+
+    def checksum(self) -> int:
+        return self._checksum
+
+    def __iter__(self) -> Iterator[Buffer]:
+        yield self._with(self._head)
+        at = len(self._head)
+        checksums = bytearray()
+        for key, size in self._pieces.sizes().items():
+            gap = _gap(at, size)
+            yield self._with(bytes(gap))
+            at += gap + size
+            total = 0
+            for chunk in self._pieces.chunks(key):
+                total = crc32c.crc32c(chunk, total)
+                yield chunk
+            self._checksum = combined(self._checksum, total, size)
+            checksums += _U32.pack(total)
+        yield self._with(checksums + _U32.pack(crc32c.crc32c(checksums)))
+
+    def _with(self, data: Buffer) -> Buffer:
+        self._checksum = crc32c.crc32c(data, self._checksum)
+        return data
+
+
+def _gap(at: int, size: int) -> int:
+    """The zeros between offset `at` and a piece of that size."""
+    return -at % ALIGNMENT if size >= _LARGE_BYTES else 0
+
+
+def _end(at: int, sizes: Collection[int]) -> int:
+    """The length of a part whose pieces begin at or after offset `at`."""
+    for size in sizes:
+        at += _gap(at, size) + size
+    return at + _U32.size * (len(sizes) + 1)
 
 
 def read_part(location: Location) -> Part:
@@ -168,19 +210,27 @@ def _read(file: Any) -> Part:
     header = json.loads(raw)
     meta = header["meta"]
     meta["ages"] = tuple(meta["ages"])
-    begin = file.tell()
-    left = file.seek(0, 2) - begin
-    file.seek(begin)
-    pieces: dict[PieceKey, bytearray] = {}
-    for entry in header["pieces"]:
-        size = entry["size_bytes"]
-        left -= size
-        if size < 0 or left < 0:
-            raise ValueError("shorter than its header says")
-        data = bytearray(size)
-        if file.readinto(data) != size or crc32c.crc32c(data) != entry["crc32c"]:
-            raise ValueError(f"bucket {entry['bucket']} {entry['what']} does not fit its checksum")
-        pieces[(entry["bucket"], entry["what"])] = data
-    if left:
-        raise ValueError(f"{left} bytes too many")
+    pieces = _read_pieces(file, header["pieces"])
     return Part(meta=PartMeta(**meta), layout=Layout.from_json(header["layout"].encode()), pieces=pieces)
+
+
+def _read_pieces(file: Any, index: Sequence[Mapping[str, Any]]) -> dict[PieceKey, bytearray]:
+    """From where the header ends; nothing is made room for that the file is too short to fill."""
+    at = file.tell()
+    sizes = [entry["size_bytes"] for entry in index]
+    left = file.seek(0, 2) - _end(at, sizes)
+    if left or min(sizes, default=0) < 0:
+        raise ValueError(f"{left:+} bytes against what its header says")
+    file.seek(at)
+    pieces = {}
+    checksums = bytearray()
+    for entry, size in zip(index, sizes, strict=True):
+        gap = _gap(at, size)
+        pieces[(entry["bucket"], entry["what"])] = data = bytearray(size)
+        if any(file.read(gap)) or file.readinto(data) != size:
+            raise ValueError("it is not what its header says")
+        checksums += _U32.pack(crc32c.crc32c(data))
+        at += gap + size
+    if file.read() != checksums + _U32.pack(crc32c.crc32c(checksums)):
+        raise ValueError("a piece does not fit its checksum")
+    return pieces

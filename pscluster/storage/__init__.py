@@ -36,10 +36,18 @@ class SnapshotStore(ABC):
     location: str
 
     @abstractmethod
-    def write(self, name: str, buffers: Iterable[Buffer], *, size_bytes: int | None = None) -> Written:
+    def write(
+        self,
+        name: str,
+        buffers: Iterable[Buffer],
+        *,
+        size_bytes: int | None = None,
+        checksum: Callable[[], int] | None = None,
+    ) -> Written:
         """Make a file of the buffers, one after the other. On return it is durable and replaces an older one.
 
         Each buffer is done with when the next is asked for. `size_bytes`: of all of them; None: they are a sequence.
+        `checksum`: tells the CRC-32C of them all, once the last was asked for; None: it is computed here.
         Whoever looks sees all of it or nothing; after an error nothing is left behind."""
 
     @abstractmethod

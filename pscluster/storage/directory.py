@@ -14,6 +14,7 @@ import crc32c
 
 from pscluster.errors import DamagedError, StorageError
 from pscluster.storage import Buffer, SnapshotStore, Written
+from pscluster.storage.direct import DirectFile
 
 _WRITING = ".writing"
 
@@ -32,8 +33,15 @@ class DirectoryStore(SnapshotStore):
         except OSError as error:
             raise _named(error, f"cannot make {self._directory}") from None
 
-    def write(self, name: str, buffers: Iterable[Buffer], *, size_bytes: int | None = None) -> Written:  # noqa: ARG002
-        incoming = Incoming(self._directory, name)
+    def write(
+        self,
+        name: str,
+        buffers: Iterable[Buffer],
+        *,
+        size_bytes: int | None = None,  # noqa: ARG002 - it need not be known
+        checksum: Callable[[], int] | None = None,
+    ) -> Written:
+        incoming = Incoming(self._directory, name, checksum)
         try:
             for buffer in buffers:
                 incoming.add(buffer)
@@ -100,31 +108,35 @@ class DirectoryStore(SnapshotStore):
 class Incoming:
     """One file on its way into a directory. `commit` makes it durable under its name; always `abort` at the end.
 
-    Blocks on the disk. Raises StorageError. Two of one name at a time are not for one directory."""
+    Blocks on the disk. Raises StorageError. Two of one name at a time are not for one directory. `checksum`: tells
+    the CRC-32C of everything at the end, where it need not be computed here."""
 
-    def __init__(self, directory: Path, name: str) -> None:
+    def __init__(self, directory: Path, name: str, checksum: Callable[[], int] | None = None) -> None:
         self._path = directory / name
         self._temporary = directory / f".{name}{_WRITING}"
         self._size = self._total = 0
+        self._checksum = checksum
         with self._named():
             _make_durably(directory)
-            self._file = self._temporary.open("wb", buffering=0)
+            self._file = DirectFile(self._temporary)
 
     def add(self, buffer: Buffer) -> None:
         """Take what comes next."""
         view = memoryview(buffer).cast("B")
         with self._named():
             self._size += view.nbytes
-            self._total = crc32c.crc32c(view, self._total)
-            while view.nbytes:
-                view = view[self._file.write(view) :]
+            if self._checksum is None:
+                self._total = crc32c.crc32c(view, self._total)
+            self._file.write(view)
 
     def commit(self, expected: Written | None = None) -> Written:
         """Publish it. Raises DamagedError for other content than is `expected`."""
-        written = Written(name=self._path.name, size_bytes=self._size, checksum=f"crc32c:{self._total:08x}")
+        total = self._total if self._checksum is None else self._checksum()
+        written = Written(name=self._path.name, size_bytes=self._size, checksum=f"crc32c:{total:08x}")
         if expected is not None and written != expected:
             raise DamagedError(f"{self._path} did not arrive whole: {written}, not {expected}")
         with self._named():
+            self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self._temporary, self._path)

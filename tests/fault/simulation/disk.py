@@ -210,7 +210,7 @@ class _Writer(SnapshotWriter):
         directory = Path(self._location)
         if self._writes and directory.is_dir():
             torn = directory / f".{part_name(0, self._partition, 0)}.writing"
-            torn.write_bytes(b"PSSNAP01 torn")
+            torn.write_bytes(b"PSSNAP02 torn")
 
 
 class ImmediatePublisher(Publisher):

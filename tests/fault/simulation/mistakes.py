@@ -214,6 +214,7 @@ def parts_are_reported_before_they_are_written() -> Iterable[Patch]:
 @mistake_in(every_s=1.0, storm_s=8.0, faults={"power_loss": 1.0})
 def parts_are_not_synced() -> Iterable[Patch]:
     def commit(self: Any, expected: Any = None) -> Written:  # noqa: ARG001 - the product's signature
+        self._file.flush()
         self._file.close()
         directory.os.replace(self._temporary, self._path)
         return Written(name=self._path.name, size_bytes=self._size, checksum=f"crc32c:{self._total:08x}")

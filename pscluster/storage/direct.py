@@ -1,0 +1,90 @@
+"""A file that is written past the page cache.
+
+A snapshot is written often and read only after a loss: in the page cache it would push out what is in use, and copying
+it there costs more of a processor than everything else about it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+from pathlib import Path
+
+ALIGNMENT = 4096
+"""Of offset, length and memory, in bytes: more than disks ask for."""
+_BLOCK_BYTES = 1 << 20
+
+
+class DirectFile:
+    """Created, or emptied; written from start to end. Where the file system or the disk does not take such writes, or
+    wants another alignment, they are ordinary ones.
+
+    What begins at a multiple of `ALIGNMENT`, in the file as in memory, is written from where it lies, unless it is
+    read-only; the rest is copied first. Every method blocks on the disk and raises OSError; always `close`."""
+
+    def __init__(self, path: Path) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        try:
+            self._descriptor = os.open(path, flags | os.O_DIRECT, 0o666)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._descriptor = os.open(path, flags, 0o666)
+        self._block = memoryview(mmap.mmap(-1, _BLOCK_BYTES))  # begins with a page
+        self._filled = 0
+        self._size = 0
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def write(self, data: memoryview) -> None:
+        """Append bytes, which may be overwritten on return."""
+        self._size += data.nbytes
+        while data.nbytes:
+            if whole := self._as_it_lies(data):
+                self._put(data[:whole])
+                data = data[whole:]
+                continue
+            part = data[: _BLOCK_BYTES - self._filled]
+            self._block[self._filled : self._filled + part.nbytes] = part
+            self._filled += part.nbytes
+            data = data[part.nbytes :]
+            if self._filled % ALIGNMENT == 0:
+                self._put_block(self._filled)
+
+    def flush(self) -> None:
+        """The file system has all of it, and the file its length; nothing can be written any more."""
+        if self._filled:
+            self._put_block(-(-self._filled // ALIGNMENT) * ALIGNMENT)
+            os.ftruncate(self._descriptor, self._size)
+
+    def close(self) -> None:
+        """Safe to repeat."""
+        if self._descriptor >= 0:
+            descriptor, self._descriptor = self._descriptor, -1
+            os.close(descriptor)
+
+    def _as_it_lies(self, data: memoryview) -> int:
+        """How many of the first bytes need not be copied."""
+        if self._filled or data.readonly or data.nbytes < ALIGNMENT:
+            return 0
+        address = ctypes.addressof(ctypes.c_char.from_buffer(data))
+        return 0 if address % ALIGNMENT else data.nbytes // ALIGNMENT * ALIGNMENT
+
+    def _put_block(self, length: int) -> None:
+        """What lies beyond the filled bytes is cut off by `flush`."""
+        self._put(self._block[:length])
+        self._filled = 0
+
+    def _put(self, data: memoryview) -> None:
+        while data.nbytes:
+            try:
+                data = data[os.write(self._descriptor, data) :]
+            except OSError as error:
+                flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+                if error.errno != errno.EINVAL or not flags & os.O_DIRECT:
+                    raise
+                fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)

@@ -1,0 +1,117 @@
+"""Files written past the page cache are files like others, on every file system."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pscluster.storage import direct
+from pscluster.storage.direct import ALIGNMENT, DirectFile
+
+BLOCK = 1 << 20
+SIZES = st.lists(
+    st.tuples(st.sampled_from([0, 1, 511, 4095, 4096, 4097, 100_000, BLOCK - 1, BLOCK]), st.booleans()), max_size=5
+)
+
+
+def on_a_page(data: bytes) -> memoryview:
+    """A copy that begins with a page."""
+    memory = memoryview(mmap.mmap(-1, max(len(data), 1)))[: len(data)]
+    memory[:] = data
+    return memory
+
+
+def write(path: Path, parts: list[Any]) -> bytes:
+    file = DirectFile(path)
+    try:
+        for part in parts:
+            file.write(memoryview(part))
+        file.flush()
+    finally:
+        file.close()
+        file.close()
+    return path.read_bytes()
+
+
+@given(sizes=SIZES)
+def test_what_is_written_is_there(sizes: list[tuple[int, bool]], tmp_path_factory: pytest.TempPathFactory) -> None:
+    draw = random.Random(1)
+    parts = [(draw.randbytes(size), aligned) for size, aligned in sizes]
+    path = tmp_path_factory.getbasetemp() / "direct"
+    path.write_bytes(b"an older and longer file" * 1000)
+    told = [on_a_page(data) if aligned else data for data, aligned in parts]
+    assert write(path, told) == b"".join(data for data, _ in parts)
+
+
+@pytest.fixture
+def writes(monkeypatch: pytest.MonkeyPatch) -> list[memoryview]:
+    """What the file system was given."""
+    seen: list[memoryview] = []
+    plain = os.write
+
+    def watched(descriptor: int, data: memoryview) -> int:
+        seen.append(data)
+        return plain(descriptor, data)
+
+    monkeypatch.setattr(direct.os, "write", watched)
+    return seen
+
+
+def test_what_lies_on_pages_is_not_copied(tmp_path: Path, writes: list[memoryview]) -> None:
+    data = os.urandom(2 * BLOCK + 5)
+    lies = on_a_page(data)
+    assert write(tmp_path / "file", [lies]) == data
+    assert [(put.obj is lies.obj, put.nbytes) for put in writes] == [(True, 2 * BLOCK), (False, ALIGNMENT)]
+
+
+def test_small_things_share_a_write(tmp_path: Path, writes: list[memoryview]) -> None:
+    assert write(tmp_path / "file", [b"abc", bytes(ALIGNMENT - 3), on_a_page(b"x" * ALIGNMENT)])[-2:] == b"xx"
+    assert [put.nbytes for put in writes] == [ALIGNMENT, ALIGNMENT]
+
+
+@pytest.mark.parametrize("where", ["open", "write"])
+def test_a_file_system_that_does_not_take_it_gets_ordinary_writes(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused: list[int] = []
+    plain_open, plain_write = os.open, os.write
+
+    def opens(path: Path, flags: int, mode: int) -> int:
+        if where == "open" and flags & os.O_DIRECT:
+            refused.append(flags)
+            raise OSError(errno.EINVAL, "no such writes here")
+        return plain_open(path, flags, mode)
+
+    def writes(descriptor: int, data: memoryview) -> int:
+        if where == "write" and not refused:
+            refused.append(descriptor)
+            raise OSError(errno.EINVAL, "another alignment, please")
+        return plain_write(descriptor, data)
+
+    monkeypatch.setattr(direct.os, "open", opens)
+    monkeypatch.setattr(direct.os, "write", writes)
+    data = os.urandom(BLOCK + 5)
+    assert write(tmp_path / "file", [data]) == data
+    assert len(refused) == 1
+
+
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def writes(_descriptor: int, _data: memoryview) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(direct.os, "write", writes)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path / "file", [b"x"])
+
+
+def test_only_a_directory_that_is_there_takes_files(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        DirectFile(tmp_path / "nowhere" / "file")
