@@ -8,11 +8,11 @@ same cores, where elsewhere they have a machine of their own.
 
     replica_step_over_snapshot  seconds a step with `durability.tier: replica`, while every standby is in sync / with
                                 `snapshot`, while none is written
-    snapshot_pause_over_step    by what share of a step the step is longer in which every partition copies its state for
-                                a snapshot, which is then written in the background
+    snapshot_pause_over_step    by what share of a step the step is longer during which a snapshot is begun and written,
+                                where trainers leave no core free: the pause, and what writing takes from them
+    snapshot_pause_beside_a_free_core  the same with 1 worker and 1 partition: of two cores, one is free
 
-Recorded, too: `spread_over_step`, by what share of a step all steps from one snapshot to the next are longer together:
-the copy, and what writing takes from the trainers' cores.
+Recorded, too: `spread_over_step`, by what share of a step all steps from one snapshot to the next are longer together.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ EVERY_STEPS = 12  # long enough for a snapshot to be written while steps go on, 
 KEYS = {
     "replica_step_over_snapshot": Key(what="step_s", of=("replica",), over=("snapshot",)),
     "snapshot_pause_over_step": Key(what="pause_over_step", of=("written",)),
+    "snapshot_pause_beside_a_free_core": Key(what="pause_over_step", of=("written_core_free",)),
 }
 
 
@@ -40,8 +41,13 @@ def sides(steps: int) -> dict[str, Side]:
     return {
         "snapshot": lambda: {"step_s": statistics.median(lengths(_measured(made)).values())},
         "replica": lambda: _replicated(_durable(made, tier="replica")),
-        "written": lambda: pauses(_measured(_durable(made, every_steps=EVERY_STEPS)), EVERY_STEPS),
+        "written": lambda: _written(made),
+        "written_core_free": lambda: _written(spec(workers=1, partitions=1, steps=steps, transport="shm")),
     }
+
+
+def _written(made: Mapping[str, Any]) -> dict[str, float]:
+    return pauses(_measured(_durable(made, every_steps=EVERY_STEPS)), EVERY_STEPS)
 
 
 def _durable(made: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
@@ -75,14 +81,14 @@ def lengths(times: Mapping[int, float]) -> dict[int, float]:
 
 
 def pauses(times: Mapping[int, float], every: int) -> dict[str, float]:
-    """The step after version n * `every`, at which the state is copied, against undisturbed ones: those of the second
+    """The step after version n * `every`, which is written meanwhile, against undisturbed ones: those of the second
     half of the steps between two snapshots."""
     took = lengths(times)
     plain = statistics.median(s for step, s in took.items() if step % every == 0 or step % every > every // 2)
-    copied = statistics.median(s for step, s in took.items() if step % every == 1)
+    writing = statistics.median(s for step, s in took.items() if step % every == 1)
     whole = [sum(took[step + i] for i in range(1, every + 1)) for step in took if _is_whole(took, step, every)]
     spread = (statistics.median(whole) - every * plain) / plain if whole else float("nan")
-    return {"step_s": plain, "pause_over_step": (copied - plain) / plain, "spread_over_step": spread}
+    return {"step_s": plain, "pause_over_step": (writing - plain) / plain, "spread_over_step": spread}
 
 
 def _is_whole(took: Mapping[int, float], step: int, every: int) -> bool:
@@ -92,7 +98,7 @@ def _is_whole(took: Mapping[int, float], step: int, every: int) -> bool:
 
 def main() -> None:
     chosen = options(__doc__ or "", rounds=3, steps=48).parse_args()
-    note = "12 M-parameter GPT, sequence 64, microbatch 4, one thread a process, 2 workers, 2 partitions, shared memory"
+    note = "12 M-parameter GPT, sequence 64, microbatch 4, one thread a process, shared memory"
     run(NAME, sides(max(chosen.steps, SKIP + 3 * EVERY_STEPS)), KEYS, note, chosen)
 
 
