@@ -29,7 +29,6 @@ def node(m: agents_pb2.RegisterRequest) -> Node:
         node_id=m.node_id,
         role=_ROLES[m.role],
         incarnation=m.incarnation,
-        started_s=m.started_s,
         slots=m.resources.slots,
         cpu_cores=m.resources.cpu_cores,
         memory_bytes=m.resources.memory_bytes,

@@ -15,6 +15,7 @@ from pscluster.errors import StateError
 from psmaster.jobs import Instant, Job
 from psmaster.seats import Kind
 
+FORMER = 16  # lives of a node that are remembered: what may still be running somewhere
 FORGET_S = 3600.0  # a dead node that holds no seat is forgotten after this long
 
 
@@ -36,13 +37,13 @@ class Health(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Node:
-    """One node in one life. `seen_s` is monotonic; `last_beat_s` and `started_s` are Unix times. `leaving`: it
-    said that it is about to end."""
+    """One node in one life. `seen_s` is monotonic, `last_beat_s` a Unix time. `leaving`: it said that it is about to
+    end. `former`: incarnations whose place it took, the latest last."""
 
     node_id: str
     role: Role
     incarnation: str
-    started_s: float = 0.0
+    former: tuple[str, ...] = ()
     slots: int = 0
     cpu_cores: int = 0
     memory_bytes: int = 0
@@ -71,21 +72,24 @@ def health(node: Node, now_s: float, suspicion_s: float) -> Health:
 
 
 def register(nodes: Nodes, node: Node, now: Instant, suspicion_s: float) -> Nodes:
-    """With `node` in its announced life. Repeating it keeps the stream; a newer life replaces an older one.
+    """With `node` in its announced life. Repeating it keeps the stream. The newer of two lives, the one that was heard
+    of later, takes the place of the older. (Clocks of two machines, or of one that was set, do not tell.)
 
-    Raises StateError for an older life of a node that still lives: it is a leftover, and must not displace the newer.
+    Raises StateError for a life that was displaced by one that still lives: it is a leftover.
     """
     held = nodes.get(node.node_id)
     if held and held.incarnation == node.incarnation:
-        fresh = replace(node, attended=held.attended, seen_s=now.mono_s, last_beat_s=now.unix_s)
+        fresh = replace(node, attended=held.attended, former=held.former, seen_s=now.mono_s, last_beat_s=now.unix_s)
         return {**nodes, node.node_id: fresh}
     alive = held is not None and health(held, now.mono_s, suspicion_s) is not Health.DEAD
-    if held and alive and node.started_s < held.started_s:
+    if held and alive and node.incarnation in held.former:
         raise StateError(
             f"node {node.node_id} is held by a newer incarnation",
             action="stop the older daemon, or give one of them another --node-id",
         )
-    return {**nodes, node.node_id: replace(node, attended=False, seen_s=now.mono_s, last_beat_s=now.unix_s)}
+    former = (*held.former, held.incarnation)[-FORMER:] if held else ()
+    new = replace(node, attended=False, former=former, seen_s=now.mono_s, last_beat_s=now.unix_s)
+    return {**nodes, node.node_id: new}
 
 
 def attend(nodes: Nodes, node_id: str, incarnation: str, now: Instant) -> Nodes:

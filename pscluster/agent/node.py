@@ -7,7 +7,6 @@ import secrets
 import signal
 import socket
 import sys
-import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 
@@ -73,7 +72,6 @@ def describe(
         node_id=settings.node_id,
         role=ROLES[role.name],
         incarnation=secrets.token_hex(8),
-        started_s=time.time(),
         resources=resources.measure(settings.slots or role.slots(len(devices)), devices),
         version=pscluster.__version__,
         protocol=PROTOCOL,

@@ -30,11 +30,10 @@ class Resources(_message.Message):
     def __init__(self, cpu_cores: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., devices: _Optional[_Iterable[str]] = ..., slots: _Optional[int] = ...) -> None: ...
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("node_id", "role", "incarnation", "started_s", "resources", "version", "protocol", "hostname", "metrics_address", "depot_address")
+    __slots__ = ("node_id", "role", "incarnation", "resources", "version", "protocol", "hostname", "metrics_address", "depot_address")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
-    STARTED_S_FIELD_NUMBER: _ClassVar[int]
     RESOURCES_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
@@ -44,14 +43,13 @@ class RegisterRequest(_message.Message):
     node_id: str
     role: Role
     incarnation: str
-    started_s: float
     resources: Resources
     version: str
     protocol: int
     hostname: str
     metrics_address: str
     depot_address: str
-    def __init__(self, node_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., incarnation: _Optional[str] = ..., started_s: _Optional[float] = ..., resources: _Optional[_Union[Resources, _Mapping]] = ..., version: _Optional[str] = ..., protocol: _Optional[int] = ..., hostname: _Optional[str] = ..., metrics_address: _Optional[str] = ..., depot_address: _Optional[str] = ...) -> None: ...
+    def __init__(self, node_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., incarnation: _Optional[str] = ..., resources: _Optional[_Union[Resources, _Mapping]] = ..., version: _Optional[str] = ..., protocol: _Optional[int] = ..., hostname: _Optional[str] = ..., metrics_address: _Optional[str] = ..., depot_address: _Optional[str] = ...) -> None: ...
 
 class RegisterReply(_message.Message):
     __slots__ = ("beat_interval_s", "suspicion_s")

@@ -50,7 +50,6 @@ class Agent:
             node_id=node_id,
             role=Role.ROLE_WORKER if node_id.startswith("worker") else Role.ROLE_SERVER,
             incarnation=self.incarnation,
-            started_s=sim.schedule.wall_s,
             resources=Resources(cpu_cores=2, slots=SLOTS),
             version="simulated",
             protocol=PROTOCOL,

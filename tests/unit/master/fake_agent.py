@@ -25,7 +25,6 @@ class FakeAgent:
             node_id=node_id,
             role=role,
             incarnation=f"{node_id}:{life}",
-            started_s=float(life),
             resources=agents_pb2.Resources(cpu_cores=1, memory_bytes=1 << 30, slots=slots),
             version="0",
             protocol=rpc.PROTOCOL,

@@ -17,8 +17,8 @@ def at(seconds: float) -> Instant:
     return Instant(mono_s=seconds, unix_s=1_000 + seconds)
 
 
-def node(life: str = "a", started_s: float = 0.0) -> Node:
-    return Node(node_id="worker-0", role=Role.WORKER, incarnation=life, started_s=started_s, slots=1)
+def node(life: str = "a") -> Node:
+    return Node(node_id="worker-0", role=Role.WORKER, incarnation=life, slots=1)
 
 
 def attended(life: str = "a", when: float = 0.0) -> registry.Nodes:
@@ -48,19 +48,31 @@ def test_a_broken_stream_is_suspect_at_once_and_dead_only_later() -> None:
 
 
 def test_a_newer_life_replaces_an_older_one_and_not_the_reverse() -> None:
-    nodes = registry.register(attended("a"), node("b", started_s=5), at(1), SUSPICION_S)
+    nodes = registry.register(attended("a"), node("b"), at(1), SUSPICION_S)
     assert nodes["worker-0"].incarnation == "b"
     assert not nodes["worker-0"].attended
     with pytest.raises(StateError):
-        registry.register(nodes, node("a", started_s=0), at(2), SUSPICION_S)
+        registry.register(nodes, node("a"), at(2), SUSPICION_S)
+    again = registry.register(nodes, node("b"), at(2), SUSPICION_S)
+    with pytest.raises(StateError):
+        registry.register(again, node("a"), at(3), SUSPICION_S)
     with pytest.raises(StateError):
         registry.attend(nodes, "worker-0", "a", at(2))
 
 
-def test_a_clock_that_jumped_back_does_not_lock_a_restarted_node_out() -> None:
-    nodes = registry.register({}, node("a", started_s=1_000), at(0), SUSPICION_S)
-    later = registry.register(nodes, node("b", started_s=10), at(4), SUSPICION_S)
-    assert later["worker-0"].incarnation == "b"
+def test_a_displaced_life_is_taken_back_when_the_one_in_its_place_is_dead() -> None:
+    nodes = registry.register(attended("a"), node("b"), at(1), SUSPICION_S)
+    later = registry.register(nodes, node("a"), at(5), SUSPICION_S)
+    assert later["worker-0"].incarnation == "a"
+    with pytest.raises(StateError):
+        registry.register(later, node("b"), at(6), SUSPICION_S)
+
+
+def test_no_more_lives_are_remembered_than_can_still_come_back() -> None:
+    nodes = attended("0")
+    for life in range(1, 50):
+        nodes = registry.register(nodes, node(str(life)), at(life), SUSPICION_S)
+    assert nodes["worker-0"].former == tuple(str(life) for life in range(49 - registry.FORMER, 49))
 
 
 def test_what_another_life_says_changes_nothing() -> None:

@@ -333,6 +333,7 @@ def test_other_protocols_and_older_lives_are_refused(site: MasterSettings) -> No
         stranger.node.protocol = rpc.PROTOCOL + 1
         with pytest.raises(VersionSkewError):
             await _as_error(stranger.attend())
+        await FakeAgent(site.listen[0], TOKEN, "worker-0", life="1").attend()
         newer = FakeAgent(site.listen[0], TOKEN, "worker-0", life="2")
         await newer.attend()
         await newer.until(lambda _: bool(newer.revisions))

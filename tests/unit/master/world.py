@@ -146,7 +146,6 @@ class World:
             node_id=node_id,
             role=Role.WORKER if node_id.startswith("worker") else Role.SERVER,
             incarnation=f"{node_id}:{life}",
-            started_s=self.now.unix_s,
             slots=slots,
             devices=tuple(f"cuda:{index}" for index in range(num_devices)),
         )
