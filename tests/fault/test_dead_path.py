@@ -1,0 +1,84 @@
+"""A path that silently lets nothing through: connections over it end, and are made again when it heals."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.jobs import even_split, lm_spec
+from harness.plain import train_plainly
+from harness.static_job import StaticJob
+from pscluster.wire.transport import DEAD_S
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+_hosts = importlib.import_module("_hosts")
+_static = importlib.import_module("_static")
+
+_ESTABLISHED = "01"  # in /proc/net/tcp
+_NOBODY = "02:00:00:00:00:fe"  # a hardware address that no interface has
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[list[Any]]:
+    """Two, joined by a cable."""
+    if reason := _hosts.missing():
+        pytest.skip(reason)
+    directory = tmp_path / "hosts"
+    directory.mkdir()
+    with _hosts.joined(directory) as joined:
+        yield joined
+
+
+def misdirect(hosts: list[Any]) -> None:
+    """Send what each host has for the other to nobody: it is lost, and neither is told."""
+    for host, other in (hosts, hosts[::-1]):
+        told = f"neighbour replace {other.address} lladdr {_NOBODY} nud permanent dev {host.interface}"
+        subprocess.run([*host.enter, "ip", *told.split()], check=True)
+
+
+def heal(hosts: list[Any]) -> None:
+    for host, other in (hosts, hosts[::-1]):
+        told = f"neighbour delete {other.address} dev {host.interface}"
+        subprocess.run([*host.enter, "ip", *told.split()], check=True)
+
+
+def established(pid: int) -> int:
+    """TCP connections in the network namespace of a process."""
+    lines = Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]
+    return sum(line.split()[3] == _ESTABLISHED for line in lines)
+
+
+def seconds_until(condition: Callable[[], bool], what: str) -> float:
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() < began + 3 * DEAD_S, f"timed out waiting until {what}"
+        time.sleep(0.05)
+    return time.monotonic() - began
+
+
+def test_connections_over_a_path_that_is_dead_end_and_the_job_goes_on_when_it_heals(
+    hosts: list[Any], tmp_path: Path
+) -> None:
+    spec = lm_spec(partitions=1, pause_s=0.05)
+    places = [_static.Place(prefix=h.enter, environment={"PS_SOCKET_DIR": str(h.sockets)}) for h in hosts]
+    starter = _static.Starter(places=places)
+    with StaticJob(spec, 2, tmp_path / "job", launch=starter, data_hosts=[hosts[0].address]) as job:
+        job.wait_ready()
+        pids = [job.children[name].process.pid for name in ("partition-0", "trainer-1")]
+        job.publish(even_split(job.spec.train.num_shards, 2))
+        job.wait_step(2)
+        assert all(established(pid) for pid in pids), "the far trainer is not connected over the cable"
+        misdirect(hosts)
+        took = [seconds_until(lambda pid=pid: not established(pid), f"{pid} gives up") for pid in pids]  # type: ignore[misc]
+        assert DEAD_S / 2 < sum(took) < 2 * DEAD_S
+        stood = job.step
+        heal(hosts)
+        assert job.wait_finished() == train_plainly(spec).digest
+        assert stood < job.step
