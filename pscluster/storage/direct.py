@@ -22,8 +22,8 @@ class DirectFile:
     """Created, or emptied; written from start to end. Where the file system or the disk does not take such writes, or
     wants another alignment, they are ordinary ones.
 
-    What begins at a multiple of `ALIGNMENT`, in the file as in memory, is written from where it lies, unless it is
-    read-only; the rest is copied first. Every method blocks on the disk and raises OSError; always `close`."""
+    A megabyte or more at a multiple of `ALIGNMENT`, in the file as in memory, is written from where it lies, unless it
+    is read-only; the rest is gathered first. Every method blocks on the disk and raises OSError; always `close`."""
 
     def __init__(self, path: Path) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
@@ -45,6 +45,7 @@ class DirectFile:
         self._size += data.nbytes
         while data.nbytes:
             if whole := self._as_it_lies(data):
+                self._put_block(self._filled)
                 self._put(data[:whole])
                 data = data[whole:]
                 continue
@@ -52,7 +53,7 @@ class DirectFile:
             self._block[self._filled : self._filled + part.nbytes] = part
             self._filled += part.nbytes
             data = data[part.nbytes :]
-            if self._filled % ALIGNMENT == 0:
+            if self._filled == _BLOCK_BYTES:
                 self._put_block(self._filled)
 
     def flush(self) -> None:
@@ -68,8 +69,8 @@ class DirectFile:
             os.close(descriptor)
 
     def _as_it_lies(self, data: memoryview) -> int:
-        """How many of the first bytes need not be copied."""
-        if self._filled or data.readonly or data.nbytes < ALIGNMENT:
+        """How many of the first bytes need not be gathered."""
+        if self._filled % ALIGNMENT or data.readonly or data.nbytes < _BLOCK_BYTES:
             return 0
         address = ctypes.addressof(ctypes.c_char.from_buffer(data))
         return 0 if address % ALIGNMENT else data.nbytes // ALIGNMENT * ALIGNMENT

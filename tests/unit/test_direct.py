@@ -73,8 +73,9 @@ def test_what_lies_on_pages_is_not_copied(tmp_path: Path, writes: list[memoryvie
 
 
 def test_small_things_share_a_write(tmp_path: Path, writes: list[memoryview]) -> None:
-    assert write(tmp_path / "file", [b"abc", bytes(ALIGNMENT - 3), on_a_page(b"x" * ALIGNMENT)])[-2:] == b"xx"
-    assert [put.nbytes for put in writes] == [ALIGNMENT, ALIGNMENT]
+    lies = on_a_page(bytes(BLOCK))
+    assert write(tmp_path / "file", [b"abc", bytes(ALIGNMENT - 3), on_a_page(b"x" * ALIGNMENT), lies])[-1:] == b"\0"
+    assert [(put.obj is lies.obj, put.nbytes) for put in writes] == [(False, 2 * ALIGNMENT), (True, BLOCK)]
 
 
 @pytest.mark.parametrize("where", ["open", "write"])
