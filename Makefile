@@ -36,7 +36,7 @@ test: setup ## every test but those of `make faults` (under 10 minutes on two co
 	$(BIN)/pytest -q tests/policy tests/unit tests/contract tests/fault/simulation tests/cluster
 
 FAULTS ?= tests/fault
-faults: setup ## real processes, disks and networks broken on purpose, and a short soak (about a quarter of an hour)
+faults: setup ## real processes, disks and networks broken on purpose, and a short soak (about 25 minutes)
 	$(BIN)/pytest -q $(FAULTS) --ignore tests/fault/simulation
 
 soak: setup ## a job under a storm of kills, compared with the undisturbed one (KILLS=200 SEED= TIER=snapshot)
