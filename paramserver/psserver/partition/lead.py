@@ -214,9 +214,10 @@ class Lead:
             return
         if not (force or (due and self._reported_step != self.version)):
             return
+        was_stopped = self.state.last is not None and self.state.last.kind == "stop"
         progress = Progress(
             generation=self.plan.generation,
-            step=self.version,
+            step=self.version - was_stopped,  # a step that is stopped at makes no version
             records=self.records,
             connected_trainers=connected,
             held=self.action == "hold",

@@ -294,6 +294,18 @@ def test_what_is_not_finite_stops_the_job_by_name(loss: float, finite: bool, wha
     assert {said[2].kind for said in played.log} == {"stop"}
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_a_step_that_is_stopped_at_is_never_told_as_made(force: bool) -> None:
+    """However long its processes live on."""
+    played = Played(evaluate={}).open()
+    played.vote()
+    played.vote(finite=False)
+    played.lead.report_progress(1e12, force=force)
+
+    assert played.reported("failure")
+    assert max(progress.step for progress in played.reported("progress")) == 1
+
+
 def test_a_skipped_step_is_recorded_as_such() -> None:
     played = Played(on_nonfinite="skip").open()
     played.vote(finite=False)
