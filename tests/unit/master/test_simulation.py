@@ -22,7 +22,7 @@ JOBS = ("one-aaaaaa", "two-aaaaaa")
 NODES = ("worker-0", "worker-1", "worker-2", "server-0", "server-1", "server-2")
 SEATS = ("trainer-0", "trainer-1", "trainer-2", "partition-0", "partition-1", "standby-0", "standby-1")
 DEATHS = ({"signal": 9}, {"exit_code": 1}, {"out_of_memory": True})
-NUM_SEEDS = 150
+NUM_SEEDS = 75
 NUM_ACTIONS = 60
 ACTIONS = {
     "go_on": 12,
