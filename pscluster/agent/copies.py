@@ -18,7 +18,7 @@ from pscluster.agent.backoff import delay_s
 from pscluster.errors import PsError, StorageError
 from pscluster.storage.directory import DirectoryStore
 from pscluster.v1.agents_pb2 import DepotAddress
-from pscluster.v1.depot_pb2 import PartHeader
+from pscluster.v1.depot_pb2 import TakePartRequest
 from pscluster.v1.plan_pb2 import ErrorDetail, Plan, ProcessReport, ProcessSpec, SnapshotPart
 from pscluster.v1.plan_pb2 import Warning as WarningMessage
 
@@ -30,11 +30,14 @@ _log = structlog.get_logger(__name__)
 
 @dataclass
 class Copies:
-    """Belongs to the agent's loop. `directory` None: the store is shared, and nothing is copied."""
+    """Belongs to the agent's loop. `directory` None: the store is shared, and nothing is copied.
+
+    `address`: where other nodes reach this one's depot."""
 
     node_id: str
     token: str = field(repr=False)
     directory: Path | None
+    address: str = ""
     _peers: dict[str, str] = field(default_factory=dict)
     _bringing: dict[str, Plan] = field(default_factory=dict)  # by process: the newest plan that waits for its part
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -108,9 +111,10 @@ class Copies:
 
     async def _copy(self, spec: ProcessSpec, plan: Plan | None, report: ProcessReport, say: Say) -> None:
         part = report.snapshot_part
-        header = PartHeader(job_id=spec.job_id, part=part, kept_steps=plan.kept_steps if plan is not None else ())
+        kept_steps = plan.kept_steps if plan is not None else ()
+        request = TakePartRequest(job_id=spec.job_id, part=part, source=self.address, kept_steps=kept_steps)
         try:
-            part.nodes.extend([self.node_id, await self._second(Path(spec.store), header)])
+            part.nodes.extend([self.node_id, await self._second(request)])
         except PsError as error:
             details = {**error.details, "unwritten": str(part.step)}
             detail = ErrorDetail(code=error.code, cause=error.cause, action=error.action, details=details)
@@ -118,21 +122,21 @@ class Copies:
             return
         say(report)
 
-    async def _second(self, job: Path, header: PartHeader) -> str:
+    async def _second(self, request: TakePartRequest) -> str:
         """The node that has taken the copy. Raises StorageError when none does in time."""
         loop = asyncio.get_running_loop()
         until, failures, why = loop.time() + COPY_PATIENCE_S, 0, "there is no other node with --own-store"
         while True:
             for node_id in _after(self.node_id, self._peers):
                 try:
-                    await depot.put(self._peers[node_id], self.token, job, header)
+                    await depot.give(self._peers[node_id], self.token, request)
                     return node_id
                 except PsError as error:
                     why = f"{node_id}: {error.cause}"
             failures += 1
             if loop.time() >= until:
                 raise StorageError(
-                    f"the snapshot of step {header.part.step} is on {self.node_id} alone, and does not count: {why}",
+                    f"the snapshot of step {request.part.step} is on {self.node_id} alone, and does not count: {why}",
                     action="start a second psserver --own-store, or give the job a durability.store that all share",
                 )
             await asyncio.sleep(delay_s(failures, random.random()))

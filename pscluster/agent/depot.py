@@ -1,4 +1,8 @@
-"""The Depot service of a server node: takes copies of snapshot parts from other nodes, and gives them back."""
+"""The Depot service of a server node: gets copies of snapshot parts from other nodes when told to, and gives them back.
+
+A copy is fetched by the node that will keep it, not sent to it: whoever ends a call that the other side still writes to
+may be misunderstood (grpc.aio loses the status), and a part that is refused is not sent in vain.
+"""
 
 from __future__ import annotations
 
@@ -32,30 +36,27 @@ _PART = re.compile(r"^step-(\d+)\.part-(\d+)\.generation-\d+\.snapshot$")
 class DepotService(depot_pb2_grpc.DepotServicer):
     """Keeps files in `directory`/JOB, where this node's own partitions keep theirs. Memory is one chunk a transfer."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, token: str) -> None:
         self._directory = directory
+        self._token = token
         self._arriving: set[tuple[str, str]] = set()
 
-    async def PutPart(  # noqa: N802
+    async def TakePart(  # noqa: N802
         self,
-        request_iterator: AsyncIterator[depot_pb2.PutPartRequest],
+        request: depot_pb2.TakePartRequest,
         context: Any,  # noqa: ARG002
-    ) -> depot_pb2.PutPartReply:
-        first = await anext(request_iterator, None)
-        if first is None or not first.HasField("header"):
-            raise FrameError("a part begins with its header")
-        part, job = first.header.part, job_directory(self._directory, first.header.job_id)
-        expected = written_of(part)
-        key = (first.header.job_id, expected.name)
+    ) -> depot_pb2.TakePartReply:
+        job, name = job_directory(self._directory, request.job_id), written_of(request.part).name
+        key = (request.job_id, name)
         if key in self._arriving:
-            raise StateError(f"{expected.name} is arriving already", action="try again in a moment")
+            raise StateError(f"{name} is arriving already", action="try again in a moment")
         self._arriving.add(key)
         try:
-            await asyncio.to_thread(tidy, job, part.partition, list(first.header.kept_steps))
-            await _receive(job, expected, (message.data async for message in request_iterator))
+            await asyncio.to_thread(tidy, job, request.part.partition, list(request.kept_steps))
+            await get(request.source, self._token, request.job_id, request.part, job)
         finally:
             self._arriving.discard(key)
-        return depot_pb2.PutPartReply()
+        return depot_pb2.TakePartReply()
 
     async def GetPart(  # noqa: N802
         self,
@@ -75,7 +76,7 @@ async def serving(directory: Path, listen: str, token: str) -> AsyncIterator[str
     server = grpc.aio.server(
         interceptors=[rpc.ErrorInterceptor(observe_rpc), rpc.TokenInterceptor(token)], options=rpc.SERVER_OPTIONS
     )
-    depot_pb2_grpc.add_DepotServicer_to_server(DepotService(directory), server)  # type: ignore[no-untyped-call]
+    depot_pb2_grpc.add_DepotServicer_to_server(DepotService(directory, token), server)  # type: ignore[no-untyped-call]
     try:
         port = server.add_insecure_port(listen)
     except RuntimeError as error:
@@ -87,20 +88,14 @@ async def serving(directory: Path, listen: str, token: str) -> AsyncIterator[str
         await server.stop(_STOP_GRACE_S)
 
 
-async def put(address: str, token: str, job: Path, header: depot_pb2.PartHeader) -> None:
-    """Copy a part of `job`'s directory to another node; it is durable there on return. Raises PsError."""
-
-    async def requests() -> AsyncIterator[depot_pb2.PutPartRequest]:
-        yield depot_pb2.PutPartRequest(header=header)
-        async for data in _chunks(job / header.part.path):
-            yield depot_pb2.PutPartRequest(data=data)
-
+async def give(address: str, token: str, request: depot_pb2.TakePartRequest) -> None:
+    """Have the depot at `address` get a copy of a part; it is durable there on return. Raises PsError."""
     async with open_aio_channel(address, token) as channel:
         stub: Any = depot_pb2_grpc.DepotStub(channel)  # type: ignore[no-untyped-call]
         try:
-            await stub.PutPart(requests(), timeout=_deadline_s(header.part))
+            await stub.TakePart(request, timeout=_deadline_s(request.part))
         except grpc.RpcError as failure:
-            raise error_of(failure) from None
+            raise error_of(failure, f"the depot at {address}") from None
 
 
 async def get(address: str, token: str, job_id: str, part: SnapshotPart, directory: Path) -> None:
@@ -111,7 +106,7 @@ async def get(address: str, token: str, job_id: str, part: SnapshotPart, directo
         try:
             await _receive(directory, written_of(part), (chunk.data async for chunk in call))
         except grpc.RpcError as failure:
-            raise error_of(failure) from None
+            raise error_of(failure, f"the depot at {address}") from None
 
 
 def is_sound(directory: Path, part: SnapshotPart) -> bool:

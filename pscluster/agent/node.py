@@ -100,7 +100,8 @@ class _Agent:
             speeds=lambda: self._supervisor.speeds(),
         )
         self._metrics = metrics.ProcessMetrics()
-        self._copies = Copies(node.node_id, token, directories.snapshots if node.depot_address else None)
+        own_store = directories.snapshots if node.depot_address else None
+        self._copies = Copies(node.node_id, token, own_store, node.depot_address)
         site = Site(
             command=(sys.executable, "-P", "-m", "pscluster.agent.launch", role.module),
             environ=environ,

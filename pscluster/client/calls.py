@@ -28,15 +28,18 @@ def unary(method: Any, request: Any, deadline_s: float = rpc.DEADLINE_S) -> Any:
         raise rpc.error_of(failure) from None
 
 
-def stream(method: Any, request: Any, deadline_s: float = rpc.TRANSFER_DEADLINE_S) -> Iterator[Any]:
-    """All answers of a stub's streaming method, within `deadline_s`; raises PsError. Closing it ends the
-    call.
+def stream(
+    method: Any, request: Any, deadline_s: float = rpc.TRANSFER_DEADLINE_S, *, server: str = "the master"
+) -> Iterator[Any]:
+    """All answers of a stub's streaming method, within `deadline_s`. Closing it ends the call.
+
+    Raises PsError, which names `server` when nobody answers.
     """
     call = open_stream(method, request, deadline_s)
     try:
         yield from call
     except grpc.RpcError as failure:
-        raise rpc.error_of(failure) from None
+        raise rpc.error_of(failure, server) from None
     finally:
         call.cancel()
 

@@ -36,7 +36,8 @@ def _fetch(address: str, token: str, job_id: str, part: SnapshotPart, directory:
     try:
         with rpc.open_channel(address, token) as channel:
             stub: Any = depot_pb2_grpc.DepotStub(channel)  # type: ignore[no-untyped-call]
-            for chunk in calls.stream(stub.GetPart, depot_pb2.GetPartRequest(job_id=job_id, part=wanted)):
+            request = depot_pb2.GetPartRequest(job_id=job_id, part=wanted)
+            for chunk in calls.stream(stub.GetPart, request, server=f"the depot at {address}"):
                 incoming.add(chunk.data)
         incoming.commit(Written(name=part.path, size_bytes=part.size_bytes, checksum=part.checksum))
     finally:

@@ -15,6 +15,8 @@ from pscluster.errors import PsError
 _DOMAIN = "pscluster"
 _MAX_TEXT = 4096
 _DETAILS_KEY = "grpc-status-details-bin"
+_CUT_SHORT = "Internal error from Core"
+"""grpc.aio's word for a call that the other side ended while a message was on its way there. Why it ended is lost."""
 
 _STATUS: dict[type[PsError], grpc.StatusCode] = {
     errors.NotFoundError: grpc.StatusCode.NOT_FOUND,
@@ -44,9 +46,10 @@ _KINDS: dict[grpc.StatusCode, type[PsError]] = {
 }
 
 
-def error_of(failure: grpc.RpcError) -> PsError:
+def error_of(failure: grpc.RpcError, server: str = "the master") -> PsError:
     """The PsError that a failed call stands for: the very one the server raised, or one named for its status.
 
+    `server`: whom to name where nobody answered.
     Works for grpc's and grpc.aio's errors. Not every UNAVAILABLE comes from the server: nobody listening gives
     UnreachableError too.
     """
@@ -58,8 +61,10 @@ def error_of(failure: grpc.RpcError) -> PsError:
                 return _from_info(info, status.message)
     code: grpc.StatusCode = getattr(failure, "code", lambda: grpc.StatusCode.UNKNOWN)()
     text = getattr(failure, "details", lambda: "")() or "no details"
+    if code is grpc.StatusCode.INTERNAL and text == _CUT_SHORT:
+        return errors.UnreachableError(f"{server} ended the call", details={"grpc_code": code.name})
     kind = _KINDS.get(code, errors.InternalError)
-    return kind(_cause(code, text), details={"grpc_code": code.name})
+    return kind(_cause(code, text, server), details={"grpc_code": code.name})
 
 
 def status_of(error: PsError) -> Any:
@@ -97,11 +102,11 @@ def _rich_status(failure: grpc.RpcError) -> status_pb2.Status | None:
     return None
 
 
-def _cause(code: grpc.StatusCode, text: str) -> str:
+def _cause(code: grpc.StatusCode, text: str, server: str) -> str:
     if code is grpc.StatusCode.UNAVAILABLE:
-        return f"the master does not answer: {text}"
+        return f"{server} does not answer: {text}"
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return "the master did not answer in time"
+        return f"{server} did not answer in time"
     if code is grpc.StatusCode.CANCELLED:
         return f"the call was cut off: {text}"
     return text if code in _KINDS else f"{code.name}: {text}"

@@ -25,23 +25,21 @@ _sym_db = _symbol_database.Default()
 from pscluster.v1 import plan_pb2 as pscluster_dot_v1_dot_plan__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18pscluster/v1/depot.proto\x12\x0cpscluster.v1\x1a\x17pscluster/v1/plan.proto\"T\n\x0ePutPartRequest\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x18.pscluster.v1.PartHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04\x62ody\"Z\n\nPartHeader\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12(\n\x04part\x18\x02 \x01(\x0b\x32\x1a.pscluster.v1.SnapshotPart\x12\x12\n\nkept_steps\x18\x03 \x03(\x04\"\x0e\n\x0cPutPartReply\"J\n\x0eGetPartRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12(\n\x04part\x18\x02 \x01(\x0b\x32\x1a.pscluster.v1.SnapshotPart\"\x19\n\tPartChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\x92\x01\n\x05\x44\x65pot\x12\x45\n\x07PutPart\x12\x1c.pscluster.v1.PutPartRequest\x1a\x1a.pscluster.v1.PutPartReply(\x01\x12\x42\n\x07GetPart\x12\x1c.pscluster.v1.GetPartRequest\x1a\x17.pscluster.v1.PartChunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18pscluster/v1/depot.proto\x12\x0cpscluster.v1\x1a\x17pscluster/v1/plan.proto\"o\n\x0fTakePartRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12(\n\x04part\x18\x02 \x01(\x0b\x32\x1a.pscluster.v1.SnapshotPart\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x12\n\nkept_steps\x18\x04 \x03(\x04\"\x0f\n\rTakePartReply\"J\n\x0eGetPartRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12(\n\x04part\x18\x02 \x01(\x0b\x32\x1a.pscluster.v1.SnapshotPart\"\x19\n\tPartChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\x93\x01\n\x05\x44\x65pot\x12\x46\n\x08TakePart\x12\x1d.pscluster.v1.TakePartRequest\x1a\x1b.pscluster.v1.TakePartReply\x12\x42\n\x07GetPart\x12\x1c.pscluster.v1.GetPartRequest\x1a\x17.pscluster.v1.PartChunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pscluster.v1.depot_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PUTPARTREQUEST']._serialized_start=67
-  _globals['_PUTPARTREQUEST']._serialized_end=151
-  _globals['_PARTHEADER']._serialized_start=153
-  _globals['_PARTHEADER']._serialized_end=243
-  _globals['_PUTPARTREPLY']._serialized_start=245
-  _globals['_PUTPARTREPLY']._serialized_end=259
-  _globals['_GETPARTREQUEST']._serialized_start=261
-  _globals['_GETPARTREQUEST']._serialized_end=335
-  _globals['_PARTCHUNK']._serialized_start=337
-  _globals['_PARTCHUNK']._serialized_end=362
-  _globals['_DEPOT']._serialized_start=365
-  _globals['_DEPOT']._serialized_end=511
+  _globals['_TAKEPARTREQUEST']._serialized_start=67
+  _globals['_TAKEPARTREQUEST']._serialized_end=178
+  _globals['_TAKEPARTREPLY']._serialized_start=180
+  _globals['_TAKEPARTREPLY']._serialized_end=195
+  _globals['_GETPARTREQUEST']._serialized_start=197
+  _globals['_GETPARTREQUEST']._serialized_end=271
+  _globals['_PARTCHUNK']._serialized_start=273
+  _globals['_PARTCHUNK']._serialized_end=298
+  _globals['_DEPOT']._serialized_start=301
+  _globals['_DEPOT']._serialized_end=448
 # @@protoc_insertion_point(module_scope)

@@ -7,25 +7,19 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class PutPartRequest(_message.Message):
-    __slots__ = ("header", "data")
-    HEADER_FIELD_NUMBER: _ClassVar[int]
-    DATA_FIELD_NUMBER: _ClassVar[int]
-    header: PartHeader
-    data: bytes
-    def __init__(self, header: _Optional[_Union[PartHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
-
-class PartHeader(_message.Message):
-    __slots__ = ("job_id", "part", "kept_steps")
+class TakePartRequest(_message.Message):
+    __slots__ = ("job_id", "part", "source", "kept_steps")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
     KEPT_STEPS_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     part: _plan_pb2.SnapshotPart
+    source: str
     kept_steps: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, job_id: _Optional[str] = ..., part: _Optional[_Union[_plan_pb2.SnapshotPart, _Mapping]] = ..., kept_steps: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, job_id: _Optional[str] = ..., part: _Optional[_Union[_plan_pb2.SnapshotPart, _Mapping]] = ..., source: _Optional[str] = ..., kept_steps: _Optional[_Iterable[int]] = ...) -> None: ...
 
-class PutPartReply(_message.Message):
+class TakePartReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 

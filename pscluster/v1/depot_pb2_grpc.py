@@ -34,10 +34,10 @@ class DepotStub(object):
         Args:
             channel: A grpc.Channel.
         """
-        self.PutPart = channel.stream_unary(
-                '/pscluster.v1.Depot/PutPart',
-                request_serializer=pscluster_dot_v1_dot_depot__pb2.PutPartRequest.SerializeToString,
-                response_deserializer=pscluster_dot_v1_dot_depot__pb2.PutPartReply.FromString,
+        self.TakePart = channel.unary_unary(
+                '/pscluster.v1.Depot/TakePart',
+                request_serializer=pscluster_dot_v1_dot_depot__pb2.TakePartRequest.SerializeToString,
+                response_deserializer=pscluster_dot_v1_dot_depot__pb2.TakePartReply.FromString,
                 _registered_method=True)
         self.GetPart = channel.unary_stream(
                 '/pscluster.v1.Depot/GetPart',
@@ -49,8 +49,9 @@ class DepotStub(object):
 class DepotServicer(object):
     """Missing associated documentation comment in .proto file."""
 
-    def PutPart(self, request_iterator, context):
-        """Takes a part. When it answers, the part is durable here and fits its checksum; repeating it is safe.
+    def TakePart(self, request, context):
+        """Gets a part from the depot that has it. When it answers, the part is durable here and fits its checksum; repeating
+        it is safe.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -66,10 +67,10 @@ class DepotServicer(object):
 
 def add_DepotServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'PutPart': grpc.stream_unary_rpc_method_handler(
-                    servicer.PutPart,
-                    request_deserializer=pscluster_dot_v1_dot_depot__pb2.PutPartRequest.FromString,
-                    response_serializer=pscluster_dot_v1_dot_depot__pb2.PutPartReply.SerializeToString,
+            'TakePart': grpc.unary_unary_rpc_method_handler(
+                    servicer.TakePart,
+                    request_deserializer=pscluster_dot_v1_dot_depot__pb2.TakePartRequest.FromString,
+                    response_serializer=pscluster_dot_v1_dot_depot__pb2.TakePartReply.SerializeToString,
             ),
             'GetPart': grpc.unary_stream_rpc_method_handler(
                     servicer.GetPart,
@@ -88,7 +89,7 @@ class Depot(object):
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod
-    def PutPart(request_iterator,
+    def TakePart(request,
             target,
             options=(),
             channel_credentials=None,
@@ -98,12 +99,12 @@ class Depot(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.stream_unary(
-            request_iterator,
+        return grpc.experimental.unary_unary(
+            request,
             target,
-            '/pscluster.v1.Depot/PutPart',
-            pscluster_dot_v1_dot_depot__pb2.PutPartRequest.SerializeToString,
-            pscluster_dot_v1_dot_depot__pb2.PutPartReply.FromString,
+            '/pscluster.v1.Depot/TakePart',
+            pscluster_dot_v1_dot_depot__pb2.TakePartRequest.SerializeToString,
+            pscluster_dot_v1_dot_depot__pb2.TakePartReply.FromString,
             options,
             channel_credentials,
             insecure,

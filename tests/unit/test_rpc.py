@@ -279,6 +279,14 @@ def test_a_bare_rpc_error_is_internal() -> None:
     assert type(error_of(grpc.RpcError())) is errors.InternalError
 
 
+def test_a_call_that_ended_while_something_was_sent_may_be_tried_again() -> None:
+    nothing = grpc.aio.Metadata()
+    failure = grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, nothing, nothing, "Internal error from Core")
+    error = error_of(failure, "the depot at a:1")
+    assert type(error) is errors.UnreachableError
+    assert error.cause == "the depot at a:1 ended the call"
+
+
 def test_token_file(tmp_path: Path) -> None:
     path = tmp_path / "token"
     with pytest.raises(errors.AuthError, match="no token file"):

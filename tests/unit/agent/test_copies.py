@@ -15,11 +15,11 @@ from pscluster.agent import copies, depot
 from pscluster.agent.copies import Copies
 from pscluster.client import parts
 from pscluster.client.records import SnapshotPart as PartRecord
-from pscluster.errors import AuthError, DamagedError, FrameError, NotFoundError
+from pscluster.errors import AuthError, DamagedError, FrameError, NotFoundError, UnreachableError
 from pscluster.snapshot import part_name, read_part
 from pscluster.storage import open_store
 from pscluster.v1.agents_pb2 import DepotAddress
-from pscluster.v1.depot_pb2 import PartHeader
+from pscluster.v1.depot_pb2 import TakePartRequest
 from pscluster.v1.plan_pb2 import Plan, ProcessReport, ProcessSpec, RestorePoint, SnapshotPart
 
 TOKEN = "a-token"
@@ -64,8 +64,13 @@ class Nodes:
     async def stop(self, node_id: str) -> None:
         await self._stacks.pop(node_id).aclose()
 
+    async def take(self, node_id: str, part: SnapshotPart, job_id: str = "job-a", token: str = TOKEN) -> None:
+        """Have a node get server-0's part."""
+        request = TakePartRequest(job_id=job_id, part=part, source=self.addresses["server-0"])
+        await depot.give(self.addresses[node_id], token, request)
+
     def copies(self, node_id: str) -> Copies:
-        made = Copies(node_id, TOKEN, self.root / node_id)
+        made = Copies(node_id, TOKEN, self.root / node_id, self.addresses[node_id])
         made.meet(DepotAddress(node_id=name, address=address) for name, address in self.addresses.items())
         return made
 
@@ -223,17 +228,16 @@ def test_what_is_not_a_part_or_not_whole_leaves_nothing(
     change: dict[str, Any], error: type[Exception], tmp_path: Path
 ) -> None:
     async def test() -> None:
-        async with nodes(tmp_path, "server-1") as made:
+        async with nodes(tmp_path, "server-0", "server-1") as made:
             part = write(tmp_path / "server-0")
             source = tmp_path / "server-0" / "job-a" / part.path
             for name, value in change.items():
                 setattr(part, name, value)
-            job = source.parent
-            if part.path != source.name:  # there is something to send under that name
-                (job / part.path).parent.mkdir(parents=True, exist_ok=True)
-                (job / part.path).write_bytes(DATA)
+            if part.path != source.name:  # there is something to get under that name
+                (source.parent / part.path).parent.mkdir(parents=True, exist_ok=True)
+                (source.parent / part.path).write_bytes(DATA)
             with pytest.raises(error):
-                await depot.put(made.addresses["server-1"], TOKEN, job, PartHeader(job_id="job-a", part=part))
+                await made.take("server-1", part)
             assert [path for path in (tmp_path / "server-1").rglob("*") if path.is_file()] == []
 
     run(test())
@@ -241,18 +245,36 @@ def test_what_is_not_a_part_or_not_whole_leaves_nothing(
 
 def test_a_job_id_that_leads_elsewhere_and_a_wrong_token_are_refused(tmp_path: Path) -> None:
     async def test() -> None:
-        async with nodes(tmp_path, "server-1") as made:
-            part = write(tmp_path / "server-0")
-            job, address = tmp_path / "server-0" / "job-a", made.addresses["server-1"]
+        async with nodes(tmp_path, "server-0", "server-1") as made:
+            part, here = write(tmp_path / "server-0"), tmp_path / "here"
             for job_id in ("../x", "", ".hidden", "a/b"):
                 with pytest.raises(FrameError):
-                    await depot.put(address, TOKEN, job, PartHeader(job_id=job_id, part=part))
+                    await made.take("server-1", part, job_id=job_id)
+                with pytest.raises(FrameError):
+                    await depot.get(made.addresses["server-0"], TOKEN, job_id, part, here)
             with pytest.raises(AuthError):
-                await depot.put(address, "wrong", job, PartHeader(job_id="job-a", part=part))
+                await made.take("server-1", part, token="wrong")
+            with pytest.raises(AuthError):
+                await depot.get(made.addresses["server-0"], "wrong", "job-a", part, here)
             with pytest.raises(NotFoundError):
-                await depot.get(address, TOKEN, "job-a", part, tmp_path / "here")
+                await depot.get(made.addresses["server-1"], TOKEN, "job-a", part, here)
             assert not (tmp_path / "server-1").exists()
-            assert not list((tmp_path / "here").glob("*"))
+            assert not list(here.glob("*"))
+
+    run(test())
+
+
+def test_who_cannot_reach_the_source_says_so(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with nodes(tmp_path, "server-0", "server-1") as made:
+            part, address = write(tmp_path / "server-0"), made.addresses["server-0"]
+            await made.stop("server-0")
+            with pytest.raises(UnreachableError, match=f"the depot at {address} does not answer"):
+                await made.take("server-1", part)
+            assert [path for path in (tmp_path / "server-1").rglob("*") if path.is_file()] == []
+            await made.stop("server-1")
+            with pytest.raises(UnreachableError, match=f"the depot at {made.addresses['server-1']} does not answer"):
+                await made.take("server-1", part)
 
     run(test())
 
