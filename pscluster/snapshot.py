@@ -14,6 +14,7 @@ import json
 import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ import crc32c
 from pscluster.checksum import combined
 from pscluster.errors import DamagedError, LayoutError, StorageError
 from pscluster.layout import WORD_BYTES, Layout
-from pscluster.storage import Buffer, SnapshotStore, Written, split
+from pscluster.storage import Buffer, Live, SnapshotStore, Written, split
 from pscluster.storage.direct import ALIGNMENT
 
 _MAGIC = b"PSSNAP02"
@@ -62,9 +63,9 @@ class Pieces(Protocol):
     def sizes(self) -> Mapping[PieceKey, int]:
         """The bytes of every piece, in the order in which they are written."""
 
-    def chunks(self, key: PieceKey) -> Iterator[Buffer]:
-        """The piece, in order; a chunk may be overwritten once the next is asked for. After the last the piece is no
-        longer needed."""
+    def chunks(self, key: PieceKey) -> Iterator[Live]:
+        """The piece, in order; a chunk is done with when the next is asked for. After the last the piece is no longer
+        needed."""
 
     def end(self) -> None:
         """Nothing is needed any more. Safe to repeat."""
@@ -79,8 +80,8 @@ class Held:
     def sizes(self) -> Mapping[PieceKey, int]:
         return {key: memoryview(data).nbytes for key, data in self._pieces.items()}
 
-    def chunks(self, key: PieceKey) -> Iterator[Buffer]:
-        yield self._pieces[key]
+    def chunks(self, key: PieceKey) -> Iterator[Live]:
+        yield Live(memoryview(self._pieces[key]), instead=lambda: None)
 
     def end(self) -> None:
         """They are whoever's they were."""
@@ -120,7 +121,7 @@ class _Content:
     def checksum(self) -> int:
         return self._checksum
 
-    def __iter__(self) -> Iterator[Buffer]:
+    def __iter__(self) -> Iterator[Buffer | Live]:
         yield self._with(self._head)
         at = len(self._head)
         checksums = bytearray()
@@ -130,7 +131,7 @@ class _Content:
             at += gap + size
             total = 0
             for chunk in self._pieces.chunks(key):
-                total = crc32c.crc32c(chunk, total)
+                total = chunk.read(partial(crc32c.crc32c, value=total))
                 yield chunk
             self._checksum = combined(self._checksum, total, size)
             checksums += _U32.pack(total)

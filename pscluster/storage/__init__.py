@@ -11,14 +11,31 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from pscluster.errors import StorageError
 from pscluster.storage.location import below, check_location
 
-__all__ = ["Buffer", "SnapshotStore", "Written", "below", "check_location", "open_store", "split"]
+__all__ = ["Buffer", "Live", "SnapshotStore", "Written", "below", "check_location", "open_store", "split"]
 
 Buffer = bytes | bytearray | memoryview
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Live:
+    """Memory whose owner may overwrite it while it is read, but copies it first: nobody waits for anybody.
+
+    `instead`: the copy, once there is one; while it answers None, all that was read of `memory` was still right."""
+
+    memory: memoryview
+    instead: Callable[[], Buffer | None]
+
+    def read(self, use: Callable[[Buffer], T]) -> T:
+        """What `use` makes of the bytes. Called a second time, with the copy, when what it read was overwritten."""
+        result = use(self.memory)
+        copy = self.instead()
+        return result if copy is None else use(copy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +56,16 @@ class SnapshotStore(ABC):
     def write(
         self,
         name: str,
-        buffers: Iterable[Buffer],
+        buffers: Iterable[Buffer | Live],
         *,
         size_bytes: int | None = None,
         checksum: Callable[[], int] | None = None,
     ) -> Written:
         """Make a file of the buffers, one after the other. On return it is durable and replaces an older one.
 
-        Each buffer is done with when the next is asked for. `size_bytes`: of all of them; None: they are a sequence.
-        `checksum`: tells the CRC-32C of them all, once the last was asked for; None: it is computed here.
+        Each buffer is done with when the next is asked for; those that are `Live` need `size_bytes` and `checksum`.
+        `size_bytes`: of all of them; None: they are a sequence. `checksum`: tells the CRC-32C of them all, once the
+        last was asked for; None: it is computed here.
         Whoever looks sees all of it or nothing; after an error nothing is left behind."""
 
     @abstractmethod

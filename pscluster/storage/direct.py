@@ -34,19 +34,19 @@ class DirectFile:
                 raise
             self._descriptor = os.open(path, flags, 0o666)
         self._block = memoryview(mmap.mmap(-1, _BLOCK_BYTES))  # begins with a page
-        self._filled = 0
-        self._size = 0
+        self._end = 0  # of what was put into the file
+        self._filled = 0  # how many bytes of the block come after that
 
     def fileno(self) -> int:
         return self._descriptor
 
     def write(self, data: memoryview) -> None:
-        """Append bytes, which may be overwritten on return."""
-        self._size += data.nbytes
+        """Append bytes, of which nothing is needed on return."""
         while data.nbytes:
             if whole := self._as_it_lies(data):
                 self._put_block(self._filled)
-                self._put(data[:whole])
+                self._put(data[:whole], self._end)
+                self._end += whole
                 data = data[whole:]
                 continue
             part = data[: _BLOCK_BYTES - self._filled]
@@ -56,11 +56,17 @@ class DirectFile:
             if self._filled == _BLOCK_BYTES:
                 self._put_block(self._filled)
 
+    def rewrite(self, data: memoryview) -> None:
+        """Put other bytes in the place of the last ones, as many."""
+        on_disk = max(0, data.nbytes - self._filled)
+        self._block[self._filled - (data.nbytes - on_disk) : self._filled] = data[on_disk:]
+        self._put(data[:on_disk], self._end - on_disk)
+
     def flush(self) -> None:
         """The file system has all of it, and the file its length; nothing can be written any more."""
         if self._filled:
             self._put_block(-(-self._filled // ALIGNMENT) * ALIGNMENT)
-            os.ftruncate(self._descriptor, self._size)
+            os.ftruncate(self._descriptor, self._end)
 
     def close(self) -> None:
         """Safe to repeat."""
@@ -77,13 +83,15 @@ class DirectFile:
 
     def _put_block(self, length: int) -> None:
         """What lies beyond the filled bytes is cut off by `flush`."""
-        self._put(self._block[:length])
+        self._put(self._block[:length], self._end)
+        self._end += self._filled
         self._filled = 0
 
-    def _put(self, data: memoryview) -> None:
+    def _put(self, data: memoryview, at: int) -> None:
         while data.nbytes:
             try:
-                data = data[os.write(self._descriptor, data) :]
+                written = os.pwrite(self._descriptor, data, at)
+                data, at = data[written:], at + written
             except OSError as error:
                 flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
                 if error.errno != errno.EINVAL or not flags & os.O_DIRECT:

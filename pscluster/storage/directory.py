@@ -13,7 +13,7 @@ from typing import BinaryIO
 import crc32c
 
 from pscluster.errors import DamagedError, StorageError
-from pscluster.storage import Buffer, SnapshotStore, Written
+from pscluster.storage import Buffer, Live, SnapshotStore, Written
 from pscluster.storage.direct import DirectFile
 
 _WRITING = ".writing"
@@ -36,7 +36,7 @@ class DirectoryStore(SnapshotStore):
     def write(
         self,
         name: str,
-        buffers: Iterable[Buffer],
+        buffers: Iterable[Buffer | Live],
         *,
         size_bytes: int | None = None,  # noqa: ARG002 - it need not be known
         checksum: Callable[[], int] | None = None,
@@ -120,14 +120,17 @@ class Incoming:
             _make_durably(directory)
             self._file = DirectFile(self._temporary)
 
-    def add(self, buffer: Buffer) -> None:
+    def add(self, buffer: Buffer | Live) -> None:
         """Take what comes next."""
-        view = memoryview(buffer).cast("B")
+        view = memoryview(buffer.memory if isinstance(buffer, Live) else buffer).cast("B")
         with self._named():
             self._size += view.nbytes
+            self._file.write(view)
+            if isinstance(buffer, Live) and (copy := buffer.instead()) is not None:
+                view = memoryview(copy).cast("B")
+                self._file.rewrite(view)
             if self._checksum is None:
                 self._total = crc32c.crc32c(view, self._total)
-            self._file.write(view)
 
     def commit(self, expected: Written | None = None) -> Written:
         """Publish it. Raises DamagedError for other content than is `expected`."""

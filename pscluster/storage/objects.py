@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import crc32c
 
 from pscluster.errors import DamagedError, StorageError
-from pscluster.storage import Buffer, SnapshotStore, Written
+from pscluster.storage import Buffer, Live, SnapshotStore, Written
 
 MIN_UPLOAD_BYTES = 16 << 20  # of one part of a multi-part upload
 MAX_UPLOAD_PARTS = 9_000  # S3 takes 10,000
@@ -45,19 +45,20 @@ class ObjectStore(SnapshotStore):
     def write(
         self,
         name: str,
-        buffers: Iterable[Buffer],
+        buffers: Iterable[Buffer | Live],
         *,
         size_bytes: int | None = None,
         checksum: Callable[[], int] | None = None,
     ) -> Written:
         path = f"{self._root}/{name}"
+        settled: Iterable[Buffer] = (buffer.read(bytes) if isinstance(buffer, Live) else buffer for buffer in buffers)
         if size_bytes is None:
-            buffers = list(buffers)
-            size_bytes = sum(memoryview(buffer).nbytes for buffer in buffers)
+            settled = list(settled)
+            size_bytes = sum(memoryview(buffer).nbytes for buffer in settled)
         size = total = 0
         with self._named("write", name):
             with self._upload(path, size_bytes) as file:
-                for buffer in buffers:
+                for buffer in settled:
                     view = memoryview(buffer).cast("B")
                     size += view.nbytes
                     if checksum is None:

@@ -15,7 +15,7 @@ from harness.s3 import BUCKET, S3, s3_server
 from pscluster.errors import DamagedError, StorageError
 from pscluster.layout import Layout, TensorSpec
 from pscluster.snapshot import PartMeta, part_name, read_part, read_parts, verify_file, write_part
-from pscluster.storage import SnapshotStore, below, open_store
+from pscluster.storage import Live, SnapshotStore, below, open_store
 
 LAYOUT = Layout((TensorSpec(names=("w",), shape=(4,), dtype="float32", kind="trained"),))
 META = PartMeta(job="job", step=3, generation=1, partition=0, num_partitions=1, ages=(3,))
@@ -94,6 +94,30 @@ def test_what_is_written_is_there_whole(place: Place) -> None:
         file.seek(2)
         assert file.read(4) == data[2:6]
     assert place.half_done() == 0
+
+
+def test_what_is_overwritten_while_it_is_written_is_there_as_it_was(place: Place) -> None:
+    """Before it is read, and after: the copy counts, to the last byte."""
+    before = [os.urandom(size) for size in (5, 8192, 3 << 20, (2 << 20) + 7)]
+    asked = []
+
+    def live(data: bytes, when: int) -> Live:
+        memory = bytearray(b"!" * len(data) if when == 0 else data)
+
+        def instead() -> bytes | None:
+            asked.append(when)
+            memory[:] = bytes(len(data)) if when < 2 else data
+            return data if when < 2 else None
+
+        return Live(memoryview(memory), instead)
+
+    for when in range(3):
+        data = b"".join(before)
+        buffers = [live(part, when) for part in before]
+        written = place.store.write("a", buffers, size_bytes=len(data), checksum=lambda: 0x12AB34CD)
+        assert place.raw("a") == data
+        assert (written.size_bytes, written.checksum) == (len(data), "crc32c:12ab34cd")
+    assert asked == [when for when in range(3) for _ in before]
 
 
 def test_writing_again_replaces_the_whole(place: Place) -> None:

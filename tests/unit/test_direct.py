@@ -51,17 +51,37 @@ def test_what_is_written_is_there(sizes: list[tuple[int, bool]], tmp_path_factor
     assert write(path, told) == b"".join(data for data, _ in parts)
 
 
+@given(sizes=SIZES, again=st.sets(st.integers(0, 4)))
+def test_what_was_written_last_can_be_written_again(
+    sizes: list[tuple[int, bool]], again: set[int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    draw = random.Random(2)
+    path = tmp_path_factory.getbasetemp() / "direct"
+    right = [draw.randbytes(size) for size, _ in sizes]
+    file = DirectFile(path)
+    try:
+        for number, (data, (size, aligned)) in enumerate(zip(right, sizes, strict=True)):
+            wrong = bytes(size) if number in again else data
+            file.write(on_a_page(wrong) if aligned else memoryview(wrong))
+            if number in again:
+                file.rewrite(on_a_page(data) if aligned else memoryview(data))
+        file.flush()
+    finally:
+        file.close()
+    assert path.read_bytes() == b"".join(right)
+
+
 @pytest.fixture
 def writes(monkeypatch: pytest.MonkeyPatch) -> list[memoryview]:
     """What the file system was given."""
     seen: list[memoryview] = []
-    plain = os.write
+    plain = os.pwrite
 
-    def watched(descriptor: int, data: memoryview) -> int:
+    def watched(descriptor: int, data: memoryview, at: int) -> int:
         seen.append(data)
-        return plain(descriptor, data)
+        return plain(descriptor, data, at)
 
-    monkeypatch.setattr(direct.os, "write", watched)
+    monkeypatch.setattr(direct.os, "pwrite", watched)
     return seen
 
 
@@ -83,7 +103,7 @@ def test_a_file_system_that_does_not_take_it_gets_ordinary_writes(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused: list[int] = []
-    plain_open, plain_write = os.open, os.write
+    plain_open, plain_write = os.open, os.pwrite
 
     def opens(path: Path, flags: int, mode: int) -> int:
         if where == "open" and flags & os.O_DIRECT:
@@ -91,24 +111,24 @@ def test_a_file_system_that_does_not_take_it_gets_ordinary_writes(
             raise OSError(errno.EINVAL, "no such writes here")
         return plain_open(path, flags, mode)
 
-    def writes(descriptor: int, data: memoryview) -> int:
+    def writes(descriptor: int, data: memoryview, at: int) -> int:
         if where == "write" and not refused:
             refused.append(descriptor)
             raise OSError(errno.EINVAL, "another alignment, please")
-        return plain_write(descriptor, data)
+        return plain_write(descriptor, data, at)
 
     monkeypatch.setattr(direct.os, "open", opens)
-    monkeypatch.setattr(direct.os, "write", writes)
+    monkeypatch.setattr(direct.os, "pwrite", writes)
     data = os.urandom(BLOCK + 5)
     assert write(tmp_path / "file", [data]) == data
     assert len(refused) == 1
 
 
 def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def writes(_descriptor: int, _data: memoryview) -> int:
+    def writes(_descriptor: int, _data: memoryview, _at: int) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(direct.os, "write", writes)
+    monkeypatch.setattr(direct.os, "pwrite", writes)
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path / "file", [b"x"])
 

@@ -8,7 +8,7 @@ import torch
 
 from pscluster.codec import DTYPES, as_bytes
 from pscluster.errors import DamagedError
-from pscluster.layout import Codec, Kind, Layout, Span
+from pscluster.layout import WORD_BYTES, Codec, Kind, Layout, Span
 from pscluster.snapshot import Part, PartMeta, PieceKey, read_part
 from pscluster.storage import Buffer
 from pscluster.wire.memory import Segment, page_offsets
@@ -17,7 +17,8 @@ from psserver.partition.private import private_memory
 
 @dataclass(kw_only=True)
 class PartitionState:
-    """`values[b]` and `moments[b]` are fp32 (or raw 4-byte words), one-dimensional, of span b's length.
+    """`values[b]` and `moments[b]` are fp32 (or raw 4-byte words), one-dimensional, of span b's length. Each begins
+    with a page, so that a disk can take it from where it lies.
 
     `published[b]` is what trainers read, in the shared memory of `segment`: with pull codec fp32 the very memory of
     `values[b]`, else the trained ones rounded, set by `publish`.
@@ -48,10 +49,10 @@ class PartitionState:
             for s, k, at in zip(spans, kinds, offsets, strict=True)
         ]
         values = [
-            p if p.dtype == _dtype(k, "fp32") else torch.zeros(p.numel()) for p, k in zip(published, kinds, strict=True)
+            p if p.dtype == _dtype(k, "fp32") else _zeros(p.numel()) for p, k in zip(published, kinds, strict=True)
         ]
         moments = [
-            [torch.zeros(s.num_words) for _ in range(num_moments if k == "trained" else 0)]
+            [_zeros(s.num_words) for _ in range(num_moments if k == "trained" else 0)]
             for s, k in zip(spans, kinds, strict=True)
         ]
         return cls(
@@ -154,6 +155,12 @@ class PartitionState:
                 sizes[(span.bucket, "values")] = span.size_bytes
                 sizes |= {(span.bucket, f"moment{n}"): span.size_bytes for n in range(len(moments))}
         return sizes
+
+
+def _zeros(num_words: int) -> torch.Tensor:
+    """In private memory that begins with a page."""
+    memory = private_memory(num_words * WORD_BYTES)
+    return torch.frombuffer(memory, dtype=torch.float32).zero_() if num_words else torch.zeros(0)
 
 
 def _dtype(kind: Kind, codec: Codec) -> torch.dtype:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 import threading
+from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 
-from pscluster.snapshot import PieceKey
+from pscluster.layout import Layout, TensorSpec
+from pscluster.snapshot import PartMeta, PieceKey, read_part, write_part
+from pscluster.storage import Buffer, direct
 from psserver.partition import frozen
 from psserver.partition.frozen import Frozen
 from psserver.partition.private import private_memory
@@ -32,7 +37,7 @@ def before(memory: dict[PieceKey, bytearray]) -> dict[PieceKey, bytes]:
     return {key: bytes(place) for key, place in memory.items()}
 
 
-def made(memory: dict[PieceKey, bytearray]) -> Frozen:
+def made(memory: Mapping[PieceKey, bytearray | memoryview]) -> Frozen:
     return Frozen({key: memoryview(place) for key, place in memory.items()})
 
 
@@ -43,7 +48,7 @@ def overwrite(memory: dict[PieceKey, bytearray], bucket: int) -> None:
 
 
 def read(held: Frozen, key: PieceKey) -> bytes:
-    return b"".join(bytes(chunk) for chunk in held.chunks(key))
+    return b"".join(chunk.read(bytes) for chunk in held.chunks(key))
 
 
 def test_what_is_not_overwritten_is_not_copied(
@@ -62,12 +67,30 @@ def test_what_is_overwritten_in_the_middle_of_a_piece_was_copied(
 ) -> None:
     held = made(memory)
     chunks = held.chunks((0, "values"))
-    got = bytes(next(chunks)) + bytes(next(chunks))
+    got = next(chunks).read(bytes) + next(chunks).read(bytes)
     held.preserve(0)
     overwrite(memory, 0)
-    got += b"".join(bytes(chunk) for chunk in chunks)
+    got += b"".join(chunk.read(bytes) for chunk in chunks)
     assert got == before[(0, "values")]
     assert [read(held, key) for key in KEYS[1:]] == [before[key] for key in KEYS[1:]]
+
+
+def test_what_is_overwritten_while_it_is_read_is_read_again(
+    memory: dict[PieceKey, bytearray], before: dict[PieceKey, bytes]
+) -> None:
+    held = made(memory)
+    tries: list[bytes] = []
+
+    def slowly(data: Buffer) -> bytes:
+        if not tries:
+            held.preserve(0)
+            overwrite(memory, 0)
+        tries.append(bytes(data))
+        return tries[-1]
+
+    first = next(held.chunks((0, "values"))).read(slowly)
+    assert first == before[(0, "values")][:1_000]
+    assert tries == [bytes(1_000), first]
 
 
 def test_only_a_bucket_that_still_waits_is_copied(
@@ -88,24 +111,19 @@ def test_only_a_bucket_that_still_waits_is_copied(
     assert [read(held, key) for key in KEYS[1:]] == [before[key] for key in KEYS[1:]]
 
 
-def test_a_place_that_was_just_written_from_is_left_alone_for_a_while(memory: dict[PieceKey, bytearray]) -> None:
-    memory[(2, "values")] = bytearray(40_000)
-    held = made(memory)
-    places = [_address(chunk) for chunk in held.chunks((2, "values"))]
-    assert len(places) == 40
-    assert len(set(places)) == frozen.RING_CHUNKS
-    assert all(len(set(places[i : i + frozen.RING_CHUNKS])) == frozen.RING_CHUNKS for i in range(24))
+def test_what_was_not_overwritten_is_read_from_where_it_lies(memory: dict[PieceKey, bytearray]) -> None:
+    begin = _address(memory[(0, "values")])
+    for preserved in (False, True):
+        held = made(memory)
+        if preserved:
+            held.preserve_all()
+        places = [_address(chunk.memory) for chunk in held.chunks((0, "values"))]
+        assert [place - places[0] for place in places] == [0, 1_000, 2_000, 3_000, 4_000, 5_000]
+        assert (places[0] != begin) == preserved
 
 
-def test_what_was_copied_already_is_read_from_there(memory: dict[PieceKey, bytearray]) -> None:
-    held = made(memory)
-    held.preserve_all()
-    places = [_address(chunk) for chunk in held.chunks((0, "values"))]
-    assert [place - places[0] for place in places] == [0, 1_000, 2_000, 3_000, 4_000, 5_000]
-
-
-def _address(chunk: memoryview) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(chunk))
+def _address(memory: bytearray | memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 def test_what_is_given_up_is_not_copied(memory: dict[PieceKey, bytearray], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +160,40 @@ def test_the_two_threads_never_see_half_a_piece() -> None:
         version += 1
     assert all(len(bytes_) == 1 for bytes_ in seen), "the bytes of two versions in one snapshot"
     assert version > 40
+
+
+@pytest.mark.parametrize("struck", range(6))
+def test_a_file_is_of_one_version_whatever_the_disk_is_at_work_on(
+    struck: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of one of its writes the partition makes the next version, under the disk's hands."""
+    monkeypatch.setattr(frozen, "CHUNK_BYTES", 2 << 20)
+    keys: list[PieceKey] = [(bucket, what) for bucket in range(2) for what in ("values", "moment0")]
+    memory = {key: private_memory((3 << 20) + 12) for key in keys}
+    before = {key: random.Random(str(key)).randbytes(len(place)) for key, place in memory.items()}
+    for key, place in memory.items():
+        place[:] = before[key]
+    held = made(memory)
+    writes: list[int] = []
+    plain = os.pwrite
+
+    def pwrite(descriptor: int, data: memoryview, at: int) -> int:
+        writes.append(at)
+        if len(writes) - 1 != struck:
+            return plain(descriptor, data, at)
+        written = plain(descriptor, data[: len(data) // 2], at)
+        held.preserve_all()
+        for place in memory.values():
+            place[:] = bytes(len(place))
+        return written
+
+    monkeypatch.setattr(direct.os, "pwrite", pwrite)
+    layout = Layout((TensorSpec(names=("w",), shape=(5,), dtype="float32", kind="trained"),))
+    meta = PartMeta(job="job-a", step=1, generation=1, partition=0, num_partitions=1, ages=(1,))
+    write_part(tmp_path / "part", meta, layout, held)  # with checksums, which are compared when it is read
+    assert read_part(tmp_path / "part").pieces == before
+    assert len(writes) > struck
+    assert held.is_over
 
 
 @pytest.mark.parametrize("size", [0, 1, 5_000_000])
