@@ -10,8 +10,8 @@ from harness.cluster import LocalCluster, local_cluster, wait_gone
 from harness.jobs import lm_spec
 from harness.plain import train_plainly
 
-STEPS = 24
-KILL_AT = 6
+STEPS = 16
+KILL_AT = 4
 
 
 @pytest.fixture(scope="module")

@@ -99,11 +99,11 @@ def test_the_demo_works_after_one_that_was_killed(demo: Demo, tmp_path: Path) ->
     killed.wait()
     assert demo.running()  # its cluster lives on, with an unfinished job
 
-    process = demo.start(steps=12)
+    process = demo.start(steps=6)
     output, _ = process.communicate(timeout=200)
 
     assert process.returncode == 0, output
-    for shown in ("byte bigram", "byte trigram", "this model", "after 12 steps", "$ psctl generate"):
+    for shown in ("byte bigram", "byte trigram", "this model", "after 6 steps", "$ psctl generate"):
         assert shown in output
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     state = torch.load(tmp_path / "out" / "model.pth", weights_only=True)
