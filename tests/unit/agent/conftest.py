@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import select
 import shutil
@@ -132,7 +133,8 @@ class FakeMaster(AgentsServicer):
 
     async def _tell(self, stream: Any, message: pb.MasterMessage) -> None:
         async with self._writing:  # a stream takes one write at a time
-            await stream.write(message)
+            with contextlib.suppress(grpc.aio.InternalError):  # it ended with its agent, which was killed a moment ago
+                await stream.write(message)
 
     async def _note(self, change: Callable[[], Any]) -> None:
         async with self._changed:
