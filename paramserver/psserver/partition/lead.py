@@ -123,10 +123,10 @@ class Lead:
         """A new generation without a restore: votes are called for anew; a stop may take effect."""
         self.plan = plan
         self.state = commit.lead_adopts(self.state, plan.generation)
+        for index in sorted(self.joined):
+            self.out.send_call(index)  # it may have heard of the plan first, and voted too early
         if not self.is_open:
             return
-        for index in sorted(self.joined):
-            self.out.send_call(index)
         if self.merged is not None:
             self.out.send_merged()
         self._choose_action()
@@ -134,8 +134,8 @@ class Lead:
     def join(self, index: int, step: int, last: Verdict | None = None) -> None:
         """A partition holds `step`, which `last` made. The last one to come opens the job."""
         self.joined.add(index)
-        if step == self.version - 1:
-            self.out.send_call(index)  # it missed the last verdict
+        if step in (self.version - 1, self.version):
+            self.out.send_call(index)  # it missed the last verdict, or its vote came before this lead could take it
         if step == self.version + 1 and last is not None:
             self._learn(last)
         if len(self.joined) == self.state.num_partitions and not self.is_open:

@@ -77,12 +77,12 @@ def test_the_job_opens_when_every_partition_holds_the_version() -> None:
     played = Played()
     played.lead.join(1, 0)
     played.lead.join(1, 0)
-    assert not played.lead.is_open and played.log == []
+    assert not played.lead.is_open and played.directives() == []
 
     played.lead.join(0, 0)
 
     assert played.lead.is_open
-    assert played.log == [("direct", 0, "train")]
+    assert played.directives() == ["train 0"]
     assert [p.step for p in played.reported("progress")] == [0], "the first report says that it runs"
 
 
@@ -90,7 +90,7 @@ def test_a_partition_that_joins_again_does_not_open_the_job_again() -> None:
     played = Played().open()
     played.lead.join(1, 0)
 
-    assert played.log == []
+    assert played.log == [("call", 1)]
 
 
 def test_a_partition_that_missed_the_last_verdict_is_called() -> None:
@@ -103,6 +103,27 @@ def test_a_partition_that_missed_the_last_verdict_is_called() -> None:
     played.lead.vote(Vote(generation=1, step=0, partition=1, squares={1: 2.0}))
 
     assert [said[:2] for said in played.log] == [("call", 1), ("verdict", 1)], "to the one that asked, alone"
+
+
+@pytest.mark.parametrize("joins_first", [True, False])
+def test_a_vote_that_came_before_the_lead_heard_of_its_plan_is_called_for(joins_first: bool) -> None:
+    played = Played()
+    early = Vote(generation=2, step=0, partition=1, squares={1: 2.0})
+    if joins_first:
+        played.lead.join(1, 0)
+    played.lead.vote(early)
+    played.log.clear()
+
+    played.lead.adopt(played.plan(2))  # not all have joined yet
+    if not joins_first:
+        played.lead.join(1, 0)
+
+    assert played.log == [("call", 1)]
+    played.lead.vote(early)
+    played.lead.join(0, 0)
+    played.lead.take_summary(Summary(loss_sum=3.0, weight=2.0, samples=2, touched=b"\1"))
+    played.lead.vote(Vote(generation=2, step=0, partition=0, squares={0: 2.0}))
+    assert played.directives() == ["train 0", "train 1"]
 
 
 def test_the_last_vote_decides_for_all_and_trainers_hear_first() -> None:
