@@ -23,7 +23,7 @@ class Limits:
     first_grace_s: float = 600.0  # the same while it is at its first microbatch: compilers and cold devices
     max_losses: int = 5  # processes one seat may lose without a new step in between
     gather_s: float = 5.0  # how long other nodes' failures at start are waited for
-    finish_grace_s: float = 30.0  # how long a finished job waits for its last snapshot to be complete
+    finish_grace_s: float = 600.0  # how long a job that was asked to stop waits for its last snapshot to be complete
     stop_grace_s: float = 300.0  # how long a stopping job may take to reach a step boundary
     stop_idle_grace_s: float = 15.0  # the same when no trainer is there to reach one
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pscluster.errors import StorageError
 from psmaster.draft import Draft, View
-from psmaster.jobs import Check, JobState, Problem
+from psmaster.jobs import Check, Job, JobState, Problem
 from psmaster.processes import Failure, failure_of
 from psmaster.seats import Kind, Seat
 
@@ -66,35 +65,34 @@ def _told_with_place(seat: Seat, failure: Failure, seats: list[Seat]) -> Problem
 
 
 def end_if_finished(draft: Draft, view: View) -> None:
-    """SUCCEEDED or STOPPED once the lead has finished and the last snapshot is complete. Without that snapshot the
-    result would be lost: FAILED when it was waited for in vain."""
+    """SUCCEEDED or STOPPED once the lead has finished and the last snapshot is complete.
+
+    However long that takes: each partition says when its part is written, or that it cannot be, and then the job has
+    FAILED. Whoever asked to stop is not kept waiting for ever: without that snapshot steps are lost, and no more."""
     finished = draft.job.finished
     if finished is None:
         return
     complete = finished.step == 0 or draft.snapshots.complete(finished.step)
     away = any(not seat.active for seat in draft.job.partitions)
-    if not complete and away and not finished.stopped:
-        return  # the last snapshot died with a partition: recovery takes the job back and finishes again
-    trouble = draft.job.trouble
-    hopeless = trouble is not None and trouble.step == finished.step
-    if not complete and not away and not hopeless and not draft.wait(view.limits.finish_grace_s):
-        return
+    problem = _unwritten(draft.job, finished.step)
     if complete:
         draft.update(parameters_sha256=finished.parameters_sha256)
-    if finished.stopped:
-        step = finished.step if complete else _newest(draft)
-        draft.end(JobState.STOPPED, f"stopped at step {finished.step} on request; it resumes from step {step}")
+    if finished.stopped or (draft.job.stopping and not complete):
+        if complete or away or problem or draft.wait(view.limits.finish_grace_s):
+            step = finished.step if complete else _newest(draft)
+            draft.end(JobState.STOPPED, f"stopped at step {finished.step} on request; it resumes from step {step}")
     elif complete:
         draft.end(JobState.SUCCEEDED, f"reached step {finished.step}, the last one")
-    else:
-        draft.fail(_unsaved(finished.step, trouble.problem if trouble and hopeless else None))
+    elif problem and not away:  # a part that died with its partition is made again
+        cause = f"the snapshot of the last step, {finished.step}, is not complete: {problem.cause}"
+        draft.fail(replace(problem, cause=cause))
 
 
-def _unsaved(step: int, problem: Problem | None) -> Problem:
-    cause = f"the snapshot of the last step, {step}, is not complete"
-    if problem is not None:
-        return replace(problem, cause=f"{cause}: {problem.cause}")
-    return Problem(code=StorageError.code, cause=cause, action="see the partitions' logs, then resume the job")
+def _unwritten(job: Job, step: int) -> Problem | None:
+    """Why a partition could not write its part of a step."""
+    if job.trouble is None or job.trouble.step != step or not job.trouble.is_unwritten:
+        return None
+    return job.trouble.problem
 
 
 def end_if_stopping(draft: Draft, view: View) -> None:

@@ -107,6 +107,11 @@ class Trouble:
     step: int
     problem: Problem
 
+    @property
+    def is_unwritten(self) -> bool:
+        """Whether it is a part of the step's snapshot that could not be written."""
+        return bool(self.problem.detail("unwritten"))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Connection:

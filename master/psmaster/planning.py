@@ -96,6 +96,7 @@ def _restore(draft: Draft, plan: Plan, *, fresh: bool, rested: bool) -> None:
         standbys=tuple(replace(seat, synced=False) for seat in job.standbys),
         step=step,
         finished=None,
+        trouble=None if job.trouble is not None and job.trouble.step > step else job.trouble,  # it is written anew
         deadline_s=None,
         next_best=None,
         best=job.best if job.best and job.best.step <= step else None,

@@ -219,15 +219,19 @@ def snapshot_part(job: Job, snapshots: Catalogue, part: Part, now: Instant) -> t
 
 
 def trouble(job: Job, report: Trouble, source: str, now: Instant) -> Applied:
-    """Something went wrong that training survives: told, and remembered in case the end needs an explanation.
+    """Something went wrong that training survives: told, and remembered where the end depends on it: the last step may
+    be one whose snapshot cannot be written.
 
     A best step whose snapshot is not written is not waited for: a later one may be the best of those there are."""
     if job.state.ended or job.trouble == report:
         return Applied(job=job)
-    if job.next_best is not None and report.step == job.next_best.step and report.problem.detail("unwritten"):
+    if job.next_best is not None and report.step == job.next_best.step and report.is_unwritten:
         job = replace(job, next_best=None)
     message = f"{source}, step {report.step}: {report.problem}"
     event = Event(time_s=now.unix_s, reason="Warning", message=message, warning=True)
+    held = job.trouble
+    if held is not None and held.is_unwritten and (not report.is_unwritten or report.step < held.step):
+        return Applied(job=job, events=(event,))
     return Applied(job=replace(job, trouble=report), events=(event,))
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pscluster.errors import NotFoundError, StateError
-from psmaster.jobs import Best, Check, Connection, JobState
+from psmaster.jobs import Best, Check, Connection, JobState, Problem, Trouble
 from psmaster.reports import Connected, Evaluated, is_better
 from psmaster.seats import Kind
 from psmaster.state import find
@@ -84,14 +84,71 @@ def test_the_end_waits_for_the_last_snapshot(world: World) -> None:
     assert world.reasons().count("Succeeded") == 1
 
 
-def test_a_last_snapshot_that_never_comes_fails_the_job(world: World) -> None:
+def test_a_last_snapshot_is_waited_for_however_slow_the_store_is(world: World) -> None:
     world.running()
     world.finish()
-    world.wait(31)
+    world.wait(120)
+    assert world.job().state is JobState.RUNNING
+    world.snapshot(100)
+    assert world.job().state is JobState.SUCCEEDED
+
+
+def test_a_last_snapshot_that_cannot_be_written_fails_the_job_at_once(world: World) -> None:
+    world.running()
+    world.finish()
+    world.report("partition-1", unwritten(100))
     job = world.job()
     assert job.state is JobState.FAILED
     assert job.error is not None
-    assert job.error.code == "PS-4002"
+    assert (job.error.code, job.error.cause) == (
+        "PS-4002",
+        "the snapshot of the last step, 100, is not complete: no space left",
+    )
+
+
+def test_another_warning_does_not_hide_that_the_last_snapshot_cannot_be_written(world: World) -> None:
+    world.running()
+    world.report("partition-1", unwritten(100))
+    for step in (0, 100):
+        slow = Trouble(step=step, problem=Problem(code="PS-4002", cause="a store is not shared"))
+        world.report("partition-0", slow)
+    world.finish()
+    assert world.job().state is JobState.FAILED
+
+
+def test_what_could_not_be_written_before_a_rollback_may_be_written_after_it(world: World) -> None:
+    world.running()
+    world.commit(*range(6, 101))
+    world.report("partition-1", unwritten(100))
+    world.exit("partition-0", signal=9)
+    world.report("partition-0", PARTITION)
+    world.commit(*range(1, 101))
+    world.finish()
+    assert world.job().state is JobState.RUNNING
+    world.snapshot(100)
+    assert world.job().state is JobState.SUCCEEDED
+
+
+@pytest.mark.parametrize("asked", ["before", "after"])
+def test_who_asks_to_stop_does_not_wait_for_ever_for_a_store(world: World, asked: str) -> None:
+    world.running()
+    if asked == "before":
+        world.take(lambda turn: turn.stop("job"))
+    world.finish(6, stopped=asked == "before")
+    if asked == "after":
+        world.wait(120)
+        world.take(lambda turn: turn.stop("job"))
+    world.wait(599)
+    assert world.job().state is JobState.RUNNING
+    world.wait(2)
+    assert world.job().state is JobState.STOPPED
+    assert world.job().reason == "stopped at step 6 on request; it resumes from step 0"
+
+
+def unwritten(step: int) -> Trouble:
+    """A partition's word that its part of a step is not written."""
+    details = (("unwritten", str(step)),)
+    return Trouble(step=step, problem=Problem(code="PS-4002", cause="no space left", details=details))
 
 
 def test_a_repeated_finish_changes_nothing(world: World) -> None:
