@@ -25,7 +25,7 @@ from pscluster.agent.exits import NOT_STARTED, Exit, classify, detail_of
 from pscluster.agent.launch import BUNDLE_DIR, SOCKET_DIR
 from pscluster.agent.leftovers import AgentDirectories
 from pscluster.agent.output import Backlog
-from pscluster.agent.suspicion import Heard
+from pscluster.agent.suspicion import LOADING_SILENCE_S, SILENCE_S, Heard
 from pscluster.devices import AUTO
 from pscluster.errors import InternalError, PsError, StorageError, UnreachableError
 from pscluster.v1.agents_pb2 import AgentMessage, LogLine, ProcessEvent, ProcessState, ProcessStatus
@@ -63,7 +63,7 @@ class Process:
         self.spec = spec
         self.plan: Plan | None = spec.plan if spec.HasField("plan") else None
         self.heard: Heard | None = None
-        """Its last beat."""
+        """Its last beat; before the first, its start."""
         self.speed: Speed | None = None
         """How fast a trainer computes, as its last beat said."""
         self._site = site
@@ -139,6 +139,11 @@ class Process:
             self._site.copies.bring(self.spec, plan, self._child.forward)
         else:
             self._child.forward(plan)
+
+    @property
+    def silence_s(self) -> float:
+        """How long nothing may be heard of it."""
+        return LOADING_SILENCE_S if self._ready is None else SILENCE_S[self.spec.kind]
 
     @property
     def suspicion(self) -> ProcessStatus.Suspicion:
@@ -242,6 +247,7 @@ class Process:
         metrics.STARTED.inc()
         self._status.phase = ProcessStatus.PHASE_RUNNING
         self._status.pid = child.pid
+        self.heard = Heard(at_s=asyncio.get_running_loop().time())
         self._site.emit(AgentMessage(status=self._status))
         self._log.info("process started", pid=child.pid)
 

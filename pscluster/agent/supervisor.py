@@ -13,7 +13,7 @@ from pscluster.agent import metrics
 from pscluster.agent.child import Patience
 from pscluster.agent.process import Process, Site, wanted_device
 from pscluster.agent.reconcile import reconcile
-from pscluster.agent.suspicion import NONE, SILENCE_S, WORDS, suspicion_of
+from pscluster.agent.suspicion import NONE, WORDS, suspicion_of
 from pscluster.devices import modesty
 from pscluster.v1.agents_pb2 import Assignment, ProcessState, ProcessStatus
 from pscluster.v1.plan_pb2 import ProcessSpec, Speed, Unreached
@@ -95,7 +95,7 @@ class Supervisor:
         living = [process for process in self._processes.values() if process.living]
         metrics.PROCESSES.set(len(living))
         for process in living:
-            found = suspicion_of(now_s, process.heard, SILENCE_S[process.spec.kind])
+            found = suspicion_of(now_s, process.heard, process.silence_s)
             unreached = process.heard.unreached if process.heard is not None else None
             if (found, unreached) != (process.suspicion, process.unreached):
                 _note(process, found, unreached)

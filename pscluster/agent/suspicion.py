@@ -18,6 +18,9 @@ WORDS = {NONE: "", SILENT: "silent", STALLED: "stalled"}
 SILENCE_S = {ProcessSpec.KIND_TRAINER: 3.0, ProcessSpec.KIND_PARTITION: 4.0}
 """How long no beat may come. Beats come every half second from a thread of their own. A trainer is taken back when it
 is heard again, so it costs little to suspect one; a partition is replaced."""
+LOADING_SILENCE_S = 120.0
+"""The same before a process is ready: libraries that come from a slow disk, and what holds the interpreter's lock while
+it loads data, keep the other thread from beating."""
 STALL_FACTOR = 5.0
 MIN_STALL_S = 3.0
 """A microbatch that takes so many times the median, and at least so long, is stuck."""
@@ -27,7 +30,7 @@ FIRST_STALL_S = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class Heard:
-    """The last beat: when it came (loop time), and what it said; see plan_pb2.Beat."""
+    """The last beat, or the start: when it came (loop time), and what it said; see plan_pb2.Beat."""
 
     at_s: float
     busy_s: float = 0.0
@@ -36,7 +39,7 @@ class Heard:
 
 
 def suspicion_of(now_s: float, heard: Heard | None, silence_s: float) -> ProcessStatus.Suspicion:
-    """How a living process looks at `now_s`. One that never beat is still loading: nothing is known of it."""
+    """How a living process looks at `now_s`. None: it is not started yet."""
     if heard is None:
         return NONE
     if now_s - heard.at_s > silence_s:

@@ -24,12 +24,12 @@ class AgentLine:
         self._heart = Heart(link, lambda: Beat(progress=self.progress, unreached=self.unreached()))
 
     def start(self) -> None:
-        """Begin to listen to the agent, and to beat."""
+        """Begin to beat, and to listen to the agent; the first plan may take its time."""
+        self._heart.start()
         self._reactor.watch(self.link.fileno(), self._orders)
         if self.link.start.HasField("plan"):
             self.adopt(self.link.start.plan)
         self._report_counters()
-        self._heart.start()
 
     def close(self) -> None:
         """No longer beat. After the reactor has stopped."""

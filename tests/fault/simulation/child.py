@@ -7,7 +7,7 @@ from typing import Any
 from pscluster.agent.child import Patience
 from pscluster.agent.exits import Exit, classify
 from pscluster.agent.supervisor import AT_ONCE
-from pscluster.agent.suspicion import SILENCE_S, Heard, suspicion_of
+from pscluster.agent.suspicion import LOADING_SILENCE_S, SILENCE_S, Heard, suspicion_of
 from pscluster.v1.agents_pb2 import AgentMessage, ProcessEvent, ProcessState, ProcessStatus
 from pscluster.v1.plan_pb2 import Failure, Plan, ProcessReport, ProcessSpec, Speed
 from tests.fault.simulation.partition import PartitionProcess
@@ -54,6 +54,7 @@ class Child:
         kind = TrainerProcess if self.spec.kind == ProcessSpec.KIND_TRAINER else PartitionProcess
         self.process = kind(sim, self.life, agent.host, self.spec, self._report, self._ended)
         self._status.phase = ProcessStatus.PHASE_RUNNING
+        self.heard = Heard(at_s=sim.schedule.now_s)
         agent.emit(AgentMessage(status=self._status))
         loads_s = sim.schedule.between(0.05, 0.8 if kind is TrainerProcess else 0.2)
         self.life.after(loads_s, "has loaded", self._begin)
@@ -77,7 +78,8 @@ class Child:
 
     def look(self, now_s: float) -> None:
         """Tell the master when the process falls silent or stalls, or is heard again, and what it cannot reach."""
-        found = suspicion_of(now_s, self.heard, SILENCE_S[self.spec.kind])
+        silence_s = LOADING_SILENCE_S if self._ready is None else SILENCE_S[self.spec.kind]
+        found = suspicion_of(now_s, self.heard, silence_s)
         unreached = self.heard.unreached if self.heard is not None else None
         told = self._status.unreached if self._status.HasField("unreached") else None
         if (found, unreached) != (self._status.suspicion, told):

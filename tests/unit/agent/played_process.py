@@ -89,6 +89,11 @@ def count(link: ProcessLink) -> None:
     serve(link)
 
 
+def mute(link: ProcessLink) -> None:
+    """Never ready."""
+    link.receive()
+
+
 def beating(link: ProcessLink) -> None:
     heart = Heart(link, plan.Beat)
     heart.start()

@@ -103,6 +103,20 @@ def test_a_stopped_process_is_noticed_once(bench: Any) -> None:
     run(bench, body)
 
 
+def test_a_process_that_stops_before_it_is_ready_is_noticed_later(bench: Any) -> None:
+    async def body(supervisor: Supervisor, heard: Heard) -> None:
+        supervisor.apply(Assignment(processes=[bench.trainer("trainer-0", "mute")]))
+        await heard.until(lambda: bool(heard.messages))
+        (process,) = supervisor._processes.values()
+        assert process.heard is not None
+        supervisor.check_beats(process.heard.at_s + 119)
+        assert supervisor.states()[0].status.suspicion == NONE
+        supervisor.check_beats(process.heard.at_s + 121)
+        assert supervisor.states()[0].status.suspicion == SILENT
+
+    run(bench, body)
+
+
 def test_a_process_that_beats_again_is_no_longer_suspected(bench: Any) -> None:
     async def body(supervisor: Supervisor, heard: Heard) -> None:
         supervisor.apply(Assignment(processes=[bench.trainer("trainer-0", "beating")]))

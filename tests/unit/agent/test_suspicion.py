@@ -9,8 +9,8 @@ from pscluster.agent.suspicion import NONE, SILENT, STALLED, Heard, suspicion_of
 SILENCE_S = 2.0
 
 
-def test_silence_needs_a_first_beat() -> None:
-    assert suspicion_of(1000.0, None, SILENCE_S) == NONE
+def test_silence_is_counted_from_the_last_beat() -> None:
+    assert suspicion_of(1000.0, None, SILENCE_S) == NONE, "it is not started yet"
     assert suspicion_of(12.0, Heard(at_s=10.0), SILENCE_S) == NONE
     assert suspicion_of(12.1, Heard(at_s=10.0), SILENCE_S) == SILENT
 

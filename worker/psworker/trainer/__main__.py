@@ -7,11 +7,12 @@ import json
 import sys
 from pathlib import Path
 
+from pscluster.agent.heart import Heart
 from pscluster.agent.link import ProcessLink
 from pscluster.errors import OutOfMemoryError, PsError
 from pscluster.sampling import ShardSampler
 from pscluster.spec import JobSpec, parse_spec
-from pscluster.v1.plan_pb2 import ErrorDetail, Failure, PreflightCheck, ProcessReport, TrainerReady
+from pscluster.v1.plan_pb2 import Beat, ErrorDetail, Failure, PreflightCheck, ProcessReport, TrainerReady
 from pscluster.wire.transport import check_congestion_control
 from psworker.canary import settle_numerics
 from psworker.replica import Replica
@@ -32,8 +33,10 @@ def main() -> int:
     """Be the trainer that the agent's start order describes; returns the exit code."""
     faulthandler.enable()
     link = ProcessLink.from_environment()
+    loading = Heart(link, Beat)
+    loading.start()
     try:
-        _train(link)
+        _train(link, loading)
     except PsError as error:
         link.report(ProcessReport(failure=_failure(error)))
         print(error, file=sys.stderr)
@@ -46,7 +49,8 @@ def main() -> int:
     return 0
 
 
-def _train(link: ProcessLink) -> None:
+def _train(link: ProcessLink, loading: Heart) -> None:
+    """`loading` beats until there is more to tell than that the process lives."""
     start = link.start
     spec = parse_spec(json.loads(start.spec_json))
     device = usable_device(start.device, spec.workers.device)
@@ -63,6 +67,7 @@ def _train(link: ProcessLink) -> None:
     counters = TrainerCounters()
     exchange = Exchange(link, spec, replica.layout, replica.memory, counters, staging)
     exchange.start()
+    loading.close()
     try:
         Trainer(
             spec,
