@@ -7,7 +7,6 @@ manifest names what is not there.
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ import structlog
 
 from pscluster.errors import InternalError, PsError, StorageError
 from pscluster.storage import SnapshotStore, open_store
+from pscluster.storage.directory import DirectoryStore
 from psmaster import manifest
 from psmaster.catalogue import Catalogue, RestorePoint
 from psmaster.jobs import Job
@@ -126,7 +126,7 @@ class Publisher:
             store.remove()
             self._published.pop(job_id, None)
             if wish.directory is not None:
-                _remove_directory(wish.directory)
+                DirectoryStore(wish.directory).remove()
             return
         points = _complete(wish.catalogue)
         held = self._published.get(job_id)
@@ -162,15 +162,6 @@ class Publisher:
 def _complete(catalogue: Catalogue | None) -> list[RestorePoint]:
     """The complete snapshots, oldest first."""
     return [catalogue.restore_point(step) for step in catalogue.complete_steps()] if catalogue else []
-
-
-def _remove_directory(directory: Path) -> None:
-    try:
-        shutil.rmtree(directory)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise StorageError(f"cannot remove {directory}: {error.strerror}") from None
 
 
 def _only_log(job_id: str, step: int, error: PsError) -> None:

@@ -24,7 +24,7 @@ from pscluster.agent import frames
 from pscluster.agent.launch import AGENT_PID, CONTROL_FD
 from pscluster.agent.output import LineCutter
 from pscluster.errors import FrameError
-from pscluster.v1.plan_pb2 import Plan, ProcessOrder, ProcessReport, ProcessSpec, Shutdown
+from pscluster.v1.plan_pb2 import PartSettled, Plan, ProcessOrder, ProcessReport, ProcessSpec, Shutdown
 
 _READ_BYTES = 1 << 16
 _NUM_LAST_WORDS = 40
@@ -74,6 +74,7 @@ class Child:
         self._wake = asyncio.Event()
         self._start: ProcessSpec | None = None
         self._plan: Plan | None = None
+        self._settled: list[str] = []
         self._shutdown = False
         self._pumps: list[asyncio.Task[None]] = []
 
@@ -121,6 +122,11 @@ class Child:
     def forward(self, plan: Plan) -> None:
         """Hand over a newer plan; never blocks. Only the newest of those not yet sent is sent."""
         self._plan = plan
+        self._wake.set()
+
+    def settle(self, path: str) -> None:
+        """Tell a partition that nothing is under way for a part any more; never blocks."""
+        self._settled.append(path)
         self._wake.set()
 
     async def wait(self) -> Ended:
@@ -231,9 +237,10 @@ class Child:
             orders.append(ProcessOrder(start=self._start))
         if self._plan is not None:
             orders.append(ProcessOrder(plan=self._plan))
+        orders += [ProcessOrder(settled=PartSettled(path=path)) for path in self._settled]
         if self._shutdown:
             orders.append(ProcessOrder(shutdown=Shutdown()))
-        self._start, self._plan, self._shutdown = None, None, False
+        self._start, self._plan, self._settled, self._shutdown = None, None, [], False
         return orders
 
     async def _close(self) -> None:

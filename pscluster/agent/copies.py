@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,18 @@ import structlog
 
 from pscluster.agent import depot
 from pscluster.agent.backoff import delay_s
-from pscluster.errors import PsError, StorageError
+from pscluster.agent.exits import detail_of
+from pscluster.errors import DamagedError, FrameError, NotFoundError, PsError, StorageError, UnreachableError
 from pscluster.storage.directory import DirectoryStore
 from pscluster.v1.agents_pb2 import DepotAddress
 from pscluster.v1.depot_pb2 import TakePartRequest
-from pscluster.v1.plan_pb2 import ErrorDetail, Plan, ProcessReport, ProcessSpec, SnapshotPart
+from pscluster.v1.plan_pb2 import Plan, ProcessReport, ProcessSpec, SnapshotPart
 from pscluster.v1.plan_pb2 import Warning as WarningMessage
 
 Say = Callable[[ProcessReport], None]
 COPY_PATIENCE_S = 60.0  # how long a node that takes a copy is looked for
-FETCH_PATIENCE_S = 20.0  # how long a node that has a part is waited for; then the job goes back to an older snapshot
+AWAY_PATIENCE_S = 3600.0  # how long nodes that have a part and are away are waited for; then the part counts as lost
+AWAY_SILENCE_S = 5.0  # so long without a word to anybody: nodes start at different times
 _log = structlog.get_logger(__name__)
 
 
@@ -69,39 +71,56 @@ class Copies:
         spec.store, spec.own_store = str(depot.job_directory(self.directory, spec.job_id)), True
         return True
 
-    def copy(self, spec: ProcessSpec, plan: Plan | None, report: ProcessReport, say: Say) -> None:
-        """A part is durable here: say so once it is on a second node, too. Returns at once."""
-        self._spawn(self._copy(spec, plan, report, say))
+    def copy(
+        self, spec: ProcessSpec, plan: Plan | None, report: ProcessReport, say: Say, settled: Callable[[str], None]
+    ) -> None:
+        """A part is durable here: say so once it is on a second node, too. Returns at once.
+
+        `settled` hears its path when it is, or when no node takes it: until then its partition writes no other."""
+        self._spawn(self._copy(spec, plan, report, say, settled))
 
     def must_bring(self, spec: ProcessSpec, before: Plan | None, plan: Plan) -> bool:
         """Whether `plan`, after `before`, orders a restore from a part that may not be here yet."""
         if spec.process_id in self._bringing:
             return True
         orders = before is None or before.restore_generation != plan.restore_generation
-        part = _own_part(spec, plan)
-        return orders and part is not None and bool(part.nodes)
+        return orders and _own_part(spec, plan) is not None
 
-    def bring(self, spec: ProcessSpec, plan: Plan, then: Callable[[Plan], None]) -> None:
+    def bring(self, spec: ProcessSpec, plan: Plan, then: Callable[[Plan], None], say: Say) -> None:
         """Get the part that a plan restores, and call `then` with the newest plan. Returns at once."""
         is_busy = spec.process_id in self._bringing
         self._bringing[spec.process_id] = plan
         if not is_busy:
-            self._spawn(self._bring(spec, then))
+            self._spawn(self._bring(spec, then, say))
 
-    async def obtain(self, spec: ProcessSpec, plan: Plan) -> None:
-        """Return when the part that the plan restores is here, or no node that has it was found in time."""
-        part = _own_part(spec, plan)
-        if part is None or not part.nodes:
-            return
-        directory, loop = Path(spec.store), asyncio.get_running_loop()
-        until, failures = loop.time() + FETCH_PATIENCE_S, 0
-        while not await self._is_here(directory, part) and not await self._fetched(spec.job_id, directory, part):
-            failures += 1
-            if loop.time() >= until:
-                _log.warning("no node gives a part of a snapshot", part=part.path, nodes=list(part.nodes))
+    def leave(self, process_id: str) -> None:
+        """A process is gone: nothing need be brought for it. Safe to repeat."""
+        self._bringing.pop(process_id, None)
+
+    async def obtain(self, spec: ProcessSpec, newest: Callable[[], Plan | None], say: Say) -> SnapshotPart | None:
+        """Return when the part that the newest plan restores, if any, is here or is lost; which one that is.
+
+        Lost is what every node that had it says it has no more: then the job goes back to an older snapshot. Nodes that
+        are away are waited for, and that is told."""
+        directory, clock = Path(spec.store), asyncio.get_running_loop().time
+        sought, began_s, failures, told = None, 0.0, 0, False
+        while (part := _own_part(spec, newest())) is not None:
+            if part != sought:
+                sought, began_s, failures, told = part, clock(), 0, False
+            away = await self._sought(spec.job_id, directory, part)
+            waited_s = clock() - began_s
+            if away is None:
+                return part
+            if not away or waited_s >= AWAY_PATIENCE_S:
+                _log.warning("a part of a snapshot is lost", part=part.path, nodes=list(part.nodes), away=away)
                 await self._admit_loss(directory)
-                return
+                return part
+            if not told and waited_s >= AWAY_SILENCE_S:
+                told = True
+                say(_waits(part, away))
+            failures += 1
             await asyncio.sleep(delay_s(failures, random.random()))
+        return None
 
     async def close(self) -> None:
         """Give up what is under way."""
@@ -109,18 +128,20 @@ class Copies:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _copy(self, spec: ProcessSpec, plan: Plan | None, report: ProcessReport, say: Say) -> None:
+    async def _copy(
+        self, spec: ProcessSpec, plan: Plan | None, report: ProcessReport, say: Say, settled: Callable[[str], None]
+    ) -> None:
         part = report.snapshot_part
         kept_steps = plan.kept_steps if plan is not None else ()
         request = TakePartRequest(job_id=spec.job_id, part=part, source=self.address, kept_steps=kept_steps)
         try:
             part.nodes.extend([self.node_id, await self._second(request)])
+            say(report)
         except PsError as error:
-            details = {**error.details, "unwritten": str(part.step)}
-            detail = ErrorDetail(code=error.code, cause=error.cause, action=error.action, details=details)
-            say(ProcessReport(warning=WarningMessage(error=detail, step=part.step)))
-            return
-        say(report)
+            error.details["unwritten"] = str(part.step)
+            say(ProcessReport(warning=WarningMessage(error=detail_of(error), step=part.step)))
+        finally:
+            settled(part.path)
 
     async def _second(self, request: TakePartRequest) -> str:
         """The node that has taken the copy. Raises StorageError when none does in time."""
@@ -141,23 +162,33 @@ class Copies:
                 )
             await asyncio.sleep(delay_s(failures, random.random()))
 
-    async def _bring(self, spec: ProcessSpec, then: Callable[[Plan], None]) -> None:
-        try:
-            while True:
-                plan = self._bringing[spec.process_id]
-                await self.obtain(spec, plan)
-                if self._bringing[spec.process_id] is plan:
-                    break
-        finally:
-            plan = self._bringing.pop(spec.process_id)
-        then(plan)
+    async def _bring(self, spec: ProcessSpec, then: Callable[[Plan], None], say: Say) -> None:
+        process_id, looks = spec.process_id, True
+        while looks:
+            part = await self.obtain(spec, lambda: self._bringing.get(process_id), say)
+            looks = part != _own_part(spec, self._bringing.get(process_id))
+        if (plan := self._bringing.pop(process_id, None)) is not None:
+            then(plan)
 
-    async def _is_here(self, directory: Path, part: SnapshotPart) -> bool:
+    async def _sought(self, job_id: str, directory: Path, part: SnapshotPart) -> dict[str, str] | None:
+        """None: the part is here. Otherwise the nodes that may have it, and why they do not give it."""
+        away = {}
         try:
-            return await asyncio.to_thread(depot.is_sound, directory, part)
+            if await asyncio.to_thread(depot.is_sound, directory, part):
+                return None
         except StorageError as error:
-            _log.warning("a part of a snapshot cannot be read here", part=part.path, cause=error.cause)
-            return False
+            away[self.node_id] = error.cause
+        for node_id in [node_id for node_id in part.nodes if node_id != self.node_id]:
+            try:
+                if node_id not in self._peers:
+                    raise UnreachableError("it is away")
+                await depot.get(self._peers[node_id], self.token, job_id, part, directory)
+                return None
+            except (NotFoundError, DamagedError, FrameError) as error:
+                _log.warning("a node no longer has a part", node=node_id, part=part.path, cause=error.cause)
+            except PsError as error:
+                away[node_id] = error.cause
+        return away
 
     async def _admit_loss(self, directory: Path) -> None:
         """Have the directory there: a part that is not in it is gone, not out of reach, and an older one will do."""
@@ -165,16 +196,6 @@ class Copies:
             await asyncio.to_thread(DirectoryStore(directory).create)
         except StorageError as error:
             _log.warning("the store of this node cannot be made", cause=error.cause)
-
-    async def _fetched(self, job_id: str, directory: Path, part: SnapshotPart) -> bool:
-        for node_id in part.nodes:
-            if node_id in self._peers:
-                try:
-                    await depot.get(self._peers[node_id], self.token, job_id, part, directory)
-                    return True
-                except PsError as error:
-                    _log.warning("a node does not give a part", node=node_id, part=part.path, cause=error.cause)
-        return False
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -187,8 +208,23 @@ class Copies:
             _log.error("copying a snapshot failed", exc_info=task.exception())
 
 
-def _own_part(spec: ProcessSpec, plan: Plan) -> SnapshotPart | None:
-    return next((part for part in plan.restore.parts if part.partition == spec.rank), None)
+def _own_part(spec: ProcessSpec, plan: Plan | None) -> SnapshotPart | None:
+    """What a plan has a partition restore, where nodes keep it for themselves. A copy: plans are overwritten."""
+    for part in plan.restore.parts if plan is not None else ():
+        if part.partition == spec.rank and part.nodes:
+            own = SnapshotPart()
+            own.CopyFrom(part)
+            return own
+    return None
+
+
+def _waits(part: SnapshotPart, away: Mapping[str, str]) -> ProcessReport:
+    nodes = "; ".join(f"{node_id}: {why}" for node_id, why in away.items())
+    error = UnreachableError(
+        f"the snapshot of step {part.step} waits for its part of partition-{part.partition}: {nodes}",
+        action=f"start {' or '.join(away)} again; after an hour without, the job goes back to an older snapshot",
+    )
+    return ProcessReport(warning=WarningMessage(error=detail_of(error), step=part.step))
 
 
 def _after(node_id: str, peers: Iterable[str]) -> list[str]:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pscluster.errors import StateError, StorageError
 from pscluster.settings import make_runtime_dir, runtime_dir
+from pscluster.storage.directory import DirectoryStore
 
 
 class AgentDirectories:
@@ -54,6 +55,7 @@ class AgentDirectories:
         directories = cls(state_dir, make_runtime_dir(state_dir), lock)
         directories._clear(directories.jobs)
         directories._clear_unfinished()
+        directories._clear_half_written()
         return directories
 
     def release(self) -> None:
@@ -73,6 +75,11 @@ class AgentDirectories:
         for path in self.bundles.iterdir():
             if path.name.startswith(".") or path.suffix == ".part":
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    def _clear_half_written(self) -> None:
+        """Parts of snapshots that were on their way here, and copies of others'."""
+        for location in DirectoryStore(self.snapshots).below():
+            DirectoryStore(Path(location)).sweep(lambda _: True)
 
 
 def remove_runtime(state_dir: Path) -> None:

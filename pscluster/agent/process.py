@@ -113,11 +113,6 @@ class Process:
         if self._preparation.cancelled():
             return None
         directory = self._preparation.result()
-        while self._copies and not self._ending:
-            plan = self.spec.plan
-            await self._site.copies.obtain(self.spec, plan)
-            if plan == self.spec.plan:
-                break
         # Also when the order came after the preparation was done, but before we were woken.
         return None if self._ending else self._start(directory)
 
@@ -136,7 +131,7 @@ class Process:
         if self._child is None:
             self.spec.plan.CopyFrom(plan)
         elif self._copies and self._site.copies.must_bring(self.spec, before, plan):
-            self._site.copies.bring(self.spec, plan, self._child.forward)
+            self._site.copies.bring(self.spec, plan, self._child.forward, self._say)
         else:
             self._child.forward(plan)
 
@@ -178,7 +173,7 @@ class Process:
             self.speed = beat.speed if beat.HasField("speed") else None
             return
         if body == "snapshot_part" and self._copies:
-            self._site.copies.copy(self.spec, self.plan, report, self._say)
+            self._site.copies.copy(self.spec, self.plan, report, self._say, self._settled)
             return
         if body in ("trainer_ready", "partition_ready"):
             self._ready = report
@@ -189,6 +184,10 @@ class Process:
 
     def _say(self, report: ProcessReport) -> None:
         self._site.emit(AgentMessage(event=ProcessEvent(process_id=self.spec.process_id, report=report)))
+
+    def _settled(self, path: str) -> None:
+        if self._child is not None:
+            self._child.settle(path)
 
     def wrote(self, stream: str, text: str) -> None:
         dropped = self._backlog.add(LogLine(time_s=time.time(), stream=stream, text=text))
@@ -217,8 +216,12 @@ class Process:
         if self.spec.kind == ProcessSpec.KIND_TRAINER:
             self.spec.device = await self._site.devices.claim(self.spec.process_id, wanted_device(self.spec))
         self._copies = self._site.copies.settle(self.spec)
-        if not self.spec.bundle_sha256:
-            return self._scratch
+        if self._copies:
+            await self._site.copies.obtain(self.spec, lambda: self.spec.plan, self._say)
+        return await self._bundle() if self.spec.bundle_sha256 else self._scratch
+
+    async def _bundle(self) -> Path:
+        """Where the job's code is, once it is there."""
         failures = 0
         while True:
             try:
@@ -282,6 +285,7 @@ class Process:
         self._status = status
         self._send_lines(final=True)
         self._site.devices.release(self.spec.process_id)
+        self._site.copies.leave(self.spec.process_id)
         self._site.metrics.drop(self.spec.process_id)
         metrics.EXITS.labels(cause=_cause(status)).inc()
         self._site.emit(AgentMessage(status=status))

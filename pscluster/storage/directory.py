@@ -67,10 +67,12 @@ class DirectoryStore(SnapshotStore):
             raise _named(error, f"cannot read {path}") from None
 
     def names(self) -> list[str]:
-        return [entry.name for entry in self._entries() if not entry.name.startswith(".") and entry.is_file()]
+        with self._listing():
+            return [entry.name for entry in self._entries() if not entry.name.startswith(".") and entry.is_file()]
 
     def below(self) -> list[str]:
-        return [entry.path for entry in self._entries() if entry.is_dir()]
+        with self._listing():
+            return [entry.path for entry in self._entries() if entry.is_dir()]
 
     def delete(self, name: str) -> None:
         path = self._directory / name
@@ -82,18 +84,23 @@ class DirectoryStore(SnapshotStore):
             raise _named(error, f"cannot delete {path}") from None
 
     def sweep(self, wanted: Callable[[str], bool]) -> None:
-        for entry in self._entries():
+        with self._listing():
+            entries = self._entries()
+        for entry in entries:
             name = entry.name
             if name.startswith(".") and name.endswith(_WRITING) and wanted(name[1 : -len(_WRITING)]):
                 self.delete(name)
 
     def remove(self) -> None:
-        try:
-            shutil.rmtree(self._directory)
-        except FileNotFoundError:
+        while True:
+            try:
+                shutil.rmtree(self._directory)
+            except FileNotFoundError:
+                if self._directory.exists():
+                    continue  # what vanished is a file that was just being renamed
+            except OSError as error:
+                raise _named(error, f"cannot remove {self._directory}") from None
             return
-        except OSError as error:
-            raise _named(error, f"cannot remove {self._directory}") from None
 
     def _entries(self) -> list[os.DirEntry[str]]:
         try:
@@ -101,6 +108,12 @@ class DirectoryStore(SnapshotStore):
                 return sorted(entries, key=lambda entry: entry.name)
         except (FileNotFoundError, NotADirectoryError):
             return []
+
+    @contextlib.contextmanager
+    def _listing(self) -> Iterator[None]:
+        """To look at an entry, too, may mean to ask the disk."""
+        try:
+            yield
         except OSError as error:
             raise _named(error, f"cannot list {self._directory}") from None
 

@@ -430,14 +430,22 @@ class PlanAdopted(_message.Message):
     def __init__(self, generation: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
 
 class ProcessOrder(_message.Message):
-    __slots__ = ("start", "plan", "shutdown")
+    __slots__ = ("start", "plan", "shutdown", "settled")
     START_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     SHUTDOWN_FIELD_NUMBER: _ClassVar[int]
+    SETTLED_FIELD_NUMBER: _ClassVar[int]
     start: ProcessSpec
     plan: Plan
     shutdown: Shutdown
-    def __init__(self, start: _Optional[_Union[ProcessSpec, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., shutdown: _Optional[_Union[Shutdown, _Mapping]] = ...) -> None: ...
+    settled: PartSettled
+    def __init__(self, start: _Optional[_Union[ProcessSpec, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., shutdown: _Optional[_Union[Shutdown, _Mapping]] = ..., settled: _Optional[_Union[PartSettled, _Mapping]] = ...) -> None: ...
+
+class PartSettled(_message.Message):
+    __slots__ = ("path",)
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    def __init__(self, path: _Optional[str] = ...) -> None: ...
 
 class Shutdown(_message.Message):
     __slots__ = ()

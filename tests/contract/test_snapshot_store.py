@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import crc32c
 import pytest
@@ -171,6 +172,23 @@ def test_removing_takes_everything_and_is_safe_to_repeat(place: Place) -> None:
         place.store.remove()
     assert place.store.names() == []
     assert neighbour.names() == ["a"]
+
+
+def test_removing_takes_everything_while_a_file_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(tmp_path / "job-a")
+    for step in range(4):
+        store.write(f"step-{step}", [b"x"])
+    unlink, renamed = os.unlink, []
+
+    def racing(path: Any, **where: Any) -> None:
+        if not renamed:
+            renamed.append(path)
+            os.rename(tmp_path / "job-a" / path, tmp_path / "job-a" / "its-name")
+        unlink(path, **where)
+
+    monkeypatch.setattr(os, "unlink", racing)
+    store.remove()
+    assert renamed and os.listdir(tmp_path) == []
 
 
 def test_a_file_that_is_gone_is_damage(place: Place) -> None:

@@ -64,3 +64,23 @@ def wait_gone_file(path: Path) -> None:
     while path.exists():
         assert time.monotonic() < deadline, path
         time.sleep(0.02)
+
+
+def test_nodes_that_are_away_with_their_disks_are_waited_for(tmp_path: Path) -> None:
+    with local_cluster(tmp_path, workers=1, servers=3, environment=OWN) as cluster:
+        job = cluster.submit(slow_spec(), tmp_path)
+        cluster.until(job, lambda told: complete(told, 8))
+        with cluster.client() as client:
+            away = next(part.nodes for part in client.snapshot(job, 8).parts if part.partition == 1)
+        assert len(away) == 2
+        for node_id in away:
+            cluster.kill(cluster.daemon(node_id))
+        told = cluster.until(job, lambda told: any("waits for its part" in event.message for event in told.events))
+        assert all(any(f"{node_id}: " in event.message for event in told.events) for node_id in away)
+        cluster.up(workers=1, servers=3)
+        cluster.wait(job, "succeeded")
+        found = cluster.describe(job)
+        reasons = [event["reason"] for event in found["events"]]
+        assert "RolledBack" in reasons and "SnapshotVoid" not in reasons
+        assert "the seed" not in " ".join(event["message"] for event in found["events"])
+        assert found["parameters_sha256"] == train_plainly(lm_spec(steps=STEPS, d_model=64)).digest

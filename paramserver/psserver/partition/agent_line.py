@@ -44,6 +44,10 @@ class AgentLine:
         """A plan has come."""
         raise NotImplementedError
 
+    def settled(self, path: str) -> None:
+        """A part of a snapshot is on a second node, or never will be."""
+        raise NotImplementedError
+
     def counted(self) -> Counters:
         """Every counter as it is now."""
         raise NotImplementedError
@@ -89,6 +93,8 @@ class AgentLine:
                 self._reactor.stop()
             elif order.WhichOneof("body") == "plan":
                 self.adopt(order.plan)
+            elif order.WhichOneof("body") == "settled":
+                self.settled(order.settled.path)
 
     def _report_counters(self) -> None:
         self.report(ProcessReport(counters=self.counted()))

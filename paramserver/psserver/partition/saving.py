@@ -49,6 +49,7 @@ class Saving:
                 self._partition,
                 self._post,
                 every_steps=self._every_steps,
+                copied=self._own_store,
                 sharing=sharing,
                 warn=self._warn,
             )
@@ -84,6 +85,11 @@ class Saving:
         """Delete what is older than the newest kept step and not kept."""
         if self.writer is not None:
             self.writer.retain(kept)
+
+    def settled(self, path: str) -> None:
+        """A part is on a second node, or never will be."""
+        if self.writer is not None:
+            self.writer.settled(path)
 
     def close(self) -> None:
         """Finish the snapshots that are begun."""

@@ -103,6 +103,9 @@ class PartitionService(AgentLine):
         self.report_steps()
         self.report(report)
 
+    def settled(self, path: str) -> None:
+        self.saving.settled(path)
+
     # ---- plans ----
 
     def adopt(self, plan: Plan) -> None:

@@ -2,6 +2,7 @@
 
 A store that is slower than snapshots come never holds training back: one snapshot is being written, at most one waits,
 and what finds the place taken is left out. A step that one partition leaves out never becomes complete; it is told.
+Where the node's own disk is the store, a snapshot is being written until a second node has it.
 """
 
 from __future__ import annotations
@@ -64,19 +65,22 @@ class SnapshotWriter:
         post: Callable[[Callable[[], None]], None],
         *,
         every_steps: int,
+        copied: bool = False,
         sharing: Sharing | None = None,
         warn: Callable[[PsError], None] = lambda _: None,
     ):
-        """`sharing`: what looks for the other partitions' files; `warn` hears, on the partition's thread, of what it
-        finds."""
+        """`copied`: the agent copies each part, and says when it is `settled`. `sharing`: what looks for the other
+        partitions' files; `warn` hears, on the partition's thread, of what it finds."""
         self._location = str(store)
         self._partition = partition
         self._every_steps = every_steps
+        self._copied = copied
         self._post = post
         self._sharing = sharing
         self._warn = warn
         self._changed = threading.Condition()
         self._waiting: _Wish | None = None
+        self._unsettled = ""  # the part that is being copied
         self._kept: frozenset[int] = frozenset()  # to delete by; empty: nothing to delete
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
@@ -104,6 +108,13 @@ class SnapshotWriter:
                 self._kept = steps
                 self._changed.notify()
 
+    def settled(self, path: str) -> None:
+        """The agent has copied a part, or has given up; of an earlier process's it changes nothing."""
+        with self._changed:
+            if path == self._unsettled:
+                self._unsettled = ""
+                self._changed.notify()
+
     def close(self) -> None:
         """Finish what is begun and what waits; blocks for at most a few seconds."""
         with self._changed:
@@ -129,12 +140,16 @@ class SnapshotWriter:
             work()
         except PsError as error:
             _log.warning("old files of snapshots remain for now", code=error.code, cause=error.cause)
+        except Exception:  # this thread must live: without it there are no more snapshots
+            _log.exception("old files of snapshots remain for now")
 
     def _next(self) -> tuple[frozenset[int], _Wish | None]:
         """What is to be done now; nothing at all: the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._kept or self._waiting is not None or self._closing)
+            self._changed.wait_for(lambda: self._kept or self._closing or (self._waiting and not self._unsettled))
             kept, self._kept = self._kept, frozenset()
+            if self._unsettled and not self._closing:
+                return kept, None
             wish, self._waiting = self._waiting, None
             return kept, wish
 
@@ -150,6 +165,9 @@ class SnapshotWriter:
         except Exception as problem:  # this thread must live: without it there are no more snapshots
             error = InternalError(f"writing the snapshot of step {meta.step} failed: {problem!r}")
         wish.pieces.end()
+        if self._copied and written is not None:
+            with self._changed:
+                self._unsettled = written.name
         self._tell(wish.done, written, error)
 
     def _tell(self, done: Done, written: Written | None, error: PsError | None) -> None:

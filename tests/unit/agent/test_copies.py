@@ -104,8 +104,15 @@ def plan(part: SnapshotPart, generation: int = 2, **fields: Any) -> Plan:
 
 async def copied(held: Copies, settled: ProcessSpec, part: SnapshotPart, newest: Plan | None = None) -> ProcessReport:
     said: asyncio.Queue[ProcessReport] = asyncio.Queue()
-    held.copy(settled, newest, ProcessReport(snapshot_part=part), said.put_nowait)
-    return await said.get()
+    done: asyncio.Queue[str] = asyncio.Queue()
+    held.copy(settled, newest, ProcessReport(snapshot_part=part), said.put_nowait, done.put_nowait)
+    report = await said.get()
+    assert await done.get() == part.path
+    return report
+
+
+def nothing(_report: ProcessReport) -> None:
+    raise AssertionError("there is nothing to tell")
 
 
 def test_only_partitions_of_jobs_without_a_store_keep_their_own(tmp_path: Path) -> None:
@@ -186,10 +193,10 @@ def test_a_part_comes_back_from_whichever_node_has_it(damage: str, tmp_path: Pat
             order = plan(part)
             assert held.must_bring(settled, None, order)
             told: asyncio.Queue[Plan] = asyncio.Queue()
-            held.bring(settled, order, told.put_nowait)
+            held.bring(settled, order, told.put_nowait, nothing)
             newer = plan(part, kept_steps=[4])
             assert held.must_bring(settled, order, newer), "plans keep their order"
-            held.bring(settled, newer, told.put_nowait)
+            held.bring(settled, newer, told.put_nowait, nothing)
             assert await told.get() == newer and told.empty()
             assert (tmp_path / "server-0" / "job-a" / part.path).read_bytes() == DATA
             assert not held.must_bring(settled, newer, plan(part, kept_steps=[4, 8]))
@@ -197,19 +204,76 @@ def test_a_part_comes_back_from_whichever_node_has_it(damage: str, tmp_path: Pat
     run(test())
 
 
-def test_a_part_that_no_living_node_has_is_waited_for_and_then_left_to_the_partition(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(copies, "FETCH_PATIENCE_S", 0.0)
+def test_a_part_that_every_node_says_it_has_no_more_is_left_to_the_partition(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with nodes(tmp_path, "server-0", "server-1", "server-2") as made:
+            held, settled, part = made.copies("server-0"), spec(), write(tmp_path / "elsewhere")
+            held.settle(settled)
+            write(tmp_path / "server-1", data=b"\1" + DATA[1:])
+            part.nodes.extend(["server-1", "server-2"])
+            assert await held.obtain(settled, lambda: plan(part), nothing) == part
+            with pytest.raises(DamagedError, match="is gone"):  # and so the job falls back to an older snapshot
+                read_part(tmp_path / "server-0" / "job-a" / part.path)
+
+    run(test())
+
+
+def test_nodes_that_are_away_are_waited_for_and_that_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "AWAY_SILENCE_S", 0.0)
 
     async def test() -> None:
-        async with nodes(tmp_path, "server-0", "server-1") as made:
+        async with nodes(tmp_path, "server-0", "server-1", "server-2") as made:
+            held, settled, part = made.copies("server-0"), spec(), write(tmp_path / "server-2")
+            held.settle(settled)
+            part.nodes.extend(["server-1", "server-2", "server-9"])  # the first has it no more
+            await made.stop("server-2")
+            told: asyncio.Queue[Plan] = asyncio.Queue()
+            said: asyncio.Queue[ProcessReport] = asyncio.Queue()
+            held.bring(settled, plan(part), told.put_nowait, said.put_nowait)
+            warning = (await said.get()).warning
+            assert warning.step == 4 and not warning.error.details
+            assert "waits for its part of partition-0: server-2: the depot at" in warning.error.cause
+            assert warning.error.cause.endswith("server-9: it is away")
+            assert told.empty()
+            await made.start("server-2")
+            held.meet(DepotAddress(node_id=name, address=address) for name, address in made.addresses.items())
+            assert (await told.get()).restore.parts[0] == part
+            assert (tmp_path / "server-0" / "job-a" / part.path).read_bytes() == DATA
+            assert said.empty()
+
+    run(test())
+
+
+def test_nodes_that_are_away_for_an_hour_count_as_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "AWAY_PATIENCE_S", 0.0)
+
+    async def test() -> None:
+        async with nodes(tmp_path, "server-0") as made:
             held, settled, part = made.copies("server-0"), spec(), write(tmp_path / "elsewhere")
             held.settle(settled)
             part.nodes.extend(["server-1", "server-2"])
-            await held.obtain(settled, plan(part))
-            with pytest.raises(DamagedError, match="is gone"):  # and so the job falls back to an older snapshot
+            await held.obtain(settled, lambda: plan(part), nothing)
+            with pytest.raises(DamagedError, match="is gone"):
                 read_part(tmp_path / "server-0" / "job-a" / part.path)
+
+    run(test())
+
+
+@pytest.mark.parametrize("ends", ["newer plan", "process gone"])
+def test_nobody_waits_for_a_part_that_is_no_longer_asked_for(ends: str, tmp_path: Path) -> None:
+    async def test() -> None:
+        async with nodes(tmp_path, "server-0") as made:
+            held, settled, part = made.copies("server-0"), spec(), write(tmp_path / "elsewhere")
+            held.settle(settled)
+            part.nodes.extend(["server-1"])
+            told: asyncio.Queue[Plan] = asyncio.Queue()
+            held.bring(settled, plan(part), told.put_nowait, nothing)
+            if ends == "newer plan":
+                held.bring(settled, plan(write(tmp_path / "server-0", step=2), 3), told.put_nowait, nothing)
+            else:
+                held.leave(settled.process_id)
+            await held.settled()
+            assert told.qsize() == (ends == "newer plan")
 
     run(test())
 

@@ -117,8 +117,14 @@ def test_a_predecessors_leftovers_are_removed(tmp_path: Path) -> None:
     (state / "bundles" / ("a" * 64)).mkdir(parents=True)
     (state / "bundles" / ".extract-x").mkdir()
     (state / "bundles" / ("b" * 64 + ".part")).touch()
+    snapshots = state / "snapshots" / "job-a"
+    snapshots.mkdir(parents=True)
+    part = "step-4.part-0001.generation-1.snapshot"
+    (snapshots / part).touch()
+    (snapshots / f".{part}.writing").touch()
     directories = AgentDirectories.claim(state)
     try:
+        assert [path.name for path in directories.snapshots.rglob("*")] == ["job-a", part]
         assert list(directories.runtime.iterdir()) == []
         assert list(directories.jobs.iterdir()) == []
         assert [path.name for path in directories.bundles.iterdir()] == ["a" * 64]

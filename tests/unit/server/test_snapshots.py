@@ -119,6 +119,27 @@ def test_what_cannot_be_deleted_does_not_end_the_thread(desk: Desk) -> None:
     assert desk.steps() == [1, 5, 6]
 
 
+def test_a_store_that_cannot_be_listed_does_not_end_the_thread(desk: Desk) -> None:
+    desk.write(5)
+    around = desk.store / part_name(1, 0, 1)
+    around.symlink_to(around)  # to look at it is an error, as a network's disk may have any
+
+    desk.writer.retain([5])
+
+    assert desk.write(6)[1] is None
+
+
+def test_a_bug_while_tidying_does_not_end_the_thread(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("boom")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshots, "open_store", broken)
+        desk.writer.retain([5])
+        assert desk.write(6)[1] is None
+    assert desk.write(7)[1] is None
+
+
 def test_what_a_killed_process_left_half_written_is_deleted(tmp_path: Path) -> None:
     ours, theirs = tmp_path / f".{part_name(1, 0, 1)}.writing", tmp_path / f".{part_name(1, 1, 1)}.writing"
     for path in (ours, theirs):
@@ -209,6 +230,29 @@ def test_what_going_back_has_made_void_gives_way(desk: Desk, monkeypatch: pytest
     ask(desk, 3, generation=2)
     finish(desk, slow, 3)
     assert slow.wrote == [1, 3]
+
+
+def test_no_part_is_written_while_another_is_being_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    posted: Queue[Any] = Queue()
+    writer = SnapshotWriter(tmp_path / "store", 0, posted.put, every_steps=1, copied=True)
+    desk, slow = Desk(tmp_path / "store", writer, posted), SlowStore(monkeypatch)
+    ask(desk, 1)
+    finish(desk, slow, 1)
+    assert slow.begun.get(timeout=DEADLINE_S) == 1
+    for step in (2, 3, 4, 5):
+        ask(desk, step)
+    for _ in (2, 3, 5):  # left out: the place is 4's
+        desk.posted.get(timeout=DEADLINE_S)()
+    writer.retain([1])
+    writer.settled(part_name(8, 0, 1))  # of an earlier process
+    assert slow.wrote == [1]
+    writer.settled(part_name(1, 0, 1))
+    finish(desk, slow, 5)
+    assert slow.wrote == [1, 4]
+    ask(desk, 6)
+    slow.let_go.put(None)
+    writer.close()
+    assert slow.wrote == [1, 4, 6], "who ends does not wait for another node"
 
 
 @given(
