@@ -11,11 +11,12 @@ import structlog
 
 from pscluster.agent import metrics
 from pscluster.agent.child import Patience
+from pscluster.agent.exits import NOT_STARTED
 from pscluster.agent.process import Process, Site, wanted_device
 from pscluster.agent.reconcile import reconcile
 from pscluster.agent.suspicion import NONE, WORDS, suspicion_of
 from pscluster.devices import modesty
-from pscluster.v1.agents_pb2 import Assignment, ProcessState, ProcessStatus
+from pscluster.v1.agents_pb2 import AgentMessage, Assignment, ProcessState, ProcessStatus
 from pscluster.v1.plan_pb2 import ProcessSpec, Speed, Unreached
 
 WATCH_S = 0.25
@@ -58,6 +59,9 @@ class Supervisor:
             self._spawn(self._run(process))
         for process_id, plan in actions.forward:
             self._processes[process_id].forward(plan)
+        for spec in assignment.processes:
+            if spec.process_id not in self._processes:
+                self._site.emit(AgentMessage(status=_over(spec.process_id)))
         self._forget_ended({spec.process_id for spec in assignment.processes})
 
     def states(self) -> list[ProcessState]:
@@ -131,6 +135,11 @@ class Supervisor:
     def _forget_ended(self, named: set[str]) -> None:
         for process_id in [id_ for id_, p in self._processes.items() if not p.living and id_ not in named]:
             del self._processes[process_id]
+
+
+def _over(process_id: str) -> ProcessStatus:
+    """Of a process that ended here and was forgotten: a master whose database is an older one asks for it again."""
+    return ProcessStatus(process_id=process_id, phase=ProcessStatus.PHASE_EXITED, exit_code=NOT_STARTED, expected=True)
 
 
 def _note(process: Process, suspicion: ProcessStatus.Suspicion, unreached: Unreached | None) -> None:

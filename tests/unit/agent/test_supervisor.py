@@ -188,6 +188,23 @@ def test_a_process_ended_before_it_could_start_is_told(bench: Any) -> None:
     run(bench, body)
 
 
+def test_a_master_with_an_older_database_hears_that_what_it_asks_for_is_over(bench: Any) -> None:
+    async def body(supervisor: Supervisor, heard: Heard) -> None:
+        named = Assignment(processes=[bench.trainer("trainer-0", "fail")])
+        supervisor.apply(named)
+        await heard.until(lambda: "status" in heard.bodies() and heard.messages[-1].status.exit_code == 3)
+        told = len(heard.messages)
+        supervisor.apply(named)
+        assert len(heard.messages) == told, "it was told, and waits to be taken in"
+        supervisor.apply(Assignment())
+        supervisor.apply(named)
+        status = heard.messages[-1].status
+        assert (status.phase, status.expected, status.exit_code) == (ProcessStatus.PHASE_EXITED, True, 127)
+        assert supervisor.states() == []
+
+    run(bench, body)
+
+
 def test_a_spec_that_cannot_be_read_is_told(bench: Any) -> None:
     async def body(supervisor: Supervisor, heard: Heard) -> None:
         spec = bench.trainer("trainer-0", "serve")
