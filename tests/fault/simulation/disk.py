@@ -168,12 +168,15 @@ class _Writer(SnapshotWriter):
         partition: int,
         post: Callable[..., None],
         every_steps: int,
+        copied: bool,
         sharing: Sharing | None,
         warn: Callable[[PsError], None],
     ) -> None:
         self._location = str(store)
         self._partition = partition
         self._every_steps = every_steps
+        self._copied = copied
+        self._unsettled = ""
         self._post = post
         self._sharing = sharing
         self._warn = warn
