@@ -82,8 +82,9 @@ async def _load(stack: AsyncExitStack, settings: MasterSettings, shelf: BundleSh
 
 def tidy(core: Core, shelf: BundleShelf, jobs_directory: Path) -> None:
     """Remove what nothing refers to: files of deleted jobs, bundles that were never used. Blocks."""
+    going = {job_id for job_id, one in core.state.deletions.items() if not one.removed}  # the publisher is at them
     for directory in jobs_directory.iterdir() if jobs_directory.is_dir() else ():
-        if directory.name not in core.state.jobs:
+        if directory.name not in core.state.jobs and directory.name not in going:
             shutil.rmtree(directory, ignore_errors=True)
     store = core.archive.store
     used = {job.bundle_sha256 for job in core.state.jobs.values()}

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import shutil
 import threading
+import time
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pscluster.errors import NotFoundError
+from pscluster.errors import NotFoundError, StateError
 from pscluster.v1 import jobs_pb2
+from psmaster import deletions, manifest, rebuild
 from psmaster.bundles import BundleShelf
+from psmaster.catalogue import Part
 from psmaster.core import Core
+from psmaster.deletions import KEPT_S, MAX_NAMED, Deletion
+from psmaster.jobs import Instant, Job, JobState
 from psmaster.jobs_service import Identity, JobsService
+from psmaster.publisher import Publisher
+from psmaster.rebuild import DATABASE
 from psmaster.settings import MasterSettings
-from tests.unit.master.fake_agent import DEADLINE_S
+from psmaster.sqlite_store import SqliteStore
+from psmaster.store import Batch
+from tests.unit.master.fake_agent import DEADLINE_S, FakeAgent
+from tests.unit.master.test_rebuild import save
 from tests.unit.master.test_service import TOKEN, Client, with_master
-from tests.unit.master.world import make_spec
+from tests.unit.master.world import World, make_job, make_spec
 
 CODE = b"code"
 SHA256 = hashlib.sha256(CODE).hexdigest()
@@ -97,3 +110,122 @@ def test_a_job_submitted_while_its_bundle_goes_has_it_or_is_refused(
     monkeypatch.setattr(BundleShelf, "remove", slowly)
     monkeypatch.setattr(asyncio, "Lock", WatchedLock)
     with_master(settings, test)
+
+
+# ---- what is remembered of it ----
+
+
+def test_a_deletion_is_remembered_until_its_store_is_gone_and_no_node_is_waited_for(world: World) -> None:
+    world.running()
+    job = world.job()
+    world.take(lambda turn: turn.stop(job.job_id))
+    world.snapshot(5)
+    world.finish(5, stopped=True)
+    world.take(lambda turn: turn.delete(job.job_id))
+    world.restart()
+    (held,) = world.state.deletions.values()
+    assert held == Deletion(job_id=job.job_id, store=job.store, deleted_s=world.now.unix_s)
+    with pytest.raises(StateError, match="is taken"):
+        world.submit(job.job_id)
+    later(world, 2 * KEPT_S)
+    assert list(world.state.deletions) == [job.job_id], "its store may be full still"
+    world.take(lambda turn: turn.removed(job.job_id), lambda turn: turn.removed("nobody"))
+    assert world.store.deletions() == {}
+
+
+def test_a_store_that_is_gone_is_remembered_for_the_nodes_that_are_away(world: World) -> None:
+    world.submit()
+    world.take(lambda turn: turn.stop("job-aaaaaa"))
+    world.take(lambda turn: turn.delete("job-aaaaaa"))
+    world.restart()
+    assert world.state.deletions["job-aaaaaa"].removed, "it never ran: nobody wrote there"
+    later(world, KEPT_S)
+    assert list(world.store.deletions()) == ["job-aaaaaa"]
+    later(world, 1.0)
+    assert world.store.deletions() == {}
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def later(world: World, seconds: float) -> None:
+    world.now = Instant(mono_s=world.now.mono_s, unix_s=world.now.unix_s + seconds)
+    world.take()
+
+
+def test_nodes_are_told_of_the_newest_ones() -> None:
+    many = {f"job-{number}": deletion(f"job-{number}", deleted_s=float(number)) for number in range(MAX_NAMED + 7)}
+    told = deletions.named(many)
+    assert (len(told), told[0], told[-1]) == (MAX_NAMED, f"job-{MAX_NAMED + 6}", "job-7")
+
+
+def deletion(job_id: str, deleted_s: float, store: str = "/store") -> Deletion:
+    return Deletion(job_id=job_id, store=store, deleted_s=deleted_s)
+
+
+def test_a_node_that_was_away_hears_from_another_master_of_all_that_was_deleted(settings: MasterSettings) -> None:
+    now_s = time.time()
+    settings.state_dir.mkdir()
+    with closing(SqliteStore(settings.state_dir / DATABASE)) as store:
+        gone = tuple(replace(deletion(f"gone-{number}", now_s - 300 + number), removed=True) for number in range(150))
+        store.write(Batch(deletions=gone))
+
+    async def test(client: Client, _core: Core) -> None:
+        await upload(client)
+        job_id = await submit(client)
+        await client.call("Delete", jobs_pb2.GetRequest(job=job_id))
+        agent = FakeAgent(settings.listen[0], TOKEN, "server-0")
+        agent.node.depot_address = "127.0.0.1:1"
+        await agent.attend()
+        await agent.until(lambda _: bool(agent.deleted))
+        assert agent.deleted == [job_id, *(one.job_id for one in reversed(gone))]
+        await agent.leave()
+
+    with_master(settings, test)
+
+
+# ---- what a kill leaves half done ----
+
+
+def test_a_removal_that_a_kill_prevented_is_done_by_the_next_master(
+    settings: MasterSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job is deleted in the database; the master is killed before it removes anything."""
+    job, outside = stopped_job(settings, tmp_path / "shared")
+    directory = settings.state_dir / "jobs" / job.job_id
+
+    async def delete(client: Client, core: Core) -> None:
+        await client.call("Delete", jobs_pb2.GetRequest(job=job.job_id))
+        assert not core.state.deletions[job.job_id].removed
+
+    with monkeypatch.context() as killed:
+        killed.setattr(Publisher, "_wish", lambda *_, **__: None)
+        with_master(settings, delete)
+    assert outside.exists() and directory.exists()
+    copy = shutil.copytree(settings.state_dir, tmp_path / "copy")
+    assert rebuild.rebuild(copy, (str(tmp_path / "shared"),), 1.0) == [], "it was deleted"
+
+    async def look(_client: Client, core: Core) -> None:
+        while not core.state.deletions[job.job_id].removed:
+            await core.news.wait()
+
+    with_master(settings, look)
+    assert not outside.exists() and not directory.exists()
+
+
+def stopped_job(settings: MasterSettings, root: Path) -> tuple[Job, Path]:
+    """A stored job with a snapshot in a store of its own, and that store."""
+    outside = root / "job-aaaaaa"
+    job = replace(make_job(), store=str(outside), state=JobState.STOPPED, generation=1)
+    save(outside, job, 10)
+    (settings.state_dir / "jobs" / job.job_id / "logs").mkdir(parents=True)
+    with closing(SqliteStore(settings.state_dir / DATABASE)) as store:
+        store.write(Batch(jobs=(job,), parts=parts_of(outside, job)))
+    return job, outside
+
+
+def parts_of(outside: Path, job: Job) -> tuple[tuple[str, Part], ...]:
+    path = outside / manifest.manifest_name(10)
+    return tuple((job.job_id, part) for part in manifest.decode(path.read_bytes(), str(path)).point.parts)
