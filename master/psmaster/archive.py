@@ -20,6 +20,7 @@ from psmaster.catalogue import Catalogue, Part, RestorePoint
 from psmaster.deletions import Deletion
 from psmaster.joblogs import LogMessage, SeatLog
 from psmaster.jobs import Instant, Job, JobState
+from psmaster.leftovers import refuse_older
 from psmaster.metricsfile import MetricsFile
 from psmaster.publisher import Publisher
 from psmaster.registry import presumed
@@ -106,16 +107,18 @@ class Archive:
     def load(self, now: Instant) -> State:
         """What was there before: jobs, snapshots, events, and the nodes that jobs are seated on.
 
-        Metrics that were written but whose step was not stored are cut: they will be reported again.
+        Metrics that were written but whose step was not stored are cut: they will be reported again. Raises
+        DamagedError, before anything is changed, for a store that is older than the snapshots.
         """
         jobs = {job.job_id: job for job in self.store.jobs()}
+        deleted = self.store.deletions()
+        refuse_older(self._jobs.parent, jobs, deleted)
         for job in jobs.values():
             if job.state in (JobState.STARTING, JobState.RUNNING):
                 self._metrics_of(job.job_id).cut(max(job.step, job.metrics_step))
         catalogues = {job_id: self._catalogue(job) for job_id, job in jobs.items()}
         # A kill may have come between the store and a manifest.
         self.publisher.publish({k: (job, catalogues[k]) for k, job in jobs.items() if catalogues[k].parts}, wait=False)
-        deleted = self.store.deletions()
         for deletion in deleted.values():
             if not deletion.removed:
                 self.publisher.remove(deletion, self.directory(deletion.job_id), wait=False)

@@ -81,7 +81,7 @@ class Core:
         """Called with each published state and its new events; must not block."""
 
     async def load(self) -> None:
-        """Read what is stored. Raises StorageError."""
+        """Read what is stored. Raises StorageError; DamagedError for what is older than its snapshots."""
         loop = asyncio.get_running_loop()
         self.archive.publisher.tell = lambda *told: _from_thread(loop, self._unpublished, *told)
         self.archive.publisher.removed = lambda job_id: _from_thread(loop, self._removed, job_id)

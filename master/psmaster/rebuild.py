@@ -22,10 +22,9 @@ from psmaster.catalogue import Catalogue, Part, RestorePoint
 from psmaster.deletions import Deletions
 from psmaster.jobs import Event, Job, JobState
 from psmaster.manifest import Manifest
-from psmaster.sqlite_store import SqliteStore
+from psmaster.sqlite_store import DATABASE, SqliteStore
 from psmaster.store import Batch, BundleRecord
 
-DATABASE = "master.db"
 LEAP = 1000
 """Added to a rebuilt job's generation and attempts: more than it can have used after its newest manifest, so that
 whatever is still alive from before is of the past."""
@@ -38,23 +37,6 @@ class Found:
     job: Job
     catalogue: Catalogue
     problems: tuple[str, ...]
-
-
-def unclaimed(state_dir: Path) -> list[str]:
-    """The jobs of a state directory that has snapshots of them but no database: starting there would remove them."""
-    database = state_dir / DATABASE
-    if database.exists() and database.stat().st_size:
-        return []
-    return sorted({path.parts[-3] for path in state_dir.glob("jobs/*/snapshots/step-*.manifest")})
-
-
-def refuse_unclaimed(state_dir: Path) -> None:
-    """Raises DamagedError when `unclaimed` finds jobs."""
-    if jobs := unclaimed(state_dir):
-        raise DamagedError(
-            f"{state_dir / DATABASE} is gone, but there are snapshots of {', '.join(jobs)}",
-            action="run `psmaster rebuild`, which brings these jobs back; or move jobs/ away to begin anew",
-        )
 
 
 def rebuild(state_dir: Path, stores: Iterable[str], now_s: float) -> list[Found]:
@@ -95,7 +77,7 @@ def read_job(store: SnapshotStore, now_s: float) -> Found | None:
         if manifest.step_of(name) is None:
             continue
         try:
-            one = _read(store, name)
+            one = manifest.read(store, name)
             told.append(one)
             for part in one.point.parts:
                 _verify(store, part)
@@ -109,12 +91,6 @@ def read_job(store: SnapshotStore, now_s: float) -> Found | None:
     return Found(
         job=_come_back(record, points, store, now_s), catalogue=_catalogue(record, points), problems=tuple(problems)
     )
-
-
-def _read(store: SnapshotStore, name: str) -> Manifest:
-    with store.reading(name) as file:
-        data = file.read()
-    return manifest.decode(data, f"{store.location}/{name}")
 
 
 def _verify(store: SnapshotStore, part: Part) -> None:

@@ -19,6 +19,8 @@ from psmaster.deletions import Deletion, Deletions
 from psmaster.jobs import MAX_EVENTS, Event, Job
 from psmaster.store import SCHEMA_VERSION, Batch, BundleRecord, Store
 
+DATABASE = "master.db"  # in the master's state directory
+
 # One entry for each version: what brings a file of the version before to it.
 _MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (

@@ -24,9 +24,8 @@ from psmaster.deletions import KEPT_S, MAX_NAMED, Deletion
 from psmaster.jobs import Instant, Job, JobState
 from psmaster.jobs_service import Identity, JobsService
 from psmaster.publisher import Publisher
-from psmaster.rebuild import DATABASE
 from psmaster.settings import MasterSettings
-from psmaster.sqlite_store import SqliteStore
+from psmaster.sqlite_store import DATABASE, SqliteStore
 from psmaster.store import Batch
 from tests.unit.master.fake_agent import DEADLINE_S, FakeAgent
 from tests.unit.master.test_rebuild import save
@@ -35,16 +34,6 @@ from tests.unit.master.world import World, make_job, make_spec
 
 CODE = b"code"
 SHA256 = hashlib.sha256(CODE).hexdigest()
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> MasterSettings:
-    token_file = tmp_path / "token"
-    token_file.touch(mode=0o600)
-    token_file.write_text(TOKEN)
-    return MasterSettings(
-        state_dir=tmp_path / "state", token_file=token_file, listen=(f"unix:{tmp_path}/m.sock",), suspicion_s=30.0
-    )
 
 
 async def upload(client: Client) -> None:
@@ -77,7 +66,7 @@ class WatchedLock(asyncio.Lock):
 
 @pytest.mark.parametrize("hangs_up", [False, True], ids=["waits", "hangs up"])
 def test_a_job_submitted_while_its_bundle_goes_has_it_or_is_refused(
-    settings: MasterSettings, monkeypatch: pytest.MonkeyPatch, hangs_up: bool
+    site: MasterSettings, monkeypatch: pytest.MonkeyPatch, hangs_up: bool
 ) -> None:
     """The last job with a bundle is deleted, by somebody who waits for the answer or does not; another is submitted
     just before the file is removed."""
@@ -89,7 +78,7 @@ def test_a_job_submitted_while_its_bundle_goes_has_it_or_is_refused(
         remove(shelf, sha256)
 
     async def test(client: Client, core: Core) -> None:
-        shelf = BundleShelf(settings.state_dir / "bundles")
+        shelf = BundleShelf(site.state_dir / "bundles")
         service = JobsService(core, shelf, Identity(started_s=0.0, metrics_address=""))
         await upload(client)
         deleting = asyncio.create_task(service.Delete(jobs_pb2.GetRequest(job=await submit(client)), None))
@@ -109,7 +98,7 @@ def test_a_job_submitted_while_its_bundle_goes_has_it_or_is_refused(
     WatchedLock.waited_for.clear()
     monkeypatch.setattr(BundleShelf, "remove", slowly)
     monkeypatch.setattr(asyncio, "Lock", WatchedLock)
-    with_master(settings, test)
+    with_master(site, test)
 
 
 # ---- what is remembered of it ----
@@ -165,10 +154,10 @@ def deletion(job_id: str, deleted_s: float, store: str = "/store") -> Deletion:
     return Deletion(job_id=job_id, store=store, deleted_s=deleted_s)
 
 
-def test_a_node_that_was_away_hears_from_another_master_of_all_that_was_deleted(settings: MasterSettings) -> None:
+def test_a_node_that_was_away_hears_from_another_master_of_all_that_was_deleted(site: MasterSettings) -> None:
     now_s = time.time()
-    settings.state_dir.mkdir()
-    with closing(SqliteStore(settings.state_dir / DATABASE)) as store:
+    site.state_dir.mkdir()
+    with closing(SqliteStore(site.state_dir / DATABASE)) as store:
         gone = tuple(replace(deletion(f"gone-{number}", now_s - 300 + number), removed=True) for number in range(150))
         store.write(Batch(deletions=gone))
 
@@ -176,25 +165,25 @@ def test_a_node_that_was_away_hears_from_another_master_of_all_that_was_deleted(
         await upload(client)
         job_id = await submit(client)
         await client.call("Delete", jobs_pb2.GetRequest(job=job_id))
-        agent = FakeAgent(settings.listen[0], TOKEN, "server-0")
+        agent = FakeAgent(site.listen[0], TOKEN, "server-0")
         agent.node.depot_address = "127.0.0.1:1"
         await agent.attend()
         await agent.until(lambda _: bool(agent.deleted))
         assert agent.deleted == [job_id, *(one.job_id for one in reversed(gone))]
         await agent.leave()
 
-    with_master(settings, test)
+    with_master(site, test)
 
 
 # ---- what a kill leaves half done ----
 
 
 def test_a_removal_that_a_kill_prevented_is_done_by_the_next_master(
-    settings: MasterSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    site: MasterSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The job is deleted in the database; the master is killed before it removes anything."""
-    job, outside = stopped_job(settings, tmp_path / "shared")
-    directory = settings.state_dir / "jobs" / job.job_id
+    job, outside = stopped_job(site, tmp_path / "shared")
+    directory = site.state_dir / "jobs" / job.job_id
 
     async def delete(client: Client, core: Core) -> None:
         await client.call("Delete", jobs_pb2.GetRequest(job=job.job_id))
@@ -202,26 +191,26 @@ def test_a_removal_that_a_kill_prevented_is_done_by_the_next_master(
 
     with monkeypatch.context() as killed:
         killed.setattr(Publisher, "_wish", lambda *_, **__: None)
-        with_master(settings, delete)
+        with_master(site, delete)
     assert outside.exists() and directory.exists()
-    copy = shutil.copytree(settings.state_dir, tmp_path / "copy")
+    copy = shutil.copytree(site.state_dir, tmp_path / "copy")
     assert rebuild.rebuild(copy, (str(tmp_path / "shared"),), 1.0) == [], "it was deleted"
 
     async def look(_client: Client, core: Core) -> None:
         while not core.state.deletions[job.job_id].removed:
             await core.news.wait()
 
-    with_master(settings, look)
+    with_master(site, look)
     assert not outside.exists() and not directory.exists()
 
 
-def stopped_job(settings: MasterSettings, root: Path) -> tuple[Job, Path]:
+def stopped_job(site: MasterSettings, root: Path) -> tuple[Job, Path]:
     """A stored job with a snapshot in a store of its own, and that store."""
     outside = root / "job-aaaaaa"
     job = replace(make_job(), store=str(outside), state=JobState.STOPPED, generation=1)
     save(outside, job, 10)
-    (settings.state_dir / "jobs" / job.job_id / "logs").mkdir(parents=True)
-    with closing(SqliteStore(settings.state_dir / DATABASE)) as store:
+    (site.state_dir / "jobs" / job.job_id / "logs").mkdir(parents=True)
+    with closing(SqliteStore(site.state_dir / DATABASE)) as store:
         store.write(Batch(jobs=(job,), parts=parts_of(outside, job)))
     return job, outside
 
