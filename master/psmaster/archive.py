@@ -14,10 +14,13 @@ from pathlib import Path
 import structlog
 
 from pscluster.errors import StorageError
+from psmaster import deletions
 from psmaster.bundles import bundle_file
 from psmaster.catalogue import Catalogue, Part, RestorePoint
+from psmaster.deletions import Deletion
 from psmaster.joblogs import LogMessage, SeatLog
 from psmaster.jobs import Instant, Job, JobState
+from psmaster.leftovers import refuse_older
 from psmaster.metricsfile import MetricsFile
 from psmaster.publisher import Publisher
 from psmaster.registry import presumed
@@ -39,6 +42,7 @@ def batch_of(before: State, changes: Changes) -> Batch:
         old = held.parts if held else {}
         put += [(job_id, part) for key, part in catalogue.parts.items() if old.get(key) != part]
         dropped += [(job_id, *key) for key in old if key not in catalogue.parts]
+    deleted, forgotten = deletions.changed(before.deletions, after.deletions)
     return Batch(
         jobs=tuple(job for job_id, job in after.jobs.items() if before.jobs.get(job_id) is not job),
         events=changes.events,
@@ -47,6 +51,8 @@ def batch_of(before: State, changes: Changes) -> Batch:
         deleted_jobs=tuple(job_id for job_id in before.jobs if job_id not in after.jobs),
         drained=tuple(entry for entry in after.drains.items() if entry not in before.drains.items()),
         undrained=tuple(node_id for node_id in before.drains if node_id not in after.drains),
+        deletions=deleted,
+        forgotten_deletions=forgotten,
     )
 
 
@@ -101,21 +107,28 @@ class Archive:
     def load(self, now: Instant) -> State:
         """What was there before: jobs, snapshots, events, and the nodes that jobs are seated on.
 
-        Metrics that were written but whose step was not stored are cut: they will be reported again.
+        Metrics that were written but whose step was not stored are cut: they will be reported again. Raises
+        DamagedError, before anything is changed, for a store that is older than the snapshots.
         """
         jobs = {job.job_id: job for job in self.store.jobs()}
+        deleted = self.store.deletions()
+        refuse_older(self._jobs.parent, jobs, deleted)
         for job in jobs.values():
             if job.state in (JobState.STARTING, JobState.RUNNING):
                 self._metrics_of(job.job_id).cut(max(job.step, job.metrics_step))
         catalogues = {job_id: self._catalogue(job) for job_id, job in jobs.items()}
         # A kill may have come between the store and a manifest.
         self.publisher.publish({k: (job, catalogues[k]) for k, job in jobs.items() if catalogues[k].parts}, wait=False)
+        for deletion in deleted.values():
+            if not deletion.removed:
+                self.publisher.remove(deletion, self.directory(deletion.job_id), wait=False)
         return State(
             jobs=jobs,
             catalogues=catalogues,
             events={job_id: self.store.events(job_id) for job_id in jobs},
             nodes=presumed(jobs, now),
             drains=self.store.drains(),
+            deletions=deleted,
         )
 
     def _catalogue(self, job: Job) -> Catalogue:
@@ -139,7 +152,7 @@ class Archive:
         except StorageError as error:
             _log.error("metrics of a rolled back job cannot be cut yet", cause=error.cause)
         for job_id in writes.batch.deleted_jobs:
-            self._remove(writes.before.jobs[job_id])
+            self._remove(writes.changes.state.deletions[job_id])
         self._release(writes.changes.state.jobs)
 
     def _cut_pending(self) -> None:
@@ -163,12 +176,14 @@ class Archive:
         self._metrics = {job_id: file for job_id, file in self._metrics.items() if job_id in live}
         self._logs = {key: file for key, file in self._logs.items() if key[0] in live}
 
-    def _remove(self, job: Job) -> None:
-        """Remove a deleted job's files; its record is gone already, so a failure is only told."""
-        self._cuts.pop(job.job_id, None)
-        self._metrics.pop(job.job_id, None)
-        self._logs = {key: file for key, file in self._logs.items() if key[0] != job.job_id}
-        self.publisher.remove(job, self.directory(job.job_id))
+    def _remove(self, deletion: Deletion) -> None:
+        """Remove a deleted job's files. Its record is gone already: a failure is told, and tried again by whichever
+        master there is then."""
+        job_id = deletion.job_id
+        self._cuts.pop(job_id, None)
+        self._metrics.pop(job_id, None)
+        self._logs = {key: file for key, file in self._logs.items() if key[0] != job_id}
+        self.publisher.remove(deletion, self.directory(job_id))
 
     def close(self) -> None:
         """Release the store. Safe to repeat."""

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import structlog
 
 from pscluster.errors import PsError, StateError, StorageError, UnreachableError
-from psmaster import outbound
+from psmaster import deletions, outbound
 from psmaster.archive import Archive, Writes, batch_of
 from psmaster.draft import Limits
 from psmaster.joblogs import LogMessage
@@ -38,7 +38,6 @@ TICK_S = 0.25  # at most; a short suspicion makes it shorter
 RETRY_S = 1.0
 MAX_WAITING = 4096  # inputs that may wait before agents' streams are no longer read
 _MAX_BATCH = 512
-_MAX_DELETED = 100
 _log = structlog.get_logger(__name__)
 
 
@@ -74,7 +73,6 @@ class Core:
         self._room = asyncio.Event()
         self._room.set()
         self._revision = 0
-        self._deleted: deque[str] = deque(maxlen=_MAX_DELETED)  # jobs of which nodes may still have files
         self._tick_s = min(TICK_S, limits.suspicion_s / 8)
         self._tick_at = 0.0
         self._listened_s = now().mono_s
@@ -83,9 +81,10 @@ class Core:
         """Called with each published state and its new events; must not block."""
 
     async def load(self) -> None:
-        """Read what is stored. Raises StorageError."""
+        """Read what is stored. Raises StorageError; DamagedError for what is older than its snapshots."""
         loop = asyncio.get_running_loop()
         self.archive.publisher.tell = lambda *told: _from_thread(loop, self._unpublished, *told)
+        self.archive.publisher.removed = lambda job_id: _from_thread(loop, self._removed, job_id)
         self.state = await self.on_disk(self.archive.load, self.now())
         self._listened_s = self.now().mono_s
         # Above every revision that an earlier life of this master has sent.
@@ -172,7 +171,6 @@ class Core:
                 self._postpone(batch, error)
                 return False
         self.state = changes.state
-        self._deleted.extend(writes.batch.deleted_jobs)
         self._listened_s = now.mono_s
         self._publish(changes.events)
         for item, outcome in zip(batch, outcomes, strict=True):
@@ -194,8 +192,9 @@ class Core:
         for job_id, event in events:
             log = _log.warning if event.warning else _log.info
             log("job event", job=job_id, reason=event.reason, message=event.message)
+        deleted = deletions.named(self.state.deletions)
         for stream in self._streams.values():
-            self._assign(stream)
+            self._assign(stream, deleted)
         for listener in self.listeners:
             listener(self.state, events)
         self.news.set()
@@ -227,7 +226,7 @@ class Core:
             del self._streams[stream.node_id]
             self._put(Input(apply=lambda turn: turn.detach(stream.node_id, stream.incarnation)))
 
-    def _assign(self, stream: AgentStream) -> None:
+    def _assign(self, stream: AgentStream, all_deleted: tuple[str, ...]) -> None:
         """Send the node what it is to run, if that has changed; nothing before its Hello was taken in."""
         node = self.state.nodes.get(stream.node_id)
         if node is None or node.incarnation != stream.incarnation or not node.attended:
@@ -240,7 +239,7 @@ class Core:
         )
         nodes = self.state.nodes.values() if node.depot_address else ()
         depots = tuple(sorted((other.node_id, other.depot_address) for other in nodes if other.depot_address))
-        deleted = tuple(self._deleted) if node.depot_address else ()
+        deleted = all_deleted if node.depot_address else ()
         named = (depots, deleted, *((process.process_id, process.plan) for _, process in wanted))
         if stream.sent != named:
             stream.sent = named
@@ -252,6 +251,10 @@ class Core:
         _log.warning("a job's store cannot be brought up to date", job=job_id, code=error.code, cause=error.cause)
         problem = Problem(code=error.code, cause=error.cause, action=error.action)
         self._put(Input(apply=lambda turn: turn.troubled(job_id, Trouble(step=step, problem=problem), "psmaster")))
+
+    def _removed(self, job_id: str) -> None:
+        """Nothing is left in a deleted job's store: no later master need try again."""
+        self._put(Input(apply=lambda turn: turn.removed(job_id)))
 
     def job(self, job_id: str) -> Job | None:
         """The job as it is now."""

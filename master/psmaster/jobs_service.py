@@ -38,14 +38,16 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         self._core = core
         self._shelf = shelf
         self._identity = identity
+        # Held from a look at who has a bundle to what follows from it: a job that was taken in must find its code.
+        self._claiming = asyncio.Lock()
 
     async def Submit(self, request: jobs_pb2.SubmitRequest, context: Any) -> jobs_pb2.SubmitReply:  # noqa: ARG002, N802
-        sha256 = request.bundle_sha256
-        if sha256 and not await asyncio.to_thread(self._shelf.has, sha256):
-            raise NotFoundError(f"there is no bundle {sha256[:80]!r}", action="upload it, then submit")
-        jobs_directory = self._core.archive.directory("")
-        job = new_job(request.spec_json, sha256, request.request_id, jobs_directory, self._core.now())
-        return jobs_pb2.SubmitReply(job_id=await self._core.ask(lambda turn: turn.submit(job)))
+        sha256, jobs_directory = request.bundle_sha256, self._core.archive.directory("")
+        async with self._claiming:
+            if sha256 and not await asyncio.to_thread(self._shelf.has, sha256):
+                raise NotFoundError(f"there is no bundle {sha256[:80]!r}", action="upload it, then submit")
+            job = new_job(request.spec_json, sha256, request.request_id, jobs_directory, self._core.now())
+            return jobs_pb2.SubmitReply(job_id=await self._core.ask(lambda turn: turn.submit(job)))
 
     async def HasBundle(self, request: jobs_pb2.HasBundleRequest, context: Any) -> jobs_pb2.HasBundleReply:  # noqa: ARG002, N802
         return jobs_pb2.HasBundleReply(present=await asyncio.to_thread(self._shelf.has, request.sha256))
@@ -102,12 +104,19 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         return self._message(find(self._core.state.jobs, job_id), full=True)
 
     async def Delete(self, request: jobs_pb2.GetRequest, context: Any) -> jobs_pb2.DeleteReply:  # noqa: ARG002, N802
-        job = await self._core.ask(lambda turn: turn.delete(request.job))
-        if job.bundle_sha256 and all(j.bundle_sha256 != job.bundle_sha256 for j in self._core.state.jobs.values()):
-            await asyncio.to_thread(self._shelf.remove, job.bundle_sha256)
-            batch = Batch(deleted_bundles=(job.bundle_sha256,))
-            await self._core.on_disk(self._core.archive.store.write, batch)
-        return jobs_pb2.DeleteReply(job_id=job.job_id)
+        # To its end even when the caller hangs up: the lock must outlast a removal that has begun.
+        return jobs_pb2.DeleteReply(job_id=await asyncio.shield(self._delete(request.job)))
+
+    async def _delete(self, name: str) -> str:
+        """Delete a job, and its bundle if no other has it; the job's id."""
+        async with self._claiming:
+            job = await self._core.ask(lambda turn: turn.delete(name))
+            used = {other.bundle_sha256 for other in self._core.state.jobs.values()}
+            if job.bundle_sha256 and job.bundle_sha256 not in used:
+                await asyncio.to_thread(self._shelf.remove, job.bundle_sha256)
+                batch = Batch(deleted_bundles=(job.bundle_sha256,))
+                await self._core.on_disk(self._core.archive.store.write, batch)
+        return job.job_id
 
     async def ReadLogs(self, request: jobs_pb2.ReadLogsRequest, context: Any) -> AsyncIterator[jobs_pb2.LogRecord]:  # noqa: ARG002, N802
         async for record in tails.logs(self._core, request):

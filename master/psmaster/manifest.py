@@ -1,4 +1,4 @@
-"""The manifest of a complete snapshot: what makes it findable without the master's database. Pure.
+"""The manifest of a complete snapshot: what makes it findable without the master's database.
 
     PSMANIFEST 1 crc32c:<8 hex digits over the rest>
     {"step", "parts", "job": what is known of the job but for who runs it, "layout"}
@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import crc32c
 
 from pscluster.errors import DamagedError
+from pscluster.storage import SnapshotStore
 from psmaster import records
 from psmaster.catalogue import Part, RestorePoint
 from psmaster.jobs import VOLATILE, Job
@@ -61,6 +62,13 @@ def encode(manifest: Manifest) -> bytes:
     }
     body = json.dumps(data, separators=(",", ":")).encode()
     return _HEAD + f"{crc32c.crc32c(body):08x}\n".encode() + body + b"\n"
+
+
+def read(store: SnapshotStore, name: str) -> Manifest:
+    """The manifest in a file of a store. Blocks. Raises what `decode` raises; StorageError when it cannot be read."""
+    with store.reading(name) as file:
+        data = file.read()
+    return decode(data, f"{store.location}/{name}")
 
 
 def decode(data: bytes, where: str) -> Manifest:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pscluster.errors import StateError
 from psmaster.catalogue import Part
+from psmaster.deletions import Deletion, Deletions
 from psmaster.jobs import MAX_EVENTS, VOLATILE, Event, Job
 from psmaster.store import Batch, BundleRecord, Store
 
@@ -21,6 +22,7 @@ class MemoryStore(Store):
         self._parts: dict[tuple[str, int, int], Part] = {}
         self._bundles: dict[str, BundleRecord] = {}
         self._drains: dict[str, float] = {}
+        self._deletions: dict[str, Deletion] = {}
 
     def write(self, batch: Batch) -> None:
         self._refuse_conflicts(batch)
@@ -39,6 +41,9 @@ class MemoryStore(Store):
         self._drains |= dict(batch.drained)
         for node_id in batch.undrained:
             self._drains.pop(node_id, None)
+        self._deletions |= {one.job_id: one for one in batch.deletions}
+        for job_id in batch.forgotten_deletions:
+            self._deletions.pop(job_id, None)
         for job_id in batch.deleted_jobs:
             self._jobs.pop(job_id, None)
             self._events.pop(job_id, None)
@@ -72,6 +77,10 @@ class MemoryStore(Store):
 
     def drains(self) -> Mapping[str, float]:
         return dict(self._drains)
+
+    def deletions(self) -> Deletions:
+        ordered = sorted(self._deletions.values(), key=lambda one: (one.deleted_s, one.job_id))
+        return {one.job_id: one for one in ordered}
 
     def close(self) -> None:
         """Nothing is held."""

@@ -20,11 +20,13 @@ from pscluster.storage import SnapshotStore, open_store
 from pscluster.storage.directory import DirectoryStore
 from psmaster import manifest
 from psmaster.catalogue import Catalogue, RestorePoint
+from psmaster.deletions import Deletion
 from psmaster.jobs import Job
 from psmaster.manifest import Manifest
 
 PATIENCE_S = 5.0  # how long a turn waits for its manifests
 RETRY_S = 5.0
+MAX_RETRY_S = 600.0  # of a removal, which nobody waits for: a store that hangs must not hold up what others write
 _log = structlog.get_logger(__name__)
 
 BundleFile = Callable[[str], Path]
@@ -35,7 +37,7 @@ _Held = dict[str, tuple[RestorePoint, int] | None]
 
 @dataclass(kw_only=True)
 class _Wish:
-    """How a job's store should look. `job` None: it should be gone, and `directory` with it."""
+    """How a job's store should look. `job` None: it should be gone, if it is named, and `directory` with it."""
 
     store: str
     job: Job | None
@@ -43,15 +45,17 @@ class _Wish:
     directory: Path | None = None
     retry_at_s: float = 0.0
     told: str = ""
+    failures: int = 0
     done: threading.Event = field(default_factory=threading.Event)
 
 
 class Publisher:
-    """`bundle_file` is where the master has a bundle; `tell` hears, on the publisher's thread, of what could not be
-    written: job id, step, why."""
+    """`bundle_file` is where the master has a bundle. On the publisher's thread `tell` hears of what could not be
+    written (job id, step, why), and `removed` of which deleted job nothing is left here."""
 
     def __init__(self, bundle_file: BundleFile, patience_s: float = PATIENCE_S) -> None:
         self.tell: Tell = _only_log
+        self.removed: Callable[[str], None] = _only_forget
         self._bundle_file = bundle_file
         self._patience_s = patience_s
         self._changed = threading.Condition()
@@ -66,9 +70,14 @@ class Publisher:
         wishes = {k: _Wish(store=job.store, job=job, catalogue=snapshots) for k, (job, snapshots) in jobs.items()}
         self._wish(wishes, wait=wait)
 
-    def remove(self, job: Job, directory: Path) -> None:
-        """Remove a deleted job's store, and its `directory` on this machine. Blocks as `publish` does."""
-        self._wish({job.job_id: _Wish(store=job.store, job=None, directory=directory)})
+    def remove(self, deletion: Deletion, directory: Path, *, wait: bool = True) -> None:
+        """Remove a deleted job's `directory` on this machine and, unless that was done, its store. Blocks as `publish`
+        does."""
+        store = "" if deletion.removed else deletion.store
+        # What an earlier master left undone comes after the manifests that jobs are waiting for.
+        due_s = 0.0 if wait else time.monotonic()
+        wish = _Wish(store=store, job=None, directory=directory, retry_at_s=due_s)
+        self._wish({deletion.job_id: wish}, wait=wait)
 
     def close(self) -> None:
         """End after what is being written. Safe to repeat."""
@@ -112,8 +121,11 @@ class Publisher:
         with self._changed:
             if error is None and self._wishes.get(job_id) is wish:
                 del self._wishes[job_id]
+        if error is None and wish.job is None:
+            self.removed(job_id)
         if error is not None:
-            wish.retry_at_s = time.monotonic() + RETRY_S
+            wish.retry_at_s = time.monotonic() + _pause_s(wish)
+            wish.failures += 1
             newest = wish.catalogue.newest() if wish.catalogue else None
             if wish.told != error.cause:
                 wish.told = error.cause
@@ -121,13 +133,11 @@ class Publisher:
         wish.done.set()
 
     def _carry_out(self, job_id: str, wish: _Wish) -> None:
-        store = open_store(wish.store)
         if wish.job is None:
-            store.remove()
             self._published.pop(job_id, None)
-            if wish.directory is not None:
-                DirectoryStore(wish.directory).remove()
+            _remove(wish)
             return
+        store = open_store(wish.store)
         points = _complete(wish.catalogue)
         held = self._published.get(job_id)
         if held is None:  # the first time since this process started: an earlier one may have left others
@@ -164,5 +174,34 @@ def _complete(catalogue: Catalogue | None) -> list[RestorePoint]:
     return [catalogue.restore_point(step) for step in catalogue.complete_steps()] if catalogue else []
 
 
+def _pause_s(wish: _Wish) -> float:
+    """Until it is tried again."""
+    return RETRY_S if wish.job is not None else min(RETRY_S * 2.0 ** min(wish.failures, 16), MAX_RETRY_S)
+
+
+def _remove(wish: _Wish) -> None:
+    """The directory first: it can be reached. Raises StorageError when the store cannot."""
+    if wish.directory is not None:
+        DirectoryStore(wish.directory).remove()
+        if Path(wish.store).is_relative_to(wish.directory):
+            return
+    if wish.store:
+        _refuse_missing_root(wish.store)
+        open_store(wish.store).remove()
+
+
+def _refuse_missing_root(store: str) -> None:
+    """What is not mounted here looks as if it had been removed. Raises StorageError."""
+    root = Path(store.removeprefix("file://")).parent
+    if not store.startswith("s3://") and not root.is_dir():
+        raise StorageError(
+            f"cannot remove {store}: there is no directory {root}", action="mount it where psmaster runs"
+        )
+
+
 def _only_log(job_id: str, step: int, error: PsError) -> None:
     _log.warning("a manifest cannot be written", job=job_id, step=step, code=error.code, cause=error.cause)
+
+
+def _only_forget(_job_id: str) -> None:
+    """Nobody remembers it."""

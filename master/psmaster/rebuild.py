@@ -19,12 +19,12 @@ from pscluster.storage import SnapshotStore, open_store
 from psmaster import manifest
 from psmaster.bundles import CHUNK_BYTES, BundleShelf, bundle_file
 from psmaster.catalogue import Catalogue, Part, RestorePoint
+from psmaster.deletions import Deletions
 from psmaster.jobs import Event, Job, JobState
 from psmaster.manifest import Manifest
-from psmaster.sqlite_store import SqliteStore
+from psmaster.sqlite_store import DATABASE, SqliteStore
 from psmaster.store import Batch, BundleRecord
 
-DATABASE = "master.db"
 LEAP = 1000
 """Added to a rebuilt job's generation and attempts: more than it can have used after its newest manifest, so that
 whatever is still alive from before is of the past."""
@@ -39,41 +39,26 @@ class Found:
     problems: tuple[str, ...]
 
 
-def unclaimed(state_dir: Path) -> list[str]:
-    """The jobs of a state directory that has snapshots of them but no database: starting there would remove them."""
-    database = state_dir / DATABASE
-    if database.exists() and database.stat().st_size:
-        return []
-    return sorted({path.parts[-3] for path in state_dir.glob("jobs/*/snapshots/step-*.manifest")})
-
-
-def refuse_unclaimed(state_dir: Path) -> None:
-    """Raises DamagedError when `unclaimed` finds jobs."""
-    if jobs := unclaimed(state_dir):
-        raise DamagedError(
-            f"{state_dir / DATABASE} is gone, but there are snapshots of {', '.join(jobs)}",
-            action="run `psmaster rebuild`, which brings these jobs back; or move jobs/ away to begin anew",
-        )
-
-
 def rebuild(state_dir: Path, stores: Iterable[str], now_s: float) -> list[Found]:
     """Make the database of `state_dir` again; what came back. The caller holds the directory's lock.
 
     A damaged database is kept beside the new one. Raises StateError when there is a sound one with jobs in it,
     StorageError when a store cannot be read: then nothing was changed."""
-    _refuse_a_sound_one(state_dir / DATABASE)
+    deletions = _refuse_a_sound_one(state_dir / DATABASE)
     locations = [str(path) for path in sorted(state_dir.glob("jobs/*/snapshots"))]
     for root in stores:
         locations += open_store(root).below()
     found: dict[str, Found] = {}
     for location in locations:
         one = read_job(open_store(location), now_s)
-        if one is not None and _is_newer(one, found.get(one.job.job_id)):
+        if one is None or one.job.job_id in deletions:
+            continue
+        if _is_newer(one, found.get(one.job.job_id)):
             found[one.job.job_id] = one
     shelf = BundleShelf(state_dir / "bundles")
     kept = [_with_bundle(replace(one, job=_at_home(one.job, state_dir)), shelf) for one in found.values()]
     _put_aside(state_dir, {one.job.job_id for one in kept}, now_s)
-    _write(state_dir / DATABASE, kept, now_s)
+    _write(state_dir / DATABASE, replace(_batch(kept, state_dir, now_s), deletions=tuple(deletions.values())))
     return sorted(kept, key=lambda one: (one.job.created_s, one.job.job_id))
 
 
@@ -92,7 +77,7 @@ def read_job(store: SnapshotStore, now_s: float) -> Found | None:
         if manifest.step_of(name) is None:
             continue
         try:
-            one = _read(store, name)
+            one = manifest.read(store, name)
             told.append(one)
             for part in one.point.parts:
                 _verify(store, part)
@@ -106,12 +91,6 @@ def read_job(store: SnapshotStore, now_s: float) -> Found | None:
     return Found(
         job=_come_back(record, points, store, now_s), catalogue=_catalogue(record, points), problems=tuple(problems)
     )
-
-
-def _read(store: SnapshotStore, name: str) -> Manifest:
-    with store.reading(name) as file:
-        data = file.read()
-    return manifest.decode(data, f"{store.location}/{name}")
 
 
 def _verify(store: SnapshotStore, part: Part) -> None:
@@ -176,21 +155,23 @@ def _with_bundle(one: Found, shelf: BundleShelf) -> Found:
     return one
 
 
-def _refuse_a_sound_one(database: Path) -> None:
+def _refuse_a_sound_one(database: Path) -> Deletions:
+    """Raises StateError for one that has jobs. What a sound one says was deleted: that is not to come back."""
     if not database.exists():
-        return
+        return {}
     try:
         store = SqliteStore(database)
     except DamagedError:
-        return
+        return {}
     try:
-        jobs = store.jobs()
+        jobs, deletions = store.jobs(), store.deletions()
     finally:
         store.close()
     if jobs:
         raise StateError(
             f"{database} is sound and has {len(jobs)} jobs", action="start psmaster; or move the file away first"
         )
+    return deletions
 
 
 def _put_aside(state_dir: Path, kept: set[str], now_s: float) -> None:
@@ -209,14 +190,14 @@ def _put_aside(state_dir: Path, kept: set[str], now_s: float) -> None:
         raise StorageError(f"cannot move what is damaged out of the way in {state_dir}: {error.strerror}") from None
 
 
-def _write(database: Path, found: Iterable[Found], now_s: float) -> None:
+def _write(database: Path, batch: Batch) -> None:
     """Into a file of another name first: a rebuild that is killed leaves no database that is half there."""
     temporary = database.with_name(f".{database.name}.rebuilding")
     for end in ("", "-wal", "-shm"):
         temporary.with_name(temporary.name + end).unlink(missing_ok=True)
     store = SqliteStore(temporary)
     try:
-        store.write(_batch(found, database.parent, now_s))
+        store.write(batch)
     finally:
         store.close()  # merges the log into the file
     temporary.rename(database)

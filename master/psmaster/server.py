@@ -28,9 +28,9 @@ from psmaster.core import Core
 from psmaster.draft import Limits
 from psmaster.http import MasterMetrics
 from psmaster.jobs_service import Identity, JobsService
-from psmaster.rebuild import DATABASE, refuse_unclaimed
+from psmaster.leftovers import may_go, refuse_unclaimed
 from psmaster.settings import MasterSettings
-from psmaster.sqlite_store import SqliteStore
+from psmaster.sqlite_store import DATABASE, SqliteStore
 from psmaster.store import Batch
 
 STOP_GRACE_S = 0.5  # how long calls in progress may take when the master ends
@@ -83,7 +83,7 @@ async def _load(stack: AsyncExitStack, settings: MasterSettings, shelf: BundleSh
 def tidy(core: Core, shelf: BundleShelf, jobs_directory: Path) -> None:
     """Remove what nothing refers to: files of deleted jobs, bundles that were never used. Blocks."""
     for directory in jobs_directory.iterdir() if jobs_directory.is_dir() else ():
-        if directory.name not in core.state.jobs:
+        if may_go(directory, core.state.jobs, core.state.deletions):
             shutil.rmtree(directory, ignore_errors=True)
     store = core.archive.store
     used = {job.bundle_sha256 for job in core.state.jobs.values()}

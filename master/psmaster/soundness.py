@@ -26,7 +26,9 @@ _COLUMNS = {
     "parts": "job_id, step, part, generation, path, size_bytes, checksum, nodes",
     "bundles": "sha256, size_bytes, created_s",
     "drains": "node_id, since_s",
+    "deletions": "job_id, store, deleted_s, removed",
 }
+_WITHOUT_CHECKSUMS = ("jobs", "layouts", "events", "parts", "bundles", "drains")  # the tables of schema 2
 _NOT_DAMAGE = {
     getattr(sqlite3, f"SQLITE_{name}")
     for name in ("BUSY", "LOCKED", "NOMEM", "READONLY", "IOERR", "FULL", "CANTOPEN", "PERM", "AUTH")
@@ -58,21 +60,27 @@ def migration() -> tuple[str, ...]:
         "ALTER TABLE parts ADD COLUMN nodes TEXT NOT NULL DEFAULT ''",
         "CREATE TABLE digests (name TEXT PRIMARY KEY, num_rows INTEGER NOT NULL, total INTEGER NOT NULL) WITHOUT ROWID",
     ]
-    for table, columns in _COLUMNS.items():
+    for table in _WITHOUT_CHECKSUMS:
         statements += [
             f"ALTER TABLE {table} ADD COLUMN crc INTEGER NOT NULL DEFAULT 0",
-            f"UPDATE {table} SET crc = row_checksum('{table}', {columns})",
-            f"INSERT INTO digests SELECT '{table}', count(*), coalesce(sum(crc), 0) FROM {table}",
+            f"UPDATE {table} SET crc = row_checksum('{table}', {_COLUMNS[table]})",
+            *keep_books(table),
         ]
-        for event, rows, total in (
-            ("INSERT", "+ 1", "+ NEW.crc"),
-            ("DELETE", "- 1", "- OLD.crc"),
-            ("UPDATE", "+ 0", "+ NEW.crc - OLD.crc"),
-        ):
-            statements.append(
-                f"CREATE TRIGGER {table}_{event.lower()} AFTER {event} ON {table} BEGIN UPDATE digests "
-                f"SET num_rows = num_rows {rows}, total = total {total} WHERE name = '{table}'; END"
-            )
+    return tuple(statements)
+
+
+def keep_books(table: str) -> tuple[str, ...]:
+    """The statements that begin to count a table's rows and to sum their checksums. It must have a column crc."""
+    statements = [f"INSERT INTO digests SELECT '{table}', count(*), coalesce(sum(crc), 0) FROM {table}"]
+    for event, rows, total in (
+        ("INSERT", "+ 1", "+ NEW.crc"),
+        ("DELETE", "- 1", "- OLD.crc"),
+        ("UPDATE", "+ 0", "+ NEW.crc - OLD.crc"),
+    ):
+        statements.append(
+            f"CREATE TRIGGER {table}_{event.lower()} AFTER {event} ON {table} BEGIN UPDATE digests "
+            f"SET num_rows = num_rows {rows}, total = total {total} WHERE name = '{table}'; END"
+        )
     return tuple(statements)
 
 

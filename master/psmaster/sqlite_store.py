@@ -15,8 +15,11 @@ from pathlib import Path
 from pscluster.errors import StateError, StorageError
 from psmaster import records, soundness
 from psmaster.catalogue import Part
+from psmaster.deletions import Deletion, Deletions
 from psmaster.jobs import MAX_EVENTS, Event, Job
 from psmaster.store import SCHEMA_VERSION, Batch, BundleRecord, Store
+
+DATABASE = "master.db"  # in the master's state directory
 
 # One entry for each version: what brings a file of the version before to it.
 _MIGRATIONS: tuple[tuple[str, ...], ...] = (
@@ -42,6 +45,13 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ),
     ("CREATE TABLE drains (node_id TEXT PRIMARY KEY, since_s REAL NOT NULL) WITHOUT ROWID",),
     soundness.migration(),
+    (
+        """CREATE TABLE deletions (
+            job_id TEXT PRIMARY KEY, store TEXT NOT NULL, deleted_s REAL NOT NULL, removed INTEGER NOT NULL,
+            crc INTEGER NOT NULL
+        ) WITHOUT ROWID""",
+        *soundness.keep_books("deletions"),
+    ),
 )
 
 
@@ -104,6 +114,7 @@ class SqliteStore(Store):
             self._db.executemany(soundness.replace("drains"), batch.drained)
             self._db.executemany("DELETE FROM drains WHERE node_id=?", [(node_id,) for node_id in batch.undrained])
             self._db.executemany("DELETE FROM jobs WHERE job_id=?", [(job_id,) for job_id in batch.deleted_jobs])
+            self._write_deletions(batch)
 
     def _write_job(self, job: Job) -> None:
         try:
@@ -134,6 +145,12 @@ class SqliteStore(Store):
                 "(SELECT sequence FROM events WHERE job_id=?1 ORDER BY sequence DESC LIMIT 1 OFFSET ?2)",
                 (job_id, MAX_EVENTS),
             )
+
+    def _write_deletions(self, batch: Batch) -> None:
+        rows = [(one.job_id, one.store, one.deleted_s, int(one.removed)) for one in batch.deletions]
+        self._db.executemany(soundness.replace("deletions"), rows)
+        forgotten = [(job_id,) for job_id in batch.forgotten_deletions]
+        self._db.executemany("DELETE FROM deletions WHERE job_id=?", forgotten)
 
     def jobs(self) -> tuple[Job, ...]:
         query = "SELECT record, layout FROM jobs LEFT JOIN layouts USING (job_id) ORDER BY created_s, job_id"
@@ -181,6 +198,14 @@ class SqliteStore(Store):
         with self._named("read"):
             return {
                 str(node_id): since_s for node_id, since_s in self._db.execute("SELECT node_id, since_s FROM drains")
+            }
+
+    def deletions(self) -> Deletions:
+        query = "SELECT job_id, store, deleted_s, removed FROM deletions ORDER BY deleted_s, job_id"
+        with self._named("read"):
+            return {
+                row[0]: Deletion(job_id=row[0], store=row[1], deleted_s=row[2], removed=bool(row[3]))
+                for row in self._db.execute(query)
             }
 
     def close(self) -> None:

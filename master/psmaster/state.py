@@ -10,6 +10,7 @@ from pscluster.devices import AUTO, CPU, CUDA
 from pscluster.errors import NotFoundError
 from psmaster import registry
 from psmaster.catalogue import Catalogue
+from psmaster.deletions import Deletions
 from psmaster.jobs import Event, Instant, Job, JobState
 from psmaster.planner import NodeView
 from psmaster.processes import Processes
@@ -29,6 +30,8 @@ class State:
     processes: Processes = field(default_factory=dict)
     drains: Mapping[str, float] = field(default_factory=dict)
     """The nodes that are drained on request, with the Unix time of that; stored."""
+    deletions: Deletions = field(default_factory=dict)
+    """The jobs of which a store or a node may still have something; stored."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from psmaster.catalogue import Part
+from psmaster.deletions import Deletion, Deletions
 from psmaster.jobs import Event, Job
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +40,8 @@ class Batch:
     deleted_bundles: tuple[str, ...] = ()
     drained: tuple[tuple[str, float], ...] = ()  # (node id, Unix time of the request)
     undrained: tuple[str, ...] = ()
+    deletions: tuple[Deletion, ...] = ()  # replace what was held under their job's id
+    forgotten_deletions: tuple[str, ...] = ()
 
     @property
     def empty(self) -> bool:
@@ -82,6 +85,10 @@ class Store(ABC):
     @abstractmethod
     def drains(self) -> Mapping[str, float]:
         """The nodes that are drained, with the Unix time of the request."""
+
+    @abstractmethod
+    def deletions(self) -> Deletions:
+        """The jobs that were deleted and are not forgotten yet, by id, in the order of their deletion."""
 
     @abstractmethod
     def close(self) -> None:

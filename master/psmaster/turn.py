@@ -12,8 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 from pscluster.errors import NotFoundError, StateError
-from psmaster import pace, registry, reports, transitions
+from psmaster import deletions, pace, registry, reports, transitions
 from psmaster.catalogue import Catalogue, Part
+from psmaster.deletions import Deletion
 from psmaster.draft import Limits
 from psmaster.jobs import MAX_EVENTS, Event, Finished, Instant, Job, JobState, Trouble
 from psmaster.planner import NodeView, admit
@@ -50,6 +51,7 @@ class Turn:
         self.nodes = state.nodes
         self.processes = dict(state.processes)
         self.drains = state.drains
+        self.deletions = state.deletions
         self._events: list[tuple[str, Event]] = []
         self._lines: list[tuple[str, MetricLine]] = []
         self._cuts: dict[str, int] = {}
@@ -148,6 +150,11 @@ class Turn:
         if job_id in self.jobs:
             self._take(reports.trouble(self.jobs[job_id], trouble, source, self.now))
 
+    def removed(self, job_id: str) -> None:
+        """Nothing is left in the store of a deleted job."""
+        if job_id in self.deletions:
+            self.deletions = {**self.deletions, job_id: replace(self.deletions[job_id], removed=True)}
+
     def _of_lead(self, job: Job, report: Progress | Evaluated | Finished) -> Applied:
         if isinstance(report, Progress):
             return reports.progress(job, report, self.now)
@@ -183,7 +190,7 @@ class Turn:
         for held in self.jobs.values():
             if job.request_id and held.request_id == job.request_id:
                 return held.job_id
-        if job.job_id in self.jobs:
+        if job.job_id in self.jobs or job.job_id in self.deletions:
             raise StateError(f"job id {job.job_id} is taken", action="submit again")
         self.jobs[job.job_id] = job
         self.catalogues[job.job_id] = Catalogue(num_partitions=job.spec.servers.partitions)
@@ -209,6 +216,9 @@ class Turn:
         if not job.state.ended:
             raise StateError(f"job {job.job_id} is {job.state}", action=f"stop it first: psctl stop {job.job_id}")
         del self.jobs[job.job_id], self.catalogues[job.job_id]
+        never_wrote = job.generation == 0  # it had no plan, and so no snapshot
+        deletion = Deletion(job_id=job.job_id, store=job.store, deleted_s=self.now.unix_s, removed=never_wrote)
+        self.deletions = {**self.deletions, job.job_id: deletion}
         self._unsettled = True
         return job
 
@@ -261,6 +271,7 @@ class Turn:
             nodes=self.nodes,
             processes=self.processes,
             drains=self.drains,
+            deletions=deletions.remembered(self.deletions, self.now.unix_s),
         )
         return Changes(state=state, events=events, lines=tuple(self._lines), cuts=self._cuts)
 

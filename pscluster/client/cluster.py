@@ -26,6 +26,7 @@ from pscluster.client.tether import STREAM_DEADLINE_S, Tether
 from pscluster.errors import (
     BundleError,
     InternalError,
+    NotFoundError,
     PsError,
     StorageError,
     UnreachableError,
@@ -39,6 +40,7 @@ from pscluster.v1 import agents_pb2, agents_pb2_grpc, jobs_pb2, jobs_pb2_grpc
 
 _CONNECT_DEADLINE_S = 5.0
 _SUBMIT_PATIENCE_S = 15.0
+_MAX_UPLOADS = 3  # of one bundle that is gone again each time
 
 
 class Cluster:
@@ -129,10 +131,15 @@ class Cluster:
             request_id=request_id or uuid.uuid4().hex,
         )
 
-        def attempt() -> str:
+        def attempt(uploads: int = _MAX_UPLOADS) -> str:
             if bundle is not None:
                 self._upload(bundle)
-            return str(calls.unary(self._jobs.Submit, request).job_id)
+            try:
+                return str(calls.unary(self._jobs.Submit, request).job_id)
+            except NotFoundError:  # the last job with this bundle was deleted in between, and the bundle with it
+                if bundle is None or uploads == 1:
+                    raise
+                return attempt(uploads - 1)
 
         return calls.patiently(attempt, _SUBMIT_PATIENCE_S)
 

@@ -13,6 +13,7 @@ import pytest
 from pscluster.errors import StateError, StorageError
 from psmaster import jobs
 from psmaster.catalogue import Part, RestorePoint
+from psmaster.deletions import Deletion
 from psmaster.jobs import Best, Check, Condition, Connection, Event, Finished, Job, Problem, Recovery, Trouble
 from psmaster.memory_store import MemoryStore
 from psmaster.seats import Kind, Plan, Seat
@@ -172,6 +173,18 @@ def test_drains_are_kept_and_forgotten(store: Store) -> None:
     store.write(Batch(drained=(("worker-0", 1.5), ("server-1", 2.5))))
     store.write(Batch(drained=(("worker-0", 1.5),), undrained=("server-1", "nobody")))
     assert store.drains() == {"worker-0": 1.5}
+
+
+def test_deletions_are_kept_in_their_order_and_forgotten(store: Store) -> None:
+    assert store.deletions() == {}
+    store.write(Batch(jobs=(make_job("a"),)))
+    first, second = (Deletion(job_id=i, store=f"s3://b/{i}", deleted_s=s) for i, s in (("b", 1.5), ("a", 2.5)))
+    store.write(Batch(deleted_jobs=("a",), deletions=(second, first)))
+    assert store.jobs() == ()
+    assert list(store.deletions().items()) == [("b", first), ("a", second)]
+    gone = replace(first, removed=True)
+    store.write(Batch(deletions=(gone,), forgotten_deletions=("a", "nobody")))
+    assert store.deletions() == {"b": gone}
 
 
 def test_closing_twice_is_harmless(store: Store) -> None:

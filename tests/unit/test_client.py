@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 import threading
@@ -127,8 +128,6 @@ def test_a_master_of_another_protocol_is_refused_by_name(serving: Serving) -> No
 
 
 def test_submit_uploads_the_bundle_once(cluster: Cluster, serving: Serving) -> None:
-    import hashlib
-
     data = bytes(range(256)) * 10_000
     bundle = Bundle(data=data, sha256=hashlib.sha256(data).hexdigest(), files=("task.py",))
     assert cluster.submit(SPEC, bundle) == "lm-abc123"
@@ -145,6 +144,33 @@ def test_a_submission_is_repeated_under_one_request_id(cluster: Cluster, serving
     serving.fake.failures["Submit"] = [UnreachableError("restarting")]
     assert cluster.submit(SPEC, request_id="r1") == "lm-abc123"
     assert [request.request_id for request in serving.fake.submitted] == ["r1"]
+
+
+@pytest.mark.parametrize("losses", [2, 9])
+def test_a_bundle_that_was_deleted_in_between_is_uploaded_again(tmp_path: Path, losses: int) -> None:
+    bundle = Bundle(data=b"code", sha256=hashlib.sha256(b"code").hexdigest(), files=("task.py",))
+    asked: list[str] = []
+
+    class Forgetful(FakeMaster):
+        """Somebody deletes the last job with the bundle, each time before the submission comes."""
+
+        def Submit(self, request: jobs_pb2.SubmitRequest, context: object) -> object:  # noqa: N802
+            asked.append(request.request_id)
+            if len(asked) <= losses:
+                self.bundles.clear()
+            return super().Submit(request, context)
+
+    served = Serving(Forgetful(), tmp_path)
+    try:
+        with Cluster.connect(served.address, token_file=served.token_file) as cluster:
+            if losses == 2:
+                assert cluster.submit(SPEC, bundle, request_id="r1") == "lm-abc123"
+            else:
+                with pytest.raises(NotFoundError, match="no such bundle"):
+                    cluster.submit(SPEC, bundle, request_id="r1")
+    finally:
+        served.stop()
+    assert asked == ["r1"] * 3, "one request, and not for ever"
 
 
 def test_a_refused_submission_is_the_masters_very_error(cluster: Cluster, serving: Serving) -> None:

@@ -85,7 +85,7 @@ class FakeMaster(jobs_pb2_grpc.JobsServicer, agents_pb2_grpc.AgentsServicer):
     def Submit(self, request: Any, context: Any) -> Any:
         self._enter("Submit", context)
         if request.bundle_sha256 and request.bundle_sha256 not in self.bundles:
-            self._fail(context, StateError("no such bundle"))
+            self._fail(context, NotFoundError("no such bundle"))
         self.submitted.append(request)
         self.jobs.setdefault("lm-abc123", job_message(spec_json=request.spec_json))
         return jobs_pb2.SubmitReply(job_id="lm-abc123")

@@ -32,6 +32,7 @@ class FakeAgent:
         )
         self.assignment: Assignment = {}
         self.revisions: list[int] = []
+        self.deleted: list[str] = []
         self.acknowledged = 0
         self.kept: dict[int, agents_pb2.AgentMessage] = {}
         self._sequence = 0
@@ -74,6 +75,7 @@ class FakeAgent:
         async with self._changed:
             if message.HasField("assignment"):
                 self.revisions.append(message.assignment.revision)
+                self.deleted = list(message.assignment.deleted_jobs)
                 self.assignment = {spec.process_id.split("/")[1]: spec for spec in message.assignment.processes}
             if message.HasField("ack"):
                 self.acknowledged = message.ack.sequence

@@ -16,6 +16,7 @@ from pscluster.errors import DamagedError, PsError, StorageError
 from psmaster import catalogue, manifest, publisher
 from psmaster.archive import to_publish
 from psmaster.catalogue import Catalogue, Part
+from psmaster.deletions import Deletion
 from psmaster.jobs import Best, Job, JobState
 from psmaster.manifest import Manifest
 from psmaster.publisher import Publisher
@@ -158,15 +159,66 @@ def test_a_store_that_hangs_holds_the_master_up_for_a_moment_only(
         assert len(names(job)) == 2
 
 
+def deleted(job: Job) -> Deletion:
+    return Deletion(job_id=job.job_id, store=job.store, deleted_s=1.0)
+
+
 def test_removing_a_job_removes_its_store_and_its_directory(tmp_path: Path) -> None:
     job = make(tmp_path)
     directory = tmp_path / "jobs" / "a"
     directory.mkdir(parents=True)
+    gone: list[str] = []
     with publishing(tmp_path) as made:
+        made.removed = gone.append
         made.publish({"a": (job, complete(job, 5))})
-        made.remove(job, directory)
+        made.remove(deleted(job), directory)
         assert not Path(job.store).exists() and not directory.exists()
-        made.remove(job, directory)
+        made.remove(deleted(job), directory)
+    assert gone == ["a", "a"]
+
+
+@pytest.mark.parametrize("away", ["no directory", "not mounted"])
+def test_a_store_that_is_away_is_removed_when_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, away: str
+) -> None:
+    monkeypatch.setattr(publisher, "RETRY_S", 0.01)
+    root, elsewhere, directory = tmp_path / "shared", tmp_path / "elsewhere", tmp_path / "jobs" / "a"
+    job = make(tmp_path, store=str(root / "a"))
+    directory.mkdir(parents=True)
+    told: Queue[tuple[str, int, PsError]] = Queue()
+    gone: Queue[str] = Queue()
+    with publishing(tmp_path) as made:
+        made.tell, made.removed = lambda *what: told.put(what), gone.put
+        made.publish({"a": (job, complete(job, 5))})
+        root.rename(elsewhere)
+        if away == "no directory":
+            root.touch()
+        made.remove(deleted(job), directory)
+        assert isinstance(told.get(timeout=20)[2], StorageError)
+        assert not directory.exists(), "what can be removed is"
+        assert gone.empty(), "nobody knows whether it is gone"
+        root.unlink(missing_ok=True)
+        elsewhere.rename(root)
+        assert gone.get(timeout=20) == "a"
+    assert os.listdir(root) == []
+
+
+def test_what_was_removed_before_is_not_looked_for_again(tmp_path: Path) -> None:
+    job = make(tmp_path, store=str(tmp_path / "never" / "a"))
+    gone: list[str] = []
+    with publishing(tmp_path) as made:
+        made.removed = gone.append
+        made.remove(replace(deleted(job), removed=True), tmp_path / "jobs" / "a")
+    assert gone == ["a"]
+
+
+def test_a_store_that_stays_away_is_asked_less_and_less_often(tmp_path: Path) -> None:
+    job = make(tmp_path)
+    wish = publisher._Wish(store=job.store, job=None)
+    pauses = []
+    for wish.failures in range(40):
+        pauses.append(publisher._pause_s(wish))
+    assert pauses[:3] == [5.0, 10.0, 20.0] and pauses[-1] == publisher.MAX_RETRY_S
 
 
 # ---- which jobs a turn makes out of date ----

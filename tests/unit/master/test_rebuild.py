@@ -14,9 +14,10 @@ from pscluster.storage import open_store
 from psmaster import daemon, manifest, rebuild
 from psmaster.catalogue import Part, RestorePoint
 from psmaster.jobs import Best, Job, JobState
+from psmaster.leftovers import refuse_unclaimed
 from psmaster.manifest import Manifest
-from psmaster.rebuild import DATABASE, LEAP, Found
-from psmaster.sqlite_store import SqliteStore
+from psmaster.rebuild import LEAP, Found
+from psmaster.sqlite_store import DATABASE, SqliteStore
 from psmaster.store import Batch
 from tests.unit.master.test_publisher import BUNDLE, SHA256
 from tests.unit.master.world import make_job
@@ -184,15 +185,15 @@ def test_a_damaged_database_is_kept_beside_the_new_one(state_dir: Path) -> None:
 
 
 def test_a_master_does_not_start_over_jobs_that_it_does_not_know(state_dir: Path) -> None:
-    rebuild.refuse_unclaimed(state_dir)
+    refuse_unclaimed(state_dir)
     save(at_home(state_dir), running(), 10)
     for _ in range(2):
         with pytest.raises(DamagedError, match="is gone, but there are snapshots of a") as refused:
-            rebuild.refuse_unclaimed(state_dir)
+            refuse_unclaimed(state_dir)
         assert "psmaster rebuild" in refused.value.action
         (state_dir / DATABASE).touch()  # a file that lost its content is no better
     run(state_dir)
-    rebuild.refuse_unclaimed(state_dir)
+    refuse_unclaimed(state_dir)
 
 
 def test_the_command_says_what_came_back(state_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

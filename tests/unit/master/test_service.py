@@ -35,16 +35,6 @@ from tests.unit.master.world import make_spec
 TOKEN = "a-token"
 
 
-@pytest.fixture
-def site(tmp_path: Path) -> MasterSettings:
-    token_file = tmp_path / "token"
-    token_file.touch(mode=0o600)
-    token_file.write_text(TOKEN)
-    return MasterSettings(
-        state_dir=tmp_path / "state", token_file=token_file, listen=(f"unix:{tmp_path}/m.sock",), suspicion_s=30.0
-    )
-
-
 @asynccontextmanager
 async def master(settings: MasterSettings) -> AsyncIterator[Core]:
     """A working master; its end is an orderly one."""

@@ -13,13 +13,15 @@ import pytest
 from pscluster.errors import DamagedError, StorageError
 from psmaster import soundness, sqlite_store
 from psmaster.catalogue import Part
+from psmaster.deletions import Deletion
 from psmaster.jobs import Event
 from psmaster.sqlite_store import SqliteStore
 from psmaster.store import Batch, BundleRecord
 from tests.unit.master.world import make_job
 
+GONE = Deletion(job_id="gone", store="/store/gone", deleted_s=2.0)
 EVENT = Event(time_s=1.0, reason="Something", message="happened")
-TABLES = ("jobs", "layouts", "events", "parts", "bundles")
+TABLES = ("jobs", "layouts", "events", "parts", "bundles", "deletions")
 
 
 def part(step: int) -> Part:
@@ -35,6 +37,7 @@ def content(path: Path) -> tuple[object, ...]:
             jobs,
             [(store.events(i), store.parts(i)) for i in ids],
             store.bundles(),
+            store.deletions(),
             store.job_of_request("request of a"),
         )
 
@@ -55,7 +58,11 @@ def database(tmp_path: Path) -> Path:
         job = replace(make_job("a"), layout_json=b"layout" * 50, layout_sha256="L")
         store.write(Batch(jobs=(job, make_job("b")), events=(("a", EVENT), ("b", EVENT)), parts=(("a", part(5)),)))
         store.write(
-            Batch(events=(("a", EVENT),) * 20, bundles=(BundleRecord(sha256="c", size_bytes=1, created_s=2.0),))
+            Batch(
+                events=(("a", EVENT),) * 20,
+                bundles=(BundleRecord(sha256="c", size_bytes=1, created_s=2.0),),
+                deletions=(GONE,),
+            )
         )
     return path
 
@@ -101,6 +108,8 @@ def test_a_file_that_was_cut_is_refused(database: Path) -> None:
         "UPDATE parts SET size_bytes = 10",
         "UPDATE events SET job_id = 'b' WHERE sequence = 1",
         "UPDATE bundles SET created_s = 2.5",
+        "UPDATE deletions SET removed = 1",
+        "DELETE FROM deletions",
         "DELETE FROM parts",
         "DELETE FROM events WHERE sequence = 3",
         "INSERT INTO bundles SELECT 'd', 1, 2.0, crc FROM bundles",
@@ -127,7 +136,9 @@ def test_every_kind_of_change_keeps_the_books(tmp_path: Path) -> None:
         store.write(Batch(parts=(("a", replace(part(1), generation=2)),), dropped_parts=(("b", 1, 0),)))
         store.write(Batch(events=(("a", EVENT),) * 450))
         store.write(Batch(jobs=(replace(job, layout_json=b""),)))
-        store.write(Batch(events=(("b", EVENT),), deleted_jobs=("a",)))
+        store.write(Batch(events=(("b", EVENT),), deleted_jobs=("a",), deletions=(GONE,)))
+        store.write(Batch(deletions=(replace(GONE, removed=True), replace(GONE, job_id="c"))))
+        store.write(Batch(forgotten_deletions=("gone",)))
         soundness.check(store._db, path)
     assert [job.job_id for job in content(path)[0]] == ["b"]  # type: ignore[attr-defined]
 
@@ -144,6 +155,24 @@ def test_a_database_of_schema_1_gets_its_checksums(tmp_path: Path) -> None:
     assert content(path)[2] == (BundleRecord(sha256="c", size_bytes=1, created_s=2.0),)
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("SELECT num_rows FROM digests WHERE name = 'bundles'").fetchone() == (1,)
+
+
+def test_a_database_of_schema_3_gets_its_list_of_deletions(tmp_path: Path) -> None:
+    path = tmp_path / "master.db"
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA journal_mode=WAL")
+        soundness.prepare(db)
+        for statement in [line for lines in sqlite_store._MIGRATIONS[:3] for line in lines]:
+            db.execute(statement)
+        db.execute(soundness.insert("bundles"), ("c", 1, 2.0))
+        db.execute("PRAGMA user_version=3")
+        db.commit()
+    with closing(SqliteStore(path)) as store:
+        assert store.deletions() == {}
+        store.write(Batch(deletions=(GONE,)))
+    with closing(SqliteStore(path)) as store:
+        assert store.deletions() == {"gone": GONE}
+        assert [bundle.sha256 for bundle in store.bundles()] == ["c"]
 
 
 # ---- the log that a killed master leaves ----

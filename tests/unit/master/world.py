@@ -135,6 +135,7 @@ class World:
             events=events,
             nodes=presumed(jobs, self.now),
             drains=self.store.drains(),
+            deletions=self.store.deletions(),
         )
         self.take()
 
