@@ -1,0 +1,113 @@
+"""A partition's line to its standby breaks while something is sent over it: nothing is lost by that, nobody waits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from harness.played import PlayedConnection
+from harness.played_standbys import FINAL_STEP, PlayedJob
+
+SENDS = 8  # of one step at most: the roots of five buckets and of the summary, the verdict, and one more
+
+
+def line_of(job: PlayedJob, handler: object) -> PlayedConnection:
+    """The end of the one connection that this handler has."""
+    (found,) = [connection for connection in job.network.connections if connection.handler is handler]
+    return found
+
+
+def to_its_standby(job: PlayedJob, index: int) -> PlayedConnection:
+    return line_of(job, job.partition(index).replication._line)
+
+
+def run(job: PlayedJob, steps: int = 1) -> None:
+    """So many steps in which nothing goes wrong; the standbys' acknowledgements included."""
+    for _ in range(steps):
+        job.everybody_adopts()
+        job.settle()
+        for index in range(job.count):
+            job.push(index)
+        job.settle()
+
+
+def versions(job: PlayedJob) -> list[int]:
+    return [job.partition(index).version for index in range(job.count)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> list[torch.Tensor]:
+    return PlayedJob(1, standbys=False).run_to_the_end()
+
+
+def goes_on_as_if_nothing_had_been(job: PlayedJob, undisturbed: list[torch.Tensor]) -> None:
+    values = job.run_to_the_end()
+    assert all(torch.equal(mine, other) for mine, other in zip(values, undisturbed, strict=True))
+    assert (job.network.breaks, job.master.restores) == (1, 1)
+    assert all(job.master.standbys), "a healthy standby was given up"
+    job.close()
+
+
+@pytest.mark.parametrize("takes", range(SENDS))
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_standby_in_sync_gets_the_sums_that_did_not_reach_it(
+    index: int, takes: int, undisturbed: list[torch.Tensor]
+) -> None:
+    """Its partition finds the line broken at any of the sends of a step, with more to be sent after it."""
+    job = PlayedJob(2)
+    run(job, 2)
+    assert job.master.synced == [True, True]
+    to_its_standby(job, index).takes = takes
+    for each in range(2):
+        job.push(each)
+    job.network.settle()
+    job.network.settle()
+    assert versions(job) == [3, 3], "it was over again, and nobody but the two was asked"
+    goes_on_as_if_nothing_had_been(job, undisturbed)
+
+
+@pytest.mark.parametrize("takes", range(SENDS))
+def test_a_partition_outlives_a_standby_that_is_not_in_sync(takes: int, undisturbed: list[torch.Tensor]) -> None:
+    """Votes do not wait for it: while its sums are sent, the step must not be decided on by the way."""
+    job = PlayedJob(1)
+    job.everybody_adopts()
+    partition = job.partition(0)
+    while not partition.replication._streams:
+        job.network.choices()[0]()
+    line = to_its_standby(job, 0)
+    line.reading, line.takes = False, takes  # that it holds the state is not heard
+    job.network.settle(redial=False)
+    assert not partition.replication.bond.is_bound
+    for _ in range(2):
+        job.push(0)
+        job.network.settle(redial=False)
+    assert partition.version == 2
+    goes_on_as_if_nothing_had_been(job, undisturbed)
+
+
+def _ends(job: PlayedJob, number: int) -> list[PlayedConnection]:
+    """Both ends of the number-th connection, once it is there."""
+    for _ in range(1000):
+        if len(job.network.connections) > 2 * number:
+            return job.network.connections[2 * number :][:2]
+        job.network.choices()[0]()
+    raise AssertionError("it was never made")
+
+
+@pytest.mark.parametrize("end", ["who dialled", "who was dialled"])
+@pytest.mark.parametrize("number", range(3))
+def test_a_line_may_break_within_any_send(number: int, end: str, undisturbed: list[torch.Tensor]) -> None:
+    """Of two partitions' lines to their standbys and the one that votes go over, from the first frame to the last."""
+    takes, struck = 0, True
+    while struck:
+        job = PlayedJob(2)
+        job.everybody_adopts()
+        broken = _ends(job, number)[end == "who was dialled"]
+        broken.takes = takes
+        values = job.run_to_the_end()
+        struck = job.network.breaks > 0
+        assert all(torch.equal(mine, other) for mine, other in zip(values, undisturbed, strict=True)), takes
+        assert job.master.restores == 1 and all(job.master.standbys)
+        job.close()
+        takes += 1
+    assert takes > FINAL_STEP, "it broke once in each step at least"
