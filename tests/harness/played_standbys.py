@@ -61,6 +61,7 @@ class PlayedJob:
         self.processes: dict[tuple[int, int], PartitionService] = {}
         self.zombies: list[PartitionService] = []
         self.committed: dict[int, float] = {}  # step -> norm, as anybody carried it out
+        self.evaluated: set[int] = set()  # versions of this timeline of which an evaluation was finalised
         self.values_at_the_end: list[torch.Tensor] = []
         for index in range(count):
             self._start(index, 1)
@@ -97,6 +98,7 @@ class PlayedJob:
             m.restores += 1
             m.synced = [False] * self.count
             self.committed.clear()
+            self.evaluated.clear()
         plan = played_plan(
             LAYOUT, {0: [0]}, generation=m.generation, partitions=self.count, restore_generation=m.restored,
             final_step=FINAL_STEP, moved_generation=m.moved, lead_generation=m.led,
@@ -147,6 +149,8 @@ class PlayedJob:
             dismiss(gone)
         synced = m.synced[index]
         m.synced[index] = False
+        if index == 0:
+            self.evaluated = {version for version in self.evaluated if version in self.committed}  # others come again
         if m.standbys[index]:
             m.partitions[index], m.standbys[index] = m.standbys[index], 0
         else:
@@ -203,6 +207,17 @@ class PlayedJob:
         if not service.step.summary.is_complete and step < FINAL_STEP:
             self._complete(service, step)
 
+    def evaluate(self) -> None:
+        """The lead's evaluation of its version is finalised: trainers have not begun the step that it is before."""
+        service = self.partition(0)
+        lead, step, plan = service.lead, service.step, service.plan
+        if lead is None or not lead.is_open or step is None or plan is None or service.is_updating:
+            return
+        begun = step.complete_buckets() or service.version != lead.version
+        if not begun and plan.restore_generation == self.master.restored and service.version not in self.evaluated:
+            self.evaluated.add(service.version)
+            service._evaluated(service.version, {"loss": float(service.version)})
+
     def _complete(self, service: PartitionService, step: int) -> None:
         opened = service.step
         assert opened is not None
@@ -239,6 +254,10 @@ class PlayedJob:
             if synced and standby is not None and standby.standby is not None:
                 reach = standby.member.step + (standby.member.vote is not None)
                 assert reach > newest, f"the standby of {index} could not make the committed step {newest}"
+        for p in current:
+            if p.index == 0 and (p.standby is None or (self.master.synced[0] and p.standby.is_synced)):
+                noted = {evaluation.step for evaluation in p.notes.evaluations}
+                assert noted >= self.evaluated & self.committed.keys(), f"evaluations are lost: {noted}"
         serious = [error for error in self.network.refusals if error.code != "PS-3002"]
         assert serious == []
 

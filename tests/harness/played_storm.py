@@ -37,6 +37,8 @@ def play(job: PlayedJob, event: str, number: int) -> None:
         job.publish(restore=False)
     elif event == "everybody adopts":
         job.everybody_adopts()
+    elif event == "evaluate":
+        job.evaluate()
     elif event == "everybody pushes":
         for each in range(job.count):
             job.push(each)
@@ -45,8 +47,9 @@ def play(job: PlayedJob, event: str, number: int) -> None:
 
 
 KINDS = {
-    "deliver": 8, "everybody adopts": 6, "everybody pushes": 6, "push": 4, "settle": 4, "adopt": 3, "cut": 2,
-    "break": 4, "redial": 2, "standby comes": 2, "plan": 1, "partition lost": 1, "taken for lost": 1, "standby lost": 1,
+    "deliver": 8, "everybody adopts": 6, "everybody pushes": 6, "push": 4, "evaluate": 4, "settle": 4, "adopt": 3,
+    "cut": 2, "break": 4, "redial": 2, "standby comes": 2, "plan": 1, "partition lost": 1, "taken for lost": 1,
+    "standby lost": 1,
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """A partition's line to its standby: its state once, then the sums of each step and the verdict on it.
 
-    HELLO -> WELCOME: what the standby holds -> SYNC, PIECEs (or nothing, when it only was away) -> HELD
+    HELLO -> WELCOME: what the standby holds -> SYNC, PIECEs (or what it missed, when it only was away) -> HELD
     each step: PUSH of every bucket's root and of the summary's, as they are complete -> HELD; then VERDICT
 
 The sums are sent while backward still fills other buckets, from the memory that they were added in. What waits for the
@@ -237,6 +237,7 @@ class Replication:
             self._stream()
             if applied < member.step and member.last_verdict is not None:
                 self._send_verdict(member.last_verdict)
+            self.note()  # it may have changed while nobody heard; before the sums: who holds those knows of it
             self._held(reach)
             self.offer()
         elif (anew := bond.begin(self.bond)) is not None:

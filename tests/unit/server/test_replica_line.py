@@ -1,12 +1,15 @@
-"""A partition's line to its standby breaks while something is sent over it: nothing is lost by that, nobody waits."""
+"""A partition's line to its standby breaks, also while something is sent over it: nothing is lost, and nobody waits."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 
 from harness.played import PlayedConnection
 from harness.played_standbys import FINAL_STEP, PlayedJob
+from pscluster.wire.frame import Kind
 
 SENDS = 8  # of one step at most: the roots of five buckets and of the summary, the verdict, and one more
 
@@ -111,3 +114,60 @@ def test_a_line_may_break_within_any_send(number: int, end: str, undisturbed: li
         job.close()
         takes += 1
     assert takes > FINAL_STEP, "it broke once in each step at least"
+
+
+def _resumed(job: PlayedJob) -> list[Kind]:
+    """The lead's line is dialled again; what is on its way to the standby when the lead has heard its welcome."""
+    job.network.fire_timers()
+    for _ in range(1000):
+        if job.partition(0).replication._streams:
+            other = to_its_standby(job, 0).other
+            assert other is not None
+            return [header.kind for header, *_ in other.inbox]
+        job.network.choices()[0]()
+    raise AssertionError("it never came back")
+
+
+@pytest.mark.parametrize("moment", ["before it", "within it"])
+def test_an_evaluation_finalised_while_the_line_was_down_is_told_over_the_next(moment: str) -> None:
+    """After a step more the standby takes over: it is reported again, and counts in what is best."""
+    job = PlayedJob(2)
+    run(job, 2)
+    lead = job.partition(0)
+    if moment == "before it":
+        to_its_standby(job, 0).close(None)
+    else:
+        to_its_standby(job, 0).takes = 0
+    job.evaluate()
+    assert lead.notes.evaluated == 2
+    assert _resumed(job) == [Kind.NOTE]
+    run(job)
+    job.lose_partition(0)
+    job.everybody_adopts()
+    job.settle()
+    after: Any = job.partition(0)
+    assert [(e.step, dict(e.metrics)) for e in after.link.reported("evaluated")] == [(2, {"loss": 2.0})]
+    assert (after.version, after.lead.evaluated, job.master.restores) == (3, 2, 1)
+    job.close()
+
+
+def test_it_is_told_after_the_verdict_that_made_its_version_and_before_the_sums_of_the_next_step() -> None:
+    """What a standby notes is of the version that it has; and no step is voted on before it knows of the evaluation."""
+    job = PlayedJob(2)
+    run(job, 2)
+    lead, standby = job.partition(0), job.standby(0)
+    assert lead.step is not None and standby is not None
+    num_sums = len(lead.step.trained) + len(lead.step.averaged) + len(lead.step.carried) + 1
+    to_its_standby(job, 0).takes = num_sums  # and breaks at the verdict
+    for index in range(2):
+        job.push(index)
+    job.network.settle(redial=False)
+    assert (lead.version, standby.version, job.network.breaks) == (3, 2, 1)
+    job.evaluate()
+    for index in range(2):
+        job.push(index)
+    assert _resumed(job) == [Kind.VERDICT, Kind.NOTE] + [Kind.PUSH] * num_sums
+    job.settle()
+    assert (lead.version, standby.version) == (4, 4)
+    assert standby.notes.evaluated == 3
+    job.close()

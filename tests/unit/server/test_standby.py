@@ -227,7 +227,7 @@ EVENTS = st.lists(
         ),
         st.tuples(st.just("break"), st.integers(0, 79)),
         st.tuples(st.just("standby comes"), st.integers(0, 2)),
-        st.tuples(st.sampled_from(["plan", "everybody adopts", "everybody pushes", "settle"]), st.just(0)),
+        st.tuples(st.sampled_from(["plan", "everybody adopts", "everybody pushes", "evaluate", "settle"]), st.just(0)),
     ),
     max_size=50,
 )
@@ -298,6 +298,7 @@ def _many_storms(count: int) -> None:
         (bond, "adopt", _stays_bound),
         (Replication, "_send_verdict", lambda _self, _verdict: None),
         (Replication, "_stream", _streams_on),
+        (Replication, "note", lambda _self: None),
     ],
     ids=[
         "votes without it",
@@ -306,6 +307,7 @@ def _many_storms(count: int) -> None:
         "is never untied",
         "says no verdict",
         "takes for sent what went over another line",
+        "tells no evaluation",
     ],
 )
 def test_the_storm_finds_what_is_wrong(
@@ -313,7 +315,7 @@ def test_the_storm_finds_what_is_wrong(
 ) -> None:
     """The checks can fail: with each of these mistakes a step is lost, or the job sticks."""
     monkeypatch.setattr(where, name, mistake)
-    with pytest.raises(AssertionError, match=r"could not make the committed step|stuck|apart|two verdicts"):
+    with pytest.raises(AssertionError, match=r"could not make the committed step|stuck|apart|two verdicts|evaluations"):
         _many_storms(500)
 
 
