@@ -37,7 +37,8 @@ class Handler(Protocol):
         """A complete frame whose checksum fits; `body` is what `body_target` returned. A PsError closes."""
 
     def closed(self, connection: Connection, error: PsError | None) -> None:
-        """The connection is gone: by the peer (None), or because of `error`. Called once."""
+        """The connection is gone: by the peer (None), or because of `error`. Called once, maybe within a `send` over it
+        or a `close`: what called that goes on afterwards, with whatever this has changed."""
 
 
 @dataclass
@@ -102,7 +103,7 @@ class Connection:
         fds: Sequence[int] = (),
         body_checksum: int | None = None,
     ) -> None:
-        """Queue one frame and send what the socket takes now. Never blocks.
+        """Queue one frame and send what the socket takes now. Never blocks. Finding it broken closes it, in here.
 
         The buffers of `body` are read until `on_sent` is called, or until `detach(tag)`: the caller must not
         overwrite them before. On a closed connection nothing happens and `on_sent` is never called.

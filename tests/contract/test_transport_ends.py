@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,18 @@ def test_a_reset_while_sending_is_told_once_by_name(world: World) -> None:
 
     assert len(world.dialling.ends) == 1
     assert isinstance(world.dialling.ends[0], FrameError | None)
+
+
+def test_a_break_that_a_send_meets_is_told_before_it_returns(world: World) -> None:
+    """Whoever sends several frames has heard of it before the next one; `PlayedConnection` does the same."""
+    connection = world.dial()
+    world.accepted(connection).close()
+    deadline_s = time.monotonic() + DEADLINE_S
+    while connection.is_open:
+        assert time.monotonic() < deadline_s
+        connection.send(header(1), [bytes(MIB)])  # the reactor, which would hear it otherwise, has no turn
+
+    assert [type(end) for end in world.dialling.ends] == [FrameError]
 
 
 def test_a_handler_may_close_its_connection_in_mid_read(world: World) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psserver.partition.cycle
-from pscluster.errors import PsError
+from pscluster.errors import FrameError, PsError
 from pscluster.layout import Layout
 from pscluster.spec import JobSpec, parse_spec
 from pscluster.v1.plan_pb2 import PartitionSeat, Plan, ProcessReport, ProcessSpec, ShardRange, TrainerSeat
@@ -45,7 +45,8 @@ class _Passed:
 class PlayedConnection:
     """One end of a connection; stands in for `pscluster.wire.connection.Connection`.
 
-    A local one passes descriptors to the end that dialled, as a Unix socket does."""
+    A local one passes descriptors to the end that dialled, as a Unix socket does. `takes`: so many frames more, and
+    `send` finds it broken at the next; None: it does not break by itself."""
 
     def __init__(self, network: Network, handler: Any, *, is_local: bool, takes_fds: bool) -> None:
         self.network = network
@@ -56,6 +57,7 @@ class PlayedConnection:
         self.wants_write = False
         self.reading = True
         self.sent_bytes = 0
+        self.takes: int | None = None
         self.inbox: deque[tuple[Header, bytes, _Passed]] = deque()
         self.other: PlayedConnection | None = None
         self.error: PsError | None = None
@@ -74,6 +76,10 @@ class PlayedConnection:
     ) -> None:
         if not self.is_open or self.other is None:
             return
+        if self.takes == 0:
+            self._break()
+            return
+        self.takes = None if self.takes is None else self.takes - 1
         assert self.is_local or not fds, "descriptors do not travel over TCP"
         data = b"".join(bytes(memoryview(part).cast("B")) for part in body if memoryview(part).nbytes)
         assert body_checksum in (None, checksum([data])), "what the sender knows of its body is not so"
@@ -84,6 +90,14 @@ class PlayedConnection:
         self.other.inbox.append((header, data, _Passed(fds if self.other._takes_fds else ())))
         if on_sent is not None:
             on_sent()
+
+    def _break(self) -> None:
+        """As a real one does it: this end's handler hears of it within `send`, the other's when it comes to it."""
+        self.network.breaks += 1
+        other, self.other = self.other, None
+        if other is not None:
+            self.network.post(other.close)
+        self.close(FrameError("a data connection broke while sending: reset"))
 
     def detach(self, tag: object) -> None:
         """Bodies were copied when they were sent."""
@@ -128,11 +142,12 @@ class Network:
     """Stands in for the reactor of every process in the test; also holds every open connection.
 
     `refusals`: why a handler closed a connection, for all of them. `in_memory`: frames sent whose body lies in shared
-    memory, by kind."""
+    memory, by kind. `breaks`: how often a connection was found broken by who sent."""
 
     def __init__(self) -> None:
         self.refusals: list[PsError] = []
         self.in_memory: Counter[Kind] = Counter()
+        self.breaks = 0
         self.posted: deque[Callable[[], None]] = deque()
         self.timers: deque[Callable[[], None]] = deque()
         self.connections: list[PlayedConnection] = []
@@ -168,6 +183,12 @@ class Network:
                 done(self.connect(handler, self.listeners[name], local=kind == "unix")[0], "")
 
         self.post(dialled)
+
+    def break_soon(self, choice: int) -> None:
+        """Some connection takes a few more frames from one of its ends, and then breaks within `send`."""
+        if self.connections:
+            after, which = divmod(choice, len(self.connections))
+            self.connections[which].takes = after % 8
 
     def choices(self) -> list[Callable[[], None]]:
         """Everything that could happen next."""

@@ -1,11 +1,10 @@
-"""A job of real partitions with real standbys on a played network, under a played master, and what may befall it.
+"""A job of real partitions with real standbys on a played network, under a played master.
 
 Trainers are played, too: what they would push is offered once they could have computed it.
 """
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +61,7 @@ class PlayedJob:
         self.processes: dict[tuple[int, int], PartitionService] = {}
         self.zombies: list[PartitionService] = []
         self.committed: dict[int, float] = {}  # step -> norm, as anybody carried it out
+        self.evaluated: set[int] = set()  # versions of this timeline of which an evaluation was finalised
         self.values_at_the_end: list[torch.Tensor] = []
         for index in range(count):
             self._start(index, 1)
@@ -98,6 +98,7 @@ class PlayedJob:
             m.restores += 1
             m.synced = [False] * self.count
             self.committed.clear()
+            self.evaluated.clear()
         plan = played_plan(
             LAYOUT, {0: [0]}, generation=m.generation, partitions=self.count, restore_generation=m.restored,
             final_step=FINAL_STEP, moved_generation=m.moved, lead_generation=m.led,
@@ -148,6 +149,8 @@ class PlayedJob:
             dismiss(gone)
         synced = m.synced[index]
         m.synced[index] = False
+        if index == 0:
+            self.evaluated = {version for version in self.evaluated if version in self.committed}  # others come again
         if m.standbys[index]:
             m.partitions[index], m.standbys[index] = m.standbys[index], 0
         else:
@@ -204,6 +207,17 @@ class PlayedJob:
         if not service.step.summary.is_complete and step < FINAL_STEP:
             self._complete(service, step)
 
+    def evaluate(self) -> None:
+        """The lead's evaluation of its version is finalised: trainers have not begun the step that it is before."""
+        service = self.partition(0)
+        lead, step, plan = service.lead, service.step, service.plan
+        if lead is None or not lead.is_open or step is None or plan is None or service.is_updating:
+            return
+        begun = step.complete_buckets() or service.version != lead.version
+        if not begun and plan.restore_generation == self.master.restored and service.version not in self.evaluated:
+            self.evaluated.add(service.version)
+            service._evaluated(service.version, {"loss": float(service.version)})
+
     def _complete(self, service: PartitionService, step: int) -> None:
         opened = service.step
         assert opened is not None
@@ -240,6 +254,10 @@ class PlayedJob:
             if synced and standby is not None and standby.standby is not None:
                 reach = standby.member.step + (standby.member.vote is not None)
                 assert reach > newest, f"the standby of {index} could not make the committed step {newest}"
+        for p in current:
+            if p.index == 0 and (p.standby is None or (self.master.synced[0] and p.standby.is_synced)):
+                noted = {evaluation.step for evaluation in p.notes.evaluations}
+                assert noted >= self.evaluated & self.committed.keys(), f"evaluations are lost: {noted}"
         serious = [error for error in self.network.refusals if error.code != "PS-3002"]
         assert serious == []
 
@@ -274,60 +292,3 @@ class PlayedJob:
     def close(self) -> None:
         for service in (*self.processes.values(), *self.zombies):
             dismiss(service)
-
-
-def play(job: PlayedJob, event: str, number: int) -> None:
-    index = number % job.count
-    if event == "deliver":
-        for turn in range(number):
-            choices = job.network.choices()
-            if choices:
-                choices[(number + turn) % len(choices)]()
-    elif event == "adopt":
-        job.adopt(number)
-    elif event == "push":
-        job.push(index)
-    elif event == "cut":
-        job.cut(number)
-    elif event == "redial":
-        job.network.fire_timers()
-    elif event == "partition lost":
-        job.lose_partition(index)
-    elif event == "taken for lost":
-        job.lose_partition(index, lives_on=True)
-    elif event == "standby lost":
-        job.lose_standby(index)
-    elif event == "standby comes":
-        job.seat_standby(index)
-        job.publish(restore=False)
-    elif event == "plan":
-        job.publish(restore=False)
-    elif event == "everybody adopts":
-        job.everybody_adopts()
-    elif event == "everybody pushes":
-        for each in range(job.count):
-            job.push(each)
-    elif event == "settle":
-        job.settle()
-
-
-KINDS = {
-    "deliver": 8, "everybody adopts": 6, "everybody pushes": 6, "push": 4, "settle": 4, "adopt": 3, "cut": 2,
-    "redial": 2, "standby comes": 2, "plan": 1, "partition lost": 1, "taken for lost": 1, "standby lost": 1,
-}  # fmt: skip
-
-
-def seeded(seed: int) -> PlayedJob:
-    """A storm that begins mostly with what a healthy job does; the job it was, before its end."""
-    chance = random.Random(seed)
-    kinds = chance.choices(list(KINDS), list(KINDS.values()), k=chance.randrange(10, 80))
-    job = PlayedJob(chance.randint(1, 3), chance.choice(["fp32", "bf16"]))
-    try:
-        for kind in kinds:
-            play(job, kind, chance.randrange(31 if kind == "deliver" else 6))
-            job.hear_reports()
-            job.check()
-        job.values_at_the_end = job.run_to_the_end()
-    finally:
-        job.close()
-    return job

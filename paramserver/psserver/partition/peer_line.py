@@ -42,7 +42,7 @@ class Listener(Protocol):
         """A frame after the welcome."""
 
     def lost(self) -> None:
-        """The connection is gone, or its greeting was in vain; it is dialled again."""
+        """The connection is gone, or its greeting was in vain; it is dialled again. Maybe within a send over it."""
 
 
 class PeerLine:

@@ -1,6 +1,6 @@
 """A partition's line to its standby: its state once, then the sums of each step and the verdict on it.
 
-    HELLO -> WELCOME: what the standby holds -> SYNC, PIECEs (or nothing, when it only was away) -> HELD
+    HELLO -> WELCOME: what the standby holds -> SYNC, PIECEs (or what it missed, when it only was away) -> HELD
     each step: PUSH of every bucket's root and of the summary's, as they are complete -> HELD; then VERDICT
 
 The sums are sent while backward still fills other buckets, from the memory that they were added in. What waits for the
@@ -112,6 +112,8 @@ class Replication:
             if bucket not in self._sent:
                 self._sent.add(bucket)
                 self._send_root(step, bucket)
+            if not self._streams:
+                return  # it broke within the send: the rest goes over the next connection, and is not sent till then
 
     def decided(self, verdict: Verdict) -> None:
         """A verdict is about to be carried out: the sums will be overwritten."""
@@ -125,7 +127,7 @@ class Replication:
         principal, state, connection = self._principal, self._principal.state, self._line.connection
         if connection is None or self._streams or state is None or not state.is_filled or principal.is_updating:
             return
-        self._streams = True
+        self._stream()
         told = {
             "ages": state.ages,
             "verdict": messages.verdict_json(principal.member.last_verdict),
@@ -213,12 +215,17 @@ class Replication:
             self._held(header.step)
 
     def lost(self) -> None:
+        """Maybe within a send, whose caller relies on the open step: a vote, and what follows from it, comes later."""
         self._forget_connection()
-        self._principal.try_vote()  # a queue that was too long is no more
+        self._reactor.post(self._principal.try_vote)  # a queue that was too long is no more
+
+    def _stream(self) -> None:
+        """Steps follow from here on; of the open one nothing went over this connection yet."""
+        self._streams = True
+        self._sent.clear()
 
     def _forget_connection(self) -> None:
         self._streams, self._queued_bytes = False, 0
-        self._sent.clear()
 
     def _begin(self, told: dict[str, object]) -> None:
         """The standby says what it holds: go on from there, or give it the whole state."""
@@ -227,9 +234,10 @@ class Replication:
             raise FrameError("a welcome that does not say what is held", details={"field": "body"})
         member = self._principal.member
         if bond.resumes(self.bond, reach, applied, member.step):
-            self._streams = True
+            self._stream()
             if applied < member.step and member.last_verdict is not None:
                 self._send_verdict(member.last_verdict)
+            self.note()  # it may have changed while nobody heard; before the sums: who holds those knows of it
             self._held(reach)
             self.offer()
         elif (anew := bond.begin(self.bond)) is not None:

@@ -146,6 +146,7 @@ EVENTS = st.lists(
     st.one_of(
         st.tuples(st.just("deliver"), st.integers(0, 30)),
         st.tuples(st.sampled_from(["adopt", "push", "cut", "redial", "crash"]), st.integers(0, 2)),
+        st.tuples(st.just("break"), st.integers(0, 79)),
         st.tuples(st.sampled_from(["plan", "everybody adopts", "everybody pushes", "settle"]), st.just(0)),
     ),
     max_size=40,
@@ -163,6 +164,8 @@ def play(job: PlayedJob, event: str, number: int) -> None:
         job.crash(index)
     elif event == "cut":
         job.cut(number)
+    elif event == "break":
+        job.network.break_soon(number)
     elif event == "redial":
         job.network.fire_timers()
     elif event == "plan":

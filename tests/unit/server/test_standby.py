@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.played import PlayedConnection
-from harness.played_standbys import FINAL_STEP, PlayedJob, play, seeded
+from harness.played_standbys import FINAL_STEP, PlayedJob
+from harness.played_storm import play, seeded
 from pscluster.layout import BLOCK_WORDS, WORD_BYTES
 from pscluster.wire.frame import Header
 from psserver.partition import bond, commit
@@ -224,8 +225,9 @@ EVENTS = st.lists(
             st.sampled_from(["adopt", "push", "cut", "redial", "partition lost", "taken for lost", "standby lost"]),
             st.integers(0, 5),
         ),
+        st.tuples(st.just("break"), st.integers(0, 79)),
         st.tuples(st.just("standby comes"), st.integers(0, 2)),
-        st.tuples(st.sampled_from(["plan", "everybody adopts", "everybody pushes", "settle"]), st.just(0)),
+        st.tuples(st.sampled_from(["plan", "everybody adopts", "everybody pushes", "evaluate", "settle"]), st.just(0)),
     ),
     max_size=50,
 )
@@ -252,12 +254,14 @@ def test_faults_change_nothing_in_the_end(
 
 
 def test_seeded_storms_change_nothing_and_meet_what_they_are_for(undisturbed: dict[str, list[torch.Tensor]]) -> None:
-    takeovers = 0
+    takeovers = breaks = 0
     for seed in range(150):
         job = seeded(seed)
         assert same(job.values_at_the_end, undisturbed[job.spec.network.push_codec]), f"seed {seed}"
         takeovers += job.master.takeovers
+        breaks += job.network.breaks
     assert takeovers > 30
+    assert breaks > 50
 
 
 def _tells_at_once(held: bond.Bond, reach: int, promised: int) -> tuple[bond.Bond, bool]:  # noqa: ARG001
@@ -271,6 +275,10 @@ def _never_binds(held: bond.Bond, reach: int, promised: int) -> tuple[bond.Bond,
 
 def _stays_bound(held: bond.Bond, attempt: int, *, restored: bool) -> bond.Bond:  # noqa: ARG001
     return replace(held, attempt=attempt)
+
+
+def _streams_on(self: Replication) -> None:
+    self._streams = True
 
 
 ACKNOWLEDGE = bond.acknowledge
@@ -289,15 +297,25 @@ def _many_storms(count: int) -> None:
         (bond, "acknowledge", _never_binds),
         (bond, "adopt", _stays_bound),
         (Replication, "_send_verdict", lambda _self, _verdict: None),
+        (Replication, "_stream", _streams_on),
+        (Replication, "note", lambda _self: None),
     ],
-    ids=["votes without it", "tells before it is so", "is never bound", "is never untied", "says no verdict"],
+    ids=[
+        "votes without it",
+        "tells before it is so",
+        "is never bound",
+        "is never untied",
+        "says no verdict",
+        "takes for sent what went over another line",
+        "tells no evaluation",
+    ],
 )
 def test_the_storm_finds_what_is_wrong(
     where: object, name: str, mistake: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The checks can fail: with each of these mistakes a step is lost, or the job sticks."""
     monkeypatch.setattr(where, name, mistake)
-    with pytest.raises(AssertionError, match=r"could not make the committed step|stuck|apart|two verdicts"):
+    with pytest.raises(AssertionError, match=r"could not make the committed step|stuck|apart|two verdicts|evaluations"):
         _many_storms(500)
 
 

@@ -67,7 +67,7 @@ def test_any_number_of_either_by_any_way_ends_with_the_same_values(
     assert (cluster.network.in_memory[Kind.VALUES] > 0) is shared
 
 
-FAULTS = ("cut", "cut", "cut and redial", "plan", "plan for all", "crash", "lose")
+FAULTS = ("cut", "cut", "cut and redial", "break", "plan", "plan for all", "crash", "lose")
 
 
 def walk(cluster: PlayedCluster, rng: random.Random, length: int) -> None:
@@ -89,6 +89,8 @@ def strike(cluster: PlayedCluster, fault: str, number: int) -> None:
         cluster.cut(number)
         if fault == "cut and redial":
             cluster.network.fire_timers()
+    elif fault == "break":
+        cluster.network.break_soon(number)
     elif fault.startswith("plan"):
         cluster.publish(turned_by=number)
         if fault == "plan for all":
@@ -103,7 +105,7 @@ def strike(cluster: PlayedCluster, fault: str, number: int) -> None:
     transports=st.sampled_from([("shm", "shm"), ("shm", "tcp"), ("tcp", "tcp"), ("shm", "shm", "unix")]),
     codec=st.sampled_from(range(len(CODECS))),
     seed=st.integers(0, 2**32),
-    faults=st.lists(st.tuples(st.integers(0, 150), st.sampled_from(FAULTS), st.integers(0, 9)), max_size=8),
+    faults=st.lists(st.tuples(st.integers(0, 150), st.sampled_from(FAULTS), st.integers(0, 99)), max_size=8),
 )
 def test_faults_change_nothing_in_the_end(
     partitions: int,
@@ -130,6 +132,7 @@ def test_faults_change_nothing_in_the_end(
 def test_a_fault_at_any_point_of_a_job_changes_nothing(codec: int, fault: str, undisturbed: dict[str, Outcome]) -> None:
     """The same course of events each time, struck a little later each time."""
     struck: set[int] = set()
+    breaks = 0
     for length in range(20, 620, 30):
         cluster = PlayedCluster(2, ("shm", "shm"), **CODECS[codec])
         cluster.tell_all()
@@ -137,7 +140,9 @@ def test_a_fault_at_any_point_of_a_job_changes_nothing(codec: int, fault: str, u
         struck.add(cluster.partitions[0].version)
         strike(cluster, fault, length)
         assert outcome(cluster) == undisturbed[IDS[codec]], f"after {length} events"
+        breaks += cluster.network.breaks
     assert struck == set(range(FINAL_STEP + 1)), "from the first step to the last"
+    assert (breaks >= 5) is (fault == "break"), breaks
 
 
 @settings(max_examples=100)
@@ -147,7 +152,7 @@ def test_a_fault_at_any_point_of_a_job_changes_nothing(codec: int, fault: str, u
     codec=st.sampled_from(range(len(CODECS))),
     seed=st.integers(0, 2**32),
     faults=st.lists(
-        st.tuples(st.integers(0, 150), st.sampled_from(("take_over", *FAULTS)), st.integers(0, 9)), max_size=8
+        st.tuples(st.integers(0, 150), st.sampled_from(("take_over", *FAULTS)), st.integers(0, 99)), max_size=8
     ),
 )
 def test_faults_of_a_job_with_standbys_change_nothing_in_the_end(

@@ -1,0 +1,173 @@
+"""A partition's line to its standby breaks, also while something is sent over it: nothing is lost, and nobody waits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from harness.played import PlayedConnection
+from harness.played_standbys import FINAL_STEP, PlayedJob
+from pscluster.wire.frame import Kind
+
+SENDS = 8  # of one step at most: the roots of five buckets and of the summary, the verdict, and one more
+
+
+def line_of(job: PlayedJob, handler: object) -> PlayedConnection:
+    """The end of the one connection that this handler has."""
+    (found,) = [connection for connection in job.network.connections if connection.handler is handler]
+    return found
+
+
+def to_its_standby(job: PlayedJob, index: int) -> PlayedConnection:
+    return line_of(job, job.partition(index).replication._line)
+
+
+def run(job: PlayedJob, steps: int = 1) -> None:
+    """So many steps in which nothing goes wrong; the standbys' acknowledgements included."""
+    for _ in range(steps):
+        job.everybody_adopts()
+        job.settle()
+        for index in range(job.count):
+            job.push(index)
+        job.settle()
+
+
+def versions(job: PlayedJob) -> list[int]:
+    return [job.partition(index).version for index in range(job.count)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> list[torch.Tensor]:
+    return PlayedJob(1, standbys=False).run_to_the_end()
+
+
+def goes_on_as_if_nothing_had_been(job: PlayedJob, undisturbed: list[torch.Tensor]) -> None:
+    values = job.run_to_the_end()
+    assert all(torch.equal(mine, other) for mine, other in zip(values, undisturbed, strict=True))
+    assert (job.network.breaks, job.master.restores) == (1, 1)
+    assert all(job.master.standbys), "a healthy standby was given up"
+    job.close()
+
+
+@pytest.mark.parametrize("takes", range(SENDS))
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_standby_in_sync_gets_the_sums_that_did_not_reach_it(
+    index: int, takes: int, undisturbed: list[torch.Tensor]
+) -> None:
+    """Its partition finds the line broken at any of the sends of a step, with more to be sent after it."""
+    job = PlayedJob(2)
+    run(job, 2)
+    assert job.master.synced == [True, True]
+    to_its_standby(job, index).takes = takes
+    for each in range(2):
+        job.push(each)
+    job.network.settle()
+    job.network.settle()
+    assert versions(job) == [3, 3], "it was over again, and nobody but the two was asked"
+    goes_on_as_if_nothing_had_been(job, undisturbed)
+
+
+@pytest.mark.parametrize("takes", range(SENDS))
+def test_a_partition_outlives_a_standby_that_is_not_in_sync(takes: int, undisturbed: list[torch.Tensor]) -> None:
+    """Votes do not wait for it: while its sums are sent, the step must not be decided on by the way."""
+    job = PlayedJob(1)
+    job.everybody_adopts()
+    partition = job.partition(0)
+    while not partition.replication._streams:
+        job.network.choices()[0]()
+    line = to_its_standby(job, 0)
+    line.reading, line.takes = False, takes  # that it holds the state is not heard
+    job.network.settle(redial=False)
+    assert not partition.replication.bond.is_bound
+    for _ in range(2):
+        job.push(0)
+        job.network.settle(redial=False)
+    assert partition.version == 2
+    goes_on_as_if_nothing_had_been(job, undisturbed)
+
+
+def _ends(job: PlayedJob, number: int) -> list[PlayedConnection]:
+    """Both ends of the number-th connection, once it is there."""
+    for _ in range(1000):
+        if len(job.network.connections) > 2 * number:
+            return job.network.connections[2 * number :][:2]
+        job.network.choices()[0]()
+    raise AssertionError("it was never made")
+
+
+@pytest.mark.parametrize("end", ["who dialled", "who was dialled"])
+@pytest.mark.parametrize("number", range(3))
+def test_a_line_may_break_within_any_send(number: int, end: str, undisturbed: list[torch.Tensor]) -> None:
+    """Of two partitions' lines to their standbys and the one that votes go over, from the first frame to the last."""
+    takes, struck = 0, True
+    while struck:
+        job = PlayedJob(2)
+        job.everybody_adopts()
+        broken = _ends(job, number)[end == "who was dialled"]
+        broken.takes = takes
+        values = job.run_to_the_end()
+        struck = job.network.breaks > 0
+        assert all(torch.equal(mine, other) for mine, other in zip(values, undisturbed, strict=True)), takes
+        assert job.master.restores == 1 and all(job.master.standbys)
+        job.close()
+        takes += 1
+    assert takes > FINAL_STEP, "it broke once in each step at least"
+
+
+def _resumed(job: PlayedJob) -> list[Kind]:
+    """The lead's line is dialled again; what is on its way to the standby when the lead has heard its welcome."""
+    job.network.fire_timers()
+    for _ in range(1000):
+        if job.partition(0).replication._streams:
+            other = to_its_standby(job, 0).other
+            assert other is not None
+            return [header.kind for header, *_ in other.inbox]
+        job.network.choices()[0]()
+    raise AssertionError("it never came back")
+
+
+@pytest.mark.parametrize("moment", ["before it", "within it"])
+def test_an_evaluation_finalised_while_the_line_was_down_is_told_over_the_next(moment: str) -> None:
+    """After a step more the standby takes over: it is reported again, and counts in what is best."""
+    job = PlayedJob(2)
+    run(job, 2)
+    lead = job.partition(0)
+    if moment == "before it":
+        to_its_standby(job, 0).close(None)
+    else:
+        to_its_standby(job, 0).takes = 0
+    job.evaluate()
+    assert lead.notes.evaluated == 2
+    assert _resumed(job) == [Kind.NOTE]
+    run(job)
+    job.lose_partition(0)
+    job.everybody_adopts()
+    job.settle()
+    after: Any = job.partition(0)
+    assert [(e.step, dict(e.metrics)) for e in after.link.reported("evaluated")] == [(2, {"loss": 2.0})]
+    assert (after.version, after.lead.evaluated, job.master.restores) == (3, 2, 1)
+    job.close()
+
+
+def test_it_is_told_after_the_verdict_that_made_its_version_and_before_the_sums_of_the_next_step() -> None:
+    """What a standby notes is of the version that it has; and no step is voted on before it knows of the evaluation."""
+    job = PlayedJob(2)
+    run(job, 2)
+    lead, standby = job.partition(0), job.standby(0)
+    assert lead.step is not None and standby is not None
+    num_sums = len(lead.step.trained) + len(lead.step.averaged) + len(lead.step.carried) + 1
+    to_its_standby(job, 0).takes = num_sums  # and breaks at the verdict
+    for index in range(2):
+        job.push(index)
+    job.network.settle(redial=False)
+    assert (lead.version, standby.version, job.network.breaks) == (3, 2, 1)
+    job.evaluate()
+    for index in range(2):
+        job.push(index)
+    assert _resumed(job) == [Kind.VERDICT, Kind.NOTE] + [Kind.PUSH] * num_sums
+    job.settle()
+    assert (lead.version, standby.version) == (4, 4)
+    assert standby.notes.evaluated == 3
+    job.close()
