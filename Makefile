@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# Tests that start no cluster share the cores; those that do have the machine to themselves.
+PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 # The oldest supported protobuf generates the stubs, so that every newer runtime reads them.
 PROTO_VENV := .venv-proto
 PROTO_TOOLS := grpcio-tools==1.73.1 protobuf==6.30.2 setuptools==80.9.0
@@ -30,10 +32,11 @@ verify: setup proto-check ## format, lint, strict types, proto drift, policy and
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy pscluster master/psmaster worker/psworker paramserver/psserver
-	$(BIN)/pytest -q tests/policy tests/unit
+	$(BIN)/pytest -q $(PARALLEL) tests/policy tests/unit
 
 test: setup ## every test but those of `make faults` (under 10 minutes on two cores)
-	$(BIN)/pytest -q tests/policy tests/unit tests/contract tests/fault/simulation tests/cluster
+	$(BIN)/pytest -q $(PARALLEL) tests/policy tests/unit tests/contract tests/fault/simulation
+	$(BIN)/pytest -q tests/cluster
 
 FAULTS ?= tests/fault
 faults: setup ## real processes, disks and networks broken on purpose, and a short soak (about 25 minutes)
