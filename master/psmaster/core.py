@@ -36,6 +36,9 @@ T = TypeVar("T")
 
 TICK_S = 0.25  # at most; a short suspicion makes it shorter
 RETRY_S = 1.0
+CATCH_UP_S = 0.25
+"""How long a master that did not listen for a while only listens first: agents may have said one thing of a process and
+then another, and the last word counts."""
 MAX_WAITING = 4096  # inputs that may wait before agents' streams are no longer read
 _MAX_BATCH = 512
 _log = structlog.get_logger(__name__)
@@ -98,6 +101,8 @@ class Core:
                 async with asyncio.timeout(self._tick_s):
                     await self._arrived.wait()
             self._arrived.clear()
+            if self._deaf_s(self.now()):
+                await asyncio.sleep(CATCH_UP_S)
             batch = [self._inputs.popleft() for _ in range(min(len(self._inputs), _MAX_BATCH))]
             if self._inputs:
                 self._arrived.set()
@@ -150,8 +155,7 @@ class Core:
         """One turn. False when it could not be made durable."""
         now = self.now()
         turn = Turn(self.state, now, self.limits)
-        deaf_s = now.mono_s - self._listened_s
-        if deaf_s > self.limits.suspicion_s / 4:
+        if deaf_s := self._deaf_s(now):
             turn.was_deaf(deaf_s)
         if now.mono_s >= self._tick_at:
             self._tick_at = now.mono_s + self._tick_s
@@ -176,6 +180,11 @@ class Core:
         for item, outcome in zip(batch, outcomes, strict=True):
             _answer(item, outcome)
         return True
+
+    def _deaf_s(self, now: Instant) -> float:
+        """For how long nobody listened; 0 when that is too short to matter."""
+        deaf_s = now.mono_s - self._listened_s
+        return deaf_s if deaf_s > self.limits.suspicion_s / 4 else 0.0
 
     def _postpone(self, batch: list[Input], error: StorageError) -> None:
         """Nothing of the turn counts: people hear the error, what agents said is tried again."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from psmaster import reach, standbys
+from psmaster import reach, retry, standbys
 from psmaster.draft import View
 from psmaster.jobs import Condition, Instant, Job, JobState
 from psmaster.planner import with_device
@@ -67,7 +67,8 @@ def _where(seat: Seat, job: Job) -> str:
     if not seat.placed:
         return f"a free server slot for {seat.name}"
     again = f", attempt {seat.attempt}" if seat.attempt > 1 else ""
-    return f"{seat.name} on {seat.node_id}{again}"
+    waits = f", which starts {retry.delay_s(seat.losses):g} s after the last one was lost" if seat.held_back else ""
+    return f"{seat.name} on {seat.node_id}{again}{waits}"
 
 
 def conditions(job: Job, now: Instant) -> tuple[Condition, ...]:

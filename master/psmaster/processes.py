@@ -35,7 +35,7 @@ class TrainerFacts:
 
     def seated(self, seat: Seat) -> Seat:
         """Its seat, counted on from now on."""
-        return replace(seat, active=True, device=self.device)
+        return replace(seat, active=True, failed_on=(), device=self.device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +48,7 @@ class PartitionFacts:
 
     def seated(self, seat: Seat) -> Seat:
         """Its seat, counted on from now on."""
-        return replace(seat, active=True, addresses=self.addresses)
+        return replace(seat, active=True, failed_on=(), addresses=self.addresses)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,3 +226,9 @@ def ready_facts(seat: Seat, job: Job, processes: Processes) -> TrainerFacts | Pa
     if process is None or not process.living:
         return None
     return process.trainer if seat.kind is Kind.TRAINER else process.partition
+
+
+def was_ready(seat: Seat, job: Job, processes: Processes) -> bool:
+    """Whether the process in `seat` ever reported that it is ready, whatever became of it."""
+    process = processes.get(seat.process_id(job.job_id))
+    return seat.active or (process is not None and (process.trainer or process.partition) is not None)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from pscluster.errors import InternalError
-from psmaster import describe, drain, endings, planning, recovery, standbys, starting, transitions
+from psmaster import describe, drain, endings, planning, recovery, retry, standbys, starting, transitions
 from psmaster.catalogue import Catalogue
 from psmaster.draft import Draft, Limits, View
 from psmaster.jobs import Event, Instant, Job, JobState
@@ -26,6 +26,7 @@ _STAGES = (
     endings.end_if_stopping,
     drain.move_away,
     recovery.place,
+    retry.let_start,
     starting.first_plan,
     recovery.join,
     recovery.suspect,
@@ -87,7 +88,7 @@ def reconcile(
 
 
 def desired(job: Job) -> tuple[Desired, ...]:
-    """The processes of a job: one for each seat that has a node."""
+    """The processes of a job: one for each seat that has a node and need not wait."""
     return tuple(
         Desired(
             process_id=seat.process_id(job.job_id),
@@ -96,7 +97,7 @@ def desired(job: Job) -> tuple[Desired, ...]:
             plan=job.plan if job.plan is not None and job.plan.names(seat) else None,
         )
         for seat in job.seats
-        if seat.placed
+        if seat.placed and not seat.held_back
     )
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 from pscluster.devices import CPU
-from psmaster import catalogue, numerics, reach, standbys
+from psmaster import catalogue, numerics, reach, retry, standbys
 from psmaster.draft import Draft, View
 from psmaster.jobs import Problem, Recovery
 from psmaster.planner import NodeView, choose_node, max_trainers
@@ -33,9 +33,8 @@ def lose(draft: Draft, view: View) -> None:
         _void_snapshot(draft, loss.problem)
         losses = seat.losses + loss.counted
         if losses > view.limits.max_losses and _spared(draft, seat):
-            draft.exclude(
-                seat.node_id, seat.incarnation, f"{seat.name} was lost there {losses} times before it was ready"
-            )
+            why = f"{seat.name} was lost {losses} times before it was ready, the last time there"
+            draft.exclude(seat.node_id, seat.incarnation, why)
             losses = 0
         if losses > view.limits.max_losses:
             cause = f"{loss.problem.cause}; {seat.name} was lost {losses} times without a new step in between"
@@ -43,7 +42,7 @@ def lose(draft: Draft, view: View) -> None:
             return
         if draft.job.plan is not None and seat.active:
             _begin_recovery(draft, seat.kind)
-        draft.unseat(seat, losses=losses)
+        retry.unseat(draft, view, seat, loss, losses)
         if seat.kind is Kind.PARTITION:
             standbys.succeed(draft, seat, losses)
         if loss.cause == "reach":
@@ -149,7 +148,11 @@ def _room(draft: Draft, view: View, seat: Seat, excluded: frozenset[str]) -> Nod
 def _choose(draft: Draft, view: View, seat: Seat, excluded: frozenset[str]) -> NodeView | None:
     taken = Counter(own.node_id for own in draft.job.seats if own.placed)
     device = draft.job.spec.workers.device if seat.kind is Kind.TRAINER else CPU
-    return choose_node(view.nodes, Role.of(seat.kind), taken, excluded, seat.last_node_id, device)
+    for shunned in retry.shunned(seat):
+        node = choose_node(view.nodes, Role.of(seat.kind), taken, excluded | shunned, seat.last_node_id, device)
+        if node is not None:
+            return node
+    return None
 
 
 def join(draft: Draft, view: View) -> None:

@@ -27,6 +27,9 @@ class Seat:
     where a partition listens; `device` is where a trainer computes, once it is active. `losses`: processes lost here
     since the job last reached a new step.
 
+    `failed_on`: the nodes where processes of it were lost before they became ready, oldest first, since one last was.
+    `not_before_s`: when the next one may start, on the master's monotonic clock; 0: at once. See `retry`.
+
     `standby`: for the partition of this rank rather than being it. `synced`: what the partition voted on is held here,
     so that going on with this process loses nothing; so it is of every partition that the newest plan names.
     """
@@ -45,6 +48,8 @@ class Seat:
     losses: int = 0
     standby: bool = False
     synced: bool = False
+    failed_on: tuple[str, ...] = ()
+    not_before_s: float = 0.0
 
     @property
     def name(self) -> str:
@@ -58,6 +63,11 @@ class Seat:
     @property
     def placed(self) -> bool:
         return bool(self.node_id)
+
+    @property
+    def held_back(self) -> bool:
+        """Whether its process is not to start yet."""
+        return self.not_before_s > 0.0
 
     def process_id(self, job_id: str) -> str:
         """The id of the process that fills this seat now; unique for ever."""

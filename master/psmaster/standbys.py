@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from psmaster import retry
 from psmaster.draft import Draft, View
 from psmaster.jobs import Job
 from psmaster.planner import NodeView
@@ -35,10 +36,12 @@ def lose(draft: Draft, view: View, seat: Seat, loss: Loss) -> None:
     losses = seat.losses + loss.counted
     if losses > view.limits.max_losses:
         draft.exclude(
-            seat.node_id, seat.incarnation, f"{seat.title} was lost there {losses} times before it was in sync"
+            seat.node_id,
+            seat.incarnation,
+            f"{seat.title} was lost {losses} times before it was in sync, the last time there",
         )
         losses = 0
-    draft.unseat(seat, losses=losses)
+    retry.unseat(draft, view, seat, loss, losses)
 
 
 def succeed(draft: Draft, lost: Seat, losses: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pscluster.devices import AUTO, CPU, CUDA
 from pscluster.errors import NotFoundError
@@ -53,19 +53,26 @@ def node_views(
     suspicion_s: float,
     drains: Container[str] = frozenset(),
 ) -> Mapping[str, NodeView]:
-    """The nodes as the planning of one job sees them: what other jobs hold is taken. `drains`: those to be emptied."""
+    """The nodes as the planning of one job sees them: what other jobs hold is taken. `drains`: those to be emptied.
+
+    A worker where another job's trainer waits to start that needs a CUDA device has no slot free: an agent gives its
+    devices to those who start, and might give that one away."""
     taken: dict[tuple[Role, str], list[str]] = defaultdict(list)
+    full: set[str] = set()
     for job in jobs.values():
         for seat in job.seats if job.job_id != job_id else ():
             if seat.placed:
                 wanted = job.spec.workers.device if seat.kind is Kind.TRAINER else CPU
                 taken[Role.of(seat.kind), seat.node_id].append(seat.device or wanted)
-    return {
+                if seat.held_back and wanted not in (AUTO, CPU):
+                    full.add(seat.node_id)
+    views = {
         node.node_id: _view(
             node, now, suspicion_s, taken[node.role, node.node_id], node.leaving or node.node_id in drains
         )
         for node in nodes.values()
     }
+    return views | {node_id: replace(views[node_id], available=0) for node_id in full & views.keys()}
 
 
 def _view(node: Node, now: Instant, suspicion_s: float, taken: Sequence[str], draining: bool) -> NodeView:

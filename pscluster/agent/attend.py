@@ -31,7 +31,6 @@ from pscluster.v1.plan_pb2 import Speed
 SILENCE_S = 6.0
 """The master answers every beat. With no word from it for so long the stream is opened anew: a network that carries
 only our words would leave the node without orders, and the master believing that it has them."""
-_BATCH = 100
 _log = structlog.get_logger(__name__)
 
 
@@ -68,7 +67,8 @@ class Attendant:
         self.connected = False
 
     def emit(self, message: AgentMessage) -> None:
-        """Take a durable message; it reaches the master at least once, in order. Never blocks."""
+        """Take a durable message; it reaches the master at least once, in order, unless a newer one makes it void (see
+        `Outbox`). Never blocks."""
         self._outbox.add(message)
         self._empty.clear()
         self._news.set()
@@ -163,20 +163,22 @@ class Attendant:
             raise UnreachableError(f"the master has not been heard for {SILENCE_S:g} s") from None
 
     async def _send(self, call: Any, beat_interval_s: float) -> None:
-        """Everything unacknowledged first, then what is new, and beats in between; ends with the call."""
+        """Everything unacknowledged first, then what is new, and beats in between; ends with the call.
+
+        One message at a time: the next one may become void while this one waits to be written."""
         loop = asyncio.get_running_loop()
         sent = 0
         beat_at = loop.time()
         while not call.done():
             self._news.clear()
-            batch = self._outbox.after(sent, _BATCH)
-            for message in batch:
+            waiting = self._outbox.after(sent, 1)
+            for message in waiting:
                 await call.write(message)
                 sent = message.sequence
             if loop.time() >= beat_at:
                 await call.write(AgentMessage(beat=self._beat()))
                 beat_at = loop.time() + beat_interval_s
-            if not batch:
+            if not waiting:
                 await self._news_within(beat_at - loop.time())
 
     async def _news_within(self, seconds: float) -> None:

@@ -2,7 +2,10 @@
 
 Durable messages get a sequence that rises by 1. They wait here, over any number of broken streams, until an
 acknowledgement covers them. The memory they take is bounded: when the master stays away for too long, the oldest
-progress reports and log lines go first, and the loss is counted. Sequences then have gaps.
+progress reports and log lines go first, and the loss is counted.
+
+Most of it is history, of which all must arrive. How a process looks while it runs is not: only the newest word on it is
+kept, for a master that was away and hears an old one first would act on what is over. Sequences so have gaps.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from pscluster.v1.agents_pb2 import AgentMessage
+from pscluster.v1.agents_pb2 import AgentMessage, ProcessStatus
 
 MAX_BYTES = 64 * 1024 * 1024
 
@@ -28,6 +31,7 @@ class Outbox:
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes = max_bytes
         self._kept: dict[int, _Kept] = {}
+        self._running: dict[str, int] = {}  # by process id: the kept message that says how it looks while it runs
         self._size_bytes = 0
         self._log_bytes = 0
         self.last_sequence = 0
@@ -44,9 +48,11 @@ class Outbox:
         return self._log_bytes
 
     def add(self, message: AgentMessage) -> int:
-        """Take ownership of `message`, number it and keep it. Returns its sequence."""
+        """Take ownership of `message`, number it and keep it, instead of what it makes void. Returns its sequence."""
         self.last_sequence += 1
         message.sequence = self.last_sequence
+        if message.WhichOneof("body") == "status":
+            self._replace(message.status)
         kept = _Kept(message=message, size_bytes=message.ByteSize())
         self._kept[self.last_sequence] = kept
         self._account(kept, 1)
@@ -66,6 +72,14 @@ class Outbox:
         found = (self._kept.get(number) for number in range(start, self.last_sequence + 1))
         return [kept.message for kept in islice(filter(None, found), limit)]
 
+    def _replace(self, status: ProcessStatus) -> None:
+        """Forget what an earlier status said of the process while it ran. An exit is never followed by another word."""
+        earlier = self._running.get(status.process_id)
+        if earlier is not None:
+            self._forget(earlier)
+        if status.phase == ProcessStatus.PHASE_RUNNING:
+            self._running[status.process_id] = self.last_sequence
+
     def _least_needed(self) -> Iterator[int]:
         """Sequences in the order in which to give them up; never the newest."""
         older = list(self._kept.items())[:-1]
@@ -73,7 +87,11 @@ class Outbox:
         yield from (number for number, kept in older if not _expendable(kept.message))
 
     def _forget(self, sequence: int) -> None:
-        self._account(self._kept.pop(sequence), -1)
+        kept = self._kept.pop(sequence)
+        self._account(kept, -1)
+        process_id = kept.message.status.process_id
+        if self._running.get(process_id) == sequence:
+            del self._running[process_id]
 
     def _account(self, kept: _Kept, sign: int) -> None:
         self._size_bytes += sign * kept.size_bytes

@@ -112,16 +112,18 @@ def drain(session: Session, node: str, undo: bool, no_wait: bool, timeout: float
         if undo:
             answer(cluster.undrain(node).node_id)
             return
-        cluster.drain(node)
+        asked = cluster.drain(node)
         if no_wait:
             say(f"{node} drains; see `psctl nodes`")
         else:
             told: tuple[str, ...] = ()
-            for found in cluster.drained(node, timeout):
+            for found in cluster.drained(asked, timeout):
                 for line in found.waits_for:
                     if line not in told:
                         say(f"waits: {line}")
                 told = found.waits_for
+                if not found.incarnation:
+                    say(f"{node} is not in the cluster now, and holds nothing of any job")
             say(f"{node} is drained; to use it again: psctl drain {node} --undo")
     answer(node)
 

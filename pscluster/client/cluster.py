@@ -303,12 +303,13 @@ class Cluster:
         """Let a node be given processes again. Idempotent. NotFoundError."""
         return decode.node_of(calls.unary(self._jobs.Drain, jobs_pb2.DrainRequest(node_id=node_id, undo=True)))
 
-    def drained(self, node_id: str, timeout_s: float | None = None) -> Iterator[Node]:
-        """The node whenever something has changed, until it is drained; the last one is. Blocks in between.
+    def drained(self, asked: Node, timeout_s: float | None = None) -> Iterator[Node]:
+        """What `drain` returned, and then the node whenever something has changed, until it is drained; the last one
+        is. Blocks in between.
 
-        A node that left meanwhile holds nothing any more. Raises WaitTimeoutError after `timeout_s`, StateError when it
-        is not, or no longer, to be drained."""
-        return wait_drained(self.nodes, node_id, timeout_s)
+        A node that has left holds nothing any more. Raises WaitTimeoutError after `timeout_s`, StateError when it is
+        not, or no longer, to be drained."""
+        return wait_drained(self.nodes, asked, timeout_s)
 
     def health(self, deadline_s: float = rpc.DEADLINE_S) -> Health:
         """Whether master and members are well, and which version runs."""

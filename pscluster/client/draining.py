@@ -17,40 +17,46 @@ PATIENCE_S = 600.0
 
 def wait_drained(
     nodes: Callable[[], Sequence[Node]],
-    node_id: str,
+    asked: Node,
     timeout_s: float | None = None,
     *,
     monotonic: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[Node]:
-    """The node whenever what it tells has changed, until it is drained; the last one is.
+    """`asked`, which the master returned when it was asked for the drain, and then the node whenever what it tells has
+    changed, until it is drained; the last one is.
 
-    A master that is away is waited for, up to ten minutes. Raises WaitTimeoutError, StateError, PsError of `nodes`."""
+    The master lists every node on which a job has a seat: one that it does not list holds nothing. A master that is
+    away is waited for, up to ten minutes. Raises WaitTimeoutError, StateError, PsError of `nodes`."""
     deadline = math.inf if timeout_s is None else monotonic() + timeout_s
-    shown: Node | None = None
+    shown = asked
     last_heard = monotonic()
-    while True:
+    yield shown
+    while shown.drain != DRAINED:
+        if shown.drain is None:
+            raise StateError(f"node {shown.node_id} is not being drained any more", action="somebody has undone it")
+        if monotonic() >= deadline:
+            why = "; ".join(shown.waits_for)
+            raise WaitTimeoutError(
+                f"{shown.node_id} is not drained within {timeout_s:g} s" + (f": {why}" if why else "")
+            )
+        sleep(POLL_S)
         try:
-            found = next((node for node in nodes() if node.node_id == node_id), None)
+            found = next((node for node in nodes() if node.node_id == shown.node_id), None) or _left(shown)
             last_heard = monotonic()
         except UnreachableError:
             if monotonic() - last_heard >= PATIENCE_S or monotonic() >= deadline:
                 raise
-            found = shown
-        if found is None and shown is not None:
-            found = replace(shown, drain=DRAINED, waits_for=(), processes=())  # it has left
-        if found is not None and _told(found) != _told(shown):
+            continue
+        if _told(found) != _told(shown):
             shown = found
-            yield found
-        if shown is not None and shown.drain is None:
-            raise StateError(f"node {node_id} is not being drained any more", action="somebody has undone it")
-        if shown is not None and shown.drain == DRAINED:
-            return
-        if monotonic() >= deadline:
-            why = "; ".join(shown.waits_for) if shown is not None else ""
-            raise WaitTimeoutError(f"{node_id} is not drained within {timeout_s:g} s" + (f": {why}" if why else ""))
-        sleep(POLL_S)
+            yield shown
 
 
-def _told(node: Node | None) -> tuple[object, ...]:
-    return () if node is None else (node.drain, node.waits_for, node.processes)
+def _left(node: Node) -> Node:
+    """The node once it is not listed any more, as the master itself tells of a drained one that is away."""
+    return replace(node, drain=DRAINED, waits_for=(), processes=(), ready=False, incarnation="")
+
+
+def _told(node: Node) -> tuple[object, ...]:
+    return node.drain, node.waits_for, node.processes

@@ -169,7 +169,7 @@ class Job(_Record):
 @dataclass(frozen=True, kw_only=True)
 class Node(_Record):
     """`drain`: "draining" while jobs run there that are to go, "drained" then, None when it takes processes;
-    `waits_for` says what a draining node waits for."""
+    `waits_for` says what a draining node waits for. `incarnation` is empty for a node that is drained and away."""
 
     node_id: str
     role: str

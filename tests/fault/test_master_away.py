@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from harness.cluster import local_cluster
 from harness.jobs import lm_spec
@@ -52,6 +54,31 @@ def test_steps_go_on_for_a_minute_and_a_follower_sees_the_end(tmp_path: Path) ->
     assert len(meanwhile) > AWAY_S  # steps of a third of a second
     pauses = [later - earlier for earlier, later in zip([killed_s, *meanwhile], [*meanwhile, back_s], strict=True)]
     assert max(pauses) < 5.0  # it never stalled
+
+
+def test_a_partition_that_was_silent_meanwhile_and_got_on_again_is_no_loss(
+    paced: tuple[dict[str, Any], Path], digest: str, tmp_path: Path
+) -> None:
+    """What its agent would have told is over before there is a master to tell."""
+    spec, pace = paced
+    with local_cluster(tmp_path, workers=2, servers=2) as cluster:
+        job = cluster.submit(spec, tmp_path)
+        cluster.wait(job, "step=3")
+        partition, told = cluster.child("server-1"), cluster.state_dir / "logs" / "server-1.log"
+        cluster.kill(cluster.daemon("master"))
+        partition.send_signal(signal.SIGSTOP)
+        for said in ("a process is silent", "a process gets on again"):
+            deadline_s = time.monotonic() + 30
+            while said not in told.read_text():
+                assert time.monotonic() < deadline_s, f"its agent does not say: {said}"
+            partition.send_signal(signal.SIGCONT)
+        cluster.up(2, 2)
+        pace.unlink()
+        cluster.wait(job, "succeeded")
+        found = cluster.describe(job)
+    assert found["parameters_sha256"] == digest
+    assert found["plan"]["restore_generation"] == 1
+    assert "PartitionLost" not in [event["reason"] for event in found["events"]]
 
 
 def test_ten_minutes_of_reports_wait_and_a_new_master_takes_them_in_order() -> None:

@@ -42,9 +42,9 @@ def told(*answers: list[Node] | Exception) -> Callable[[], list[Node]]:
     return nodes
 
 
-def waiting(nodes: Callable[[], list[Node]], timeout_s: float | None = None) -> Iterator[Node]:
+def waiting(nodes: Callable[[], list[Node]], timeout_s: float | None = None, asked: Node = NODE) -> Iterator[Node]:
     clock = Clock()
-    return wait_drained(nodes, "worker-0", timeout_s, monotonic=clock.monotonic, sleep=clock.sleep)
+    return wait_drained(nodes, asked, timeout_s, monotonic=clock.monotonic, sleep=clock.sleep)
 
 
 def test_each_change_is_told_until_it_is_drained() -> None:
@@ -55,6 +55,17 @@ def test_each_change_is_told_until_it_is_drained() -> None:
 
 def test_one_that_left_holds_nothing() -> None:
     assert [node.drain for node in waiting(told([NODE], []))] == ["draining", "drained"]
+
+
+def test_one_that_left_before_it_was_ever_listed_holds_nothing() -> None:
+    shown, left = waiting(told([]), 5.0)
+    assert shown == NODE
+    assert (left.drain, left.waits_for, left.processes, left.incarnation) == ("drained", (), (), "")
+
+
+def test_one_that_was_drained_and_is_away_is_not_waited_for() -> None:
+    away = replace(NODE, drain="drained", waits_for=(), processes=(), ready=False, incarnation="")
+    assert list(waiting(told([]), 5.0, away)) == [away]
 
 
 def test_time_runs_out_with_what_it_waits_for() -> None:

@@ -8,12 +8,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pscluster.agent.outbox import Outbox
+from pscluster.agent.suspicion import NONE, SILENT
 from pscluster.v1.agents_pb2 import AgentMessage, LogLine, LogLines, ProcessEvent, ProcessStatus
 from pscluster.v1.plan_pb2 import ProcessReport, Progress
 
 
 def status(name: str = "p") -> AgentMessage:
     return AgentMessage(status=ProcessStatus(process_id=name))
+
+
+def running(suspicion: ProcessStatus.Suspicion, name: str = "p") -> AgentMessage:
+    status = ProcessStatus(process_id=name, phase=ProcessStatus.PHASE_RUNNING, suspicion=suspicion)
+    return AgentMessage(status=status)
+
+
+def exited(name: str = "p") -> AgentMessage:
+    return AgentMessage(status=ProcessStatus(process_id=name, phase=ProcessStatus.PHASE_EXITED))
 
 
 def log(size: int = 100) -> AgentMessage:
@@ -71,6 +81,43 @@ def test_the_share_of_output_is_known() -> None:
     assert outbox.log_bytes > 500
     outbox.acknowledge(2)
     assert outbox.log_bytes == 0
+
+
+def test_of_how_a_process_looks_only_the_newest_word_is_sent() -> None:
+    """A master that was away must not hear first that it is silent, and then that this is over."""
+    outbox = Outbox()
+    for message in (running(SILENT), running(SILENT, "q"), progress(), running(NONE)):
+        outbox.add(message)
+    assert [message.status.suspicion for message in outbox.after(0, 10) if message.HasField("status")] == [SILENT, NONE]
+    assert sequences(outbox) == [2, 3, 4]
+    assert outbox.num_dropped == 0, "nothing was lost"
+    assert sequences(outbox, after=2) == [3, 4], "the sender takes a gap in its stride"
+    outbox.acknowledge(4)
+    assert len(outbox) == 0
+
+
+def test_an_exit_ends_what_was_said_before_and_is_kept() -> None:
+    outbox = Outbox()
+    for message in (running(SILENT), exited(), exited("q"), running(NONE, "q")):
+        outbox.add(message)
+    phases = [(message.status.process_id, message.status.phase) for message in outbox.after(0, 10)]
+    assert phases == [
+        ("p", ProcessStatus.PHASE_EXITED),
+        ("q", ProcessStatus.PHASE_EXITED),
+        ("q", ProcessStatus.PHASE_RUNNING),
+    ]
+
+
+def test_a_word_that_was_acknowledged_or_given_up_is_not_looked_for() -> None:
+    outbox = Outbox(max_bytes=100)
+    outbox.add(running(SILENT))
+    outbox.acknowledge(1)
+    outbox.add(running(NONE))
+    outbox.add(log(200))
+    assert sequences(outbox) == [3]
+    outbox.add(running(SILENT))
+    assert sequences(outbox) == [4]
+    assert outbox.num_dropped == 2
 
 
 @given(st.lists(st.tuples(st.sampled_from("slpa"), st.integers(0, 30)), max_size=60))

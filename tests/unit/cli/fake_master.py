@@ -75,6 +75,7 @@ class FakeMaster(jobs_pb2_grpc.JobsServicer, agents_pb2_grpc.AgentsServicer):
         self.metric_lines: list[str] = []
         self.snapshots: list[jobs_pb2.Snapshot] = []
         self.drain_states = ["draining"]
+        self.drained_away: set[str] = set()
         self.node_list: list[jobs_pb2.Node] = []
         self.cluster = jobs_pb2.Cluster(version="0.1.0", protocol=rpc.PROTOCOL, healthy=True)
         self.failures: dict[str, list[PsError]] = {}
@@ -168,6 +169,8 @@ class FakeMaster(jobs_pb2_grpc.JobsServicer, agents_pb2_grpc.AgentsServicer):
                 node.drain = "" if request.undo else self.drain_states.pop(0)
                 node.waits_for[:] = ["job: moves"] if node.drain == "draining" else []
                 return node
+        if request.node_id in self.drained_away:
+            return jobs_pb2.Node(node_id=request.node_id, drain="" if request.undo else "drained")
         self._fail(context, NotFoundError(f"no node {request.node_id}"))
         raise AssertionError
 

@@ -88,3 +88,13 @@ def test_drain_waits_and_says_what_for(run: Psctl, fake: FakeMaster) -> None:
     assert run("drain", "worker-0", "--undo").stdout == "worker-0\n"
     assert fake.node_list[0].drain == ""
     assert run("drain", "worker-9").exit_code == 102
+
+
+def test_drain_of_a_drained_node_that_is_away_returns_at_once(run: Psctl, fake: FakeMaster) -> None:
+    fake.node_list = [node_message()]
+    fake.drained_away = {"worker-1"}
+    done = run("drain", "worker-1", "--timeout", "5s")
+    assert (done.exit_code, done.stdout) == (0, "worker-1\n"), done.stderr
+    assert "worker-1 is not in the cluster now, and holds nothing of any job" in done.stderr
+    assert "psctl drain worker-1 --undo" in done.stderr
+    assert run("drain", "worker-1", "--undo").stdout == "worker-1\n"

@@ -110,6 +110,7 @@ def test_when_the_one_that_was_to_take_over_is_lost_nothing_is_given_up() -> Non
     site.join("worker-1")
     site.exit("trainer-1", signal=9)
     assert site.shards() == {"worker-0": 8}
+    site.wait(0.5)
     assert site.wanted()["trainer-1"].process_id.endswith("/2"), "it is tried again"
 
 

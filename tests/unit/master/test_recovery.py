@@ -318,6 +318,7 @@ def test_a_newcomer_that_always_dies_is_left_out(world: World) -> None:
     world.join("worker-2")
     for _ in range(6):
         world.exit("trainer-2", signal=11)
+        world.wait(8)
     assert world.job().state is JobState.RUNNING
     assert "trainer-2" not in world.wanted()
 

@@ -27,8 +27,10 @@ from pscluster.errors import (
 )
 from pscluster.v1 import agents_pb2, agents_pb2_grpc, jobs_pb2, jobs_pb2_grpc, plan_pb2
 from psmaster.core import Core
+from psmaster.jobs import Instant
 from psmaster.server import assembled, take_turns
 from psmaster.settings import MasterSettings
+from psmaster.streams import AgentStream
 from tests.unit.master.fake_agent import DEADLINE_S, FakeAgent
 from tests.unit.master.world import make_spec
 
@@ -412,5 +414,25 @@ def test_a_disk_that_cannot_be_written_acknowledges_nothing_and_heals(
         logs = await client.stream("ReadLogs", jobs_pb2.ReadLogsRequest(job=job_id, rank=-1))
         assert [record.line.text for record in logs] == ["kept"]
         await agent.leave()
+
+    with_master(site, test)
+
+
+def test_a_master_that_was_stopped_hears_what_was_said_meanwhile_before_it_judges(site: MasterSettings) -> None:
+    """That a process is silent, and that this is over, must not get a turn each."""
+    turns: list[object] = []
+
+    async def said(core: Core) -> None:
+        await core.tell(AgentStream("server-0", "its life"), 0, turns.append)
+
+    async def test(_client: Client, core: Core) -> None:
+        clock = core.now
+        core.now = lambda: Instant(mono_s=clock().mono_s + 60, unix_s=clock().unix_s + 60)
+        await said(core)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        await said(core)
+        await core.ask(turns.append)
+        assert len({id(turn) for turn in turns}) == 1
 
     with_master(site, test)
