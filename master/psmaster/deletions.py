@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 KEPT_S = 30 * 24 * 3600.0  # how long a node that is away is waited for
+GIVEN_UP_S = 365 * 24 * 3600.0  # and a store
 MAX_NAMED = 1000  # in what a node is told, which must stay small
 
 
@@ -26,14 +27,14 @@ Deletions = Mapping[str, Deletion]
 
 
 def remembered(deletions: Deletions, now_s: float) -> Deletions:
-    """Without those that nobody needs any more: the store is gone, and no node is waited for."""
+    """Without those that nobody needs any more: the store is gone, or given up, and no node is waited for."""
     if not any(_is_over(one, now_s) for one in deletions.values()):
         return deletions
     return {job_id: one for job_id, one in deletions.items() if not _is_over(one, now_s)}
 
 
 def _is_over(one: Deletion, now_s: float) -> bool:
-    return one.removed and now_s - one.deleted_s > KEPT_S
+    return now_s - one.deleted_s > (KEPT_S if one.removed else GIVEN_UP_S)
 
 
 def named(deletions: Deletions) -> tuple[str, ...]:

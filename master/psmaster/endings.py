@@ -90,9 +90,7 @@ def end_if_finished(draft: Draft, view: View) -> None:
 
 def _unwritten(job: Job, step: int) -> Problem | None:
     """Why a partition could not write its part of a step."""
-    if job.trouble is None or job.trouble.step != step or not job.trouble.is_unwritten:
-        return None
-    return job.trouble.problem
+    return job.trouble.problem if job.trouble is not None and job.trouble.step == step else None
 
 
 def end_if_stopping(draft: Draft, view: View) -> None:

@@ -102,7 +102,7 @@ class Finished:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trouble:
-    """The newest thing that went wrong and that training survived, with the step it concerns."""
+    """Something that went wrong and that training survived, with the step it concerns."""
 
     step: int
     problem: Problem
@@ -111,6 +111,11 @@ class Trouble:
     def is_unwritten(self) -> bool:
         """Whether it is a part of the step's snapshot that could not be written."""
         return bool(self.problem.detail("unwritten"))
+
+    @property
+    def generation(self) -> int:
+        """Under which that part was to be written."""
+        return int(self.problem.detail("generation") or 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,7 +203,7 @@ class Job:
     best: Best | None = None
     next_best: Best | None = None  # reported, but its snapshot is not complete yet
     finished: Finished | None = None
-    trouble: Trouble | None = None
+    trouble: Trouble | None = None  # the newest part of a snapshot that could not be written, and still counts
     error: Problem | None = None
     traceback: str = ""
     saving: bool = False  # a partition is about to move: the next step is to be written, and the job to rest there

@@ -219,20 +219,20 @@ def snapshot_part(job: Job, snapshots: Catalogue, part: Part, now: Instant) -> t
 
 
 def trouble(job: Job, report: Trouble, source: str, now: Instant) -> Applied:
-    """Something went wrong that training survives: told, and remembered where the end depends on it: the last step may
-    be one whose snapshot cannot be written.
+    """Something went wrong that training survives: told, and remembered if it is a part that could not be written: the
+    last step may be one with such a part. What a rollback has made void since then is written anew.
 
     A best step whose snapshot is not written is not waited for: a later one may be the best of those there are."""
     if job.state.ended or job.trouble == report:
         return Applied(job=job)
-    if job.next_best is not None and report.step == job.next_best.step and report.is_unwritten:
+    counts = report.is_unwritten and job.counts(report.generation)
+    if counts and job.next_best is not None and report.step == job.next_best.step:
         job = replace(job, next_best=None)
     message = f"{source}, step {report.step}: {report.problem}"
     event = Event(time_s=now.unix_s, reason="Warning", message=message, warning=True)
-    held = job.trouble
-    if held is not None and held.is_unwritten and (not report.is_unwritten or report.step < held.step):
-        return Applied(job=job, events=(event,))
-    return Applied(job=replace(job, trouble=report), events=(event,))
+    if counts and (job.trouble is None or report.step >= job.trouble.step):
+        job = replace(job, trouble=report)
+    return Applied(job=job, events=(event,))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

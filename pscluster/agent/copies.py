@@ -16,7 +16,15 @@ import structlog
 from pscluster.agent import depot
 from pscluster.agent.backoff import delay_s
 from pscluster.agent.exits import detail_of
-from pscluster.errors import DamagedError, FrameError, NotFoundError, PsError, StorageError, UnreachableError
+from pscluster.errors import (
+    DamagedError,
+    FrameError,
+    InternalError,
+    NotFoundError,
+    PsError,
+    StorageError,
+    UnreachableError,
+)
 from pscluster.storage.directory import DirectoryStore
 from pscluster.v1.agents_pb2 import DepotAddress
 from pscluster.v1.depot_pb2 import TakePartRequest
@@ -138,8 +146,10 @@ class Copies:
             part.nodes.extend([self.node_id, await self._second(request)])
             say(report)
         except PsError as error:
-            error.details["unwritten"] = str(part.step)
-            say(ProcessReport(warning=WarningMessage(error=detail_of(error), step=part.step)))
+            say(_unwritten(part, error))
+        except Exception as problem:  # the end of a job waits for one word or the other
+            _log.exception("copying a part of a snapshot failed", part=part.path)
+            say(_unwritten(part, InternalError(f"copying {part.path} failed: {problem!r}")))
         finally:
             settled(part.path)
 
@@ -148,9 +158,10 @@ class Copies:
         loop = asyncio.get_running_loop()
         until, failures, why = loop.time() + COPY_PATIENCE_S, 0, "there is no other node with --own-store"
         while True:
-            for node_id in _after(self.node_id, self._peers):
+            peers = dict(self._peers)  # who is met meanwhile is asked at the next try
+            for node_id in _after(self.node_id, peers):
                 try:
-                    await depot.give(self._peers[node_id], self.token, request)
+                    await depot.give(peers[node_id], self.token, request)
                     return node_id
                 except PsError as error:
                     why = f"{node_id}: {error.cause}"
@@ -164,10 +175,13 @@ class Copies:
 
     async def _bring(self, spec: ProcessSpec, then: Callable[[Plan], None], say: Say) -> None:
         process_id, looks = spec.process_id, True
-        while looks:
-            part = await self.obtain(spec, lambda: self._bringing.get(process_id), say)
-            looks = part != _own_part(spec, self._bringing.get(process_id))
-        if (plan := self._bringing.pop(process_id, None)) is not None:
+        try:
+            while looks:
+                part = await self.obtain(spec, lambda: self._bringing.get(process_id), say)
+                looks = part != _own_part(spec, self._bringing.get(process_id))
+        finally:
+            plan = self._bringing.pop(process_id, None)
+        if plan is not None:
             then(plan)
 
     async def _sought(self, job_id: str, directory: Path, part: SnapshotPart) -> dict[str, str] | None:
@@ -209,13 +223,22 @@ class Copies:
 
 
 def _own_part(spec: ProcessSpec, plan: Plan | None) -> SnapshotPart | None:
-    """What a plan has a partition restore, where nodes keep it for themselves. A copy: plans are overwritten."""
-    for part in plan.restore.parts if plan is not None else ():
+    """What a plan has a partition restore, where nodes keep it for themselves; a standby restores nothing.
+
+    A copy: plans are overwritten."""
+    if plan is None or plan.partitions[spec.rank].attempt not in (0, spec.attempt):
+        return None
+    for part in plan.restore.parts:
         if part.partition == spec.rank and part.nodes:
             own = SnapshotPart()
             own.CopyFrom(part)
             return own
     return None
+
+
+def _unwritten(part: SnapshotPart, error: PsError) -> ProcessReport:
+    error.details |= {"unwritten": str(part.step), "generation": str(part.generation)}
+    return ProcessReport(warning=WarningMessage(error=detail_of(error), step=part.step))
 
 
 def _waits(part: SnapshotPart, away: Mapping[str, str]) -> ProcessReport:

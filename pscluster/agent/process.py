@@ -9,7 +9,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,8 @@ class Process:
             return
         if body in ("trainer_ready", "partition_ready"):
             self._ready = report
+            if self.heard is not None:  # this is a sign of life, too: beats may have yet to begin
+                self.heard = replace(self.heard, at_s=asyncio.get_running_loop().time())
         if body == "failure":
             self._failure = report.failure
         self._send_lines(final=True)

@@ -98,7 +98,7 @@ class Saving:
 
     def _wrote(self, step: int, generation: int, written: Written | None, error: PsError | None) -> None:
         if error is not None:
-            error.details["unwritten"] = str(step)
+            error.details |= {"unwritten": str(step), "generation": str(generation)}
             self._warn(error, step)
         elif written is not None:
             self._counters.snapshots += 1

@@ -20,7 +20,7 @@ from pscluster.snapshot import part_name, read_part
 from pscluster.storage import open_store
 from pscluster.v1.agents_pb2 import DepotAddress
 from pscluster.v1.depot_pb2 import TakePartRequest
-from pscluster.v1.plan_pb2 import Plan, ProcessReport, ProcessSpec, RestorePoint, SnapshotPart
+from pscluster.v1.plan_pb2 import PartitionSeat, Plan, ProcessReport, ProcessSpec, RestorePoint, SnapshotPart
 
 TOKEN = "a-token"
 DATA = bytes(range(256)) * 10_000  # several chunks
@@ -93,13 +93,16 @@ def spec(store: object = None) -> ProcessSpec:
         kind=ProcessSpec.KIND_PARTITION,
         job_id="job-a",
         rank=0,
+        attempt=1,
         store="/shared/job-a",
         spec_json=json.dumps({"durability": {"store": store}}),
     )
 
 
 def plan(part: SnapshotPart, generation: int = 2, **fields: Any) -> Plan:
-    return Plan(restore_generation=generation, restore=RestorePoint(step=part.step, parts=[part]), **fields)
+    seats = fields.pop("partitions", [PartitionSeat(attempt=1)])
+    restore = RestorePoint(step=part.step, parts=[part])
+    return Plan(restore_generation=generation, restore=restore, partitions=seats, **fields)
 
 
 async def copied(held: Copies, settled: ProcessSpec, part: SnapshotPart, newest: Plan | None = None) -> ProcessReport:
@@ -160,7 +163,8 @@ def test_a_part_that_nobody_takes_is_a_warning_and_does_not_count(
             held.settle(settled)
             report = await copied(held, settled, part)
             assert report.WhichOneof("body") == "warning"
-            assert report.warning.error.code == "PS-4002" and report.warning.error.details["unwritten"] == "4"
+            assert report.warning.error.code == "PS-4002"
+            assert report.warning.error.details == {"unwritten": "4", "generation": "1"}
             assert "on server-0 alone" in report.warning.error.cause
 
     run(test())
@@ -255,6 +259,40 @@ def test_nodes_that_are_away_for_an_hour_count_as_lost(tmp_path: Path, monkeypat
             await held.obtain(settled, lambda: plan(part), nothing)
             with pytest.raises(DamagedError, match="is gone"):
                 read_part(tmp_path / "server-0" / "job-a" / part.path)
+
+    run(test())
+
+
+def test_a_standby_needs_no_part(tmp_path: Path) -> None:
+    part = write(tmp_path / "server-0")
+    part.nodes.extend(["server-1", "server-2"])
+    settled, held = spec(), Copies("server-0", TOKEN, tmp_path)
+    held.settle(settled)
+    assert held.must_bring(settled, None, plan(part))
+    assert not held.must_bring(settled, None, plan(part, partitions=[PartitionSeat(attempt=2)]))
+
+
+def test_a_copy_that_fails_in_whatever_way_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with nodes(tmp_path, "server-0", "server-1", "server-2") as made:
+            held, settled, part = made.copies("server-0"), spec(), write(tmp_path / "server-0")
+            held.settle(settled)
+
+            async def leaves(*_: object) -> None:
+                held.meet([])  # nobody is there any more
+                raise UnreachableError("it is gone")
+
+            monkeypatch.setattr(copies, "COPY_PATIENCE_S", 0.0)
+            monkeypatch.setattr(depot, "give", leaves)
+            assert "server-2: it is gone" in (await copied(held, settled, part)).warning.error.cause
+
+            async def breaks(*_: object) -> None:
+                raise KeyError("a bug")
+
+            held = made.copies("server-0")
+            monkeypatch.setattr(depot, "give", breaks)
+            warning = (await copied(held, settled, part)).warning
+            assert (warning.error.code, warning.error.details["unwritten"]) == ("PS-9001", "4"), warning
 
     run(test())
 

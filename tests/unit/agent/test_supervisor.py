@@ -22,7 +22,7 @@ from pscluster.agent.process import Site
 from pscluster.agent.supervisor import Supervisor
 from pscluster.agent.suspicion import NONE, SILENT
 from pscluster.v1.agents_pb2 import AgentMessage, Assignment, ProcessStatus
-from pscluster.v1.plan_pb2 import ProcessSpec
+from pscluster.v1.plan_pb2 import ProcessReport, ProcessSpec, TrainerReady
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -113,6 +113,20 @@ def test_a_process_that_stops_before_it_is_ready_is_noticed_later(bench: Any) ->
         assert supervisor.states()[0].status.suspicion == NONE
         supervisor.check_beats(process.heard.at_s + 121)
         assert supervisor.states()[0].status.suspicion == SILENT
+
+    run(bench, body)
+
+
+def test_who_took_long_to_be_ready_has_time_for_a_first_beat(bench: Any) -> None:
+    async def body(supervisor: Supervisor, heard: Heard) -> None:
+        supervisor.apply(Assignment(processes=[bench.trainer("trainer-0", "mute")]))
+        await heard.until(lambda: bool(heard.messages))
+        (process,) = supervisor._processes.values()
+        assert process.heard is not None
+        process.heard = replace(process.heard, at_s=process.heard.at_s - 60)  # so long it has loaded
+        process.reported(ProcessReport(trainer_ready=TrainerReady()))
+        supervisor.check_beats(asyncio.get_running_loop().time())
+        assert supervisor.states()[0].status.suspicion == NONE
 
     run(bench, body)
 

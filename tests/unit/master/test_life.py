@@ -116,12 +116,16 @@ def test_another_warning_does_not_hide_that_the_last_snapshot_cannot_be_written(
     assert world.job().state is JobState.FAILED
 
 
-def test_what_could_not_be_written_before_a_rollback_may_be_written_after_it(world: World) -> None:
+@pytest.mark.parametrize("when", ["told before", "told after"])
+def test_what_could_not_be_written_before_a_rollback_may_be_written_after_it(world: World, when: str) -> None:
     world.running()
     world.commit(*range(6, 101))
-    world.report("partition-1", unwritten(100))
+    if when == "told before":
+        world.report("partition-1", unwritten(100))
     world.exit("partition-0", signal=9)
     world.report("partition-0", PARTITION)
+    if when == "told after":
+        world.report("partition-1", unwritten(100))
     world.commit(*range(1, 101))
     world.finish()
     assert world.job().state is JobState.RUNNING
@@ -146,8 +150,8 @@ def test_who_asks_to_stop_does_not_wait_for_ever_for_a_store(world: World, asked
 
 
 def unwritten(step: int) -> Trouble:
-    """A partition's word that its part of a step is not written."""
-    details = (("unwritten", str(step)),)
+    """A partition's word, under the first plan, that its part of a step is not written."""
+    details = (("generation", "1"), ("unwritten", str(step)))
     return Trouble(step=step, problem=Problem(code="PS-4002", cause="no space left", details=details))
 
 

@@ -386,7 +386,7 @@ def test_an_unreadable_snapshot_falls_back_to_the_one_before(world: World) -> No
 
 
 def test_trouble_is_told_and_explains_the_end(world: World) -> None:
-    details = (("unwritten", "100"),)
+    details = (("generation", "1"), ("unwritten", "100"))
     problem = Problem(code="PS-4002", cause="no space left", action="free space", details=details)
     full = Trouble(step=100, problem=problem)
     world.report("partition-1", full)
