@@ -33,11 +33,20 @@ def reason(job: Job, view: View, queued: str) -> str:
     doubts = _doubts(job, view)
     if job.state is JobState.STARTING:
         return "waits for the first step" + doubts
-    waiting = sum(1 for seat in job.trainers if not seat.active)
-    trains = f"trains on {len(active)} worker{'s' if len(active) > 1 else ''}"
-    trains += f"; {waiting} more on the way" if waiting else ""
+    trains = f"trains on {len(active)} worker{'s' if len(active) > 1 else ''}" + _missing(job)
     shortfall = standbys.shortfall(job)
     return trains + doubts + (f"; {shortfall}" if shortfall else "")
+
+
+def _missing(job: Job) -> str:
+    """The trainers that do not work yet, to be added to a sentence. Only one that has a node is on the way: nobody is
+    to wait for what does not come before a worker is free."""
+    away = [seat for seat in job.trainers if not seat.active]
+    coming = sum(1 for seat in away if seat.placed)
+    said = f"; {coming} more on the way" if coming else ""
+    if len(away) > coming:
+        said += f"; no worker{with_device(job.spec.workers.device)} is free for {len(away) - coming} more"
+    return said
 
 
 def _doubts(job: Job, view: View) -> str:

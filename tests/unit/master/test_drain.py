@@ -68,6 +68,7 @@ def test_shards_move_first_and_the_trainer_goes_after_the_next_step(site: Site) 
     assert "trainer-1" not in site.wanted()
     assert site.status("worker-1") == "drained"
     assert site.waits("worker-1") == []
+    assert site.job().reason == "trains on 1 worker; no worker is free for 1 more", "nothing is on the way"
     assert "TrainerMoved" in site.reasons()
     assert not {"TrainerLost", "RolledBack"} & set(site.reasons())
 
@@ -79,6 +80,7 @@ def test_its_seat_goes_to_a_node_with_room() -> None:
     site.drain("worker-1")
     site.commit(6)
     assert site.wanted()["trainer-1"].seat.node_id == "worker-2"
+    assert site.job().reason == "trains on 1 worker; 1 more on the way"
     site.ready()
     assert site.shards() == {"worker-0": 4, "worker-2": 4}
 
