@@ -109,7 +109,8 @@ def _restore(draft: Draft, plan: Plan, *, fresh: bool, rested: bool) -> None:
     if rested and job.step <= step:
         draft.say("Moved", f"goes on from {where}, where it rested")
     elif not fresh:
-        draft.say("RolledBack", f"went back from step {job.step} to {where}{_again(step, job.step)}", warning=True)
+        lost = job.step > step
+        draft.say("RolledBack", f"went back from step {job.step} to {where}{_again(step, job.step)}", warning=lost)
     elif plan.generation > 1:
         draft.say("Restored", f"goes on from {where}{_again(step, job.step)}", warning=job.step > step)
 

@@ -154,6 +154,16 @@ def test_a_lost_partition_takes_the_whole_job_back(world: World) -> None:
     assert world.job().step == 11
 
 
+@pytest.mark.parametrize(("reached", "lost"), [(10, False), (11, True)])
+def test_going_back_is_a_warning_only_when_a_step_is_lost(world: World, reached: int, lost: bool) -> None:
+    world.commit(*range(6, reached + 1))
+    world.snapshot(10)
+    world.exit("partition-0", signal=9)
+    world.ready()
+    (event,) = [event for event in world.events if event.reason == "RolledBack"]
+    assert (event.warning, "nothing is lost" in event.message) == (lost, not lost)
+
+
 def test_without_a_snapshot_it_goes_back_to_the_seed() -> None:
     world = World()
     world.cluster()
