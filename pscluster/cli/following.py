@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from pscluster.cli import formatting as fmt
-from pscluster.cli.narrator import Narrator, Pace, ending_line, progress_line
+from pscluster.cli.narrator import Narrator, Pace, ending_line, progress_line, progress_parts
 from pscluster.cli.session import INTERRUPTED, say, stderr_is_terminal
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from pscluster.client import Cluster, Job
     from pscluster.errors import UnreachableError
+
+_BAR_WIDTH = 28
+_NARROWEST = 4  # a bar below that says nothing
 
 
 class View(Protocol):
@@ -61,36 +65,39 @@ class PlainView:
 
 
 class BarView:
-    """A bar that stays in place, with the news above it."""
+    """A bar that stays in place, with the news above it. Where there is little room the bar is the first to shrink,
+    then the text beside it says less; the name stays whole."""
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console | None = None) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
+        from rich.table import Column
 
-        self._bar = Progress(
+        self.progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=28),
+            BarColumn(bar_width=None, table_column=Column(max_width=_BAR_WIDTH)),
             TextColumn("{task.fields[line]}"),
-            console=Console(stderr=True),
+            console=console or Console(stderr=True),
             transient=True,
             refresh_per_second=4,
         )
-        self._task: Any = self._bar.add_task("", total=None, line="")
+        self._task: Any = self.progress.add_task("", total=None, line="")
         self._shown = ""
 
     def __enter__(self) -> BarView:
-        self._bar.start()
+        self.progress.start()
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        self._bar.stop()
+        self.progress.stop()
 
     def say(self, line: str) -> None:
-        self._bar.console.print(line, markup=False, highlight=False)
+        self.progress.console.print(line, markup=False, highlight=False)
 
     def update(self, job: Job) -> None:
-        self._shown = bar_text(job)
-        self._bar.update(
+        room = self.progress.console.width - len(job.name) - _NARROWEST - 2
+        self._shown = bar_text(job, room)
+        self.progress.update(
             self._task,
             description=job.name,
             total=job.final_step,
@@ -99,16 +106,17 @@ class BarView:
         )
 
     def note(self, text: str) -> None:
-        self._bar.update(self._task, line=_literal(text or self._shown))
+        self.progress.update(self._task, line=_literal(text or self._shown))
 
 
-def bar_text(job: Job) -> str:
-    """What stands beside the bar: progress while it runs; before that the state alone, its reason is told above."""
+def bar_text(job: Job, room: int) -> str:
+    """What stands beside the bar, in at most `room` columns where that can be: progress while it runs; before that the
+    state alone. The reason is told above, and would leave the bar no room."""
     if job.state != "RUNNING" or not job.step:
         return job.state
-    parts = [progress_line(job)]
-    if job.reason and job.workers_active < job.workers_wanted:
-        parts.append(fmt.one_line(job.reason))
+    parts = progress_parts(job)
+    while len(parts) > 1 and len("  ".join(parts)) > room:
+        del parts[min(2, len(parts) - 1)]  # the speed first, the step never
     return "  ".join(parts)
 
 

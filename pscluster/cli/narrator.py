@@ -68,13 +68,18 @@ def evaluation_line(job: Job) -> str:
 
 def progress_line(job: Job) -> str:
     """One plain line of progress."""
+    return "  ".join(progress_parts(job))
+
+
+def progress_parts(job: Job) -> list[str]:
+    """Its pieces: step, loss, speed, time left, workers."""
     parts = [f"step {job.step}/{job.final_step}" if job.final_step else f"step {job.step}"]
     parts.append(f"loss {fmt.number(job.loss)}")
     parts += rates(job)
     left = eta_s(job)
     parts.append(f"{fmt.duration(left)} left" if left is not None else "")
     parts.append(f"{job.workers_active}/{job.workers_wanted} workers")
-    return "  ".join(part for part in parts if part)
+    return [part for part in parts if part]
 
 
 def rates(job: Job) -> list[str]:
