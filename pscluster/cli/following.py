@@ -137,7 +137,7 @@ def follow(cluster: Cluster, job_id: str, view: View) -> Job:
     job: Job | None = None
     with view:
         for job in cluster.watch(job_id, Tether(on_absence=away, on_return=lambda: view.note(""))):
-            for line in narrator.news(job):
+            for line in narrator.news(job, time.time()):
                 view.say(line)
             view.update(job)
     if job is None:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from pscluster.client import Event, Job
 
 LINE_INTERVAL_S = 2.0
+_FRESH_S = 5.0
+"""A warning older than this when a job is first looked at is told with its age."""
 # What the states, the bar and the last line say already; `psctl describe` has them all.
 _ROUTINE = frozenset({"Submitted", "Admitted", "Running", "Snapshot", "Finished", "Succeeded", "Failed", "Stopped"})
 
@@ -25,9 +27,11 @@ class Narrator:
         self._evaluated: int | None = None
         self._seen_any = False
 
-    def news(self, job: Job) -> list[str]:
+    def news(self, job: Job, now_s: float) -> list[str]:
         """The lines to print now that the job is like this."""
-        lines = self._events(job)
+        lines = self._events(job) if self._seen_any else self._first_events(job, now_s)
+        if job.events:
+            self._last_event = job.events[-1]
         if (job.state, job.reason) != (self._state, self._reason):
             # A reason that changes while a job waits or recovers is news; the end has a line of its own.
             if not job.ended and (job.state != self._state or job.reason):
@@ -41,23 +45,28 @@ class Narrator:
         return lines
 
     def _events(self, job: Job) -> list[str]:
-        """Events after the last one told. At first sight only warnings: what led here is in `psctl describe`."""
+        """Those after the last one told."""
         fresh = list(job.events)
         if self._last_event in fresh:
             fresh = fresh[len(fresh) - fresh[::-1].index(self._last_event) :]
-        if job.events:
-            self._last_event = job.events[-1]
-        if not self._seen_any:
-            fresh = [event for event in fresh if event.warning]
         return [event_line(event) for event in fresh if event.warning or not _is_routine(event, job)]
+
+    def _first_events(self, job: Job, now_s: float) -> list[str]:
+        """Only warnings, and those since the job was last resumed; what led here is in `psctl describe`. One that is
+        not fresh is told with its age, lest it pass for news."""
+        resumed = max((n for n, event in enumerate(job.events) if event.reason == "Resumed"), default=-1)
+        warnings = [event for event in job.events[resumed + 1 :] if event.warning]
+        return [event_line(e, now_s - e.time_s if now_s - e.time_s > _FRESH_S else None) for e in warnings]
 
 
 def _is_routine(event: Event, job: Job) -> bool:
     return event.reason in _ROUTINE or (event.reason == "Planned" and job.step == 0)
 
 
-def event_line(event: Event) -> str:
-    return f"{'! ' if event.warning else ''}{event.reason}: {fmt.one_line(event.message)}"
+def event_line(event: Event, age_s: float | None = None) -> str:
+    """One event; with its age where that is given."""
+    when = f"{fmt.duration(age_s)} ago: " if age_s is not None else ""
+    return f"{'! ' if event.warning else ''}{when}{event.reason}: {fmt.one_line(event.message)}"
 
 
 def evaluation_line(job: Job) -> str:
