@@ -56,7 +56,7 @@ def end(job: Job, state: JobState, reason: str, now: Instant, *, warning: bool =
 def fail(job: Job, problem: Problem, now: Instant, traceback: str = "") -> tuple[Job, Event]:
     """The job ended FAILED for `problem`."""
     named = replace(job, error=problem, traceback=traceback)
-    return end(named, JobState.FAILED, f"failed: {problem}", now, warning=True)
+    return end(named, JobState.FAILED, str(problem), now, warning=True)
 
 
 def ask_stop(job: Job, now: Instant) -> tuple[Job, Event | None]:

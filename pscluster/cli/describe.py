@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pscluster.cli import formatting as fmt
+from pscluster.client.frames import last_frame
 
 if TYPE_CHECKING:
     from pscluster.client import Job, PartitionSeat, TrainerSeat
@@ -24,6 +25,7 @@ def description(job: Job, now_s: float) -> str:
     """What `psctl describe` prints: the summary, then a section for whatever there is to say."""
     sections = [_aligned([*_summary(job, now_s), *_identity(job)])]
     for title, body in (
+        ("Last error", _error(job)),
         ("Task", _aligned(list(_task(job.spec)))),
         ("Conditions", _conditions(job, now_s)),
         ("Evaluation", _evaluation(job)),
@@ -31,7 +33,6 @@ def description(job: Job, now_s: float) -> str:
         ("Transports", _transports(job)),
         ("Checks", _checks(job)),
         ("Events", _events(job, now_s)),
-        ("Last error", _error(job)),
         ("Traceback", job.traceback.rstrip()),
     ):
         if body:
@@ -198,6 +199,8 @@ def _error(job: Job) -> str:
         return ""
     # A preflight table has several lines: only the cause keeps its line breaks.
     lines = [f"{job.error.code}: {job.error.cause}"]
+    if frame := last_frame(job.traceback):
+        lines.append(f"at: {fmt.one_line(frame)}")
     if job.error.action:
         lines.append(f"hint: {job.error.action}")
     lines += [f"{key}: {value}" for key, value in sorted(job.error.details.items())]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 LINE_INTERVAL_S = 2.0
 _FRESH_S = 5.0
 """A warning older than this when a job is first looked at is told with its age."""
-# What the states, the bar and the last line say already; `psctl describe` has them all.
+# What the states, the bar and the last lines say already; `psctl describe` has them all.
 _ROUTINE = frozenset({"Submitted", "Admitted", "Running", "Snapshot", "Finished", "Succeeded", "Failed", "Stopped"})
 
 
@@ -49,14 +49,19 @@ class Narrator:
         fresh = list(job.events)
         if self._last_event in fresh:
             fresh = fresh[len(fresh) - fresh[::-1].index(self._last_event) :]
-        return [event_line(event) for event in fresh if event.warning or not _is_routine(event, job)]
+        return [event_line(event) for event in fresh if _is_warning(event) or not _is_routine(event, job)]
 
     def _first_events(self, job: Job, now_s: float) -> list[str]:
         """Only warnings, and those since the job was last resumed; what led here is in `psctl describe`. One that is
         not fresh is told with its age, lest it pass for news."""
         resumed = max((n for n, event in enumerate(job.events) if event.reason == "Resumed"), default=-1)
-        warnings = [event for event in job.events[resumed + 1 :] if event.warning]
+        warnings = [event for event in job.events[resumed + 1 :] if _is_warning(event)]
         return [event_line(e, now_s - e.time_s if now_s - e.time_s > _FRESH_S else None) for e in warnings]
+
+
+def _is_warning(event: Event) -> bool:
+    """Whether it must be told whatever the rest says. The error that ends the job is: it is the very last line."""
+    return event.warning and event.reason != "Failed"
 
 
 def _is_routine(event: Event, job: Job) -> bool:

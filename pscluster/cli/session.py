@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from pscluster.cli import formatting as fmt
 from pscluster.errors import InternalError, PsError
 from pscluster.settings import ClientSettings, LocatedCluster, Resolved, resolve_with_origins
 
@@ -115,8 +116,10 @@ class Psctl(click.Group):
 
 
 def report(error: PsError) -> None:
-    """An error for a person, on stderr: its code and cause, then what to do."""
+    """An error for a person, on stderr: its code and cause, where the user's code raised, then what to do."""
     click.echo(f"{click.style('error:', fg='red', bold=True)} {error.code}: {error.cause}", err=True)
+    if frame := error.details.get("frame"):
+        click.echo(f"{click.style('at:', fg='red')} {fmt.one_line(frame)}", err=True)
     if error.action:
         click.echo(f"{click.style('hint:', fg='cyan')} {error.action}", err=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pscluster.client.frames import last_frame
 from pscluster.client.records import Job
 from pscluster.errors import JobFailedError, JobStoppedError, PsError, SettingsError, StateError
 
@@ -43,17 +44,23 @@ def reached(job: Job, goal: Goal) -> bool:
         return True
     if job.ended:
         raise end_error(job) or StateError(
-            f"{job.job_id} ended {job.state} at step {job.step}, before {goal}", action="see `psctl describe`"
+            f"{job.job_id} ended {job.state} at step {job.step}, before {goal}",
+            action=f"see `psctl describe {job.job_id}`",
         )
     return False
 
 
 def end_error(job: Job) -> PsError | None:
-    """What an ended job's end means to whoever waited for its success; None: it succeeded."""
+    """What an ended job's end means to whoever waited for its success; None: it succeeded.
+
+    details["frame"] of a failed job is where the user's code raised, if that is known."""
     details = {"job_id": job.job_id, "state": job.state, "step": str(job.step)}
     if job.state == "FAILED":
         why = f"{job.error.code}: {job.error.cause}" if job.error else job.reason
-        action = job.error.action if job.error and job.error.action else f"see `psctl describe {job.job_id}`"
+        action = job.error.action if job.error and job.error.action else "see `psctl describe`"
+        action = action.replace("`psctl describe`", f"`psctl describe {job.job_id}`")
+        frame = last_frame(job.traceback)
+        details |= {"frame": frame} if frame else {}
         return JobFailedError(f"{job.job_id} failed at step {job.step}: {why}", action=action, details=details)
     if job.state == "STOPPED":
         return JobStoppedError(

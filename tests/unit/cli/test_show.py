@@ -126,7 +126,7 @@ def test_describe_has_a_section_for_everything(run: Psctl, fake: FakeMaster) -> 
     fake.jobs["a"] = full_job()
     text = run("describe", "lm").stdout
     titles = [line for line in text.splitlines() if re.fullmatch(r"[A-Z][A-Za-z ]+:", line)]
-    wanted = ["Task", "Conditions", "Evaluation", "Plan", "Transports", "Checks", "Events", "Last error", "Traceback"]
+    wanted = ["Last error", "Task", "Conditions", "Evaluation", "Plan", "Transports", "Checks", "Events", "Traceback"]
     assert [title.rstrip(":") for title in titles] == wanted
     for piece in (
         "sha256:" + "f" * 64,
@@ -135,6 +135,7 @@ def test_describe_has_a_section_for_everything(run: Psctl, fake: FakeMaster) -> 
         "shards 0-2,5",
         "trainer-partition 0-0",
         "PS-2005: NaN at step 7",
+        "at: task.py:3",
         "hint: clip",
         'File "task.py", line 3',
         "loss 2.2500 at step 50",

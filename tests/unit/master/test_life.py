@@ -276,7 +276,7 @@ def test_failures_at_start_are_gathered_into_one_table(world: World) -> None:
     assert job.error is not None
     assert job.error.cause == "no module (trainer-0 on worker-0, trainer-2 on worker-2)"
     assert job.traceback == "Traceback"
-    assert job.reason.startswith("failed: PS-2001: no module")
+    assert job.reason.startswith("PS-2001: no module"), "the state says already that it failed"
 
 
 def test_a_failure_at_start_does_not_wait_for_ever_for_the_others(world: World) -> None:
