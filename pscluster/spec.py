@@ -7,7 +7,6 @@ immutable; `canonical_json` is what is stored, hashed and sent.
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -19,13 +18,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from pscluster.devices import AUTO, is_lawful
 from pscluster.errors import SpecError
+from pscluster.refusals import explain
 from pscluster.storage.location import check_location
 
 # Strict: `true` is no number of steps. Floats stay lax, since YAML reads 1e-3 as text.
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 
 
-_LONGEST_SHOWN = 80
 _MOST_NESTED = 64  # of a task's arguments: far below what json and pydantic can recurse into
 
 
@@ -220,7 +219,7 @@ def parse_spec(data: object) -> JobSpec:
     try:
         return JobSpec.model_validate(dict(data))
     except ValidationError as error:
-        raise SpecError(_explain(error), details={"problems": str(error.error_count())}) from None
+        raise SpecError(explain(error, JobSpec), details={"problems": str(error.error_count())}) from None
 
 
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
@@ -292,31 +291,3 @@ def _is_deeper_than(levels: int, value: object) -> bool:
         held = {id(item): item for item in layer if isinstance(item, list | tuple | dict)}  # YAML can name one often
         layer = [inner for item in held.values() for inner in (item.values() if isinstance(item, dict) else item)]
     return any(isinstance(item, list | tuple | dict) for item in layer)
-
-
-def _explain(error: ValidationError) -> str:
-    return "; ".join(_explain_one(problem) for problem in error.errors())
-
-
-def _explain_one(problem: Mapping[str, Any]) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        *section, key = problem["loc"]
-        near = difflib.get_close_matches(str(key), _keys_at(section), n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"unknown key {where}{hint}"
-    if problem["type"] == "missing":
-        return f"{where} is missing"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return f"{where}: {message}" if where else message
-    given = repr(problem["input"])
-    return f"{where}: {message}, not {given if len(given) <= _LONGEST_SHOWN else given[:_LONGEST_SHOWN] + '...'}"
-
-
-def _keys_at(location: Sequence[int | str]) -> list[str]:
-    """The keys a section admits, found by walking the model."""
-    model: Any = JobSpec
-    for part in location:
-        model = model.model_fields[str(part)].annotation
-    return list(model.model_fields)

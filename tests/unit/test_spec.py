@@ -93,6 +93,9 @@ def test_transports_and_codecs_go_together_as_one_likes(transport: str, codec: s
     [
         ({"train__max_stesp": 3}, "unknown key train.max_stesp; did you mean max_steps?"),
         ({"workes": {}}, "unknown key workes; did you mean workers?"),
+        ({"train__lr": 3}, "unknown key train.lr; did you mean train.optimizer.lr?"),
+        ({"lr": 3}, "unknown key lr; did you mean train.optimizer.lr?"),
+        ({"train__max": 3}, "unknown key train.max; did you mean max_steps or workers.max?"),
         ({"train__optimizer": {"learning_rate": 1}}, "unknown key train.optimizer.learning_rate"),
         ({"train__optimizer": {"name": "adamm"}}, "train.optimizer.name"),
         ({"train__global_batch": 65}, "the nearest that is: 64"),
