@@ -164,3 +164,5 @@ def follow_to_end(cluster: Cluster, job_id: str) -> None:
     error = end_error(job)
     if error is not None:
         raise error
+    if stderr_is_terminal():
+        say(f"  psctl export {job_id} -o model.safetensors   what it learned, as a file")

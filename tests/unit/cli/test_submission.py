@@ -304,4 +304,5 @@ def test_on_a_terminal_the_bar_goes_to_stderr_and_the_news_above_it(serving: Ser
     assert "! TrainerLost: trainer-1: SIGKILL" in text
     assert "evaluated step 50: loss 2.0000" in text
     assert "lm-abc123 SUCCEEDED at step 100" in text
+    assert "psctl export lm-abc123 -o model.safetensors" in text, "what one may want next"
     assert "\x1b[" in text
