@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 _MOST_ROWS = 16
 
 
-def reckon(spec: JobSpec, bundle: Bundle | None) -> dict[str, Any]:
-    """The arithmetic as plain data; `text` prints it."""
+def reckon(spec: JobSpec, bundle: Bundle | None, *, evaluates: bool = True) -> dict[str, Any]:
+    """The arithmetic as plain data; `text` prints it. `evaluates`: the task may have data to be evaluated on."""
     train, steps = spec.train, spec.train.max_steps
     found: dict[str, Any] = {
         "name": spec.name,
@@ -30,6 +30,7 @@ def reckon(spec: JobSpec, bundle: Bundle | None) -> dict[str, Any]:
         "workers": [_split(train.num_shards, workers) for workers in _worker_counts(spec)],
         "snapshot_every_steps": spec.durability.every_steps,
         "snapshots": steps // spec.durability.every_steps if steps is not None else None,
+        "evaluates": evaluates,
         "evaluate_every_steps": spec.evaluate.every_steps,
         "bundle": None,
         "spec": spec.model_dump(mode="json"),
@@ -88,6 +89,8 @@ def _length(found: dict[str, Any]) -> str:
 
 
 def _evaluation(found: dict[str, Any]) -> str:
+    if not found["evaluates"]:
+        return "no evaluation: the task has no eval_data"
     every = found["evaluate_every_steps"]
     return f"evaluation every {every} steps and at the end" if every else "evaluation at the end"
 

@@ -39,6 +39,25 @@ def check_entrypoint(entrypoint: str, directory: Path, packed: Collection[str] |
     _check_name(entrypoint, name, found, relative)
 
 
+def never_evaluates(entrypoint: str, directory: Path) -> bool:
+    """Whether the task surely has no held-out data: its class derives from pscluster's Task alone, and its file does
+    not speak of eval_data. False where reading does not tell, and for a task that is built in. Runs no user code."""
+    module, _, name = entrypoint.partition(":")
+    found = None if is_built_in(entrypoint) else _module_file(module, directory)
+    if found is None:
+        return False
+    source = found.read_bytes()
+    if b"eval_data" in source:
+        return False
+    body = ast.parse(source).body
+    bases = [
+        list(map(ast.unparse, node.bases)) for node in body if isinstance(node, ast.ClassDef) and node.name == name
+    ]
+    imported = [node for node in body if isinstance(node, ast.ImportFrom) and node.module == "pscluster"]
+    names = {alias.asname or alias.name for node in imported for alias in node.names if alias.name == "Task"}
+    return len(bases) == 1 and len(bases[0]) == 1 and bases[0][0] in {*names, "pscluster.Task"}
+
+
 def _where(module: str) -> str:
     return f"the spec's directory is what is sent: put {module.replace('.', '/')}.py there"
 

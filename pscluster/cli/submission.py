@@ -54,13 +54,7 @@ def submit(
     """
     parsed, bundle = prepare(spec, overrides, name)
     if dry_run:
-        from pscluster.cli import arithmetic
-
-        found = arithmetic.reckon(parsed, bundle)
-        if form == "text":
-            answer(arithmetic.text(found))
-        else:
-            print_document(document("DryRun", found), form)
+        _show_arithmetic(spec, parsed, bundle, form)
         return
     with session.connect() as cluster:
         job_id = cluster.submit(parsed, bundle)
@@ -76,6 +70,18 @@ def submit(
         say(f"  psctl follow {job_id}     progress until the end")
         say(f"  psctl logs -f {job_id}    what its processes write")
         say(f"  psctl describe {job_id}   everything known of it")
+
+
+def _show_arithmetic(path: Path, spec: JobSpec, bundle: Bundle | None, form: str) -> None:
+    from pscluster.cli import arithmetic
+    from pscluster.cli.entrypoint import never_evaluates
+
+    evaluates = not never_evaluates(spec.task.entrypoint, _spec_file(path).absolute().parent)
+    found = arithmetic.reckon(spec, bundle, evaluates=evaluates)
+    if form == "text":
+        answer(arithmetic.text(found))
+    else:
+        print_document(document("DryRun", found), form)
 
 
 @click.command("follow", cls=Verb)

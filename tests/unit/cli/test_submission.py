@@ -154,6 +154,25 @@ def test_dry_run_touches_nothing_and_prints_the_arithmetic(run_alone: Psctl, own
     assert (document["kind"], document["num_shards"], document["bundle"]["files"]) == ("DryRun", 4, 2)
 
 
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("from pscluster import Task\nclass MyTask(Task): ...", "no evaluation: the task has no eval_data"),
+        ("import pscluster\nclass MyTask(pscluster.Task): ...", "no evaluation"),
+        ("from pscluster import Task\nclass MyTask(Task):\n    def eval_data(self): ...", "evaluation at the end"),
+        ("from base import Task\nclass MyTask(Task): ...", "evaluation at the end"),
+        ("from pscluster import Task\nclass MyTask(Mixed, Task): ...", "evaluation at the end"),
+        ("MyTask = make()", "evaluation at the end"),
+    ],
+)
+def test_dry_run_speaks_of_no_evaluation_where_there_is_surely_none(
+    run_alone: Psctl, own: Path, source: str, words: str
+) -> None:
+    (own.parent / "task.py").write_text(source)
+    lines = run_alone("submit", str(own), "--dry-run").stdout.splitlines()
+    assert [line for line in lines if "evaluation" in line and line.startswith(words)], lines
+
+
 def test_dry_run_of_many_workers_shows_doublings() -> None:
     train = {"global_batch": 1000, "microbatch": 1, "epochs": 1}
     found = reckon(parse_spec({**BUILT_IN, "train": train, "workers": {"min": 3, "max": 100}}), None)
