@@ -15,7 +15,7 @@ from psmaster import drain, outbound, registry, tails
 from psmaster.bundles import BundleShelf
 from psmaster.core import Core
 from psmaster.jobs import Job
-from psmaster.registry import Health, Node
+from psmaster.registry import Node
 from psmaster.state import find
 from psmaster.store import Batch, BundleRecord
 from psmaster.submission import new_job
@@ -160,17 +160,12 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         return outbound.node(node, running, now, limits.suspicion_s, drain=status, waits_for=waits_for)
 
     async def GetCluster(self, request: jobs_pb2.GetClusterRequest, context: Any) -> jobs_pb2.Cluster:  # noqa: ARG002, N802
-        state, now = self._core.state, self._core.now()
-        healths = {
-            node.node_id: registry.health(node, now.mono_s, self._core.limits.suspicion_s)
-            for node in state.nodes.values()
-        }
-        problems = [f"node {node_id} is {health}" for node_id, health in healths.items() if health is not Health.READY]
+        problems = drain.problems(self._core.state, self._core.now(), self._core.limits.suspicion_s)
         return jobs_pb2.Cluster(
             version=pscluster.__version__,
             protocol=PROTOCOL,
             healthy=not problems,
-            problems=sorted(problems),
+            problems=problems,
             started_s=self._identity.started_s,
             metrics_address=self._identity.metrics_address,
         )
