@@ -51,9 +51,7 @@ def _local(session: Session) -> LocalCluster:
 
     located = session.located()
     if not located.local:
-        raise SettingsError(
-            f"{located.address} is not a local cluster", action="choose one with --state-dir, without --address"
-        )
+        raise SettingsError(f"{located.address} is not a local cluster", action=session.address_given())
     return LocalCluster(located=located, say=say)
 
 
