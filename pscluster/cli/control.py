@@ -84,7 +84,7 @@ def resume(session: Session, job: str, follow: bool) -> None:
         if follow:
             from pscluster.cli.following import follow_to_end
 
-            follow_to_end(cluster, found.job_id)
+            follow_to_end(cluster, found.job_id, session.located())
     if not follow:
         say(f"{found.job_id} is {found.state}; follow it with: psctl follow {found.job_id}")
 

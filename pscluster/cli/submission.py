@@ -68,7 +68,7 @@ def submit(
         if follow:
             from pscluster.cli.following import follow_to_end
 
-            follow_to_end(cluster, job_id)
+            follow_to_end(cluster, job_id, session.located())
         elif wait:
             cluster.wait(job_id, "succeeded", timeout)
     if not follow and not wait:
@@ -87,7 +87,7 @@ def follow_job(session: Session, job: str) -> None:
 
     with session.connect() as cluster:
         found = cluster.job(job)
-        follow_to_end(cluster, found.job_id)
+        follow_to_end(cluster, found.job_id, session.located())
 
 
 def prepare(path: Path, overrides: tuple[str, ...], name: str | None) -> tuple[JobSpec, Bundle | None]:

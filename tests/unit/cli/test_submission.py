@@ -16,7 +16,10 @@ import yaml
 
 from pscluster.bundle import extract
 from pscluster.cli.arithmetic import reckon
+from pscluster.cli.following import PlainView, absence
+from pscluster.cli.local import record
 from pscluster.errors import UnreachableError
+from pscluster.settings import ClientSettings
 from pscluster.spec import parse_spec
 from pscluster.v1 import jobs_pb2, plan_pb2
 from tests.unit.cli.conftest import Psctl
@@ -228,8 +231,27 @@ def test_follow_goes_on_while_the_master_is_away(run: Psctl, fake: FakeMaster) -
     fake.watches = [breaks, lambda: iter([ended_message()])]
     result = run("follow", "lm")
     assert result.exit_code == 0
-    assert "the master does not answer" in result.stderr
+    assert "the master does not answer; waits up to 10 min for it, Ctrl-C detaches\n" in result.stderr
     assert result.stderr.splitlines()[-1].startswith("lm-abc123 SUCCEEDED")
+
+
+def test_a_follower_knows_that_the_local_cluster_was_taken_down(serving: Serving, tmp_path: Path) -> None:
+    elsewhere = ClientSettings(address=serving.address).located({})
+    local = ClientSettings(state_dir=tmp_path).located({})
+    record.save(tmp_path, local.address, ())
+    assert absence(local, 600.0) == absence(elsewhere, 600.0)
+    record.record_path(tmp_path).unlink()
+    assert absence(local, 600.0) == (
+        "the cluster was taken down; waits up to 10 min for the next psctl up, Ctrl-C detaches"
+    )
+    assert absence(elsewhere, 600.0).startswith("the master does not answer")
+
+
+def test_a_remark_is_a_line_only_when_it_is_a_new_one(capsys: pytest.CaptureFixture[str]) -> None:
+    view = PlainView()
+    for text, since in (("away", "0 s"), ("away", "5 s"), ("down", "9 s"), ("", ""), ("down", "0 s")):
+        view.note(text, since)
+    assert capsys.readouterr().err == "away\ndown\ndown\n"
 
 
 def follow_in_a_process(serving: Serving) -> subprocess.Popen[bytes]:
