@@ -153,10 +153,11 @@ def absence(located: LocatedCluster, patience_s: float) -> str:
     return f"the master does not answer; {waits} for it, Ctrl-C detaches"
 
 
-def follow_to_end(cluster: Cluster, job_id: str, located: LocatedCluster) -> None:
+def follow_to_end(cluster: Cluster, job_id: str, located: LocatedCluster, *, tied: bool = False) -> None:
     """Follow a job and end as it does: returns when it succeeded, else raises JobFailedError or JobStoppedError.
 
-    Ctrl-C detaches: says so and exits 130; the job goes on.
+    Ctrl-C detaches: says so and exits 130; the job goes on. One that is `tied` to the caller goes on or not as that
+    one says, and psctl says nothing.
     """
     from pscluster.client import end_error
 
@@ -164,9 +165,10 @@ def follow_to_end(cluster: Cluster, job_id: str, located: LocatedCluster) -> Non
     try:
         job = follow(cluster, job_id, view, located)
     except KeyboardInterrupt:
-        say(f"detached; {job_id} goes on")
-        say(f"  psctl follow {job_id}   attach again")
-        say(f"  psctl stop {job_id}     stop it")
+        if not tied:
+            say(f"detached; {job_id} goes on")
+            say(f"  psctl follow {job_id}   attach again")
+            say(f"  psctl stop {job_id}     stop it")
         raise click.exceptions.Exit(INTERRUPTED) from None
     say(ending_line(job))
     error = end_error(job)

@@ -254,12 +254,8 @@ def test_a_remark_is_a_line_only_when_it_is_a_new_one(capsys: pytest.CaptureFixt
     assert capsys.readouterr().err == "away\ndown\ndown\n"
 
 
-def follow_in_a_process(serving: Serving) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "pscluster.cli", *serving.arguments, "follow", "lm"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def test_ctrl_c_detaches_says_so_and_exits_130(serving: Serving) -> None:
+def interrupted(serving: Serving, *arguments: str) -> tuple[int, bytes, bytes]:
+    """psctl's exit status, first line and rest of stderr, when Ctrl-C comes while it follows a job."""
     hold, watched = threading.Event(), threading.Event()
 
     def endless() -> Iterator[jobs_pb2.Job]:
@@ -269,7 +265,8 @@ def test_ctrl_c_detaches_says_so_and_exits_130(serving: Serving) -> None:
 
     serving.fake.jobs["x"] = job_message()
     serving.fake.watches = [endless]
-    with follow_in_a_process(serving) as process:
+    command = [sys.executable, "-m", "pscluster.cli", *serving.arguments, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
             assert process.stderr is not None
             assert watched.wait(30)
@@ -279,11 +276,27 @@ def test_ctrl_c_detaches_says_so_and_exits_130(serving: Serving) -> None:
         finally:
             hold.set()
             process.kill()
-    assert process.returncode == 130
+    return process.returncode, first, rest
+
+
+def test_ctrl_c_detaches_says_so_and_exits_130(serving: Serving) -> None:
+    status, first, rest = interrupted(serving, "follow", "lm")
+    assert status == 130
     assert b"RUNNING" in first
     assert b"detached; lm-abc123 goes on" in rest
     assert b"psctl stop lm-abc123" in rest
     assert b"Traceback" not in rest
+
+
+def test_ctrl_c_says_nothing_where_the_caller_ends_the_cluster(
+    serving: Serving, spec: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PS_TIED", "1")
+    status, first, rest = interrupted(serving, "submit", str(spec), "--follow")
+    assert status == 130
+    assert b"RUNNING" in first
+    assert b"detached" not in rest
+    assert b"psctl" not in rest
 
 
 def test_on_a_terminal_the_bar_goes_to_stderr_and_the_news_above_it(serving: Serving) -> None:
