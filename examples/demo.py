@@ -48,7 +48,9 @@ class Psctl:
         config.touch()
         # Whatever cluster the person has configured is none of the demo's business.
         clean = {key: value for key, value in os.environ.items() if not key.startswith("PS_")}
-        self._environment = {**clean, "PS_STATE_DIR": str(state_dir), "PS_CONFIG": str(config)}
+        # Tied: Ctrl-C ends the job's cluster as well, and psctl is not to say that the job goes on.
+        own = {"PS_STATE_DIR": str(state_dir), "PS_CONFIG": str(config), "PS_TIED": "1"}
+        self._environment = {**clean, **own}
 
     def __call__(self, *arguments: str, shown: bool = True) -> str:
         """Run one command; its stderr goes to ours. Returns its stdout. Raises CommandFailed.
@@ -88,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
         with _own_directory() as directory:
             return _with_cluster(directory / "cluster", arguments.overrides, arguments.output.absolute())
     except KeyboardInterrupt:
-        print("\ninterrupted; nothing of the demo runs any more", file=sys.stderr)
+        print("the demo was interrupted; its cluster is down", file=sys.stderr)
         return _INTERRUPTED
 
 
@@ -97,15 +99,20 @@ def _with_cluster(state_dir: Path, overrides: Sequence[str], output: Path) -> in
     # A run that was killed may have left a cluster, and a job that would go on.
     psctl("down", shown=False)
     shutil.rmtree(state_dir, ignore_errors=True)
+    shown = True
     try:
         show(psctl, overrides, output)
         status = 0
     except CommandFailed as error:
         print(f"\nthe demo failed; the logs are in {state_dir / 'logs'}", file=sys.stderr)
         status = error.status
+    except KeyboardInterrupt:
+        shown = False  # `psctl down` says that the job goes on after the next `up`, but the next demo begins anew
+        print("\ninterrupted; takes the cluster down", file=sys.stderr)
+        raise
     finally:
         with _undisturbed():
-            psctl("down")
+            psctl("down", shown=shown)
     if status == 0:
         shutil.rmtree(state_dir)
     return status

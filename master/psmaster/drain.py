@@ -14,11 +14,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from pscluster.devices import CPU
-from psmaster import standbys
+from psmaster import registry, standbys
 from psmaster.draft import Draft, View
 from psmaster.jobs import Instant, Job
 from psmaster.planner import NodeView, choose_node, max_trainers
-from psmaster.registry import Node, Role
+from psmaster.registry import Health, Node, Role
 from psmaster.seats import Kind, Seat, counted_on
 from psmaster.state import State, node_views
 
@@ -176,6 +176,18 @@ def status(state: State, node: Node) -> str:
         return ""
     held = any(seat.node_id == node.node_id for job in state.jobs.values() for seat in job.seats)
     return DRAINING if held else DRAINED
+
+
+def problems(state: State, now: Instant, suspicion_s: float) -> list[str]:
+    """What is wrong with the nodes, one line each. A drained node may be away: it holds nothing, and nobody waits for
+    it."""
+    found = []
+    for node in state.nodes.values():
+        health = registry.health(node, now.mono_s, suspicion_s)
+        if health is Health.READY or (health is Health.DEAD and status(state, node) == DRAINED):
+            continue
+        found.append(f"node {node.node_id} is {health}")
+    return sorted(found)
 
 
 def waits_for(state: State, node: Node, now: Instant, suspicion_s: float) -> list[str]:

@@ -15,7 +15,7 @@ from psmaster import drain, outbound, registry, tails
 from psmaster.bundles import BundleShelf
 from psmaster.core import Core
 from psmaster.jobs import Job
-from psmaster.registry import Health, Node
+from psmaster.registry import Node
 from psmaster.state import find
 from psmaster.store import Batch, BundleRecord
 from psmaster.submission import new_job
@@ -73,19 +73,19 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         return jobs_pb2.UploadBundleReply(sha256=record.sha256)
 
     async def Get(self, request: jobs_pb2.GetRequest, context: Any) -> jobs_pb2.Job:  # noqa: ARG002, N802
-        return self._message(find(self._core.state.jobs, request.job), full=True)
+        return self._message(self._find(request.job), full=True)
 
     async def List(self, request: jobs_pb2.ListRequest, context: Any) -> jobs_pb2.ListReply:  # noqa: ARG002, N802
         newest_first = sorted(self._core.state.jobs.values(), key=lambda job: (-job.created_s, job.job_id))
         return jobs_pb2.ListReply(jobs=[self._message(job, full=False) for job in newest_first])
 
     async def Watch(self, request: jobs_pb2.GetRequest, context: Any) -> AsyncIterator[jobs_pb2.Job]:  # noqa: ARG002, N802
-        job_id = find(self._core.state.jobs, request.job).job_id
+        job_id = self._find(request.job).job_id
         shown: Job | None = None
         shown_at = 0.0
         while True:
             news = self._core.news
-            job = find(self._core.state.jobs, job_id)
+            job = self._find(job_id)
             wait_s = shown_at + PROGRESS_INTERVAL_S - self._core.now().mono_s
             if shown is None or (job.revision != shown.revision and (wait_s <= 0 or _matters(shown, job))):
                 yield self._message(job, full=True)
@@ -97,11 +97,11 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
 
     async def Stop(self, request: jobs_pb2.GetRequest, context: Any) -> jobs_pb2.Job:  # noqa: ARG002, N802
         job_id = await self._core.ask(lambda turn: turn.stop(request.job))
-        return self._message(find(self._core.state.jobs, job_id), full=True)
+        return self._message(self._find(job_id), full=True)
 
     async def Resume(self, request: jobs_pb2.GetRequest, context: Any) -> jobs_pb2.Job:  # noqa: ARG002, N802
         job_id = await self._core.ask(lambda turn: turn.resume(request.job))
-        return self._message(find(self._core.state.jobs, job_id), full=True)
+        return self._message(self._find(job_id), full=True)
 
     async def Delete(self, request: jobs_pb2.GetRequest, context: Any) -> jobs_pb2.DeleteReply:  # noqa: ARG002, N802
         # To its end even when the caller hangs up: the lock must outlast a removal that has begun.
@@ -132,7 +132,7 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
 
     async def ListSnapshots(self, request: jobs_pb2.GetRequest, context: Any) -> jobs_pb2.ListSnapshotsReply:  # noqa: ARG002, N802
         state = self._core.state
-        job = find(state.jobs, request.job)
+        job = self._find(request.job)
         return jobs_pb2.ListSnapshotsReply(snapshots=outbound.snapshots(job, state.catalogues[job.job_id]))
 
     async def ListNodes(self, request: jobs_pb2.ListNodesRequest, context: Any) -> jobs_pb2.ListNodesReply:  # noqa: ARG002, N802
@@ -160,20 +160,18 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         return outbound.node(node, running, now, limits.suspicion_s, drain=status, waits_for=waits_for)
 
     async def GetCluster(self, request: jobs_pb2.GetClusterRequest, context: Any) -> jobs_pb2.Cluster:  # noqa: ARG002, N802
-        state, now = self._core.state, self._core.now()
-        healths = {
-            node.node_id: registry.health(node, now.mono_s, self._core.limits.suspicion_s)
-            for node in state.nodes.values()
-        }
-        problems = [f"node {node_id} is {health}" for node_id, health in healths.items() if health is not Health.READY]
+        problems = drain.problems(self._core.state, self._core.now(), self._core.limits.suspicion_s)
         return jobs_pb2.Cluster(
             version=pscluster.__version__,
             protocol=PROTOCOL,
             healthy=not problems,
-            problems=sorted(problems),
+            problems=problems,
             started_s=self._identity.started_s,
             metrics_address=self._identity.metrics_address,
         )
+
+    def _find(self, name: str) -> Job:
+        return find(self._core.state.jobs, name, self._core.now())
 
     def _message(self, job: Job, *, full: bool) -> jobs_pb2.Job:
         state = self._core.state

@@ -18,6 +18,9 @@ from psmaster.registry import Health, Node, Nodes, Role
 from psmaster.reports import MetricLine
 from psmaster.seats import Kind
 
+MAX_NAMESAKES = 8
+"""So many jobs of one name are told apart in an error; who has more looks at `psctl list`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class State:
@@ -103,14 +106,32 @@ def queue(all_jobs: Mapping[str, Job]) -> list[Job]:
     return sorted((job for job in all_jobs.values() if job.state is JobState.QUEUED), key=turn_of)
 
 
-def find(all_jobs: Mapping[str, Job], name: str) -> Job:
-    """The job of that id, or of a name that only one job has. Raises NotFoundError."""
+def find(all_jobs: Mapping[str, Job], name: str, now: Instant) -> Job:
+    """The job of that id, or of a name that only one job has. Raises NotFoundError, which tells those of that name
+    apart."""
     if name in all_jobs:
         return all_jobs[name]
     named = [job for job in all_jobs.values() if job.name == name]
     if len(named) == 1:
         return named[0]
     if named:
-        ids = ", ".join(sorted(job.job_id for job in named))
-        raise NotFoundError(f"{len(named)} jobs are called {name!r}", action=f"give one of their ids: {ids}")
+        raise NotFoundError(f"{len(named)} jobs are called {name!r}", action=_told_apart(named, now))
     raise NotFoundError(f"there is no job {name!r}")
+
+
+def _told_apart(named: Sequence[Job], now: Instant) -> str:
+    newest_first = sorted(named, key=lambda job: (-job.created_s, job.job_id))
+    shown = [
+        f"{job.job_id} ({job.state.name}, submitted {_age(now.unix_s - job.created_s)} ago)"
+        for job in newest_first[:MAX_NAMESAKES]
+    ]
+    older = f", and {len(named) - len(shown)} older ones" if len(named) > len(shown) else ""
+    return f"give one of their ids: {', '.join(shown)}{older}"
+
+
+def _age(seconds: float) -> str:
+    """In its largest unit alone: enough to tell two jobs apart."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= size:
+            return f"{seconds // size:.0f}{unit}"
+    return f"{max(0.0, seconds):.0f}s"

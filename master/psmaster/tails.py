@@ -27,7 +27,7 @@ async def wait(news: asyncio.Event, seconds: float | None) -> None:
 
 async def logs(core: Core, request: jobs_pb2.ReadLogsRequest) -> AsyncIterator[jobs_pb2.LogRecord]:
     """A job's output, oldest first; with `follow`, on until the job has ended. Raises NotFoundError."""
-    job_id = find(core.state.jobs, request.job).job_id
+    job_id = find(core.state.jobs, request.job, core.now()).job_id
     reader = LogReader(core.archive.logs_directory(job_id), request.kind, request.rank)
     first, lingered = True, False
     while True:
@@ -57,7 +57,7 @@ async def metrics(core: Core, request: jobs_pb2.ReadMetricsRequest) -> AsyncIter
     """The lines of a job's metrics.jsonl above a step; with `follow`, on until the job has ended. Raises NotFoundError.
 
     Steps that a rollback takes back are told again only if they come out in a new file line."""
-    job_id = find(core.state.jobs, request.job).job_id
+    job_id = find(core.state.jobs, request.job, core.now()).job_id
     tail = MetricsTail(core.archive.directory(job_id) / FILE_NAME, request.from_step)
     while True:
         news, job = core.news, core.job(job_id)

@@ -201,18 +201,18 @@ class Turn:
 
     def stop(self, name: str) -> str:
         """Ask a job to stop; its id. NotFoundError, StateError (it has ended otherwise)."""
-        job = find(self.jobs, name)
+        job = find(self.jobs, name, self.now)
         return self._asked(*transitions.ask_stop(job, self.now))
 
     def resume(self, name: str) -> str:
         """Queue an ended job again; its id. NotFoundError, StateError (it succeeded)."""
-        job = find(self.jobs, name)
+        job = find(self.jobs, name, self.now)
         has_snapshot = self.catalogues[job.job_id].newest() is not None
         return self._asked(*transitions.resume(job, has_snapshot, self.now))
 
     def delete(self, name: str) -> Job:
         """Forget an ended job; what it was. NotFoundError, StateError (it has not ended)."""
-        job = find(self.jobs, name)
+        job = find(self.jobs, name, self.now)
         if not job.state.ended:
             raise StateError(f"job {job.job_id} is {job.state}", action=f"stop it first: psctl stop {job.job_id}")
         del self.jobs[job.job_id], self.catalogues[job.job_id]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from pscluster.cli.formatting import parse_duration
 from pscluster.cli.session import Session, Verb, answer, pass_session, say
 from pscluster.errors import SettingsError
+
+if TYPE_CHECKING:
+    from pscluster.client import Cluster
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -81,7 +84,7 @@ def resume(session: Session, job: str, follow: bool) -> None:
         if follow:
             from pscluster.cli.following import follow_to_end
 
-            follow_to_end(cluster, found.job_id)
+            follow_to_end(cluster, found.job_id, session.located())
     if not follow:
         say(f"{found.job_id} is {found.state}; follow it with: psctl follow {found.job_id}")
 
@@ -110,22 +113,36 @@ def drain(session: Session, node: str, undo: bool, no_wait: bool, timeout: float
     """
     with session.connect() as cluster:
         if undo:
-            answer(cluster.undrain(node).node_id)
-            return
-        asked = cluster.drain(node)
-        if no_wait:
+            say(_undone(cluster, node))
+        elif no_wait:
+            cluster.drain(node)
             say(f"{node} drains; see `psctl nodes`")
         else:
-            told: tuple[str, ...] = ()
-            for found in cluster.drained(asked, timeout):
-                for line in found.waits_for:
-                    if line not in told:
-                        say(f"waits: {line}")
-                told = found.waits_for
-                if not found.incarnation:
-                    say(f"{node} is not in the cluster now, and holds nothing of any job")
+            _empty(cluster, node, timeout)
             say(f"{node} is drained; to use it again: psctl drain {node} --undo")
     answer(node)
+
+
+def _undone(cluster: Cluster, node: str) -> str:
+    """End a drain; what that changed, in words."""
+    listed = {found.node_id: found for found in cluster.nodes()}
+    after = cluster.undrain(node)
+    # The master knows a node that it does not list by its drain alone.
+    if node in listed and listed[node].drain is None:
+        return f"{node} was not drained"
+    return f"{node} takes processes again" + ("" if after.incarnation else ", once it is back")
+
+
+def _empty(cluster: Cluster, node: str, timeout_s: float | None) -> None:
+    """Drain a node and block until it is empty, saying what is waited for whenever that changes."""
+    told: tuple[str, ...] = ()
+    for found in cluster.drained(cluster.drain(node), timeout_s):
+        for line in found.waits_for:
+            if line not in told:
+                say(f"waits: {line}")
+        told = found.waits_for
+        if not found.incarnation:
+            say(f"{node} is not in the cluster now, and holds nothing of any job")
 
 
 COMMANDS = (wait, stop, resume, delete, drain)

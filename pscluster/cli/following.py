@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
     from pscluster.client import Cluster, Job
     from pscluster.errors import UnreachableError
+    from pscluster.settings import LocatedCluster
+
+PATIENCE_S = 600.0
+"""For so long a master may be away."""
 
 _BAR_WIDTH = 28
 _NARROWEST = 4  # a bar below that says nothing
@@ -34,8 +38,8 @@ class View(Protocol):
     def update(self, job: Job) -> None:
         """Show the job as it is now."""
 
-    def note(self, text: str) -> None:
-        """Show a passing remark, or none."""
+    def note(self, text: str, since: str = "") -> None:
+        """Show a passing remark, or none. `since`: for how long it has been true; another one makes no new remark."""
 
 
 class PlainView:
@@ -58,8 +62,8 @@ class PlainView:
         if job.step and not job.ended and self._pace.lets(job.step, time.monotonic()):
             say(progress_line(job))
 
-    def note(self, text: str) -> None:
-        if text and not self._note:
+    def note(self, text: str, since: str = "") -> None:  # noqa: ARG002 - a line that stays would be out of date
+        if text and text != self._note:
             say(text)
         self._note = text
 
@@ -105,8 +109,8 @@ class BarView:
             line=_literal(self._shown),
         )
 
-    def note(self, text: str) -> None:
-        self.progress.update(self._task, line=_literal(text or self._shown))
+    def note(self, text: str, since: str = "") -> None:
+        self.progress.update(self._task, line=_literal((text and f"{text} ({since})") or self._shown))
 
 
 def bar_text(job: Job, room: int) -> str:
@@ -126,17 +130,18 @@ def _literal(text: str) -> str:
     return escape(text)
 
 
-def follow(cluster: Cluster, job_id: str, view: View) -> Job:
+def follow(cluster: Cluster, job_id: str, view: View, located: LocatedCluster) -> Job:
     """Show a job until it has ended; returns it as it ended. Blocks; a master that is away is waited for."""
     from pscluster.client import Tether
 
     def away(_error: UnreachableError, seconds: float) -> None:
-        view.note(f"the master does not answer (for {seconds:.0f} s); the job goes on without it")
+        view.note(absence(located, PATIENCE_S), f"{seconds:.0f} s")
 
     narrator = Narrator()
     job: Job | None = None
     with view:
-        for job in cluster.watch(job_id, Tether(on_absence=away, on_return=lambda: view.note(""))):
+        tether = Tether(patience_s=PATIENCE_S, on_absence=away, on_return=lambda: view.note(""))
+        for job in cluster.watch(job_id, tether):
             for line in narrator.news(job, time.time()):
                 view.say(line)
             view.update(job)
@@ -145,20 +150,33 @@ def follow(cluster: Cluster, job_id: str, view: View) -> Job:
     return job
 
 
-def follow_to_end(cluster: Cluster, job_id: str) -> None:
+def absence(located: LocatedCluster, patience_s: float) -> str:
+    """What is known of a master that does not answer. `psctl down` ends the job's processes too, and removes the record
+    of them; without it, or elsewhere, nobody here knows whether the job goes on."""
+    from pscluster.cli.local.record import record_path
+
+    waits = f"waits up to {patience_s / 60:.0f} min"
+    if located.local and not record_path(located.state_dir).exists():
+        return f"the cluster was taken down; {waits} for the next psctl up, Ctrl-C detaches"
+    return f"the master does not answer; {waits} for it, Ctrl-C detaches"
+
+
+def follow_to_end(cluster: Cluster, job_id: str, located: LocatedCluster, *, tied: bool = False) -> None:
     """Follow a job and end as it does: returns when it succeeded, else raises JobFailedError or JobStoppedError.
 
-    Ctrl-C detaches: says so and exits 130; the job goes on.
+    Ctrl-C detaches: says so and exits 130; the job goes on. One that is `tied` to the caller goes on or not as that
+    one says, and psctl says nothing.
     """
     from pscluster.client import end_error
 
     view: View = BarView() if stderr_is_terminal() else PlainView()
     try:
-        job = follow(cluster, job_id, view)
+        job = follow(cluster, job_id, view, located)
     except KeyboardInterrupt:
-        say(f"detached; {job_id} goes on")
-        say(f"  psctl follow {job_id}   attach again")
-        say(f"  psctl stop {job_id}     stop it")
+        if not tied:
+            say(f"detached; {job_id} goes on")
+            say(f"  psctl follow {job_id}   attach again")
+            say(f"  psctl stop {job_id}     stop it")
         raise click.exceptions.Exit(INTERRUPTED) from None
     say(ending_line(job))
     error = end_error(job)

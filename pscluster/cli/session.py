@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from pscluster.cli import formatting as fmt
-from pscluster.errors import InternalError, PsError
-from pscluster.settings import ClientSettings, LocatedCluster, Resolved, resolve_with_origins
+from pscluster.errors import InternalError, PsError, UnreachableError
+from pscluster.settings import ClientSettings, LocatedCluster, Origin, Resolved, resolve_with_origins
 
 if TYPE_CHECKING:
     from pscluster.client import Cluster
@@ -49,6 +49,10 @@ class Session:
     def located(self) -> LocatedCluster:
         """The cluster that is meant."""
         return self.resolved().settings.located(os.environ)
+
+    def address_given(self) -> str:
+        """Who named another cluster than the local one, and how to be rid of it; empty if nobody did."""
+        return _given(self.resolved().origins["address"])
 
     def connect(self) -> Cluster:
         """A connection to it; the caller closes it. Raises UnreachableError, AuthError, VersionSkewError."""
@@ -94,7 +98,7 @@ class Psctl(click.Group):
         try:
             return super().invoke(ctx)
         except PsError as error:
-            report(error)
+            report(_advised(error, ctx.ensure_object(Session)))
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
@@ -122,6 +126,27 @@ def report(error: PsError) -> None:
         click.echo(f"{click.style('at:', fg='red')} {fmt.one_line(frame)}", err=True)
     if error.action:
         click.echo(f"{click.style('hint:', fg='cyan')} {error.action}", err=True)
+
+
+def _advised(error: PsError, session: Session) -> PsError:
+    """The error; one that says to start a local cluster says instead why psctl looks elsewhere, if it does."""
+    if isinstance(error, UnreachableError) and error.action == UnreachableError.default_action:
+        resolved = session.resolved()
+        given = _given(resolved.origins["address"])
+        if given:
+            error.action = f"see that a master listens at {resolved.settings.address} ({given})"
+    return error
+
+
+def _given(origin: Origin) -> str:
+    match origin.kind:
+        case "environment":
+            return f"{origin.name} is set: unset it for the local cluster"
+        case "file":
+            return f"{origin.name} names it: take `address` out for the local cluster"
+        case "flag":
+            return f"{origin.name} names it: leave it out for the local cluster"
+    return ""
 
 
 def say(text: str) -> None:

@@ -106,7 +106,9 @@ def health(session: Session, form: str) -> None:
         answer("healthy")
     if not found.healthy:
         raise UnhealthyError(
-            "; ".join(found.problems) or "the master calls the cluster unhealthy", action="see `psctl nodes`"
+            "; ".join(found.problems) or "the master calls the cluster unhealthy",
+            action="see `psctl nodes`; start the daemon of a dead node again (`psctl up` on this machine), "
+            "or `psctl drain NODE` if it is gone for good",
         )
 
 

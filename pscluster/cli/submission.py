@@ -35,6 +35,7 @@ _SPEC_NAMES = ("spec.yaml", "spec.yml", "spec.toml")
     default="text",
     help="form of --dry-run's answer",
 )
+@click.option("--tied", is_flag=True, envvar="PS_TIED", hidden=True)  # the caller ends the cluster on Ctrl-C
 @pass_session
 def submit(
     session: Session,
@@ -46,6 +47,7 @@ def submit(
     timeout: float | None,
     dry_run: bool,
     form: str,
+    tied: bool,
 ) -> None:
     """Submit the job that SPEC describes (a YAML or TOML file, or a directory with a spec.yaml).
 
@@ -62,7 +64,7 @@ def submit(
         if follow:
             from pscluster.cli.following import follow_to_end
 
-            follow_to_end(cluster, job_id)
+            follow_to_end(cluster, job_id, session.located(), tied=tied)
         elif wait:
             cluster.wait(job_id, "succeeded", timeout)
     if not follow and not wait:
@@ -93,7 +95,7 @@ def follow_job(session: Session, job: str) -> None:
 
     with session.connect() as cluster:
         found = cluster.job(job)
-        follow_to_end(cluster, found.job_id)
+        follow_to_end(cluster, found.job_id, session.located())
 
 
 def prepare(path: Path, overrides: tuple[str, ...], name: str | None) -> tuple[JobSpec, Bundle | None]:

@@ -42,8 +42,20 @@ def up(session: Session, workers: int | None, servers: int | None, foreground: b
 def down(session: Session) -> None:
     """End the local cluster. Its jobs' state stays: after the next `psctl up` unfinished ones go on."""
     cluster = _local(session)
+    if not _end(cluster):
+        say(f"no cluster runs with state directory {cluster.state_dir}")
+
+
+def _end(cluster: LocalCluster) -> bool:
+    """Take the cluster down and say so, and which jobs that leaves unfinished; whether there was one."""
+    from pscluster.cli.local.unfinished import left_by_down
+
+    left = left_by_down(cluster.located)
     ran = cluster.down()
-    say("the cluster is down" if ran else f"no cluster runs with state directory {cluster.state_dir}")
+    if ran:
+        for line in ("the cluster is down", *left):
+            say(line)
+    return ran
 
 
 def _local(session: Session) -> LocalCluster:
@@ -51,14 +63,13 @@ def _local(session: Session) -> LocalCluster:
 
     located = session.located()
     if not located.local:
-        raise SettingsError(
-            f"{located.address} is not a local cluster", action="choose one with --state-dir, without --address"
-        )
+        raise SettingsError(f"{located.address} is not a local cluster", action=session.address_given())
     return LocalCluster(located=located, say=say)
 
 
 def _tell(cluster: LocalCluster, fresh: bool) -> None:
     from pscluster.cli.local.commands import count_of
+    from pscluster.cli.local.unfinished import taken_up
 
     names = [daemon.name for daemon in cluster.running]
     workers, servers = count_of(names, "worker"), count_of(names, "server")
@@ -66,6 +77,8 @@ def _tell(cluster: LocalCluster, fresh: bool) -> None:
         f"the cluster {'is up' if fresh else 'was up already'}: {workers} worker{'s' * (workers != 1)}, "
         f"{servers} server{'s' * (servers != 1)}, state in {cluster.state_dir}"
     )
+    for line in taken_up(cluster.located, cluster.all_started) if cluster.master_started else ():
+        say(line)
     if fresh:
         say("  psctl submit SPEC --follow   train something (psctl init DIR writes an example)")
         say("  psctl down                   end it")
@@ -83,7 +96,7 @@ def _stay(cluster: LocalCluster, fresh: bool) -> None:
     except KeyboardInterrupt:
         say("ending the cluster")
     finally:
-        cluster.down()
+        _end(cluster)
 
 
 COMMANDS = (up, down)

@@ -77,22 +77,24 @@ class Cluster:
         return cls.connect_to(located, token)
 
     @classmethod
-    def connect_to(cls, located: LocatedCluster, token: str | None = None) -> Cluster:
-        """The same for settings already resolved."""
+    def connect_to(
+        cls, located: LocatedCluster, token: str | None = None, *, deadline_s: float = _CONNECT_DEADLINE_S
+    ) -> Cluster:
+        """The same for settings already resolved, up to `deadline_s`."""
         if located.local and not Path(located.address.removeprefix("unix:")).exists():
             raise UnreachableError(f"no cluster runs with state directory {located.state_dir}")
         known = token or rpc.read_token(located.token_file)
         cluster = cls(rpc.open_channel(located.address, known), known)
         try:
-            cluster._check_protocol(located)
+            cluster._check_protocol(located, deadline_s)
         except PsError:
             cluster.close()
             raise
         return cluster
 
-    def _check_protocol(self, located: LocatedCluster) -> None:
+    def _check_protocol(self, located: LocatedCluster, deadline_s: float) -> None:
         try:
-            health = self.health(deadline_s=_CONNECT_DEADLINE_S)
+            health = self.health(deadline_s)
         except UnreachableError as error:
             if not located.local:
                 raise
@@ -152,9 +154,9 @@ class Cluster:
         """One job as it is now, with its plan."""
         return decode.job_of(calls.unary(self._jobs.Get, jobs_pb2.GetRequest(job=job)))
 
-    def jobs(self) -> list[Job]:
+    def jobs(self, deadline_s: float = rpc.DEADLINE_S) -> list[Job]:
         """All jobs, newest first, without plans and events."""
-        return [decode.job_of(m) for m in calls.unary(self._jobs.List, jobs_pb2.ListRequest()).jobs]
+        return [decode.job_of(m) for m in calls.unary(self._jobs.List, jobs_pb2.ListRequest(), deadline_s).jobs]
 
     def watch(self, job: str, tether: Tether | None = None, timeout_s: float | None = None) -> Iterator[Job]:
         """The job now, then after each change, until it has ended or `timeout_s` has passed. Blocks in

@@ -38,7 +38,8 @@ def wait_drained(
         if monotonic() >= deadline:
             why = "; ".join(shown.waits_for)
             raise WaitTimeoutError(
-                f"{shown.node_id} is not drained within {timeout_s:g} s" + (f": {why}" if why else "")
+                f"{shown.node_id} is not drained within {timeout_s:g} s" + (f": {why}" if why else ""),
+                action=f"it still drains; `psctl drain {shown.node_id} --undo` ends that",
             )
         sleep(POLL_S)
         try:

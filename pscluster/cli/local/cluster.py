@@ -41,6 +41,16 @@ class LocalCluster:
     def state_dir(self) -> Path:
         return self.located.state_dir
 
+    @property
+    def master_started(self) -> bool:
+        """Whether this object's `up` started the master."""
+        return any(daemon.role == "master" for daemon in self._started)
+
+    @property
+    def all_started(self) -> bool:
+        """Whether it started everything that runs."""
+        return {daemon.name for daemon in self._started} == {daemon.name for daemon in self.running}
+
     def log_of(self, name: str) -> Path:
         """The file with a daemon's output."""
         return self.state_dir / "logs" / f"{name}.log"

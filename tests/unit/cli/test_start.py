@@ -85,6 +85,29 @@ def test_no_cluster_exits_3(run_alone: Psctl, tmp_path: Path) -> None:
     ]
 
 
+def test_an_address_that_nobody_answers_says_who_gave_it(
+    run_alone: Psctl, serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not to start a local cluster, which `psctl up` would then refuse."""
+    serving.stop()
+    address = serving.address
+    config = tmp_path / "config.toml"
+    config.write_text(f'address = "{address}"\n')
+    monkeypatch.setenv("PS_TOKEN_FILE", str(serving.token_file))
+
+    def hints(*arguments: str) -> list[str]:
+        told = [run_alone(*arguments, verb).stderr.splitlines()[-1] for verb in ("list", "up", "down")]
+        assert told[0].startswith(f"hint: see that a master listens at {address} (")
+        assert told[1] == told[2]
+        return [told[0].partition("(")[2].rstrip(")"), told[1].removeprefix("hint: ")]
+
+    assert hints("--address", address) == ["--address names it: leave it out for the local cluster"] * 2
+    monkeypatch.setenv("PS_CONFIG", str(config))
+    assert hints() == [f"{config} names it: take `address` out for the local cluster"] * 2
+    monkeypatch.setenv("PS_ADDRESS", address)
+    assert hints() == ["PS_ADDRESS is set: unset it for the local cluster"] * 2
+
+
 def test_a_wrong_token_exits_4(run_alone: Psctl, serving: Serving, tmp_path: Path) -> None:
     (tmp_path / "wrong").write_text("wrong")
     (tmp_path / "wrong").chmod(0o600)

@@ -16,7 +16,10 @@ import yaml
 
 from pscluster.bundle import extract
 from pscluster.cli.arithmetic import reckon
+from pscluster.cli.following import PlainView, absence
+from pscluster.cli.local import record
 from pscluster.errors import UnreachableError
+from pscluster.settings import ClientSettings
 from pscluster.spec import parse_spec
 from pscluster.v1 import jobs_pb2, plan_pb2
 from tests.unit.cli.conftest import Psctl
@@ -264,16 +267,31 @@ def test_follow_goes_on_while_the_master_is_away(run: Psctl, fake: FakeMaster) -
     fake.watches = [breaks, lambda: iter([ended_message()])]
     result = run("follow", "lm")
     assert result.exit_code == 0
-    assert "the master does not answer" in result.stderr
+    assert "the master does not answer; waits up to 10 min for it, Ctrl-C detaches\n" in result.stderr
     assert result.stderr.splitlines()[-1].startswith("lm-abc123 SUCCEEDED")
 
 
-def follow_in_a_process(serving: Serving) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "pscluster.cli", *serving.arguments, "follow", "lm"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def test_a_follower_knows_that_the_local_cluster_was_taken_down(serving: Serving, tmp_path: Path) -> None:
+    elsewhere = ClientSettings(address=serving.address).located({})
+    local = ClientSettings(state_dir=tmp_path).located({})
+    record.save(tmp_path, local.address, ())
+    assert absence(local, 600.0) == absence(elsewhere, 600.0)
+    record.record_path(tmp_path).unlink()
+    assert absence(local, 600.0) == (
+        "the cluster was taken down; waits up to 10 min for the next psctl up, Ctrl-C detaches"
+    )
+    assert absence(elsewhere, 600.0).startswith("the master does not answer")
 
 
-def test_ctrl_c_detaches_says_so_and_exits_130(serving: Serving) -> None:
+def test_a_remark_is_a_line_only_when_it_is_a_new_one(capsys: pytest.CaptureFixture[str]) -> None:
+    view = PlainView()
+    for text, since in (("away", "0 s"), ("away", "5 s"), ("down", "9 s"), ("", ""), ("down", "0 s")):
+        view.note(text, since)
+    assert capsys.readouterr().err == "away\ndown\ndown\n"
+
+
+def interrupted(serving: Serving, *arguments: str) -> tuple[int, bytes, bytes]:
+    """psctl's exit status, first line and rest of stderr, when Ctrl-C comes while it follows a job."""
     hold, watched = threading.Event(), threading.Event()
 
     def endless() -> Iterator[jobs_pb2.Job]:
@@ -283,7 +301,8 @@ def test_ctrl_c_detaches_says_so_and_exits_130(serving: Serving) -> None:
 
     serving.fake.jobs["x"] = job_message()
     serving.fake.watches = [endless]
-    with follow_in_a_process(serving) as process:
+    command = [sys.executable, "-m", "pscluster.cli", *serving.arguments, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
             assert process.stderr is not None
             assert watched.wait(30)
@@ -293,11 +312,27 @@ def test_ctrl_c_detaches_says_so_and_exits_130(serving: Serving) -> None:
         finally:
             hold.set()
             process.kill()
-    assert process.returncode == 130
+    return process.returncode, first, rest
+
+
+def test_ctrl_c_detaches_says_so_and_exits_130(serving: Serving) -> None:
+    status, first, rest = interrupted(serving, "follow", "lm")
+    assert status == 130
     assert b"RUNNING" in first
     assert b"detached; lm-abc123 goes on" in rest
     assert b"psctl stop lm-abc123" in rest
     assert b"Traceback" not in rest
+
+
+def test_ctrl_c_says_nothing_where_the_caller_ends_the_cluster(
+    serving: Serving, spec: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PS_TIED", "1")
+    status, first, rest = interrupted(serving, "submit", str(spec), "--follow")
+    assert status == 130
+    assert b"RUNNING" in first
+    assert b"detached" not in rest
+    assert b"psctl" not in rest
 
 
 def test_on_a_terminal_the_bar_goes_to_stderr_and_the_news_above_it(serving: Serving) -> None:

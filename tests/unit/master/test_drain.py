@@ -366,3 +366,17 @@ def test_when_all_leave_the_job_waits_and_does_not_fail(site: Site) -> None:
     site.ready()
     assert site.shards() == {"worker-5": 8}
     assert all(seat.kind is Kind.TRAINER for seat in site.job().trainers)
+
+
+def test_a_dead_node_is_a_problem_until_it_is_drained(site: Site) -> None:
+    def problems() -> list[str]:
+        return drain.problems(site.state, site.now, site.limits.suspicion_s)
+
+    assert problems() == []
+    site.join("worker-2")
+    site.wait(20, silent=frozenset({"worker-2"}))
+    assert problems() == ["node worker-2 is dead"]
+    site.drain("worker-2")
+    assert problems() == []
+    site.undrain("worker-2")
+    assert problems() == ["node worker-2 is dead"]

@@ -404,13 +404,25 @@ def test_submitting_twice_with_one_request_is_one_job(world: World) -> None:
 
 def test_a_job_goes_by_id_or_by_a_name_that_is_its_own(world: World) -> None:
     world.submit("job-aaaaaa")
-    assert find(world.state.jobs, "job").job_id == "job-aaaaaa"
+    assert find(world.state.jobs, "job", world.now).job_id == "job-aaaaaa"
     world.submit("job-bbbbbb")
-    assert find(world.state.jobs, "job-bbbbbb").job_id == "job-bbbbbb"
+    assert find(world.state.jobs, "job-bbbbbb", world.now).job_id == "job-bbbbbb"
     with pytest.raises(NotFoundError, match="2 jobs are called"):
-        find(world.state.jobs, "job")
+        find(world.state.jobs, "job", world.now)
     with pytest.raises(NotFoundError):
-        find(world.state.jobs, "nobody")
+        find(world.state.jobs, "nobody", world.now)
+
+
+def test_jobs_of_one_name_are_told_apart_newest_first(world: World) -> None:
+    for age_s in range(10):
+        job = replace(make_job(f"job-{age_s}"), request_id=f"{age_s}", created_s=world.now.unix_s - 60.0 * age_s)
+        world.take(lambda turn, job=job: turn.submit(job))
+    with pytest.raises(NotFoundError) as raised:
+        find(world.state.jobs, "job", world.now)
+    first, second, *_, last = raised.value.action.split(", job-")
+    assert first == "give one of their ids: job-0 (QUEUED, submitted 0s ago)"
+    assert second == "1 (QUEUED, submitted 1m ago)"
+    assert last == "7 (QUEUED, submitted 7m ago), and 2 older ones"
 
 
 def test_only_what_has_ended_is_deleted(world: World) -> None:
