@@ -226,7 +226,7 @@ def _own_part(spec: ProcessSpec, plan: Plan | None) -> SnapshotPart | None:
     """What a plan has a partition restore, where nodes keep it for themselves; a standby restores nothing.
 
     A copy: plans are overwritten."""
-    if plan is None or plan.partitions[spec.rank].attempt not in (0, spec.attempt):
+    if plan is None or not plan.generation or plan.partitions[spec.rank].attempt not in (0, spec.attempt):
         return None
     for part in plan.restore.parts:
         if part.partition == spec.rank and part.nodes:

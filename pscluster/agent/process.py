@@ -93,11 +93,11 @@ class Process:
     async def run(self) -> None:
         """Fetch, start, wait and tell the exit. Whatever fails becomes an exited status."""
         kills_before = cgroup.oom_kills()
-        problem: PsError | OSError | ValueError | None = None
+        problem: PsError | None = None
         try:
             self._child = await self._started()
-        except (PsError, OSError, ValueError) as error:
-            problem = error
+        except Exception as error:  # whatever it is: nobody else would tell what became of this process
+            problem = _named(error)
         if self._child is None:
             self._conclude(self._not_started(problem))
         else:
@@ -258,17 +258,13 @@ class Process:
 
     # End.
 
-    def _not_started(self, error: PsError | OSError | ValueError | None) -> ProcessStatus:
+    def _not_started(self, error: PsError | None) -> ProcessStatus:
         status = ProcessStatus(
             process_id=self.spec.process_id,
             phase=ProcessStatus.PHASE_EXITED,
             exit_code=NOT_STARTED,
             expected=self._ending,
         )
-        if isinstance(error, OSError):
-            error = StorageError(f"cannot start a process: {error}")
-        if isinstance(error, ValueError):
-            error = InternalError(f"cannot start a process from its spec: {error}")
         if error is not None:
             status.error.CopyFrom(detail_of(error))
         return status
@@ -321,6 +317,15 @@ def _workers(spec: ProcessSpec) -> Mapping[str, Any]:
         return {}
     section: Mapping[str, Any] = json.loads(spec.spec_json).get("workers", {})
     return section
+
+
+def _named(error: Exception) -> PsError:
+    """Why a process could not be started."""
+    if isinstance(error, PsError):
+        return error
+    if isinstance(error, OSError):
+        return StorageError(f"cannot start a process: {error}")
+    return InternalError(f"cannot start a process: {error!r}")
 
 
 def _cause(status: ProcessStatus) -> str:

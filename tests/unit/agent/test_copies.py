@@ -102,7 +102,7 @@ def spec(store: object = None) -> ProcessSpec:
 def plan(part: SnapshotPart, generation: int = 2, **fields: Any) -> Plan:
     seats = fields.pop("partitions", [PartitionSeat(attempt=1)])
     restore = RestorePoint(step=part.step, parts=[part])
-    return Plan(restore_generation=generation, restore=restore, partitions=seats, **fields)
+    return Plan(generation=generation, restore_generation=generation, restore=restore, partitions=seats, **fields)
 
 
 async def copied(held: Copies, settled: ProcessSpec, part: SnapshotPart, newest: Plan | None = None) -> ProcessReport:
@@ -261,6 +261,16 @@ def test_nodes_that_are_away_for_an_hour_count_as_lost(tmp_path: Path, monkeypat
                 read_part(tmp_path / "server-0" / "job-a" / part.path)
 
     run(test())
+
+
+def test_who_has_no_plan_yet_needs_no_part(tmp_path: Path) -> None:
+    settled, held = spec(), Copies("server-0", TOKEN, tmp_path)
+    held.settle(settled)
+    run(_nothing_obtained(held, settled))
+
+
+async def _nothing_obtained(held: Copies, settled: ProcessSpec) -> None:
+    assert await held.obtain(settled, lambda: settled.plan, nothing) is None
 
 
 def test_a_standby_needs_no_part(tmp_path: Path) -> None:
