@@ -27,7 +27,7 @@ from pscluster.client import Cluster as Client
 from pscluster.client import Job
 from pscluster.spec import parse_spec
 
-TAIL_STEPS = 30  # after the last fault
+TAIL_STEPS = 60  # after the last fault is due; each strikes later by as much as nobody saw how far the job was
 SETTLE_S = 20.0
 DEADLINE_S = 3600.0
 _EXTRA_FILES = 8  # an idle daemon may hold so many more than before the storm
