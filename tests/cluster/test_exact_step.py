@@ -239,11 +239,12 @@ def test_connections_that_break_again_and_again_change_no_bit(transport: str, lm
         job.reroute = through_proxy
         job.wait_ready()
         job.publish(even_split(NUM_SHARDS, 2))
-        cuts = 0
+        cuts = []
         for step in range(1, 9):
             job.wait_step(step)
-            cuts += sum(proxy.cut() for proxy in proxies.values())
-        assert cuts >= 20  # four pushes, four pulls and a vote each time all were connected
+            cuts.append(sum(proxy.cut() for proxy in proxies.values()))
+        # Nine where all are connected: four pushes, four pulls and a vote. A slow machine has few of them back in time.
+        assert cuts[0] >= 5 and sum(cuts[1:]) >= 5, cuts
         assert job.wait_finished() == lm_digest
     for proxy in proxies.values():
         assert proxy.accepted > 3
