@@ -92,15 +92,12 @@ class DirectoryStore(SnapshotStore):
                 self.delete(name)
 
     def remove(self) -> None:
-        while True:
-            try:
-                shutil.rmtree(self._directory)
-            except FileNotFoundError:
-                if self._directory.exists():
-                    continue  # what vanished is a file that was just being renamed
-            except OSError as error:
-                raise _named(error, f"cannot remove {self._directory}") from None
-            return
+        try:
+            while self._directory.exists():
+                with contextlib.suppress(FileNotFoundError):  # maybe but of a file that was just being renamed
+                    shutil.rmtree(self._directory)
+        except OSError as error:
+            raise _named(error, f"cannot remove {self._directory}") from None
 
     def _entries(self) -> list[os.DirEntry[str]]:
         try:
