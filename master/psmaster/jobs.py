@@ -114,8 +114,9 @@ class Trouble:
 
     @property
     def generation(self) -> int:
-        """Under which that part was to be written."""
-        return int(self.problem.detail("generation") or 0)
+        """Under which that part was to be written; 0 when it was not said in a way that can be read."""
+        told = self.problem.detail("generation")
+        return int(told) if told.isdecimal() and len(told) < 20 else 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

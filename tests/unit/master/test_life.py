@@ -133,6 +133,17 @@ def test_what_could_not_be_written_before_a_rollback_may_be_written_after_it(wor
     assert world.job().state is JobState.SUCCEEDED
 
 
+@pytest.mark.parametrize("generation", ["", "x", "-1", "9" * 5000])
+def test_a_word_of_no_known_generation_is_told_and_nothing_more(world: World, generation: str) -> None:
+    world.running()
+    details = (("generation", generation), ("unwritten", "100"))
+    problem = Problem(code="PS-4002", cause="no space left", details=details)
+    world.report("partition-1", Trouble(step=100, problem=problem))
+    assert "Warning" in world.reasons()
+    world.finish()
+    assert world.job().state is JobState.RUNNING
+
+
 @pytest.mark.parametrize("asked", ["before", "after"])
 def test_who_asks_to_stop_does_not_wait_for_ever_for_a_store(world: World, asked: str) -> None:
     world.running()
