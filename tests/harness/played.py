@@ -197,6 +197,12 @@ class Network:
             found.append(lambda: self.posted.popleft()())
         return found
 
+    def go_on(self, number: int) -> None:
+        """Let so many things happen, each chosen by `number` among those that could."""
+        for turn in range(number):
+            if choices := self.choices():
+                choices[(number + turn) % len(choices)]()
+
     def fire_timers(self) -> None:
         """Run what `call_later` was asked for until now, once."""
         due, self.timers = self.timers, deque()

@@ -10,10 +10,7 @@ from harness.played_standbys import PlayedJob
 def play(job: PlayedJob, event: str, number: int) -> None:
     index = number % job.count
     if event == "deliver":
-        for turn in range(number):
-            choices = job.network.choices()
-            if choices:
-                choices[(number + turn) % len(choices)]()
+        job.network.go_on(number)
     elif event == "adopt":
         job.adopt(number)
     elif event == "push":

@@ -156,10 +156,7 @@ EVENTS = st.lists(
 def play(job: PlayedJob, event: str, number: int) -> None:
     index = number % job.count
     if event == "deliver":
-        for turn in range(number):
-            choices = job.network.choices()
-            if choices:
-                choices[(number + turn) % len(choices)]()
+        job.network.go_on(number)
     elif event == "crash":
         job.crash(index)
     elif event == "cut":

@@ -24,16 +24,6 @@ def to_its_standby(job: PlayedJob, index: int) -> PlayedConnection:
     return line_of(job, job.partition(index).replication._line)
 
 
-def run(job: PlayedJob, steps: int = 1) -> None:
-    """So many steps in which nothing goes wrong; the standbys' acknowledgements included."""
-    for _ in range(steps):
-        job.everybody_adopts()
-        job.settle()
-        for index in range(job.count):
-            job.push(index)
-        job.settle()
-
-
 def versions(job: PlayedJob) -> list[int]:
     return [job.partition(index).version for index in range(job.count)]
 
@@ -58,7 +48,7 @@ def test_a_standby_in_sync_gets_the_sums_that_did_not_reach_it(
 ) -> None:
     """Its partition finds the line broken at any of the sends of a step, with more to be sent after it."""
     job = PlayedJob(2)
-    run(job, 2)
+    job.make_steps(2)
     assert job.master.synced == [True, True]
     to_its_standby(job, index).takes = takes
     for each in range(2):
@@ -132,7 +122,7 @@ def _resumed(job: PlayedJob) -> list[Kind]:
 def test_an_evaluation_finalised_while_the_line_was_down_is_told_over_the_next(moment: str) -> None:
     """After a step more the standby takes over: it is reported again, and counts in what is best."""
     job = PlayedJob(2)
-    run(job, 2)
+    job.make_steps(2)
     lead = job.partition(0)
     if moment == "before it":
         to_its_standby(job, 0).close(None)
@@ -141,7 +131,7 @@ def test_an_evaluation_finalised_while_the_line_was_down_is_told_over_the_next(m
     job.evaluate()
     assert lead.notes.evaluated == 2
     assert _resumed(job) == [Kind.NOTE]
-    run(job)
+    job.make_steps(1)
     job.lose_partition(0)
     job.everybody_adopts()
     job.settle()
@@ -154,7 +144,7 @@ def test_an_evaluation_finalised_while_the_line_was_down_is_told_over_the_next(m
 def test_it_is_told_after_the_verdict_that_made_its_version_and_before_the_sums_of_the_next_step() -> None:
     """What a standby notes is of the version that it has; and no step is voted on before it knows of the evaluation."""
     job = PlayedJob(2)
-    run(job, 2)
+    job.make_steps(2)
     lead, standby = job.partition(0), job.standby(0)
     assert lead.step is not None and standby is not None
     num_sums = len(lead.step.trained) + len(lead.step.averaged) + len(lead.step.carried) + 1

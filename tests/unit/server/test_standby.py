@@ -41,12 +41,7 @@ def job() -> Iterator[PlayedJob]:
 
 def in_sync(job: PlayedJob, steps: int = 1) -> PlayedJob:
     """Run until every standby is in sync and some steps are made."""
-    for _ in range(steps):
-        job.everybody_adopts()
-        job.settle()
-        for index in range(job.count):
-            job.push(index)
-        job.settle()
+    job.make_steps(steps)
     assert job.master.synced == [True] * job.count
     return job
 
