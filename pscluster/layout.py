@@ -164,6 +164,11 @@ class Layout:
 
     def to_json(self) -> bytes:
         """Canonical JSON: equal layouts give equal bytes."""
+        return self._json
+
+    @cached_property
+    def _json(self) -> bytes:
+        """Every snapshot begins with it."""
         tensors = [asdict(tensor) for tensor in self.tensors]
         return json.dumps({"format": 1, "tensors": tensors}, sort_keys=True, separators=(",", ":")).encode()
 
