@@ -72,30 +72,49 @@ def test_what_was_written_last_can_be_written_again(
 
 
 @pytest.fixture
-def writes(monkeypatch: pytest.MonkeyPatch) -> list[memoryview]:
-    """What the file system was given."""
-    seen: list[memoryview] = []
-    plain = os.pwrite
+def writes(monkeypatch: pytest.MonkeyPatch) -> list[list[memoryview]]:
+    """What the file system was given, call by call."""
+    seen: list[list[memoryview]] = []
+    plain = os.pwritev
 
-    def watched(descriptor: int, data: memoryview, at: int) -> int:
-        seen.append(data)
+    def watched(descriptor: int, data: list[memoryview], at: int) -> int:
+        seen.append(list(data))
         return plain(descriptor, data, at)
 
-    monkeypatch.setattr(direct.os, "pwrite", watched)
+    monkeypatch.setattr(direct.os, "pwritev", watched)
     return seen
 
 
-def test_what_lies_on_pages_is_not_copied(tmp_path: Path, writes: list[memoryview]) -> None:
+def as_given(writes: list[list[memoryview]], lies: memoryview) -> list[list[tuple[bool, int]]]:
+    """For each call and each thing in it: whether it is from there where `lies` does, and its bytes."""
+    return [[(data.obj is lies.obj, data.nbytes) for data in call] for call in writes]
+
+
+def test_what_lies_on_pages_is_not_copied(tmp_path: Path, writes: list[list[memoryview]]) -> None:
     data = os.urandom(2 * BLOCK + 5)
     lies = on_a_page(data)
     assert write(tmp_path / "file", [lies]) == data
-    assert [(put.obj is lies.obj, put.nbytes) for put in writes] == [(True, 2 * BLOCK), (False, ALIGNMENT)]
+    assert as_given(writes, lies) == [[(True, 2 * BLOCK)], [(False, ALIGNMENT)]]
 
 
-def test_small_things_share_a_write(tmp_path: Path, writes: list[memoryview]) -> None:
+def test_small_things_go_with_the_large_one_after_them(tmp_path: Path, writes: list[list[memoryview]]) -> None:
     lies = on_a_page(bytes(BLOCK))
     assert write(tmp_path / "file", [b"abc", bytes(ALIGNMENT - 3), on_a_page(b"x" * ALIGNMENT), lies])[-1:] == b"\0"
-    assert [(put.obj is lies.obj, put.nbytes) for put in writes] == [(False, 2 * ALIGNMENT), (True, BLOCK)]
+    assert as_given(writes, lies) == [[(False, 2 * ALIGNMENT), (True, BLOCK)]]
+
+
+@pytest.mark.parametrize("taken", [1, ALIGNMENT, 2 * ALIGNMENT, 2 * ALIGNMENT + 5, 3 * BLOCK])
+def test_a_disk_may_take_less_than_it_was_given(taken: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def some(descriptor: int, data: list[memoryview], at: int) -> int:
+        calls.append(at)
+        return os.pwrite(descriptor, b"".join(data)[:taken] if len(calls) < 50 else b"".join(data), at)
+
+    monkeypatch.setattr(direct.os, "pwritev", some)
+    parts = [os.urandom(2 * ALIGNMENT), on_a_page(os.urandom(2 * BLOCK)), os.urandom(7)]
+    assert write(tmp_path / "file", parts) == b"".join(parts)
+    assert len(calls) > 1
 
 
 @pytest.mark.parametrize("where", ["open", "write"])
@@ -103,7 +122,7 @@ def test_a_file_system_that_does_not_take_it_gets_ordinary_writes(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused: list[int] = []
-    plain_open, plain_write = os.open, os.pwrite
+    plain_open, plain_write = os.open, os.pwritev
 
     def opens(path: Path, flags: int, mode: int) -> int:
         if where == "open" and flags & os.O_DIRECT:
@@ -111,24 +130,24 @@ def test_a_file_system_that_does_not_take_it_gets_ordinary_writes(
             raise OSError(errno.EINVAL, "no such writes here")
         return plain_open(path, flags, mode)
 
-    def writes(descriptor: int, data: memoryview, at: int) -> int:
+    def writes(descriptor: int, data: list[memoryview], at: int) -> int:
         if where == "write" and not refused:
             refused.append(descriptor)
             raise OSError(errno.EINVAL, "another alignment, please")
         return plain_write(descriptor, data, at)
 
     monkeypatch.setattr(direct.os, "open", opens)
-    monkeypatch.setattr(direct.os, "pwrite", writes)
+    monkeypatch.setattr(direct.os, "pwritev", writes)
     data = os.urandom(BLOCK + 5)
     assert write(tmp_path / "file", [data]) == data
     assert len(refused) == 1
 
 
 def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def writes(_descriptor: int, _data: memoryview, _at: int) -> int:
+    def writes(_descriptor: int, _data: list[memoryview], _at: int) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(direct.os, "pwrite", writes)
+    monkeypatch.setattr(direct.os, "pwritev", writes)
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path / "file", [b"x"])
 
