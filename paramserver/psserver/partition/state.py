@@ -51,9 +51,12 @@ class PartitionState:
         values = [
             p if p.dtype == _dtype(k, "fp32") else _zeros(p.numel()) for p, k in zip(published, kinds, strict=True)
         ]
+        counts = [num_moments if k == "trained" else 0 for k in kinds]
+        offsets, size = page_offsets(s.size_bytes for s, count in zip(spans, counts, strict=True) for _ in range(count))
+        memory, places = private_memory(size), iter(offsets)  # of all: few large pages are filled by half
         moments = [
-            [_zeros(s.num_words) for _ in range(num_moments if k == "trained" else 0)]
-            for s, k in zip(spans, kinds, strict=True)
+            [_zeros(s.num_words, memory[next(places) :]) for _ in range(count)]
+            for s, count in zip(spans, counts, strict=True)
         ]
         return cls(
             layout=layout, spans=spans, segment=segment, published=published, values=values, moments=moments,
@@ -157,10 +160,13 @@ class PartitionState:
         return sizes
 
 
-def _zeros(num_words: int) -> torch.Tensor:
-    """In private memory that begins with a page."""
-    memory = private_memory(num_words * WORD_BYTES)
-    return torch.frombuffer(memory, dtype=torch.float32).zero_() if num_words else torch.zeros(0)
+def _zeros(num_words: int, memory: memoryview | None = None) -> torch.Tensor:
+    """At the start of the memory; without one, in private memory that begins with a page."""
+    if not num_words:
+        return torch.zeros(0)
+    if memory is None:
+        memory = private_memory(num_words * WORD_BYTES)
+    return torch.frombuffer(memory, dtype=torch.float32, count=num_words).zero_()
 
 
 def _dtype(kind: Kind, codec: Codec) -> torch.dtype:

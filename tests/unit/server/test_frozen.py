@@ -175,19 +175,19 @@ def test_a_file_is_of_one_version_whatever_the_disk_is_at_work_on(
         place[:] = before[key]
     held = made(memory)
     writes: list[int] = []
-    plain = os.pwrite
+    plain = os.pwritev
 
-    def pwrite(descriptor: int, data: memoryview, at: int) -> int:
+    def pwritev(descriptor: int, data: list[memoryview], at: int) -> int:
         writes.append(at)
         if len(writes) - 1 != struck:
             return plain(descriptor, data, at)
-        written = plain(descriptor, data[: len(data) // 2], at)
+        written = plain(descriptor, [*data[:-1], data[-1][: len(data[-1]) // 2]], at)
         held.preserve_all()
         for place in memory.values():
             place[:] = bytes(len(place))
         return written
 
-    monkeypatch.setattr(direct.os, "pwrite", pwrite)
+    monkeypatch.setattr(direct.os, "pwritev", pwritev)
     layout = Layout((TensorSpec(names=("w",), shape=(5,), dtype="float32", kind="trained"),))
     meta = PartMeta(job="job-a", step=1, generation=1, partition=0, num_partitions=1, ages=(1,))
     write_part(tmp_path / "part", meta, layout, held)  # with checksums, which are compared when it is read
@@ -201,3 +201,6 @@ def test_private_memory_is_fresh_and_of_that_size(size: int) -> None:
     memory = private_memory(size)
     assert memory.nbytes == size and not any(memory[:100])
     memory[:] = bytes(size)
+    if size:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        assert address % (4096 if size < 2 << 20 else 2 << 20) == 0
