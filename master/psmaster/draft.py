@@ -50,8 +50,9 @@ class Draft:
         self.cut_to: int | None = None
 
     def update(self, **fields: Any) -> None:
-        """Change fields of the job."""
-        self.job = replace(self.job, **fields)
+        """Change fields of the job, if they are not so already: a job has many, and most turns change none."""
+        if any(getattr(self.job, name) != value for name, value in fields.items()):
+            self.job = replace(self.job, **fields)
 
     def say(self, reason: str, message: str, *, warning: bool = False) -> None:
         """Tell people something."""
