@@ -93,14 +93,15 @@ def part_name(step: int, partition: int, generation: int) -> str:
 
 
 def write_part(
-    location: Location, meta: PartMeta, layout: Layout, pieces: Pieces | Mapping[PieceKey, Buffer]
+    location: Location, meta: PartMeta, layout: Layout, pieces: Pieces | Mapping[PieceKey, Buffer], room: str = ""
 ) -> Written:
-    """Write a part durably. Blocks on the store. Raises StorageError, and then leaves nothing behind."""
+    """Write a part durably. `room`: what was set aside in its store, used up on return. Blocks on the store. Raises
+    StorageError, and then leaves nothing behind."""
     source = Held(pieces) if isinstance(pieces, Mapping) else pieces
     sizes = source.sizes()
     store, name = split(location)
     content = _Content(_head(meta, layout, sizes), source)
-    return store.write(name, content, size_bytes=content.size_bytes, checksum=content.checksum)
+    return store.write(name, content, size_bytes=content.size_bytes, checksum=content.checksum, room=room)
 
 
 def _head(meta: PartMeta, layout: Layout, sizes: Mapping[PieceKey, int]) -> bytes:

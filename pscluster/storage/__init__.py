@@ -60,8 +60,10 @@ class SnapshotStore(ABC):
         *,
         size_bytes: int | None = None,
         checksum: Callable[[], int] | None = None,
+        room: str = "",
     ) -> Written:
-        """Make a file of the buffers, one after the other. On return it is durable and replaces an older one.
+        """Make a file of the buffers, one after the other. On return it is durable and replaces an older one. `room`:
+        what `set_aside` gave; on return it is used up, and to give it again does no harm.
 
         Each buffer is done with when the next is asked for; those that are `Live` need `size_bytes` and `checksum`.
         `size_bytes`: of all of them; None: they are a sequence. `checksum`: tells the CRC-32C of them all, once the
@@ -84,9 +86,16 @@ class SnapshotStore(ABC):
     def delete(self, name: str) -> None:
         """Safe to repeat."""
 
+    def set_aside(self, name: str) -> str:
+        """Delete a file and keep its room for a `write`; what to give that; empty: nothing is kept.
+
+        `sweep` gives the room back. Who reads the file as it is deleted fares no worse than with `delete`."""
+        self.delete(name)
+        return ""
+
     @abstractmethod
     def sweep(self, wanted: Callable[[str], bool]) -> None:
-        """Remove what killed processes had begun to write under the names that are `wanted`."""
+        """Remove what killed processes had begun to write, or had set aside, of the names that are `wanted`."""
 
     @abstractmethod
     def remove(self) -> None:

@@ -40,8 +40,9 @@ class DirectoryStore(SnapshotStore):
         *,
         size_bytes: int | None = None,  # noqa: ARG002 - it need not be known
         checksum: Callable[[], int] | None = None,
+        room: str = "",
     ) -> Written:
-        incoming = Incoming(self._directory, name, checksum)
+        incoming = Incoming(self._directory, name, checksum, room)
         try:
             for buffer in buffers:
                 incoming.add(buffer)
@@ -83,6 +84,15 @@ class DirectoryStore(SnapshotStore):
         except OSError as error:
             raise _named(error, f"cannot delete {path}") from None
 
+    def set_aside(self, name: str) -> str:
+        try:
+            (self._directory / name).rename(_temporary(self._directory, name))
+        except (FileNotFoundError, NotADirectoryError):
+            return ""
+        except OSError as error:
+            raise _named(error, f"cannot delete {self._directory / name}") from None
+        return name
+
     def sweep(self, wanted: Callable[[str], bool]) -> None:
         with self._listing():
             entries = self._entries()
@@ -121,14 +131,15 @@ class Incoming:
     Blocks on the disk. Raises StorageError. Two of one name at a time are not for one directory. `checksum`: tells
     the CRC-32C of everything at the end, where it need not be computed here."""
 
-    def __init__(self, directory: Path, name: str, checksum: Callable[[], int] | None = None) -> None:
+    def __init__(self, directory: Path, name: str, checksum: Callable[[], int] | None = None, room: str = "") -> None:
+        """`room`: of a file of the directory that was set aside."""
         self._path = directory / name
-        self._temporary = directory / f".{name}{_WRITING}"
+        self._temporary = _temporary(directory, name)
         self._size = self._total = 0
         self._checksum = checksum
         with self._named():
             _make_durably(directory)
-            self._file = DirectFile(self._temporary)
+            self._file = DirectFile(self._temporary, _temporary(directory, room) if room else None)
 
     def add(self, buffer: Buffer | Live) -> None:
         """Take what comes next."""
@@ -168,6 +179,11 @@ class Incoming:
             yield
         except OSError as error:
             raise _named(error, f"cannot write {self._path}") from None
+
+
+def _temporary(directory: Path, name: str) -> Path:
+    """Where a file is before it has its name, and when it no longer has it."""
+    return directory / f".{name}{_WRITING}"
 
 
 def _make_durably(directory: Path) -> None:

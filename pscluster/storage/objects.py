@@ -49,6 +49,7 @@ class ObjectStore(SnapshotStore):
         *,
         size_bytes: int | None = None,
         checksum: Callable[[], int] | None = None,
+        room: str = "",  # noqa: ARG002 - there is none
     ) -> Written:
         path = f"{self._root}/{name}"
         settled: Iterable[Buffer] = (buffer.read(bytes) if isinstance(buffer, Live) else buffer for buffer in buffers)

@@ -17,6 +17,7 @@ from pscluster.errors import DamagedError, StorageError
 from pscluster.layout import Layout, TensorSpec
 from pscluster.snapshot import PartMeta, part_name, read_part, read_parts, verify_file, write_part
 from pscluster.storage import Live, SnapshotStore, below, open_store
+from pscluster.storage.directory import DirectoryStore
 
 LAYOUT = Layout((TensorSpec(names=("w",), shape=(4,), dtype="float32", kind="trained"),))
 META = PartMeta(job="job", step=3, generation=1, partition=0, num_partitions=1, ages=(3,))
@@ -162,6 +163,54 @@ def test_deleting_is_safe_to_repeat(place: Place) -> None:
     for _ in range(2):
         place.store.delete("a")
     assert place.store.names() == ["b"]
+
+
+def test_what_was_set_aside_is_gone_and_gives_its_room(place: Place) -> None:
+    old, new = os.urandom(3 << 20), os.urandom((2 << 20) + 5)
+    place.store.write("a", [old])
+    room = place.store.set_aside("a")
+    assert place.store.set_aside("a") == ""
+    assert place.store.names() == []
+
+    written = place.store.write("b", [new], room=room)
+    place.store.write("c", [old], room=room)  # it is used up
+    verify_file(place.store, "b", len(new), written.checksum)
+    assert (place.raw("b"), place.raw("c")) == (new, old)
+    assert (place.store.names(), place.half_done()) == (["b", "c"], 0)
+
+
+def test_sweeping_gives_room_back(place: Place) -> None:
+    for name in ("a", "b"):
+        place.store.write(name, [b"x"])
+    room = place.store.set_aside("a")
+    place.store.sweep(lambda name: name == "a")
+    assert (place.store.names(), place.half_done()) == (["b"], 0)
+    place.store.write("c", [b"new"], room=room)
+    assert place.raw("c") == b"new"
+
+
+def test_who_reads_what_is_set_aside_goes_on(tmp_path: Path) -> None:
+    store, old = DirectoryStore(tmp_path / "store"), os.urandom(2 << 20)
+    store.write("a", [old])
+    with store.reading("a") as file:
+        store.write("b", [bytes(2 << 20)], room=store.set_aside("a"))
+        assert file.read() == old
+    assert os.listdir(tmp_path / "store") == ["b"]
+
+
+@pytest.mark.parametrize("how", ["a hard link is a backup", "it was moved to another disk"])
+def test_the_room_of_what_is_elsewhere_too_is_not_taken(how: str, tmp_path: Path) -> None:
+    store, old = DirectoryStore(tmp_path / "store"), os.urandom(2 << 20)
+    store.write("a", [old])
+    part, backup = tmp_path / "store" / "a", tmp_path / "backup"
+    if "hard link" in how:
+        backup.hardlink_to(part)
+    else:
+        part.rename(backup)
+        part.symlink_to(backup)
+    store.write("b", [bytes(2 << 20)], room=store.set_aside("a"))
+    assert backup.read_bytes() == old
+    assert os.listdir(tmp_path / "store") == ["b"]
 
 
 def test_removing_takes_everything_and_is_safe_to_repeat(place: Place) -> None:

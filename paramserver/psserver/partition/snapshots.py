@@ -81,6 +81,7 @@ class SnapshotWriter:
         self._changed = threading.Condition()
         self._waiting: _Wish | None = None
         self._unsettled = ""  # the part that is being copied
+        self._room = ""  # the last part that was deleted, in whose room the next is written
         self._kept: frozenset[int] = frozenset()  # to delete by; empty: nothing to delete
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
@@ -131,6 +132,7 @@ class SnapshotWriter:
             if wish is not None:
                 self._write(wish)
             elif not kept:
+                self._attempt(self._give_back)
                 return
             del wish  # with what it holds, while the next is waited for
 
@@ -159,7 +161,8 @@ class SnapshotWriter:
         meta = wish.meta
         location = below(self._location, part_name(meta.step, meta.partition, meta.generation))
         try:
-            written = write_part(location, meta, wish.layout, wish.pieces)
+            written = write_part(location, meta, wish.layout, wish.pieces, self._room)
+            self._room = ""
         except StorageError as problem:
             error = problem
         except Exception as problem:  # this thread must live: without it there are no more snapshots
@@ -180,7 +183,10 @@ class SnapshotWriter:
         for name in names:
             step = self._step_of(name)
             if step is not None and step < newest and step not in kept:
-                store.delete(name)
+                if self._room:
+                    store.delete(name)
+                else:
+                    self._room = store.set_aside(name)
 
     def _look(self, names: Iterable[str]) -> None:
         """The catalogue has a snapshot of all: are the others' files here?"""
@@ -189,8 +195,12 @@ class SnapshotWriter:
             if error := self._sharing.look(self._location, seen, time.monotonic()):
                 self._post(functools.partial(self._warn, error))
 
+    def _give_back(self) -> None:
+        if self._room:
+            open_store(self._location).sweep(lambda name: name == self._room)
+
     def _sweep(self) -> None:
-        """Delete what an earlier process of this partition had begun to write when it was killed."""
+        """Delete what an earlier process of this partition had begun to write, or set aside, when it was killed."""
         open_store(self._location).sweep(lambda name: self._step_of(name) is not None)
 
     def _step_of(self, name: str) -> int | None:

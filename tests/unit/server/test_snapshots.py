@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -40,7 +41,11 @@ class Desk:
         return self.heard[-1]
 
     def steps(self) -> list[int]:
-        return sorted(int(name.split(".")[0].removeprefix("step-")) for name in os.listdir(self.store))
+        names = [name for name in os.listdir(self.store) if not name.startswith(".")]
+        return sorted(int(name.split(".")[0].removeprefix("step-")) for name in names)
+
+    def hidden(self) -> list[Path]:
+        return list(self.store.glob(".*"))
 
 
 @pytest.fixture
@@ -75,6 +80,45 @@ def test_only_older_parts_of_its_own_that_are_not_kept_are_deleted(desk: Desk) -
         part_name(2, 0, 1), part_name(2, 0, 4), part_name(4, 0, 1), part_name(5, 0, 1), theirs.name,
         "step-1.part-0000.notes",
     }  # fmt: skip
+
+
+def test_the_next_part_takes_the_room_of_one_that_is_done_with(desk: Desk) -> None:
+    for step in (1, 2, 3):
+        desk.write(step)
+    places = {step: (desk.store / part_name(step, 0, 1)).stat().st_ino for step in (1, 2)}
+    desk.writer.retain([3])
+    desk.write(4)
+
+    assert (desk.store / part_name(4, 0, 1)).stat().st_ino == places[1]
+    assert read_part(desk.store / part_name(4, 0, 1)).meta.step == 4
+    assert (desk.steps(), desk.hidden()) == ([3, 4], [])
+
+
+def test_room_that_nothing_came_to_take_is_given_back(desk: Desk) -> None:
+    for step in (1, 2):
+        desk.write(step)
+    desk.writer.retain([2])
+    desk.writer.close()
+    assert (desk.steps(), desk.hidden()) == ([2], [])
+
+
+def test_a_write_that_fails_leaves_no_room_behind(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        desk.write(step)
+    desk.writer.retain([2])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", _broken_disk)
+        assert isinstance(desk.write(3)[1], StorageError)
+    assert (desk.steps(), desk.hidden()) == ([2], [])
+    assert desk.write(4)[1] is None
+    assert read_part(desk.store / part_name(4, 0, 1)).meta.step == 4
+    desk.writer.retain([4])
+    desk.writer.close()
+    assert (desk.steps(), desk.hidden()) == ([4], [])
+
+
+def _broken_disk(*_: object) -> int:
+    raise OSError(errno.EIO, "the disk is on fire")
 
 
 def test_nothing_to_keep_deletes_nothing(desk: Desk) -> None:
