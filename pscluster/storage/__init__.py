@@ -89,7 +89,8 @@ class SnapshotStore(ABC):
     def set_aside(self, name: str) -> str:
         """Delete a file and keep its room for a `write`; what to give that; empty: nothing is kept.
 
-        `sweep` gives the room back. Who reads the file as it is deleted fares no worse than with `delete`."""
+        `sweep` gives the room back. Who reads the file as it is deleted fares no worse than with `delete`, unless on
+        another machine that the kernel here knows nothing of: its checksums tell."""
         self.delete(name)
         return ""
 

@@ -6,11 +6,13 @@ it there costs more of a processor than everything else about it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
 import mmap
 import os
+import signal
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,17 +33,11 @@ class DirectFile:
     is read-only; the rest is gathered first. Every method blocks on the disk and raises OSError; always `close`."""
 
     def __init__(self, path: Path, room: Path | None = None) -> None:
-        flags = os.O_CREAT | os.O_TRUNC
-        if room is not None:
-            if _is_ours_alone(room):
-                room.rename(path)
-                flags = os.O_NOFOLLOW
-            else:
-                room.unlink(missing_ok=True)
-        self._descriptor = _open(path, flags)
         self._block = memoryview(mmap.mmap(-1, _BLOCK_BYTES))  # begins with a page
         self._end = 0  # of what was put into the file
         self._filled = 0  # how many bytes of the block come after that
+        taken = None if room is None else _taken_over(room, path)
+        self._descriptor = _open(path, os.O_CREAT | os.O_TRUNC) if taken is None else taken
 
     def fileno(self) -> int:
         return self._descriptor
@@ -119,17 +115,34 @@ def _open(path: Path, flags: int) -> int:
         return os.open(path, flags, 0o666)
 
 
-def _is_ours_alone(path: Path) -> bool:
-    """Whether it is a file without another name that nobody has open: what is written to it changes nothing of others.
-
-    The kernel grants a lease to write only then; where it grants none, one cannot know."""
+def _taken_over(room: Path, path: Path) -> int | None:
+    """The file at `room`, as it is, under its new name; None: that could not be had, and is gone."""
     try:
-        descriptor = _open(path, os.O_NOFOLLOW)
+        descriptor = _open(room, os.O_NOFOLLOW)
         try:
-            found = os.fstat(descriptor)
-            fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-            return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
-        finally:
-            os.close(descriptor)  # and with it the lease
+            if _is_ours_alone(descriptor):
+                room.rename(path)
+                return descriptor
+        except OSError:
+            pass  # maybe it cannot be told
+        os.close(descriptor)
     except OSError:
+        pass  # it is not there, or a link to elsewhere
+    with contextlib.suppress(OSError):
+        room.unlink()
+    return None
+
+
+def _is_ours_alone(descriptor: int) -> bool:
+    """Whether it is a file of our own that has one name and that nobody else has open: what is written to it changes
+    nothing of others. Raises OSError where that cannot be known.
+
+    The kernel grants a lease to write only for what nobody else has open. It tells us when somebody comes to open it,
+    by a signal that would end this process, were it not one that is ignored."""
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1 or found.st_uid != os.geteuid():
         return False
+    fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
+    fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return True

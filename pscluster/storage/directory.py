@@ -87,6 +87,7 @@ class DirectoryStore(SnapshotStore):
     def set_aside(self, name: str) -> str:
         try:
             (self._directory / name).rename(_temporary(self._directory, name))
+            _sync_directory(self._directory)  # before other bytes are written there
         except (FileNotFoundError, NotADirectoryError):
             return ""
         except OSError as error:

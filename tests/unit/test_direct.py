@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +156,59 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_only_a_directory_that_is_there_takes_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         DirectFile(tmp_path / "nowhere" / "file")
+
+
+def test_who_opens_a_file_as_it_is_taken_over_ends_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backup may come by at any time; the kernel's signal that tells of it would end a process."""
+    room, met = tmp_path / "room", []
+    room.write_bytes(b"old")
+    plain = direct.fcntl.fcntl
+
+    def fcntl(descriptor: int, command: int, argument: int = 0) -> int:
+        result = plain(descriptor, command, argument)
+        if (command, argument) == (direct.fcntl.F_SETLEASE, direct.fcntl.F_WRLCK):
+            with pytest.raises(BlockingIOError):
+                os.open(room, os.O_RDONLY | os.O_NONBLOCK)
+            met.append("the lease")
+        return result
+
+    monkeypatch.setattr(direct.fcntl, "fcntl", fcntl)
+    before = signal.signal(signal.SIGIO, lambda *_: met.append("the signal"))
+    try:
+        file = DirectFile(tmp_path / "new", room)
+        file.write(memoryview(b"new and longer"))
+        file.flush()
+        file.close()
+    finally:
+        signal.signal(signal.SIGIO, before)
+    assert (tmp_path / "new").read_bytes() == b"new and longer"
+    assert met == ["the lease"] and not room.exists()
+
+
+@pytest.mark.parametrize("broken", ["rename", "unlink", "lease", "another's"])
+def test_room_that_cannot_be_had_costs_no_file(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room, failed = tmp_path / "room", []
+    room.write_bytes(b"an old file")
+
+    def refuse(*_: object, **__: object) -> int:
+        failed.append(broken)
+        raise OSError(errno.EACCES, "no")
+
+    open_before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        if broken == "another's":
+            patch.setattr(direct.os, "geteuid", lambda: failed.append(broken) or os.getuid() + 1)
+        elif broken == "lease":
+            patch.setattr(direct.fcntl, "F_WRLCK", -1)
+            failed.append(broken)
+        else:
+            patch.setattr(Path, "rename", refuse)
+            if broken == "unlink":
+                patch.setattr(Path, "unlink", refuse)
+        file = DirectFile(tmp_path / "new", room)
+    assert failed and room.exists() == (broken == "unlink")
+    file.write(memoryview(b"new"))
+    file.flush()
+    file.close()
+    assert (tmp_path / "new").read_bytes() == b"new"
+    assert len(os.listdir("/proc/self/fd")) == open_before
