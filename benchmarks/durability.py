@@ -27,7 +27,7 @@ from _jobs import SKIP, spec
 from _measure import Key, Side, options, run
 
 NAME = "durability"
-EVERY_STEPS = 12  # long enough for a snapshot to be written while steps go on, and steps to be undisturbed after it
+EVERY_STEPS = 6  # a snapshot is written within one step, and half of the steps after it are undisturbed
 KEYS = {
     "replica_step_over_snapshot": Key(what="step_s", of=("replica",), over=("snapshot",)),
     "snapshot_pause_over_step": Key(what="pause_over_step", of=("written",)),
