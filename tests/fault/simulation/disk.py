@@ -176,7 +176,7 @@ class _Writer(SnapshotWriter):
         self._partition = partition
         self._every_steps = every_steps
         self._copied = copied
-        self._unsettled = ""
+        self._unsettled = self._room = ""
         self._post = post
         self._sharing = sharing
         self._warn = warn
