@@ -84,6 +84,10 @@ class SnapshotWriter:
         self._room = ""  # the last part that was deleted, in whose room the next is written
         self._kept: frozenset[int] = frozenset()  # to delete by; empty: nothing to delete
         self._closing = False
+        self._begin()
+
+    def _begin(self) -> None:
+        """Work in the background from now on."""
         self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
         self._thread.start()
 

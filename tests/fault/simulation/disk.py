@@ -172,22 +172,14 @@ class _Writer(SnapshotWriter):
         sharing: Sharing | None,
         warn: Callable[[PsError], None],
     ) -> None:
-        self._location = str(store)
-        self._partition = partition
-        self._every_steps = every_steps
-        self._copied = copied
-        self._unsettled = self._room = ""
-        self._post = post
-        self._sharing = sharing
-        self._warn = warn
         self._disks = disks
-        self._waiting = None
-        self._kept = frozenset()
-        self._closing = False
         self._strand = Strand(life, self._run)
-        self._changed: Any = Condition(self._strand, 0.0)
         self._writes = False
         life.at_end.append(self._cut)
+        super().__init__(store, partition, post, every_steps=every_steps, copied=copied, sharing=sharing, warn=warn)
+
+    def _begin(self) -> None:
+        self._changed: Any = Condition(self._strand, 0.0)
         self._strand.begin()
 
     def close(self) -> None:
