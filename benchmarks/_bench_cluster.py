@@ -19,7 +19,7 @@ from harness.keeper import Keeper
 from harness.soak import lm_job
 from pscluster.client import Cluster, Job
 from pscluster.errors import UnreachableError
-from pscluster.spec import parse_spec
+from pscluster.job.spec import parse_spec
 
 SIZE = 3  # workers, and servers
 SETTLE_S = 120.0

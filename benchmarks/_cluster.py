@@ -17,10 +17,10 @@ import psutil
 from _jobs import SKIP
 from _marks import median_step_s
 from _watch import CpuSeries
-from pscluster.bundle import Bundle
 from pscluster.client import Cluster, Job
+from pscluster.job.bundle import Bundle
+from pscluster.job.spec import parse_spec
 from pscluster.settings import runtime_dir
-from pscluster.spec import parse_spec
 
 PSCTL = Path(sys.executable).parent / "psctl"
 DEADLINE_S = 600

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 
 from pscluster.agent.link import ProcessLink
-from pscluster.spec import parse_spec
-from pscluster.summary import Summary, touched_bits
-from pscluster.tree import Node
+from pscluster.job.spec import parse_spec
+from pscluster.step.summary import Summary, touched_bits
+from pscluster.step.tree import Node
 from pscluster.v1.plan_pb2 import ProcessReport, TrainerReady
 from psworker.canary import settle_numerics
 from psworker.replica import Replica
 from psworker.trainer.allocator import keep_freed_memory
+from psworker.trainer.data.loading import build_model, load_task
 from psworker.trainer.exchange import Exchange
-from psworker.trainer.loading import build_model, load_task
 from psworker.trainer.telemetry import TrainerCounters
 from psworker.trainer.work import Work
 

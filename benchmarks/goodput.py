@@ -31,8 +31,8 @@ from _raw_tcp import raw_tcp
 from _static import Starter, fill, started, train
 from _watch import CpuSeries
 from harness.static_job import StaticJob
-from pscluster.layout import Layout
-from pscluster.spec import parse_spec
+from pscluster.job.spec import parse_spec
+from pscluster.step.layout import Layout
 from psworker.replica import layout_of
 
 NAME = "goodput"

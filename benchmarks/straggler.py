@@ -21,7 +21,7 @@ from _baseline import Loop, baseline, ddp_sides, variants
 from _cluster import trained
 from _jobs import SKIP, spec
 from _measure import Key, Side, options, run
-from pscluster.bundle import pack
+from pscluster.job.bundle import pack
 
 NAME = "straggler"
 WORKERS, SHARDS_EACH = 2, 6

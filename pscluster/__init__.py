@@ -12,10 +12,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pscluster.bundle import Bundle, pack
     from pscluster.client import Cluster, Job
     from pscluster.errors import PsError
-    from pscluster.spec import JobSpec, load_spec, parse_spec
+    from pscluster.job.bundle import Bundle, pack
+    from pscluster.job.spec import JobSpec, load_spec, parse_spec
     from pscluster.task import Task
 
 __version__ = "0.1.0"
@@ -34,15 +34,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Bundle": "pscluster.bundle",
+    "Bundle": "pscluster.job.bundle",
     "Cluster": "pscluster.client",
     "Job": "pscluster.client",
-    "JobSpec": "pscluster.spec",
+    "JobSpec": "pscluster.job.spec",
     "PsError": "pscluster.errors",
     "Task": "pscluster.task",
-    "load_spec": "pscluster.spec",
-    "pack": "pscluster.bundle",
-    "parse_spec": "pscluster.spec",
+    "load_spec": "pscluster.job.spec",
+    "pack": "pscluster.job.bundle",
+    "parse_spec": "pscluster.job.spec",
 }
 
 

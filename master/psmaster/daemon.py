@@ -59,9 +59,9 @@ def _rebuild(arguments: dict[str, Any]) -> int:
     import time
 
     from pscluster.settings import resolve
-    from psmaster import rebuild
     from psmaster.server import claim
     from psmaster.settings import RebuildSettings
+    from psmaster.storage import rebuild
 
     settings = resolve(RebuildSettings, arguments, os.environ)
     os.umask(0o077)

@@ -21,17 +21,17 @@ from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined
 from pscluster import rpc, telemetry
 from pscluster.errors import AddressInUseError, StorageError
 from pscluster.v1 import agents_pb2_grpc, jobs_pb2_grpc
-from psmaster.agents_service import AgentsService
-from psmaster.archive import Archive
-from psmaster.bundles import BundleShelf
-from psmaster.core import Core
-from psmaster.draft import Limits
-from psmaster.http import MasterMetrics
-from psmaster.jobs_service import Identity, JobsService
-from psmaster.leftovers import may_go, refuse_unclaimed
+from psmaster.api.agents import AgentsService
+from psmaster.api.jobs import Identity, JobsService
+from psmaster.api.metrics import MasterMetrics
+from psmaster.control.loop import Core
+from psmaster.scheduling.draft import Limits
 from psmaster.settings import MasterSettings
-from psmaster.sqlite_store import DATABASE, SqliteStore
-from psmaster.store import Batch
+from psmaster.storage.bundles import BundleShelf
+from psmaster.storage.orphans import may_go, refuse_unclaimed
+from psmaster.storage.persistence import Archive
+from psmaster.storage.sqlite import DATABASE, SqliteStore
+from psmaster.storage.store import Batch
 
 STOP_GRACE_S = 0.5  # how long calls in progress may take when the master ends
 UNCLAIMED_S = 24 * 3600.0  # a bundle that no job names is removed after this long

@@ -6,10 +6,10 @@ import hashlib
 
 import torch
 
-from pscluster.layout import BLOCK_WORDS
-from pscluster.spec import OptimizerSection
-from psserver.partition.optimizer import Run, moments_of, update_span
-from psserver.partition.sums import block_squares
+from pscluster.job.spec import OptimizerSection
+from pscluster.step.layout import BLOCK_WORDS
+from psserver.partition.step.optimizer import Run, moments_of, update_span
+from psserver.partition.step.sums import block_squares
 
 _CANARY = (
     OptimizerSection(name="adamw", weight_decay=0.1),

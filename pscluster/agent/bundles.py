@@ -11,8 +11,8 @@ from pathlib import Path
 
 import structlog
 
-from pscluster.bundle import CAP_BYTES, extract
 from pscluster.errors import BundleError, StorageError
+from pscluster.job.bundle import CAP_BYTES, extract
 
 KEPT = 16
 """Extracted bundles kept beside those in use."""

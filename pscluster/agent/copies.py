@@ -14,7 +14,6 @@ from typing import Any
 import structlog
 
 from pscluster.agent import depot
-from pscluster.agent.backoff import delay_s
 from pscluster.agent.exits import detail_of
 from pscluster.errors import (
     DamagedError,
@@ -30,6 +29,7 @@ from pscluster.v1.agents_pb2 import DepotAddress
 from pscluster.v1.depot_pb2 import TakePartRequest
 from pscluster.v1.plan_pb2 import Plan, ProcessReport, ProcessSpec, SnapshotPart
 from pscluster.v1.plan_pb2 import Warning as WarningMessage
+from pscluster.wire.backoff import delay_s
 
 Say = Callable[[ProcessReport], None]
 COPY_PATIENCE_S = 60.0  # how long a node that takes a copy is looked for

@@ -18,9 +18,9 @@ import grpc
 from pscluster import rpc
 from pscluster.errors import AddressInUseError, DamagedError, FrameError, NotFoundError, StateError, StorageError
 from pscluster.rpc import error_of, open_aio_channel
-from pscluster.snapshot import verify_file
 from pscluster.storage import Written
 from pscluster.storage.directory import DirectoryStore, Incoming
+from pscluster.storage.snapshot import verify_file
 from pscluster.telemetry import observe_rpc
 from pscluster.v1 import depot_pb2, depot_pb2_grpc
 from pscluster.v1.plan_pb2 import SnapshotPart

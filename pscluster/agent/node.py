@@ -15,13 +15,13 @@ from prometheus_client import REGISTRY
 
 import pscluster
 from pscluster.agent import metrics, resources
-from pscluster.agent.attend import Attendant
 from pscluster.agent.bundles import BundleCache
 from pscluster.agent.child import Patience
 from pscluster.agent.copies import Copies
 from pscluster.agent.depot import serving
 from pscluster.agent.devices import DeviceLedger
-from pscluster.agent.leftovers import AgentDirectories
+from pscluster.agent.directories import AgentDirectories
+from pscluster.agent.master_connection import Attendant
 from pscluster.agent.process import Site
 from pscluster.agent.role import AgentRole, AgentSettings
 from pscluster.agent.supervisor import Supervisor

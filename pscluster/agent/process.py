@@ -16,20 +16,20 @@ from typing import Any
 import structlog
 
 from pscluster.agent import cgroup, metrics
-from pscluster.agent.backoff import delay_s
 from pscluster.agent.bundles import BundleCache
 from pscluster.agent.child import Child, Ended, Patience
 from pscluster.agent.copies import Copies
 from pscluster.agent.devices import DeviceLedger
+from pscluster.agent.directories import AgentDirectories
 from pscluster.agent.exits import NOT_STARTED, Exit, classify, detail_of
 from pscluster.agent.launch import BUNDLE_DIR, SOCKET_DIR
-from pscluster.agent.leftovers import AgentDirectories
 from pscluster.agent.output import Backlog
 from pscluster.agent.suspicion import LOADING_SILENCE_S, SILENCE_S, Heard
 from pscluster.devices import AUTO
 from pscluster.errors import InternalError, PsError, StorageError, UnreachableError
 from pscluster.v1.agents_pb2 import AgentMessage, LogLine, ProcessEvent, ProcessState, ProcessStatus
 from pscluster.v1.plan_pb2 import Failure, Plan, ProcessReport, ProcessSpec, Speed, Unreached
+from pscluster.wire.backoff import delay_s
 
 FLUSH_S = 0.2
 """How long a line may wait for others to travel with."""

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from pscluster.cli import formatting as fmt
 
 if TYPE_CHECKING:
-    from pscluster.bundle import Bundle
-    from pscluster.spec import JobSpec
+    from pscluster.job.bundle import Bundle
+    from pscluster.job.spec import JobSpec
 
 _MOST_ROWS = 16
 

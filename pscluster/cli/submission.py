@@ -13,8 +13,8 @@ from pscluster.cli.session import Session, Verb, answer, pass_session, say
 from pscluster.errors import SpecError
 
 if TYPE_CHECKING:
-    from pscluster.bundle import Bundle
-    from pscluster.spec import JobSpec
+    from pscluster.job.bundle import Bundle
+    from pscluster.job.spec import JobSpec
 
 _SPEC_NAMES = ("spec.yaml", "spec.yml", "spec.toml")
 
@@ -100,9 +100,9 @@ def follow_job(session: Session, job: str) -> None:
 
 def prepare(path: Path, overrides: tuple[str, ...], name: str | None) -> tuple[JobSpec, Bundle | None]:
     """The validated spec and, unless its task is built in, the bundle of its directory with the task's file in it."""
-    from pscluster.bundle import pack
     from pscluster.cli.entrypoint import check_entrypoint, is_built_in
-    from pscluster.spec import apply_override, parse_spec, read_spec_file
+    from pscluster.job.bundle import pack
+    from pscluster.job.spec import apply_override, parse_spec, read_spec_file
 
     file = _spec_file(path)
     data = read_spec_file(file)

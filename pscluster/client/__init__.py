@@ -10,6 +10,7 @@ Everything raises `pscluster.errors.PsError` kinds only.
 
 from pscluster.client.cluster import Cluster
 from pscluster.client.goals import Goal, end_error, parse_goal, reached
+from pscluster.client.reconnecting_stream import Tether
 from pscluster.client.records import (
     ENDED,
     Best,
@@ -28,7 +29,6 @@ from pscluster.client.records import (
     Standby,
     TrainerSeat,
 )
-from pscluster.client.tether import Tether
 
 __all__ = [
     "ENDED",

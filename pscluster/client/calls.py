@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import grpc
 
 from pscluster import rpc
-from pscluster.bundle import Bundle
 from pscluster.client.patience import Absence, next_delay_s
 from pscluster.errors import UnreachableError
+from pscluster.job.bundle import Bundle
 from pscluster.v1 import jobs_pb2
 
 T = TypeVar("T")

@@ -14,15 +14,14 @@ from typing import Any
 import grpc
 
 from pscluster import rpc
-from pscluster.bundle import Bundle
 from pscluster.client import calls, decode
 from pscluster.client.draining import wait_drained
 from pscluster.client.goals import Goal, parse_goal, reached
 from pscluster.client.logcursor import LogCursor
 from pscluster.client.parts import fetch
+from pscluster.client.reconnecting_stream import STREAM_DEADLINE_S, Tether
 from pscluster.client.records import Health, Job, LogLine, Node, Snapshot
 from pscluster.client.snapshots import choose
-from pscluster.client.tether import STREAM_DEADLINE_S, Tether
 from pscluster.errors import (
     BundleError,
     InternalError,
@@ -33,8 +32,9 @@ from pscluster.errors import (
     VersionSkewError,
     WaitTimeoutError,
 )
+from pscluster.job.bundle import Bundle
+from pscluster.job.spec import JobSpec
 from pscluster.settings import ClientSettings, LocatedCluster, resolve
-from pscluster.spec import JobSpec
 from pscluster.storage import below
 from pscluster.v1 import agents_pb2, agents_pb2_grpc, jobs_pb2, jobs_pb2_grpc
 

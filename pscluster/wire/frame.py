@@ -18,7 +18,7 @@ from enum import IntEnum
 import crc32c
 
 from pscluster.errors import FrameError, VersionSkewError
-from pscluster.tree import Node
+from pscluster.step.tree import Node
 
 MAGIC = b"PSDP"
 PROTOCOL = 1

@@ -23,11 +23,11 @@ from harness.cluster import LocalCluster, local_cluster
 from harness.held_task import held_spec
 from harness.jobs import lm_spec
 from harness.plain import train_plainly
-from pscluster.bundle import Bundle
 from pscluster.errors import AuthError, BundleError, NotFoundError, PsError, SpecError
+from pscluster.job.bundle import Bundle
+from pscluster.job.spec import parse_spec
 from pscluster.rpc import error_of, open_channel
 from pscluster.settings import runtime_dir
-from pscluster.spec import parse_spec
 from pscluster.v1 import jobs_pb2, jobs_pb2_grpc
 
 STEPS = 6

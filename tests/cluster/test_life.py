@@ -21,9 +21,9 @@ from harness.cluster import LocalCluster, local_cluster
 from harness.held_task import held_spec
 from harness.jobs import lm_spec
 from harness.plain import Plain, train_plainly
-from pscluster.digest import NamedBytes, parameters_sha256
-from pscluster.spec import parse_spec
-from psworker.trainer.loading import build_model, load_task
+from pscluster.job.spec import parse_spec
+from pscluster.step.digest import NamedBytes, parameters_sha256
+from psworker.trainer.data.loading import build_model, load_task
 
 STEPS = 6
 SMALL: dict[str, Any] = {"layers": 1, "d_model": 32, "heads": 2, "context": 8, "vocabulary": 64}

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from harness.cluster import LocalCluster, local_cluster
-from pscluster.bundle import pack
 from pscluster.client import Job
-from pscluster.spec import parse_spec
+from pscluster.job.bundle import pack
+from pscluster.job.spec import parse_spec
 
 STEPS = 5
 MAX_LOSSES = 5

@@ -16,7 +16,7 @@ import pytest
 from harness.jobs import even_split, lm_spec
 from harness.plain import train_plainly
 from harness.static_job import JOB, TOKEN, StaticJob
-from pscluster.layout import Layout
+from pscluster.step.layout import Layout
 from pscluster.wire.frame import job_number
 
 NUM_SHARDS = 7

@@ -14,10 +14,10 @@ import pytest
 
 from harness.s3 import BUCKET, S3, s3_server
 from pscluster.errors import DamagedError, StorageError
-from pscluster.layout import Layout, TensorSpec
-from pscluster.snapshot import PartMeta, part_name, read_part, read_parts, verify_file, write_part
+from pscluster.step.layout import Layout, TensorSpec
 from pscluster.storage import Live, SnapshotStore, below, open_store
 from pscluster.storage.directory import DirectoryStore
+from pscluster.storage.snapshot import PartMeta, part_name, read_part, read_parts, verify_file, write_part
 
 LAYOUT = Layout((TensorSpec(names=("w",), shape=(4,), dtype="float32", kind="trained"),))
 META = PartMeta(job="job", step=3, generation=1, partition=0, num_partitions=1, ages=(3,))

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from pscluster.errors import StateError, StorageError
-from psmaster import jobs
-from psmaster.catalogue import Part, RestorePoint
-from psmaster.deletions import Deletion
-from psmaster.jobs import Best, Check, Condition, Connection, Event, Finished, Job, Problem, Recovery, Trouble
-from psmaster.memory_store import MemoryStore
-from psmaster.seats import Kind, Plan, Seat
-from psmaster.sqlite_store import SqliteStore
-from psmaster.store import SCHEMA_VERSION, Batch, BundleRecord, Store
+from psmaster.model import job as jobs
+from psmaster.model.deletions import Deletion
+from psmaster.model.job import Best, Check, Condition, Connection, Event, Finished, Job, Problem, Recovery, Trouble
+from psmaster.model.plan import Kind, Plan, Seat
+from psmaster.model.snapshot_catalog import Part, RestorePoint
+from psmaster.storage.memory import MemoryStore
+from psmaster.storage.sqlite import SqliteStore
+from psmaster.storage.store import SCHEMA_VERSION, Batch, BundleRecord, Store
 from tests.unit.master.world import make_job
 
 PART = Part(step=10, partition=1, generation=2, path="p", size_bytes=7, checksum="crc32c:1")

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from psmaster.registry import Health, health
-from psmaster.reports import rates
+from psmaster.model.membership import Health, health
+from psmaster.model.reports import rates
 from tests.unit.master.world import World
 
 HOUR_S = 3600.0

@@ -14,10 +14,10 @@ from harness.cluster import local_cluster
 from harness.jobs import lm_spec
 from harness.paced_task import paced_spec
 from harness.plain import train_plainly
-from pscluster.agent.outbox import Outbox
+from pscluster.agent.report_queue import Outbox
 from pscluster.v1.agents_pb2 import AgentMessage, LogLine, LogLines, ProcessEvent
 from pscluster.v1.plan_pb2 import ProcessReport, Progress, SnapshotPart, StepRecord
-from psmaster import inbound
+from psmaster.api import from_proto
 from tests.unit.master.world import PARTITION, World
 
 AWAY_S = float(os.environ.get("PSCLUSTER_MASTER_AWAY_S", "60"))
@@ -106,7 +106,7 @@ def test_ten_minutes_of_reports_wait_and_a_new_master_takes_them_in_order() -> N
         world.rejoin(node_id, *(_process(id_, node) for id_, node in facts.values() if node == node_id))
     lines = 0
     for message in outbox.after(0, 10_000):
-        report = inbound.report(message.event.report) if message.HasField("event") else None
+        report = from_proto.report(message.event.report) if message.HasField("event") else None
         if report is not None:
             lines += len(world.report_as(lead.seat.node_id, lead.process_id, report).lines)
     assert (world.job().step, lines) == (step, 6_000)
@@ -118,7 +118,7 @@ def test_ten_minutes_of_reports_wait_and_a_new_master_takes_them_in_order() -> N
 
 
 def _process(process_id: str, node_id: str) -> object:
-    from psmaster.processes import Process
+    from psmaster.model.process import Process
     from tests.unit.master.world import TRAINER
 
     facts = {"trainer": TRAINER} if "trainer" in process_id else {"partition": PARTITION}

@@ -14,7 +14,7 @@ from harness.jobs import lm_spec
 from pscluster.cli.local.commands import command, daemon_dir
 from pscluster.rpc import PROTOCOL
 from pscluster.settings import master_address, token_file
-from psmaster.draft import Limits
+from psmaster.scheduling.draft import Limits
 
 HUNGRY = """
 import resource

@@ -12,7 +12,7 @@ from harness.disks import MIB, fill, small_disk
 from harness.jobs import lm_spec
 from harness.plain import train_plainly
 from pscluster.client import Job
-from pscluster.snapshot import read_part
+from pscluster.storage.snapshot import read_part
 
 STEPS = 40
 SMALL = {"layers": 1, "d_model": 16, "heads": 2, "vocabulary": 64}

@@ -20,10 +20,10 @@ from harness.cluster import LocalCluster
 from pscluster.cli.local.commands import command, daemon_dir
 from pscluster.settings import master_address, token_file
 from psmaster import daemon
-from psmaster.archive import Archive
-from psmaster.joblogs import SeatLog
-from psmaster.metricsfile import MetricsFile
-from psmaster.sqlite_store import SqliteStore
+from psmaster.storage.logs import SeatLog
+from psmaster.storage.metrics_file import MetricsFile
+from psmaster.storage.persistence import Archive
+from psmaster.storage.sqlite import SqliteStore
 
 # Where each point is: before or after a call of a method. The order is that of one turn's write.
 POINTS: dict[str, tuple[str, type, str]] = {

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from pscluster.digest import parameters_sha256
-from pscluster.sampling import ShardSampler
-from pscluster.spec import JobSpec, parse_spec
+from pscluster.job.spec import JobSpec, parse_spec
+from pscluster.step.digest import parameters_sha256
+from pscluster.step.sampling import ShardSampler
 from psworker.canary import settle_numerics
 from psworker.replica import named_bytes
-from psworker.trainer.batches import Batches, EvalBatches, seed_step
-from psworker.trainer.evaluation import evaluate
-from psworker.trainer.loading import build_model, load_task
+from psworker.trainer.data.batches import Batches, EvalBatches, seed_step
+from psworker.trainer.data.evaluation import evaluate
+from psworker.trainer.data.loading import build_model, load_task
 
 
 @dataclass

@@ -12,16 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psserver.partition.cycle
+import psserver.partition.step.cycle
 from pscluster.errors import FrameError, PsError
-from pscluster.layout import Layout
-from pscluster.spec import JobSpec, parse_spec
+from pscluster.job.spec import JobSpec, parse_spec
+from pscluster.step.layout import Layout
 from pscluster.v1.plan_pb2 import PartitionSeat, Plan, ProcessReport, ProcessSpec, ShardRange, TrainerSeat
 from pscluster.wire.frame import IN_MEMORY, Buffer, Header, Kind, checksum, job_number, pack, unpack
-from psserver.partition.service import PartitionService
+from psserver.partition.process import PartitionService
 from psserver.partition.telemetry import PartitionCounters
 
-psserver.partition.cycle.SLICE_S = 0.0  # updates take turns with frames after each bucket, not when a clock says so
+psserver.partition.step.cycle.SLICE_S = (
+    0.0  # updates take turns with frames after each bucket, not when a clock says so
+)
 
 JOB = "job-played"
 TOKEN = b"0123456789abcdef"

@@ -6,10 +6,10 @@ import json
 from typing import Any
 
 from harness.played import TOKEN, Network, PlayedConnection, job_header
-from pscluster.tree import Node
+from pscluster.step.tree import Node
 from pscluster.wire.frame import IN_MEMORY, AckResult, Header, Kind, in_lane
 from pscluster.wire.memory import Lanes, Segment
-from psserver.partition.service import PartitionService
+from psserver.partition.process import PartitionService
 
 LEAF = Node(0, 1)
 NUM_LANES = 2

@@ -19,18 +19,18 @@ from harness.played import (
     played_plan,
     played_spec,
 )
-from pscluster.codec import DTYPES, as_bytes
-from pscluster.layout import BLOCK_WORDS, Layout, TensorSpec
-from pscluster.spec import JobSpec
-from pscluster.summary import Statistics, Summary, add_statistics, touched_bits
-from pscluster.tree import Node, tree_of
+from pscluster.job.spec import JobSpec
+from pscluster.step.codec import DTYPES, as_bytes
+from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
+from pscluster.step.summary import Statistics, Summary, add_statistics, touched_bits
+from pscluster.step.tree import Node, tree_of
 from pscluster.v1.plan_pb2 import Plan, ProcessSpec
-from psserver.partition.service import PartitionService
-from psworker.memory import BucketMemory
-from psworker.trainer.accumulate import Counter, add_gradients
+from psserver.partition.process import PartitionService
 from psworker.trainer.exchange import Exchange
-from psworker.trainer.gradients import Gradients
+from psworker.trainer.gradients.accumulate import Counter, add_gradients
+from psworker.trainer.gradients.gather import Gradients
 from psworker.trainer.telemetry import TrainerCounters
+from psworker.trainer.values.bucket_memory import BucketMemory
 from psworker.trainer.work import Work, WorkKey, find_work
 
 FINAL_STEP = 3

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from harness.played import Network, dismiss, fill, played_partition, played_plan, played_spec
-from pscluster.codec import DTYPES, BufferNode
-from pscluster.layout import BLOCK_WORDS, Layout, TensorSpec
-from pscluster.spec import JobSpec
-from pscluster.summary import Summary, touched_bits
-from pscluster.tree import Node
+from pscluster.job.spec import JobSpec
+from pscluster.step.codec import DTYPES, BufferNode
+from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
+from pscluster.step.summary import Summary, touched_bits
+from pscluster.step.tree import Node
 from pscluster.v1.plan_pb2 import Plan
-from psserver.partition.service import PartitionService
+from psserver.partition.process import PartitionService
 
 FINAL_STEP = 4
 ROOT = Node(0, 1)

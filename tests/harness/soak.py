@@ -25,7 +25,7 @@ from harness.keeper import Keeper
 from harness.storm import Say, Storm, Violation
 from pscluster.client import Cluster as Client
 from pscluster.client import Job
-from pscluster.spec import parse_spec
+from pscluster.job.spec import parse_spec
 
 TAIL_STEPS = 60  # after the last fault is due; each strikes later by as much as nobody saw how far the job was
 SETTLE_S = 20.0

@@ -21,8 +21,8 @@ import torch
 
 from harness import zygote
 from pscluster.agent import frames
-from pscluster.snapshot import read_parts
-from pscluster.spec import JobSpec, parse_spec
+from pscluster.job.spec import JobSpec, parse_spec
+from pscluster.storage.snapshot import read_parts
 from pscluster.v1.plan_pb2 import (
     PartitionSeat,
     Plan,

@@ -19,14 +19,14 @@ import pscluster.agent.metrics  # registers the agents' metrics
 import pscluster.telemetry  # noqa: F401 - registers every daemon's
 from pscluster import errors
 from pscluster.cli.main import psctl
-from pscluster.spec import JobSpec, load_spec
-from psmaster.core import clock
-from psmaster.draft import Limits
-from psmaster.http import MasterMetrics
-from psmaster.state import State
-from psserver.partition.bond import Bond
+from pscluster.job.spec import JobSpec, load_spec
+from psmaster.api.metrics import MasterMetrics
+from psmaster.control.loop import clock
+from psmaster.model.state import State
+from psmaster.scheduling.draft import Limits
+from psserver.partition.replication.in_sync import Bond
 from psserver.partition.telemetry import PartitionCounters
-from psworker.trainer.preflight import prepare
+from psworker.trainer.preflight.run import prepare
 from psworker.trainer.telemetry import TrainerCounters
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +61,7 @@ def test_the_picture_names_files_that_are_there() -> None:
         "partition": "paramserver/psserver/partition",
         "pscluster": "pscluster",
     }
-    named = re.findall(r"(\w+)/(\w+\.py)", (ROOT / "docs" / "walk.svg").read_text())
+    named = re.findall(r"(trainer|partition|pscluster)/([\w/]+\.py)", (ROOT / "docs" / "walk.svg").read_text())
     assert len(named) > 8
     assert [name for home, name in named if not (ROOT / homes[home] / name).exists()] == []
 

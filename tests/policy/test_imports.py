@@ -10,7 +10,7 @@ import pytest
 
 DAEMONS = {"psmaster", "psworker", "psserver"}
 MAY_USE_TORCH = (
-    "pscluster/codec",
+    "pscluster/step/codec.py",
     "pscluster/task.py",  # the base class of users' tasks, which run in trainers; imported when called
     "pscluster/cli/templates/",  # what `psctl init` writes: users' code
     "worker/psworker/",

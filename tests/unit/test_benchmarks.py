@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from pscluster.spec import parse_spec
+from pscluster.job.spec import parse_spec
 
 HOME = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in HOME.glob("[a-z]*.py"))

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pscluster import bundle
-from pscluster.bundle import extract, pack
 from pscluster.errors import BundleError, StorageError
+from pscluster.job import bundle
+from pscluster.job.bundle import extract, pack
 
 
 def write(root: Path, files: dict[str, str]) -> Path:

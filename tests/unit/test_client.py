@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from pscluster.bundle import Bundle
 from pscluster.client import Cluster, Goal, LogLine, Snapshot, Tether, end_error, parse_goal, reached
 from pscluster.client.decode import job_of
 from pscluster.client.frames import last_frame
@@ -32,7 +31,8 @@ from pscluster.errors import (
     VersionSkewError,
     WaitTimeoutError,
 )
-from pscluster.spec import parse_spec
+from pscluster.job.bundle import Bundle
+from pscluster.job.spec import parse_spec
 from pscluster.v1 import jobs_pb2, plan_pb2
 from tests.unit.cli.fake_master import (
     FakeMaster,

@@ -12,13 +12,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from harness.played import played_spec
-from pscluster.codec import DTYPES, add_optional, as_bytes
-from pscluster.layout import CODEC_BYTES, Layout, TensorSpec
-from pscluster.tree import Node, tree_of
-from psserver.partition.state import PartitionState
-from psserver.partition.step import OpenStep
-from psworker.trainer.accumulate import Counter, add_gradients
-from psworker.trainer.gradients import Gradients, gather, write
+from pscluster.step.codec import DTYPES, add_optional, as_bytes
+from pscluster.step.layout import CODEC_BYTES, Layout, TensorSpec
+from pscluster.step.tree import Node, tree_of
+from psserver.partition.step.open_step import OpenStep
+from psserver.partition.step.state import PartitionState
+from psworker.trainer.gradients.accumulate import Counter, add_gradients
+from psworker.trainer.gradients.gather import Gradients, gather, write
 
 BITS = st.integers(0, 2**16 - 1)  # of any bf16 number
 

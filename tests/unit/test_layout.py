@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pscluster.errors import LayoutError
-from pscluster.layout import (
+from pscluster.step.layout import (
     BLOCK_WORDS,
     BUCKET_WORDS,
     ITEM_BYTES,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pscluster.sampling import Permutation, ShardSampler, epoch_permutation, eval_batches
+from pscluster.step.sampling import Permutation, ShardSampler, epoch_permutation, eval_batches
 
 SIZES = st.integers(1, 700)
 SHARDS = st.integers(1, 9)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pscluster import errors
 from pscluster.errors import PsError, SpecError, from_dict
-from pscluster.spec import JobSpec, apply_override, load_spec, parse_spec
+from pscluster.job.spec import JobSpec, apply_override, load_spec, parse_spec
 
 GOOD: dict[str, Any] = {
     "name": "lm",

@@ -10,13 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pscluster.errors import FrameError
-from pscluster.summary import (
-    Summary,
-    add_statistics,
-    summary_bytes,
-    touched_bits,
-    unpack_statistics,
-)
+from pscluster.step.summary import Summary, add_statistics, summary_bytes, touched_bits, unpack_statistics
 
 NUMBERS = st.floats(allow_nan=False)
 

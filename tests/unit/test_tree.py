@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pscluster.tree import Node, Tree, tree_of
+from pscluster.step.tree import Node, Tree, tree_of
 
 SIZES = st.integers(1, 300)
 

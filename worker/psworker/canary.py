@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pscluster.errors import InternalError
-from psworker.trainer.batches import preserved_generators, seed_step
+from psworker.trainer.data.batches import preserved_generators, seed_step
 
 _FLOAT32: AbstractContextManager[None] = nullcontext()
 _VOCABULARY, _WIDTH, _LENGTH, _BATCH, _HEADS = 512, 128, 96, 8, 4

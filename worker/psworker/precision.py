@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from pscluster.spec import JobSpec
+from pscluster.job.spec import JobSpec
 
 
 def precision(spec: JobSpec, device: str) -> AbstractContextManager[None]:

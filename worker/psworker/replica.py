@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from pscluster.digest import NamedBytes, parameters_sha256
 from pscluster.errors import LayoutError
-from pscluster.layout import ITEM_BYTES, Kind, Layout, TensorSpec
-from pscluster.spec import OptimizerSection
-from psworker.memory import BucketMemory
+from pscluster.job.spec import OptimizerSection
+from pscluster.step.digest import NamedBytes, parameters_sha256
+from pscluster.step.layout import ITEM_BYTES, Kind, Layout, TensorSpec
 from psworker.staging import HostStaging, Staging
+from psworker.trainer.values.bucket_memory import BucketMemory
 
 
 @dataclass(frozen=True)

@@ -30,20 +30,20 @@ from typing import IO, Any
 import torch
 from torch import nn
 
-from pscluster.bundle import extract
-from pscluster.digest import parameters_sha256
 from pscluster.errors import InternalError, PsError, StateError, TaskError
-from pscluster.layout import Layout
-from pscluster.snapshot import read_part, read_parts
-from pscluster.spec import JobSpec, parse_spec
+from pscluster.job.bundle import extract
+from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.task import Task
+from pscluster.step.digest import parameters_sha256
+from pscluster.step.layout import Layout
+from pscluster.storage.snapshot import read_part, read_parts
 from psworker.canary import settle_numerics
 from psworker.export import write_weights
 from psworker.precision import precision
 from psworker.replica import load_words, named_bytes, state_tensors
-from psworker.trainer.batches import EvalBatches
-from psworker.trainer.evaluation import evaluate
-from psworker.trainer.loading import build_model, load_data, load_task, user_code
+from psworker.trainer.data.batches import EvalBatches
+from psworker.trainer.data.evaluation import evaluate
+from psworker.trainer.data.loading import build_model, load_data, load_task, user_code
 
 _DEVICE = "cpu"
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from pscluster.agent.link import ProcessLink
 from pscluster.errors import PsError
-from pscluster.spec import JobSpec, parse_spec
+from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.v1.plan_pb2 import PartitionReady, ProcessReport
 from pscluster.wire.reactor import Reactor
 from pscluster.wire.transport import check_congestion_control
 from psserver.canary import numerics_class, settle_numerics
-from psserver.partition.service import PartitionService
+from psserver.partition.process import PartitionService
 from psserver.partition.telemetry import PartitionCounters
 
 GREETING_S = 10.0  # in which a caller must have said who it is

@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from pscluster.errors import FrameError
 from pscluster.wire.frame import Header
-from psserver.partition.commit import Verdict, Vote
+from psserver.partition.step.commit import Verdict, Vote
 
 _FINITE = struct.Struct("<B")
 _SQUARE = struct.Struct("<Id")

@@ -8,7 +8,7 @@ from pscluster.errors import PsError
 from pscluster.phases import Phases
 from pscluster.v1.plan_pb2 import Counters
 from pscluster.wire.frame import AckResult
-from psserver.partition.bond import Bond
+from psserver.partition.replication.in_sync import Bond
 
 PHASES = ("receive", "sum", "vote", "update", "send", "snapshot")
 _RESULTS = {AckResult.APPLIED: "applied", AckResult.DUPLICATE: "duplicate", AckResult.STALE: "stale"}

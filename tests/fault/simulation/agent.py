@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
-from pscluster.agent.attend import SILENCE_S
-from pscluster.agent.backoff import delay_s
-from pscluster.agent.outbox import Outbox
+from pscluster.agent.master_connection import SILENCE_S
 from pscluster.agent.reconcile import reconcile
+from pscluster.agent.report_queue import Outbox
 from pscluster.agent.supervisor import WATCH_S
 from pscluster.errors import PsError, StateError
 from pscluster.rpc import DEADLINE_S, PROTOCOL
@@ -26,6 +25,7 @@ from pscluster.v1.agents_pb2 import (
     Role,
 )
 from pscluster.v1.plan_pb2 import ProcessSpec
+from pscluster.wire.backoff import delay_s
 from tests.fault.simulation.child import Child
 from tests.fault.simulation.model import SLOTS
 from tests.fault.simulation.network import End

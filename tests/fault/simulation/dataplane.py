@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pscluster.agent.heart import BEAT_S
+from pscluster.agent.heartbeat import BEAT_S
 from pscluster.errors import PsError
 from pscluster.v1.plan_pb2 import Beat, Plan, ProcessOrder, ProcessReport, ProcessSpec, Shutdown
 from pscluster.wire.frame import HEADER_BYTES, Buffer, Header, Kind
@@ -198,7 +198,7 @@ class Link:
 
 
 class Heart:
-    """Stands in for `pscluster.agent.heart.Heart`: beats until the process ends, and not while it is stopped."""
+    """Stands in for `pscluster.agent.heartbeat.Heart`: beats until the process ends, and not while it is stopped."""
 
     def __init__(self, link: Link, beat: Callable[[], Beat]) -> None:
         self._link = link

@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from pscluster.errors import PsError, StorageError
-from pscluster.snapshot import part_name
 from pscluster.storage import Written
-from psmaster.archive import Archive, Writes
-from psmaster.memory_store import MemoryStore
-from psmaster.metricsfile import FILE_NAME
-from psmaster.publisher import Publisher
-from psmaster.sqlite_store import SqliteStore
-from psmaster.store import Batch
-from psserver.partition import snapshots
-from psserver.partition.sharing import Sharing
-from psserver.partition.snapshots import SnapshotWriter
+from pscluster.storage.snapshot import part_name
+from psmaster.storage.manifest_publisher import Publisher
+from psmaster.storage.memory import MemoryStore
+from psmaster.storage.metrics_file import FILE_NAME
+from psmaster.storage.persistence import Archive, Writes
+from psmaster.storage.sqlite import SqliteStore
+from psmaster.storage.store import Batch
+from psserver.partition.checkpoint import snapshots
+from psserver.partition.checkpoint.shared_store_check import Sharing
+from psserver.partition.checkpoint.snapshots import SnapshotWriter
 from tests.fault.simulation.schedule import SOON_S, Condition, Life, Schedule, Strand
 
 
@@ -123,7 +123,7 @@ class Disks:
         self.syncs.unsynced.clear()
 
     def write_part(self, path: str | Path, *arguments: Any) -> Written:
-        """pscluster.snapshot.write_part, on a disk that may be full."""
+        """pscluster.storage.snapshot.write_part, on a disk that may be full."""
         if self.is_full:
             raise StorageError(f"cannot write the snapshot {path}: no space left on the disk")
         return _REAL_WRITE_PART(path, *arguments)

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from psmaster.jobs import Job, JobState
-from psmaster.metricsfile import FILE_NAME
+from psmaster.model.job import Job, JobState
+from psmaster.storage.metrics_file import FILE_NAME
 from tests.fault.simulation.invariants import require
 
 RELEASE_S = 8.0  # in which everything of an ended job is gone

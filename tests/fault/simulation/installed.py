@@ -15,16 +15,16 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-import psmaster.archive
-import psmaster.core
-import psserver.partition.service
-import psserver.partition.sums
+import psmaster.control.loop
+import psmaster.storage.persistence
+import psserver.partition.process
+import psserver.partition.step.sums
 import psworker.trainer.loop  # noqa: F401 - with all that belongs to a trainer
-from pscluster import layout, snapshot
-from pscluster.agent.heart import Heart
-from pscluster.storage import directory
+from pscluster.agent.heartbeat import Heart
+from pscluster.step import layout
+from pscluster.storage import directory, snapshot
 from pscluster.wire.memory import Segment
-from psserver.partition.snapshots import SnapshotWriter
+from psserver.partition.checkpoint.snapshots import SnapshotWriter
 from tests.fault.simulation import dataplane, model
 from tests.fault.simulation.disk import ImmediatePublisher
 
@@ -50,12 +50,12 @@ def installed(sim: Any) -> Iterator[None]:
         for module, name, value in (
             (layout, "BLOCK_WORDS", model.BLOCK_WORDS),
             (layout, "BUCKET_WORDS", model.BUCKET_WORDS),
-            (psserver.partition.sums, "BLOCK_WORDS", model.BLOCK_WORDS),
+            (psserver.partition.step.sums, "BLOCK_WORDS", model.BLOCK_WORDS),
             (directory, "os", sim.disk.syncs),
-            (psmaster.archive, "Publisher", ImmediatePublisher),
-            (psmaster.core, "_log", silent),
-            (psmaster.core, "asyncio", _OneThread()),
-            (psmaster.archive, "_log", silent),
+            (psmaster.storage.persistence, "Publisher", ImmediatePublisher),
+            (psmaster.control.loop, "_log", silent),
+            (psmaster.control.loop, "asyncio", _OneThread()),
+            (psmaster.storage.persistence, "_log", silent),
         ):
             stack.enter_context(patch.object(module, name, value))
         yield

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pscluster.codec import as_bytes
 from pscluster.errors import StorageError
-from pscluster.snapshot import read_part
-from psmaster.catalogue import Part
-from psmaster.core import MAX_WAITING, Core
-from psmaster.jobs import MAX_EVENTS, Job, JobState
-from psserver.partition.commit import Verdict
+from pscluster.step.codec import as_bytes
+from pscluster.storage.snapshot import read_part
+from psmaster.control.loop import MAX_WAITING, Core
+from psmaster.model.job import MAX_EVENTS, Job, JobState
+from psmaster.model.snapshot_catalog import Part
+from psserver.partition.step.commit import Verdict
 from tests.fault.simulation import model
 from tests.fault.simulation.model import LAYOUT, Reference
 

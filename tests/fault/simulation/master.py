@@ -8,13 +8,13 @@ from typing import Any
 
 from pscluster.errors import PsError, StorageError
 from pscluster.v1.agents_pb2 import AgentMessage, MasterMessage, RegisterRequest
-from psmaster import inbound
-from psmaster.agents_service import AgentsService
-from psmaster.core import RETRY_S, Core, Input
-from psmaster.draft import Limits
-from psmaster.jobs import Instant
-from psmaster.streams import AgentStream
-from psmaster.turn import Turn
+from psmaster.api import from_proto
+from psmaster.api.agents import AgentsService
+from psmaster.control.agent_stream import AgentStream
+from psmaster.control.loop import RETRY_S, Core, Input
+from psmaster.control.transaction import Turn
+from psmaster.model.job import Instant
+from psmaster.scheduling.draft import Limits
 from tests.fault.simulation.network import End
 from tests.fault.simulation.schedule import SOON_S, Life
 
@@ -200,7 +200,7 @@ class Master:
     def _attend(self, end: End, message: AgentMessage) -> None:
         """AgentsService.Attend, without its tasks."""
         hello = message.hello
-        processes = inbound.processes(hello.node_id, hello.processes)
+        processes = from_proto.processes(hello.node_id, hello.processes)
         waiting: list[AgentMessage] = []
         end.receive = waiting.append  # until the hello was taken in
 

@@ -8,23 +8,23 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
-from pscluster import snapshot
-from pscluster.storage import Written, directory
-from pscluster.tree import Node
-from psmaster import processes, recovery, relief
-from psmaster.archive import Archive
-from psmaster.catalogue import Catalogue, RestorePoint
-from psmaster.jobs import Job
-from psmaster.registry import Node as ClusterNode
-from psserver.partition import commit
-from psserver.partition.commit import Decide, Lead, Member, Verdict, Vote
-from psserver.partition.frozen import Frozen
-from psserver.partition.reception import Reception
-from psserver.partition.service import PartitionService
-from psserver.partition.snapshots import SnapshotWriter
-from psserver.partition.sums import Entry, Sums
+from pscluster.step.tree import Node
+from pscluster.storage import Written, directory, snapshot
+from psmaster.model import process
+from psmaster.model.job import Job
+from psmaster.model.membership import Node as ClusterNode
+from psmaster.model.snapshot_catalog import Catalogue, RestorePoint
+from psmaster.scheduling import rebalance, recovery
+from psmaster.storage.persistence import Archive
+from psserver.partition.checkpoint.frozen import Frozen
+from psserver.partition.checkpoint.snapshots import SnapshotWriter
+from psserver.partition.ingress.frame_handler import Reception
+from psserver.partition.process import PartitionService
+from psserver.partition.step import commit
+from psserver.partition.step.commit import Decide, Lead, Member, Verdict, Vote
+from psserver.partition.step.sums import Entry, Sums
 from psworker.trainer.exchange import Exchange
-from psworker.trainer.landing import Landing
+from psworker.trainer.values.landing import Landing
 
 Patch = AbstractContextManager[Any]
 
@@ -92,20 +92,20 @@ def answers_before_it_is_durable() -> Iterable[Patch]:
 
 @mistake
 def a_shard_is_dealt_to_nobody() -> Iterable[Patch]:
-    deal = relief.deal_shards
+    deal = rebalance.deal_shards
 
     def deal_fewer(num_shards: int, *arguments: Any, **how: Any) -> dict[int, Any]:
         runs = deal(num_shards, *arguments, **how)
         return {rank: () if len(runs) > 1 and rank == max(runs) else run for rank, run in runs.items()}
 
-    yield patch.object(relief, "deal_shards", deal_fewer)
+    yield patch.object(rebalance, "deal_shards", deal_fewer)
 
 
 @mistake
 def restarted_daemons_are_not_noticed() -> Iterable[Patch]:
     def loss_of(seat: Any, job: Any, view: Any) -> Any:
         same = {node_id: replace(node, incarnation=seat.incarnation) for node_id, node in view.nodes.items()}
-        return processes.loss_of(seat, job, replace(view, nodes=same))
+        return process.loss_of(seat, job, replace(view, nodes=same))
 
     yield patch.object(recovery, "loss_of", loss_of)
 
@@ -115,8 +115,8 @@ def older_lives_displace_newer_ones() -> Iterable[Patch]:
     def register(nodes: Mapping[str, ClusterNode], node: ClusterNode, now: Any, _suspicion_s: float) -> Any:
         return {**nodes, node.node_id: replace(node, attended=True, seen_s=now.mono_s)}
 
-    yield patch("psmaster.registry.register", register)
-    yield patch("psmaster.registry.attend", lambda nodes, *_: nodes)
+    yield patch("psmaster.model.membership.register", register)
+    yield patch("psmaster.model.membership.attend", lambda nodes, *_: nodes)
 
 
 # votes and verdicts

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from pscluster.codec import as_bytes
-from pscluster.layout import Layout, TensorSpec
-from pscluster.snapshot import PieceKey
-from pscluster.spec import JobSpec, parse_spec
-from pscluster.summary import Summary, touched_bits
-from pscluster.tree import Node
+from pscluster.job.spec import JobSpec, parse_spec
+from pscluster.step.codec import as_bytes
+from pscluster.step.layout import Layout, TensorSpec
+from pscluster.step.summary import Summary, touched_bits
+from pscluster.step.tree import Node
+from pscluster.storage.snapshot import PieceKey
 
 BLOCK_WORDS = 16
 BUCKET_WORDS = 48

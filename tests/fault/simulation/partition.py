@@ -6,9 +6,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from pscluster.spec import parse_spec
+from pscluster.job.spec import parse_spec
 from pscluster.v1.plan_pb2 import PartitionReady, ProcessReport, ProcessSpec
-from psserver.partition.service import PartitionService
+from psserver.partition.process import PartitionService
 from psserver.partition.telemetry import PartitionCounters
 from tests.fault.simulation.dataplane import Link, Reactor
 from tests.fault.simulation.schedule import SOON_S, Life

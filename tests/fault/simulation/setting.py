@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, field
 from typing import get_args
 
-from pscluster.spec import DurabilitySection
+from pscluster.job.spec import DurabilitySection
 from tests.fault.simulation import model
 from tests.fault.simulation.faults import KINDS
 

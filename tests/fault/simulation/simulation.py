@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from psmaster.jobs import Job
+from psmaster.model.job import Job
 from tests.fault.simulation import ending, model
 from tests.fault.simulation.agent import Agent, restart_after_s
 from tests.fault.simulation.child import Child

@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
-from psmaster import recovery
-from psmaster.planner import NodeView
-from psserver.partition import bond
-from psserver.partition.bond import Bond
-from psserver.partition.standby import Standby
+from psmaster.scheduling import recovery
+from psmaster.scheduling.admission import NodeView
+from psserver.partition.replication import in_sync
+from psserver.partition.replication.in_sync import Bond
+from psserver.partition.replication.standby import Standby
 from tests.fault.simulation.mistakes import Patch, mistake_in
 
 _KILLED = {"kill_partition": 3.0, "kill_server": 1.0}
@@ -19,7 +19,7 @@ _KILLED = {"kill_partition": 3.0, "kill_server": 1.0}
 
 @mistake_in(tier="replica", partitions=1, servers=2, compute_s=0.1, every_s=0.5, storm_s=8.0, faults=_KILLED)
 def votes_do_not_wait_for_the_standby() -> Iterable[Patch]:
-    yield patch.object(bond, "may_vote", lambda _bond, _step: True)
+    yield patch.object(in_sync, "may_vote", lambda _bond, _step: True)
 
 
 @mistake_in(tier="replica", partitions=2, servers=3, compute_s=0.1, every_s=0.3, storm_s=8.0, faults=_KILLED)
@@ -27,7 +27,7 @@ def a_standby_is_relied_on_before_it_is_in_sync() -> Iterable[Patch]:
     def acknowledge(held: Bond, reach: int, _promised: int) -> tuple[Bond, bool]:
         return replace(held, reach=max(held.reach, reach), is_told=True), not held.is_told
 
-    yield patch.object(bond, "acknowledge", acknowledge)
+    yield patch.object(in_sync, "acknowledge", acknowledge)
 
 
 @mistake_in(tier="replica", partitions=2, servers=3)

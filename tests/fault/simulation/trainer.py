@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from pscluster.spec import JobSpec, parse_spec
-from pscluster.summary import Statistics
-from pscluster.tree import Node, Tree, tree_of
+from pscluster.job.spec import JobSpec, parse_spec
+from pscluster.step.summary import Statistics
+from pscluster.step.tree import Node, Tree, tree_of
 from pscluster.v1.plan_pb2 import ProcessReport, ProcessSpec, TrainerReady
-from psworker.memory import BucketMemory
-from psworker.trainer.accumulate import Counter, SummaryCounter, add_gradients
 from psworker.trainer.exchange import Exchange
-from psworker.trainer.gradients import Gradients
+from psworker.trainer.gradients.accumulate import Counter, SummaryCounter, add_gradients
+from psworker.trainer.gradients.gather import Gradients
 from psworker.trainer.loop import Trainer
 from psworker.trainer.pace import Pace
 from psworker.trainer.telemetry import TrainerCounters
+from psworker.trainer.values.bucket_memory import BucketMemory
 from psworker.trainer.work import Work
 from tests.fault.simulation import model
 from tests.fault.simulation.dataplane import Link, Reactor

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from pscluster.agent.heart import Heart
+from pscluster.agent.heartbeat import Heart
 from pscluster.agent.link import ProcessLink
 from pscluster.v1 import plan_pb2 as plan
 

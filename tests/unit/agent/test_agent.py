@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from pscluster.agent import attend
+from pscluster.agent import master_connection
 from pscluster.agent.child import Patience
-from pscluster.bundle import pack
 from pscluster.errors import PsError, StateError
+from pscluster.job.bundle import pack
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -214,7 +214,7 @@ def test_what_was_not_acknowledged_is_sent_again(bench: Any) -> None:
 
 def test_a_master_that_is_no_longer_heard_is_sought_anew(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes what the agent says, and nothing comes back: orders would not, either."""
-    monkeypatch.setattr(attend, "SILENCE_S", 0.5)
+    monkeypatch.setattr(master_connection, "SILENCE_S", 0.5)
 
     async def body(master: Any) -> None:
         await master.until(lambda: master.beats > 20)  # a second and more of answers
@@ -315,7 +315,7 @@ def test_a_superseded_agent_ends_its_processes_and_itself(bench: Any) -> None:
 
 def test_two_agents_do_not_share_a_state_directory(bench: Any) -> None:
     async def body(master: Any) -> None:
-        from pscluster.agent.leftovers import AgentDirectories
+        from pscluster.agent.directories import AgentDirectories
 
         await master.until(lambda: master.registered)
         with pytest.raises(PsError, match="another agent runs"):

@@ -16,8 +16,8 @@ from pscluster.agent.copies import Copies
 from pscluster.client import parts
 from pscluster.client.records import SnapshotPart as PartRecord
 from pscluster.errors import AuthError, DamagedError, FrameError, NotFoundError, UnreachableError
-from pscluster.snapshot import part_name, read_part
 from pscluster.storage import open_store
+from pscluster.storage.snapshot import part_name, read_part
 from pscluster.v1.agents_pb2 import DepotAddress
 from pscluster.v1.depot_pb2 import TakePartRequest
 from pscluster.v1.plan_pb2 import PartitionSeat, Plan, ProcessReport, ProcessSpec, RestorePoint, SnapshotPart

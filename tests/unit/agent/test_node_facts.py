@@ -8,10 +8,10 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from pscluster.agent import cgroup, resources
-from pscluster.agent.backoff import CAP_S, delay_s
 from pscluster.agent.metrics import ProcessMetrics
 from pscluster.agent.process import num_threads, wanted_device
 from pscluster.v1.plan_pb2 import Counters, ProcessSpec
+from pscluster.wire.backoff import CAP_S, delay_s
 
 
 def make(root: Path, files: dict[str, str]) -> None:

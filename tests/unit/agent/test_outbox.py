@@ -7,7 +7,7 @@ from collections.abc import Callable
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pscluster.agent.outbox import Outbox
+from pscluster.agent.report_queue import Outbox
 from pscluster.agent.suspicion import NONE, SILENT
 from pscluster.v1.agents_pb2 import AgentMessage, LogLine, LogLines, ProcessEvent, ProcessStatus
 from pscluster.v1.plan_pb2 import ProcessReport, Progress

@@ -12,9 +12,9 @@ import pytest
 
 from pscluster.agent import bundles
 from pscluster.agent.bundles import BundleCache
-from pscluster.agent.leftovers import AgentDirectories, remove_runtime
-from pscluster.bundle import pack
+from pscluster.agent.directories import AgentDirectories, remove_runtime
 from pscluster.errors import BundleError, StorageError
+from pscluster.job.bundle import pack
 from pscluster.settings import make_runtime_dir, runtime_dir
 
 

@@ -17,7 +17,7 @@ from pscluster.agent.bundles import BundleCache
 from pscluster.agent.child import Patience
 from pscluster.agent.copies import Copies
 from pscluster.agent.devices import DeviceLedger
-from pscluster.agent.leftovers import AgentDirectories
+from pscluster.agent.directories import AgentDirectories
 from pscluster.agent.process import Site
 from pscluster.agent.supervisor import Supervisor
 from pscluster.agent.suspicion import NONE, SILENT

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pscluster.cli.initialise import job_name
-from pscluster.spec import load_spec
+from pscluster.job.spec import load_spec
 from tests.unit.cli.conftest import Psctl
 
 FILES = [".gitignore", "README.md", "spec.yaml", "task.py", "text.txt"]

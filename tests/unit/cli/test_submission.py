@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pscluster.bundle import extract
 from pscluster.cli.arithmetic import reckon
 from pscluster.cli.following import PlainView, absence
 from pscluster.cli.local import record
 from pscluster.errors import UnreachableError
+from pscluster.job.bundle import extract
+from pscluster.job.spec import parse_spec
 from pscluster.settings import ClientSettings
-from pscluster.spec import parse_spec
 from pscluster.v1 import jobs_pb2, plan_pb2
 from tests.unit.cli.conftest import Psctl
 from tests.unit.cli.fake_master import FakeMaster, Serving, ended_message, job_message

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pscluster.tree import tree_of
-from psmaster.dealing import cover_size, deal_shards, least_makespan_s, makespan_s
+from pscluster.step.tree import tree_of
+from psmaster.scheduling.shard_assignment import cover_size, deal_shards, least_makespan_s, makespan_s
 
 SPEEDS = st.lists(st.floats(0.01, 10.0), min_size=1, max_size=12)
 

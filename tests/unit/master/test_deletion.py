@@ -16,17 +16,18 @@ import pytest
 
 from pscluster.errors import NotFoundError, StateError
 from pscluster.v1 import jobs_pb2
-from psmaster import deletions, manifest, rebuild
-from psmaster.bundles import BundleShelf
-from psmaster.catalogue import Part
-from psmaster.core import Core
-from psmaster.deletions import KEPT_S, MAX_NAMED, Deletion
-from psmaster.jobs import Instant, Job, JobState
-from psmaster.jobs_service import Identity, JobsService
-from psmaster.publisher import Publisher
+from psmaster.api.jobs import Identity, JobsService
+from psmaster.control.loop import Core
+from psmaster.model import deletions
+from psmaster.model.deletions import KEPT_S, MAX_NAMED, Deletion
+from psmaster.model.job import Instant, Job, JobState
+from psmaster.model.snapshot_catalog import Part
 from psmaster.settings import MasterSettings
-from psmaster.sqlite_store import DATABASE, SqliteStore
-from psmaster.store import Batch
+from psmaster.storage import manifest, rebuild
+from psmaster.storage.bundles import BundleShelf
+from psmaster.storage.manifest_publisher import Publisher
+from psmaster.storage.sqlite import DATABASE, SqliteStore
+from psmaster.storage.store import Batch
 from tests.unit.master.fake_agent import DEADLINE_S, FakeAgent
 from tests.unit.master.test_rebuild import save
 from tests.unit.master.test_service import TOKEN, Client, with_master

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 
 from pscluster.devices import choose_device, modesty
-from psmaster import outbound
-from psmaster.jobs import JobState, Problem
-from psmaster.reconcile import desired
-from psmaster.seats import Kind
-from psmaster.state import node_views
+from psmaster.api import to_proto
+from psmaster.model.job import JobState, Problem
+from psmaster.model.plan import Kind
+from psmaster.model.state import node_views
+from psmaster.scheduling.reconcile import desired
 from tests.unit.master.world import PARTITION, TRAINER, World
 
 ONE = {"min": 1, "max": 1}
@@ -75,7 +75,7 @@ def test_the_jobs_seats_are_shown_with_their_devices(world: World) -> None:
     for rank, device in enumerate(("cuda:0", "cuda:1", "cpu")):
         world.report(f"trainer-{rank}", replace(TRAINER, device=device))
     world.ready()
-    message = outbound.job(world.job(), (), world.now, full=True)
+    message = to_proto.job(world.job(), (), world.now, full=True)
     assert [seat.device for seat in message.plan.trainers] == ["cuda:0", "cuda:1", "cpu"]
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from pscluster.errors import NotFoundError
-from psmaster import drain
-from psmaster.jobs import JobState, Problem, Trouble
-from psmaster.reports import Progress
-from psmaster.seats import Kind, Plan
+from psmaster.model.job import JobState, Problem, Trouble
+from psmaster.model.plan import Kind, Plan
+from psmaster.model.reports import Progress
+from psmaster.scheduling import drain
 from tests.unit.master.world import PARTITION, TRAINER, World
 
 JOB = "job-aaaaaa"

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from pscluster.errors import BundleError, NotFoundError
-from psmaster.bundles import BundleShelf
-from psmaster.joblogs import LogMessage, LogReader, SeatLog, older, paths_of
-from psmaster.metricsfile import MetricsFile, line_of
-from psmaster.reports import Evaluated
-from psmaster.tails import MetricsTail
+from psmaster.api.log_tail import MetricsTail
+from psmaster.model.reports import Evaluated
+from psmaster.storage.bundles import BundleShelf
+from psmaster.storage.logs import LogMessage, LogReader, SeatLog, older, paths_of
+from psmaster.storage.metrics_file import MetricsFile, line_of
 from tests.unit.master.world import make_record
 
 

@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 
 from pscluster.errors import DamagedError
-from psmaster import leftovers, manifest, rebuild
-from psmaster.archive import Archive, Writes, batch_of
-from psmaster.catalogue import Catalogue
-from psmaster.core import Core, clock
-from psmaster.deletions import Deletion
-from psmaster.jobs import Best, Job, JobState
-from psmaster.metricsfile import MetricsFile
-from psmaster.publisher import Publisher
+from psmaster.control.loop import Core, clock
+from psmaster.model.deletions import Deletion
+from psmaster.model.job import Best, Job, JobState
+from psmaster.model.snapshot_catalog import Catalogue
+from psmaster.model.state import Changes, State
 from psmaster.settings import MasterSettings
-from psmaster.sqlite_store import DATABASE, SqliteStore
-from psmaster.state import Changes, State
-from psmaster.store import Batch
+from psmaster.storage import manifest, orphans, rebuild
+from psmaster.storage.manifest_publisher import Publisher
+from psmaster.storage.metrics_file import MetricsFile
+from psmaster.storage.persistence import Archive, Writes, batch_of
+from psmaster.storage.sqlite import DATABASE, SqliteStore
+from psmaster.storage.store import Batch
 from tests.unit.master.test_deletion import parts_of
 from tests.unit.master.test_publisher import complete
 from tests.unit.master.test_rebuild import NOW_S, at_home, running, save
@@ -118,8 +118,8 @@ def test_a_damaged_manifest_proves_nothing_and_an_unknown_job_with_one_is_left_a
 def test_a_job_that_was_rebuilt_from_a_copy_does_not_answer_for_what_it_left(site: MasterSettings) -> None:
     save(at_home(site.state_dir), running(revision=9), 10)
     elsewhere = replace(running(revision=5), store="/somewhere/else")
-    leftovers.refuse_older(site.state_dir, {"a": elsewhere}, {})
-    assert not leftovers.may_go(site.state_dir / "jobs" / "a", {"a": elsewhere}, {})
+    orphans.refuse_older(site.state_dir, {"a": elsewhere}, {})
+    assert not orphans.may_go(site.state_dir / "jobs" / "a", {"a": elsewhere}, {})
 
 
 def test_leftovers_without_snapshots_go(site: MasterSettings) -> None:

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from pscluster.errors import NotFoundError, StateError
-from psmaster.jobs import Best, Check, Connection, JobState, Problem, Trouble
-from psmaster.reports import Connected, Evaluated, is_better
-from psmaster.seats import Kind
-from psmaster.state import find
+from psmaster.model.job import Best, Check, Connection, JobState, Problem, Trouble
+from psmaster.model.plan import Kind
+from psmaster.model.reports import Connected, Evaluated, is_better
+from psmaster.model.state import find
 from tests.unit.master.world import PARTITION, TRAINER, World, failure, make_job, make_record
 
 
@@ -397,7 +397,7 @@ def test_skipped_steps_are_counted(world: World) -> None:
     skipped = make_record(6, skipped=True, grad_norm=float("nan"))
     lead = world.wanted()["partition-0"]
     assert lead.seat.kind is Kind.PARTITION
-    from psmaster.reports import Progress
+    from psmaster.model.reports import Progress
 
     world.report("partition-0", Progress(generation=1, step=6, records=(skipped,)))
     assert world.job().nonfinite == 1

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from psmaster.pace import Pace, heard
+from psmaster.model.speed import Pace, heard
 
 
 def after(*measured_s: float, pace: Pace | None = None, every_s: float = 1.0) -> Pace:

@@ -10,12 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pscluster.errors import InternalError, SpecError
-from psmaster import numerics, records, reports
-from psmaster.jobs import Instant, JobState, Point
-from psmaster.numerics import Report
-from psmaster.starting import first_difference
-from psmaster.submission import new_job
-from psmaster.transitions import move
+from psmaster.control.submission import new_job
+from psmaster.model import reports
+from psmaster.model.job import Instant, JobState, Point
+from psmaster.model.transitions import move
+from psmaster.scheduling import numerics
+from psmaster.scheduling.numerics import Report
+from psmaster.scheduling.startup import first_difference
+from psmaster.storage import records
 from tests.unit.master.world import TRAINER, World, make_job, make_record, make_spec
 
 NOW = Instant(mono_s=1.0, unix_s=1000.0)

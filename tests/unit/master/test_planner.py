@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from psmaster.planner import NodeView, admit, choose_node, max_trainers
-from psmaster.registry import Role
+from psmaster.model.membership import Role
+from psmaster.scheduling.admission import NodeView, admit, choose_node, max_trainers
 from tests.unit.master.world import make_spec
 
 

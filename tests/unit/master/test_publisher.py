@@ -13,14 +13,15 @@ from queue import Queue
 import pytest
 
 from pscluster.errors import DamagedError, PsError, StorageError
-from psmaster import catalogue, manifest, publisher
-from psmaster.archive import to_publish
-from psmaster.catalogue import Catalogue, Part
-from psmaster.deletions import Deletion
-from psmaster.jobs import Best, Job, JobState
-from psmaster.manifest import Manifest
-from psmaster.publisher import Publisher
-from psmaster.state import State
+from psmaster.model import snapshot_catalog
+from psmaster.model.deletions import Deletion
+from psmaster.model.job import Best, Job, JobState
+from psmaster.model.snapshot_catalog import Catalogue, Part
+from psmaster.model.state import State
+from psmaster.storage import manifest, manifest_publisher
+from psmaster.storage.manifest import Manifest
+from psmaster.storage.manifest_publisher import Publisher
+from psmaster.storage.persistence import to_publish
 from tests.unit.master.world import make_job
 
 BUNDLE = b"code"
@@ -37,7 +38,7 @@ def complete(job: Job, *steps: int) -> Catalogue:
     for step in steps:
         for index in range(job.spec.servers.partitions):
             part = Part(step=step, partition=index, generation=2, path=f"{step}-{index}", size_bytes=9, checksum="c")
-            found = catalogue.add(found, part)
+            found = snapshot_catalog.add(found, part)
     return found
 
 
@@ -106,7 +107,7 @@ def test_the_newest_follows_what_becomes_of_the_job(tmp_path: Path) -> None:
 def test_the_code_is_there_before_the_manifest_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = make(tmp_path, bundle_sha256=SHA256)
     order: list[str] = []
-    real = publisher.open_store(job.store).__class__.write
+    real = manifest_publisher.open_store(job.store).__class__.write
     monkeypatch.setattr(
         "pscluster.storage.directory.DirectoryStore.write",
         lambda self, name, data: (order.append(name), real(self, name, data))[1],
@@ -119,7 +120,7 @@ def test_the_code_is_there_before_the_manifest_that_names_it(tmp_path: Path, mon
 
 
 def test_what_cannot_be_written_is_told_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publisher, "RETRY_S", 0.01)
+    monkeypatch.setattr(manifest_publisher, "RETRY_S", 0.01)
     job = make(tmp_path)
     Path(job.store).write_text("in the way")
     told: Queue[tuple[str, int, PsError]] = Queue()
@@ -140,14 +141,14 @@ def test_a_store_that_hangs_holds_the_master_up_for_a_moment_only(
     job = make(tmp_path)
     gate: Queue[None] = Queue()
     hung: Queue[None] = Queue()
-    real = publisher.open_store
+    real = manifest_publisher.open_store
 
     def slowly(location: str) -> object:
         hung.put(None)
         gate.get(timeout=20)
         return real(location)
 
-    monkeypatch.setattr(publisher, "open_store", slowly)
+    monkeypatch.setattr(manifest_publisher, "open_store", slowly)
     with publishing(tmp_path, patience_s=0.05) as made:
         made.publish({"a": (job, complete(job, 5))})  # returns
         hung.get(timeout=20)
@@ -181,7 +182,7 @@ def test_removing_a_job_removes_its_store_and_its_directory(tmp_path: Path) -> N
 def test_a_store_that_is_away_is_removed_when_it_is_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, away: str
 ) -> None:
-    monkeypatch.setattr(publisher, "RETRY_S", 0.01)
+    monkeypatch.setattr(manifest_publisher, "RETRY_S", 0.01)
     root, elsewhere, directory = tmp_path / "shared", tmp_path / "elsewhere", tmp_path / "jobs" / "a"
     job = make(tmp_path, store=str(root / "a"))
     directory.mkdir(parents=True)
@@ -214,11 +215,11 @@ def test_what_was_removed_before_is_not_looked_for_again(tmp_path: Path) -> None
 
 def test_a_store_that_stays_away_is_asked_less_and_less_often(tmp_path: Path) -> None:
     job = make(tmp_path)
-    wish = publisher._Wish(store=job.store, job=None)
+    wish = manifest_publisher._Wish(store=job.store, job=None)
     pauses = []
     for wish.failures in range(40):
-        pauses.append(publisher._pause_s(wish))
-    assert pauses[:3] == [5.0, 10.0, 20.0] and pauses[-1] == publisher.MAX_RETRY_S
+        pauses.append(manifest_publisher._pause_s(wish))
+    assert pauses[:3] == [5.0, 10.0, 20.0] and pauses[-1] == manifest_publisher.MAX_RETRY_S
 
 
 # ---- which jobs a turn makes out of date ----
@@ -236,7 +237,7 @@ def test_only_a_complete_snapshot_the_best_or_the_end_is_published(tmp_path: Pat
     assert to_publish(state(job, none), state(job, whole)) == {"a": (job, whole)}
     assert to_publish(state(job, whole), state(replace(job, step=9), whole)) == {}
     two = Catalogue(num_partitions=2)
-    half = catalogue.add(two, Part(step=6, partition=0, generation=2, path="p", size_bytes=1, checksum="c"))
+    half = snapshot_catalog.add(two, Part(step=6, partition=0, generation=2, path="p", size_bytes=1, checksum="c"))
     assert to_publish(state(job, two), state(job, half)) == {}
     better = replace(job, best=Best(step=5, value=1.0))
     assert to_publish(state(job, whole), state(better, whole)) == {"a": (better, whole)}

@@ -11,14 +11,15 @@ import pytest
 
 from pscluster.errors import DamagedError, StateError
 from pscluster.storage import open_store
-from psmaster import daemon, manifest, rebuild
-from psmaster.catalogue import Part, RestorePoint
-from psmaster.jobs import Best, Job, JobState
-from psmaster.leftovers import refuse_unclaimed
-from psmaster.manifest import Manifest
-from psmaster.rebuild import LEAP, Found
-from psmaster.sqlite_store import DATABASE, SqliteStore
-from psmaster.store import Batch
+from psmaster import daemon
+from psmaster.model.job import Best, Job, JobState
+from psmaster.model.snapshot_catalog import Part, RestorePoint
+from psmaster.storage import manifest, rebuild
+from psmaster.storage.manifest import Manifest
+from psmaster.storage.orphans import refuse_unclaimed
+from psmaster.storage.rebuild import LEAP, Found
+from psmaster.storage.sqlite import DATABASE, SqliteStore
+from psmaster.storage.store import Batch
 from tests.unit.master.test_publisher import BUNDLE, SHA256
 from tests.unit.master.world import make_job
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from psmaster import outbound
-from psmaster.jobs import JobState, Problem, Trouble
-from psmaster.processes import Exit, Process
+from psmaster.api import to_proto
+from psmaster.model.job import JobState, Problem, Trouble
+from psmaster.model.process import Exit, Process
 from tests.unit.master.world import PARTITION, TRAINER, World, failure
 
 
@@ -193,7 +193,7 @@ def test_what_was_reported_before_going_back_is_void(world: World) -> None:
 
 
 def _finished(world: World) -> object:
-    from psmaster.jobs import Finished
+    from psmaster.model.job import Finished
 
     return Finished(generation=world.job().generation, step=100, stopped=False, parameters_sha256="bad")
 
@@ -475,9 +475,9 @@ def test_a_plan_that_is_made_while_all_are_suspected_still_counts_on_them(world:
     world.report("partition-1", PARTITION)
     job = world.job()
     assert job.plan is not None and job.plan.restore_generation == job.generation
-    told = outbound.plan(job, job.plan)
+    told = to_proto.plan(job, job.plan)
     assert [seat.active for seat in told.trainers] == [True, True]
     world.suspect("trainer-1", "")
     job = world.job()
     assert job.plan is not None
-    assert [seat.active for seat in outbound.plan(job, job.plan).trainers] == [False, True]
+    assert [seat.active for seat in to_proto.plan(job, job.plan).trainers] == [False, True]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pscluster.errors import StateError
-from psmaster import registry
-from psmaster.jobs import Instant, JobState
-from psmaster.registry import Health, Node, Role
+from psmaster.model import membership
+from psmaster.model.job import Instant, JobState
+from psmaster.model.membership import Health, Node, Role
 from tests.unit.master.world import World
 
 SUSPICION_S = 3.0
@@ -21,86 +21,86 @@ def node(life: str = "a") -> Node:
     return Node(node_id="worker-0", role=Role.WORKER, incarnation=life, slots=1)
 
 
-def attended(life: str = "a", when: float = 0.0) -> registry.Nodes:
-    nodes = registry.register({}, node(life), at(when), SUSPICION_S)
-    return registry.attend(nodes, "worker-0", life, at(when))
+def attended(life: str = "a", when: float = 0.0) -> membership.Nodes:
+    nodes = membership.register({}, node(life), at(when), SUSPICION_S)
+    return membership.attend(nodes, "worker-0", life, at(when))
 
 
-def health(nodes: registry.Nodes, when: float) -> Health:
-    return registry.health(nodes["worker-0"], when, SUSPICION_S)
+def health(nodes: membership.Nodes, when: float) -> Health:
+    return membership.health(nodes["worker-0"], when, SUSPICION_S)
 
 
 def test_a_node_is_ready_once_it_attends_and_dead_after_the_suspicion() -> None:
-    nodes = registry.register({}, node(), at(0), SUSPICION_S)
+    nodes = membership.register({}, node(), at(0), SUSPICION_S)
     assert health(nodes, 0) is Health.SUSPECT
-    nodes = registry.attend(nodes, "worker-0", "a", at(0))
+    nodes = membership.attend(nodes, "worker-0", "a", at(0))
     assert health(nodes, 1) is Health.READY
     assert health(nodes, 2) is Health.SUSPECT
     assert health(nodes, 3.1) is Health.DEAD
-    assert health(registry.beat(nodes, "worker-0", "a", at(3)), 3.1) is Health.READY
+    assert health(membership.beat(nodes, "worker-0", "a", at(3)), 3.1) is Health.READY
 
 
 def test_a_broken_stream_is_suspect_at_once_and_dead_only_later() -> None:
-    nodes = registry.detach(attended(), "worker-0", "a")
+    nodes = membership.detach(attended(), "worker-0", "a")
     assert health(nodes, 0.1) is Health.SUSPECT
     assert health(nodes, 3.1) is Health.DEAD
-    assert health(registry.attend(nodes, "worker-0", "a", at(1)), 1) is Health.READY
+    assert health(membership.attend(nodes, "worker-0", "a", at(1)), 1) is Health.READY
 
 
 def test_a_newer_life_replaces_an_older_one_and_not_the_reverse() -> None:
-    nodes = registry.register(attended("a"), node("b"), at(1), SUSPICION_S)
+    nodes = membership.register(attended("a"), node("b"), at(1), SUSPICION_S)
     assert nodes["worker-0"].incarnation == "b"
     assert not nodes["worker-0"].attended
     with pytest.raises(StateError):
-        registry.register(nodes, node("a"), at(2), SUSPICION_S)
-    again = registry.register(nodes, node("b"), at(2), SUSPICION_S)
+        membership.register(nodes, node("a"), at(2), SUSPICION_S)
+    again = membership.register(nodes, node("b"), at(2), SUSPICION_S)
     with pytest.raises(StateError):
-        registry.register(again, node("a"), at(3), SUSPICION_S)
+        membership.register(again, node("a"), at(3), SUSPICION_S)
     with pytest.raises(StateError):
-        registry.attend(nodes, "worker-0", "a", at(2))
+        membership.attend(nodes, "worker-0", "a", at(2))
 
 
 def test_a_displaced_life_is_taken_back_when_the_one_in_its_place_is_dead() -> None:
-    nodes = registry.register(attended("a"), node("b"), at(1), SUSPICION_S)
-    later = registry.register(nodes, node("a"), at(5), SUSPICION_S)
+    nodes = membership.register(attended("a"), node("b"), at(1), SUSPICION_S)
+    later = membership.register(nodes, node("a"), at(5), SUSPICION_S)
     assert later["worker-0"].incarnation == "a"
     with pytest.raises(StateError):
-        registry.register(later, node("b"), at(6), SUSPICION_S)
+        membership.register(later, node("b"), at(6), SUSPICION_S)
 
 
 def test_no_more_lives_are_remembered_than_can_still_come_back() -> None:
     nodes = attended("0")
     for life in range(1, 50):
-        nodes = registry.register(nodes, node(str(life)), at(life), SUSPICION_S)
-    assert nodes["worker-0"].former == tuple(str(life) for life in range(49 - registry.FORMER, 49))
+        nodes = membership.register(nodes, node(str(life)), at(life), SUSPICION_S)
+    assert nodes["worker-0"].former == tuple(str(life) for life in range(49 - membership.FORMER, 49))
 
 
 def test_what_another_life_says_changes_nothing() -> None:
     nodes = attended("b")
-    assert registry.beat(nodes, "worker-0", "a", at(9)) == nodes
-    assert registry.detach(nodes, "worker-0", "a") == nodes
-    assert registry.beat(nodes, "worker-7", "a", at(9)) == nodes
+    assert membership.beat(nodes, "worker-0", "a", at(9)) == nodes
+    assert membership.detach(nodes, "worker-0", "a") == nodes
+    assert membership.beat(nodes, "worker-7", "a", at(9)) == nodes
 
 
 def test_registering_again_keeps_the_stream() -> None:
-    nodes = registry.register(attended("a"), node("a"), at(1), SUSPICION_S)
+    nodes = membership.register(attended("a"), node("a"), at(1), SUSPICION_S)
     assert nodes["worker-0"].attended
 
 
 def test_the_long_dead_are_forgotten() -> None:
     nodes = attended()
-    assert registry.forget(nodes, at(100)) == nodes
-    assert registry.forget(nodes, at(4_000)) == {}
+    assert membership.forget(nodes, at(100)) == nodes
+    assert membership.forget(nodes, at(4_000)) == {}
 
 
 def test_who_said_goodbye_is_forgotten_at_once_and_only_in_that_life() -> None:
     nodes = attended("b")
-    assert registry.leave(nodes, "worker-0", "a") == nodes
-    left = registry.leave(nodes, "worker-0", "b")
+    assert membership.leave(nodes, "worker-0", "a") == nodes
+    left = membership.leave(nodes, "worker-0", "b")
     assert left == {}
-    assert registry.leave(left, "worker-0", "b") == {}
-    assert registry.beat(left, "worker-0", "b", at(1)) == {}
-    assert registry.detach(left, "worker-0", "b") == {}
+    assert membership.leave(left, "worker-0", "b") == {}
+    assert membership.beat(left, "worker-0", "b", at(1)) == {}
+    assert membership.detach(left, "worker-0", "b") == {}
 
 
 def test_a_job_goes_on_without_a_node_that_said_goodbye() -> None:
@@ -120,7 +120,7 @@ def test_a_job_goes_on_without_a_node_that_said_goodbye() -> None:
 
 
 def test_silence_that_nobody_could_hear_does_not_count() -> None:
-    nodes = registry.excuse(attended(), 10)
+    nodes = membership.excuse(attended(), 10)
     assert health(nodes, 11) is Health.READY
     assert health(nodes, 13.1) is Health.DEAD
 

@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psmaster import outbound, pace, relief
-from psmaster.jobs import Event, Instant
-from psmaster.turn import Turn
+from psmaster.api import to_proto
+from psmaster.control.transaction import Turn
+from psmaster.model import speed as pace
+from psmaster.model.job import Event, Instant
+from psmaster.scheduling import rebalance
 from tests.unit.master.world import TRAINER, World
 
 Speed = Callable[[], float]
@@ -105,7 +107,7 @@ def test_a_job_of_short_steps_is_not_planned_anew_in_every_one() -> None:
         if len(shop.moves()) > moves:
             moved_at.append(second)
     gaps = [later - earlier for earlier, later in itertools.pairwise(moved_at)]
-    assert all(gap >= relief.WAIT_S for gap in gaps)
+    assert all(gap >= rebalance.WAIT_S for gap in gaps)
     assert gaps == sorted(gaps), "each is waited for longer than the one before"
 
 
@@ -130,14 +132,14 @@ class Bench:
                     heard = pace.heard(process.pace, speed(), process.pace.microbatches + 1, self.now.mono_s)
                     self.processes[process.process_id] = replace(process, pace=heard)
             self.job = replace(self.job, step=self.job.step + 1)
-            move = relief.due(self.job, self.job.trainers, self.processes, self.now)
+            move = rebalance.due(self.job, self.job.trainers, self.processes, self.now)
             if move is not None:
                 self.deal(move)
 
-    def deal(self, move: relief.Move) -> None:
+    def deal(self, move: rebalance.Move) -> None:
         self.num_moves += 1
-        paces = relief.paces_of(self.job.trainers, self.job.job_id, self.processes)
-        runs = relief.deal(self.job.num_shards, paces, move.probe)
+        paces = rebalance.paces_of(self.job.trainers, self.job.job_id, self.processes)
+        runs = rebalance.deal(self.job.num_shards, paces, move.probe)
         dealing = replace(move.dealing, since_s=self.now.mono_s, step=self.job.step, probe=move.probe)
         seats = tuple(replace(seat, shards=runs[seat.rank]) for seat in self.job.trainers)
         self.job = replace(self.job, trainers=seats, dealing=dealing)
@@ -169,7 +171,7 @@ def test_a_straggler_is_relieved_in_few_moves_under_noise(seed: int, ratio: floa
     bench.go_on(300, *(noisy(true[rank]) for rank in true))
     assert bench.num_moves - before <= 3
     reached_s = max(size * true[rank] for rank, size in bench.sizes.items())
-    assert reached_s <= 1.2 * relief.least_makespan_s(num_shards, list(true.values()))
+    assert reached_s <= 1.2 * rebalance.least_makespan_s(num_shards, list(true.values()))
     assert reached_s < even_s
 
 
@@ -256,10 +258,10 @@ def test_people_see_how_fast_each_computes() -> None:
     shop = Shop(2)
     shop.go_on(3, 0.1, 0.3)
     world = shop.world
-    message = outbound.job(world.job(), (), world.now, full=True, processes=world.state.processes)
+    message = to_proto.job(world.job(), (), world.now, full=True, processes=world.state.processes)
     assert [seat.microbatch_s for seat in message.plan.trainers] == pytest.approx([0.1, 0.3])
-    paces = relief.paces_of(world.job().trainers, "job-aaaaaa", world.state.processes)
-    assert relief.straggler_of(paces) == (1, pytest.approx(3.0))
+    paces = rebalance.paces_of(world.job().trainers, "job-aaaaaa", world.state.processes)
+    assert rebalance.straggler_of(paces) == (1, pytest.approx(3.0))
 
 
 def test_a_beat_with_speeds_is_still_a_beat() -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from psmaster import retry
-from psmaster.jobs import Instant, Job, JobState, Problem
-from psmaster.processes import Exit, Process
-from psmaster.seats import Kind, Seat
+from psmaster.model.job import Instant, Job, JobState, Problem
+from psmaster.model.plan import Kind, Seat
+from psmaster.model.process import Exit, Process
+from psmaster.scheduling import retry
 from tests.unit.master.world import PARTITION, TRAINER, World
 
 FULL = Problem(code="PS-4002", cause="cannot create /state/jobs/p1: No space left on device")

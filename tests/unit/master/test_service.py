@@ -26,11 +26,11 @@ from pscluster.errors import (
     VersionSkewError,
 )
 from pscluster.v1 import agents_pb2, agents_pb2_grpc, jobs_pb2, jobs_pb2_grpc, plan_pb2
-from psmaster.core import Core
-from psmaster.jobs import Instant
+from psmaster.control.agent_stream import AgentStream
+from psmaster.control.loop import Core
+from psmaster.model.job import Instant
 from psmaster.server import assembled, take_turns
 from psmaster.settings import MasterSettings
-from psmaster.streams import AgentStream
 from tests.unit.master.fake_agent import DEADLINE_S, FakeAgent
 from tests.unit.master.world import make_spec
 
@@ -389,7 +389,7 @@ def test_a_disk_that_cannot_be_written_acknowledges_nothing_and_heals(
     site: MasterSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def test(client: Client, core: Core) -> None:
-        monkeypatch.setattr("psmaster.core.RETRY_S", 0.01)
+        monkeypatch.setattr("psmaster.control.loop.RETRY_S", 0.01)
         job_id = await client.submit()
         agent = FakeAgent(site.listen[0], TOKEN, "worker-0")
         await agent.attend()

@@ -11,11 +11,11 @@ from dataclasses import replace
 
 import pytest
 
-from psmaster.jobs import VOLATILE, Job, JobState
-from psmaster.reconcile import reconcile
-from psmaster.reports import Progress, StandbyState
-from psmaster.seats import Kind, Seat
-from psmaster.turn import Turn
+from psmaster.control.transaction import Turn
+from psmaster.model.job import VOLATILE, Job, JobState
+from psmaster.model.plan import Kind, Seat
+from psmaster.model.reports import Progress, StandbyState
+from psmaster.scheduling.reconcile import reconcile
 from tests.unit.master.world import PARTITION, TRAINER, World, failure
 
 JOBS = ("one-aaaaaa", "two-aaaaaa")

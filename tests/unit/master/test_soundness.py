@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from pscluster.errors import DamagedError, StorageError
-from psmaster import soundness, sqlite_store
-from psmaster.catalogue import Part
-from psmaster.deletions import Deletion
-from psmaster.jobs import Event
-from psmaster.sqlite_store import SqliteStore
-from psmaster.store import Batch, BundleRecord
+from psmaster.model.deletions import Deletion
+from psmaster.model.job import Event
+from psmaster.model.snapshot_catalog import Part
+from psmaster.storage import integrity, sqlite
+from psmaster.storage.sqlite import SqliteStore
+from psmaster.storage.store import Batch, BundleRecord
 from tests.unit.master.world import make_job
 
 GONE = Deletion(job_id="gone", store="/store/gone", deleted_s=2.0)
@@ -139,7 +139,7 @@ def test_every_kind_of_change_keeps_the_books(tmp_path: Path) -> None:
         store.write(Batch(events=(("b", EVENT),), deleted_jobs=("a",), deletions=(GONE,)))
         store.write(Batch(deletions=(replace(GONE, removed=True), replace(GONE, job_id="c"))))
         store.write(Batch(forgotten_deletions=("gone",)))
-        soundness.check(store._db, path)
+        integrity.check(store._db, path)
     assert [job.job_id for job in content(path)[0]] == ["b"]  # type: ignore[attr-defined]
 
 
@@ -147,7 +147,7 @@ def test_a_database_of_schema_1_gets_its_checksums(tmp_path: Path) -> None:
     path = tmp_path / "master.db"
     with closing(sqlite3.connect(path)) as db:
         db.execute("PRAGMA journal_mode=WAL")
-        for statement in sqlite_store._MIGRATIONS[0]:
+        for statement in sqlite._MIGRATIONS[0]:
             db.execute(statement)
         db.execute("INSERT INTO bundles VALUES ('c', 1, 2.0)")
         db.execute("PRAGMA user_version=1")
@@ -161,10 +161,10 @@ def test_a_database_of_schema_3_gets_its_list_of_deletions(tmp_path: Path) -> No
     path = tmp_path / "master.db"
     with closing(sqlite3.connect(path)) as db:
         db.execute("PRAGMA journal_mode=WAL")
-        soundness.prepare(db)
-        for statement in [line for lines in sqlite_store._MIGRATIONS[:3] for line in lines]:
+        integrity.prepare(db)
+        for statement in [line for lines in sqlite._MIGRATIONS[:3] for line in lines]:
             db.execute(statement)
-        db.execute(soundness.insert("bundles"), ("c", 1, 2.0))
+        db.execute(integrity.insert("bundles"), ("c", 1, 2.0))
         db.execute("PRAGMA user_version=3")
         db.commit()
     with closing(SqliteStore(path)) as store:

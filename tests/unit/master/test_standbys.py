@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from psmaster import outbound
-from psmaster.jobs import JobState
-from psmaster.processes import Exit, Process
-from psmaster.reports import StandbyState
-from psmaster.seats import Plan
+from psmaster.api import to_proto
+from psmaster.model.job import JobState
+from psmaster.model.plan import Plan
+from psmaster.model.process import Exit, Process
+from psmaster.model.reports import StandbyState
 from tests.unit.master.world import PARTITION, TRAINER, World, failure
 
 REPLICA = {"durability": {"tier": "replica"}}
@@ -77,7 +77,7 @@ def test_the_first_plan_waits_for_none_and_the_next_names_them() -> None:
     assert [(seat.rank, seat.attempt) for seat in plan_of(world).standbys] == [(0, 2)]
     assert (plan_of(world).generation, plan_of(world).restore_generation) == (2, 1)
     assert world.wanted()["standby-0"].plan == plan_of(world)
-    message = outbound.plan(world.job(), plan_of(world))
+    message = to_proto.plan(world.job(), plan_of(world))
     assert message.partitions[0].standby.attempt == 2
     assert list(message.partitions[0].standby.addresses) == list(PARTITION.addresses)
     assert not message.partitions[1].HasField("standby")

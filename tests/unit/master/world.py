@@ -7,19 +7,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from pscluster.spec import JobSpec, parse_spec
-from psmaster.archive import batch_of
-from psmaster.catalogue import Part
-from psmaster.draft import Limits
-from psmaster.jobs import Event, Finished, Instant, Job, JobState, Problem
-from psmaster.memory_store import MemoryStore
-from psmaster.processes import Exit, Failure, PartitionFacts, Process, TrainerFacts, Unreached
-from psmaster.reconcile import Desired, desired
-from psmaster.registry import Node, Role, presumed
-from psmaster.reports import Progress, StandbyState, StepRecord
-from psmaster.seats import Kind
-from psmaster.state import Changes, State
-from psmaster.turn import Report, Turn
+from pscluster.job.spec import JobSpec, parse_spec
+from psmaster.control.transaction import Report, Turn
+from psmaster.model.job import Event, Finished, Instant, Job, JobState, Problem
+from psmaster.model.membership import Node, Role, presumed
+from psmaster.model.plan import Kind
+from psmaster.model.process import Exit, Failure, PartitionFacts, Process, TrainerFacts, Unreached
+from psmaster.model.reports import Progress, StandbyState, StepRecord
+from psmaster.model.snapshot_catalog import Part
+from psmaster.model.state import Changes, State
+from psmaster.scheduling.draft import Limits
+from psmaster.scheduling.reconcile import Desired, desired
+from psmaster.storage.memory import MemoryStore
+from psmaster.storage.persistence import batch_of
 
 LIMITS = Limits()
 

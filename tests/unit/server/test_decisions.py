@@ -14,10 +14,12 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
 from harness.played import played_spec
 from pscluster.errors import FrameError
-from pscluster.spec import ScheduleSection
-from pscluster.summary import Summary
+from pscluster.job.spec import ScheduleSection
+from pscluster.step.summary import Summary
 from pscluster.wire.frame import Header, Kind
-from psserver.partition.commit import (
+from psserver.partition.coordinator.decisions import decide, evaluates_at, next_action, snapshots_at
+from psserver.partition.messages import pack_verdict, pack_vote, unpack_verdict, unpack_vote, vote_bytes
+from psserver.partition.step.commit import (
     Lead,
     Member,
     Verdict,
@@ -30,9 +32,7 @@ from psserver.partition.commit import (
     receive_verdict,
     receive_vote,
 )
-from psserver.partition.directive import decide, evaluates_at, next_action, snapshots_at
-from psserver.partition.messages import pack_verdict, pack_vote, unpack_verdict, unpack_vote, vote_bytes
-from psserver.partition.schedule import learning_rate
+from psserver.partition.step.schedule import learning_rate
 
 FINITE = st.floats(0, 1e30)
 FLOATS = st.floats(allow_nan=False)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from pscluster.layout import Layout, TensorSpec
-from pscluster.snapshot import PartMeta, PieceKey, read_part, write_part
+from pscluster.step.layout import Layout, TensorSpec
 from pscluster.storage import Buffer, direct
-from psserver.partition import frozen
-from psserver.partition.frozen import Frozen
-from psserver.partition.private import private_memory
+from pscluster.storage.snapshot import PartMeta, PieceKey, read_part, write_part
+from psserver.partition.checkpoint import frozen
+from psserver.partition.checkpoint.frozen import Frozen
+from psserver.partition.step.huge_pages import private_memory
 
 KEYS: list[PieceKey] = [(0, "values"), (0, "moment0"), (1, "values"), (1, "moment0")]
 

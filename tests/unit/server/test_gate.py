@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pscluster.errors import FrameError
-from pscluster.layout import BLOCK_WORDS
-from pscluster.summary import Statistics, add_statistics
-from pscluster.tree import Node, Tree, tree_of
-from psserver.partition.gate import NOTHING, Held, admit, is_complete
-from psserver.partition.sums import Entry, Pool, Sums, block_squares
+from pscluster.step.layout import BLOCK_WORDS
+from pscluster.step.summary import Statistics, add_statistics
+from pscluster.step.tree import Node, Tree, tree_of
+from psserver.partition.step.gate import NOTHING, Held, admit, is_complete
+from psserver.partition.step.sums import Entry, Pool, Sums, block_squares
 
 
 def nodes_of(tree: Tree) -> list[Node]:

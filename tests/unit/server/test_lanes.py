@@ -11,12 +11,12 @@ import torch
 
 from harness.played import Network, fill, job_header, played_partition, played_plan, played_spec
 from harness.played_caller import LEAF, NUM_LANES, Caller, push
-from pscluster.codec import as_bytes
-from pscluster.layout import BLOCK_WORDS, Layout, TensorSpec
-from pscluster.summary import Summary
-from pscluster.tree import Node
+from pscluster.step.codec import as_bytes
+from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
+from pscluster.step.summary import Summary
+from pscluster.step.tree import Node
 from pscluster.wire.frame import IN_MEMORY, SUMMARY, UNCHANGED, Codec, Header, Kind, in_lane
-from psserver.partition.service import PartitionService
+from psserver.partition.process import PartitionService
 
 LAYOUT = Layout(
     (

@@ -12,12 +12,12 @@ import pytest
 
 from harness.played import played_plan, played_spec
 from pscluster.errors import TaskError
-from pscluster.layout import Layout, TensorSpec
-from pscluster.summary import Summary
-from pscluster.tree import Node
+from pscluster.step.layout import Layout, TensorSpec
+from pscluster.step.summary import Summary
+from pscluster.step.tree import Node
 from pscluster.v1.plan_pb2 import ProcessReport
-from psserver.partition.commit import Verdict, Vote
-from psserver.partition.lead import REPORT_INTERVAL_S, Lead, Outputs
+from psserver.partition.coordinator.coordinator import REPORT_INTERVAL_S, Lead, Outputs
+from psserver.partition.step.commit import Verdict, Vote
 
 LAYOUT = Layout((TensorSpec(names=("w",), shape=(4,), dtype="float32", kind="trained"),))
 FINAL_STEP = 6

@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-import pscluster.layout
+import pscluster.step.layout
 from harness.played import played_spec
-from pscluster.codec import DTYPES
-from pscluster.layout import BLOCK_WORDS, Layout, TensorSpec
-from pscluster.spec import JobSpec, OptimizerSection
-from pscluster.summary import Summary, touched_bits
-from pscluster.tree import Node
-from psserver.partition.commit import Verdict, Vote
-from psserver.partition.directive import decide
-from psserver.partition.optimizer import CHUNK_WORDS, Run, moments_of, runs
-from psserver.partition.schedule import learning_rate
-from psserver.partition.state import PartitionState
-from psserver.partition.step import OpenStep
+from pscluster.job.spec import JobSpec, OptimizerSection
+from pscluster.step.codec import DTYPES
+from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
+from pscluster.step.summary import Summary, touched_bits
+from pscluster.step.tree import Node
+from psserver.partition.coordinator.decisions import decide
+from psserver.partition.step.commit import Verdict, Vote
+from psserver.partition.step.open_step import OpenStep
+from psserver.partition.step.optimizer import CHUNK_WORDS, Run, moments_of, runs
+from psserver.partition.step.schedule import learning_rate
+from psserver.partition.step.state import PartitionState
 
 SHAPES = [(CHUNK_WORDS + 3 * BLOCK_WORDS + 5,), (7,), (33, 3), (1000,), (BLOCK_WORDS + 1, 2), (1,)]
 DECAY = [True, False, True, False, True, False]
@@ -35,7 +35,7 @@ def tensor(number: int) -> TensorSpec:
 
 @pytest.fixture(params=[1 << 20, 1 << 17], ids=["one bucket", "several buckets"])
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Layout:
-    monkeypatch.setattr(pscluster.layout, "BUCKET_WORDS", request.param)
+    monkeypatch.setattr(pscluster.step.layout, "BUCKET_WORDS", request.param)
     return Layout(tuple(tensor(n) for n in range(len(SHAPES))))
 
 
@@ -242,7 +242,7 @@ def test_one_torch_optimizer_with_two_groups_is_the_same(layout: Layout) -> None
 
 @pytest.fixture
 def run_layout(monkeypatch: pytest.MonkeyPatch) -> Layout:
-    monkeypatch.setattr(pscluster.layout, "BLOCK_WORDS", 32)
+    monkeypatch.setattr(pscluster.step.layout, "BLOCK_WORDS", 32)
     kinds = [("a", 10, True), ("b", 20, True), ("c", 5, False), ("d", 16, False), ("e", 1, True)]
     return Layout(
         tuple(

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.played import Network, PlayedLink, dismiss, fill, played_partition, played_plan, played_spec
-from pscluster.codec import BufferNode
-from pscluster.layout import BLOCK_WORDS, Layout, TensorSpec
-from pscluster.spec import JobSpec
-from pscluster.summary import Summary, touched_bits
-from pscluster.tree import Node
+from pscluster.job.spec import JobSpec
+from pscluster.step.codec import BufferNode
+from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
+from pscluster.step.summary import Summary, touched_bits
+from pscluster.step.tree import Node
 from pscluster.v1.plan_pb2 import Plan
-from psserver.partition.service import PartitionService
+from psserver.partition.process import PartitionService
 
 FINAL_STEP = 3
 ROOT = Node(0, 1)

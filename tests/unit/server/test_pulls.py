@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import pscluster.layout
+import pscluster.step.layout
 from harness.played import Network, fill, job_header, played_partition, played_plan, played_spec
 from harness.played_caller import Caller
-from pscluster.codec import DTYPES
-from pscluster.layout import Layout, TensorSpec
-from pscluster.tree import Node
+from pscluster.step.codec import DTYPES
+from pscluster.step.layout import Layout, TensorSpec
+from pscluster.step.tree import Node
 from pscluster.wire.frame import EXACT, IN_MEMORY, WITH_FROZEN, Codec, Kind
 from pscluster.wire.memory import page_offsets
-from psserver.partition.service import PartitionService
+from psserver.partition.process import PartitionService
 
 LAYOUT = Layout(
     (
@@ -129,7 +129,7 @@ def test_who_maps_the_memory_sees_the_next_version_without_another_byte(network:
 @pytest.fixture
 def many(monkeypatch: pytest.MonkeyPatch, network: Network) -> PartitionService:
     """A partition of five trained buckets, rounded when they are pulled, and one of buffers."""
-    monkeypatch.setattr(pscluster.layout, "BUCKET_WORDS", 16)
+    monkeypatch.setattr(pscluster.step.layout, "BUCKET_WORDS", 16)
     trained = [TensorSpec(names=(f"w{n}",), shape=(16,), dtype="float32", kind="trained") for n in range(5)]
     layout = Layout((*trained, TensorSpec(names=("mean",), shape=(16,), dtype="float32", kind="averaged")))
     service = played_partition(network, played_spec(1, network={"pull_codec": "bf16"}), 0, Path("/nonexistent"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import psserver.partition.greeting
+import psserver.partition.ingress.handshake
 from harness.played import (
     JOB,
     TOKEN,
@@ -21,12 +21,12 @@ from harness.played import (
     played_spec,
 )
 from harness.played_caller import LEAF, Caller, push
-from pscluster.layout import Layout, TensorSpec
-from pscluster.summary import Summary
-from pscluster.tree import Node
+from pscluster.step.layout import Layout, TensorSpec
+from pscluster.step.summary import Summary
+from pscluster.step.tree import Node
 from pscluster.wire.frame import SUMMARY, UNCHANGED, AckResult, Codec, Header, Kind, job_number
-from psserver.partition.clients import ACK_BODY
-from psserver.partition.service import PartitionService
+from psserver.partition.ingress.clients import ACK_BODY
+from psserver.partition.process import PartitionService
 
 LAYOUT = Layout(
     (
@@ -252,7 +252,7 @@ def test_who_may_wait_for_credit_is_told_when_memory_is_free_again_and_nobody_el
     service.adopt(played_plan(LAYOUT, {0: [0, 1, 2, 3]}))
     fill(service)
     rich = Caller(network, service, "push", 1)
-    monkeypatch.setattr(psserver.partition.greeting, "MIN_CREDIT_BYTES", 0)
+    monkeypatch.setattr(psserver.partition.ingress.handshake, "MIN_CREDIT_BYTES", 0)
     poor = Caller(network, service, "push")
     assert poor.granted == 2 * len(ONES), "two of the largest gradients"
     for leaf in (0, 2):

@@ -1,6 +1,6 @@
 """A model check of partitions with standbys: every order of events in a small job, with deaths, false deaths and cuts.
 
-The decisions are the real ones (`psserver.partition.commit` and `bond`); what surrounds them is modelled after the
+The decisions are the real ones (`psserver.partition.step.commit` and `bond`); what surrounds them is modelled after the
 service, the lead, the replication and the master. A stream between partition and standby keeps its order, and a vote
 comes after the join; verdicts and words to the master arrive in any order. Plans reach each process at a time of its
 own. Who was taken for dead may live on, with its older plan.
@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from psserver.partition import bond, commit
-from psserver.partition.bond import Bond
-from psserver.partition.commit import Lead, Member, Verdict, Vote
+from psserver.partition.replication import in_sync
+from psserver.partition.replication.in_sync import Bond
+from psserver.partition.step import commit
+from psserver.partition.step.commit import Lead, Member, Verdict, Vote
 from tests.unit.server.test_commit_model import _cannot_reach, put
 
 
@@ -158,7 +159,7 @@ class Model:
 
     def may_vote(self, process: Process) -> bool:
         ready = process.full and not process.voted and not process.stands_by
-        return ready and bond.may_vote(process.bond, process.step)
+        return ready and in_sync.may_vote(process.bond, process.step)
 
     def vote(self, w: World, process: Process) -> World:
         after = process._replace(voted=True)
@@ -312,11 +313,11 @@ class Model:
                 continue
             sums = (("sums", sender.step, -1),) if sender.full else ()
             reach = standby.reach if standby.synced else -1
-            if bond.resumes(sender.bond, reach, standby.step, sender.step):
+            if in_sync.resumes(sender.bond, reach, standby.step, sender.step):
                 missed = (("verdict", sender.last, -1),) if standby.step < sender.step else ()
                 link = Link(sender.attempt, standby.attempt, (*missed, *sums), (reach,))
             else:
-                anew = bond.begin(sender.bond)
+                anew = in_sync.begin(sender.bond)
                 assert anew is not None, f"what the standby held is gone: {sender} {standby}"
                 w = self.swap(w, sender, sender._replace(bond=anew))
                 link = Link(sender.attempt, standby.attempt, (("state", sender.step, sender.last), *sums))
@@ -336,7 +337,7 @@ class Model:
         return self.swap(w, standby, after)._replace(links=put(w.links, standby.index, link))  # type: ignore[arg-type]
 
     def acknowledged(self, w: World, process: Process, reach: int) -> World:
-        held, tells = bond.acknowledge(process.bond, reach, process.step + process.voted)
+        held, tells = in_sync.acknowledge(process.bond, reach, process.step + process.voted)
         after = process._replace(bond=held)
         w = self.swap(w, process, after)
         if not tells:
@@ -355,7 +356,7 @@ class Model:
         if takes_over:
             assert process.synced, "it is to take over and holds nothing"
             w = self.hang_up(w, process)
-        held = bond.adopt(process.bond, plan.standbys[index], restored=takes_over)
+        held = in_sync.adopt(process.bond, plan.standbys[index], restored=takes_over)
         if held != process.bond and not stands_by:
             w = self.hang_up(w, process)
         joined = process.joined if plan.holders[0] == process.joined else 0
@@ -527,17 +528,17 @@ def _forgets_verdicts(lead: Lead, vote: Vote, decide: commit.Decide) -> tuple[Le
     return after, verdict if to_all else None, to_all
 
 
-ACKNOWLEDGE, RECEIVE_VOTE = bond.acknowledge, commit.receive_vote
+ACKNOWLEDGE, RECEIVE_VOTE = in_sync.acknowledge, commit.receive_vote
 
 
 @pytest.mark.parametrize(
     ("where", "name", "mistake", "case"),
     [
-        (bond, "may_vote", lambda _bond, _step: True, CASES[0]),
-        (bond, "acknowledge", _tells_at_once, CASES[0]),
-        (bond, "acknowledge", _never_binds, CASES[0]),
-        (bond, "adopt", _stays_bound, CASES[1]),
-        (bond, "begin", lambda _bond: None, ((True,), 2, (0, 0, 0, 1, 0))),
+        (in_sync, "may_vote", lambda _bond, _step: True, CASES[0]),
+        (in_sync, "acknowledge", _tells_at_once, CASES[0]),
+        (in_sync, "acknowledge", _never_binds, CASES[0]),
+        (in_sync, "adopt", _stays_bound, CASES[1]),
+        (in_sync, "begin", lambda _bond: None, ((True,), 2, (0, 0, 0, 1, 0))),
         (commit, "lead_learns", lambda lead, _verdict: (lead, None), CASES[4]),
         (commit, "receive_vote", _forgets_verdicts, CASES[4]),
     ],

@@ -8,12 +8,12 @@ import pytest
 
 from harness.played import JOB, Network, dismiss, fill, played_partition, played_plan, played_spec
 from harness.played_caller import Caller
-from pscluster.layout import Layout, TensorSpec
-from pscluster.snapshot import part_name, write_part
+from pscluster.step.layout import Layout, TensorSpec
+from pscluster.storage.snapshot import part_name, write_part
 from pscluster.v1.plan_pb2 import Plan, RestorePoint, SnapshotPart
 from pscluster.wire.frame import Kind
-from psserver.partition import restoring
-from psserver.partition.service import PartitionService
+from psserver.partition.checkpoint import restoring
+from psserver.partition.process import PartitionService
 
 LAYOUT = Layout((TensorSpec(names=("w",), shape=(40,), dtype="float32", kind="trained"),))
 STEP = 4

@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pscluster.errors import InternalError, PsError, StorageError
-from pscluster.layout import Layout, TensorSpec
-from pscluster.snapshot import Held, PartMeta, part_name, read_part, write_part
+from pscluster.step.layout import Layout, TensorSpec
 from pscluster.storage import Written
-from psserver.partition import sharing, snapshots
-from psserver.partition.snapshots import ALWAYS, SnapshotWriter, roundness
+from pscluster.storage.snapshot import Held, PartMeta, part_name, read_part, write_part
+from psserver.partition.checkpoint import shared_store_check, snapshots
+from psserver.partition.checkpoint.snapshots import ALWAYS, SnapshotWriter, roundness
 
 LAYOUT = Layout((TensorSpec(names=("w",), shape=(4,), dtype="float32", kind="trained"),))
 DEADLINE_S = 20.0
@@ -337,10 +337,12 @@ def test_roundness_counts_twos_on_the_grid_and_nothing_beside_it() -> None:
 
 
 def test_a_store_that_shows_nobody_elses_files_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharing, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(shared_store_check, "PATIENCE_S", 0.0)
     warnings: list[PsError] = []
     posted: Queue[Any] = Queue()
-    writer = SnapshotWriter(tmp_path, 0, posted.put, every_steps=1, sharing=sharing.Sharing(0, 3), warn=warnings.append)
+    writer = SnapshotWriter(
+        tmp_path, 0, posted.put, every_steps=1, sharing=shared_store_check.Sharing(0, 3), warn=warnings.append
+    )
     (tmp_path / part_name(4, 1, 1)).touch()
     writer.retain([4])
     posted.get(timeout=DEADLINE_S)()
@@ -352,11 +354,11 @@ def test_a_store_that_shows_nobody_elses_files_is_told_once(tmp_path: Path, monk
 
 
 def test_files_that_are_seen_late_are_no_reason_to_warn() -> None:
-    held = sharing.Sharing(1, 3)
+    held = shared_store_check.Sharing(1, 3)
     assert held.look("/store", {1}, 0.0) is None
-    assert held.look("/store", {1}, sharing.PATIENCE_S - 1) is None
-    assert held.look("/store", {0, 1, 2}, sharing.PATIENCE_S + 1) is None
+    assert held.look("/store", {1}, shared_store_check.PATIENCE_S - 1) is None
+    assert held.look("/store", {0, 1, 2}, shared_store_check.PATIENCE_S + 1) is None
     assert held.look("/store", {1, 2}, 1000.0) is None
-    assert held.look("/store", {1, 2}, 1000.0 + sharing.PATIENCE_S) is not None
+    assert held.look("/store", {1, 2}, 1000.0 + shared_store_check.PATIENCE_S) is not None
     assert held.look("/store", {1, 2}, 3000.0) is None, "told once"
-    assert sharing.Sharing(0, 1).look("/store", {0}, 5000.0) is None
+    assert shared_store_check.Sharing(0, 1).look("/store", {0}, 5000.0) is None

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from harness.played import PlayedConnection
 from harness.played_standbys import FINAL_STEP, PlayedJob
 from harness.played_storm import play, seeded
-from pscluster.layout import BLOCK_WORDS, WORD_BYTES
+from pscluster.step.layout import BLOCK_WORDS, WORD_BYTES
 from pscluster.wire.frame import Header
-from psserver.partition import bond, commit
-from psserver.partition.commit import Verdict
-from psserver.partition.replication import PATIENCE_S, Replication
+from psserver.partition.replication import in_sync as bond
+from psserver.partition.replication.primary import PATIENCE_S, Replication
+from psserver.partition.step import commit
+from psserver.partition.step.commit import Verdict
 
 
 def same(mine: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
@@ -151,7 +152,7 @@ def test_a_standby_that_does_not_answer_is_reported(job: PlayedJob, monkeypatch:
     job.push(1)
     job.network.settle()
     now_s = time.monotonic()
-    monkeypatch.setattr("psserver.partition.replication.time.monotonic", lambda: now_s)
+    monkeypatch.setattr("psserver.partition.replication.primary.time.monotonic", lambda: now_s)
     link: Any = job.partition(1).link
     for passed_s in (0.0, PATIENCE_S - 0.1, 0.2):
         assert link.reported("standby_state") == []
@@ -355,7 +356,7 @@ def test_a_standby_that_catches_up_slowly_holds_votes_back_rather_than_memory(
     held_at = partition.version
     now_s = time.monotonic()
     with monkeypatch.context() as patch:
-        patch.setattr("psserver.partition.replication.time.monotonic", lambda: now_s)
+        patch.setattr("psserver.partition.replication.primary.time.monotonic", lambda: now_s)
         job.network.fire_timers()
         now_s += PATIENCE_S + 0.1
         job.network.fire_timers()

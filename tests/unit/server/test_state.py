@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pscluster.codec import as_bytes
 from pscluster.errors import FrameError, StorageError
-from pscluster.layout import BLOCK_WORDS, Codec, Layout, TensorSpec
-from pscluster.snapshot import PartMeta, PieceKey, write_part
+from pscluster.step.codec import as_bytes
+from pscluster.step.layout import BLOCK_WORDS, Codec, Layout, TensorSpec
 from pscluster.storage import Buffer
+from pscluster.storage.snapshot import PartMeta, PieceKey, write_part
 from pscluster.wire.memory import Segment, page_offsets
-from psserver.partition.state import PartitionState
+from psserver.partition.step.state import PartitionState
 
 LAYOUT = Layout(
     (

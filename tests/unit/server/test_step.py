@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.played import played_spec
-from pscluster.codec import BufferNode
-from pscluster.layout import Layout, TensorSpec
-from pscluster.summary import Summary, touched_bits
-from pscluster.tree import Node, tree_of
-from psserver.partition.commit import Verdict
-from psserver.partition.state import PartitionState
-from psserver.partition.step import OpenStep
+from pscluster.step.codec import BufferNode
+from pscluster.step.layout import Layout, TensorSpec
+from pscluster.step.summary import Summary, touched_bits
+from pscluster.step.tree import Node, tree_of
+from psserver.partition.step.commit import Verdict
+from psserver.partition.step.open_step import OpenStep
+from psserver.partition.step.state import PartitionState
 
 W, MEAN, VAR, COUNT, FIXED = range(5)
 LAYOUT = Layout(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pscluster.errors import FrameError, PsError, VersionSkewError
-from pscluster.tree import Node
+from pscluster.step.tree import Node
 from pscluster.wire.frame import (
     EXACT,
     HEADER_BYTES,

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import pytest
 import torch
 
-from pscluster.spec import JobSpec, parse_spec
+from pscluster.job.spec import JobSpec, parse_spec
 
 
 class MakeSpec(Protocol):

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import pscluster.layout
+import pscluster.step.layout
 from pscluster.errors import TaskError
-from pscluster.layout import Layout
-from pscluster.spec import OptimizerSection
-from pscluster.summary import Summary
-from pscluster.tree import Node, Tree, tree_of
+from pscluster.job.spec import OptimizerSection
+from pscluster.step.layout import Layout
+from pscluster.step.summary import Summary
+from pscluster.step.tree import Node, Tree, tree_of
 from psworker.replica import layout_of
-from psworker.trainer.accumulate import Accumulator, Counter, SummaryCounter
-from psworker.trainer.gradients import Gradients, gather
+from psworker.trainer.gradients.accumulate import Accumulator, Counter, SummaryCounter
+from psworker.trainer.gradients.gather import Gradients, gather
 
 Loss = Callable[[nn.Module, int], torch.Tensor]
 Flat = dict[int, torch.Tensor]  # bucket -> words
@@ -133,7 +133,7 @@ def assert_same_bits(mine: Flat, other: Flat) -> None:
 @pytest.fixture(autouse=True)
 def _small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
-    monkeypatch.setattr(pscluster.layout, "BUCKET_WORDS", 256)
+    monkeypatch.setattr(pscluster.step.layout, "BUCKET_WORDS", 256)
 
 
 class Net(nn.Module):
@@ -194,7 +194,7 @@ def test_any_split_over_workers_gives_the_same_bits(dtype: torch.dtype, shards: 
     owners = data.draw(st.lists(st.integers(0, 2), min_size=shards, max_size=shards))
     together: dict[tuple[int, Node], torch.Tensor] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pscluster.layout, "BUCKET_WORDS", 256)
+        patch.setattr(pscluster.step.layout, "BUCKET_WORDS", 256)
         for worker in range(3):
             mine = [shard for shard in range(shards) if owners[shard] == worker]
             order = data.draw(st.permutations(mine))
@@ -401,7 +401,7 @@ def test_a_gradient_that_comes_again_after_its_bucket_was_sent_is_refused_by_nam
 
 
 def test_a_parameter_without_elements_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pscluster.layout, "BUCKET_WORDS", 16)
+    monkeypatch.setattr(pscluster.step.layout, "BUCKET_WORDS", 16)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 0))
     played = Played(model, 1)
     played.run(lambda m, _: m[0](torch.ones(1, 4)).sum() + m(torch.ones(1, 4)).sum(), [0])  # type: ignore[index]

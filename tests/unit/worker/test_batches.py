@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from pscluster.errors import DataError, TaskError
-from pscluster.sampling import ShardSampler
 from pscluster.task import Task
-from psworker.trainer.batches import (
+from pscluster.step.sampling import ShardSampler
+from psworker.trainer.data.batches import (
     Batches,
     EvalBatches,
     data_fingerprint,

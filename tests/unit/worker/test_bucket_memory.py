@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pscluster.layout import BLOCK_WORDS, Layout, Span, TensorSpec
-from pscluster.spec import OptimizerSection
+from pscluster.job.spec import OptimizerSection
+from pscluster.step.layout import BLOCK_WORDS, Layout, Span, TensorSpec
 from pscluster.wire.memory import PAGE_BYTES, Segment
-from psserver.partition.state import PartitionState
-from psworker.memory import BucketMemory
+from psserver.partition.step.state import PartitionState
 from psworker.replica import Replica
+from psworker.trainer.values.bucket_memory import BucketMemory
 
 LAYOUT = Layout(
     (

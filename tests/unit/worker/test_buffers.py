@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pscluster.codec import BufferNode
-from pscluster.spec import OptimizerSection
-from pscluster.tree import Node, tree_of
+from pscluster.job.spec import OptimizerSection
+from pscluster.step.codec import BufferNode
+from pscluster.step.tree import Node, tree_of
 from psworker.replica import Replica
-from psworker.trainer.buffers import BufferSums
+from psworker.trainer.gradients.buffers import BufferSums
 
 BatchFor = dict[int, tuple[float, bool]]  # shard -> (weight, whether it moves the buffers)
 

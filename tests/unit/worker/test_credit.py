@@ -12,19 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pscluster.layout
-import psserver.partition.greeting
+import pscluster.step.layout
+import psserver.partition.ingress.handshake
 from harness.played import TOKEN, Network, dismiss, fill, job_header, played_partition, played_plan, played_spec
-from pscluster.layout import Layout, TensorSpec
-from pscluster.summary import Summary, touched_bits
-from pscluster.tree import Node
+from pscluster.step.layout import Layout, TensorSpec
+from pscluster.step.summary import Summary, touched_bits
+from pscluster.step.tree import Node
 from pscluster.wire.frame import SUMMARY, UNCHANGED, Buffer, Header, Kind
 from pscluster.wire.memory import Lanes
-from psserver.partition.service import PartitionService
-from psworker.memory import BucketMemory
-from psworker.trainer.outbox import Lane, Outbox, key_of
+from psserver.partition.process import PartitionService
+from psworker.trainer.gradients.send_queue import Lane, Outbox, key_of
 from psworker.trainer.peer import Peer
-from psworker.trainer.values import Values
+from psworker.trainer.values.bucket_memory import BucketMemory
+from psworker.trainer.values.values import Values
 
 BUCKET_BYTES = 64
 NUM_BUCKETS = 5
@@ -43,8 +43,8 @@ def push(bucket: int, *, step: int = 0, node: Node = FIRST, flags: int = 0) -> H
 def layout() -> Iterator[Layout]:
     """Five buckets of 16 words, and one of averaged buffers; a partition grants twice the largest of them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pscluster.layout, "BUCKET_WORDS", 16)
-        patch.setattr(psserver.partition.greeting, "MIN_CREDIT_BYTES", 0)
+        patch.setattr(pscluster.step.layout, "BUCKET_WORDS", 16)
+        patch.setattr(psserver.partition.ingress.handshake, "MIN_CREDIT_BYTES", 0)
         trained = [
             TensorSpec(names=(f"w{i}",), shape=(16,), dtype="float32", kind="trained") for i in range(NUM_BUCKETS)
         ]

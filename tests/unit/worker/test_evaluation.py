@@ -11,8 +11,8 @@ import torch
 
 from pscluster.errors import TaskError
 from psworker.tasks.synthetic import SyntheticNorm
-from psworker.trainer.batches import EvalBatches
-from psworker.trainer.evaluation import (
+from psworker.trainer.data.batches import EvalBatches
+from psworker.trainer.data.evaluation import (
     batch_statistics,
     evaluate,
     finalised,

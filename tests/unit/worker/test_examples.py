@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pscluster.spec import load_spec
-from psworker.trainer.preflight import prepare
+from pscluster.job.spec import load_spec
+from psworker.trainer.preflight.run import prepare
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pscluster.codec import as_bytes
-from pscluster.layout import BLOCK_WORDS, Layout, Span, TensorSpec
-from psworker.trainer.gradients import Gradients, cut, gather, write
+from pscluster.step.codec import as_bytes
+from pscluster.step.layout import BLOCK_WORDS, Layout, Span, TensorSpec
+from psworker.trainer.gradients.gather import Gradients, cut, gather, write
 
 SHAPES = ((5,), (4, 8), (), (0, 3), (1,), (16,), (3, 1, 11), (0,), (2,))
 LAYOUT = Layout(

@@ -7,8 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from pscluster.layout import BLOCK_WORDS, Layout, TensorSpec
-from psworker.trainer.landing import Landing, Place
+from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
+from psworker.trainer.values.landing import Landing, Place
 
 LAYOUT = Layout(
     (

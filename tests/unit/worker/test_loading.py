@@ -13,7 +13,7 @@ import torch
 from pscluster.errors import DataError, LayoutError, OutOfMemoryError, TaskError
 from pscluster.task import Task
 from psworker.tasks.synthetic import SyntheticLm
-from psworker.trainer.loading import build_model, load_data, load_task, user_code
+from psworker.trainer.data.loading import build_model, load_data, load_task, user_code
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from harness.played import job_header
-from pscluster.tree import Node
+from pscluster.step.tree import Node
 from pscluster.wire.frame import SUMMARY, Header, Kind
 from pscluster.wire.memory import Lanes
-from psworker.trainer.outbox import Lane, Outbox, Owed, key_of
+from psworker.trainer.gradients.send_queue import Lane, Outbox, Owed, key_of
 
 BUCKET_BYTES = 64
 NUM_BUCKETS = 5

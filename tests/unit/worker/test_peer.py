@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from harness.played import Network, PlayedConnection, job_header, played_spec
-from pscluster.layout import Layout, TensorSpec
-from pscluster.tree import Node
+from pscluster.step.layout import Layout, TensorSpec
+from pscluster.step.tree import Node
 from pscluster.wire.frame import IN_MEMORY, Header, Kind
 from pscluster.wire.memory import PAGE_BYTES, Lanes, Segment
-from psworker.memory import BucketMemory
 from psworker.trainer.peer import Peer
-from psworker.trainer.values import Values
+from psworker.trainer.values.bucket_memory import BucketMemory
+from psworker.trainer.values.values import Values
 
 LAYOUT = Layout((TensorSpec(names=("w",), shape=(16,), dtype="float32", kind="trained"),))
 WORDS = bytes(range(64))

@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from pscluster.digest import parameters_sha256
 from pscluster.errors import LayoutError
-from pscluster.layout import Layout
-from pscluster.spec import OptimizerSection
-from psworker.memory import BucketMemory
+from pscluster.job.spec import OptimizerSection
+from pscluster.step.digest import parameters_sha256
+from pscluster.step.layout import Layout
 from psworker.replica import (
     Replica,
     layout_of,
@@ -23,6 +22,7 @@ from psworker.replica import (
     state_tensors,
     tensor_view,
 )
+from psworker.trainer.values.bucket_memory import BucketMemory
 
 SGD = OptimizerSection(name="sgd")
 

@@ -16,17 +16,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from pscluster.bundle import pack
-from pscluster.digest import parameters_sha256
 from pscluster.errors import DamagedError, InternalError, SpecError, StateError, StorageError, TaskError
-from pscluster.snapshot import PartMeta, write_part
-from pscluster.spec import JobSpec
+from pscluster.job.bundle import pack
+from pscluster.job.spec import JobSpec
+from pscluster.step.digest import parameters_sha256
+from pscluster.storage.snapshot import PartMeta, write_part
 from psworker.export import write_weights
 from psworker.replica import Replica, named_bytes
 from psworker.tools import answer_request
-from psworker.trainer.batches import EvalBatches
-from psworker.trainer.evaluation import evaluate
-from psworker.trainer.loading import build_model, load_task
+from psworker.trainer.data.batches import EvalBatches
+from psworker.trainer.data.evaluation import evaluate
+from psworker.trainer.data.loading import build_model, load_task
 
 STEP = 7
 NORM = "psworker.tasks.synthetic:SyntheticNorm"

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from harness.played import job_header, played_spec
-from pscluster.codec import DTYPES, as_bytes
 from pscluster.errors import FrameError
-from pscluster.layout import BLOCK_WORDS, Layout, TensorSpec
-from pscluster.layout import Codec as CodecName
-from pscluster.tree import Node
+from pscluster.step.codec import DTYPES, as_bytes
+from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
+from pscluster.step.layout import Codec as CodecName
+from pscluster.step.tree import Node
 from pscluster.wire.frame import EXACT, IN_MEMORY, NO_NODE, WITH_FROZEN, Codec, Header, Kind
-from psserver.partition.state import PartitionState
-from psworker.memory import BucketMemory
-from psworker.trainer.values import Values
+from psserver.partition.step.state import PartitionState
+from psworker.trainer.values.bucket_memory import BucketMemory
+from psworker.trainer.values.values import Values
 
 LAYOUT = Layout(
     (

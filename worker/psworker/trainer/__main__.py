@@ -7,23 +7,23 @@ import json
 import sys
 from pathlib import Path
 
-from pscluster.agent.heart import Heart
+from pscluster.agent.heartbeat import Heart
 from pscluster.agent.link import ProcessLink
 from pscluster.errors import OutOfMemoryError, PsError
-from pscluster.sampling import ShardSampler
-from pscluster.spec import JobSpec, parse_spec
+from pscluster.job.spec import JobSpec, parse_spec
+from pscluster.step.sampling import ShardSampler
 from pscluster.v1.plan_pb2 import Beat, ErrorDetail, Failure, PreflightCheck, ProcessReport, TrainerReady
 from pscluster.wire.transport import check_congestion_control
 from psworker.canary import settle_numerics
 from psworker.replica import Replica
 from psworker.staging import staging_for
 from psworker.trainer.allocator import keep_freed_memory
-from psworker.trainer.batches import Batches, EvalBatches
+from psworker.trainer.data.batches import Batches, EvalBatches
+from psworker.trainer.data.loading import build_model, user_traceback
 from psworker.trainer.device import usable_device
 from psworker.trainer.exchange import Exchange
-from psworker.trainer.loading import build_model, user_traceback
 from psworker.trainer.loop import Trainer
-from psworker.trainer.preflight import Check, Prepared, checks_of, prepare
+from psworker.trainer.preflight.run import Check, Prepared, checks_of, prepare
 from psworker.trainer.telemetry import TrainerCounters
 
 EXIT_FAILED = 1

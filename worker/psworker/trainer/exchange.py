@@ -14,12 +14,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from pscluster.agent.heart import UNREACHED_S, Heart
+from pscluster.agent.heartbeat import UNREACHED_S, Heart
 from pscluster.agent.link import ProcessLink
 from pscluster.errors import FencedError
-from pscluster.layout import Layout
-from pscluster.spec import JobSpec
-from pscluster.summary import Statistics, unpack_statistics
+from pscluster.job.spec import JobSpec
+from pscluster.step.layout import Layout
+from pscluster.step.summary import Statistics, unpack_statistics
 from pscluster.v1.plan_pb2 import (
     Beat,
     Connected,
@@ -33,12 +33,12 @@ from pscluster.v1.plan_pb2 import (
 from pscluster.wire.frame import Header, Kind, job_number
 from pscluster.wire.memory import Lanes
 from pscluster.wire.reactor import Reactor
-from psworker.memory import BucketMemory
 from psworker.staging import HostStaging, Staging
+from psworker.trainer.gradients.pushing import Pushing, Send
 from psworker.trainer.peer import Peer
-from psworker.trainer.pushing import Pushing, Send
 from psworker.trainer.telemetry import TrainerCounters
-from psworker.trainer.values import Values
+from psworker.trainer.values.bucket_memory import BucketMemory
+from psworker.trainer.values.values import Values
 from psworker.trainer.work import Directive, Done, Work, find_work
 
 COUNTERS_S = 1.0

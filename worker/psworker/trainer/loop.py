@@ -7,22 +7,22 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from pscluster.codec import DTYPES
 from pscluster.errors import TaskError
-from pscluster.spec import JobSpec
-from pscluster.summary import Statistics, Summary, add_statistics, touched_bits
+from pscluster.job.spec import JobSpec
 from pscluster.task import Task
-from pscluster.tree import Node, tree_of
+from pscluster.step.codec import DTYPES
+from pscluster.step.summary import Statistics, Summary, add_statistics, touched_bits
+from pscluster.step.tree import Node, tree_of
 from psworker.precision import precision
 from psworker.replica import Replica
-from psworker.trainer.accumulate import Accumulator, Counter, SummaryCounter
-from psworker.trainer.batches import Batches, EvalBatches, seed_step, to_device
-from psworker.trainer.buffers import BufferSums
-from psworker.trainer.evaluation import Shapes, check_metric, loss_of, shard_statistics, unpack_metrics
+from psworker.trainer.data.batches import Batches, EvalBatches, seed_step, to_device
+from psworker.trainer.data.evaluation import Shapes, check_metric, loss_of, shard_statistics, unpack_metrics
+from psworker.trainer.data.loading import user_code
 from psworker.trainer.exchange import Exchange, SupersededError
-from psworker.trainer.loading import user_code
-from psworker.trainer.pull_guard import PullGuard, sees_everything
+from psworker.trainer.gradients.accumulate import Accumulator, Counter, SummaryCounter
+from psworker.trainer.gradients.buffers import BufferSums
 from psworker.trainer.telemetry import TrainerCounters
+from psworker.trainer.values.pull_guard import PullGuard, sees_everything
 from psworker.trainer.work import Work, WorkKey
 
 

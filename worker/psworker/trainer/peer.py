@@ -11,14 +11,14 @@ from dataclasses import replace
 from typing import Protocol
 
 from pscluster.errors import FrameError, PsError
-from pscluster.tree import Node
+from pscluster.step.tree import Node
 from pscluster.wire.connection import Connection
 from pscluster.wire.frame import IN_MEMORY, MAX_SMALL_BYTES, Header, Kind, in_lane
 from pscluster.wire.memory import Lanes
 from pscluster.wire.reactor import Reactor
 from pscluster.wire.transport import choose_address, transport_of
-from psworker.trainer.outbox import Outbox
-from psworker.trainer.values import Values
+from psworker.trainer.gradients.send_queue import Outbox
+from psworker.trainer.values.values import Values
 
 ACK_BODY = struct.Struct("<BQI")  # kind acknowledged (0: credit alone), granted bytes, open bucket
 NO_BUCKET = 0xFFFF_FFFF

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
-from pscluster.summary import Statistics
+from pscluster.step.summary import Statistics
 from pscluster.v1.plan_pb2 import Plan
 
 WorkKey = tuple[int, int, int, str]  # timeline, version, holders, action

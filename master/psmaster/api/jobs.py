@@ -1,0 +1,191 @@
+"""The Jobs service: requests to the core and the files, answers back. Nothing is decided here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import pscluster
+from pscluster.errors import BundleError, NotFoundError
+from pscluster.rpc import PROTOCOL
+from pscluster.v1 import jobs_pb2, jobs_pb2_grpc
+from psmaster.api import log_tail, to_proto
+from psmaster.control.loop import Core
+from psmaster.control.submission import new_job
+from psmaster.model import membership
+from psmaster.model.job import Job
+from psmaster.model.membership import Node
+from psmaster.model.state import find
+from psmaster.scheduling import drain
+from psmaster.storage.bundles import BundleShelf
+from psmaster.storage.store import Batch, BundleRecord
+
+PROGRESS_INTERVAL_S = 1.0  # how often a watcher hears of mere progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What the master tells of itself. `started_s` is a Unix time."""
+
+    started_s: float
+    metrics_address: str
+
+
+class JobsService(jobs_pb2_grpc.JobsServicer):
+    """Raises PsError from every method; the server's interceptor maps it."""
+
+    def __init__(self, core: Core, shelf: BundleShelf, identity: Identity) -> None:
+        self._core = core
+        self._shelf = shelf
+        self._identity = identity
+        # Held from a look at who has a bundle to what follows from it: a job that was taken in must find its code.
+        self._claiming = asyncio.Lock()
+
+    async def Submit(self, request: jobs_pb2.SubmitRequest, context: Any) -> jobs_pb2.SubmitReply:  # noqa: ARG002, N802
+        sha256, jobs_directory = request.bundle_sha256, self._core.archive.directory("")
+        async with self._claiming:
+            if sha256 and not await asyncio.to_thread(self._shelf.has, sha256):
+                raise NotFoundError(f"there is no bundle {sha256[:80]!r}", action="upload it, then submit")
+            job = new_job(request.spec_json, sha256, request.request_id, jobs_directory, self._core.now())
+            return jobs_pb2.SubmitReply(job_id=await self._core.ask(lambda turn: turn.submit(job)))
+
+    async def HasBundle(self, request: jobs_pb2.HasBundleRequest, context: Any) -> jobs_pb2.HasBundleReply:  # noqa: ARG002, N802
+        return jobs_pb2.HasBundleReply(present=await asyncio.to_thread(self._shelf.has, request.sha256))
+
+    async def UploadBundle(  # noqa: N802
+        self,
+        request_iterator: AsyncIterator[jobs_pb2.UploadBundleRequest],
+        context: Any,  # noqa: ARG002
+    ) -> jobs_pb2.UploadBundleReply:
+        first = await anext(request_iterator, None)
+        if first is None or not first.HasField("header"):
+            raise BundleError("an upload begins with its header")
+        upload = await asyncio.to_thread(self._shelf.begin, first.header.sha256, first.header.size_bytes)
+        try:
+            async for message in request_iterator:
+                await asyncio.to_thread(upload.add, message.data)
+            size = await asyncio.to_thread(upload.commit)
+        finally:
+            upload.abort()
+        created_s = self._core.now().unix_s
+        record = BundleRecord(sha256=first.header.sha256, size_bytes=size, created_s=created_s)
+        await self._core.on_disk(self._core.archive.store.write, Batch(bundles=(record,)))
+        return jobs_pb2.UploadBundleReply(sha256=record.sha256)
+
+    async def Get(self, request: jobs_pb2.GetRequest, context: Any) -> jobs_pb2.Job:  # noqa: ARG002, N802
+        return self._message(self._find(request.job), full=True)
+
+    async def List(self, request: jobs_pb2.ListRequest, context: Any) -> jobs_pb2.ListReply:  # noqa: ARG002, N802
+        newest_first = sorted(self._core.state.jobs.values(), key=lambda job: (-job.created_s, job.job_id))
+        return jobs_pb2.ListReply(jobs=[self._message(job, full=False) for job in newest_first])
+
+    async def Watch(self, request: jobs_pb2.GetRequest, context: Any) -> AsyncIterator[jobs_pb2.Job]:  # noqa: ARG002, N802
+        job_id = self._find(request.job).job_id
+        shown: Job | None = None
+        shown_at = 0.0
+        while True:
+            news = self._core.news
+            job = self._find(job_id)
+            wait_s = shown_at + PROGRESS_INTERVAL_S - self._core.now().mono_s
+            if shown is None or (job.revision != shown.revision and (wait_s <= 0 or _matters(shown, job))):
+                yield self._message(job, full=True)
+                shown, shown_at = job, self._core.now().mono_s
+                continue
+            if job.state.ended:
+                return
+            await log_tail.wait(news, wait_s if job.revision != shown.revision else None)
+
+    async def Stop(self, request: jobs_pb2.GetRequest, context: Any) -> jobs_pb2.Job:  # noqa: ARG002, N802
+        job_id = await self._core.ask(lambda turn: turn.stop(request.job))
+        return self._message(self._find(job_id), full=True)
+
+    async def Resume(self, request: jobs_pb2.GetRequest, context: Any) -> jobs_pb2.Job:  # noqa: ARG002, N802
+        job_id = await self._core.ask(lambda turn: turn.resume(request.job))
+        return self._message(self._find(job_id), full=True)
+
+    async def Delete(self, request: jobs_pb2.GetRequest, context: Any) -> jobs_pb2.DeleteReply:  # noqa: ARG002, N802
+        # To its end even when the caller hangs up: the lock must outlast a removal that has begun.
+        return jobs_pb2.DeleteReply(job_id=await asyncio.shield(self._delete(request.job)))
+
+    async def _delete(self, name: str) -> str:
+        """Delete a job, and its bundle if no other has it; the job's id."""
+        async with self._claiming:
+            job = await self._core.ask(lambda turn: turn.delete(name))
+            used = {other.bundle_sha256 for other in self._core.state.jobs.values()}
+            if job.bundle_sha256 and job.bundle_sha256 not in used:
+                await asyncio.to_thread(self._shelf.remove, job.bundle_sha256)
+                batch = Batch(deleted_bundles=(job.bundle_sha256,))
+                await self._core.on_disk(self._core.archive.store.write, batch)
+        return job.job_id
+
+    async def ReadLogs(self, request: jobs_pb2.ReadLogsRequest, context: Any) -> AsyncIterator[jobs_pb2.LogRecord]:  # noqa: ARG002, N802
+        async for record in log_tail.logs(self._core, request):
+            yield record
+
+    async def ReadMetrics(  # noqa: N802
+        self,
+        request: jobs_pb2.ReadMetricsRequest,
+        context: Any,  # noqa: ARG002
+    ) -> AsyncIterator[jobs_pb2.MetricsLines]:
+        async for lines in log_tail.metrics(self._core, request):
+            yield lines
+
+    async def ListSnapshots(self, request: jobs_pb2.GetRequest, context: Any) -> jobs_pb2.ListSnapshotsReply:  # noqa: ARG002, N802
+        state = self._core.state
+        job = self._find(request.job)
+        return jobs_pb2.ListSnapshotsReply(snapshots=to_proto.snapshots(job, state.catalogues[job.job_id]))
+
+    async def ListNodes(self, request: jobs_pb2.ListNodesRequest, context: Any) -> jobs_pb2.ListNodesReply:  # noqa: ARG002, N802
+        nodes = self._core.state.nodes.values()
+        ordered = sorted(nodes, key=lambda node: (node.role is not membership.Role.WORKER, node.node_id))
+        return jobs_pb2.ListNodesReply(nodes=[self._node(node) for node in ordered])
+
+    async def Drain(self, request: jobs_pb2.DrainRequest, context: Any) -> jobs_pb2.Node:  # noqa: ARG002, N802
+        await self._core.ask(lambda turn: (turn.undrain if request.undo else turn.drain)(request.node_id))
+        node = self._core.state.nodes.get(request.node_id)
+        if node is None:  # drained, and away
+            return jobs_pb2.Node(node_id=request.node_id, drain="" if request.undo else drain.DRAINED)
+        return self._node(node)
+
+    def _node(self, node: Node) -> jobs_pb2.Node:
+        state, now, limits = self._core.state, self._core.now(), self._core.limits
+        running = [
+            seat.process_id(job.job_id)
+            for job in state.jobs.values()
+            for seat in job.seats
+            if seat.node_id == node.node_id
+        ]
+        waits_for = drain.waits_for(state, node, now, limits.suspicion_s)
+        status = drain.status(state, node)
+        return to_proto.node(node, running, now, limits.suspicion_s, drain=status, waits_for=waits_for)
+
+    async def GetCluster(self, request: jobs_pb2.GetClusterRequest, context: Any) -> jobs_pb2.Cluster:  # noqa: ARG002, N802
+        problems = drain.problems(self._core.state, self._core.now(), self._core.limits.suspicion_s)
+        return jobs_pb2.Cluster(
+            version=pscluster.__version__,
+            protocol=PROTOCOL,
+            healthy=not problems,
+            problems=problems,
+            started_s=self._identity.started_s,
+            metrics_address=self._identity.metrics_address,
+        )
+
+    def _find(self, name: str) -> Job:
+        return find(self._core.state.jobs, name, self._core.now())
+
+    def _message(self, job: Job, *, full: bool) -> jobs_pb2.Job:
+        state = self._core.state
+        events = state.events.get(job.job_id, ())
+        return to_proto.job(job, events, self._core.now(), full=full, processes=state.processes)
+
+
+def _matters(shown: Job, job: Job) -> bool:
+    """Whether a change is more than progress, and told at once."""
+    return (shown.state, shown.reason, shown.generation, shown.conditions) != (
+        job.state,
+        job.reason,
+        job.generation,
+        job.conditions,
+    )

@@ -1,0 +1,104 @@
+"""Reading a job's logs and metrics, and following them as they grow."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+from pscluster.v1 import agents_pb2, jobs_pb2
+from psmaster.control.loop import Core
+from psmaster.model.state import find
+from psmaster.storage.logs import LogEntry, LogReader
+from psmaster.storage.metrics_file import FILE_NAME, step_and_kind
+
+_LINES_PER_MESSAGE = 500
+_MIN_PAUSE_S = 0.2  # between two looks at growing files, however busy the cluster
+_LINGER_S = 1.0  # after a job's end, for the last words of its processes
+
+
+async def wait(news: asyncio.Event, seconds: float | None) -> None:
+    """Until `news`, at most `seconds`."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await news.wait()
+
+
+async def logs(core: Core, request: jobs_pb2.ReadLogsRequest) -> AsyncIterator[jobs_pb2.LogRecord]:
+    """A job's output, oldest first; with `follow`, on until the job has ended. Raises NotFoundError."""
+    job_id = find(core.state.jobs, request.job, core.now()).job_id
+    reader = LogReader(core.archive.logs_directory(job_id), request.kind, request.rank)
+    first, lingered = True, False
+    while True:
+        news, job = core.news, core.job(job_id)
+        entries = [entry for entry in await asyncio.to_thread(reader.read) if entry.time_s >= request.since_s]
+        if first and request.tail:
+            entries = entries[-request.tail :]
+        first = False
+        for entry in entries:
+            yield _record(entry)
+        if not request.follow or job is None or lingered:
+            return
+        if job.state.ended:
+            lingered = True
+            await asyncio.sleep(_LINGER_S)
+            continue
+        await asyncio.sleep(_MIN_PAUSE_S)
+        await wait(news, None)
+
+
+def _record(entry: LogEntry) -> jobs_pb2.LogRecord:
+    line = agents_pb2.LogLine(time_s=entry.time_s, stream=entry.stream, text=entry.text)
+    return jobs_pb2.LogRecord(source=entry.source, line=line)
+
+
+async def metrics(core: Core, request: jobs_pb2.ReadMetricsRequest) -> AsyncIterator[jobs_pb2.MetricsLines]:
+    """The lines of a job's metrics.jsonl above a step; with `follow`, on until the job has ended. Raises NotFoundError.
+
+    Steps that a rollback takes back are told again only if they come out in a new file line."""
+    job_id = find(core.state.jobs, request.job, core.now()).job_id
+    tail = MetricsTail(core.archive.directory(job_id) / FILE_NAME, request.from_step)
+    while True:
+        news, job = core.news, core.job(job_id)
+        lines = await asyncio.to_thread(tail.read)
+        for start in range(0, len(lines), _LINES_PER_MESSAGE):
+            yield jobs_pb2.MetricsLines(lines=lines[start : start + _LINES_PER_MESSAGE])
+        if not request.follow or job is None or job.state.ended:
+            return
+        await asyncio.sleep(_MIN_PAUSE_S)
+        await wait(news, None)
+
+
+class MetricsTail:
+    """Reads a growing metrics.jsonl; a file that was cut back and replaced is read on without repeating steps."""
+
+    def __init__(self, path: Path, from_step: int) -> None:
+        self._path = path
+        self._told = {False: from_step, True: from_step}  # the last step told, by whether it is an evaluation
+        self._inode = 0
+        self._offset = 0
+
+    def read(self) -> list[str]:
+        """The lines that were not read yet. Blocks on the disk."""
+        return list(self._read())
+
+    def _read(self) -> Iterator[str]:
+        try:
+            file = self._path.open("rb")
+        except FileNotFoundError:
+            return
+        with file:
+            inode = self._path.stat().st_ino
+            if inode != self._inode:
+                self._inode, self._offset = inode, 0
+            file.seek(self._offset)
+            for raw in file:
+                if not raw.endswith(b"\n"):
+                    return
+                self._offset += len(raw)
+                line = raw.decode().rstrip("\n")
+                step, evaluation = step_and_kind(line)
+                if step > self._told[evaluation]:
+                    self._told[evaluation] = step
+                    yield line

@@ -1,0 +1,126 @@
+"""The master's metrics, computed from its state at every scrape: what is not there any more has no series."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from prometheus_client import REGISTRY, CollectorRegistry, Histogram
+from prometheus_client import Counter as CounterMetric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from psmaster.control.loop import Core
+from psmaster.model import membership
+from psmaster.model.job import Event, Job, JobState
+from psmaster.model.membership import Health, Role
+from psmaster.model.plan import Kind
+from psmaster.model.state import State
+from psmaster.scheduling import rebalance
+
+_LOSSES = {"TrainerLost": Kind.TRAINER.value, "PartitionLost": Kind.PARTITION.value, "StandbyLost": "standby"}
+_RECOVERY_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
+
+Family = GaugeMetricFamily | CounterMetricFamily
+
+
+class MasterMetrics(Collector):
+    """Reads the core's newest state, which is immutable, from the endpoint's thread."""
+
+    def __init__(self, core: Core, metrics: CollectorRegistry = REGISTRY) -> None:
+        """Register with `metrics` and listen to `core`; `close` undoes both."""
+        self._core = core
+        self._registry = metrics
+        self._failovers = CounterMetric("ps_failovers_total", "Processes lost.", ["cause"], registry=metrics)
+        self._recovery = Histogram(
+            "ps_recovery_seconds",
+            "From a loss to the next committed step.",
+            ["kind"],
+            buckets=_RECOVERY_BUCKETS,
+            registry=metrics,
+        )
+        for cause in _LOSSES.values():
+            self._failovers.labels(cause=cause)
+        for kind in Kind:
+            self._recovery.labels(kind=kind.value)
+        metrics.register(self)
+        core.listeners.append(self.listen)
+
+    def close(self) -> None:
+        """Take the metrics back. Safe to call once."""
+        self._core.listeners.remove(self.listen)
+        for collector in (self, self._failovers, self._recovery):
+            self._registry.unregister(collector)
+
+    def listen(self, _state: State, events: tuple[tuple[str, Event], ...]) -> None:
+        """Count what happened."""
+        for _, event in events:
+            if event.reason in _LOSSES:
+                self._failovers.labels(cause=_LOSSES[event.reason]).inc()
+            elif event.reason == "Recovered":
+                self._recovery.labels(kind=event.subject).observe(event.seconds)
+
+    def collect(self) -> Iterator[Family]:
+        """Every series of this moment."""
+        state = self._core.state
+        yield from _of_jobs(state)
+        live = [job for job in state.jobs.values() if not job.state.ended]
+        yield from _of_live_jobs(live)
+        yield _stragglers(live, state)
+        yield from self._of_nodes(state)
+
+    def _of_nodes(self, state: State) -> Iterator[Family]:
+        now, suspicion_s = self._core.now(), self._core.limits.suspicion_s
+        counts = Counter((node.role, membership.health(node, now.mono_s, suspicion_s)) for node in state.nodes.values())
+        nodes = GaugeMetricFamily("ps_nodes", "Nodes by role and state.", labels=["role", "state"])
+        for role in Role:
+            for health in Health:
+                nodes.add_metric([role.value, health.value], counts[role, health])
+        yield nodes
+        beats = GaugeMetricFamily("ps_heartbeat_timestamp_seconds", "Last beat of a node.", labels=["node", "role"])
+        for node in state.nodes.values():
+            beats.add_metric([node.node_id, node.role.value], node.last_beat_s)
+        yield beats
+
+
+def _of_jobs(state: State) -> Iterator[Family]:
+    counts = Counter(job.state for job in state.jobs.values())
+    jobs = GaugeMetricFamily("ps_jobs", "Jobs by state.", labels=["state"])
+    for job_state in JobState:
+        jobs.add_metric([job_state.value], counts[job_state])
+    yield jobs
+    depth = GaugeMetricFamily("ps_queue_depth", "Jobs that wait for their turn.")
+    depth.add_metric([], counts[JobState.QUEUED])
+    yield depth
+
+
+def _of_live_jobs(jobs: list[Job]) -> Iterator[Family]:
+    step = GaugeMetricFamily("ps_job_step", "Committed step.", labels=["job"])
+    target = GaugeMetricFamily("ps_job_final_step", "Step at which the job ends; 0 until known.", labels=["job"])
+    loss = GaugeMetricFamily("ps_job_loss", "Loss of the last committed step.", labels=["job"])
+    norm = GaugeMetricFamily("ps_job_grad_norm", "Gradient norm of the last committed step.", labels=["job"])
+    skipped = CounterMetricFamily("ps_job_nonfinite", "Steps skipped as not finite.", labels=["job"])
+    generation = GaugeMetricFamily("ps_generation", "Generation of the newest plan.", labels=["job"])
+    active = GaugeMetricFamily("ps_job_trainers", "Trainers by state.", labels=["job", "state"])
+    for job in jobs:
+        name = [job.job_id]
+        step.add_metric(name, job.step)
+        target.add_metric(name, job.final_step)
+        loss.add_metric(name, job.loss)
+        norm.add_metric(name, job.grad_norm)
+        skipped.add_metric(name, job.nonfinite)
+        generation.add_metric(name, job.generation)
+        num_active = sum(1 for seat in job.trainers if seat.active)
+        active.add_metric([*name, "active"], num_active)
+        active.add_metric([*name, "waiting"], len(job.trainers) - num_active)
+    yield from (step, target, loss, norm, skipped, generation, active)
+
+
+def _stragglers(jobs: list[Job], state: State) -> Family:
+    ratios = GaugeMetricFamily(
+        "ps_job_straggler_ratio", "Time of the slowest trainer for a microbatch over the median one's.", labels=["job"]
+    )
+    for job in jobs:
+        paces = rebalance.paces_of([seat for seat in job.trainers if seat.active], job.job_id, state.processes)
+        ratios.add_metric([job.job_id], rebalance.straggler_of(paces)[1])
+    return ratios

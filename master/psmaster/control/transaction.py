@@ -1,0 +1,322 @@
+"""One turn of the master: some inputs applied to its state, then everything reconciled. No I/O, time given.
+
+A `Turn` is a working copy. Whoever drives it (the daemon, a simulator) applies inputs, calls `finish`, makes the result
+durable, and only then lets `state` take the place of the old one and sends what follows from it. A turn that cannot be
+made durable is dropped: nothing has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from pscluster.errors import NotFoundError, StateError
+from psmaster.model import deletions, membership, reports, speed, transitions
+from psmaster.model.deletions import Deletion
+from psmaster.model.job import MAX_EVENTS, Event, Finished, Instant, Job, JobState, Trouble
+from psmaster.model.membership import Node
+from psmaster.model.plan import Kind, Seat
+from psmaster.model.process import REACHES_ALL, Exit, Failure, PartitionFacts, Process, TrainerFacts, Unreached
+from psmaster.model.reports import Applied, Connected, Evaluated, MetricLine, Progress, StandbyState
+from psmaster.model.snapshot_catalog import Catalogue, Part
+from psmaster.model.state import Changes, State, find, node_views, queue, turn_of
+from psmaster.scheduling.admission import NodeView, admit
+from psmaster.scheduling.draft import Limits
+from psmaster.scheduling.reconcile import reconcile
+
+Report = (
+    TrainerFacts
+    | PartitionFacts
+    | Failure
+    | Progress
+    | Evaluated
+    | Finished
+    | Part
+    | Trouble
+    | Connected
+    | StandbyState
+)
+
+
+class Turn:
+    """Used once. Methods that refuse raise before they change anything."""
+
+    def __init__(self, state: State, now: Instant, limits: Limits) -> None:
+        self.before = state
+        self.now = now
+        self.limits = limits
+        self.jobs = dict(state.jobs)
+        self.catalogues = dict(state.catalogues)
+        self.nodes = state.nodes
+        self.processes = dict(state.processes)
+        self.drains = state.drains
+        self.deletions = state.deletions
+        self._events: list[tuple[str, Event]] = []
+        self._lines: list[tuple[str, MetricLine]] = []
+        self._cuts: dict[str, int] = {}
+        self._unsettled = False
+
+    # what agents say
+
+    def register(self, node: Node) -> None:
+        """A node announces a life. Raises StateError for one that a newer life displaced."""
+        self.nodes = membership.register(self.nodes, node, self.now, self.limits.suspicion_s)
+        self._unsettled = True
+
+    def attend(self, node_id: str, incarnation: str, processes: tuple[Process, ...]) -> None:
+        """A node's stream opens with all its processes. Raises StateError for a life that is not the registered one."""
+        self.nodes = membership.attend(self.nodes, node_id, incarnation, self.now)
+        for process in processes:
+            if self._seat_of(process.process_id, node_id) is not None:
+                known = self.processes.get(process.process_id)
+                failure, known_pace = (known.failure, known.pace) if known else (None, speed.UNKNOWN)
+                self.processes[process.process_id] = replace(
+                    process,
+                    failure=failure,
+                    pace=known_pace,
+                    suspect_since_s=self.now.mono_s,
+                    unreached=replace(process.unreached, since_s=self.now.mono_s),
+                )
+        self._unsettled = True
+
+    def detach(self, node_id: str, incarnation: str, *, for_good: bool = False) -> None:
+        """A node's stream broke; `for_good`: it was told to end, and said goodbye."""
+        self.nodes = (membership.leave if for_good else membership.detach)(self.nodes, node_id, incarnation)
+        self._unsettled = True
+
+    def beat(self, node_id: str, incarnation: str, speeds: Mapping[str, tuple[float, int]] | None = None) -> None:
+        """A node is alive. `speeds`: of its trainers by process id, seconds a microbatch and how many were measured."""
+        self.nodes = membership.beat(self.nodes, node_id, incarnation, self.now)
+        for process_id, (microbatch_s, microbatches) in (speeds or {}).items():
+            if self._seat_of(process_id, node_id) is not None:
+                held = self.processes.get(process_id) or Process(process_id=process_id, node_id=node_id)
+                heard = speed.heard(held.pace, microbatch_s, microbatches, self.now.mono_s)
+                self.processes[process_id] = replace(held, pace=heard)
+
+    def leaving(self, node_id: str, incarnation: str) -> None:
+        """A node was told to end and waits a moment for its processes to be moved."""
+        self.nodes = membership.announce_leave(self.nodes, node_id, incarnation)
+        self._unsettled = True
+
+    def exited(self, node_id: str, process_id: str, exit_: Exit) -> None:
+        """A process ended. Of one that no seat has any more it changes nothing."""
+        if self._seat_of(process_id, node_id) is not None:
+            self._know(process_id, node_id, exit=exit_)
+
+    def suspected(self, node_id: str, process_id: str, suspicion: str, unreached: Unreached = REACHES_ALL) -> None:
+        """A process lives and does not get on ("silent", "stalled"), or does again (empty); and what it cannot reach.
+        Repeats change nothing."""
+        if self._seat_of(process_id, node_id) is None:
+            return
+        held = self.processes.get(process_id) or Process(process_id=process_id, node_id=node_id)
+        since_s = held.unreached.since_s if held.unreached.partitions else self.now.mono_s
+        if replace(unreached, since_s=held.unreached.since_s) != held.unreached:
+            self._know(process_id, node_id, unreached=replace(unreached, since_s=since_s))
+        if held.suspicion != suspicion:
+            self._know(process_id, node_id, suspicion=suspicion, suspect_since_s=self.now.mono_s)
+
+    def reported(self, node_id: str, process_id: str, report: Report) -> None:
+        """A process reported something. What replaced processes say changes nothing, except that a snapshot part which
+        was durable in time counts whoever wrote it."""
+        job = self.jobs.get(process_id.partition("/")[0])
+        if job is None:
+            return
+        if isinstance(report, Part):
+            applied, self.catalogues[job.job_id] = reports.snapshot_part(
+                job, self.catalogues[job.job_id], report, self.now
+            )
+            self._take(applied)
+            return
+        seat = self._seat_of(process_id, node_id)
+        if seat is None:
+            return
+        if isinstance(report, TrainerFacts | PartitionFacts | Failure):
+            name = {TrainerFacts: "trainer", PartitionFacts: "partition", Failure: "failure"}[type(report)]
+            self._know(process_id, node_id, **{name: report})
+        elif isinstance(report, Trouble):
+            self._take(reports.trouble(job, report, seat.title, self.now))
+        elif seat.standby:
+            return  # it has no say yet
+        elif isinstance(report, StandbyState):
+            self._take(reports.standby_state(job, report, seat.rank, self.now))
+        elif isinstance(report, Connected):
+            self._take(reports.connected(job, report, seat.rank))
+        elif seat.kind is Kind.PARTITION and seat.rank == 0:
+            self._take(self._of_lead(job, report))
+
+    def troubled(self, job_id: str, trouble: Trouble, source: str) -> None:
+        """The master itself met something that training survives."""
+        if job_id in self.jobs:
+            self._take(reports.trouble(self.jobs[job_id], trouble, source, self.now))
+
+    def removed(self, job_id: str) -> None:
+        """Nothing is left in the store of a deleted job."""
+        if job_id in self.deletions:
+            self.deletions = {**self.deletions, job_id: replace(self.deletions[job_id], removed=True)}
+
+    def _of_lead(self, job: Job, report: Progress | Evaluated | Finished) -> Applied:
+        if isinstance(report, Progress):
+            return reports.progress(job, report, self.now)
+        if isinstance(report, Evaluated):
+            return reports.evaluated(job, report, self.catalogues[job.job_id])
+        return reports.finished(job, report, self.now)
+
+    def _know(self, process_id: str, node_id: str, **facts: Any) -> None:
+        held = self.processes.get(process_id) or Process(process_id=process_id, node_id=node_id)
+        self.processes[process_id] = replace(held, **facts)
+        self._unsettled = True
+
+    def _seat_of(self, process_id: str, node_id: str) -> Seat | None:
+        """The seat that this very process fills on that node."""
+        job = self.jobs.get(process_id.partition("/")[0])
+        for seat in job.seats if job else ():
+            if seat.node_id == node_id and job and seat.process_id(job.job_id) == process_id:
+                return seat
+        return None
+
+    def _take(self, applied: Applied) -> None:
+        job_id = applied.job.job_id
+        if applied.job != self.jobs[job_id]:
+            self.jobs[job_id] = applied.job
+        self._events += [(job_id, event) for event in applied.events]
+        self._lines += [(job_id, line) for line in applied.lines]
+        self._unsettled = True
+
+    # what people ask
+
+    def submit(self, job: Job) -> str:
+        """Take in a new job; its id. A repeated request gives the first one's id. StateError: the id is taken."""
+        for held in self.jobs.values():
+            if job.request_id and held.request_id == job.request_id:
+                return held.job_id
+        if job.job_id in self.jobs or job.job_id in self.deletions:
+            raise StateError(f"job id {job.job_id} is taken", action="submit again")
+        self.jobs[job.job_id] = job
+        self.catalogues[job.job_id] = Catalogue(num_partitions=job.spec.servers.partitions)
+        event = Event(time_s=self.now.unix_s, reason="Submitted", message=f"submitted as {job.job_id}")
+        self._events.append((job.job_id, event))
+        self._unsettled = True
+        return job.job_id
+
+    def stop(self, name: str) -> str:
+        """Ask a job to stop; its id. NotFoundError, StateError (it has ended otherwise)."""
+        job = find(self.jobs, name, self.now)
+        return self._asked(*transitions.ask_stop(job, self.now))
+
+    def resume(self, name: str) -> str:
+        """Queue an ended job again; its id. NotFoundError, StateError (it succeeded)."""
+        job = find(self.jobs, name, self.now)
+        has_snapshot = self.catalogues[job.job_id].newest() is not None
+        return self._asked(*transitions.resume(job, has_snapshot, self.now))
+
+    def delete(self, name: str) -> Job:
+        """Forget an ended job; what it was. NotFoundError, StateError (it has not ended)."""
+        job = find(self.jobs, name, self.now)
+        if not job.state.ended:
+            raise StateError(f"job {job.job_id} is {job.state}", action=f"stop it first: psctl stop {job.job_id}")
+        del self.jobs[job.job_id], self.catalogues[job.job_id]
+        never_wrote = job.generation == 0  # it had no plan, and so no snapshot
+        deletion = Deletion(job_id=job.job_id, store=job.store, deleted_s=self.now.unix_s, removed=never_wrote)
+        self.deletions = {**self.deletions, job.job_id: deletion}
+        self._unsettled = True
+        return job
+
+    def drain(self, node_id: str) -> str:
+        """Have everything moved away from a node, and nothing placed there; its id. Repeating it changes nothing.
+        NotFoundError."""
+        if node_id not in self.nodes and node_id not in self.drains:
+            raise NotFoundError(f"there is no node {node_id!r}", action="see `psctl nodes`")
+        self.drains = {**self.drains, node_id: self.drains.get(node_id, self.now.unix_s)}
+        self._unsettled = True
+        return node_id
+
+    def undrain(self, node_id: str) -> str:
+        """Let a node be given processes again; its id. Repeating it changes nothing. NotFoundError."""
+        if node_id not in self.nodes and node_id not in self.drains:
+            raise NotFoundError(f"there is no node {node_id!r}", action="see `psctl nodes`")
+        self.drains = {other_id: since_s for other_id, since_s in self.drains.items() if other_id != node_id}
+        self._unsettled = True
+        return node_id
+
+    def _asked(self, job: Job, event: Event | None) -> str:
+        if event is not None:
+            self._take(Applied(job=job, events=(event,)))
+        return job.job_id
+
+    # what follows
+
+    def tick(self) -> None:
+        """Time has passed."""
+        self._unsettled = True
+
+    def was_deaf(self, seconds: float) -> None:
+        """For so long nobody listened (the master was stopped, its disk was full): it is no silence of the nodes'."""
+        self.nodes = membership.excuse(self.nodes, seconds)
+
+    def finish(self) -> Changes:
+        """Reconcile everything and close the turn."""
+        if self._unsettled:
+            self._settle()
+        told = {job_id for job_id, _ in self._events}
+        for job_id, job in self.jobs.items():
+            held = self.before.jobs.get(job_id)
+            if held is not None and (job is not held or job_id in told):
+                self.jobs[job_id] = replace(job, revision=held.revision + 1)
+        events = tuple(entry for entry in self._events if entry[0] in self.jobs)
+        state = State(
+            jobs=self.jobs,
+            catalogues=self.catalogues,
+            events=self._all_events(events),
+            nodes=self.nodes,
+            processes=self.processes,
+            drains=self.drains,
+            deletions=deletions.remembered(self.deletions, self.now.unix_s),
+        )
+        return Changes(state=state, events=events, lines=tuple(self._lines), cuts=self._cuts)
+
+    def _all_events(self, new: tuple[tuple[str, Event], ...]) -> Mapping[str, tuple[Event, ...]]:
+        if not new and self.jobs.keys() == self.before.events.keys():
+            return self.before.events
+        all_events = {job_id: self.before.events.get(job_id, ()) for job_id in self.jobs}
+        for job_id, event in new:
+            all_events[job_id] = (*all_events[job_id], event)[-MAX_EVENTS:]
+        return all_events
+
+    def _settle(self) -> None:
+        """Live jobs first (they may free slots), then the queue in its order, then growth with what is left."""
+        self.nodes = membership.forget(self.nodes, self.now)
+        for job in [job for job in self.jobs.values() if job.state in (JobState.STARTING, JobState.RUNNING)]:
+            self._reconcile(job.job_id)
+        ahead = ""
+        for job in queue(self.jobs):
+            self._reconcile(job.job_id, ahead=ahead)
+            waits = self.jobs[job.job_id].state is JobState.QUEUED
+            if waits and not ahead and admit(job.spec, self._views(job.job_id)).possible:
+                ahead = job.job_id  # it gets the next slots that come free; what can never run blocks nobody
+        if not ahead:
+            for job in sorted(self.jobs.values(), key=turn_of):
+                if job.state in (JobState.STARTING, JobState.RUNNING):
+                    self._reconcile(job.job_id, grow=True)
+        wanted = {seat.process_id(job.job_id) for job in self.jobs.values() for seat in job.seats if seat.placed}
+        self.processes = {key: process for key, process in self.processes.items() if key in wanted}
+
+    def _reconcile(self, job_id: str, *, grow: bool = False, ahead: str = "") -> None:
+        outcome = reconcile(
+            self.jobs[job_id],
+            self._views(job_id),
+            self.processes,
+            self.catalogues[job_id],
+            self.now,
+            self.limits,
+            grow=grow,
+            ahead=ahead,
+        )
+        self.jobs[job_id] = outcome.job
+        self.catalogues[job_id] = outcome.snapshots
+        self._events += [(job_id, event) for event in outcome.events]
+        if outcome.cut_to is not None:
+            self._cuts[job_id] = outcome.cut_to
+
+    def _views(self, job_id: str) -> Mapping[str, NodeView]:
+        return node_views(self.jobs, self.nodes, job_id, self.now, self.limits.suspicion_s, self.drains)

@@ -1,0 +1,119 @@
+"""Seats and plans: who runs what of a job, and what each process is told about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from psmaster.model.snapshot_catalog import RestorePoint
+
+
+class Kind(StrEnum):
+    """What runs in a process."""
+
+    TRAINER = "trainer"
+    PARTITION = "partition"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seat:
+    """A place in a job for one trainer or partition. Its process may be replaced; kind and rank stay.
+
+    `node_id` is empty while no node has room. `incarnation` is the life of the node that was asked to run it: in
+    another life of that node the process is gone. `attempt` counts the processes of this seat from 1; 0 before the
+    first. `active`: it is ready. `suspect`: it lives and does not get on; shards go to others, if there are any, until
+    it is heard again. `shards` are (first, count) runs, trainers only; `addresses` are
+    where a partition listens; `device` is where a trainer computes, once it is active. `losses`: processes lost here
+    since the job last reached a new step.
+
+    `failed_on`: the nodes where processes of it were lost before they became ready, oldest first, since one last was.
+    `not_before_s`: when the next one may start, on the master's monotonic clock; 0: at once. See `retry`.
+
+    `standby`: for the partition of this rank rather than being it. `synced`: what the partition voted on is held here,
+    so that going on with this process loses nothing; so it is of every partition that the newest plan names.
+    """
+
+    kind: Kind
+    rank: int
+    attempt: int = 0
+    node_id: str = ""
+    incarnation: str = ""
+    last_node_id: str = ""
+    active: bool = False
+    suspect: bool = False
+    shards: tuple[tuple[int, int], ...] = ()
+    addresses: tuple[str, ...] = ()
+    device: str = ""
+    losses: int = 0
+    standby: bool = False
+    synced: bool = False
+    failed_on: tuple[str, ...] = ()
+    not_before_s: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.rank}"
+
+    @property
+    def title(self) -> str:
+        """What people call who sits here."""
+        return f"the standby of {self.name}" if self.standby else self.name
+
+    @property
+    def placed(self) -> bool:
+        return bool(self.node_id)
+
+    @property
+    def held_back(self) -> bool:
+        """Whether its process is not to start yet."""
+        return self.not_before_s > 0.0
+
+    def process_id(self, job_id: str) -> str:
+        """The id of the process that fills this seat now; unique for ever."""
+        return f"{job_id}/{self.name}/{self.attempt}"
+
+
+def counted_on(trainers: Iterable[Seat]) -> tuple[Seat, ...]:
+    """The trainers that shards are dealt to: the active ones, those under suspicion only when there are no others."""
+    active = [seat for seat in trainers if seat.active]
+    return tuple(seat for seat in active if not seat.suspect) or tuple(active)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """The plan of one generation. `restore_generation` is the generation that ordered the newest restore,
+    `moved_generation` the newest in which a standby took over, `lead_generation` the same for the lead; 0: none."""
+
+    generation: int
+    trainers: tuple[Seat, ...]
+    partitions: tuple[Seat, ...]
+    restore_generation: int
+    resume_step: int = 0
+    restore: RestorePoint | None = None
+    stop: bool = False
+    save: bool = False
+    kept_steps: tuple[int, ...] = ()
+    final_step: int = 0
+    standbys: tuple[Seat, ...] = ()
+    moved_generation: int = 0
+    lead_generation: int = 0
+
+    @property
+    def active(self) -> frozenset[tuple[int, int]]:
+        """(rank, attempt) of the trainers that are counted on."""
+        return frozenset((seat.rank, seat.attempt) for seat in counted_on(self.trainers))
+
+    @property
+    def standing_by(self) -> frozenset[tuple[int, int]]:
+        """(rank, attempt) of the standbys."""
+        return frozenset((seat.rank, seat.attempt) for seat in self.standbys)
+
+    def holds(self, seat: Seat) -> bool:
+        """Whether the very process in `seat` is a partition in this plan."""
+        return any((own.rank, own.attempt) == (seat.rank, seat.attempt) for own in self.partitions)
+
+    def names(self, seat: Seat) -> bool:
+        """Whether this plan was made for the very process that fills `seat`."""
+        seats = self.trainers if seat.kind is Kind.TRAINER else self.partitions + self.standbys
+        return any(own.rank == seat.rank and own.attempt == seat.attempt for own in seats)

@@ -1,0 +1,157 @@
+"""Admission and seating: pure functions with their reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pscluster.devices import AUTO, CPU, CUDA, fitting
+from pscluster.job.spec import JobSpec
+from psmaster.model.membership import Role
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeView:
+    """A node as planning sees it. `available`: its slots that no other job holds; `held`: those of its CUDA `devices`
+    that other jobs hold; `undecided`: how many trainers of other jobs start there and may take any of the rest.
+
+    `alive`: its processes count as living. `ready`: it may be given new ones. `draining`: those it has are to go.
+    """
+
+    node_id: str
+    role: Role
+    incarnation: str
+    alive: bool
+    ready: bool
+    slots: int
+    available: int
+    draining: bool = False
+    devices: tuple[str, ...] = ()
+    held: frozenset[str] = frozenset()
+    undecided: int = 0
+
+    def room(self, device: str, *, of_all: bool = False) -> int:
+        """How many processes of one job fit, each on a device of its own where `device` is a CUDA device. `of_all`: if
+        no other job held anything."""
+        slots = max(0, self.slots if of_all else self.available)
+        if device in (AUTO, CPU):
+            return slots
+        fit = fitting(device, self.devices)
+        free = len(fit) if of_all else sum(1 for name in fit if name not in self.held) - self.undecided
+        return min(slots, max(0, free))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Admission:
+    """Where a job's processes go: one node id for each trainer and partition. Empty when it must wait: `reason` says
+    for what. `possible`: the ready nodes could hold the job if no other job held slots."""
+
+    trainers: tuple[str, ...] = ()
+    partitions: tuple[str, ...] = ()
+    reason: str = ""
+    possible: bool = True
+
+    @property
+    def admitted(self) -> bool:
+        return bool(self.trainers)
+
+
+def admit(spec: JobSpec, nodes: Mapping[str, NodeView]) -> Admission:
+    """Seats for all of a job or for nothing of it: between workers.min and workers.max trainers, all its partitions."""
+    device = spec.workers.device
+    trainers = _rooms(nodes, Role.WORKER, device)
+    partitions = _rooms(nodes, Role.SERVER, CPU)
+    missing = _shortages(spec, trainers, partitions)
+    if missing:
+        of_all = _rooms(nodes, Role.WORKER, device, of_all=True), _rooms(nodes, Role.SERVER, CPU, of_all=True)
+        never = _shortages(spec, *of_all)
+        return Admission(reason=_waits(missing, never), possible=not never)
+    num_trainers = min(max_trainers(spec), sum(trainers.values()))
+    return Admission(
+        trainers=_spread(trainers, num_trainers),
+        partitions=_spread(partitions, spec.servers.partitions),
+    )
+
+
+def max_trainers(spec: JobSpec) -> int:
+    """The most trainers that a job can use: more than its shards would never have work."""
+    limit = spec.train.num_shards
+    return limit if spec.workers.max is None else min(limit, spec.workers.max)
+
+
+def choose_node(
+    nodes: Mapping[str, NodeView],
+    role: Role,
+    taken: Mapping[str, int],
+    excluded: frozenset[str],
+    preferred: str = "",
+    device: str = CPU,
+) -> NodeView | None:
+    """A ready node with room for a process on `device`: `preferred` if it has some, else the emptiest, then the first
+    by id.
+
+    `taken` counts the slots that the job itself holds on each node."""
+    free = {
+        node.node_id: node.room(device) - taken.get(node.node_id, 0)
+        for node in nodes.values()
+        if node.role is role and node.ready and node.node_id not in excluded
+    }
+    if free.get(preferred, 0) > 0:
+        return nodes[preferred]
+    best = max(sorted(free), key=lambda node_id: free[node_id], default=None)
+    return nodes[best] if best is not None and free[best] > 0 else None
+
+
+def with_device(device: str) -> str:
+    """What a worker must have for a job that wants `device`, as words after "worker"; empty: nothing."""
+    if device in (AUTO, CPU):
+        return ""
+    return " with a CUDA device" if device == CUDA else f" with the device {device}"
+
+
+def _rooms(nodes: Mapping[str, NodeView], role: Role, device: str, of_all: bool = False) -> dict[str, int]:
+    return {
+        node.node_id: node.room(device, of_all=of_all)
+        for node in sorted(nodes.values(), key=lambda node: _natural(node.node_id))
+        if node.role is role and node.ready
+    }
+
+
+def _natural(node_id: str) -> tuple[str, int, str]:
+    """Sorts worker-2 before worker-10."""
+    stem = node_id.rstrip("0123456789")
+    number = node_id[len(stem) :]
+    return stem, int(number or 0), node_id
+
+
+def _shortages(spec: JobSpec, trainers: Mapping[str, int], partitions: Mapping[str, int]) -> list[str]:
+    """What is missing of a job's seats, and how much of it there is: "2 workers: 1"."""
+    wanted = (
+        (spec.workers.min, "worker", with_device(spec.workers.device), trainers),
+        (spec.servers.partitions, "server", "", partitions),
+    )
+    return [
+        f"{count} {what}{'s' if count > 1 else ''}{having}: {sum(rooms.values())}"
+        for count, what, having, rooms in wanted
+        if sum(rooms.values()) < count
+    ]
+
+
+def _waits(missing: Sequence[str], never: Sequence[str]) -> str:
+    """`never`: what would be missing if no other job held anything."""
+    if never:
+        return "waits for " + " and ".join(f"{shortage} ready" for shortage in never)
+    return "waits for " + " and ".join(f"{shortage} free, other jobs hold the rest" for shortage in missing)
+
+
+def _spread(slots: Mapping[str, int], count: int) -> tuple[str, ...]:
+    """`count` places dealt one to each node in turn."""
+    left = dict(slots)
+    places: list[str] = []
+    while len(places) < count:
+        for node_id in [node_id for node_id, free in left.items() if free > 0]:
+            left[node_id] -= 1
+            places.append(node_id)
+            if len(places) == count:
+                break
+    return tuple(places)

@@ -1,0 +1,131 @@
+"""What people read about a job: why it is where it is, and its conditions. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from psmaster.model.job import Condition, Instant, Job, JobState
+from psmaster.model.plan import Kind, Seat, counted_on
+from psmaster.model.process import ready_facts
+from psmaster.scheduling import reachability, retry, standbys
+from psmaster.scheduling.admission import with_device
+from psmaster.scheduling.draft import View
+
+
+def reason(job: Job, view: View, queued: str) -> str:
+    """One sentence on a live job. `queued` is what admission said, and holds while the job is queued."""
+    if job.state is JobState.QUEUED:
+        return queued
+    if job.finished is not None:
+        return f"finished at step {job.finished.step}; waits for its last snapshot"
+    if job.state is JobState.STARTING and job.plan is None:
+        return _starting(job, view)
+    if job.stopping:
+        return "stops at the next step boundary"
+    away = [seat for seat in job.partitions if not seat.active]
+    if away:
+        return "recovers: waits for " + ", ".join(_where(seat, job) for seat in away)
+    if job.held >= 0:
+        return f"rests at step {job.held}, to move a partition"
+    active = counted_on(job.trainers)
+    if not active:
+        return "waits for a trainer: " + ", ".join(_where(seat, job) for seat in job.trainers)
+    doubts = _doubts(job, view)
+    if job.state is JobState.STARTING:
+        return "waits for the first step" + doubts
+    trains = f"trains on {len(active)} worker{'s' if len(active) > 1 else ''}" + _missing(job)
+    shortfall = standbys.shortfall(job)
+    return trains + doubts + (f"; {shortfall}" if shortfall else "")
+
+
+def _missing(job: Job) -> str:
+    """The trainers that do not work yet, to be added to a sentence. Only one that has a node is on the way: nobody is
+    to wait for what does not come before a worker is free."""
+    away = [seat for seat in job.trainers if not seat.active]
+    coming = sum(1 for seat in away if seat.placed)
+    said = f"; {coming} more on the way" if coming else ""
+    if len(away) > coming:
+        said += f"; no worker{with_device(job.spec.workers.device)} is free for {len(away) - coming} more"
+    return said
+
+
+def _doubts(job: Job, view: View) -> str:
+    """Who does not get on, to be added to a sentence."""
+    cut = reachability.judge(job, view.processes, view.now)
+    silent = [seat for seat in job.trainers if seat.suspect and seat.rank not in cut.trainers]
+    stuck = ", ".join(f"{seat.name} on {seat.node_id}" for seat in silent)
+    return (f"; hears nothing of {stuck}" if stuck else "") + (
+        f"; {reachability.words(cut.reports)}" if cut.reports else ""
+    )
+
+
+def _starting(job: Job, view: View) -> str:
+    away = [seat for seat in job.working if not seat.placed or ready_facts(seat, job, view.processes) is None]
+    ready = {
+        kind: sum(1 for seat in job.working if seat.kind is kind and seat not in away)
+        for kind in (Kind.TRAINER, Kind.PARTITION)
+    }
+    counts = f"{ready[Kind.TRAINER]} of {len(job.trainers)} trainers and "
+    counts += f"{ready[Kind.PARTITION]} of {len(job.partitions)} partitions are ready"
+    shown = ", ".join(_where(seat, job) for seat in away[:4]) + (", ..." if len(away) > 4 else "")
+    left_out = "; ".join(f"{node_id} is left out: {why}" for node_id, _, why in job.excluded)
+    return counts + (f"; waits for {shown}" if away else "") + (f"; {left_out}" if left_out else "")
+
+
+def _where(seat: Seat, job: Job) -> str:
+    if not seat.placed and seat.kind is Kind.TRAINER:
+        return f"a free worker slot{with_device(job.spec.workers.device)} for {seat.name}"
+    if not seat.placed:
+        return f"a free server slot for {seat.name}"
+    again = f", attempt {seat.attempt}" if seat.attempt > 1 else ""
+    waits = f", which starts {retry.delay_s(seat.losses):g} s after the last one was lost" if seat.held_back else ""
+    return f"{seat.name} on {seat.node_id}{again}{waits}"
+
+
+def conditions(job: Job, now: Instant) -> tuple[Condition, ...]:
+    """Admitted, Ready, Progressing, Recovering; `since_s` is kept while a status holds."""
+    live = job.state in (JobState.STARTING, JobState.RUNNING)
+    all_active = live and bool(job.seats) and all(seat.active for seat in job.working)
+    partitions = live and bool(job.partitions) and all(seat.active for seat in job.partitions)
+    active = sum(1 for seat in job.trainers if seat.active)
+    progressing = job.state is JobState.RUNNING and partitions and active > 0
+    recovering = live and (job.recovery is not None or (job.plan is not None and not (partitions and active)))
+    ended = job.state.value.capitalize() if job.state.ended else ""
+    found: tuple[Condition, ...] = (
+        _condition("Admitted", live, ("SeatsHeld", ended or "Queued"), ("seats are held", "no seats are held")),
+        _condition(
+            "Ready",
+            all_active,
+            ("AllReady", ended or "Waiting"),
+            ("every process is ready", "not every process is ready"),
+        ),
+        _condition("Progressing", progressing, ("Training", ended or "Waiting"), ("steps go on", "no steps are made")),
+        _condition(
+            "Recovering", recovering, ("ProcessLost", "NothingLost"), ("a loss is being mended", "nothing is lost")
+        ),
+    )
+    if job.spec.durability.tier == "replica":
+        found += (_replicated(job, live, ended),)
+    before = {condition.type: condition for condition in job.conditions}
+    return tuple(_with_since(condition, before.get(condition.type), now) for condition in found)
+
+
+def _replicated(job: Job, live: bool, ended: str) -> Condition:
+    """Whether losing any one partition costs no step."""
+    shortfall = standbys.shortfall(job)
+    every = live and bool(job.standbys) and not shortfall
+    reasons = ("InSync", ended or ("NoStandby" if any(not seat.placed for seat in job.standbys) else "CatchingUp"))
+    return _condition(
+        "Replicated", every, reasons, ("every partition has a standby in sync", shortfall or "no standby")
+    )
+
+
+def _condition(kind: str, status: bool, reasons: tuple[str, str], messages: tuple[str, str]) -> Condition:
+    """`reasons` and `messages`: when it holds, and when not."""
+    which = 0 if status else 1
+    return Condition(type=kind, status=status, reason=reasons[which], message=messages[which], since_s=0)
+
+
+def _with_since(condition: Condition, before: Condition | None, now: Instant) -> Condition:
+    kept = before is not None and before.status == condition.status
+    return replace(condition, since_s=before.since_s if kept and before else now.unix_s)

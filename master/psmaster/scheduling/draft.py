@@ -1,0 +1,141 @@
+"""The working copy of one reconciliation: a job on its way from what it is to what it should be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from psmaster.model import transitions
+from psmaster.model.job import Event, Instant, Job, JobState, Problem
+from psmaster.model.plan import Kind, Seat
+from psmaster.model.process import Processes
+from psmaster.model.snapshot_catalog import Catalogue
+from psmaster.scheduling.admission import NodeView
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What reconciliation waits for and bears. Durations are on the monotonic clock."""
+
+    suspicion_s: float = 3.0  # silence after which a node is dead
+    trainer_grace_s: float = 30.0  # how long a trainer that does not get on may live before it is replaced
+    first_grace_s: float = 600.0  # the same while it is at its first microbatch: compilers and cold devices
+    max_losses: int = 5  # processes one seat may lose without a new step in between
+    gather_s: float = 5.0  # how long other nodes' failures at start are waited for
+    finish_grace_s: float = 600.0  # how long a job that was asked to stop waits for its last snapshot to be complete
+    stop_grace_s: float = 300.0  # how long a stopping job may take to reach a step boundary
+    stop_idle_grace_s: float = 15.0  # the same when no trainer is there to reach one
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What a reconciliation looks at and does not change."""
+
+    nodes: Mapping[str, NodeView]
+    processes: Processes
+    now: Instant
+    limits: Limits
+    grow: bool
+
+
+class Draft:
+    """Owned by one call of `reconcile`; the values in it are immutable."""
+
+    def __init__(self, job: Job, snapshots: Catalogue, now: Instant) -> None:
+        self.job = job
+        self.snapshots = snapshots
+        self.now = now
+        self.events: list[Event] = []
+        self.cut_to: int | None = None
+
+    def update(self, **fields: Any) -> None:
+        """Change fields of the job, if they are not so already: a job has many, and most turns change none."""
+        if any(getattr(self.job, name) != value for name, value in fields.items()):
+            self.job = replace(self.job, **fields)
+
+    def say(self, reason: str, message: str, *, warning: bool = False) -> None:
+        """Tell people something."""
+        self.events.append(Event(time_s=self.now.unix_s, reason=reason, message=message, warning=warning))
+
+    def end(self, state: JobState, reason: str, *, warning: bool = False) -> None:
+        self.job, event = transitions.end(self.job, state, reason, self.now, warning=warning)
+        self.events.append(event)
+
+    def fail(self, problem: Problem, traceback: str = "") -> None:
+        self.job, event = transitions.fail(self.job, problem, self.now, traceback)
+        self.events.append(event)
+
+    def put(self, seat: Seat) -> None:
+        """Replace the seat of the same kind and rank, or append a new one."""
+        field = "trainers" if seat.kind is Kind.TRAINER else "standbys" if seat.standby else "partitions"
+        seats = {own.rank: own for own in getattr(self.job, field)} | {seat.rank: seat}
+        self.update(**{field: tuple(seats[rank] for rank in sorted(seats))})
+
+    def place(self, kind: Kind, rank: int, node: NodeView, *, standby: bool = False) -> None:
+        """Give a seat a node and with it its next attempt: a process id that never was."""
+        own = self.job.standby(rank) if standby else self.job.seat(kind, rank)
+        held = own or Seat(kind=kind, rank=rank, standby=standby)
+        attempts = dict(self.job.attempts)
+        attempt = attempts[held.name] = attempts.get(held.name, 0) + 1
+        self.update(attempts=tuple(sorted(attempts.items())))
+        self.put(
+            replace(
+                held,
+                attempt=attempt,
+                node_id=node.node_id,
+                incarnation=node.incarnation,
+                active=False,
+                suspect=False,
+                shards=(),
+                addresses=(),
+                device="",
+                synced=False,
+            )
+        )
+
+    def unseat(self, seat: Seat, *, losses: int | None = None) -> None:
+        """Take a seat's node away: its process, if it lives, is no longer wanted."""
+        self.put(
+            replace(
+                seat,
+                node_id="",
+                incarnation="",
+                last_node_id=seat.node_id,
+                active=False,
+                suspect=False,
+                shards=(),
+                addresses=(),
+                device="",
+                synced=False,
+                losses=seat.losses if losses is None else losses,
+            )
+        )
+
+    def drop(self, seat: Seat) -> None:
+        """Give up a trainer's seat: its process, if it lives, is no longer wanted, and not replaced."""
+        self.update(
+            trainers=tuple(own for own in self.job.trainers if own.rank != seat.rank),
+            connections=tuple(held for held in self.job.connections if held.trainer != seat.rank),
+        )
+
+    def exclude(self, node_id: str, incarnation: str, why: str) -> None:
+        """Leave a node out of this job for the rest of its present life."""
+        others = tuple(entry for entry in self.job.excluded if entry[0] != node_id)
+        self.update(excluded=(*others, (node_id, incarnation, why)))
+        self.say("NodeLeftOut", f"{node_id} is left out: {why}", warning=True)
+
+    def excluded(self, nodes: Mapping[str, NodeView]) -> frozenset[str]:
+        """The nodes that are left out and still in that life."""
+        return frozenset(
+            node_id
+            for node_id, incarnation, _ in self.job.excluded
+            if node_id in nodes and nodes[node_id].incarnation == incarnation
+        )
+
+    def wait(self, seconds: float) -> bool:
+        """Whether `seconds` have passed since a wait began; the first call begins it, a shorter one shortens it."""
+        until = self.now.mono_s + seconds
+        if self.job.deadline_s is None or until < self.job.deadline_s:
+            self.update(deadline_s=until)
+        return self.job.deadline_s is not None and self.now.mono_s >= self.job.deadline_s

@@ -1,0 +1,235 @@
+"""Draining a node: what jobs run there moves elsewhere first, and nothing is lost or computed again for it. Pure.
+
+A trainer hands its shards over in a plan that leaves it out, finishes what it is at, and goes. With nobody to hand them
+to, another is started first. A partition moves with the whole job at rest: the plan asks for the next step to be
+written and for a rest there; once that snapshot is complete, the partition's replacement starts from it and so does
+everyone. A partition with a standby in sync elsewhere needs no rest: the standby takes over. A standby is ended, and
+another one begins on another node.
+What has no other place goes on where it is, and says so.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from pscluster.devices import CPU
+from psmaster.model import membership
+from psmaster.model.job import Instant, Job
+from psmaster.model.membership import Health, Node, Role
+from psmaster.model.plan import Kind, Seat, counted_on
+from psmaster.model.state import State, node_views
+from psmaster.scheduling import standbys
+from psmaster.scheduling.admission import NodeView, choose_node, max_trainers
+from psmaster.scheduling.draft import Draft, View
+
+DRAINING = "draining"
+DRAINED = "drained"
+SAVE_S = 60.0  # how long a job rests for a snapshot that does not come; then it goes on, and rests again after ...
+RETRY_S = 120.0  # ... so long
+
+Nodes = Mapping[str, NodeView]
+
+
+def sharing(job: Job, nodes: Nodes) -> list[Seat]:
+    """The trainers that may have shards: those counted on, but on draining nodes only if there are no others."""
+    counted = list(counted_on(job.trainers))
+    return [seat for seat in counted if not _drains(seat, nodes)] or counted
+
+
+def move_away(draft: Draft, view: View) -> None:
+    """Take a job's next step away from the nodes that drain. Nothing for a job that is about to end."""
+    job = draft.job
+    if job.stopping or job.finished is not None:
+        return
+    for kind in Kind:
+        leaving = [seat for seat in job.seats if seat.kind is kind and seat.placed and _drains(seat, view.nodes)]
+        if job.plan is None:
+            _start_elsewhere(draft, view, leaving)
+        elif kind is Kind.TRAINER:
+            _move_trainers(draft, view, leaving)
+        else:
+            _move_partitions(draft, view, leaving)
+
+
+def _drains(seat: Seat, nodes: Nodes) -> bool:
+    return seat.node_id in nodes and nodes[seat.node_id].draining
+
+
+def _start_elsewhere(draft: Draft, view: View, leaving: Sequence[Seat]) -> None:
+    """What has not done anything yet is simply started on another node, if there is room."""
+    for seat in leaving:
+        if _room(draft.job, view.nodes, draft.excluded(view.nodes), [seat]):
+            draft.unseat(seat)
+
+
+def _move_trainers(draft: Draft, view: View, leaving: Sequence[Seat]) -> None:
+    staying = [seat for seat in draft.job.trainers if seat.placed and not _drains(seat, view.nodes)]
+    if any(seat.active for seat in staying):
+        for seat in leaving:
+            if _has_handed_over(draft.job, seat):
+                _release(draft, seat)
+    elif leaving and not staying and all(seat.placed for seat in draft.job.trainers):
+        _start_another(draft, view, leaving)
+    if not leaving:
+        for seat in draft.job.trainers[max_trainers(draft.job.spec) :]:
+            draft.drop(seat)  # it was to take over from one that stays after all
+
+
+def _has_handed_over(job: Job, seat: Seat) -> bool:
+    """A step was committed since it has no shards: nobody waits for what it computes."""
+    has_rested = job.dealing is None or job.step > job.dealing.step
+    return not seat.active or (not seat.shards and has_rested)
+
+
+def _release(draft: Draft, seat: Seat) -> None:
+    """Its process may end; the seat stays where the job may have as many, and goes to another node with room."""
+    draft.say("TrainerMoved", f"{seat.name} leaves {seat.node_id}, which drains; the others have its shards")
+    if len(draft.job.trainers) > max_trainers(draft.job.spec):
+        draft.drop(seat)
+    else:
+        draft.unseat(seat)
+
+
+def _start_another(draft: Draft, view: View, leaving: Sequence[Seat]) -> None:
+    """Nobody could take the shards over: one trainer more is started elsewhere, for as long as both are needed."""
+    node = _choose(draft.job, view.nodes, draft.excluded(view.nodes), Kind.TRAINER, ())
+    if node is None:
+        return
+    seat = Seat(kind=Kind.TRAINER, rank=max(own.rank for own in draft.job.trainers) + 1)
+    draft.place(seat.kind, seat.rank, node)
+    where = f"{leaving[0].name} on {leaving[0].node_id}, which drains"
+    draft.say("TrainerAdded", f"{seat.name} starts on {node.node_id}, to take over from {where}")
+
+
+def _move_partitions(draft: Draft, view: View, held: Sequence[Seat]) -> None:
+    leaving = [seat for seat in held if not seat.standby and not _handed_to_standby(draft, view, seat)]
+    for seat in draft.job.standbys:
+        if seat.placed and _drains(seat, view.nodes):
+            draft.unseat(seat)
+    job = draft.job
+    whole = all(seat.active for seat in job.partitions)
+    may_move = whole and leaving and _room(job, view.nodes, draft.excluded(view.nodes), leaving)
+    if not may_move or _waits_in_vain(draft):
+        if job.saving:
+            draft.update(saving=False, held=-1)
+        if not whole:
+            _start_elsewhere(draft, view, [seat for seat in leaving if not seat.active])
+    elif not job.saving:
+        draft.update(saving=True, held=-1, held_s=None)
+        nodes = ", ".join(dict.fromkeys(seat.node_id for seat in leaving))
+        draft.say("PartitionMoves", f"rests after the next step, to move {_names(leaving)} away from {nodes}")
+    elif job.held >= 0 and draft.snapshots.complete(job.held):
+        draft.update(saving=False, held=-1, held_s=None)
+        for seat in leaving:
+            draft.unseat(seat)
+
+
+def _handed_to_standby(draft: Draft, view: View, seat: Seat) -> bool:
+    """Whether a standby in sync, on a node that stays, takes over from a partition that would have to move."""
+    standby = draft.job.standby(seat.rank)
+    if standby is None or not standby.synced or not seat.active or _drains(standby, view.nodes):
+        return False
+    draft.say("PartitionMoves", f"{seat.name} leaves {seat.node_id}, which drains; its standby takes over")
+    draft.unseat(seat)
+    standbys.succeed(draft, seat, seat.losses)
+    return True
+
+
+def _waits_in_vain(draft: Draft) -> bool:
+    """Whether the snapshot at which the job rests has not come in time; for a while nothing is tried then."""
+    job, now_s = draft.job, draft.now.mono_s
+    if job.held >= 0 and job.held_s is None:
+        draft.update(held_s=now_s)
+    if draft.job.held_s is None:
+        return False
+    waited_s = now_s - draft.job.held_s
+    if job.saving and job.held >= 0 and waited_s >= SAVE_S and not draft.snapshots.complete(job.held):
+        draft.say("PartitionStays", f"the snapshot of step {job.held} does not come; steps go on", warning=True)
+        return True
+    return not job.saving and waited_s < SAVE_S + RETRY_S
+
+
+def _room(job: Job, nodes: Nodes, excluded: frozenset[str], seats: Sequence[Seat]) -> bool:
+    """Whether all of these have another place."""
+    planned: list[str] = []
+    for seat in seats:
+        node = _choose(job, nodes, excluded, seat.kind, planned)
+        if node is None:
+            return False
+        planned.append(node.node_id)
+    return True
+
+
+def _choose(job: Job, nodes: Nodes, excluded: frozenset[str], kind: Kind, planned: Sequence[str]) -> NodeView | None:
+    """A node for one process more, where those for `planned` are taken already."""
+    taken = Counter([own.node_id for own in job.seats if own.placed] + list(planned))
+    device = job.spec.workers.device if kind is Kind.TRAINER else CPU
+    return choose_node(nodes, Role.of(kind), taken, excluded, "", device)
+
+
+# ---- what people are told ----
+
+
+def status(state: State, node: Node) -> str:
+    """DRAINING while a job has a process on the node, DRAINED then; empty for a node that is not drained."""
+    if node.node_id not in state.drains and not node.leaving:
+        return ""
+    held = any(seat.node_id == node.node_id for job in state.jobs.values() for seat in job.seats)
+    return DRAINING if held else DRAINED
+
+
+def problems(state: State, now: Instant, suspicion_s: float) -> list[str]:
+    """What is wrong with the nodes, one line each. A drained node may be away: it holds nothing, and nobody waits for
+    it."""
+    found = []
+    for node in state.nodes.values():
+        health = membership.health(node, now.mono_s, suspicion_s)
+        if health is Health.READY or (health is Health.DEAD and status(state, node) == DRAINED):
+            continue
+        found.append(f"node {node.node_id} is {health}")
+    return sorted(found)
+
+
+def waits_for(state: State, node: Node, now: Instant, suspicion_s: float) -> list[str]:
+    """What keeps a draining node from being drained, one line a job."""
+    if status(state, node) != DRAINING:
+        return []
+    found = []
+    for job in state.jobs.values():
+        leaving = [seat for seat in job.seats if seat.node_id == node.node_id]
+        if leaving:
+            nodes = node_views(state.jobs, state.nodes, job.job_id, now, suspicion_s, state.drains)
+            found.append(f"{job.job_id}: {_waits(job, nodes, leaving)}")
+    return found
+
+
+def _waits(job: Job, nodes: Nodes, leaving: Sequence[Seat]) -> str:
+    if job.stopping or job.finished is not None:
+        return "is about to end"
+    if any(seat.kind is Kind.PARTITION for seat in leaving):
+        return _partitions_wait(job, nodes, leaving)
+    staying = [seat for seat in job.trainers if seat.placed and not _drains(seat, nodes)]
+    if any(seat.active for seat in staying) and job.plan is not None:
+        return f"{_names(leaving)} hands its shards over"
+    if staying:
+        return f"waits until {_names(staying)} is ready on {', '.join(seat.node_id for seat in staying)}"
+    return f"no other worker has room for {_names(leaving)}, without which it cannot go on"
+
+
+def _partitions_wait(job: Job, nodes: Nodes, leaving: Sequence[Seat]) -> str:
+    if job.held >= 0:
+        return f"rests at step {job.held} until its snapshot is complete"
+    if job.saving:
+        return "goes on to the end of the step"
+    away = [seat for seat in job.partitions if not seat.active]
+    if away and job.plan is not None:
+        return f"waits for {_names(away)}"
+    excluded = frozenset(node_id for node_id, _, _ in job.excluded)
+    if not _room(job, nodes, excluded, leaving):
+        return f"no other server has room for {_names(leaving)}, without which it cannot go on"
+    return f"{_names(leaving)} moves"
+
+
+def _names(seats: Sequence[Seat]) -> str:
+    return ", ".join(seat.name for seat in seats)

@@ -1,0 +1,135 @@
+"""The stage of reconciliation that makes plans: when a new generation is due, and what is in it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from psmaster.model import snapshot_catalog
+from psmaster.model.job import Dealing, Job
+from psmaster.model.plan import Plan, Seat, counted_on
+from psmaster.scheduling import drain, rebalance
+from psmaster.scheduling.draft import Draft, View
+
+
+def replan(draft: Draft, view: View) -> None:
+    """A new generation when who computes, who holds, or whether to stop has changed, or shards should move for speed's
+    sake; new kept steps in the same one.
+
+    While a partition is away there is no new plan: nothing can be committed, and the next one restores. Where a standby
+    in sync has the seat, the partition is not away, and the next plan goes on."""
+    job, plan = draft.job, draft.job.plan
+    if plan is None or any(not seat.active for seat in job.partitions):
+        return
+    new = [seat for seat in job.partitions if not plan.holds(seat)]
+    if new:
+        if any(seat.active for seat in job.trainers):
+            make_plan(draft, view, restore=not all(seat.synced for seat in new))
+    elif _is_stale(job, plan, view):
+        make_plan(draft, view, restore=False)
+    elif move := rebalance.due(job, drain.sharing(job, view.nodes), view.processes, view.now):
+        draft.say(move.reason, move.message, warning=move.warning)
+        draft.update(dealing=move.dealing)
+        make_plan(draft, view, restore=False, probe=move.probe)
+    elif job.dealing is None:
+        draft.update(dealing=Dealing(since_s=view.now.mono_s, step=job.step))  # a restarted master begins to measure
+    kept = snapshot_catalog.kept_steps(draft.snapshots, draft.job.pinned)
+    if draft.job.plan is not None and kept != draft.job.plan.kept_steps:
+        draft.update(plan=replace(draft.job.plan, kept_steps=kept))
+
+
+def _is_stale(job: Job, plan: Plan, view: View) -> bool:
+    """Whether the plan counts on others than there are, has shards where none should be, or asks for something else."""
+    active = frozenset((seat.rank, seat.attempt) for seat in counted_on(job.trainers))
+    standing_by = frozenset((seat.rank, seat.attempt) for seat in job.standbys if seat.active)
+    if active and (active, standing_by) != (plan.active, plan.standing_by):
+        return True
+    if (job.stopping, job.saving) != (plan.stop, plan.save):
+        return True
+    sharing = drain.sharing(job, view.nodes)
+    return any(seat.shards for seat in job.trainers if seat not in sharing)
+
+
+def make_plan(draft: Draft, view: View, *, restore: bool, probe: int = -1) -> None:
+    """The plan of the next generation over the seats that are active; with `restore`, from the newest snapshot.
+
+    `probe`: the rank that gets one shard to be measured again; -1: all get what their speed is good for."""
+    job = draft.job
+    generation = job.generation + 1
+    paces = rebalance.paces_of(drain.sharing(job, view.nodes), job.job_id, view.processes)
+    runs = rebalance.deal(job.num_shards, paces, probe)
+    trainers = tuple(replace(seat, shards=runs.get(seat.rank, ())) for seat in job.trainers)
+    taken = [] if restore or job.plan is None else [s.rank for s in job.partitions if not job.plan.holds(s)]
+    partitions = tuple(replace(seat, synced=True) for seat in job.partitions)
+    plan = Plan(
+        generation=generation,
+        trainers=trainers,
+        partitions=partitions,
+        standbys=tuple(replace(seat, synced=False) for seat in job.standbys if seat.active),
+        moved_generation=generation if taken else 0 if job.plan is None else job.plan.moved_generation,
+        lead_generation=generation if 0 in taken else 0 if job.plan is None else job.plan.lead_generation,
+        restore_generation=generation if restore or job.plan is None else job.plan.restore_generation,
+        resume_step=0 if job.plan is None else job.plan.resume_step,
+        restore=None if job.plan is None else job.plan.restore,
+        stop=job.stopping,
+        save=job.saving,
+        kept_steps=() if job.plan is None else job.plan.kept_steps,
+        final_step=job.final_step,
+    )
+    draft.update(trainers=trainers, partitions=partitions, plan=plan, generation=generation)
+    if job.recovery is not None:
+        draft.update(recovery=replace(job.recovery, generation=generation))
+    if restore:
+        _restore(draft, plan, fresh=job.plan is None, rested=job.plan is not None and job.plan.save)
+    dealing = job.dealing or Dealing(since_s=0.0, step=0)
+    draft.update(dealing=replace(dealing, since_s=view.now.mono_s, step=draft.job.step, probe=probe))
+    draft.say("Planned", f"generation {generation}: " + _dealt(trainers))
+
+
+def _restore(draft: Draft, plan: Plan, *, fresh: bool, rested: bool) -> None:
+    """Take the whole job back to its newest complete snapshot, or to the seed. `rested`: there it was asked to rest."""
+    job = draft.job
+    draft.snapshots = snapshot_catalog.settle_for_restore(draft.snapshots)
+    point = draft.snapshots.newest()
+    step = point.step if point else 0
+    stale = job.metrics_step > step
+    draft.update(
+        plan=replace(plan, resume_step=step, restore=point if step else None),
+        standbys=tuple(replace(seat, synced=False) for seat in job.standbys),
+        step=step,
+        finished=None,
+        trouble=None if job.trouble is not None and job.trouble.step > step else job.trouble,  # it is written anew
+        deadline_s=None,
+        next_best=None,
+        best=job.best if job.best and job.best.step <= step else None,
+        metrics=() if stale else job.metrics,
+        metrics_step=0 if stale else job.metrics_step,
+        window=(),
+    )
+    draft.cut_to = step
+    where = f"the snapshot of step {step}" if step else "the seed"
+    if rested and job.step <= step:
+        draft.say("Moved", f"goes on from {where}, where it rested")
+    elif not fresh:
+        lost = job.step > step
+        draft.say("RolledBack", f"went back from step {job.step} to {where}{_again(step, job.step)}", warning=lost)
+    elif plan.generation > 1:
+        draft.say("Restored", f"goes on from {where}{_again(step, job.step)}", warning=job.step > step)
+
+
+def _again(step: int, reached: int) -> str:
+    """What was lost: the steps that are computed a second time."""
+    if reached <= step:
+        return "; nothing is lost"
+    if reached == step + 1:
+        return f"; step {reached} is computed again"
+    return f"; steps {step + 1} to {reached} are computed again"
+
+
+def _dealt(trainers: tuple[Seat, ...]) -> str:
+    active = counted_on(trainers)
+    listed = ", ".join(f"{seat.name} {_run_text(seat)}" for seat in active[:8])
+    return f"shards dealt to {listed}" + (", ..." if len(active) > 8 else "") if active else "no trainer is active"
+
+
+def _run_text(seat: Seat) -> str:
+    return ", ".join(f"{first}-{first + count - 1}" for first, count in seat.shards) or "none"

@@ -1,0 +1,154 @@
+"""Straggler relief: when shards move from slow trainers to fast ones, judged by what the trainers measure. Pure.
+
+Any trainer may compute any shard, so moving them changes no bit; what it costs is a new generation. So they move only
+for a gain that is worth it, not again at once, and less and less often when one move follows the other.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from psmaster.model.job import Dealing, Instant, Job
+from psmaster.model.plan import Seat
+from psmaster.model.process import Processes
+from psmaster.model.speed import Pace
+from psmaster.scheduling.shard_assignment import Runs, deal_shards, least_makespan_s, makespan_s
+
+GAIN = 0.10  # of a step's time: what a move must promise
+MEASUREMENTS = 2  # of each trainer that has shards, before anything is concluded
+STEPS = 2  # committed since shards were last dealt
+WAIT_S = 5.0  # since then; doubles with each move that comes soon after the one before
+MAX_WAIT_S = 300.0
+QUIET = 4  # so many waits without a move, and the next one is the first again
+PROBE_S = 30.0  # after so long without a measurement who was too slow gets a shard again; doubles when in vain
+MAX_PROBE_S = 600.0
+NAMED = 1.15  # how much slower than the median a trainer is that people are told of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Move:
+    """Shards are to be dealt anew. `warning`: a trainer is slow. `probe`: the rank that gets one shard to be measured;
+    -1: none."""
+
+    reason: str
+    message: str
+    dealing: Dealing
+    warning: bool = False
+    probe: int = -1
+
+
+def paces_of(seats: Iterable[Seat], job_id: str, processes: Processes) -> dict[int, Pace]:
+    """What is known of the trainers in these seats, by rank."""
+    found = {seat.rank: processes.get(seat.process_id(job_id)) for seat in seats}
+    return {rank: process.pace if process else Pace() for rank, process in found.items()}
+
+
+def speeds_of(paces: Mapping[int, Pace]) -> dict[int, float]:
+    """Seconds a microbatch, by rank; who was not measured yet is taken for the median one. Empty: nobody was."""
+    known = [pace.microbatch_s for pace in paces.values() if pace.is_known]
+    if not known:
+        return {}
+    median_s = statistics.median_low(known)
+    return {rank: pace.microbatch_s if pace.is_known else median_s for rank, pace in paces.items()}
+
+
+def deal(num_shards: int, paces: Mapping[int, Pace], probe: int = -1) -> dict[int, Runs]:
+    """The runs of each rank; `probe` gets one shard, whatever its speed."""
+    return deal_shards(num_shards, paces, speeds_of(paces), single=probe)
+
+
+def straggler_of(paces: Mapping[int, Pace]) -> tuple[int, float]:
+    """The slowest measured trainer's rank, and how many times the median one's time it takes; (-1, 1.0): none is."""
+    known = {rank: pace.microbatch_s for rank, pace in paces.items() if pace.is_known}
+    if not known:
+        return -1, 1.0
+    slowest = max(sorted(known), key=lambda rank: known[rank])
+    return slowest, known[slowest] / statistics.median_low(known.values())
+
+
+def due(job: Job, seats: Sequence[Seat], processes: Processes, now: Instant) -> Move | None:
+    """Whether shards should move between `seats`, the active trainers that may have some; None: as they lie."""
+    dealing = job.dealing
+    if dealing is None or len(seats) < 2 or job.stopping or job.finished is not None:
+        return None
+    paces = paces_of(seats, job.job_id, processes)
+    sizes = {seat.rank: sum(count for _, count in seat.shards) for seat in seats}
+    if any(size and paces[rank].measurements < MEASUREMENTS for rank, size in sizes.items()):
+        return None
+    probed = dealing.probe in paces and paces[dealing.probe].heard_s > dealing.since_s
+    if not probed and not _rested(job, dealing, now):
+        return None
+    speeds = speeds_of(paces)
+    before_s, after_s = makespan_s(sizes, speeds), least_makespan_s(job.num_shards, list(speeds.values()))
+    gain = 1 - after_s / before_s if before_s else 0.0
+    if gain > GAIN:
+        return _move(job, seats, paces, gain, _after_move(dealing, probed, now))
+    return _probe(seats, paces, sizes, after_s, dealing, now)
+
+
+def _rested(job: Job, dealing: Dealing, now: Instant) -> bool:
+    return now.mono_s - dealing.since_s >= wait_s(dealing) and job.step - dealing.step >= STEPS
+
+
+def wait_s(dealing: Dealing) -> float:
+    """How long shards stay where they were dealt, at least."""
+    return float(min(MAX_WAIT_S, WAIT_S * 2**dealing.moves))
+
+
+def _after_move(dealing: Dealing, probed: bool, now: Instant) -> Dealing:
+    """Moves that follow one another are waited for longer. The end of a probe is none: it has its own waits."""
+    if probed:
+        return replace(dealing, probe=-1)
+    moves = 0 if now.mono_s - dealing.moved_s > QUIET * wait_s(dealing) else dealing.moves
+    return replace(dealing, moves=min(moves + 1, 16), moved_s=now.mono_s, probe=-1)
+
+
+def _move(job: Job, seats: Sequence[Seat], paces: Mapping[int, Pace], gain: float, dealing: Dealing) -> Move:
+    slowest, ratio = straggler_of(paces)
+    runs = deal(job.num_shards, paces)
+    sizes = {rank: sum(count for _, count in of_rank) for rank, of_rank in runs.items()}
+    seat = next(seat for seat in seats if seat.rank == slowest)
+    had, has = sum(count for _, count in seat.shards), sizes[slowest]
+    if ratio >= NAMED:
+        pace_s = paces[slowest].microbatch_s
+        what = f"{seat.name} on {seat.node_id} takes {ratio:.1f} times as long as the median trainer for a microbatch"
+        what += f" ({pace_s:.3g} s): it has {has} of {job.num_shards} shards now, {had} before"
+    else:
+        what = f"no trainer is slow: they have {min(sizes.values())} to {max(sizes.values())} shards each now"
+    tried = tuple((rank, count) for rank, count in dealing.tried if not sizes.get(rank))
+    message = f"{what}; a step should take {gain:.0%} less"
+    dealing = replace(dealing, tried=tried)
+    return Move(reason="ShardsMoved", message=message, dealing=dealing, warning=ratio >= NAMED)
+
+
+def _probe(
+    seats: Sequence[Seat],
+    paces: Mapping[int, Pace],
+    sizes: Mapping[int, int],
+    least_s: float,
+    dealing: Dealing,
+    now: Instant,
+) -> Move | None:
+    """Who was too slow to have shards may have become faster: the one that was measured longest ago is tried again."""
+    tried = dict(dealing.tried)
+    waiting = [
+        seat
+        for seat in seats
+        if not sizes[seat.rank]
+        and paces[seat.rank].microbatch_s > least_s
+        and now.mono_s - max(paces[seat.rank].heard_s, dealing.since_s) >= probe_wait_s(tried.get(seat.rank, 0))
+    ]
+    if not waiting:
+        return None
+    seat = min(waiting, key=lambda seat: (paces[seat.rank].heard_s, seat.rank))
+    tried[seat.rank] = tried.get(seat.rank, 0) + 1
+    message = f"{seat.name} on {seat.node_id} was too slow for a shard; it is tried again with one"
+    probing = replace(dealing, probe=seat.rank, tried=tuple(sorted(tried.items())))
+    return Move(reason="ShardTried", message=message, dealing=probing, probe=seat.rank)
+
+
+def probe_wait_s(tried: int) -> float:
+    """How long after its last measurement a trainer without shards is tried again, after so many tries in vain."""
+    return float(min(MAX_PROBE_S, PROBE_S * 2 ** min(tried, 16)))

@@ -1,0 +1,144 @@
+"""What should be, given what is: one pure function, called after every change.
+
+`reconcile` compares a job with its nodes, processes and snapshots and returns the job as it should go on, the processes
+that should run, and the events that say why. Applying it again to its own outcome changes nothing. The stages are in
+the order in which they matter: what ends the job, what was lost, where it goes, what joins, what the plan becomes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from pscluster.errors import InternalError
+from psmaster.model import transitions
+from psmaster.model.job import Event, Instant, Job, JobState
+from psmaster.model.plan import Kind, Plan, Seat
+from psmaster.model.process import Processes
+from psmaster.model.snapshot_catalog import Catalogue
+from psmaster.scheduling import completion, conditions, drain, planner, recovery, retry, standbys, startup
+from psmaster.scheduling.admission import NodeView, admit
+from psmaster.scheduling.draft import Draft, Limits, View
+
+_STAGES = (
+    completion.fail_on_reports,
+    completion.end_if_finished,
+    recovery.lose,
+    completion.end_if_stopping,
+    drain.move_away,
+    recovery.place,
+    retry.let_start,
+    startup.first_plan,
+    recovery.join,
+    recovery.suspect,
+    planner.replan,
+)
+_MAX_PASSES = 100  # each pass but the last excludes a node, joins a process or makes a plan; these run out
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Desired:
+    """One process that should run. `plan` is unset until a plan names this very process."""
+
+    process_id: str
+    job_id: str
+    seat: Seat
+    plan: Plan | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """`snapshots`: the catalogue as it goes on. `cut_to`: metrics after this step are void; None: none are."""
+
+    job: Job
+    processes: tuple[Desired, ...]
+    events: tuple[Event, ...]
+    snapshots: Catalogue
+    cut_to: int | None = None
+
+
+def reconcile(
+    job: Job,
+    nodes: Mapping[str, NodeView],
+    processes: Processes,
+    snapshots: Catalogue,
+    now: Instant,
+    limits: Limits,
+    *,
+    grow: bool = False,
+    ahead: str = "",
+) -> Outcome:
+    """The job's next state. `grow`: it may take more seats than it has; `ahead`: the job whose turn comes before this
+    queued one, empty if it is first."""
+    view = View(nodes=nodes, processes=processes, now=now, limits=limits, grow=grow)
+    draft = Draft(job, snapshots, now)
+    if job.state is JobState.QUEUED:
+        _admit(draft, view, ahead)
+    if draft.job.state in (JobState.STARTING, JobState.RUNNING):
+        _go_on(draft, view)
+    if not draft.job.state.ended:
+        draft.update(reason=conditions.reason(draft.job, view, draft.job.reason))
+    draft.update(conditions=conditions.conditions(draft.job, now))
+    return Outcome(
+        job=draft.job if draft.job != job else job,
+        processes=desired(draft.job),
+        events=tuple(draft.events),
+        snapshots=draft.snapshots,
+        cut_to=draft.cut_to,
+    )
+
+
+def desired(job: Job) -> tuple[Desired, ...]:
+    """The processes of a job: one for each seat that has a node and need not wait."""
+    return tuple(
+        Desired(
+            process_id=seat.process_id(job.job_id),
+            job_id=job.job_id,
+            seat=seat,
+            plan=job.plan if job.plan is not None and job.plan.names(seat) else None,
+        )
+        for seat in job.seats
+        if seat.placed and not seat.held_back
+    )
+
+
+def _admit(draft: Draft, view: View, ahead: str) -> None:
+    job = draft.job
+    if job.stopping:
+        draft.end(JobState.STOPPED, "stopped while it was queued")
+        return
+    if ahead:
+        draft.update(reason=f"waits for its turn: {ahead} is ahead in the queue")
+        return
+    admission = admit(job.spec, view.nodes)
+    if not admission.admitted:
+        draft.update(reason=admission.reason)
+        return
+    draft.job = replace(
+        transitions.move(job, JobState.STARTING, "starts"),
+        started_s=job.started_s or draft.now.unix_s,
+        trainers=tuple(Seat(kind=Kind.TRAINER, rank=rank) for rank in range(len(admission.trainers))),
+        partitions=tuple(Seat(kind=Kind.PARTITION, rank=rank) for rank in range(len(admission.partitions))),
+        standbys=standbys.empty_seats(job, len(admission.partitions)),
+    )
+    for kind, places in ((Kind.TRAINER, admission.trainers), (Kind.PARTITION, admission.partitions)):
+        for rank, node_id in enumerate(places):
+            draft.place(kind, rank, view.nodes[node_id])
+    draft.say(
+        "Admitted",
+        f"trainers on {', '.join(dict.fromkeys(admission.trainers))}; "
+        f"partitions on {', '.join(dict.fromkeys(admission.partitions))}",
+    )
+
+
+def _go_on(draft: Draft, view: View) -> None:
+    """Passes over a live job until one changes nothing. Each stage may end it."""
+    for _ in range(_MAX_PASSES):
+        before = draft.job
+        for stage in _STAGES:
+            stage(draft, view)
+            if draft.job.state.ended:
+                return
+        if draft.job == before:
+            return
+    raise InternalError(f"job {draft.job.job_id} does not settle")

@@ -1,0 +1,153 @@
+"""The start of a job: from seats with processes on their way to the first plan. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pscluster.errors import DataError, LayoutError
+from psmaster.model.job import Problem
+from psmaster.model.plan import Seat
+from psmaster.model.process import PartitionFacts, TrainerFacts, ready_facts
+from psmaster.scheduling import numerics
+from psmaster.scheduling.draft import Draft, View
+from psmaster.scheduling.planner import make_plan
+
+ReadyTrainers = list[tuple[Seat, TrainerFacts]]
+ReadyPartitions = list[tuple[Seat, PartitionFacts]]
+
+
+def first_plan(draft: Draft, view: View) -> None:
+    """Plan a job that has none, once all its processes are ready and agree. FAILED when they built different things."""
+    job = draft.job
+    if job.plan is not None or job.stopping:
+        return
+    trainers, partitions = ready(draft, view)
+    placed = [seat for seat in job.trainers if seat.placed]
+    if len(trainers) < max(len(placed), job.spec.workers.min) or len(partitions) < len(job.partitions):
+        return
+    problem = disagreement(trainers, job.layout_json, job.layout_sha256, job.data_fingerprint)
+    if problem is not None:
+        draft.fail(problem)
+        return
+    if not _settle_numerics(draft, trainers, partitions):
+        return
+    _adopt(draft, trainers, partitions)
+    make_plan(draft, view, restore=True)
+
+
+def ready(draft: Draft, view: View) -> tuple[ReadyTrainers, ReadyPartitions]:
+    """The seats whose process is ready, with what it reported."""
+    trainers: ReadyTrainers = []
+    partitions: ReadyPartitions = []
+    for seat in draft.job.working:
+        facts = ready_facts(seat, draft.job, view.processes) if seat.placed else None
+        if isinstance(facts, TrainerFacts):
+            trainers.append((seat, facts))
+        elif isinstance(facts, PartitionFacts):
+            partitions.append((seat, facts))
+    return trainers, partitions
+
+
+def disagreement(trainers: ReadyTrainers, layout_json: bytes, layout: str, fingerprint: str) -> Problem | None:
+    """The error when trainers built different models or see different data, from each other or from what the job's
+    snapshots hold (`layout_json`, `layout`, `fingerprint`; empty: no snapshot binds the job)."""
+    first_seat, first = trainers[0]
+    wanted_json, wanted, where = first.layout_json, first.layout_sha256, f"{first_seat.name} on {first_seat.node_id}"
+    data, data_where = first.data_fingerprint, where
+    if layout:
+        wanted_json, wanted, where = layout_json, layout, "the job's snapshots"
+    if fingerprint:
+        data, data_where = fingerprint, "the job's earlier steps"
+    for seat, facts in trainers:
+        name = f"{seat.name} on {seat.node_id}"
+        if facts.layout_sha256 != wanted:
+            difference = first_difference(wanted_json, facts.layout_json)
+            return Problem(
+                code=LayoutError.code,
+                cause=f"{name} built another model than {where}: {difference}",
+                action=LayoutError.default_action,
+            )
+        if facts.data_fingerprint != data:
+            return Problem(
+                code=DataError.code,
+                cause=f"{name} sees other data ({facts.data_fingerprint[:12]}) than {data_where} ({data[:12]})",
+                action=DataError.default_action,
+            )
+    return None
+
+
+def first_difference(left: bytes, right: bytes) -> str:
+    """Where two JSON texts differ first, as "path: this is not that"."""
+    try:
+        return _walk(json.loads(left), json.loads(right), "") or "only in form"
+    except ValueError:
+        return "the layouts do not parse"
+
+
+def _walk(left: object, right: object, path: str) -> str:
+    if isinstance(left, dict) and isinstance(right, dict):
+        for key in sorted(left.keys() | right.keys()):
+            if key not in left or key not in right:
+                return f"{path}.{key} is only in one of them".lstrip(".")
+            if found := _walk(left[key], right[key], f"{path}.{key}"):
+                return found
+        return ""
+    if isinstance(left, list) and isinstance(right, list):
+        return _walk_lists(left, right, path)
+    return "" if left == right else f"{path.lstrip('.') or 'value'}: {left!r:.80} is not {right!r:.80}"
+
+
+def _walk_lists(left: Sequence[object], right: Sequence[object], path: str) -> str:
+    for index, (one, other) in enumerate(zip(left, right, strict=False)):
+        if found := _walk(one, other, f"{path}[{index}]"):
+            return found
+    return "" if len(left) == len(right) else f"{path.lstrip('.')} has {len(left)} entries, not {len(right)}"
+
+
+def _settle_numerics(draft: Draft, trainers: ReadyTrainers, partitions: ReadyPartitions) -> bool:
+    """Decide the mode; False when a strict job left nodes out and must look again."""
+    job = draft.job
+    bound = (job.numerics_class, job.optimizer_class) if job.spec.train.numerics == "strict" else ("", "")
+    choice = numerics.choose(job.spec.train.numerics, _reports(trainers), _reports(partitions), bound)
+    for node_id, why in choice.left_out:
+        seats = [seat for seat in draft.job.seats if seat.node_id == node_id]
+        draft.exclude(node_id, seats[0].incarnation, why)
+        for seat in seats:
+            draft.unseat(seat)
+    if choice.left_out:
+        return False
+    if job.numerics_mode and (job.numerics_mode, job.numerics_class) != (choice.mode, choice.trainer_class):
+        draft.say("NumericsChanged", f"was {job.numerics}; is {choice.explanation}", warning=True)
+    draft.update(
+        numerics_mode=choice.mode,
+        numerics_class=choice.trainer_class,
+        optimizer_class=choice.partition_class,
+        numerics=choice.explanation,
+    )
+    return True
+
+
+def _reports(ready_seats: ReadyTrainers | ReadyPartitions) -> list[numerics.Report]:
+    return [
+        numerics.Report(node_id=seat.node_id, numerics_class=facts.numerics_class, detail=facts.numerics_detail)
+        for seat, facts in ready_seats
+    ]
+
+
+def _adopt(draft: Draft, trainers: ReadyTrainers, partitions: ReadyPartitions) -> None:
+    """Make what the first trainer reported the job's, and count on everyone."""
+    first = trainers[0][1]
+    draft.update(
+        layout_json=first.layout_json,
+        layout_sha256=first.layout_sha256,
+        data_fingerprint=first.data_fingerprint,
+        final_step=first.final_step,
+        checks=tuple(replace(check, node_id=seat.node_id) for seat, facts in trainers for check in facts.checks),
+        deadline_s=None,
+    )
+    for seat, facts in trainers:
+        draft.put(facts.seated(seat))
+    for seat, holds in partitions:
+        draft.put(holds.seated(seat))

@@ -1,0 +1,1 @@
+"""What the master keeps on disk: the database, logs, metrics, bundles, manifests."""

@@ -1,0 +1,207 @@
+"""Keeps the manifests in each job's store as its catalogue is: one for each complete snapshot, none for any other.
+
+One thread, because a store may be far away, or full, or hang: the master waits for it a moment and then goes on. What
+could not be written is told and tried again. A job's code bundle is copied before its first manifest, so that no
+manifest names what is not there.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+from pscluster.errors import InternalError, PsError, StorageError
+from pscluster.storage import SnapshotStore, open_store
+from pscluster.storage.directory import DirectoryStore
+from psmaster.model.deletions import Deletion
+from psmaster.model.job import Job
+from psmaster.model.snapshot_catalog import Catalogue, RestorePoint
+from psmaster.storage import manifest
+from psmaster.storage.manifest import Manifest
+
+PATIENCE_S = 5.0  # how long a turn waits for its manifests
+RETRY_S = 5.0
+MAX_RETRY_S = 600.0  # of a removal, which nobody waits for: a store that hangs must not hold up what others write
+_log = structlog.get_logger(__name__)
+
+BundleFile = Callable[[str], Path]
+Tell = Callable[[str, int, PsError], None]
+_Held = dict[str, tuple[RestorePoint, int] | None]
+"""By name: what this process wrote, and under which revision of the job; None: an earlier one did."""
+
+
+@dataclass(kw_only=True)
+class _Wish:
+    """How a job's store should look. `job` None: it should be gone, if it is named, and `directory` with it."""
+
+    store: str
+    job: Job | None
+    catalogue: Catalogue | None = None
+    directory: Path | None = None
+    retry_at_s: float = 0.0
+    told: str = ""
+    failures: int = 0
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+class Publisher:
+    """`bundle_file` is where the master has a bundle. On the publisher's thread `tell` hears of what could not be
+    written (job id, step, why), and `removed` of which deleted job nothing is left here."""
+
+    def __init__(self, bundle_file: BundleFile, patience_s: float = PATIENCE_S) -> None:
+        self.tell: Tell = _only_log
+        self.removed: Callable[[str], None] = _only_forget
+        self._bundle_file = bundle_file
+        self._patience_s = patience_s
+        self._changed = threading.Condition()
+        self._wishes: dict[str, _Wish] = {}  # the newest of each job
+        self._published: dict[str, _Held] = {}  # by job: which files there are
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="manifests", daemon=True)
+        self._thread.start()
+
+    def publish(self, jobs: Mapping[str, tuple[Job, Catalogue]], *, wait: bool = True) -> None:
+        """Bring these jobs' manifests up to date. Blocks until they are, or patience is at an end; or not at all."""
+        wishes = {k: _Wish(store=job.store, job=job, catalogue=snapshots) for k, (job, snapshots) in jobs.items()}
+        self._wish(wishes, wait=wait)
+
+    def remove(self, deletion: Deletion, directory: Path, *, wait: bool = True) -> None:
+        """Remove a deleted job's `directory` on this machine and, unless that was done, its store. Blocks as `publish`
+        does."""
+        store = "" if deletion.removed else deletion.store
+        # What an earlier master left undone comes after the manifests that jobs are waiting for.
+        due_s = 0.0 if wait else time.monotonic()
+        wish = _Wish(store=store, job=None, directory=directory, retry_at_s=due_s)
+        self._wish({deletion.job_id: wish}, wait=wait)
+
+    def close(self) -> None:
+        """End after what is being written. Safe to repeat."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(self._patience_s)
+
+    def _wish(self, wishes: dict[str, _Wish], *, wait: bool = True) -> None:
+        with self._changed:
+            self._wishes |= wishes
+            self._changed.notify()
+        until = time.monotonic() + self._patience_s
+        for job_id, wish in wishes.items() if wait else ():
+            if not wish.done.wait(max(0.0, until - time.monotonic())):
+                _log.warning("a job's store is slow", job=job_id, store=wish.store)
+
+    def _run(self) -> None:
+        while (found := self._next()) is not None:
+            job_id, wish = found
+            try:
+                self._carry_out(job_id, wish)
+                error: PsError | None = None
+            except PsError as problem:
+                error = problem
+            except Exception as problem:  # this thread must live: without it no snapshot is findable
+                error = InternalError(f"publishing the snapshots of {job_id} failed: {problem!r}")
+            self._settle(job_id, wish, error)
+
+    def _next(self) -> tuple[str, _Wish] | None:
+        with self._changed:
+            while not self._closing:
+                now = time.monotonic()
+                due = [(wish.retry_at_s, job_id) for job_id, wish in self._wishes.items()]
+                if due and min(due)[0] <= now:
+                    return min(due)[1], self._wishes[min(due)[1]]
+                self._changed.wait(min(due)[0] - now if due else None)
+        return None
+
+    def _settle(self, job_id: str, wish: _Wish, error: PsError | None) -> None:
+        with self._changed:
+            if error is None and self._wishes.get(job_id) is wish:
+                del self._wishes[job_id]
+        if error is None and wish.job is None:
+            self.removed(job_id)
+        if error is not None:
+            wish.retry_at_s = time.monotonic() + _pause_s(wish)
+            wish.failures += 1
+            newest = wish.catalogue.newest() if wish.catalogue else None
+            if wish.told != error.cause:
+                wish.told = error.cause
+                self.tell(job_id, newest.step if newest else 0, error)
+        wish.done.set()
+
+    def _carry_out(self, job_id: str, wish: _Wish) -> None:
+        if wish.job is None:
+            self._published.pop(job_id, None)
+            _remove(wish)
+            return
+        store = open_store(wish.store)
+        points = _complete(wish.catalogue)
+        held = self._published.get(job_id)
+        if held is None:  # the first time since this process started: an earlier one may have left others
+            held = self._published[job_id] = {n: None for n in store.names() if manifest.step_of(n) is not None}
+        if points:
+            self._copy_bundle(store, wish.job.bundle_sha256, held)
+        for point in points:
+            name, current = manifest.manifest_name(point.step), (point, wish.job.revision)
+            known = held.get(name)
+            # Only the newest follows what becomes of the job: its end, its best step.
+            if known is None or known[0] != point or (point is points[-1] and known != current):
+                store.write(name, [manifest.encode(Manifest(job=wish.job, point=point))])
+                held[name] = current
+        wanted = {manifest.manifest_name(point.step) for point in points}
+        for name in [name for name in held if name not in wanted and manifest.step_of(name) is not None]:
+            store.delete(name)
+            del held[name]
+
+    def _copy_bundle(self, store: SnapshotStore, sha256: str, held: _Held) -> None:
+        name = manifest.bundle_name(sha256)
+        if not sha256 or name in held:
+            return
+        if name not in store.names():
+            try:
+                data = self._bundle_file(sha256).read_bytes()
+            except OSError as error:
+                raise StorageError(f"cannot read the bundle {sha256[:12]}: {error.strerror}") from None
+            store.write(name, [data])
+        held[name] = None
+
+
+def _complete(catalogue: Catalogue | None) -> list[RestorePoint]:
+    """The complete snapshots, oldest first."""
+    return [catalogue.restore_point(step) for step in catalogue.complete_steps()] if catalogue else []
+
+
+def _pause_s(wish: _Wish) -> float:
+    """Until it is tried again."""
+    return RETRY_S if wish.job is not None else min(RETRY_S * 2.0 ** min(wish.failures, 16), MAX_RETRY_S)
+
+
+def _remove(wish: _Wish) -> None:
+    """The directory first: it can be reached. Raises StorageError when the store cannot."""
+    if wish.directory is not None:
+        DirectoryStore(wish.directory).remove()
+        if Path(wish.store).is_relative_to(wish.directory):
+            return
+    if wish.store:
+        _refuse_missing_root(wish.store)
+        open_store(wish.store).remove()
+
+
+def _refuse_missing_root(store: str) -> None:
+    """What is not mounted here looks as if it had been removed. Raises StorageError."""
+    root = Path(store.removeprefix("file://")).parent
+    if not store.startswith("s3://") and not root.is_dir():
+        raise StorageError(
+            f"cannot remove {store}: there is no directory {root}", action="mount it where psmaster runs"
+        )
+
+
+def _only_log(job_id: str, step: int, error: PsError) -> None:
+    _log.warning("a manifest cannot be written", job=job_id, step=step, code=error.code, cause=error.cause)
+
+
+def _only_forget(_job_id: str) -> None:
+    """Nobody remembers it."""

@@ -1,0 +1,241 @@
+"""The durable store: one SQLite file in WAL mode, `synchronous=FULL`, one writer.
+
+Every batch is one transaction; it is on the disk when `write` returns. Every row carries a checksum, and all of them
+are checked when the file is opened (see `soundness`). The schema carries a version: an older file is brought forward
+step by step, a newer one is refused, so that a downgraded master does not lose what it cannot read.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from pscluster.errors import StateError, StorageError
+from psmaster.model.deletions import Deletion, Deletions
+from psmaster.model.job import MAX_EVENTS, Event, Job
+from psmaster.model.snapshot_catalog import Part
+from psmaster.storage import integrity, records
+from psmaster.storage.store import SCHEMA_VERSION, Batch, BundleRecord, Store
+
+DATABASE = "master.db"  # in the master's state directory
+
+# One entry for each version: what brings a file of the version before to it.
+_MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        """CREATE TABLE jobs (
+            job_id TEXT PRIMARY KEY, request_id TEXT UNIQUE, created_s REAL NOT NULL, record TEXT NOT NULL
+        ) WITHOUT ROWID""",
+        """CREATE TABLE layouts (
+            job_id TEXT PRIMARY KEY REFERENCES jobs ON DELETE CASCADE, sha256 TEXT NOT NULL, layout BLOB NOT NULL
+        ) WITHOUT ROWID""",
+        """CREATE TABLE events (
+            sequence INTEGER PRIMARY KEY, job_id TEXT NOT NULL REFERENCES jobs ON DELETE CASCADE, record TEXT NOT NULL
+        )""",
+        "CREATE INDEX events_of_job ON events (job_id, sequence)",
+        """CREATE TABLE parts (
+            job_id TEXT NOT NULL REFERENCES jobs ON DELETE CASCADE, step INTEGER NOT NULL, part INTEGER NOT NULL,
+            generation INTEGER NOT NULL, path TEXT NOT NULL, size_bytes INTEGER NOT NULL, checksum TEXT NOT NULL,
+            PRIMARY KEY (job_id, step, part)
+        ) WITHOUT ROWID""",
+        """CREATE TABLE bundles (
+            sha256 TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL, created_s REAL NOT NULL
+        ) WITHOUT ROWID""",
+    ),
+    ("CREATE TABLE drains (node_id TEXT PRIMARY KEY, since_s REAL NOT NULL) WITHOUT ROWID",),
+    integrity.migration(),
+    (
+        """CREATE TABLE deletions (
+            job_id TEXT PRIMARY KEY, store TEXT NOT NULL, deleted_s REAL NOT NULL, removed INTEGER NOT NULL,
+            crc INTEGER NOT NULL
+        ) WITHOUT ROWID""",
+        *integrity.keep_books("deletions"),
+    ),
+)
+
+
+class SqliteStore(Store):
+    """Owns its connection. Create it in any thread; use it from one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or create the file, and read all of it. Raises StorageError when it cannot be or is of a newer version,
+        DamagedError when it is not what was written."""
+        self._path = path
+        integrity.check_head(path)
+        integrity.check_log(path)
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
+        except sqlite3.Error as error:
+            raise StorageError(f"cannot open {path}: {error}") from None
+        try:
+            with integrity.damage_named(path):
+                self._configure()
+                self._migrate()
+            integrity.check(self._db, path)
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _configure(self) -> None:
+        (mode,) = self._db.execute("PRAGMA journal_mode=WAL").fetchone()
+        if mode != "wal":
+            raise StorageError(f"{self._path} cannot use a write-ahead log (its file system gave {mode})")
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.execute("PRAGMA foreign_keys=ON")
+        integrity.prepare(self._db)
+
+    def _migrate(self) -> None:
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version > SCHEMA_VERSION:
+            raise StorageError(
+                f"{self._path} was written by a newer psmaster (schema {version}, this one knows {SCHEMA_VERSION})",
+                action="run the newer version, or give another --state-dir; if there is none, the file is damaged: "
+                + integrity.REBUILD,
+            )
+        for number in range(version, SCHEMA_VERSION):
+            with self._transaction():
+                for statement in _MIGRATIONS[number]:
+                    self._db.execute(statement)
+                self._db.execute(f"PRAGMA user_version={number + 1}")
+
+    def write(self, batch: Batch) -> None:
+        with self._named("write to"), self._transaction():
+            for job in batch.jobs:
+                self._write_job(job)
+            self._write_events(batch)
+            self._db.executemany("DELETE FROM parts WHERE job_id=? AND step=? AND part=?", batch.dropped_parts)
+            self._db.executemany(integrity.replace("parts"), map(_part_row, batch.parts))
+            self._db.executemany(
+                integrity.replace("bundles"),
+                [(bundle.sha256, bundle.size_bytes, bundle.created_s) for bundle in batch.bundles],
+            )
+            self._db.executemany("DELETE FROM bundles WHERE sha256=?", [(sha256,) for sha256 in batch.deleted_bundles])
+            self._db.executemany(integrity.replace("drains"), batch.drained)
+            self._db.executemany("DELETE FROM drains WHERE node_id=?", [(node_id,) for node_id in batch.undrained])
+            self._db.executemany("DELETE FROM jobs WHERE job_id=?", [(job_id,) for job_id in batch.deleted_jobs])
+            self._write_deletions(batch)
+
+    def _write_job(self, job: Job) -> None:
+        try:
+            self._db.execute(
+                integrity.insert("jobs") + " ON CONFLICT (job_id) DO UPDATE SET request_id=excluded.request_id, "
+                "created_s=excluded.created_s, record=excluded.record, crc=excluded.crc",
+                (job.job_id, job.request_id or None, job.created_s, records.job_text(job)),
+            )
+        except sqlite3.IntegrityError:
+            holder = self.job_of_request(job.request_id)
+            raise StateError(f"request {job.request_id} has created job {holder} already") from None
+        if not job.layout_json:
+            self._db.execute("DELETE FROM layouts WHERE job_id=?", (job.job_id,))
+            return
+        self._db.execute(
+            integrity.insert("layouts") + " ON CONFLICT (job_id) DO UPDATE "
+            "SET sha256=excluded.sha256, layout=excluded.layout, crc=excluded.crc WHERE sha256 != excluded.sha256",
+            (job.job_id, job.layout_sha256, job.layout_json),
+        )
+
+    def _write_events(self, batch: Batch) -> None:
+        (last,) = self._db.execute("SELECT coalesce(max(sequence), 0) FROM events").fetchone()
+        for sequence, (job_id, event) in enumerate(batch.events, start=last + 1):
+            self._db.execute(integrity.insert("events"), (sequence, job_id, records.event_text(event)))
+        for job_id in {job_id for job_id, _ in batch.events}:
+            self._db.execute(
+                "DELETE FROM events WHERE job_id=?1 AND sequence <= "
+                "(SELECT sequence FROM events WHERE job_id=?1 ORDER BY sequence DESC LIMIT 1 OFFSET ?2)",
+                (job_id, MAX_EVENTS),
+            )
+
+    def _write_deletions(self, batch: Batch) -> None:
+        rows = [(one.job_id, one.store, one.deleted_s, int(one.removed)) for one in batch.deletions]
+        self._db.executemany(integrity.replace("deletions"), rows)
+        forgotten = [(job_id,) for job_id in batch.forgotten_deletions]
+        self._db.executemany("DELETE FROM deletions WHERE job_id=?", forgotten)
+
+    def jobs(self) -> tuple[Job, ...]:
+        query = "SELECT record, layout FROM jobs LEFT JOIN layouts USING (job_id) ORDER BY created_s, job_id"
+        with self._named("read"):
+            return tuple(records.job_of(text, layout or b"") for text, layout in self._db.execute(query))
+
+    def job_of_request(self, request_id: str) -> str | None:
+        with self._named("read"):
+            row = self._db.execute("SELECT job_id FROM jobs WHERE request_id=?", (request_id,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def events(self, job_id: str) -> tuple[Event, ...]:
+        query = "SELECT record FROM events WHERE job_id=? ORDER BY sequence"
+        with self._named("read"):
+            return tuple(records.event_of(text) for (text,) in self._db.execute(query, (job_id,)))
+
+    def parts(self, job_id: str) -> tuple[Part, ...]:
+        columns = "step, part, generation, path, size_bytes, checksum, nodes"
+        query = f"SELECT {columns} FROM parts WHERE job_id=? ORDER BY step, part"
+        with self._named("read"):
+            return tuple(
+                Part(
+                    step=row[0],
+                    partition=row[1],
+                    generation=row[2],
+                    path=row[3],
+                    size_bytes=row[4],
+                    checksum=row[5],
+                    nodes=tuple(row[6].split()),
+                )
+                for row in self._db.execute(query, (job_id,))
+            )
+
+    def bundle(self, sha256: str) -> BundleRecord | None:
+        return next((bundle for bundle in self.bundles() if bundle.sha256 == sha256), None)
+
+    def bundles(self) -> tuple[BundleRecord, ...]:
+        query = "SELECT sha256, size_bytes, created_s FROM bundles ORDER BY sha256"
+        with self._named("read"):
+            return tuple(
+                BundleRecord(sha256=row[0], size_bytes=row[1], created_s=row[2]) for row in self._db.execute(query)
+            )
+
+    def drains(self) -> Mapping[str, float]:
+        with self._named("read"):
+            return {
+                str(node_id): since_s for node_id, since_s in self._db.execute("SELECT node_id, since_s FROM drains")
+            }
+
+    def deletions(self) -> Deletions:
+        query = "SELECT job_id, store, deleted_s, removed FROM deletions ORDER BY deleted_s, job_id"
+        with self._named("read"):
+            return {
+                row[0]: Deletion(job_id=row[0], store=row[1], deleted_s=row[2], removed=bool(row[3]))
+                for row in self._db.execute(query)
+            }
+
+    def close(self) -> None:
+        self._db.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All of it or nothing. A failed commit rolls back too: SQLite leaves that to the caller."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+    @contextmanager
+    def _named(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            full = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
+            raise StorageError(
+                f"cannot {doing} {self._path}: {error}",
+                action="free space; nothing was acknowledged, and writing is tried again" if full else "",
+            ) from error
+
+
+def _part_row(entry: tuple[str, Part]) -> tuple[str, int, int, int, str, int, str, str]:
+    job_id, part = entry
+    nodes = " ".join(part.nodes)
+    return job_id, part.step, part.partition, part.generation, part.path, part.size_bytes, part.checksum, nodes

@@ -1,0 +1,1 @@
+"""Snapshots of a partition: frozen, written in the background, restored."""

@@ -1,0 +1,1 @@
+"""The coordinator of a job, partition 0: collects votes, decides, reports."""

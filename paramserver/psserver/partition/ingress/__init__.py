@@ -1,0 +1,1 @@
+"""What arrives at a partition: the handshake, checked frames, connected clients."""

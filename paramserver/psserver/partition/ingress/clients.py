@@ -1,0 +1,184 @@
+"""Who is connected to a partition, and what it is owed: trainers' credit and pulls."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from pscluster.step.codec import as_bytes
+from pscluster.step.tree import Node
+from pscluster.wire.connection import Connection
+from pscluster.wire.frame import EXACT, IN_MEMORY, WITH_FROZEN, AckResult, Codec, Header, Kind, checksum
+from pscluster.wire.memory import Lanes
+from psserver.partition.step.state import PartitionState
+
+ACK_BODY = struct.Struct("<BQI")  # kind acknowledged (0: credit alone), granted bytes, open bucket
+NO_BUCKET = 0xFFFF_FFFF
+
+
+@dataclass(eq=False)
+class Client:
+    """One accepted connection. `channel`: a trainer's "push" or "pull", a partition's "vote", "" before HELLO."""
+
+    connection: Connection
+    channel: str = ""
+    index: int = -1  # rank, or partition index
+    granted_bytes: int = 0  # of gradients over the socket since it greeted, told or not
+    told_bytes: int = 0  # that it knows to be granted
+    pushed_bytes: int = 0  # that came
+    wanted: int = -1  # version asked for by PULL
+    exact: bool = False  # it asked for values that are not rounded
+    reads_memory: bool = False  # it maps what is published: values need no body
+    lanes: Lanes | None = None  # where it leaves its gradients, when it shares memory
+    owed_buckets: set[int] = field(default_factory=set)
+    landing: object = None  # what the body being received is for
+    scratch: bytearray = field(default_factory=bytearray)
+
+    def discard(self, length: int) -> memoryview:
+        """Memory for a body that nobody wants; its content is garbage afterwards."""
+        if len(self.scratch) < length:
+            self.scratch = bytearray(length)
+        return memoryview(self.scratch)[:length]
+
+
+class Clients:
+    """The trainers' and partitions' connections. On the partition's thread."""
+
+    def __init__(self, header: Callable[..., Header]) -> None:
+        self._header = header  # makes a header of this job, generation and sender
+        self._by_connection: dict[Connection, Client] = {}
+        self.pull_bytes = 0
+        self.largest_bytes = 0  # of a gradient's body
+        self._checksums: dict[int, tuple[tuple[int, bool] | None, int]] = {}  # by bucket: of the values sent last
+        self._open_bucket = -1  # that every trainer was told of
+
+    def of(self, connection: Connection) -> Client:
+        """The client of a connection, made when it is first heard of."""
+        client = self._by_connection.get(connection)
+        if client is None:
+            client = self._by_connection[connection] = Client(connection)
+        return client
+
+    def on(self, channel: str) -> list[Client]:
+        """Every greeted client of one channel, by index."""
+        found = (c for c in self._by_connection.values() if c.channel == channel and c.connection.is_open)
+        return sorted(found, key=lambda client: client.index)
+
+    def forget(self, connection: Connection) -> None:
+        self._by_connection.pop(connection, None)
+
+    def close_all(self) -> None:
+        """Close every connection: another timeline begins, and each must greet again."""
+        self._checksums.clear()
+        for connection in list(self._by_connection):
+            connection.close()
+
+    def acknowledge(self, client: Client, header: Header, result: AckResult, open_bucket: int) -> None:
+        """Tell a trainer that a frame arrived, and how much it may send.
+
+        A frame that lies in shared memory needs no answer: nothing waits for it, and its place says when it is free.
+        When a PUSH opened another bucket, those that may have used up their credit are told: they wait for just that.
+        """
+        if not header.flags & IN_MEMORY:
+            self._send_ack(client, header.kind, header.step, header.bucket, header.node, result, open_bucket)
+        if header.kind is Kind.PUSH and open_bucket != self._open_bucket:
+            self._open_bucket = open_bucket
+            for other in self.on("push"):
+                if self._may_be_blocked(other):
+                    self._tell_credit(other, open_bucket)
+
+    def credit(self, client: Client, size_bytes: int, open_bucket: int) -> None:
+        """Memory of a client's node is free again. It hears of it when that may matter, else with its next answer."""
+        client.granted_bytes += size_bytes
+        if client.connection.is_open and self._may_be_blocked(client):
+            self._tell_credit(client, open_bucket)
+
+    def _may_be_blocked(self, client: Client) -> bool:
+        """Whether the client's next frame may not fit what it was told. What is on its way when this says no will be
+        answered when it is here."""
+        return client.told_bytes - client.pushed_bytes < self.largest_bytes
+
+    def _tell_credit(self, client: Client, open_bucket: int) -> None:
+        self._send_ack(client, 0, 0, 0, Node(0, 0), AckResult.APPLIED, open_bucket)
+
+    def serve_pulls(self, state: PartitionState, version_of: Callable[[int], int]) -> None:
+        """Send every owed bucket whose version is new enough, first-needed first."""
+        for client in self.on("pull"):
+            ready = [bucket for bucket in sorted(client.owed_buckets) if version_of(bucket) >= client.wanted]
+            client.owed_buckets.difference_update(ready)
+            if client.reads_memory and not (client.exact and state.rounds):
+                for first, count in _runs(ready, lambda bucket: (version_of(bucket), state.published[bucket].dtype)):
+                    self._show_values(client, state, first, count, version_of(first))
+            else:
+                for bucket in ready:
+                    self._send_values(client, state, bucket, version_of(bucket))
+
+    def take_pull(self, client: Client, header: Header, state: PartitionState) -> None:
+        """Remember what a PULL asks for; it replaces what the client asked for before."""
+        client.wanted, client.exact = header.step, bool(header.flags & EXACT)
+        with_frozen = bool(header.flags & WITH_FROZEN)
+        client.owed_buckets = {
+            span.bucket
+            for span in state.spans
+            if span.num_words and (with_frozen or state.layout.buckets[span.bucket].kind != "frozen")
+        }
+
+    def overwriting(self, bucket: int) -> None:
+        """The bucket's values are about to change: whoever still reads them gets a copy."""
+        for client in self.on("pull"):
+            client.connection.detach(("values", bucket))
+
+    def broadcast(self, clients: Iterable[Client], kind: Kind, step: int, body: bytes) -> None:
+        for client in clients:
+            client.connection.send(self._header(kind=kind, step=step), [body])
+
+    def _show_values(self, client: Client, state: PartitionState, first: int, count: int, version: int) -> None:
+        """Say that `count` buckets from `first` on lie in shared memory."""
+        self.pull_bytes += sum(state.published[bucket].nbytes for bucket in range(first, first + count))
+        codec = _codec(state.published[first])
+        flags = IN_MEMORY | (EXACT if client.exact else 0)
+        header = self._header(
+            kind=Kind.VALUES, step=version, bucket=first, node=Node(first, count), flags=flags, codec=codec
+        )
+        client.connection.send(header)
+
+    def _send_values(self, client: Client, state: PartitionState, bucket: int, version: int) -> None:
+        values = state.values[bucket] if client.exact else state.published[bucket]
+        body = as_bytes(values)
+        self.pull_bytes += body.nbytes
+        known, body_checksum = self._checksums.get(bucket, (None, 0))
+        if known != (version, client.exact):  # one for all trainers
+            body_checksum = checksum([body])
+            self._checksums[bucket] = ((version, client.exact), body_checksum)
+        flags = EXACT if client.exact else 0
+        header = self._header(kind=Kind.VALUES, step=version, bucket=bucket, flags=flags, codec=_codec(values))
+        client.connection.send(header, [body], tag=("values", bucket), body_checksum=body_checksum)
+
+    def _send_ack(
+        self, client: Client, kind: int, step: int, bucket: int, node: Node, result: AckResult, open_bucket: int
+    ) -> None:
+        header = self._header(kind=Kind.ACK, step=step, bucket=bucket, node=node, flags=int(result))
+        client.told_bytes = client.granted_bytes
+        told = open_bucket if open_bucket >= 0 else NO_BUCKET
+        client.connection.send(header, [ACK_BODY.pack(kind, client.granted_bytes, told)])
+
+
+def _codec(words: torch.Tensor) -> Codec:
+    return Codec.BF16 if words.dtype == torch.bfloat16 else Codec.FP32
+
+
+def _runs(buckets: Sequence[int], alike: Callable[[int], object]) -> Iterator[tuple[int, int]]:
+    """(first, count) of the runs of neighbours among rising buckets that are alike."""
+    first = count = 0
+    for bucket in buckets:
+        if count and bucket == first + count and alike(bucket) == alike(first):
+            count += 1
+            continue
+        if count:
+            yield first, count
+        first, count = bucket, 1
+    if count:
+        yield first, count

@@ -1,0 +1,1 @@
+"""A partition and its standby: the same sums and decisions, step by step."""

@@ -1,0 +1,156 @@
+"""What makes a partition a standby: it takes no trainers, but the state and the sums of its partition.
+
+The sums arrive as PUSHes of the trees' roots, through the gate like any others; the complete step is acknowledged where
+a partition would vote, and the verdict is carried out by the same code. So a standby is a partition that only listens,
+and taking over is beginning to speak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Protocol
+
+from pscluster.errors import FrameError
+from pscluster.storage.snapshot import PieceKey
+from pscluster.wire.frame import Codec, Header, Kind
+from psserver.partition import messages
+from psserver.partition.ingress.clients import Clients
+from psserver.partition.replication.metadata import Notes
+from psserver.partition.step.commit import Member, Verdict
+from psserver.partition.step.state import PartitionState
+
+
+class Listener(Protocol):
+    """The process that stands by. Everything on its thread."""
+
+    index: int
+    state: PartitionState | None
+    member: Member
+    clients: Clients
+    notes: Notes
+
+    def header(self, **fields: object) -> Header:
+        """A header of this job, generation and sender."""
+
+    def begin_at(self, step: int) -> None:
+        """Forget every step; the state is, or will be, that of `step`."""
+
+    def hear_verdict(self, verdict: Verdict) -> None:
+        """Carry out a verdict."""
+
+    @property
+    def is_updating(self) -> bool:
+        """Whether a verdict is being carried out."""
+
+
+class Standby:
+    """`is_synced`: it holds a state, and what came after it."""
+
+    def __init__(self, listener: Listener) -> None:
+        self.is_synced = False
+        self._listener = listener
+        self._targets: dict[PieceKey, memoryview] = {}
+        self._missing: set[PieceKey] = set()
+
+    @property
+    def reach(self) -> int:
+        """The version that it can make of what it holds; -1: none."""
+        member = self._listener.member
+        return member.step + (member.vote is not None) if self.is_synced else -1
+
+    def welcome(self) -> dict[str, object]:
+        """What a partition is told that greets its standby."""
+        return {"reach": self.reach, "applied": self._listener.member.step}
+
+    def say_held(self) -> None:
+        """Tell the partition what is held; repeating it is harmless."""
+        for client in self._listener.clients.on("replica"):
+            client.connection.send(self._listener.header(kind=Kind.HELD, step=self.reach))
+
+    def hear(self, header: Header, body: memoryview) -> None:
+        """A SYNC, a PIECE that has landed, a VERDICT or a NOTE."""
+        if header.kind is Kind.SYNC:
+            self._begin(header, messages.json_mapping(body))
+        elif header.kind is Kind.PIECE:
+            self._missing.discard(_key(header))
+            self._end_if_whole()
+        elif not self.is_synced:
+            raise FrameError(f"a {header.kind.name} before the state", details={"field": "kind"})
+        elif header.kind is Kind.VERDICT:
+            self._decide(messages.unpack_verdict(body))
+        else:
+            told = _notes(messages.json_mapping(body))
+            told.records = self._listener.notes.records
+            self._listener.notes = told
+
+    def target(self, header: Header) -> memoryview:
+        """Where a PIECE belongs. Raises FrameError for one that is not expected."""
+        target = self._targets.get(_key(header))
+        if target is None or _key(header) not in self._missing or header.codec is not Codec.FP32:
+            raise FrameError(f"an unexpected piece {_key(header)}", details={"field": "bucket"})
+        if header.length != target.nbytes:
+            raise FrameError(
+                f"a piece of {header.length} bytes where {target.nbytes} are expected", details={"field": "length"}
+            )
+        return target
+
+    def resume_reading(self) -> None:
+        """The update is done: the next verdict may come."""
+        for client in self._listener.clients.on("replica"):
+            client.connection.resume_reading()
+
+    def _begin(self, header: Header, told: Mapping[str, object]) -> None:
+        """A state is on its way: what was held until now is worth nothing."""
+        listener = self._listener
+        state = listener.state
+        assert state is not None  # greeted only then
+        ages = told.get("ages")
+        if (
+            not isinstance(ages, list)
+            or len(ages) != len(state.layout.tensors)
+            or any(type(a) is not int for a in ages)
+        ):
+            raise FrameError("a state without its ages", details={"field": "body"})
+        notes, verdict = _notes(told.get("notes")), messages.verdict_of(told.get("verdict"))
+        self.is_synced = False
+        state.reset()
+        state.ages = list(ages)
+        listener.begin_at(header.step)
+        listener.member = replace(listener.member, last_verdict=verdict)
+        listener.notes = notes
+        self._targets = state.places()
+        self._missing = set(self._targets)
+        self._end_if_whole()
+
+    def _end_if_whole(self) -> None:
+        state = self._listener.state
+        if self._missing or self.is_synced or state is None:
+            return
+        for span in state.spans:
+            state.publish(span.bucket)
+        state.filled = {span.bucket for span in state.spans}
+        self._targets = {}
+        self.is_synced = True
+        self.say_held()
+
+    def _decide(self, verdict: Verdict) -> None:
+        """The partition's generation may be another one; it is the plan that fences it, by its attempt."""
+        listener = self._listener
+        listener.hear_verdict(replace(verdict, generation=listener.member.generation))
+        if listener.is_updating:
+            for client in listener.clients.on("replica"):
+                client.connection.pause_reading()  # a vote, and with it a verdict, needs the update to be done
+
+
+def _key(header: Header) -> PieceKey:
+    return header.bucket, "values" if header.flags == 0 else f"moment{header.flags - 1}"
+
+
+def _notes(told: object) -> Notes:
+    try:
+        if not isinstance(told, dict):
+            raise TypeError("notes are no mapping")
+        return Notes.from_json(told)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise FrameError(f"notes do not parse: {error!r}", details={"field": "body"}) from None

@@ -1,0 +1,1 @@
+"""One step of a partition: gradients summed, voted on, committed, applied."""

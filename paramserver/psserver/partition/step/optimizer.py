@@ -1,0 +1,139 @@
+"""The optimizer's pass over one bucket's span: scale, then a fused update, chunk by chunk while in cache.
+
+A chunk is at most 128 Ki elements and starts on a multiple of 16 elements of the bucket, so that the bits do not
+depend on where it starts. Tensors that are neighbours and share decay and age go together as one run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pscluster.job.spec import OptimizerSection
+from pscluster.step.layout import PAD_WORDS, Layout, Span
+
+CHUNK_WORDS = 128 * 1024
+
+
+@dataclass(frozen=True)
+class Run:
+    """Words start <= w < stop of a span (from the span's start) that one fused call may treat alike.
+
+    `age`: updates applied to these tensors before this one; `decay`: weight decay applies."""
+
+    start: int
+    stop: int
+    age: int
+    decay: bool
+
+
+def moments_of(optimizer: OptimizerSection) -> int:
+    """How many fp32 words of state an element has beside its value."""
+    if optimizer.name == "sgd":
+        return 1 if optimizer.momentum else 0
+    return 2
+
+
+def runs(layout: Layout, span: Span, ages: Sequence[int], touched: Sequence[bool]) -> list[Run]:
+    """The runs of a trained bucket's span, in order. Tensors that no microbatch touched are left out, as plain
+    PyTorch leaves out a parameter whose gradient is None."""
+    found: list[Run] = []
+    for placed in layout.buckets[span.bucket].placed:
+        tensor = layout.tensors[placed.tensor]
+        padded = -(-tensor.num_words // PAD_WORDS) * PAD_WORDS
+        start = max(placed.offset, span.start) - span.start
+        stop = min(placed.offset + padded, span.stop) - span.start
+        if start >= stop or not touched[placed.tensor]:
+            continue
+        age, decay = ages[placed.tensor], tensor.decay
+        last = found[-1] if found else None
+        if last and last.stop == start and last.age == age and last.decay == decay:
+            found[-1] = Run(last.start, stop, age, decay)
+        else:
+            found.append(Run(start, stop, age, decay))
+    return found
+
+
+def update_span(
+    optimizer: OptimizerSection,
+    run_list: Sequence[Run],
+    values: torch.Tensor,
+    gradient: torch.Tensor,
+    moments: Sequence[torch.Tensor],
+    *,
+    scale: float,
+    lr: float,
+) -> None:
+    """Update `values` and `moments` in place from the summed `gradient`, which is overwritten.
+
+    All tensors are one-dimensional, of the span's length; fp32, but the gradient, which may be narrower and is widened
+    chunk by chunk. `scale` is clip coefficient / weight.
+    """
+    for run in run_list:
+        for start, stop in _chunks(run):
+            part = slice(start, stop)
+            chunk = gradient[part] if gradient.dtype == torch.float32 else gradient[part].float()
+            chunk.mul_(scale)
+            state = [moment[part] for moment in moments]
+            if optimizer.name == "sgd":
+                _sgd(optimizer, values[part], chunk, state, run, lr)
+            else:
+                _adam(optimizer, values[part], chunk, state, run, lr)
+
+
+def _chunks(run: Run) -> Iterator[tuple[int, int]]:
+    for start in range(run.start, run.stop, CHUNK_WORDS):
+        yield start, min(start + CHUNK_WORDS, run.stop)
+
+
+def _adam(
+    optimizer: OptimizerSection,
+    value: torch.Tensor,
+    gradient: torch.Tensor,
+    moments: Sequence[torch.Tensor],
+    run: Run,
+    lr: float,
+) -> None:
+    """Adam (Kingma and Ba, 2015) or AdamW (Loshchilov and Hutter, 2019), torch's fused kernels."""
+    step = torch.tensor(float(run.age + 1))  # the kernel reads the count of this update and does not advance it
+    kernel = torch._fused_adamw_ if optimizer.name == "adamw" else torch._fused_adam_
+    kernel(
+        [value],
+        [gradient],
+        [moments[0]],
+        [moments[1]],
+        [],
+        [step],
+        lr=lr,
+        beta1=optimizer.betas[0],
+        beta2=optimizer.betas[1],
+        weight_decay=optimizer.weight_decay if run.decay else 0.0,
+        eps=optimizer.eps,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+def _sgd(
+    optimizer: OptimizerSection,
+    value: torch.Tensor,
+    gradient: torch.Tensor,
+    moments: Sequence[torch.Tensor],
+    run: Run,
+    lr: float,
+) -> None:
+    """SGD with optional momentum and Nesterov's variant (Sutskever et al., 2013), torch's fused kernel."""
+    torch._fused_sgd_(
+        [value],
+        [gradient],
+        [moments[0]] if moments else [],
+        weight_decay=optimizer.weight_decay if run.decay else 0.0,
+        momentum=optimizer.momentum,
+        lr=lr,
+        dampening=0.0,
+        nesterov=optimizer.nesterov,
+        maximize=False,
+        is_first_step=run.age == 0,
+    )

@@ -1,0 +1,1 @@
+"""What a job is: its spec and its code bundle."""

@@ -1,0 +1,1 @@
+"""What a step is, to every process: tree, layout, sampling, codec, summary."""

@@ -1,0 +1,238 @@
+"""A snapshot part: one partition's slice of one committed step, as a file. Free of torch.
+
+    "PSSNAP02" | header length u32 | header JSON | header CRC-32C u32 | the pieces | footer
+
+The header names the job, step, partition, the whole layout, and the bucket, kind (its values or one of its moments) and
+length of each piece. The footer is each piece's CRC-32C as u32, and one of these: checksums come last, so that whoever
+writes reads each byte once. Zeros come before each large piece, which begins at a multiple of 4096: a disk can take it
+from where it lies. Where the file lies is `pscluster.storage`'s business: whole there, or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import crc32c
+
+from pscluster.errors import DamagedError, LayoutError, StorageError
+from pscluster.step.layout import WORD_BYTES, Layout
+from pscluster.storage import Buffer, Live, SnapshotStore, Written, split
+from pscluster.storage.checksum import combined
+from pscluster.storage.direct import ALIGNMENT
+
+_MAGIC = b"PSSNAP02"
+_U32 = struct.Struct("<I")
+_MAX_HEADER_BYTES = 256 << 20
+_READ_BYTES = 8 << 20
+_LARGE_BYTES = 1 << 20
+
+PieceKey = tuple[int, str]  # bucket index; "values", "moment0" or "moment1"
+Location = str | Path  # of one file: a path, or a URL
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartMeta:
+    """Whose slice it is. `ages`: updates applied to each tensor of the layout."""
+
+    job: str
+    step: int
+    generation: int
+    partition: int
+    num_partitions: int
+    ages: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part as read and verified. `pieces`: words of each piece, little-endian."""
+
+    meta: PartMeta
+    layout: Layout
+    pieces: Mapping[PieceKey, bytearray]
+
+
+class Pieces(Protocol):
+    """Where the data of a part come from, read once, piece by piece."""
+
+    def sizes(self) -> Mapping[PieceKey, int]:
+        """The bytes of every piece, in the order in which they are written."""
+
+    def chunks(self, key: PieceKey) -> Iterator[Live]:
+        """The piece, in order; a chunk is done with when the next is asked for. After the last the piece is no longer
+        needed."""
+
+    def end(self) -> None:
+        """Nothing is needed any more. Safe to repeat."""
+
+
+class Held:
+    """`Pieces` that lie in memory which nobody changes."""
+
+    def __init__(self, pieces: Mapping[PieceKey, Buffer]) -> None:
+        self._pieces = pieces
+
+    def sizes(self) -> Mapping[PieceKey, int]:
+        return {key: memoryview(data).nbytes for key, data in self._pieces.items()}
+
+    def chunks(self, key: PieceKey) -> Iterator[Live]:
+        yield Live(memoryview(self._pieces[key]), instead=lambda: None)
+
+    def end(self) -> None:
+        """They are whoever's they were."""
+
+
+def part_name(step: int, partition: int, generation: int) -> str:
+    """A part's file name; the generation is in it, so that a file of the past is never overwritten or mistaken."""
+    return f"step-{step:010d}.part-{partition:04d}.generation-{generation}.snapshot"
+
+
+def write_part(
+    location: Location, meta: PartMeta, layout: Layout, pieces: Pieces | Mapping[PieceKey, Buffer], room: str = ""
+) -> Written:
+    """Write a part durably. `room`: what was set aside in its store, used up on return. Blocks on the store. Raises
+    StorageError, and then leaves nothing behind."""
+    source = Held(pieces) if isinstance(pieces, Mapping) else pieces
+    sizes = source.sizes()
+    store, name = split(location)
+    content = _Content(_head(meta, layout, sizes), source)
+    return store.write(name, content, size_bytes=content.size_bytes, checksum=content.checksum, room=room)
+
+
+def _head(meta: PartMeta, layout: Layout, sizes: Mapping[PieceKey, int]) -> bytes:
+    pieces = [{"bucket": bucket, "what": what, "size_bytes": size} for (bucket, what), size in sizes.items()]
+    header = json.dumps({"meta": asdict(meta), "layout": layout.to_json().decode(), "pieces": pieces}).encode()
+    return _MAGIC + _U32.pack(len(header)) + header + _U32.pack(crc32c.crc32c(header))
+
+
+class _Content:
+    """The bytes of a part, to be gone through once, and the CRC-32C of what was gone through."""
+
+    def __init__(self, head: bytes, pieces: Pieces) -> None:
+        self._head = head
+        self._pieces = pieces
+        self._checksum = 0
+        self.size_bytes = _end(len(head), pieces.sizes().values())
+
+    def checksum(self) -> int:
+        return self._checksum
+
+    def __iter__(self) -> Iterator[Buffer | Live]:
+        yield self._with(self._head)
+        at = len(self._head)
+        checksums = bytearray()
+        for key, size in self._pieces.sizes().items():
+            gap = _gap(at, size)
+            yield self._with(bytes(gap))
+            at += gap + size
+            total = 0
+            for chunk in self._pieces.chunks(key):
+                total = chunk.read(partial(crc32c.crc32c, value=total))
+                yield chunk
+            self._checksum = combined(self._checksum, total, size)
+            checksums += _U32.pack(total)
+        yield self._with(checksums + _U32.pack(crc32c.crc32c(checksums)))
+
+    def _with(self, data: Buffer) -> Buffer:
+        self._checksum = crc32c.crc32c(data, self._checksum)
+        return data
+
+
+def _gap(at: int, size: int) -> int:
+    """The zeros between offset `at` and a piece of that size."""
+    return -at % ALIGNMENT if size >= _LARGE_BYTES else 0
+
+
+def _end(at: int, sizes: Collection[int]) -> int:
+    """The length of a part whose pieces begin at or after offset `at`."""
+    for size in sizes:
+        at += _gap(at, size) + size
+    return at + _U32.size * (len(sizes) + 1)
+
+
+def read_part(location: Location) -> Part:
+    """Read and verify a part. Raises DamagedError naming the file for one that is gone, torn or changed, and
+    StorageError when it cannot be read at all."""
+    store, name = split(location)
+    with store.reading(name) as file:
+        try:
+            return _read(file)
+        except (AttributeError, KeyError, TypeError, ValueError, struct.error, LayoutError) as error:
+            raise DamagedError(f"{location} is no snapshot part, or is torn: {error!r}") from None
+
+
+def verify_file(store: SnapshotStore, name: str, size_bytes: int, checksum: str) -> None:
+    """Read a whole file and compare it with what its writer told. Raises DamagedError, StorageError."""
+    size = total = 0
+    with store.reading(name) as file:
+        while data := file.read(_READ_BYTES):
+            size += len(data)
+            total = crc32c.crc32c(data, total)
+    if (size, f"crc32c:{total:08x}") != (size_bytes, checksum):
+        raise DamagedError(f"{store.location}/{name} is not what was written: {size} bytes, crc32c:{total:08x}")
+
+
+def read_parts(paths: Sequence[Location]) -> tuple[Layout, list[bytearray]]:
+    """The whole model's values from all parts of one snapshot: the layout, and each bucket's words.
+
+    Raises StorageError when a part is missing, of another step, or torn."""
+    parts = [read_part(path) for path in paths]
+    if not parts:
+        raise StorageError("a snapshot without parts cannot be read")
+    layout, first = parts[0].layout, parts[0].meta
+    seen = sorted(part.meta.partition for part in parts)
+    if seen != list(range(first.num_partitions)):
+        raise StorageError(f"a snapshot needs parts 0 to {first.num_partitions - 1}; there are {seen}")
+    if any(part.meta.step != first.step or part.layout != layout for part in parts):
+        raise StorageError("the parts of a snapshot are not of one step and one model")
+    words = [bytearray(bucket.num_words * WORD_BYTES) for bucket in layout.buckets]
+    for part in parts:
+        for span in layout.spans(part.meta.partition, first.num_partitions):
+            data = part.pieces.get((span.bucket, "values"), b"")
+            if len(data) != span.size_bytes:
+                raise StorageError(f"part {part.meta.partition} has {len(data)} bytes of bucket {span.bucket}")
+            words[span.bucket][span.start * WORD_BYTES : span.stop * WORD_BYTES] = data
+    return layout, words
+
+
+def _read(file: Any) -> Part:
+    if file.read(len(_MAGIC)) != _MAGIC:
+        raise ValueError("no magic number")
+    (length,) = _U32.unpack(file.read(_U32.size))
+    if length > _MAX_HEADER_BYTES:
+        raise ValueError(f"a header of {length} bytes")
+    raw = file.read(length)
+    if _U32.unpack(file.read(_U32.size))[0] != crc32c.crc32c(raw):
+        raise ValueError("the header does not fit its checksum")
+    header = json.loads(raw)
+    meta = header["meta"]
+    meta["ages"] = tuple(meta["ages"])
+    pieces = _read_pieces(file, header["pieces"])
+    return Part(meta=PartMeta(**meta), layout=Layout.from_json(header["layout"].encode()), pieces=pieces)
+
+
+def _read_pieces(file: Any, index: Sequence[Mapping[str, Any]]) -> dict[PieceKey, bytearray]:
+    """From where the header ends; nothing is made room for that the file is too short to fill."""
+    at = file.tell()
+    sizes = [entry["size_bytes"] for entry in index]
+    left = file.seek(0, 2) - _end(at, sizes)
+    if left or min(sizes, default=0) < 0:
+        raise ValueError(f"{left:+} bytes against what its header says")
+    file.seek(at)
+    pieces = {}
+    checksums = bytearray()
+    for entry, size in zip(index, sizes, strict=True):
+        gap = _gap(at, size)
+        pieces[(entry["bucket"], entry["what"])] = data = bytearray(size)
+        if any(file.read(gap)) or file.readinto(data) != size:
+            raise ValueError("it is not what its header says")
+        checksums += _U32.pack(crc32c.crc32c(data))
+        at += gap + size
+    if file.read() != checksums + _U32.pack(crc32c.crc32c(checksums)):
+        raise ValueError("a piece does not fit its checksum")
+    return pieces

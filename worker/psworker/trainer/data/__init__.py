@@ -1,0 +1,1 @@
+"""From the task of the user and (step, shard) to a batch."""

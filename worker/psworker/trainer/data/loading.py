@@ -1,0 +1,202 @@
+"""The user's task, from the entry point in a spec to an object whose failures carry the user's own
+traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, TracebackType
+
+import torch
+from torch import nn
+
+import pscluster
+from pscluster.errors import DataError, OutOfMemoryError, PsError, TaskError
+from pscluster.job.spec import JobSpec
+from pscluster.task import MapDataset, Task
+
+# Frames under these directories are ours, not the user's, except in the tasks that come with us.
+_OURS = (Path(pscluster.__file__).parent, Path(__file__).resolve().parents[1])
+_IMPORT_MACHINERY = ("<frozen importlib", "importlib/__init__.py")
+
+
+def load_task(spec: JobSpec, bundle_dir: Path | None) -> Task:
+    """Import the entry point, with `bundle_dir` first on sys.path (for good), and make the task.
+
+    Raises TaskError, with the user's traceback in details["traceback"], when the import, the lookup of the
+    class or its constructor fails; DataError when the constructor misses a file.
+    """
+    module_name, _, class_name = spec.task.entrypoint.partition(":")
+    if bundle_dir is not None:
+        _put_first_on_path(bundle_dir)
+    module = _import(module_name, bundle_dir)
+    kind = _find_class(module, class_name)
+    _check_args(kind, spec)
+    with user_code(f"{class_name}(...)", data=True):
+        task: Task = kind(**spec.task.args)
+    task.data_uri = spec.data.uri
+    task.seed = spec.train.seed
+    return task
+
+
+def build_model(task: Task) -> nn.Module:
+    """The task's model, freshly initialised from the job's seed, on the CPU. Raises TaskError."""
+    torch.manual_seed(task.seed)
+    with user_code("build_model"):
+        model = task.build_model()
+    if not isinstance(model, nn.Module):
+        raise TaskError(f"build_model() returned {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def load_data(task: Task) -> tuple[MapDataset, MapDataset | None]:
+    """The task's (training, held-out) data. Raises DataError when they are missing or empty, else
+    TaskError.
+    """
+    with user_code("train_data", data=True):
+        train = task.train_data()
+    with user_code("eval_data", data=True):
+        held_out = task.eval_data()
+    if _length(train, "train_data") == 0:
+        raise DataError(f"train_data() has no samples (data.uri is {task.data_uri!r})")
+    if held_out is not None and _length(held_out, "eval_data") == 0:
+        raise DataError("eval_data() has no samples; return None for a job without evaluation")
+    return train, held_out
+
+
+@contextmanager
+def user_code(what: str, *, data: bool = False) -> Iterator[None]:
+    """Around a call of user code: whatever it raises becomes a TaskError that says `what` was called.
+
+    details["traceback"] is the user's own, our frames cut off. With `data`, an OSError becomes a DataError; want of
+    memory becomes an OutOfMemoryError. Errors of our own tree pass unchanged.
+    """
+    try:
+        yield
+    except PsError:
+        raise
+    except Exception as error:
+        details = {"traceback": user_traceback(error)}
+        if ran_out_of_memory(error):
+            raise OutOfMemoryError(f"{what} ran out of memory: {describe(error)}", details=details) from error
+        kind = DataError if data and isinstance(error, OSError) else TaskError
+        raise kind(f"{what} raised {describe(error)}", details=details) from error
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether Python or torch could not have memory. torch's CPU allocator raises a plain RuntimeError."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def describe(error: BaseException) -> str:
+    """ "Type: message" in one line, at most 300 characters."""
+    text = " ".join(str(error).split())
+    return (f"{type(error).__name__}: {text}" if text else type(error).__name__)[:300]
+
+
+def user_traceback(error: BaseException) -> str:
+    """The traceback as Python prints it, from the first frame that is the user's; none of ours."""
+    trimmed = error.with_traceback(_users_part(error.__traceback__))
+    return "".join(traceback.format_exception(trimmed))
+
+
+def _users_part(frames: TracebackType | None) -> TracebackType | None:
+    rest = frames
+    while rest is not None and _is_ours(rest.tb_frame.f_code.co_filename):
+        rest = rest.tb_next
+    return rest
+
+
+def _is_ours(filename: str) -> bool:
+    if any(mark in filename for mark in _IMPORT_MACHINERY) or filename == __file__:
+        return True
+    return any(Path(filename).is_relative_to(directory) for directory in _OURS)
+
+
+def _put_first_on_path(bundle_dir: Path) -> None:
+    path = str(bundle_dir.resolve())
+    if path in sys.path:
+        sys.path.remove(path)
+    sys.path.insert(0, path)
+    importlib.invalidate_caches()
+
+
+def _import(name: str, bundle_dir: Path | None) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # Only when the entry point's own module is missing; a missing import inside it is the user's
+        # traceback.
+        if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
+            raise _import_error(name, error) from error
+        near = difflib.get_close_matches(name, _modules_in(bundle_dir), n=1, cutoff=0.5)
+        where = "the submitted directory and the installed packages" if bundle_dir else "the installed packages"
+        raise TaskError(
+            f"task.entrypoint: no module {name!r} in {where}" + (f"; did you mean {near[0]}?" if near else ""),
+            details={"traceback": ""},
+        ) from None
+    except PsError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise _import_error(name, error) from error
+
+
+def _import_error(name: str, error: BaseException) -> TaskError:
+    return TaskError(f"importing {name} raised {describe(error)}", details={"traceback": user_traceback(error)})
+
+
+def _modules_in(bundle_dir: Path | None) -> list[str]:
+    return sorted(path.stem for path in bundle_dir.glob("*.py")) if bundle_dir else []
+
+
+def _find_class(module: ModuleType, name: str) -> type[Task]:
+    found = getattr(module, name, None)
+    if isinstance(found, type) and issubclass(found, Task):
+        return found
+    if found is not None:
+        raise TaskError(
+            f"task.entrypoint: {module.__name__}:{name} is not a subclass of pscluster.task.Task",
+            details={"traceback": ""},
+        )
+    tasks = [k for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, Task) and v is not Task]
+    near = difflib.get_close_matches(name, tasks, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else f"; its tasks: {', '.join(tasks) or 'none'}"
+    raise TaskError(f"task.entrypoint: {module.__name__} has no {name}{hint}", details={"traceback": ""})
+
+
+def _check_args(kind: type[Task], spec: JobSpec) -> None:
+    """A misspelt task.args key is named before the constructor sees it."""
+    parameters = inspect.signature(kind).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for key in spec.task.args:
+        if key not in parameters:
+            raise TaskError(
+                f"task.args: {kind.__name__} takes no {key!r}{_suggest(key, list(parameters))}",
+                details={"traceback": ""},
+            )
+
+
+def _suggest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; it takes {', '.join(known) or 'none'}"
+
+
+def _length(dataset: MapDataset, what: str) -> int:
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise TaskError(
+            f"{what}() returned {type(dataset).__name__}, which is not a map-style data set "
+            "(it needs __len__ and __getitem__)"
+        )
+    with user_code(f"len({what}())", data=True):
+        return len(dataset)

@@ -1,0 +1,1 @@
+"""From the gradients of autograd to frames for each partition."""

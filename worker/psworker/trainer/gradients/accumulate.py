@@ -1,0 +1,191 @@
+"""Accumulation: from autograd's gradients to nodes of the gradient tree, bucket by bucket, while backward runs.
+
+A hook takes each parameter's gradient as soon as it is there and leaves `grad = None`. When a bucket of the current
+microbatch is closed, its node carries upward like a binary counter: siblings add, left.add_(right), until the node
+is a root of what this worker owns; that one is handed to `push`.
+
+From the second backward on, a bucket closes early when each of its parameters has fired once. Re-entrant
+checkpointing fires a parameter several times: a parameter seen to do so closes its buckets only when backward has
+returned, and one that fires after its bucket was pushed fails the step by name rather than giving a wrong gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from pscluster.errors import TaskError
+from pscluster.step.codec import add_optional
+from pscluster.step.layout import Layout
+from pscluster.step.summary import Summary
+from pscluster.step.tree import Node, Tree
+from psworker.trainer.gradients.gather import Gradients
+
+PushGradients = Callable[[int, Node, Gradients], None]
+
+
+def add_gradients(left: Gradients, right: Gradients) -> Gradients:
+    """The parent of two nodes; reuses their memory."""
+    return [add_optional(a, b) for a, b in zip(left, right, strict=True)]
+
+
+T = TypeVar("T")
+
+
+class Counter(Generic[T]):
+    """The binary counter of one bucket: adds nodes of type T upward until they are wanted roots."""
+
+    def __init__(self, tree: Tree, add: Callable[[T, T], T]) -> None:
+        self._tree = tree
+        self._add = add
+        self._held: dict[Node, T] = {}
+        self._roots: frozenset[Node] = frozenset()
+
+    def begin(self, roots: Iterable[Node]) -> None:
+        """Start a run of microbatches whose maximal nodes are `roots`. Nothing may be held."""
+        assert not self._held
+        self._roots = frozenset(roots)
+
+    def carry(self, node: Node, value: T) -> list[tuple[Node, T]]:
+        """Take a node; return the roots that it completes (none or one)."""
+        while node not in self._roots:
+            merge = self._tree.merge_of(node)
+            assert merge is not None
+            sibling = merge.right if node == merge.left else merge.left
+            other = self._held.pop(sibling, None)
+            if other is None:
+                self._held[node] = value
+                return []
+            value = self._add(value, other) if node == merge.left else self._add(other, value)
+            node = merge.parent
+        return [(node, value)]
+
+    def flush(self) -> list[tuple[Node, T]]:
+        """Give up what is held, as nodes of their own: the run ended before its roots were whole."""
+        held = sorted(self._held.items(), key=lambda item: item[0])
+        self._held.clear()
+        return held
+
+
+class Accumulator:
+    """Hooks a model's trained parameters. One per trainer; on the thread that runs forward and backward."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        parameters: dict[int, nn.Parameter],
+        tree: Tree,
+        push: PushGradients,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """`dtype`: the push codec's, to which a microbatch's gradients are rounded."""
+        self._layout = layout
+        self._push = push
+        self._dtype = dtype
+        self._buckets = [b for b in layout.buckets if b.kind == "trained"]
+        self._counters = {b.index: Counter[Gradients](tree, add_gradients) for b in self._buckets}
+        self._place = {p.tensor: (b.index, i) for b in self._buckets for i, p in enumerate(b.placed)}
+        self._late: set[int] = set()  # buckets with a parameter that was seen to fire more than once
+        self._observed = False  # one whole backward was watched
+        self._fired: dict[int, int] = {}
+        self._open: dict[int, Gradients] = {}
+        self._storages: dict[int, StorageWeakRef] = {}  # memory of the gradients taken in this backward, by address
+        self._leaf: Node | None = None
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(self._hook(number))  # type: ignore[no-untyped-call]
+            for number, parameter in parameters.items()
+            if number in self._place  # one without elements may have no place
+        ]
+
+    def begin_run(self, roots: Iterable[Node]) -> None:
+        """The next microbatches are the leaves of these nodes."""
+        wanted = list(roots)
+        for counter in self._counters.values():
+            counter.begin(wanted)
+
+    def begin(self, shard: int) -> None:
+        """The next backward is this shard's microbatch."""
+        self._leaf = Node(shard, 1)
+        self._fired = {}
+        self._storages.clear()
+        self._open = {b.index: [None] * len(b.placed) for b in self._buckets}
+
+    def finish(self) -> set[int]:
+        """Backward has returned: close what is open; returns the numbers of the tensors it touched."""
+        for bucket in reversed(self._buckets):
+            if bucket.index in self._open:
+                self._close(bucket.index)
+        self._leaf = None
+        self._observed = True
+        self._late |= {self._place[number][0] for number, count in self._fired.items() if count > 1}
+        return set(self._fired)
+
+    def abandon(self) -> None:
+        """Forget the current microbatch and everything held: the step is no longer wanted."""
+        self._leaf = None
+        self._open = {}
+        for counter in self._counters.values():
+            counter.flush()
+
+    def flush(self) -> None:
+        """Push what is held although its root is not whole: the shards beside it went to another worker."""
+        for index, counter in self._counters.items():
+            for node, gradients in counter.flush():
+                self._push(index, node, gradients)
+
+    def close(self) -> None:
+        """Unhook the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, number: int) -> Callable[[torch.Tensor], None]:
+        bucket, place = self._place[number]
+
+        def take(parameter: torch.Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            if self._leaf is None or gradient is None:
+                return
+            gradients = self._open.get(bucket)
+            if gradients is None:
+                raise TaskError(
+                    f"the gradient of {self._layout.tensors[number].name} arrived twice in one backward, "
+                    "after its bucket was sent",
+                    action="use torch.utils.checkpoint with use_reentrant=False",
+                )
+            dense = self._own(gradient.to_dense() if gradient.is_sparse else gradient)
+            present = gradients[place]
+            gradients[place] = dense if present is None else present.add_(dense)
+            self._fired[number] = self._fired.get(number, 0) + 1
+            may_close = self._observed and bucket not in self._late
+            if may_close and all(g is not None for g in gradients):
+                self._close(bucket)
+
+        return take
+
+    def _own(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient in memory that no other gradient of this backward shares: sums are made in place, and autograd
+        gives the parameters of `a.view(-1) + b.view(-1)` two views of one tensor."""
+        storage = gradient.untyped_storage()
+        known = self._storages.get(storage.data_ptr())
+        # One that was sent and freed may come again at its address.
+        if known is not None and not known.expired():  # type: ignore[no-untyped-call]
+            return gradient.clone()
+        self._storages[storage.data_ptr()] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        return gradient
+
+    def _close(self, bucket: int) -> None:
+        gradients = [None if g is None else g.to(self._dtype) for g in self._open.pop(bucket)]
+        assert self._leaf is not None
+        for node, value in self._counters[bucket].carry(self._leaf, gradients):
+            self._push(bucket, node, value)
+
+
+class SummaryCounter(Counter[Summary]):
+    """The same counter for a step's summary."""
+
+    def __init__(self, tree: Tree) -> None:
+        super().__init__(tree, lambda left, right: left.plus(right))

@@ -1,0 +1,1 @@
+"""Values from the partitions to the memory of the model."""
