@@ -33,10 +33,10 @@ from torch import nn
 from pscluster.errors import InternalError, PsError, StateError, TaskError
 from pscluster.job.bundle import extract
 from pscluster.job.spec import JobSpec, parse_spec
-from pscluster.task import Task
 from pscluster.step.digest import parameters_sha256
 from pscluster.step.layout import Layout
 from pscluster.storage.snapshot import read_part, read_parts
+from pscluster.task import Task
 from psworker.canary import settle_numerics
 from psworker.export import write_weights
 from psworker.precision import precision

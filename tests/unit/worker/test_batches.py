@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from pscluster.errors import DataError, TaskError
-from pscluster.task import Task
 from pscluster.step.sampling import ShardSampler
+from pscluster.task import Task
 from psworker.trainer.data.batches import (
     Batches,
     EvalBatches,

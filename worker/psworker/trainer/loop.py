@@ -9,10 +9,10 @@ import torch
 
 from pscluster.errors import TaskError
 from pscluster.job.spec import JobSpec
-from pscluster.task import Task
 from pscluster.step.codec import DTYPES
 from pscluster.step.summary import Statistics, Summary, add_statistics, touched_bits
 from pscluster.step.tree import Node, tree_of
+from pscluster.task import Task
 from psworker.precision import precision
 from psworker.replica import Replica
 from psworker.trainer.data.batches import Batches, EvalBatches, seed_step, to_device

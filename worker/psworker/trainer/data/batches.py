@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from pscluster.task import MapDataset
 from pscluster.step.sampling import ShardSampler, eval_batches
+from pscluster.task import MapDataset
 from psworker.trainer.data.loading import user_code
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pscluster.errors import LossContractError, TaskError
-from pscluster.task import Task
 from pscluster.step.summary import Statistics, add_statistics
 from pscluster.step.tree import Node, tree_of
+from pscluster.task import Task
 from psworker.trainer.data.batches import EvalBatches, to_device
 from psworker.trainer.data.loading import user_code
 

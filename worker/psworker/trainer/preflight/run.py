@@ -20,8 +20,8 @@ from torch import nn
 
 from pscluster.errors import InternalError, LossContractError, NonFiniteError
 from pscluster.job.spec import JobSpec
-from pscluster.task import MapDataset, Task
 from pscluster.step.sampling import ShardSampler
+from pscluster.task import MapDataset, Task
 from psworker.canary import numerics_class
 from psworker.precision import arithmetic, precision
 from psworker.replica import layout_of
