@@ -15,7 +15,7 @@ import torch
 from pscluster.agent.link import ProcessLink
 from pscluster.job.spec import parse_spec
 from pscluster.step.summary import Summary, touched_bits
-from pscluster.step.tree import Node
+from pscluster.step.tree import TreeNode
 from pscluster.v1.plan_pb2 import ProcessReport, TrainerReady
 from psworker.canary import settle_numerics
 from psworker.replica import Replica
@@ -59,7 +59,7 @@ class Driver:
             self._train(work)
         elif work.action == "evaluate":
             for shard in work.shards:
-                self._exchange.pushing.statistics(work, Node(shard, 1), np.zeros(0))
+                self._exchange.pushing.statistics(work, TreeNode(shard, 1), np.zeros(0))
         elif work.action == "finalise":
             self._exchange.pushing.outcome(work, {"metrics": {}})
         else:
@@ -68,8 +68,8 @@ class Driver:
     def _train(self, work: Work) -> None:
         for shard in work.shards:
             for bucket, gradients in self._gradients.items():
-                self._exchange.pushing.gradients(work, bucket, Node(shard, 1), list(gradients))
-            self._exchange.pushing.summary(work, Node(shard, 1), self._summary)
+                self._exchange.pushing.gradients(work, bucket, TreeNode(shard, 1), list(gradients))
+            self._exchange.pushing.summary(work, TreeNode(shard, 1), self._summary)
         self._exchange.want(work, work.version + 1)
         self._exchange.wait_values(work)
 

@@ -42,7 +42,7 @@ class Patience:
     leave_s: float = 0.0
 
 
-class Listener(Protocol):
+class ChildListener(Protocol):
     """Who hears a child. Called on the loop's thread; must not block."""
 
     def reported(self, report: ProcessReport) -> None: ...
@@ -62,7 +62,7 @@ class Ended:
 class Child:
     """A running process in a session of its own. Belongs to the loop it was started on."""
 
-    def __init__(self, process: subprocess.Popen[bytes], control: socket.socket, listener: Listener) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], control: socket.socket, listener: ChildListener) -> None:
         self._process = process
         self._control = control
         self._listener = listener
@@ -85,7 +85,7 @@ class Child:
         command: Sequence[str],
         directory: Path,
         environment: Mapping[str, str],
-        listener: Listener,
+        listener: ChildListener,
     ) -> Child:
         """Start `command` in `directory` with `environment` and hand it `spec`. Blocks for milliseconds.
 

@@ -12,7 +12,7 @@ import grpc
 import structlog
 
 from pscluster.agent import metrics, resources
-from pscluster.agent.report_queue import Outbox
+from pscluster.agent.report_queue import ReportQueue
 from pscluster.errors import PsError, StateError, UnreachableError
 from pscluster.rpc import DEADLINE_S, TRANSFER_DEADLINE_S, error_of, open_aio_channel
 from pscluster.v1.agents_pb2 import (
@@ -56,7 +56,7 @@ class Attendant:
         self._states = states
         self._assigned = assigned
         self._speeds = speeds
-        self._outbox = Outbox()
+        self._outbox = ReportQueue()
         self._news = asyncio.Event()
         self._empty = asyncio.Event()
         self._empty.set()
@@ -68,7 +68,7 @@ class Attendant:
 
     def emit(self, message: AgentMessage) -> None:
         """Take a durable message; it reaches the master at least once, in order, unless a newer one makes it void (see
-        `Outbox`). Never blocks."""
+        `ReportQueue`). Never blocks."""
         self._outbox.add(message)
         self._empty.clear()
         self._news.set()

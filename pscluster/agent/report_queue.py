@@ -25,7 +25,7 @@ class _Kept:
     size_bytes: int
 
 
-class Outbox:
+class ReportQueue:
     """Not thread-safe; belongs to the agent's loop. Nothing here blocks."""
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from pscluster.cli.narrator import Narrator, Pace, ending_line, progress_line, progress_parts
+from pscluster.cli.narrator import Narrator, ProgressRate, ending_line, progress_line, progress_parts
 from pscluster.cli.session import INTERRUPTED, say, stderr_is_terminal
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class PlainView:
     """Lines: news at once, progress every two seconds at most."""
 
     def __init__(self) -> None:
-        self._pace = Pace()
+        self._pace = ProgressRate()
         self._note = ""
 
     def __enter__(self) -> PlainView:

@@ -114,7 +114,7 @@ def ending_line(job: Job) -> str:
     return ", ".join(parts)
 
 
-class Pace:
+class ProgressRate:
     """Lets a progress line through at most every LINE_INTERVAL_S, and only when the step has changed."""
 
     def __init__(self) -> None:

@@ -7,9 +7,8 @@ import math
 
 from pscluster.client.records import (
     Best,
-    Check,
     Condition,
-    Connection,
+    DataConnection,
     Event,
     Health,
     Job,
@@ -17,6 +16,7 @@ from pscluster.client.records import (
     Node,
     PartitionSeat,
     Plan,
+    PreflightCheck,
     Snapshot,
     SnapshotPart,
     Standby,
@@ -56,9 +56,9 @@ def job_of(message: jobs_pb2.Job) -> Job:
         events=tuple(Event(time_s=e.time_s, reason=e.reason, message=e.message, warning=e.warning) for e in m.events),
         plan=_plan_of(m.plan) if m.HasField("plan") else None,
         connections=tuple(
-            Connection(trainer=c.trainer, partition=c.partition, transport=c.transport) for c in m.connections
+            DataConnection(trainer=c.trainer, partition=c.partition, transport=c.transport) for c in m.connections
         ),
-        checks=tuple(Check(node_id=c.node_id, name=c.name, ok=c.ok, detail=c.detail) for c in m.checks),
+        checks=tuple(PreflightCheck(node_id=c.node_id, name=c.name, ok=c.ok, detail=c.detail) for c in m.checks),
         store=m.store,
         directory=m.directory,
         bundle_sha256=m.bundle_sha256 or None,

@@ -102,14 +102,14 @@ class Plan(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Connection(_Record):
+class DataConnection(_Record):
     trainer: int
     partition: int
     transport: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check(_Record):
+class PreflightCheck(_Record):
     node_id: str
     name: str
     ok: bool
@@ -152,8 +152,8 @@ class Job(_Record):
     conditions: tuple[Condition, ...]
     events: tuple[Event, ...]
     plan: Plan | None
-    connections: tuple[Connection, ...]
-    checks: tuple[Check, ...]
+    connections: tuple[DataConnection, ...]
+    checks: tuple[PreflightCheck, ...]
     store: str
     directory: str
     bundle_sha256: str | None

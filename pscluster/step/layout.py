@@ -32,8 +32,8 @@ WORD_BYTES = 4
 
 Codec = Literal["fp32", "bf16"]
 CODEC_BYTES: dict[Codec, int] = {"fp32": 4, "bf16": 2}  # of one word of a trained bucket on the wire
-Kind = Literal["trained", "averaged", "carried", "frozen"]
-KINDS: tuple[Kind, ...] = ("trained", "averaged", "carried", "frozen")
+BucketKind = Literal["trained", "averaged", "carried", "frozen"]
+KINDS: tuple[BucketKind, ...] = ("trained", "averaged", "carried", "frozen")
 ITEM_BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2}
 ITEM_BYTES |= {"int8": 1, "uint8": 1, "bool": 1}
 
@@ -48,7 +48,7 @@ class TensorSpec:
     names: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: str
-    kind: Kind
+    kind: BucketKind
     decay: bool = False
     persistent: bool = True
 
@@ -83,7 +83,7 @@ class Bucket:
     """`index` is its number in the layout; `num_words` a multiple of 16; `first_block` counts over all buckets."""
 
     index: int
-    kind: Kind
+    kind: BucketKind
     placed: tuple[Placed, ...]
     num_words: int
     first_block: int

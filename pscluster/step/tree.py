@@ -12,13 +12,13 @@ from functools import lru_cache
 from typing import NamedTuple
 
 
-class Node(NamedTuple):
+class TreeNode(NamedTuple):
     """A node of the tree: leaves first, first + 1, ... first + leaves - 1."""
 
     first: int
     leaves: int
 
-    def covers(self, other: Node) -> bool:
+    def covers(self, other: TreeNode) -> bool:
         """Whether `other` is this node or lies below it."""
         return self.first <= other.first and other.first + other.leaves <= self.first + self.leaves
 
@@ -26,9 +26,9 @@ class Node(NamedTuple):
 class Merge(NamedTuple):
     """One addition: parent = left + right, in that order."""
 
-    left: Node
-    right: Node
-    parent: Node
+    left: TreeNode
+    right: TreeNode
+    parent: TreeNode
 
 
 class Tree:
@@ -37,32 +37,32 @@ class Tree:
     def __init__(self, num_leaves: int) -> None:
         if num_leaves < 1:
             raise ValueError(f"a tree has at least one leaf, not {num_leaves}")
-        self.root = Node(0, num_leaves)
-        self._merge_of: dict[Node, Merge] = {}
-        self._children: dict[Node, tuple[Node, Node]] = {}
+        self.root = TreeNode(0, num_leaves)
+        self._merge_of: dict[TreeNode, Merge] = {}
+        self._children: dict[TreeNode, tuple[TreeNode, TreeNode]] = {}
         waiting = [self.root]
         while waiting:
             node = waiting.pop()
             if node.leaves == 1:
                 continue
             left_count = 1 << ((node.leaves - 1).bit_length() - 1)
-            left = Node(node.first, left_count)
-            right = Node(node.first + left_count, node.leaves - left_count)
+            left = TreeNode(node.first, left_count)
+            right = TreeNode(node.first + left_count, node.leaves - left_count)
             self._merge_of[left] = self._merge_of[right] = Merge(left, right, node)
             self._children[node] = (left, right)
             waiting += (left, right)
 
-    def __contains__(self, node: Node) -> bool:
+    def __contains__(self, node: TreeNode) -> bool:
         return node == self.root or node in self._merge_of
 
-    def merge_of(self, node: Node) -> Merge | None:
+    def merge_of(self, node: TreeNode) -> Merge | None:
         """The addition that consumes `node`; None for the root. Raises KeyError for what is no node of the tree."""
         return None if node == self.root else self._merge_of[node]
 
-    def cover(self, leaves: Iterable[int]) -> list[Node]:
+    def cover(self, leaves: Iterable[int]) -> list[TreeNode]:
         """The fewest nodes that together have exactly these leaves, by first leaf: what a worker pushes."""
         wanted = set(leaves)
-        found: list[Node] = []
+        found: list[TreeNode] = []
         waiting = [self.root] if wanted else []
         while waiting:
             node = waiting.pop()

@@ -24,7 +24,7 @@ _MAX_FDS = 2  # that may come with a frame
 _FD = array.array("i")
 
 
-class Handler(Protocol):
+class ConnectionHandler(Protocol):
     """What a process does with the frames of a connection. All calls come on the reactor's thread."""
 
     def body_target(self, connection: Connection, header: Header) -> memoryview:
@@ -58,7 +58,12 @@ class Connection:
     kernel drops them."""
 
     def __init__(
-        self, sock: socket.socket, handler: Handler, wants: Callable[[Connection], None], *, takes_fds: bool = False
+        self,
+        sock: socket.socket,
+        handler: ConnectionHandler,
+        wants: Callable[[Connection], None],
+        *,
+        takes_fds: bool = False,
     ) -> None:
         self.socket = sock
         self.handler = handler

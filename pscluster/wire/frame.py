@@ -18,7 +18,7 @@ from enum import IntEnum
 import crc32c
 
 from pscluster.errors import FrameError, VersionSkewError
-from pscluster.step.tree import Node
+from pscluster.step.tree import TreeNode
 
 MAGIC = b"PSDP"
 PROTOCOL = 1
@@ -31,7 +31,7 @@ HEADER_BYTES = _HEADER.size + _CHECKSUM.size
 Buffer = bytes | bytearray | memoryview
 
 
-class Kind(IntEnum):
+class FrameKind(IntEnum):
     HELLO = 1  # who calls, with the job's token; the first frame on a connection
     WELCOME = 2  # the answer, with what the partition holds
     INIT = 3  # a bucket's first values, from the trainer that made them
@@ -77,7 +77,7 @@ UNCHANGED = 1  # flag of a PUSH of an averaged bucket: the body is the node's we
 IN_MEMORY = 2  # flag of a PUSH or VALUES without a body: it lies in the memory that both sides share. Such VALUES are
 # of as many buckets, from `bucket` on, as their node has leaves
 _LANE_SHIFT = 8  # above the flags of a PUSH that is IN_MEMORY: which lane it lies in
-NO_NODE = Node(0, 0)  # of the kinds that carry none
+NO_NODE = TreeNode(0, 0)  # of the kinds that carry none
 WITH_FROZEN = 1  # flag of a PULL: send the buckets that never change, too
 EXACT = 4  # flag of a PULL, and of the VALUES it brings: fp32 whatever the codec
 
@@ -86,12 +86,12 @@ EXACT = 4  # flag of a PULL, and of the VALUES it brings: fp32 whatever the code
 class Header:
     """Everything of a frame but its body. `sender`: rank or partition index. `job`: `job_number` of the job's id."""
 
-    kind: Kind
+    kind: FrameKind
     job: int
     generation: int = 0
     step: int = 0
     bucket: int = 0
-    node: Node = NO_NODE
+    node: TreeNode = NO_NODE
     flags: int = 0
     sender: int = 0
     codec: Codec = Codec.FP32
@@ -160,7 +160,7 @@ def unpack(data: Buffer) -> Header:
         raise FrameError("a frame's header does not fit its checksum", details={"field": "header"})
     try:
         return Header(
-            kind=Kind(kind),
+            kind=FrameKind(kind),
             codec=Codec(codec),
             flags=flags,
             sender=sender,
@@ -168,7 +168,7 @@ def unpack(data: Buffer) -> Header:
             generation=generation,
             step=step,
             bucket=bucket,
-            node=Node(first, count),
+            node=TreeNode(first, count),
             length=length,
             checksum=body,
         )

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from pscluster.errors import FrameError
-from pscluster.wire.connection import Connection, Handler
+from pscluster.wire.connection import Connection, ConnectionHandler
 from pscluster.wire.transport import accept, bind, control_congestion, start_dial
 
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -98,7 +98,7 @@ class Reactor:
     def unwatch(self, fd: int) -> None:
         self._selector.unregister(fd)
 
-    def listen(self, address: str, handler: Handler, greeting_s: float = math.inf) -> str:
+    def listen(self, address: str, handler: ConnectionHandler, greeting_s: float = math.inf) -> str:
         """Accept connections at `address` for `handler`; returns the address that peers dial (port resolved).
 
         A caller whose connection has no `context` after `greeting_s` is closed: it only occupies a descriptor.
@@ -108,7 +108,7 @@ class Reactor:
         self._listen_on(listener, handler, greeting_s)
         return bound
 
-    def dial(self, address: str, handler: Handler, done: Callable[[Connection | None, str], None]) -> None:
+    def dial(self, address: str, handler: ConnectionHandler, done: Callable[[Connection | None, str], None]) -> None:
         """Connect to `address` within `DIAL_S`; `done` is called once with the connection, or with None and the reason.
 
         Who dials takes file descriptors from who listens, never the other way round."""
@@ -124,7 +124,7 @@ class Reactor:
         self._selector.register(sock, selectors.EVENT_WRITE, lambda: self._dialled(sock, handler, done))
         self.call_later(DIAL_S, lambda: self._end_dial(sock, done))
 
-    def adopt(self, sock: socket.socket, handler: Handler, *, takes_fds: bool = False) -> Connection:
+    def adopt(self, sock: socket.socket, handler: ConnectionHandler, *, takes_fds: bool = False) -> Connection:
         """Drive a connected socket from now on. The reactor owns it."""
         sock.setblocking(False)
         if self._congestion_control is not None:
@@ -148,10 +148,10 @@ class Reactor:
             self._selector.close()
             os.close(self._wake)
 
-    def _listen_on(self, listener: socket.socket, handler: Handler, greeting_s: float) -> None:
+    def _listen_on(self, listener: socket.socket, handler: ConnectionHandler, greeting_s: float) -> None:
         self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener, handler, greeting_s))
 
-    def _accept(self, listener: socket.socket, handler: Handler, greeting_s: float) -> None:
+    def _accept(self, listener: socket.socket, handler: ConnectionHandler, greeting_s: float) -> None:
         try:
             sock = accept(listener)
         except OSError as error:
@@ -169,7 +169,7 @@ class Reactor:
         if connection.context is None:
             connection.close(FrameError("a caller that did not greet", details={"field": "greeting"}))
 
-    def _dialled(self, sock: socket.socket, handler: Handler, done: Callable[..., Any]) -> None:
+    def _dialled(self, sock: socket.socket, handler: ConnectionHandler, done: Callable[..., Any]) -> None:
         self._selector.unregister(sock)
         self._dialling.discard(sock)
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)

@@ -13,7 +13,7 @@ import pytest
 
 from harness.wire import MIB, Recorder, World, header, num_descriptors
 from pscluster.wire.connection import Connection
-from pscluster.wire.frame import Header, Kind, checksum, pack
+from pscluster.wire.frame import FrameKind, Header, checksum, pack
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def send_fds(peer: socket.socket, data: bytes, fds: Sequence[int]) -> None:
 
 def framed(body: bytes = b"", *, step: int = 1) -> bytes:
     length, check = len(body), checksum([body]) if body else 0
-    return pack(Header(kind=Kind.VALUES, job=1, step=step, length=length, checksum=check)) + body
+    return pack(Header(kind=FrameKind.VALUES, job=1, step=step, length=length, checksum=check)) + body
 
 
 def test_descriptors_come_with_their_frame_to_who_dialled(world: World) -> None:

@@ -13,8 +13,19 @@ import pytest
 from pscluster.errors import StateError, StorageError
 from psmaster.model import job as jobs
 from psmaster.model.deletions import Deletion
-from psmaster.model.job import Best, Check, Condition, Connection, Event, Finished, Job, Problem, Recovery, Trouble
-from psmaster.model.plan import Kind, Plan, Seat
+from psmaster.model.job import (
+    Best,
+    Condition,
+    DataConnection,
+    ErrorInfo,
+    Event,
+    Finished,
+    Job,
+    JobWarning,
+    PreflightCheck,
+    Recovery,
+)
+from psmaster.model.plan import Plan, ProcessKind, Seat
 from psmaster.model.snapshot_catalog import Part, RestorePoint
 from psmaster.storage.memory import MemoryStore
 from psmaster.storage.sqlite import SqliteStore
@@ -38,9 +49,13 @@ def event(number: int = 1) -> Event:
 
 def full_job() -> Job:
     """A job with something in every field."""
-    seat = Seat(kind=Kind.TRAINER, rank=0, attempt=2, node_id="w", incarnation="i", active=True, shards=((0, 3),))
-    partition = Seat(kind=Kind.PARTITION, rank=0, attempt=1, node_id="s", addresses=("unix:/x", "tcp:h:1"), losses=2)
-    problem = Problem(code="PS-2001", cause="c", action="a", details=(("k", "v"),))
+    seat = Seat(
+        kind=ProcessKind.TRAINER, rank=0, attempt=2, node_id="w", incarnation="i", active=True, shards=((0, 3),)
+    )
+    partition = Seat(
+        kind=ProcessKind.PARTITION, rank=0, attempt=1, node_id="s", addresses=("unix:/x", "tcp:h:1"), losses=2
+    )
+    problem = ErrorInfo(code="PS-2001", cause="c", action="a", details=(("k", "v"),))
     return replace(
         make_job(),
         state=jobs.JobState.RUNNING,
@@ -69,11 +84,11 @@ def full_job() -> Job:
         saving=True,
         held=20,
         finished=Finished(generation=3, step=100, stopped=True, parameters_sha256="f"),
-        trouble=Trouble(step=5, problem=problem),
+        trouble=JobWarning(step=5, problem=problem),
         error=problem,
         traceback="Traceback",
-        checks=(Check(name="n", ok=False, detail="d", node_id="w"),),
-        connections=(Connection(trainer=0, partition=0, transport="unix"),),
+        checks=(PreflightCheck(name="n", ok=False, detail="d", node_id="w"),),
+        connections=(DataConnection(trainer=0, partition=0, transport="unix"),),
         conditions=(Condition(type="Ready", status=True, reason="R", message="m", since_s=1.0),),
         revision=17,
     )
@@ -90,7 +105,7 @@ def test_a_new_store_is_empty(store: Store) -> None:
 
 def test_a_job_comes_back_as_it_was_but_for_what_is_volatile(store: Store) -> None:
     job = full_job()
-    volatile = replace(job, deadline_s=5.0, recovery=Recovery(kind=Kind.TRAINER, since_s=1.0))
+    volatile = replace(job, deadline_s=5.0, recovery=Recovery(kind=ProcessKind.TRAINER, since_s=1.0))
     store.write(Batch(jobs=(volatile,)))
     assert store.jobs() == (job,)
 

@@ -8,7 +8,7 @@ import pytest
 
 from harness.wire import MIB, NUM_LANES, World, header
 from pscluster.errors import FrameError
-from pscluster.wire.frame import Header, Kind, checksum, pack
+from pscluster.wire.frame import FrameKind, Header, checksum, pack
 
 # ---- what is sent arrives ----
 
@@ -20,12 +20,12 @@ def test_a_frame_arrives_as_it_was_sent_gathered_from_its_parts(world: World) ->
     world.until(lambda: len(world.listening.frames) == 1)
 
     got, body = world.listening.frames[0]
-    assert (got.kind, got.step, got.length, body) == (Kind.PUSH, 5, 4, b"abcd")
+    assert (got.kind, got.step, got.length, body) == (FrameKind.PUSH, 5, 4, b"abcd")
     assert got.checksum == checksum([b"abcd"])
 
 
 def test_a_frame_without_a_body_arrives(world: World) -> None:
-    world.dial().send(header(1, kind=Kind.PULL))
+    world.dial().send(header(1, kind=FrameKind.PULL))
     world.until(lambda: len(world.listening.frames) == 1)
 
     assert world.listening.frames[0][1] == b""
@@ -83,7 +83,7 @@ def test_big_answers_are_written_and_read_in_parts(world: World) -> None:
     connection = world.accepted(world.dial())
     body = os.urandom(1 << 16) * 100
     for step in range(6):
-        connection.send(header(step, kind=Kind.VALUES), [body if step % 2 else b"small"])
+        connection.send(header(step, kind=FrameKind.VALUES), [body if step % 2 else b"small"])
     world.until(lambda: len(world.dialling.frames) == 6)
 
     assert world.dialling.steps == list(range(6))
@@ -148,7 +148,7 @@ def test_many_small_frames_keep_their_order(world: World) -> None:
 
 def test_bytes_one_by_one_make_a_frame(world: World) -> None:
     peer = world.raw()
-    packed = pack(Header(kind=Kind.PUSH, job=1, step=3, length=5, checksum=checksum([b"hello"]))) + b"hello"
+    packed = pack(Header(kind=FrameKind.PUSH, job=1, step=3, length=5, checksum=checksum([b"hello"]))) + b"hello"
     with peer:
         for byte in packed:
             peer.sendall(bytes([byte]))
@@ -161,7 +161,7 @@ def test_bytes_one_by_one_make_a_frame(world: World) -> None:
 def test_bytes_one_by_one_make_a_frame_for_who_dialled(world: World) -> None:
     """Who dials looks for descriptors beside each byte of a header."""
     _, peer = world.raw_listener()
-    packed = pack(Header(kind=Kind.VALUES, job=1, step=3, length=5, checksum=checksum([b"hello"]))) + b"hello"
+    packed = pack(Header(kind=FrameKind.VALUES, job=1, step=3, length=5, checksum=checksum([b"hello"]))) + b"hello"
     with peer:
         for byte in packed * 2:
             peer.sendall(bytes([byte]))
@@ -181,7 +181,9 @@ def test_a_frame_is_there_with_its_last_byte_however_its_bytes_come(world: World
     with peer:
         for step, size in enumerate(sizes):
             body = bytes([step + 1]) * size
-            head = Header(kind=Kind.VALUES, job=1, step=step, length=size, checksum=checksum([body]) if body else 0)
+            head = Header(
+                kind=FrameKind.VALUES, job=1, step=step, length=size, checksum=checksum([body]) if body else 0
+            )
             waiting += pack(head) + body
             while len(waiting) >= piece:
                 world.feed(peer, waiting[:piece])
@@ -199,7 +201,7 @@ def test_connections_do_not_wait_for_each_other(world: World) -> None:
     """One peer stops in mid-frame; another's frames are served meanwhile."""
     slow, quick = world.raw(), world.dial()
     with slow:
-        packed = pack(Header(kind=Kind.PUSH, job=1, step=1, length=3, checksum=checksum([b"abc"])))
+        packed = pack(Header(kind=FrameKind.PUSH, job=1, step=1, length=3, checksum=checksum([b"abc"])))
         slow.sendall(packed + b"a")
         for step in (2, 3):
             quick.send(header(step), [b"x"])

@@ -12,7 +12,7 @@ import pytest
 
 from harness.wire import DEADLINE_S, MIB, World, header
 from pscluster.errors import FrameError, PsError, VersionSkewError
-from pscluster.wire.frame import PROTOCOL, Header, Kind, checksum, pack
+from pscluster.wire.frame import PROTOCOL, FrameKind, Header, checksum, pack
 from pscluster.wire.memory import Segment
 
 
@@ -93,7 +93,9 @@ def test_a_peer_that_is_killed_in_mid_frame_leaves_its_memory_to_who_mapped_it(t
     world.reactor.close()
 
 
-@pytest.mark.parametrize("sent", [b"PS", pack(header())[:63], pack(Header(kind=Kind.PUSH, job=1, length=9)) + b"123"])
+@pytest.mark.parametrize(
+    "sent", [b"PS", pack(header())[:63], pack(Header(kind=FrameKind.PUSH, job=1, length=9)) + b"123"]
+)
 def test_a_peer_that_vanishes_in_mid_frame_ends_the_connection_alone(world: World, sent: bytes) -> None:
     bystander = world.dial()
     peer = world.raw()
@@ -144,7 +146,7 @@ def test_a_handler_may_close_its_connection_in_mid_read(world: World) -> None:
     assert len(world.listening.frames) == 1
 
 
-FORGED = Header(kind=Kind.PUSH, job=1, length=4, checksum=checksum([b"good"]))
+FORGED = Header(kind=FrameKind.PUSH, job=1, length=4, checksum=checksum([b"good"]))
 
 
 def _with_protocol(number: int) -> bytes:
@@ -166,9 +168,9 @@ def _with_kind(number: int) -> bytes:
         (_with_protocol(PROTOCOL + 1), VersionSkewError, "protocol"),
         (pack(FORGED)[:20] + b"\xff" + pack(FORGED)[21:], FrameError, "header"),
         (_with_kind(200), FrameError, "kind"),
-        (pack(Header(kind=Kind.PUSH, job=1, length=2**63)), FrameError, "length"),
-        (pack(Header(kind=Kind.FENCED, job=1, length=2**40)), FrameError, "length"),
-        (pack(Header(kind=Kind.FENCED, job=1, length=8)), FrameError, "length"),
+        (pack(Header(kind=FrameKind.PUSH, job=1, length=2**63)), FrameError, "length"),
+        (pack(Header(kind=FrameKind.FENCED, job=1, length=2**40)), FrameError, "length"),
+        (pack(Header(kind=FrameKind.FENCED, job=1, length=8)), FrameError, "length"),
         (pack(FORGED) + b"evil", FrameError, "checksum"),
     ],
     ids=["magic", "protocol", "header", "kind", "huge", "huge at once", "other length", "body"],

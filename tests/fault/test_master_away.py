@@ -14,7 +14,7 @@ from harness.cluster import local_cluster
 from harness.jobs import lm_spec
 from harness.paced_task import paced_spec
 from harness.plain import train_plainly
-from pscluster.agent.report_queue import Outbox
+from pscluster.agent.report_queue import ReportQueue
 from pscluster.v1.agents_pb2 import AgentMessage, LogLine, LogLines, ProcessEvent
 from pscluster.v1.plan_pb2 import ProcessReport, Progress, SnapshotPart, StepRecord
 from psmaster.api import from_proto
@@ -86,7 +86,7 @@ def test_ten_minutes_of_reports_wait_and_a_new_master_takes_them_in_order() -> N
     world = World()
     world.running(durability={"every_steps": 100}, train={"max_steps": 10_000})
     lead = world.wanted()["partition-0"]
-    before, outbox = world.job(), Outbox()
+    before, outbox = world.job(), ReportQueue()
     step = before.step
     for second in range(600):
         records = [StepRecord(step=step + n, loss=0.5, time_s=2_000 + second + n / 10) for n in range(1, 11)]

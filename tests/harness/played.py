@@ -17,7 +17,7 @@ from pscluster.errors import FrameError, PsError
 from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.step.layout import Layout
 from pscluster.v1.plan_pb2 import PartitionSeat, Plan, ProcessReport, ProcessSpec, ShardRange, TrainerSeat
-from pscluster.wire.frame import IN_MEMORY, Buffer, Header, Kind, checksum, job_number, pack, unpack
+from pscluster.wire.frame import IN_MEMORY, Buffer, FrameKind, Header, checksum, job_number, pack, unpack
 from psserver.partition.process import PartitionService
 from psserver.partition.telemetry import PartitionCounters
 
@@ -86,7 +86,7 @@ class PlayedConnection:
         data = b"".join(bytes(memoryview(part).cast("B")) for part in body if memoryview(part).nbytes)
         assert body_checksum in (None, checksum([data])), "what the sender knows of its body is not so"
         header = unpack(pack(replace(header, length=len(data), checksum=checksum([data]) if data else 0)))
-        if header.kind in (Kind.PUSH, Kind.VALUES) and header.flags & IN_MEMORY:
+        if header.kind in (FrameKind.PUSH, FrameKind.VALUES) and header.flags & IN_MEMORY:
             self.network.in_memory[header.kind] += 1
         self.sent_bytes += len(data)
         self.other.inbox.append((header, data, _Passed(fds if self.other._takes_fds else ())))
@@ -148,7 +148,7 @@ class Network:
 
     def __init__(self) -> None:
         self.refusals: list[PsError] = []
-        self.in_memory: Counter[Kind] = Counter()
+        self.in_memory: Counter[FrameKind] = Counter()
         self.breaks = 0
         self.posted: deque[Callable[[], None]] = deque()
         self.timers: deque[Callable[[], None]] = deque()
@@ -314,6 +314,6 @@ def fill(service: PartitionService) -> None:
         service.take_initial(span.bucket)
 
 
-def job_header(kind: Kind, **fields: Any) -> Header:
+def job_header(kind: FrameKind, **fields: Any) -> Header:
     """A header of the played job."""
     return Header(kind=kind, **{"job": job_number(JOB), **fields})

@@ -6,18 +6,18 @@ import json
 from typing import Any
 
 from harness.played import TOKEN, Network, PlayedConnection, job_header
-from pscluster.step.tree import Node
-from pscluster.wire.frame import IN_MEMORY, AckResult, Header, Kind, in_lane
+from pscluster.step.tree import TreeNode
+from pscluster.wire.frame import IN_MEMORY, AckResult, FrameKind, Header, in_lane
 from pscluster.wire.memory import Lanes, Segment
 from psserver.partition.process import PartitionService
 
-LEAF = Node(0, 1)
+LEAF = TreeNode(0, 1)
 NUM_LANES = 2
 
 
-def push(bucket: int, node: Node = LEAF, **fields: Any) -> Header:
+def push(bucket: int, node: TreeNode = LEAF, **fields: Any) -> Header:
     """The header of a PUSH in generation 1."""
-    return job_header(Kind.PUSH, **{"generation": 1, "bucket": bucket, "node": node, **fields})
+    return job_header(FrameKind.PUSH, **{"generation": 1, "bucket": bucket, "node": node, **fields})
 
 
 class Caller:
@@ -42,7 +42,7 @@ class Caller:
     def greet(self, channel: str, **fields: Any) -> None:
         told = {"token": TOKEN.hex(), "role": "trainer", "channel": channel, "restore_generation": 1, **fields}
         told = {"share": self.local, "num_lanes": NUM_LANES, **told}
-        self.say(job_header(Kind.HELLO, generation=1, sender=self.index), json.dumps(told).encode())
+        self.say(job_header(FrameKind.HELLO, generation=1, sender=self.index), json.dumps(told).encode())
 
     def say(self, header: Header, body: bytes = b"") -> None:
         self.near.send(header, [body])
@@ -74,10 +74,10 @@ class Caller:
 
     def frame(self, connection: PlayedConnection, header: Header, body: memoryview) -> None:
         self.told.append((header, bytes(body)))
-        if header.kind is Kind.VALUES:
-            run = header.node if header.flags & IN_MEMORY else Node(header.bucket, 1)
+        if header.kind is FrameKind.VALUES:
+            run = header.node if header.flags & IN_MEMORY else TreeNode(header.bucket, 1)
             self.values |= {bucket: (header, bytes(body)) for bucket in range(run.first, run.first + run.leaves)}
-        if header.kind is Kind.WELCOME:
+        if header.kind is FrameKind.WELCOME:
             self._welcomed(connection.take_fds(), json.loads(bytes(body)))
 
     def closed(self, connection: PlayedConnection, error: object) -> None:
@@ -86,14 +86,14 @@ class Caller:
     @property
     def granted(self) -> int:
         """The credit that it was welcomed with."""
-        return int(next(json.loads(body)["granted_bytes"] for h, body in self.told if h.kind is Kind.WELCOME))
+        return int(next(json.loads(body)["granted_bytes"] for h, body in self.told if h.kind is FrameKind.WELCOME))
 
-    def kinds(self) -> list[Kind]:
+    def kinds(self) -> list[FrameKind]:
         return [header.kind for header, _ in self.told]
 
     def acks(self) -> list[AckResult]:
         """What became of what was sent."""
-        return [AckResult(header.flags) for header, body in self.told if header.kind is Kind.ACK and body[0]]
+        return [AckResult(header.flags) for header, body in self.told if header.kind is FrameKind.ACK and body[0]]
 
     def _welcomed(self, fds: list[int], told: dict[str, Any]) -> None:
         state, network = self.service.state, self.service.spec.network

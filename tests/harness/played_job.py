@@ -23,7 +23,7 @@ from pscluster.job.spec import JobSpec
 from pscluster.step.codec import DTYPES, as_bytes
 from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
 from pscluster.step.summary import Statistics, Summary, add_statistics, touched_bits
-from pscluster.step.tree import Node, tree_of
+from pscluster.step.tree import TreeNode, tree_of
 from pscluster.v1.plan_pb2 import Plan, ProcessSpec
 from psserver.partition.process import PartitionService
 from psworker.trainer.exchange import Exchange
@@ -141,7 +141,7 @@ class PlayedTrainer:
     def _train(self, work: Work) -> None:
         """One shard. Odd ones touch neither `b` nor the buffers."""
         shard, exchange = work.shards[0], self.exchange
-        node, weight, moves = Node(shard, 1), 1.0 + shard, shard % 2 == 0
+        node, weight, moves = TreeNode(shard, 1), 1.0 + shard, shard % 2 == 0
         for bucket, counter in sorted(self._sums.items(), reverse=True):
             placed = LAYOUT.buckets[bucket].placed
             gradients = [self._gradient(p.tensor, shard) if moves or p.tensor != B else None for p in placed]
@@ -160,7 +160,7 @@ class PlayedTrainer:
         ramp = torch.arange(values.numel()).remainder(7).sub(3.0)
         return (values * (0.25 + shard / 8) + ramp * (1 + shard / 3)).to(self._dtype)
 
-    def _push_buffers(self, work: Work, node: Node, weight: float, moves: bool) -> None:
+    def _push_buffers(self, work: Work, node: TreeNode, weight: float, moves: bool) -> None:
         averaged, carried = LAYOUT.bucket_of[MEAN][0], LAYOUT.bucket_of[COUNT][0]
         if moves:
             words = torch.zeros(LAYOUT.buckets[averaged].num_words)
@@ -177,7 +177,7 @@ class PlayedTrainer:
         """A shard's statistics: sums over its part of the parameters, exact ones."""
         shard = work.shards[0]
         found = np.array([float(self._tensor(n)[shard::4].double().sum()) for n in (W, B, MEAN)])
-        for node, value in self._statistics.carry(Node(shard, 1), found):
+        for node, value in self._statistics.carry(TreeNode(shard, 1), found):
             self.exchange.pushing.statistics(work, node, value)
         self._done[work.key].add(shard)
         if self._run is not None and self._done[work.key].issuperset(self._run.shards):

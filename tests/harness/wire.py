@@ -15,7 +15,7 @@ from typing import Any
 
 from pscluster.errors import FrameError, PsError
 from pscluster.wire.connection import Connection
-from pscluster.wire.frame import IN_MEMORY, Buffer, Header, Kind, in_lane, lane_of
+from pscluster.wire.frame import IN_MEMORY, Buffer, FrameKind, Header, in_lane, lane_of
 from pscluster.wire.memory import PAGE_BYTES, Arena, Lanes, Segment
 from pscluster.wire.reactor import Reactor
 
@@ -27,7 +27,7 @@ _LENGTH_BYTES = 8  # of a body in shared memory, before it
 _SIZES = [MIB + PAGE_BYTES]  # of the one bucket
 
 
-def header(step: int = 0, *, kind: Kind = Kind.PUSH) -> Header:
+def header(step: int = 0, *, kind: FrameKind = FrameKind.PUSH) -> Header:
     return Header(kind=kind, job=1, step=step)
 
 
@@ -65,7 +65,7 @@ class Shared:
 
     def body_of(self, header: Header) -> bytes:
         """What lies where a frame says, taken out."""
-        if header.kind is Kind.VALUES:
+        if header.kind is FrameKind.VALUES:
             return _get(self.window.view)
         body = _get(self.lanes.place(0, lane_of(header)))
         self.lanes.give_back(0, lane_of(header))
@@ -103,17 +103,17 @@ class Recorder:
     def body_target(self, connection: Connection, header: Header) -> memoryview:  # noqa: ARG002 - Handler's
         if header.length > self.limit_bytes:
             raise FrameError(f"{header.length} bytes", details={"field": "length"})
-        if header.kind is Kind.FENCED:
+        if header.kind is FrameKind.FENCED:
             return memoryview(bytearray(1))  # not what the header says
         self.given_bytes += header.length
         return memoryview(bytearray(header.length))
 
     def frame(self, connection: Connection, header: Header, body: memoryview) -> None:
-        if header.kind is Kind.HELLO:
+        if header.kind is FrameKind.HELLO:
             shared = self.shared[connection] = Shared.create()
-            connection.send(replace(header, kind=Kind.WELCOME), fds=[shared.lanes.fd, shared.segment.fd])
+            connection.send(replace(header, kind=FrameKind.WELCOME), fds=[shared.lanes.fd, shared.segment.fd])
             return
-        if header.kind is Kind.WELCOME:
+        if header.kind is FrameKind.WELCOME:
             self.shared[connection] = Shared.open(connection.take_fds())
             return
         if connection not in self.connections:
@@ -164,7 +164,7 @@ class World:
         connection, why = answers[0]
         assert connection is not None, why
         if self.transport == "shm" and address is None:
-            connection.send(header(kind=Kind.HELLO))
+            connection.send(header(kind=FrameKind.HELLO))
             self.until(lambda: connection in self.dialling.shared)
         return connection
 
@@ -190,7 +190,7 @@ class World:
     def show(self, connection: Connection, step: int, body: bytes) -> None:
         """Send values from the listening side by the transport's way."""
         shared = self.listening.shared.get(connection)
-        head = header(step, kind=Kind.VALUES)
+        head = header(step, kind=FrameKind.VALUES)
         if shared is None:
             connection.send(head, [body])
         else:

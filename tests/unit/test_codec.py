@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from harness.played import played_spec
 from pscluster.step.codec import DTYPES, add_optional, as_bytes
 from pscluster.step.layout import CODEC_BYTES, Layout, TensorSpec
-from pscluster.step.tree import Node, tree_of
+from pscluster.step.tree import TreeNode, tree_of
 from psserver.partition.step.open_step import OpenStep
 from psserver.partition.step.state import PartitionState
 from psworker.trainer.gradients.accumulate import Counter, add_gradients
@@ -128,12 +128,12 @@ def leaf(shard: int, touched: int, dtype: torch.dtype) -> Gradients:
     return found
 
 
-def pushed(shards: list[int], touched: list[int], dtype: torch.dtype) -> list[tuple[Node, torch.Tensor]]:
+def pushed(shards: list[int], touched: list[int], dtype: torch.dtype) -> list[tuple[TreeNode, torch.Tensor]]:
     """The nodes of one worker as they go to a partition."""
     tree = tree_of(len(touched))
     counter: Counter[Gradients] = Counter(tree, add_gradients)
     counter.begin(tree.cover(shards))
-    nodes = [found for s in shards for found in counter.carry(Node(s, 1), leaf(s, touched[s], dtype))]
+    nodes = [found for s in shards for found in counter.carry(TreeNode(s, 1), leaf(s, touched[s], dtype))]
     words = []
     for node, gradients in nodes:
         target = torch.full((LAYOUT.buckets[0].num_words,), 7.0, dtype=dtype)
@@ -142,11 +142,11 @@ def pushed(shards: list[int], touched: list[int], dtype: torch.dtype) -> list[tu
     return words
 
 
-def summed(nodes: list[tuple[Node, torch.Tensor]], codec: str, num_shards: int) -> tuple[bytes, dict[int, float]]:
+def summed(nodes: list[tuple[TreeNode, torch.Tensor]], codec: str, num_shards: int) -> tuple[bytes, dict[int, float]]:
     """What a partition's gate makes of nodes in this order: the root, and its squares."""
     spec = played_spec(num_shards, network={"push_codec": codec})
     step = OpenStep(PartitionState.empty(LAYOUT, 0, 1, 0), spec, 1)
-    released: list[Node] = []
+    released: list[TreeNode] = []
     for node, words in nodes:
         assert step.offer_trained(0, node, words.clone(), partial(released.append, node))
     assert step.trained[0].is_complete

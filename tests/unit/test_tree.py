@@ -6,22 +6,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pscluster.step.tree import Node, Tree, tree_of
+from pscluster.step.tree import Tree, TreeNode, tree_of
 
 SIZES = st.integers(1, 300)
 
 
-def expression(tree: Tree, node: Node) -> str:
+def expression(tree: Tree, node: TreeNode) -> str:
     """The sum as people write it, from the merges alone."""
     if node.leaves == 1:
         return str(node.first)
     left_count = next(n for n in range(1, node.leaves) if _is_left(tree, node, n))
-    left, right = Node(node.first, left_count), Node(node.first + left_count, node.leaves - left_count)
+    left, right = TreeNode(node.first, left_count), TreeNode(node.first + left_count, node.leaves - left_count)
     return f"({expression(tree, left)}+{expression(tree, right)})"
 
 
-def _is_left(tree: Tree, parent: Node, count: int) -> bool:
-    left = Node(parent.first, count)
+def _is_left(tree: Tree, parent: TreeNode, count: int) -> bool:
+    left = TreeNode(parent.first, count)
     merge = tree.merge_of(left) if left in tree else None
     return merge is not None and merge.parent == parent
 
@@ -60,13 +60,13 @@ def test_a_tree_has_one_addition_fewer_than_leaves_and_each_joins_neighbours(lea
     for merge in merges:
         assert merge is not None
         assert merge.left.first + merge.left.leaves == merge.right.first
-        assert merge.parent == Node(merge.left.first, merge.left.leaves + merge.right.leaves)
+        assert merge.parent == TreeNode(merge.left.first, merge.left.leaves + merge.right.leaves)
         half = merge.left.leaves
         assert half & (half - 1) == 0 and half < merge.parent.leaves <= 2 * half
 
 
-@pytest.mark.parametrize("node", [Node(1, 2), Node(0, 3), Node(0, 0), Node(8, 1), Node(4, 5)])
-def test_what_is_no_node_is_told_apart(node: Node) -> None:
+@pytest.mark.parametrize("node", [TreeNode(1, 2), TreeNode(0, 3), TreeNode(0, 0), TreeNode(8, 1), TreeNode(4, 5)])
+def test_what_is_no_node_is_told_apart(node: TreeNode) -> None:
     tree = Tree(8)
 
     assert node not in tree
@@ -75,8 +75,8 @@ def test_what_is_no_node_is_told_apart(node: Node) -> None:
 
 
 def test_the_root_is_in_no_addition() -> None:
-    assert Tree(1).merge_of(Node(0, 1)) is None
-    assert Tree(6).merge_of(Node(0, 6)) is None
+    assert Tree(1).merge_of(TreeNode(0, 1)) is None
+    assert Tree(6).merge_of(TreeNode(0, 6)) is None
 
 
 @given(leaves=SIZES, data=st.data())
@@ -96,7 +96,7 @@ def test_a_cover_has_exactly_the_leaves_in_the_fewest_nodes(leaves: int, data: s
 
 @given(a=st.tuples(st.integers(0, 9), st.integers(1, 9)), b=st.tuples(st.integers(0, 9), st.integers(1, 9)))
 def test_covering_is_containing_all_leaves(a: tuple[int, int], b: tuple[int, int]) -> None:
-    one, other = Node(*a), Node(*b)
+    one, other = TreeNode(*a), TreeNode(*b)
     leaves_of = {node: set(range(node.first, node.first + node.leaves)) for node in (one, other)}
 
     assert one.covers(other) == (leaves_of[one] >= leaves_of[other])
@@ -106,9 +106,9 @@ def test_equal_trees_are_shared() -> None:
     assert tree_of(12) is tree_of(12)
 
 
-def _nodes(tree: Tree) -> list[Node]:
+def _nodes(tree: Tree) -> list[TreeNode]:
     """Every node, found from the leaves up."""
-    found = {Node(leaf, 1) for leaf in range(tree.root.leaves)}
+    found = {TreeNode(leaf, 1) for leaf in range(tree.root.leaves)}
     for node in sorted(found):
         merge = tree.merge_of(node)
         while merge is not None:

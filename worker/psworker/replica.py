@@ -16,7 +16,7 @@ from torch import nn
 from pscluster.errors import LayoutError
 from pscluster.job.spec import OptimizerSection
 from pscluster.step.digest import NamedBytes, parameters_sha256
-from pscluster.step.layout import ITEM_BYTES, Kind, Layout, TensorSpec
+from pscluster.step.layout import ITEM_BYTES, BucketKind, Layout, TensorSpec
 from psworker.staging import HostStaging, Staging
 from psworker.trainer.values.bucket_memory import BucketMemory
 
@@ -215,7 +215,7 @@ def _spec(
             f"{names[0]} is lazy", action="run the model once in build_model, so that its shapes are known"
         )
     dtype = str(tensor.dtype).removeprefix("torch.")
-    kind: Kind
+    kind: BucketKind
     if is_parameter:
         kind = "trained" if tensor.requires_grad else "frozen"
     else:

@@ -8,7 +8,7 @@ from typing import Any
 from pscluster.errors import CallerError, InternalError
 from pscluster.v1 import agents_pb2, plan_pb2
 from psmaster.control.transaction import Report
-from psmaster.model.job import Check, Connection, Finished, Problem, Trouble
+from psmaster.model.job import DataConnection, ErrorInfo, Finished, JobWarning, PreflightCheck
 from psmaster.model.membership import Node, Role
 from psmaster.model.process import REACHES_ALL, Exit, Failure, PartitionFacts, Process, TrainerFacts, Unreached
 from psmaster.model.reports import Connected, Evaluated, Progress, StandbyState, StepRecord
@@ -88,8 +88,8 @@ def exit_of(m: agents_pb2.ProcessStatus) -> Exit | None:
     )
 
 
-def problem(m: plan_pb2.ErrorDetail) -> Problem:
-    return Problem(
+def problem(m: plan_pb2.ErrorDetail) -> ErrorInfo:
+    return ErrorInfo(
         code=m.code or InternalError.code,
         cause=m.cause,
         action=m.action,
@@ -132,7 +132,9 @@ def report(m: plan_pb2.ProcessReport) -> Report | None:
     if kind == "connected":
         held = m.connected.connections
         return Connected(
-            connections=tuple(Connection(trainer=c.trainer, partition=c.partition, transport=c.transport) for c in held)
+            connections=tuple(
+                DataConnection(trainer=c.trainer, partition=c.partition, transport=c.transport) for c in held
+            )
         )
     if kind == "standby_state":
         state = m.standby_state
@@ -141,7 +143,7 @@ def report(m: plan_pb2.ProcessReport) -> Report | None:
         )
     if kind == "warning":
         told: Any = m.warning  # mypy takes the name for the built-in Warning
-        return Trouble(step=told.step, problem=problem(told.error))
+        return JobWarning(step=told.step, problem=problem(told.error))
     return None
 
 
@@ -159,8 +161,8 @@ def _trainer(m: plan_pb2.TrainerReady) -> TrainerFacts:
     )
 
 
-def _checks(checks: Sequence[plan_pb2.PreflightCheck]) -> tuple[Check, ...]:
-    return tuple(Check(name=check.name, ok=check.ok, detail=check.detail) for check in checks)
+def _checks(checks: Sequence[plan_pb2.PreflightCheck]) -> tuple[PreflightCheck, ...]:
+    return tuple(PreflightCheck(name=check.name, ok=check.ok, detail=check.detail) for check in checks)
 
 
 def _part(m: plan_pb2.SnapshotPart) -> Part:

@@ -14,11 +14,15 @@ from psmaster.control.loop import Core
 from psmaster.model import membership
 from psmaster.model.job import Event, Job, JobState
 from psmaster.model.membership import Health, Role
-from psmaster.model.plan import Kind
+from psmaster.model.plan import ProcessKind
 from psmaster.model.state import State
 from psmaster.scheduling import rebalance
 
-_LOSSES = {"TrainerLost": Kind.TRAINER.value, "PartitionLost": Kind.PARTITION.value, "StandbyLost": "standby"}
+_LOSSES = {
+    "TrainerLost": ProcessKind.TRAINER.value,
+    "PartitionLost": ProcessKind.PARTITION.value,
+    "StandbyLost": "standby",
+}
 _RECOVERY_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
 
 Family = GaugeMetricFamily | CounterMetricFamily
@@ -41,7 +45,7 @@ class MasterMetrics(Collector):
         )
         for cause in _LOSSES.values():
             self._failovers.labels(cause=cause)
-        for kind in Kind:
+        for kind in ProcessKind:
             self._recovery.labels(kind=kind.value)
         metrics.register(self)
         core.listeners.append(self.listen)

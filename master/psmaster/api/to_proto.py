@@ -8,17 +8,20 @@ from typing import cast
 
 from pscluster.v1 import agents_pb2, jobs_pb2, plan_pb2
 from psmaster.model import membership, reports
-from psmaster.model.job import Condition, Event, Instant, Job, JobState, Problem
+from psmaster.model.job import Condition, ErrorInfo, Event, Instant, Job, JobState
 from psmaster.model.membership import Health, Node, Role
-from psmaster.model.plan import Kind, Plan, Seat, counted_on
+from psmaster.model.plan import Plan, ProcessKind, Seat, counted_on
 from psmaster.model.process import Processes
 from psmaster.model.snapshot_catalog import Catalogue, Part
-from psmaster.model.speed import Pace
+from psmaster.model.speed import MeasuredSpeed
 from psmaster.scheduling import rebalance
 from psmaster.scheduling.reconcile import Desired
 
 _STATES = {state: cast("jobs_pb2.JobState", jobs_pb2.JobState.Value(f"JOB_STATE_{state.name}")) for state in JobState}
-_KINDS = {Kind.TRAINER: plan_pb2.ProcessSpec.KIND_TRAINER, Kind.PARTITION: plan_pb2.ProcessSpec.KIND_PARTITION}
+_KINDS = {
+    ProcessKind.TRAINER: plan_pb2.ProcessSpec.KIND_TRAINER,
+    ProcessKind.PARTITION: plan_pb2.ProcessSpec.KIND_PARTITION,
+}
 _ROLES = {Role.WORKER: agents_pb2.Role.ROLE_WORKER, Role.SERVER: agents_pb2.Role.ROLE_SERVER}
 
 
@@ -157,7 +160,7 @@ def job(
         _add_details(message, m, events)
         paces = rebalance.paces_of(m.trainers, m.job_id, processes)
         for seat in message.plan.trainers:
-            seat.microbatch_s = paces.get(seat.rank, Pace()).microbatch_s
+            seat.microbatch_s = paces.get(seat.rank, MeasuredSpeed()).microbatch_s
     return message
 
 
@@ -181,7 +184,7 @@ def _event(m: Event) -> jobs_pb2.Event:
     return jobs_pb2.Event(time_s=m.time_s, reason=m.reason, message=m.message, warning=m.warning)
 
 
-def _error(m: Problem) -> plan_pb2.ErrorDetail:
+def _error(m: ErrorInfo) -> plan_pb2.ErrorDetail:
     return plan_pb2.ErrorDetail(code=m.code, cause=m.cause, action=m.action, details=dict(m.details))
 
 

@@ -25,7 +25,7 @@ from psmaster.api import to_proto
 from psmaster.control.agent_stream import AgentStream
 from psmaster.control.transaction import Turn
 from psmaster.model import deletions
-from psmaster.model.job import Event, Instant, Job, Problem, Trouble
+from psmaster.model.job import ErrorInfo, Event, Instant, Job, JobWarning
 from psmaster.model.process import Process
 from psmaster.model.state import State
 from psmaster.scheduling.draft import Limits
@@ -259,8 +259,8 @@ class Core:
     def _unpublished(self, job_id: str, step: int, error: PsError) -> None:
         """A complete snapshot's manifest could not be written: training goes on, and people are told."""
         _log.warning("a job's store cannot be brought up to date", job=job_id, code=error.code, cause=error.cause)
-        problem = Problem(code=error.code, cause=error.cause, action=error.action)
-        self._put(Input(apply=lambda turn: turn.troubled(job_id, Trouble(step=step, problem=problem), "psmaster")))
+        problem = ErrorInfo(code=error.code, cause=error.cause, action=error.action)
+        self._put(Input(apply=lambda turn: turn.troubled(job_id, JobWarning(step=step, problem=problem), "psmaster")))
 
     def _removed(self, job_id: str) -> None:
         """Nothing is left in a deleted job's store: no later master need try again."""

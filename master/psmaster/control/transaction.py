@@ -14,9 +14,9 @@ from typing import Any
 from pscluster.errors import NotFoundError, StateError
 from psmaster.model import deletions, membership, reports, speed, transitions
 from psmaster.model.deletions import Deletion
-from psmaster.model.job import MAX_EVENTS, Event, Finished, Instant, Job, JobState, Trouble
+from psmaster.model.job import MAX_EVENTS, Event, Finished, Instant, Job, JobState, JobWarning
 from psmaster.model.membership import Node
-from psmaster.model.plan import Kind, Seat
+from psmaster.model.plan import ProcessKind, Seat
 from psmaster.model.process import REACHES_ALL, Exit, Failure, PartitionFacts, Process, TrainerFacts, Unreached
 from psmaster.model.reports import Applied, Connected, Evaluated, MetricLine, Progress, StandbyState
 from psmaster.model.snapshot_catalog import Catalogue, Part
@@ -33,7 +33,7 @@ Report = (
     | Evaluated
     | Finished
     | Part
-    | Trouble
+    | JobWarning
     | Connected
     | StandbyState
 )
@@ -134,7 +134,7 @@ class Turn:
         if isinstance(report, TrainerFacts | PartitionFacts | Failure):
             name = {TrainerFacts: "trainer", PartitionFacts: "partition", Failure: "failure"}[type(report)]
             self._know(process_id, node_id, **{name: report})
-        elif isinstance(report, Trouble):
+        elif isinstance(report, JobWarning):
             self._take(reports.trouble(job, report, seat.title, self.now))
         elif seat.standby:
             return  # it has no say yet
@@ -142,10 +142,10 @@ class Turn:
             self._take(reports.standby_state(job, report, seat.rank, self.now))
         elif isinstance(report, Connected):
             self._take(reports.connected(job, report, seat.rank))
-        elif seat.kind is Kind.PARTITION and seat.rank == 0:
+        elif seat.kind is ProcessKind.PARTITION and seat.rank == 0:
             self._take(self._of_lead(job, report))
 
-    def troubled(self, job_id: str, trouble: Trouble, source: str) -> None:
+    def troubled(self, job_id: str, trouble: JobWarning, source: str) -> None:
         """The master itself met something that training survives."""
         if job_id in self.jobs:
             self._take(reports.trouble(self.jobs[job_id], trouble, source, self.now))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from pscluster.job.spec import JobSpec
-from psmaster.model.plan import Kind, Plan, Seat
+from psmaster.model.plan import Plan, ProcessKind, Seat
 
 MAX_EVENTS = 200  # how many events of a job are remembered, the newest
 
@@ -58,7 +58,7 @@ class Condition:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Problem:
+class ErrorInfo:
     """A named error as data; see pscluster.errors."""
 
     code: str
@@ -75,7 +75,7 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Check:
+class PreflightCheck:
     """One preflight check on one node."""
 
     name: str
@@ -101,11 +101,11 @@ class Finished:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Trouble:
+class JobWarning:
     """Something that went wrong and that training survived, with the step it concerns."""
 
     step: int
-    problem: Problem
+    problem: ErrorInfo
 
     @property
     def is_unwritten(self) -> bool:
@@ -120,7 +120,7 @@ class Trouble:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Connection:
+class DataConnection:
     trainer: int
     partition: int
     transport: str
@@ -140,7 +140,7 @@ class Point:
 class Recovery:
     """A loss that no commit has made good yet. `since_s` is monotonic; `generation` mends it (0: none yet)."""
 
-    kind: Kind
+    kind: ProcessKind
     since_s: float
     generation: int = 0
 
@@ -204,14 +204,14 @@ class Job:
     best: Best | None = None
     next_best: Best | None = None  # reported, but its snapshot is not complete yet
     finished: Finished | None = None
-    trouble: Trouble | None = None  # the newest part of a snapshot that could not be written, and still counts
-    error: Problem | None = None
+    trouble: JobWarning | None = None  # the newest part of a snapshot that could not be written, and still counts
+    error: ErrorInfo | None = None
     traceback: str = ""
     saving: bool = False  # a partition is about to move: the next step is to be written, and the job to rest there
     held: int = -1  # the step at which it rests for that; -1: it does not
     parameters_sha256: str = ""
-    checks: tuple[Check, ...] = ()
-    connections: tuple[Connection, ...] = ()
+    checks: tuple[PreflightCheck, ...] = ()
+    connections: tuple[DataConnection, ...] = ()
     conditions: tuple[Condition, ...] = ()
     revision: int = 0
     # volatile
@@ -238,9 +238,9 @@ class Job:
     def restore_generation(self) -> int:
         return self.plan.restore_generation if self.plan else 0
 
-    def seat(self, kind: Kind, rank: int) -> Seat | None:
+    def seat(self, kind: ProcessKind, rank: int) -> Seat | None:
         """The seat of that kind and rank, if the job has it now; no standby's."""
-        seats = self.trainers if kind is Kind.TRAINER else self.partitions
+        seats = self.trainers if kind is ProcessKind.TRAINER else self.partitions
         return next((seat for seat in seats if seat.rank == rank), None)
 
     def standby(self, rank: int) -> Seat | None:

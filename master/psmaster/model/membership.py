@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from pscluster.errors import StateError
 from psmaster.model.job import Instant, Job
-from psmaster.model.plan import Kind
+from psmaster.model.plan import ProcessKind
 
 FORMER = 16  # lives of a node that are remembered: what may still be running somewhere
 FORGET_S = 3600.0  # a dead node that holds no seat is forgotten after this long
@@ -24,9 +24,9 @@ class Role(StrEnum):
     SERVER = "server"
 
     @classmethod
-    def of(cls, kind: Kind) -> Role:
+    def of(cls, kind: ProcessKind) -> Role:
         """The role of the nodes that run processes of `kind`."""
-        return cls.WORKER if kind is Kind.TRAINER else cls.SERVER
+        return cls.WORKER if kind is ProcessKind.TRAINER else cls.SERVER
 
 
 class Health(StrEnum):

@@ -9,7 +9,7 @@ from enum import StrEnum
 from psmaster.model.snapshot_catalog import RestorePoint
 
 
-class Kind(StrEnum):
+class ProcessKind(StrEnum):
     """What runs in a process."""
 
     TRAINER = "trainer"
@@ -34,7 +34,7 @@ class Seat:
     so that going on with this process loses nothing; so it is of every partition that the newest plan names.
     """
 
-    kind: Kind
+    kind: ProcessKind
     rank: int
     attempt: int = 0
     node_id: str = ""
@@ -115,5 +115,5 @@ class Plan:
 
     def names(self, seat: Seat) -> bool:
         """Whether this plan was made for the very process that fills `seat`."""
-        seats = self.trainers if seat.kind is Kind.TRAINER else self.partitions + self.standbys
+        seats = self.trainers if seat.kind is ProcessKind.TRAINER else self.partitions + self.standbys
         return any(own.rank == seat.rank and own.attempt == seat.attempt for own in seats)

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pscluster.errors import OutOfMemoryError, ProcessLostError
-from psmaster.model.job import Check, Job, Problem
-from psmaster.model.plan import Kind, Seat
-from psmaster.model.speed import UNKNOWN, Pace
+from psmaster.model.job import ErrorInfo, Job, PreflightCheck
+from psmaster.model.plan import ProcessKind, Seat
+from psmaster.model.speed import UNKNOWN, MeasuredSpeed
 
 if TYPE_CHECKING:
     from psmaster.scheduling.draft import View
@@ -29,7 +29,7 @@ class TrainerFacts:
     numerics_class: str
     numerics_detail: str = ""
     num_samples: int = 0
-    checks: tuple[Check, ...] = ()
+    checks: tuple[PreflightCheck, ...] = ()
     device: str = "cpu"
     final_step: int = 0
 
@@ -58,7 +58,7 @@ class Exit:
     exit_code: int = 0
     signal: int = 0
     out_of_memory: bool = False
-    error: Problem | None = None
+    error: ErrorInfo | None = None
     expected: bool = False  # its agent ended it, for instance because it was itself told to end
 
 
@@ -66,10 +66,10 @@ class Exit:
 class Failure:
     """Why a process said it cannot go on."""
 
-    error: Problem
+    error: ErrorInfo
     traceback: str = ""
     step: int = 0
-    checks: tuple[Check, ...] = ()
+    checks: tuple[PreflightCheck, ...] = ()
 
     @property
     def terminal(self) -> bool:
@@ -104,7 +104,7 @@ class Process:
     suspicion: str = ""
     suspect_since_s: float = 0.0
     unreached: Unreached = REACHES_ALL
-    pace: Pace = UNKNOWN  # of a trainer
+    pace: MeasuredSpeed = UNKNOWN  # of a trainer
 
     @property
     def living(self) -> bool:
@@ -120,7 +120,7 @@ class Loss:
 
     cause: str  # "exit", "signal", "memory", "failure", "silence", "node", "reach"
     message: str
-    problem: Problem
+    problem: ErrorInfo
     counted: bool
 
 
@@ -168,7 +168,7 @@ def _silence(seat: Seat, process: Process, job: Job, view: View) -> Loss | None:
     """A partition that no longer beats holds up everybody and is replaced at once. Of a trainer others do the work
     meanwhile: it has time to come back. When all of them are at one microbatch for long, something that they share may
     be slow, and ending them would not help."""
-    if seat.kind is Kind.TRAINER:
+    if seat.kind is ProcessKind.TRAINER:
         is_stalled = process.suspicion == "stalled"
         is_first = is_stalled and not process.pace.is_known
         grace_s = view.limits.first_grace_s if is_first else view.limits.trainer_grace_s
@@ -184,7 +184,7 @@ def _ended(seat: Seat, exit_: Exit, job: Job) -> Loss | None:
     if exit_.expected:
         return _gone(seat, f"is lost: the agent on {seat.node_id} ended it")
     if exit_.out_of_memory:
-        problem = exit_.error or Problem(
+        problem = exit_.error or ErrorInfo(
             code=OutOfMemoryError.code,
             cause=f"{seat.name} on {seat.node_id} ran out of memory",
             action=OutOfMemoryError.default_action,
@@ -199,7 +199,7 @@ def _ended(seat: Seat, exit_: Exit, job: Job) -> Loss | None:
     return _lost(seat, "exit", f"ended with exit code {exit_.exit_code}", exit_.error)
 
 
-def _lost(seat: Seat, cause: str, what: str, problem: Problem | None) -> Loss:
+def _lost(seat: Seat, cause: str, what: str, problem: ErrorInfo | None) -> Loss:
     message = f"{seat.title} on {seat.node_id} {what}"
     return Loss(cause=cause, message=message, problem=problem or _unexplained(message), counted=True)
 
@@ -209,8 +209,8 @@ def _gone(seat: Seat, what: str) -> Loss:
     return Loss(cause="node", message=message, problem=_unexplained(message), counted=False)
 
 
-def _unexplained(message: str) -> Problem:
-    return Problem(code=ProcessLostError.code, cause=message, action="see `psctl logs` for its last words")
+def _unexplained(message: str) -> ErrorInfo:
+    return ErrorInfo(code=ProcessLostError.code, cause=message, action="see `psctl logs` for its last words")
 
 
 def _signal_name(number: int) -> str:
@@ -225,7 +225,7 @@ def ready_facts(seat: Seat, job: Job, processes: Processes) -> TrainerFacts | Pa
     process = processes.get(seat.process_id(job.job_id)) if seat.placed else None
     if process is None or not process.living:
         return None
-    return process.trainer if seat.kind is Kind.TRAINER else process.partition
+    return process.trainer if seat.kind is ProcessKind.TRAINER else process.partition
 
 
 def was_ready(seat: Seat, job: Job, processes: Processes) -> bool:

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from psmaster.model import snapshot_catalog, transitions
-from psmaster.model.job import Best, Connection, Event, Finished, Instant, Job, JobState, Point, Trouble
+from psmaster.model.job import Best, DataConnection, Event, Finished, Instant, Job, JobState, JobWarning, Point
 from psmaster.model.plan import Seat
 from psmaster.model.snapshot_catalog import Catalogue, Part
 
@@ -44,7 +44,7 @@ class Progress:
 class Connected:
     """The data-plane connections that one trainer holds."""
 
-    connections: tuple[Connection, ...]
+    connections: tuple[DataConnection, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,7 +218,7 @@ def snapshot_part(job: Job, snapshots: Catalogue, part: Part, now: Instant) -> t
     return Applied(job=job, events=(event,)), kept
 
 
-def trouble(job: Job, report: Trouble, source: str, now: Instant) -> Applied:
+def trouble(job: Job, report: JobWarning, source: str, now: Instant) -> Applied:
     """Something went wrong that training survives: told, and remembered if it is a part that could not be written: the
     last step may be one with such a part. What a rollback has made void since then is written anew.
 

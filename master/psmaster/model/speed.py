@@ -17,7 +17,7 @@ FORGET_MICROBATCHES = 5  # but not before so many microbatches could have been c
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pace:
+class MeasuredSpeed:
     """`microbatch_s`: seconds that one microbatch takes, waiting left out; 0 before the first measurement.
 
     `microbatches`: how many the trainer had measured by then. `measurements`: of which this is made, since it began
@@ -34,10 +34,10 @@ class Pace:
         return self.measurements > 0
 
 
-UNKNOWN = Pace()
+UNKNOWN = MeasuredSpeed()
 
 
-def heard(pace: Pace, microbatch_s: float, microbatches: int, now_s: float) -> Pace:
+def heard(pace: MeasuredSpeed, microbatch_s: float, microbatches: int, now_s: float) -> MeasuredSpeed:
     """The pace after a measurement. One that is none (no positive number), or that was heard before, changes nothing.
 
     `microbatches` below the known count: the same process never says that, so it is taken as heard before."""
@@ -55,7 +55,7 @@ def heard(pace: Pace, microbatch_s: float, microbatches: int, now_s: float) -> P
     return replace(fresh, microbatch_s=smooth_s, measurements=pace.measurements + 1, apart=apart)
 
 
-def _apart(pace: Pace, microbatch_s: float) -> tuple[float, ...]:
+def _apart(pace: MeasuredSpeed, microbatch_s: float) -> tuple[float, ...]:
     """The measurements in a row, this one the last, that are far from the pace, all on its side."""
     ratio = microbatch_s / pace.microbatch_s
     if 1 / (1 + APART) <= ratio <= 1 + APART:

@@ -12,7 +12,7 @@ from psmaster.model import membership
 from psmaster.model.deletions import Deletions
 from psmaster.model.job import Event, Instant, Job, JobState
 from psmaster.model.membership import Health, Node, Nodes, Role
-from psmaster.model.plan import Kind
+from psmaster.model.plan import ProcessKind
 from psmaster.model.process import Processes
 from psmaster.model.reports import MetricLine
 from psmaster.model.snapshot_catalog import Catalogue
@@ -65,7 +65,7 @@ def node_views(
     for job in jobs.values():
         for seat in job.seats if job.job_id != job_id else ():
             if seat.placed:
-                wanted = job.spec.workers.device if seat.kind is Kind.TRAINER else CPU
+                wanted = job.spec.workers.device if seat.kind is ProcessKind.TRAINER else CPU
                 taken[Role.of(seat.kind), seat.node_id].append(seat.device or wanted)
                 if seat.held_back and wanted not in (AUTO, CPU):
                     full.add(seat.node_id)

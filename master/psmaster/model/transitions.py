@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pscluster.errors import InternalError, StateError
-from psmaster.model.job import Event, Instant, Job, JobState, Problem
+from psmaster.model.job import ErrorInfo, Event, Instant, Job, JobState
 
 _ALLOWED: dict[JobState, frozenset[JobState]] = {
     JobState.QUEUED: frozenset({JobState.STARTING, JobState.STOPPED, JobState.FAILED}),
@@ -53,7 +53,7 @@ def end(job: Job, state: JobState, reason: str, now: Instant, *, warning: bool =
     return ended, event
 
 
-def fail(job: Job, problem: Problem, now: Instant, traceback: str = "") -> tuple[Job, Event]:
+def fail(job: Job, problem: ErrorInfo, now: Instant, traceback: str = "") -> tuple[Job, Event]:
     """The job ended FAILED for `problem`."""
     named = replace(job, error=problem, traceback=traceback)
     return end(named, JobState.FAILED, str(problem), now, warning=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from psmaster.model.job import Check, Job, JobState, Problem
-from psmaster.model.plan import Kind, Seat
+from psmaster.model.job import ErrorInfo, Job, JobState, PreflightCheck
+from psmaster.model.plan import ProcessKind, Seat
 from psmaster.model.process import Failure, failure_of
 from psmaster.scheduling.draft import Draft, View
 
@@ -34,7 +34,7 @@ def _leave_out(draft: Draft, seat: Seat, failure: Failure) -> bool:
     """Spare a running job the failure of one newcomer: its node is left out instead."""
     job = draft.job
     others = any(own.active for own in job.trainers)
-    if job.plan is None or seat.kind is not Kind.TRAINER or seat.active or not others:
+    if job.plan is None or seat.kind is not ProcessKind.TRAINER or seat.active or not others:
         return False
     draft.exclude(seat.node_id, seat.incarnation, str(failure.error))
     draft.unseat(seat)
@@ -46,8 +46,8 @@ def _undecided(seat: Seat, draft: Draft, view: View) -> bool:
     return process is None or (process.living and process.trainer is None and process.partition is None)
 
 
-def _checks(draft: Draft, view: View) -> tuple[Check, ...]:
-    found: list[Check] = []
+def _checks(draft: Draft, view: View) -> tuple[PreflightCheck, ...]:
+    found: list[PreflightCheck] = []
     for seat in draft.job.trainers:
         process = view.processes.get(seat.process_id(draft.job.job_id))
         told = (process.trainer or process.failure) if process else None
@@ -55,7 +55,7 @@ def _checks(draft: Draft, view: View) -> tuple[Check, ...]:
     return tuple(found)
 
 
-def _told_with_place(seat: Seat, failure: Failure, seats: list[Seat]) -> Problem:
+def _told_with_place(seat: Seat, failure: Failure, seats: list[Seat]) -> ErrorInfo:
     where = ", ".join(f"{other.name} on {other.node_id}" for other in seats)
     step = f", step {failure.step}" if failure.step else ""
     details = {**dict(failure.error.details), "process": seat.name, "node": seat.node_id}
@@ -88,7 +88,7 @@ def end_if_finished(draft: Draft, view: View) -> None:
         draft.fail(replace(problem, cause=cause))
 
 
-def _unwritten(job: Job, step: int) -> Problem | None:
+def _unwritten(job: Job, step: int) -> ErrorInfo | None:
     """Why a partition could not write its part of a step."""
     return job.trouble.problem if job.trouble is not None and job.trouble.step == step else None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from psmaster.model.job import Condition, Instant, Job, JobState
-from psmaster.model.plan import Kind, Seat, counted_on
+from psmaster.model.plan import ProcessKind, Seat, counted_on
 from psmaster.model.process import ready_facts
 from psmaster.scheduling import reachability, retry, standbys
 from psmaster.scheduling.admission import with_device
@@ -63,17 +63,17 @@ def _starting(job: Job, view: View) -> str:
     away = [seat for seat in job.working if not seat.placed or ready_facts(seat, job, view.processes) is None]
     ready = {
         kind: sum(1 for seat in job.working if seat.kind is kind and seat not in away)
-        for kind in (Kind.TRAINER, Kind.PARTITION)
+        for kind in (ProcessKind.TRAINER, ProcessKind.PARTITION)
     }
-    counts = f"{ready[Kind.TRAINER]} of {len(job.trainers)} trainers and "
-    counts += f"{ready[Kind.PARTITION]} of {len(job.partitions)} partitions are ready"
+    counts = f"{ready[ProcessKind.TRAINER]} of {len(job.trainers)} trainers and "
+    counts += f"{ready[ProcessKind.PARTITION]} of {len(job.partitions)} partitions are ready"
     shown = ", ".join(_where(seat, job) for seat in away[:4]) + (", ..." if len(away) > 4 else "")
     left_out = "; ".join(f"{node_id} is left out: {why}" for node_id, _, why in job.excluded)
     return counts + (f"; waits for {shown}" if away else "") + (f"; {left_out}" if left_out else "")
 
 
 def _where(seat: Seat, job: Job) -> str:
-    if not seat.placed and seat.kind is Kind.TRAINER:
+    if not seat.placed and seat.kind is ProcessKind.TRAINER:
         return f"a free worker slot{with_device(job.spec.workers.device)} for {seat.name}"
     if not seat.placed:
         return f"a free server slot for {seat.name}"

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from psmaster.model import transitions
-from psmaster.model.job import Event, Instant, Job, JobState, Problem
-from psmaster.model.plan import Kind, Seat
+from psmaster.model.job import ErrorInfo, Event, Instant, Job, JobState
+from psmaster.model.plan import ProcessKind, Seat
 from psmaster.model.process import Processes
 from psmaster.model.snapshot_catalog import Catalogue
 from psmaster.scheduling.admission import NodeView
@@ -62,17 +62,17 @@ class Draft:
         self.job, event = transitions.end(self.job, state, reason, self.now, warning=warning)
         self.events.append(event)
 
-    def fail(self, problem: Problem, traceback: str = "") -> None:
+    def fail(self, problem: ErrorInfo, traceback: str = "") -> None:
         self.job, event = transitions.fail(self.job, problem, self.now, traceback)
         self.events.append(event)
 
     def put(self, seat: Seat) -> None:
         """Replace the seat of the same kind and rank, or append a new one."""
-        field = "trainers" if seat.kind is Kind.TRAINER else "standbys" if seat.standby else "partitions"
+        field = "trainers" if seat.kind is ProcessKind.TRAINER else "standbys" if seat.standby else "partitions"
         seats = {own.rank: own for own in getattr(self.job, field)} | {seat.rank: seat}
         self.update(**{field: tuple(seats[rank] for rank in sorted(seats))})
 
-    def place(self, kind: Kind, rank: int, node: NodeView, *, standby: bool = False) -> None:
+    def place(self, kind: ProcessKind, rank: int, node: NodeView, *, standby: bool = False) -> None:
         """Give a seat a node and with it its next attempt: a process id that never was."""
         own = self.job.standby(rank) if standby else self.job.seat(kind, rank)
         held = own or Seat(kind=kind, rank=rank, standby=standby)

@@ -17,7 +17,7 @@ from pscluster.devices import CPU
 from psmaster.model import membership
 from psmaster.model.job import Instant, Job
 from psmaster.model.membership import Health, Node, Role
-from psmaster.model.plan import Kind, Seat, counted_on
+from psmaster.model.plan import ProcessKind, Seat, counted_on
 from psmaster.model.state import State, node_views
 from psmaster.scheduling import standbys
 from psmaster.scheduling.admission import NodeView, choose_node, max_trainers
@@ -42,11 +42,11 @@ def move_away(draft: Draft, view: View) -> None:
     job = draft.job
     if job.stopping or job.finished is not None:
         return
-    for kind in Kind:
+    for kind in ProcessKind:
         leaving = [seat for seat in job.seats if seat.kind is kind and seat.placed and _drains(seat, view.nodes)]
         if job.plan is None:
             _start_elsewhere(draft, view, leaving)
-        elif kind is Kind.TRAINER:
+        elif kind is ProcessKind.TRAINER:
             _move_trainers(draft, view, leaving)
         else:
             _move_partitions(draft, view, leaving)
@@ -93,10 +93,10 @@ def _release(draft: Draft, seat: Seat) -> None:
 
 def _start_another(draft: Draft, view: View, leaving: Sequence[Seat]) -> None:
     """Nobody could take the shards over: one trainer more is started elsewhere, for as long as both are needed."""
-    node = _choose(draft.job, view.nodes, draft.excluded(view.nodes), Kind.TRAINER, ())
+    node = _choose(draft.job, view.nodes, draft.excluded(view.nodes), ProcessKind.TRAINER, ())
     if node is None:
         return
-    seat = Seat(kind=Kind.TRAINER, rank=max(own.rank for own in draft.job.trainers) + 1)
+    seat = Seat(kind=ProcessKind.TRAINER, rank=max(own.rank for own in draft.job.trainers) + 1)
     draft.place(seat.kind, seat.rank, node)
     where = f"{leaving[0].name} on {leaving[0].node_id}, which drains"
     draft.say("TrainerAdded", f"{seat.name} starts on {node.node_id}, to take over from {where}")
@@ -161,10 +161,12 @@ def _room(job: Job, nodes: Nodes, excluded: frozenset[str], seats: Sequence[Seat
     return True
 
 
-def _choose(job: Job, nodes: Nodes, excluded: frozenset[str], kind: Kind, planned: Sequence[str]) -> NodeView | None:
+def _choose(
+    job: Job, nodes: Nodes, excluded: frozenset[str], kind: ProcessKind, planned: Sequence[str]
+) -> NodeView | None:
     """A node for one process more, where those for `planned` are taken already."""
     taken = Counter([own.node_id for own in job.seats if own.placed] + list(planned))
-    device = job.spec.workers.device if kind is Kind.TRAINER else CPU
+    device = job.spec.workers.device if kind is ProcessKind.TRAINER else CPU
     return choose_node(nodes, Role.of(kind), taken, excluded, "", device)
 
 
@@ -207,7 +209,7 @@ def waits_for(state: State, node: Node, now: Instant, suspicion_s: float) -> lis
 def _waits(job: Job, nodes: Nodes, leaving: Sequence[Seat]) -> str:
     if job.stopping or job.finished is not None:
         return "is about to end"
-    if any(seat.kind is Kind.PARTITION for seat in leaving):
+    if any(seat.kind is ProcessKind.PARTITION for seat in leaving):
         return _partitions_wait(job, nodes, leaving)
     staying = [seat for seat in job.trainers if seat.placed and not _drains(seat, nodes)]
     if any(seat.active for seat in staying) and job.plan is not None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from psmaster.model.job import Dealing, Instant, Job
 from psmaster.model.plan import Seat
 from psmaster.model.process import Processes
-from psmaster.model.speed import Pace
+from psmaster.model.speed import MeasuredSpeed
 from psmaster.scheduling.shard_assignment import Runs, deal_shards, least_makespan_s, makespan_s
 
 GAIN = 0.10  # of a step's time: what a move must promise
@@ -39,13 +39,13 @@ class Move:
     probe: int = -1
 
 
-def paces_of(seats: Iterable[Seat], job_id: str, processes: Processes) -> dict[int, Pace]:
+def paces_of(seats: Iterable[Seat], job_id: str, processes: Processes) -> dict[int, MeasuredSpeed]:
     """What is known of the trainers in these seats, by rank."""
     found = {seat.rank: processes.get(seat.process_id(job_id)) for seat in seats}
-    return {rank: process.pace if process else Pace() for rank, process in found.items()}
+    return {rank: process.pace if process else MeasuredSpeed() for rank, process in found.items()}
 
 
-def speeds_of(paces: Mapping[int, Pace]) -> dict[int, float]:
+def speeds_of(paces: Mapping[int, MeasuredSpeed]) -> dict[int, float]:
     """Seconds a microbatch, by rank; who was not measured yet is taken for the median one. Empty: nobody was."""
     known = [pace.microbatch_s for pace in paces.values() if pace.is_known]
     if not known:
@@ -54,12 +54,12 @@ def speeds_of(paces: Mapping[int, Pace]) -> dict[int, float]:
     return {rank: pace.microbatch_s if pace.is_known else median_s for rank, pace in paces.items()}
 
 
-def deal(num_shards: int, paces: Mapping[int, Pace], probe: int = -1) -> dict[int, Runs]:
+def deal(num_shards: int, paces: Mapping[int, MeasuredSpeed], probe: int = -1) -> dict[int, Runs]:
     """The runs of each rank; `probe` gets one shard, whatever its speed."""
     return deal_shards(num_shards, paces, speeds_of(paces), single=probe)
 
 
-def straggler_of(paces: Mapping[int, Pace]) -> tuple[int, float]:
+def straggler_of(paces: Mapping[int, MeasuredSpeed]) -> tuple[int, float]:
     """The slowest measured trainer's rank, and how many times the median one's time it takes; (-1, 1.0): none is."""
     known = {rank: pace.microbatch_s for rank, pace in paces.items() if pace.is_known}
     if not known:
@@ -105,7 +105,7 @@ def _after_move(dealing: Dealing, probed: bool, now: Instant) -> Dealing:
     return replace(dealing, moves=min(moves + 1, 16), moved_s=now.mono_s, probe=-1)
 
 
-def _move(job: Job, seats: Sequence[Seat], paces: Mapping[int, Pace], gain: float, dealing: Dealing) -> Move:
+def _move(job: Job, seats: Sequence[Seat], paces: Mapping[int, MeasuredSpeed], gain: float, dealing: Dealing) -> Move:
     slowest, ratio = straggler_of(paces)
     runs = deal(job.num_shards, paces)
     sizes = {rank: sum(count for _, count in of_rank) for rank, of_rank in runs.items()}
@@ -125,7 +125,7 @@ def _move(job: Job, seats: Sequence[Seat], paces: Mapping[int, Pace], gain: floa
 
 def _probe(
     seats: Sequence[Seat],
-    paces: Mapping[int, Pace],
+    paces: Mapping[int, MeasuredSpeed],
     sizes: Mapping[int, int],
     least_s: float,
     dealing: Dealing,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pscluster.errors import InternalError
 from psmaster.model import transitions
 from psmaster.model.job import Event, Instant, Job, JobState
-from psmaster.model.plan import Kind, Plan, Seat
+from psmaster.model.plan import Plan, ProcessKind, Seat
 from psmaster.model.process import Processes
 from psmaster.model.snapshot_catalog import Catalogue
 from psmaster.scheduling import completion, conditions, drain, planner, recovery, retry, standbys, startup
@@ -117,11 +117,11 @@ def _admit(draft: Draft, view: View, ahead: str) -> None:
     draft.job = replace(
         transitions.move(job, JobState.STARTING, "starts"),
         started_s=job.started_s or draft.now.unix_s,
-        trainers=tuple(Seat(kind=Kind.TRAINER, rank=rank) for rank in range(len(admission.trainers))),
-        partitions=tuple(Seat(kind=Kind.PARTITION, rank=rank) for rank in range(len(admission.partitions))),
+        trainers=tuple(Seat(kind=ProcessKind.TRAINER, rank=rank) for rank in range(len(admission.trainers))),
+        partitions=tuple(Seat(kind=ProcessKind.PARTITION, rank=rank) for rank in range(len(admission.partitions))),
         standbys=standbys.empty_seats(job, len(admission.partitions)),
     )
-    for kind, places in ((Kind.TRAINER, admission.trainers), (Kind.PARTITION, admission.partitions)):
+    for kind, places in ((ProcessKind.TRAINER, admission.trainers), (ProcessKind.PARTITION, admission.partitions)):
         for rank, node_id in enumerate(places):
             draft.place(kind, rank, view.nodes[node_id])
     draft.say(

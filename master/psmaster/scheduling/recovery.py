@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from pscluster.devices import CPU
 from psmaster.model import snapshot_catalog
-from psmaster.model.job import Problem, Recovery
+from psmaster.model.job import ErrorInfo, Recovery
 from psmaster.model.membership import Role
-from psmaster.model.plan import Kind, Seat
+from psmaster.model.plan import ProcessKind, Seat
 from psmaster.model.process import Loss, PartitionFacts, TrainerFacts, failure_of, loss_of, out_of_reach, ready_facts
 from psmaster.scheduling import numerics, reachability, retry, standbys
 from psmaster.scheduling.admission import NodeView, choose_node, max_trainers
@@ -26,7 +26,7 @@ def lose(draft: Draft, view: View) -> None:
         if seat.standby and loss is not None:
             standbys.lose(draft, view, seat, loss)
             continue
-        if loss is None or (draft.job.finished is not None and seat.kind is Kind.TRAINER):
+        if loss is None or (draft.job.finished is not None and seat.kind is ProcessKind.TRAINER):
             continue
         if failure_of(seat, draft.job, view.processes) is not None:
             continue  # it ends the job once the others' failures are heard
@@ -44,7 +44,7 @@ def lose(draft: Draft, view: View) -> None:
         if draft.job.plan is not None and seat.active:
             _begin_recovery(draft, seat.kind)
         retry.unseat(draft, view, seat, loss, losses)
-        if seat.kind is Kind.PARTITION:
+        if seat.kind is ProcessKind.PARTITION:
             standbys.succeed(draft, seat, losses)
         if loss.cause == "reach":
             _place_elsewhere(draft, view, seat)
@@ -52,7 +52,7 @@ def lose(draft: Draft, view: View) -> None:
 
 def _out_of_reach(draft: Draft, view: View, seat: Seat, cut: reachability.Cut) -> Loss | None:
     """A partition that others cannot reach, and that can be elsewhere."""
-    if seat.kind is not Kind.PARTITION or seat.standby or seat.rank not in cut.partitions:
+    if seat.kind is not ProcessKind.PARTITION or seat.standby or seat.rank not in cut.partitions:
         return None
     standby = draft.job.standby(seat.rank)
     if _elsewhere(draft, view, seat) is None and (standby is None or not standby.synced):
@@ -76,10 +76,10 @@ def _place_elsewhere(draft: Draft, view: View, lost: Seat) -> None:
 def _spared(draft: Draft, seat: Seat) -> bool:
     """Whether a running job can do without the node where a newcomer never becomes ready."""
     others = any(own.active for own in draft.job.trainers)
-    return draft.job.plan is not None and seat.kind is Kind.TRAINER and not seat.active and others
+    return draft.job.plan is not None and seat.kind is ProcessKind.TRAINER and not seat.active and others
 
 
-def _void_snapshot(draft: Draft, problem: Problem) -> None:
+def _void_snapshot(draft: Draft, problem: ErrorInfo) -> None:
     """A partition that cannot read a snapshot names its step: the job then falls back to an older one."""
     step = problem.detail("void_snapshot")
     if step.isdecimal() and draft.snapshots.complete(int(step)):
@@ -87,10 +87,12 @@ def _void_snapshot(draft: Draft, problem: Problem) -> None:
         draft.say("SnapshotVoid", f"the snapshot of step {step} cannot be read: {problem.cause}", warning=True)
 
 
-def _begin_recovery(draft: Draft, kind: Kind) -> None:
+def _begin_recovery(draft: Draft, kind: ProcessKind) -> None:
     held = draft.job.recovery
     since = held.since_s if held else draft.now.mono_s
-    worst = Kind.PARTITION if Kind.PARTITION in (kind, held.kind if held else kind) else Kind.TRAINER
+    worst = (
+        ProcessKind.PARTITION if ProcessKind.PARTITION in (kind, held.kind if held else kind) else ProcessKind.TRAINER
+    )
     draft.update(recovery=Recovery(kind=worst, since_s=since))
 
 
@@ -127,7 +129,7 @@ def place(draft: Draft, view: View) -> None:
     if not view.grow or any(not seat.placed for seat in draft.job.trainers):
         return
     while len(draft.job.trainers) < max_trainers(job.spec):
-        seat = Seat(kind=Kind.TRAINER, rank=max((own.rank for own in draft.job.trainers), default=-1) + 1)
+        seat = Seat(kind=ProcessKind.TRAINER, rank=max((own.rank for own in draft.job.trainers), default=-1) + 1)
         node = _choose(draft, view, seat, excluded)
         if node is None:
             return
@@ -141,14 +143,14 @@ def _room(draft: Draft, view: View, seat: Seat, excluded: frozenset[str]) -> Nod
         barred = standbys.barred(draft, seat)
         return None if barred is None else _choose(draft, view, seat, excluded | barred)
     node = _choose(draft, view, seat, excluded)
-    if node is None and seat.kind is Kind.PARTITION:
+    if node is None and seat.kind is ProcessKind.PARTITION:
         return standbys.give_way(draft, view, excluded)
     return node
 
 
 def _choose(draft: Draft, view: View, seat: Seat, excluded: frozenset[str]) -> NodeView | None:
     taken = Counter(own.node_id for own in draft.job.seats if own.placed)
-    device = draft.job.spec.workers.device if seat.kind is Kind.TRAINER else CPU
+    device = draft.job.spec.workers.device if seat.kind is ProcessKind.TRAINER else CPU
     for shunned in retry.shunned(seat):
         node = choose_node(view.nodes, Role.of(seat.kind), taken, excluded | shunned, seat.last_node_id, device)
         if node is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from psmaster.model.job import Job
-from psmaster.model.plan import Kind, Seat
+from psmaster.model.plan import ProcessKind, Seat
 from psmaster.model.process import Loss
 from psmaster.scheduling import retry
 from psmaster.scheduling.admission import NodeView
@@ -21,12 +21,12 @@ def empty_seats(job: Job, num_partitions: int) -> tuple[Seat, ...]:
     """The seats that the job's standbys will fill; none where the spec asks for none."""
     if job.spec.durability.tier != "replica":
         return ()
-    return tuple(Seat(kind=Kind.PARTITION, rank=rank, standby=True) for rank in range(num_partitions))
+    return tuple(Seat(kind=ProcessKind.PARTITION, rank=rank, standby=True) for rank in range(num_partitions))
 
 
 def barred(draft: Draft, seat: Seat) -> frozenset[str] | None:
     """The nodes that a standby must not be on: its partition's; None: nowhere, its partition is nowhere yet."""
-    partition = draft.job.seat(Kind.PARTITION, seat.rank)
+    partition = draft.job.seat(ProcessKind.PARTITION, seat.rank)
     return frozenset({partition.node_id}) if partition is not None and partition.placed else None
 
 
@@ -51,7 +51,7 @@ def succeed(draft: Draft, lost: Seat, losses: int) -> None:
     if standby is None or not standby.placed:
         return
     draft.put(replace(standby, standby=False, losses=losses))
-    draft.put(Seat(kind=Kind.PARTITION, rank=lost.rank, standby=True, last_node_id=lost.node_id))
+    draft.put(Seat(kind=ProcessKind.PARTITION, rank=lost.rank, standby=True, last_node_id=lost.node_id))
     if standby.synced:
         draft.say("TookOver", f"the standby on {standby.node_id} takes over as {lost.name}; no step is repeated")
     else:

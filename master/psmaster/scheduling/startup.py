@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pscluster.errors import DataError, LayoutError
-from psmaster.model.job import Problem
+from psmaster.model.job import ErrorInfo
 from psmaster.model.plan import Seat
 from psmaster.model.process import PartitionFacts, TrainerFacts, ready_facts
 from psmaster.scheduling import numerics
@@ -50,7 +50,7 @@ def ready(draft: Draft, view: View) -> tuple[ReadyTrainers, ReadyPartitions]:
     return trainers, partitions
 
 
-def disagreement(trainers: ReadyTrainers, layout_json: bytes, layout: str, fingerprint: str) -> Problem | None:
+def disagreement(trainers: ReadyTrainers, layout_json: bytes, layout: str, fingerprint: str) -> ErrorInfo | None:
     """The error when trainers built different models or see different data, from each other or from what the job's
     snapshots hold (`layout_json`, `layout`, `fingerprint`; empty: no snapshot binds the job)."""
     first_seat, first = trainers[0]
@@ -64,13 +64,13 @@ def disagreement(trainers: ReadyTrainers, layout_json: bytes, layout: str, finge
         name = f"{seat.name} on {seat.node_id}"
         if facts.layout_sha256 != wanted:
             difference = first_difference(wanted_json, facts.layout_json)
-            return Problem(
+            return ErrorInfo(
                 code=LayoutError.code,
                 cause=f"{name} built another model than {where}: {difference}",
                 action=LayoutError.default_action,
             )
         if facts.data_fingerprint != data:
-            return Problem(
+            return ErrorInfo(
                 code=DataError.code,
                 cause=f"{name} sees other data ({facts.data_fingerprint[:12]}) than {data_where} ({data[:12]})",
                 action=DataError.default_action,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pscluster.errors import StorageError
-from psmaster.model.plan import Kind
+from psmaster.model.plan import ProcessKind
 
 MAX_BYTES = 16 << 20
 _TAIL_BYTES = 1 << 20  # at least one whole message lies in it
@@ -128,7 +128,7 @@ def paths_of(directory: Path, kind: str = "", rank: int = -1) -> list[Path]:
     for path in directory.glob("*.log") if directory.is_dir() else ():
         match = _NAME.fullmatch(path.name)
         if match and kind in ("", match[1]) and rank in (-1, int(match[2])):
-            found.append((list(Kind).index(Kind(match[1])), int(match[2]), path))
+            found.append((list(ProcessKind).index(ProcessKind(match[1])), int(match[2]), path))
     return [path for _, _, path in sorted(found)]
 
 

@@ -15,14 +15,14 @@ from pscluster.step.layout import Layout
 from pscluster.step.summary import Summary
 from pscluster.v1.plan_pb2 import Counters, Plan, PlanAdopted, ProcessReport, Unreached
 from pscluster.wire.connection import Connection
-from pscluster.wire.frame import Header, Kind, job_number
+from pscluster.wire.frame import FrameKind, Header, job_number
 from pscluster.wire.reactor import Reactor
 from psserver.partition import messages
 from psserver.partition.agent_connection import AgentLine
 from psserver.partition.checkpoint.restoring import Restoring
 from psserver.partition.checkpoint.saving import Saving
 from psserver.partition.coordinator.client import Uplink
-from psserver.partition.coordinator.coordinator import Lead, step_record
+from psserver.partition.coordinator.coordinator import Coordinator, step_record
 from psserver.partition.coordinator.transport import LeadWire
 from psserver.partition.ingress.clients import Client, Clients
 from psserver.partition.ingress.frame_handler import Reception
@@ -346,9 +346,9 @@ class PartitionService(AgentLine):
         """What only the lead hears: votes, joins, evaluations, outcomes."""
         if self.lead_wire is None:
             raise FrameError(f"{header.kind.name} sent to a partition that does not lead", details={"field": "kind"})
-        if header.kind is Kind.VOTE:
+        if header.kind is FrameKind.VOTE:
             self.lead_wire.lead.vote(messages.unpack_vote(header, body))
-        elif header.kind is Kind.JOIN:
+        elif header.kind is FrameKind.JOIN:
             last = messages.unpack_verdict(body) if header.length else None
             self.lead_wire.lead.join(client.index, header.step, last)
         else:
@@ -369,7 +369,7 @@ class PartitionService(AgentLine):
     # ---- plumbing ----
 
     @property
-    def lead(self) -> Lead | None:
+    def lead(self) -> Coordinator | None:
         """The lead's part, in partition 0."""
         return self.lead_wire.lead if self.lead_wire is not None else None
 

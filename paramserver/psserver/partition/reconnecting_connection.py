@@ -11,7 +11,7 @@ from pscluster.errors import FrameError, PsError
 from pscluster.job.spec import JobSpec
 from pscluster.v1.plan_pb2 import Plan
 from pscluster.wire.connection import Connection
-from pscluster.wire.frame import MAX_SMALL_BYTES, Header, Kind
+from pscluster.wire.frame import MAX_SMALL_BYTES, FrameKind, Header
 from pscluster.wire.reactor import Reactor
 from pscluster.wire.transport import choose_address
 from psserver.partition.telemetry import PartitionCounters
@@ -56,7 +56,7 @@ class PeerLine:
         listener: Listener,
         *,
         channel: str,
-        kinds: frozenset[Kind],
+        kinds: frozenset[FrameKind],
         retry_s: tuple[float, float],
     ) -> None:
         self.connection: Connection | None = None
@@ -64,7 +64,7 @@ class PeerLine:
         self._caller = caller
         self._listener = listener
         self._channel = channel
-        self._kinds = kinds | {Kind.WELCOME, Kind.FENCED}
+        self._kinds = kinds | {FrameKind.WELCOME, FrameKind.FENCED}
         self._retry_s = retry_s
         self._addresses: list[str] = []
         self._greeted: Connection | None = None  # its HELLO is on its way
@@ -118,7 +118,7 @@ class PeerLine:
         else:
             self._greeted = connection
             self._unreached_since_s = None
-            connection.send(self._caller.header(kind=Kind.HELLO), [json.dumps(self._greeting()).encode()])
+            connection.send(self._caller.header(kind=FrameKind.HELLO), [json.dumps(self._greeting()).encode()])
 
     def _greeting(self) -> dict[str, object]:
         plan = self._caller.plan
@@ -147,7 +147,7 @@ class PeerLine:
     def frame(self, connection: Connection, header: Header, body: memoryview) -> None:
         if connection is not self._greeted and connection is not self.connection:
             connection.close()  # of a plan that has ended meanwhile
-        elif header.kind is Kind.WELCOME:
+        elif header.kind is FrameKind.WELCOME:
             self._greeted, self.connection, self._failures = None, connection, 0
             self._listener.welcomed(header, body)
         else:

@@ -1,4 +1,4 @@
-"""An agent and the processes it starts. What it decides is the product's (`reconcile`, `Outbox`, `classify`); what
+"""An agent and the processes it starts. What it decides is the product's (`reconcile`, `ReportQueue`, `classify`); what
 surrounds that is modelled after the supervisor, the attendant and the process of pscluster.agent."""
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from typing import Any
 
 from pscluster.agent.master_connection import SILENCE_S
 from pscluster.agent.reconcile import reconcile
-from pscluster.agent.report_queue import Outbox
+from pscluster.agent.report_queue import ReportQueue
 from pscluster.agent.supervisor import WATCH_S
 from pscluster.errors import PsError, StateError
 from pscluster.rpc import DEADLINE_S, PROTOCOL
@@ -44,7 +44,7 @@ class Agent:
         self.node_id = self.host = node_id
         self.life = Life(sim.schedule, node_id)
         self.children: dict[str, Child] = {}
-        self.outbox = Outbox()
+        self.outbox = ReportQueue()
         self.incarnation = f"{node_id}:{sim.new_number()}"
         self._node = RegisterRequest(
             node_id=node_id,

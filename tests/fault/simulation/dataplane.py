@@ -16,12 +16,12 @@ from typing import Any
 from pscluster.agent.heartbeat import BEAT_S
 from pscluster.errors import PsError
 from pscluster.v1.plan_pb2 import Beat, Plan, ProcessOrder, ProcessReport, ProcessSpec, Shutdown
-from pscluster.wire.frame import HEADER_BYTES, Buffer, Header, Kind
+from pscluster.wire.frame import HEADER_BYTES, Buffer, FrameKind, Header
 from pscluster.wire.reactor import DIAL_S
 from tests.fault.simulation.network import End, Network
 from tests.fault.simulation.schedule import SOON_S, Life, Schedule
 
-_BORNE = frozenset({Kind.PUSH, Kind.VOTE, Kind.VERDICT, Kind.JOIN})
+_BORNE = frozenset({FrameKind.PUSH, FrameKind.VOTE, FrameKind.VERDICT, FrameKind.JOIN})
 
 
 def bears_unruliness(message: Any) -> bool:
@@ -124,7 +124,7 @@ class Connection:
 
 
 def _words(header: Header) -> str:
-    where = f" of bucket {header.bucket} node {tuple(header.node)}" if header.kind is Kind.PUSH else ""
+    where = f" of bucket {header.bucket} node {tuple(header.node)}" if header.kind is FrameKind.PUSH else ""
     return f"{header.kind.name}{where} at step {header.step}, generation {header.generation}, from {header.sender}"
 
 

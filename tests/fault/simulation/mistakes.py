@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
-from pscluster.step.tree import Node
+from pscluster.step.tree import TreeNode
 from pscluster.storage import Written, directory, snapshot
 from psmaster.model import process
 from psmaster.model.job import Job
-from psmaster.model.membership import Node as ClusterNode
+from psmaster.model.membership import TreeNode as ClusterNode
 from psmaster.model.snapshot_catalog import Catalogue, RestorePoint
 from psmaster.scheduling import rebalance, recovery
 from psmaster.storage.persistence import Archive
@@ -21,7 +21,7 @@ from psserver.partition.checkpoint.snapshots import SnapshotWriter
 from psserver.partition.ingress.frame_handler import Reception
 from psserver.partition.process import PartitionService
 from psserver.partition.step import commit
-from psserver.partition.step.commit import Decide, Lead, Member, Verdict, Vote
+from psserver.partition.step.commit import CoordinatorState, Decide, Member, Verdict, Vote
 from psserver.partition.step.sums import Entry, Sums
 from psworker.trainer.exchange import Exchange
 from psworker.trainer.values.landing import Landing
@@ -126,7 +126,7 @@ def older_lives_displace_newer_ones() -> Iterable[Patch]:
 def the_lead_forgets_its_last_verdict() -> Iterable[Patch]:
     receive = commit.receive_vote
 
-    def forget(lead: Lead, vote: Vote, decide: Decide) -> tuple[Lead, Verdict | None, bool]:
+    def forget(lead: CoordinatorState, vote: Vote, decide: Decide) -> tuple[CoordinatorState, Verdict | None, bool]:
         after, verdict, to_all = receive(lead, vote, decide)
         return after, verdict if to_all else None, to_all
 
@@ -154,7 +154,7 @@ def a_vote_keeps_its_generation() -> Iterable[Patch]:
 def the_lead_decides_without_the_last_vote() -> Iterable[Patch]:
     receive = commit.receive_vote
 
-    def hurry(lead: Lead, vote: Vote, decide: Decide) -> tuple[Lead, Verdict | None, bool]:
+    def hurry(lead: CoordinatorState, vote: Vote, decide: Decide) -> tuple[CoordinatorState, Verdict | None, bool]:
         knows_the_loss = vote.partition == 0 or 0 in lead.votes  # which comes with the lead's own vote
         fewer = replace(lead, num_partitions=max(1, lead.num_partitions - knows_the_loss))
         after, verdict, to_all = receive(fewer, vote, decide)
@@ -170,7 +170,7 @@ def the_lead_decides_without_the_last_vote() -> Iterable[Patch]:
 def the_gate_takes_duplicates() -> Iterable[Patch]:
     offer = Sums.offer
 
-    def add_again(self: Sums[Any], node: Node, entry: Entry[Any]) -> bool:
+    def add_again(self: Sums[Any], node: TreeNode, entry: Entry[Any]) -> bool:
         holder = next((held for held in self._entries if held.covers(node)), None)
         if holder is None:
             return offer(self, node, entry)

@@ -17,7 +17,7 @@ from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.step.codec import as_bytes
 from pscluster.step.layout import Layout, TensorSpec
 from pscluster.step.summary import Summary, touched_bits
-from pscluster.step.tree import Node
+from pscluster.step.tree import TreeNode
 from pscluster.storage.snapshot import PieceKey
 
 BLOCK_WORDS = 16
@@ -154,5 +154,5 @@ def part_of(whole: bytes, partition: int, num_partitions: int, bucket: int) -> b
     return whole[4 * span.start : 4 * span.stop]
 
 
-def leaf(shard: int) -> Node:
-    return Node(shard, 1)
+def leaf(shard: int) -> TreeNode:
+    return TreeNode(shard, 1)

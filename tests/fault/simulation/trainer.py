@@ -14,13 +14,13 @@ import numpy as np
 
 from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.step.summary import Statistics
-from pscluster.step.tree import Node, Tree, tree_of
+from pscluster.step.tree import Tree, TreeNode, tree_of
 from pscluster.v1.plan_pb2 import ProcessReport, ProcessSpec, TrainerReady
 from psworker.trainer.exchange import Exchange
 from psworker.trainer.gradients.accumulate import Counter, SummaryCounter, add_gradients
 from psworker.trainer.gradients.gather import Gradients
 from psworker.trainer.loop import Trainer
-from psworker.trainer.pace import Pace
+from psworker.trainer.pace import ComputeTimer
 from psworker.trainer.telemetry import TrainerCounters
 from psworker.trainer.values.bucket_memory import BucketMemory
 from psworker.trainer.work import Work
@@ -66,12 +66,12 @@ class _Replica:
 class _Accumulation:
     """Stands in for `Accumulator`, whose hooks need autograd: the same counters, fed by hand."""
 
-    def __init__(self, tree: Tree, push: Callable[[int, Node, Gradients], None]) -> None:
+    def __init__(self, tree: Tree, push: Callable[[int, TreeNode, Gradients], None]) -> None:
         self._push = push
         trained = (bucket.index for bucket in LAYOUT.buckets if bucket.kind == "trained")
         self._counters = {index: Counter[Gradients](tree, add_gradients) for index in trained}
 
-    def begin_run(self, roots: list[Node]) -> None:
+    def begin_run(self, roots: list[TreeNode]) -> None:
         for counter in self._counters.values():
             counter.begin(roots)
 
@@ -97,7 +97,7 @@ class _Accumulation:
 class _NoBuffers:
     """Stands in for `BufferSums`: each microbatch's buffers are pushed as they are."""
 
-    def begin_run(self, roots: list[Node]) -> None:
+    def begin_run(self, roots: list[TreeNode]) -> None:
         """Nothing is summed here."""
 
     def flush(self) -> list[Any]:
@@ -189,7 +189,7 @@ class TrainerProcess:
         self.strand = Strand(life, self._run)
         self._replica = _Replica()
         self._counters = TrainerCounters()
-        self._counters.pace = Pace(lambda: sim.schedule.now_s)
+        self._counters.pace = ComputeTimer(lambda: sim.schedule.now_s)
         reactor = Reactor(sim.network, life, host, self.strand.notify)
         self.exchange = Exchange(
             self.link,  # type: ignore[arg-type]

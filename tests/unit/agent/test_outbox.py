@@ -7,7 +7,7 @@ from collections.abc import Callable
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pscluster.agent.report_queue import Outbox
+from pscluster.agent.report_queue import ReportQueue
 from pscluster.agent.suspicion import NONE, SILENT
 from pscluster.v1.agents_pb2 import AgentMessage, LogLine, LogLines, ProcessEvent, ProcessStatus
 from pscluster.v1.plan_pb2 import ProcessReport, Progress
@@ -35,12 +35,12 @@ def progress(size: int = 100) -> AgentMessage:
     return AgentMessage(event=ProcessEvent(process_id="x" * size, report=report))
 
 
-def sequences(outbox: Outbox, after: int = 0) -> list[int]:
+def sequences(outbox: ReportQueue, after: int = 0) -> list[int]:
     return [message.sequence for message in outbox.after(after, 1000)]
 
 
 def test_sequences_rise_by_one_and_acknowledgement_forgets() -> None:
-    outbox = Outbox()
+    outbox = ReportQueue()
     assert [outbox.add(status()) for _ in range(4)] == [1, 2, 3, 4]
     assert sequences(outbox) == [1, 2, 3, 4]
     assert sequences(outbox, after=2) == [3, 4]
@@ -55,7 +55,7 @@ def test_sequences_rise_by_one_and_acknowledgement_forgets() -> None:
 
 
 def test_output_and_progress_give_way_before_anything_else() -> None:
-    outbox = Outbox(max_bytes=1_000)
+    outbox = ReportQueue(max_bytes=1_000)
     outbox.add(status("keep"))
     for _ in range(10):
         outbox.add(log())
@@ -67,14 +67,14 @@ def test_output_and_progress_give_way_before_anything_else() -> None:
 
 
 def test_the_newest_stays_even_when_it_alone_is_too_big() -> None:
-    outbox = Outbox(max_bytes=10)
+    outbox = ReportQueue(max_bytes=10)
     outbox.add(status())
     outbox.add(log(1000))
     assert sequences(outbox) == [2]
 
 
 def test_the_share_of_output_is_known() -> None:
-    outbox = Outbox()
+    outbox = ReportQueue()
     outbox.add(status())
     assert outbox.log_bytes == 0
     outbox.add(log(500))
@@ -85,7 +85,7 @@ def test_the_share_of_output_is_known() -> None:
 
 def test_of_how_a_process_looks_only_the_newest_word_is_sent() -> None:
     """A master that was away must not hear first that it is silent, and then that this is over."""
-    outbox = Outbox()
+    outbox = ReportQueue()
     for message in (running(SILENT), running(SILENT, "q"), progress(), running(NONE)):
         outbox.add(message)
     assert [message.status.suspicion for message in outbox.after(0, 10) if message.HasField("status")] == [SILENT, NONE]
@@ -97,7 +97,7 @@ def test_of_how_a_process_looks_only_the_newest_word_is_sent() -> None:
 
 
 def test_an_exit_ends_what_was_said_before_and_is_kept() -> None:
-    outbox = Outbox()
+    outbox = ReportQueue()
     for message in (running(SILENT), exited(), exited("q"), running(NONE, "q")):
         outbox.add(message)
     phases = [(message.status.process_id, message.status.phase) for message in outbox.after(0, 10)]
@@ -109,7 +109,7 @@ def test_an_exit_ends_what_was_said_before_and_is_kept() -> None:
 
 
 def test_a_word_that_was_acknowledged_or_given_up_is_not_looked_for() -> None:
-    outbox = Outbox(max_bytes=100)
+    outbox = ReportQueue(max_bytes=100)
     outbox.add(running(SILENT))
     outbox.acknowledge(1)
     outbox.add(running(NONE))
@@ -122,7 +122,7 @@ def test_a_word_that_was_acknowledged_or_given_up_is_not_looked_for() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("slpa"), st.integers(0, 30)), max_size=60))
 def test_against_a_plain_list(actions: list[tuple[str, int]]) -> None:
-    outbox = Outbox(max_bytes=2_000)
+    outbox = ReportQueue(max_bytes=2_000)
     acknowledged = 0
     made: dict[str, Callable[[], AgentMessage]] = {"s": status, "l": log, "p": progress}
     for kind, number in actions:

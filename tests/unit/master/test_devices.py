@@ -9,8 +9,8 @@ import pytest
 
 from pscluster.devices import choose_device, modesty
 from psmaster.api import to_proto
-from psmaster.model.job import JobState, Problem
-from psmaster.model.plan import Kind
+from psmaster.model.job import ErrorInfo, JobState
+from psmaster.model.plan import ProcessKind
 from psmaster.model.state import node_views
 from psmaster.scheduling.reconcile import desired
 from tests.unit.master.world import PARTITION, TRAINER, World
@@ -92,7 +92,7 @@ def test_a_seat_without_a_node_says_which_worker_it_waits_for(world: World) -> N
 def test_an_agent_that_had_none_is_quoted(world: World) -> None:
     world.submit(workers=ONE | {"device": "cuda"})
     for _ in range(6):
-        problem = Problem(code="PS-4004", cause="all 2 CUDA devices here are taken by other trainers")
+        problem = ErrorInfo(code="PS-4004", cause="all 2 CUDA devices here are taken by other trainers")
         world.exit("trainer-0", exit_code=127, error=problem)
         world.wait(8)
     job = world.job()
@@ -156,7 +156,7 @@ def act(world: World, chance: random.Random, number: int, agents: dict[str, dict
         for name, process in world.wanted(job.job_id).items():
             if name not in world.wanted(job.job_id) or process.seat.active:
                 continue
-            if process.seat.kind is Kind.PARTITION:
+            if process.seat.kind is ProcessKind.PARTITION:
                 world.report(name, PARTITION, job.job_id)
             elif process.process_id not in world.state.processes:
                 device = agents[process.seat.node_id][process.process_id]
@@ -168,7 +168,7 @@ def follow(world: World, agents: dict[str, dict[str, str]], present: dict[str, t
     wanted = {node_id: dict[str, str]() for node_id in present}
     for job in world.state.jobs.values():
         for process in desired(job):
-            if process.seat.kind is Kind.TRAINER:
+            if process.seat.kind is ProcessKind.TRAINER:
                 wanted[process.seat.node_id][process.process_id] = job.spec.workers.device
     for node_id, processes in wanted.items():
         agents[node_id] = {name: device for name, device in agents[node_id].items() if name in processes}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pscluster.errors import NotFoundError
-from psmaster.model.job import JobState, Problem, Trouble
-from psmaster.model.plan import Kind, Plan
+from psmaster.model.job import ErrorInfo, JobState, JobWarning
+from psmaster.model.plan import Plan, ProcessKind
 from psmaster.model.reports import Progress
 from psmaster.scheduling import drain
 from tests.unit.master.world import PARTITION, TRAINER, World
@@ -263,8 +263,8 @@ def test_a_snapshot_that_does_not_come_holds_nobody_for_ever(site: Site) -> None
     site.join("server-2")
     site.drain("server-1")
     site.hold(6)
-    problem = Problem(code="PS-4001", cause="the disk is full")
-    site.report("partition-1", Trouble(step=6, problem=problem))
+    problem = ErrorInfo(code="PS-4001", cause="the disk is full")
+    site.report("partition-1", JobWarning(step=6, problem=problem))
     site.wait(drain.SAVE_S - 1)
     assert site.plan.save
     site.wait(2)
@@ -365,7 +365,7 @@ def test_when_all_leave_the_job_waits_and_does_not_fail(site: Site) -> None:
     site.join("worker-5")
     site.ready()
     assert site.shards() == {"worker-5": 8}
-    assert all(seat.kind is Kind.TRAINER for seat in site.job().trainers)
+    assert all(seat.kind is ProcessKind.TRAINER for seat in site.job().trainers)
 
 
 def test_a_dead_node_is_a_problem_until_it_is_drained(site: Site) -> None:

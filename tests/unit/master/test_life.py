@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from pscluster.errors import NotFoundError, StateError
-from psmaster.model.job import Best, Check, Connection, JobState, Problem, Trouble
-from psmaster.model.plan import Kind
+from psmaster.model.job import Best, DataConnection, ErrorInfo, JobState, JobWarning, PreflightCheck
+from psmaster.model.plan import ProcessKind
 from psmaster.model.reports import Connected, Evaluated, is_better
 from psmaster.model.state import find
 from tests.unit.master.world import PARTITION, TRAINER, World, failure, make_job, make_record
@@ -110,7 +110,7 @@ def test_another_warning_does_not_hide_that_the_last_snapshot_cannot_be_written(
     world.running()
     world.report("partition-1", unwritten(100))
     for step in (0, 100):
-        slow = Trouble(step=step, problem=Problem(code="PS-4002", cause="a store is not shared"))
+        slow = JobWarning(step=step, problem=ErrorInfo(code="PS-4002", cause="a store is not shared"))
         world.report("partition-0", slow)
     world.finish()
     assert world.job().state is JobState.FAILED
@@ -137,8 +137,8 @@ def test_what_could_not_be_written_before_a_rollback_may_be_written_after_it(wor
 def test_a_word_of_no_known_generation_is_told_and_nothing_more(world: World, generation: str) -> None:
     world.running()
     details = (("generation", generation), ("unwritten", "100"))
-    problem = Problem(code="PS-4002", cause="no space left", details=details)
-    world.report("partition-1", Trouble(step=100, problem=problem))
+    problem = ErrorInfo(code="PS-4002", cause="no space left", details=details)
+    world.report("partition-1", JobWarning(step=100, problem=problem))
     assert "Warning" in world.reasons()
     world.finish()
     assert world.job().state is JobState.RUNNING
@@ -160,10 +160,10 @@ def test_who_asks_to_stop_does_not_wait_for_ever_for_a_store(world: World, asked
     assert world.job().reason == "stopped at step 6 on request; it resumes from step 0"
 
 
-def unwritten(step: int) -> Trouble:
+def unwritten(step: int) -> JobWarning:
     """A partition's word, under the first plan, that its part of a step is not written."""
     details = (("generation", "1"), ("unwritten", str(step)))
-    return Trouble(step=step, problem=Problem(code="PS-4002", cause="no space left", details=details))
+    return JobWarning(step=step, problem=ErrorInfo(code="PS-4002", cause="no space left", details=details))
 
 
 def test_a_repeated_finish_changes_nothing(world: World) -> None:
@@ -274,7 +274,7 @@ def test_other_data_on_a_node_fail_the_start(world: World) -> None:
 def test_failures_at_start_are_gathered_into_one_table(world: World) -> None:
     world.cluster(3)
     world.submit()
-    bad = Check(name="imports", ok=False, detail="no module named x")
+    bad = PreflightCheck(name="imports", ok=False, detail="no module named x")
     world.report("trainer-0", failure("PS-2001", "no module", checks=(bad,), traceback="Traceback"))
     world.wait(1)
     assert world.job().state is JobState.STARTING
@@ -396,7 +396,7 @@ def test_skipped_steps_are_counted(world: World) -> None:
     world.running()
     skipped = make_record(6, skipped=True, grad_norm=float("nan"))
     lead = world.wanted()["partition-0"]
-    assert lead.seat.kind is Kind.PARTITION
+    assert lead.seat.kind is ProcessKind.PARTITION
     from psmaster.model.reports import Progress
 
     world.report("partition-0", Progress(generation=1, step=6, records=(skipped,)))
@@ -486,9 +486,9 @@ def test_what_is_better_follows_the_goal() -> None:
 
 def test_what_a_trainer_is_connected_to_replaces_what_was_known_of_it(world: World) -> None:
     world.running()
-    unix = Connection(trainer=0, partition=0, transport="unix")
+    unix = DataConnection(trainer=0, partition=0, transport="unix")
     world.report("trainer-0", Connected(connections=(unix,)))
-    other = Connection(trainer=1, partition=0, transport="tcp")
+    other = DataConnection(trainer=1, partition=0, transport="tcp")
     world.report("trainer-1", Connected(connections=(other,)))
     assert world.job().connections == (unix, other)
     world.report("trainer-0", Connected(connections=()))

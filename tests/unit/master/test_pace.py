@@ -7,20 +7,20 @@ import random
 
 import pytest
 
-from psmaster.model.speed import Pace, heard
+from psmaster.model.speed import MeasuredSpeed, heard
 
 
-def after(*measured_s: float, pace: Pace | None = None, every_s: float = 1.0) -> Pace:
+def after(*measured_s: float, pace: MeasuredSpeed | None = None, every_s: float = 1.0) -> MeasuredSpeed:
     """The pace after these measurements, one each second."""
-    pace = pace or Pace(heard_s=0.0)
+    pace = pace or MeasuredSpeed(heard_s=0.0)
     for microbatch_s in measured_s:
         pace = heard(pace, microbatch_s, pace.microbatches + 3, pace.heard_s + every_s)
     return pace
 
 
 def test_nothing_is_known_before_the_first() -> None:
-    assert not Pace().is_known
-    assert after(0.5) == Pace(microbatch_s=0.5, microbatches=3, measurements=1, heard_s=1.0)
+    assert not MeasuredSpeed().is_known
+    assert after(0.5) == MeasuredSpeed(microbatch_s=0.5, microbatches=3, measurements=1, heard_s=1.0)
 
 
 @pytest.mark.parametrize("nonsense", [0.0, -1.0, math.nan, math.inf])

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from psmaster.api import to_proto
-from psmaster.model.job import JobState, Problem, Trouble
+from psmaster.model.job import ErrorInfo, JobState, JobWarning
 from psmaster.model.process import Exit, Process
 from tests.unit.master.world import PARTITION, TRAINER, World, failure
 
@@ -389,7 +389,7 @@ def test_an_unreadable_snapshot_falls_back_to_the_one_before(world: World) -> No
     world.exit("partition-0", signal=9)
     world.report("partition-0", PARTITION)
     assert plan_of(world)[2] == 20
-    torn = Problem(code="PS-4002", cause="torn", details=(("void_snapshot", "20"),))
+    torn = ErrorInfo(code="PS-4002", cause="torn", details=(("void_snapshot", "20"),))
     world.report("partition-0", failure("PS-4002").__class__(error=torn))
     world.report("partition-0", PARTITION)
     assert plan_of(world) == (3, 3, 10)
@@ -397,8 +397,8 @@ def test_an_unreadable_snapshot_falls_back_to_the_one_before(world: World) -> No
 
 def test_trouble_is_told_and_explains_the_end(world: World) -> None:
     details = (("generation", "1"), ("unwritten", "100"))
-    problem = Problem(code="PS-4002", cause="no space left", action="free space", details=details)
-    full = Trouble(step=100, problem=problem)
+    problem = ErrorInfo(code="PS-4002", cause="no space left", action="free space", details=details)
+    full = JobWarning(step=100, problem=problem)
     world.report("partition-1", full)
     world.report("partition-1", full)
     assert world.reasons().count("Warning") == 1

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from psmaster.model.job import Instant, Job, JobState, Problem
-from psmaster.model.plan import Kind, Seat
+from psmaster.model.job import ErrorInfo, Instant, Job, JobState
+from psmaster.model.plan import ProcessKind, Seat
 from psmaster.model.process import Exit, Process
 from psmaster.scheduling import retry
 from tests.unit.master.world import PARTITION, TRAINER, World
 
-FULL = Problem(code="PS-4002", cause="cannot create /state/jobs/p1: No space left on device")
+FULL = ErrorInfo(code="PS-4002", cause="cannot create /state/jobs/p1: No space left on device")
 
 
 class Site(World):
@@ -28,7 +28,7 @@ class Site(World):
         self.snapshot(0)
         self.commit(1, 2, 3)
 
-    def seat(self, kind: Kind = Kind.PARTITION) -> Seat:
+    def seat(self, kind: ProcessKind = ProcessKind.PARTITION) -> Seat:
         seat = self.job().seat(kind, 0)
         assert seat is not None
         return seat
@@ -92,8 +92,8 @@ def test_every_server_is_tried_before_one_is_tried_again(site: Site) -> None:
     assert all(here != there for here, there in pairwise(places)), places
 
 
-@pytest.mark.parametrize("kind", list(Kind))
-def test_a_fault_of_some_seconds_on_the_only_node_fails_nothing(site: Site, kind: Kind) -> None:
+@pytest.mark.parametrize("kind", list(ProcessKind))
+def test_a_fault_of_some_seconds_on_the_only_node_fails_nothing(site: Site, kind: ProcessKind) -> None:
     """Before the first plan: of a trainer, and of a partition."""
     site.start(servers=1)
     name = f"{kind}-0"
@@ -131,7 +131,7 @@ def test_no_other_job_takes_the_place_meanwhile(site: Site) -> None:
     site.not_started("trainer-0")
     site.wait(0.25)
     assert site.job("job-bbbbbb").state is JobState.QUEUED
-    assert site.seat(Kind.TRAINER).node_id == "worker-0"
+    assert site.seat(ProcessKind.TRAINER).node_id == "worker-0"
 
 
 def test_the_wait_goes_on_elsewhere_when_the_node_of_the_next_one_is_lost(site: Site) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from psmaster.control.transaction import Turn
 from psmaster.model.job import VOLATILE, Job, JobState
-from psmaster.model.plan import Kind, Seat
+from psmaster.model.plan import ProcessKind, Seat
 from psmaster.model.reports import Progress, StandbyState
 from psmaster.scheduling.reconcile import reconcile
 from tests.unit.master.world import PARTITION, TRAINER, World, failure
@@ -127,7 +127,7 @@ class Simulation:
         attempt = self.random.choice([*named, *named, *named, standby.attempt - 1])
         generation = max(0, job.generation - self.random.choice((0, 0, 0, 1)))
         said = StandbyState(generation=generation, attempt=attempt, in_sync=self.random.random() < 0.9)
-        partition = job.seat(Kind.PARTITION, rank)
+        partition = job.seat(ProcessKind.PARTITION, rank)
         assert partition is not None
         if said.in_sync and attempt == standby.attempt and job.counts(generation) and job.plan.holds(partition):
             self.relied_on[standby.process_id(job_id)] = job.restore_generation
@@ -173,7 +173,7 @@ class Simulation:
 
     def trainers_measure(self, job_id: str, _node: str, _seat: str) -> None:
         for process in self.world.wanted(job_id).values():
-            if process.seat.kind is Kind.TRAINER:
+            if process.seat.kind is ProcessKind.TRAINER:
                 self.measured += 1
                 told = {process.process_id: (self.random.choice((0.1, 0.1, 0.5)), self.measured)}
                 node_id, life = process.seat.node_id, process.seat.incarnation
@@ -233,7 +233,7 @@ class Simulation:
         for process in self.world.wanted(job.job_id).values():
             place = (process.seat.node_id, process.seat.incarnation)
             assert self.places.setdefault(process.process_id, place) == place, "a process id was used twice"
-            if process.plan is not None and process.seat.kind is Kind.PARTITION:
+            if process.plan is not None and process.seat.kind is ProcessKind.PARTITION:
                 seats = (*process.plan.partitions, *process.plan.standbys)
                 named = [(seat.rank, seat.attempt, seat.node_id) for seat in seats]
                 assert named.count((process.seat.rank, process.seat.attempt, process.seat.node_id)) == 1
@@ -253,7 +253,7 @@ class Simulation:
 
 def _check_standbys(job: Job) -> None:
     for seat in job.standbys:
-        partition = job.seat(Kind.PARTITION, seat.rank)
+        partition = job.seat(ProcessKind.PARTITION, seat.rank)
         assert partition is not None
         assert not seat.placed or seat.node_id != partition.node_id, "one death would take both"
         assert not seat.synced or seat.active

@@ -9,9 +9,9 @@ from typing import Any
 
 from pscluster.job.spec import JobSpec, parse_spec
 from psmaster.control.transaction import Report, Turn
-from psmaster.model.job import Event, Finished, Instant, Job, JobState, Problem
+from psmaster.model.job import ErrorInfo, Event, Finished, Instant, Job, JobState
 from psmaster.model.membership import Node, Role, presumed
-from psmaster.model.plan import Kind
+from psmaster.model.plan import ProcessKind
 from psmaster.model.process import Exit, Failure, PartitionFacts, Process, TrainerFacts, Unreached
 from psmaster.model.reports import Progress, StandbyState, StepRecord
 from psmaster.model.snapshot_catalog import Part
@@ -208,7 +208,7 @@ class World:
             if name not in self.wanted(job_id):
                 return  # that was the last word the job waited for, and it ended
             if not process.seat.active and process.process_id not in self.state.processes:
-                self.report(name, TRAINER if process.seat.kind is Kind.TRAINER else PARTITION, job_id)
+                self.report(name, TRAINER if process.seat.kind is ProcessKind.TRAINER else PARTITION, job_id)
 
     def commit(self, *steps: int, job_id: str = "job-aaaaaa", generation: int | None = None) -> Changes:
         """The lead reports steps under the newest generation, or an older one."""
@@ -222,7 +222,7 @@ class World:
     def snapshot(self, step: int, job_id: str = "job-aaaaaa", generation: int | None = None) -> None:
         """Every partition reports its part."""
         for name, process in self.wanted(job_id).items():
-            if process.seat.kind is Kind.PARTITION and not process.seat.standby:
+            if process.seat.kind is ProcessKind.PARTITION and not process.seat.standby:
                 self.report(name, self.part(step, process.seat.rank, job_id, generation), job_id)
 
     def in_sync(self, *ranks: int, job_id: str = "job-aaaaaa", in_sync: bool = True) -> None:
@@ -271,7 +271,7 @@ class World:
 
 
 def failure(code: str, cause: str = "it broke", **fields: Any) -> Failure:
-    return Failure(error=Problem(code=code, cause=cause), **fields)
+    return Failure(error=ErrorInfo(code=code, cause=cause), **fields)
 
 
 def same(left: float, right: float) -> bool:

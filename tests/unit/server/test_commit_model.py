@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 
 from psserver.partition.step import commit
-from psserver.partition.step.commit import Decide, Lead, Member, Verdict, Vote
+from psserver.partition.step.commit import CoordinatorState, Decide, Member, Verdict, Vote
 
 
 class Plan(NamedTuple):
@@ -43,7 +43,7 @@ class World(NamedTuple):
     faults: tuple[int, int, int, int]  # still to come: new generations, crashes, lost connections, repeats
     members: tuple[Member | None, ...]
     timelines: tuple[int, ...]
-    lead: Lead | None
+    lead: CoordinatorState | None
     joined: frozenset[int]
     is_open: bool
     messages: frozenset[Message]
@@ -173,7 +173,7 @@ class Model:
                 timelines=put(w.timelines, p, plan.restored),
             )
             if p == 0:
-                lead = Lead(num_partitions=len(w.members), generation=plan.generation, step=plan.resume)
+                lead = CoordinatorState(num_partitions=len(w.members), generation=plan.generation, step=plan.resume)
                 w = self.join(w._replace(lead=lead), 0, plan.resume)
             return w
         w = w._replace(members=put(w.members, p, commit.member_adopts(member, plan.generation)))
@@ -224,7 +224,7 @@ class Model:
     # ---- the lead ----
 
     def join(self, w: World, p: int, step: int) -> World:
-        """`Lead.join`."""
+        """`CoordinatorState.join`."""
         assert w.lead is not None
         w = w._replace(joined=w.joined | {p})
         if step == w.lead.step - 1:
@@ -232,7 +232,7 @@ class Model:
         return w._replace(is_open=w.is_open or len(w.joined) == len(w.members))
 
     def take_vote(self, w: World, vote: Vote) -> World:
-        """`Lead.vote`; the verdict depends on when it was reached, so that two of one step would differ."""
+        """`CoordinatorState.vote`; the verdict depends on when it was reached, so that two of one step would differ."""
         lead = w.lead
         assert lead is not None
 
@@ -339,12 +339,14 @@ def test_a_job_never_sticks_and_never_comes_apart(
     assert visited > 100, "the model went nowhere"
 
 
-def _forgets_verdicts(lead: Lead, vote: Vote, decide: Decide) -> tuple[Lead, Verdict | None, bool]:
+def _forgets_verdicts(
+    lead: CoordinatorState, vote: Vote, decide: Decide
+) -> tuple[CoordinatorState, Verdict | None, bool]:
     after, verdict, to_all = RECEIVE_VOTE(lead, vote, decide)
     return after, verdict if to_all else None, to_all
 
 
-def _keeps_old_votes(lead: Lead, generation: int) -> Lead:
+def _keeps_old_votes(lead: CoordinatorState, generation: int) -> CoordinatorState:
     return replace(lead, generation=generation)
 
 

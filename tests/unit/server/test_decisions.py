@@ -16,11 +16,11 @@ from harness.played import played_spec
 from pscluster.errors import FrameError
 from pscluster.job.spec import ScheduleSection
 from pscluster.step.summary import Summary
-from pscluster.wire.frame import Header, Kind
+from pscluster.wire.frame import FrameKind, Header
 from psserver.partition.coordinator.decisions import decide, evaluates_at, next_action, snapshots_at
 from psserver.partition.messages import pack_verdict, pack_vote, unpack_verdict, unpack_vote, vote_bytes
 from psserver.partition.step.commit import (
-    Lead,
+    CoordinatorState,
     Member,
     Verdict,
     Vote,
@@ -56,7 +56,7 @@ def summary(weight: float = 1.0, loss: float = 1.0) -> Summary:
 
 
 def test_the_last_vote_decides_and_the_verdict_is_for_all() -> None:
-    lead = Lead(num_partitions=2, generation=1, step=0)
+    lead = CoordinatorState(num_partitions=2, generation=1, step=0)
     lead, told, _ = receive_vote(lead, vote(1), lambda _: verdict())
     assert told is None
     lead, told, _ = receive_vote(lead, vote(1), lambda _: verdict())
@@ -69,7 +69,9 @@ def test_the_last_vote_decides_and_the_verdict_is_for_all() -> None:
 
 
 def test_a_vote_on_the_step_just_decided_is_answered_with_the_same_verdict() -> None:
-    lead = Lead(num_partitions=1, generation=3, step=5, last=Verdict(generation=1, step=4, kind="skip", norm=2.5))
+    lead = CoordinatorState(
+        num_partitions=1, generation=3, step=5, last=Verdict(generation=1, step=4, kind="skip", norm=2.5)
+    )
 
     after, told, to_all = receive_vote(lead, vote(1, step=4, generation=3), pytest.fail)
 
@@ -79,15 +81,15 @@ def test_a_vote_on_the_step_just_decided_is_answered_with_the_same_verdict() -> 
 
 @pytest.mark.parametrize("stray", [vote(0, generation=2), vote(0, generation=0), vote(0, step=1), vote(0, step=7)])
 def test_stray_votes_change_nothing(stray: Vote) -> None:
-    lead = Lead(num_partitions=1, generation=1, step=3)
+    lead = CoordinatorState(num_partitions=1, generation=1, step=3)
 
     assert receive_vote(lead, stray, pytest.fail) == (lead, None, False)
 
 
 def test_a_new_generation_collects_votes_anew_but_keeps_the_last_verdict() -> None:
-    lead = Lead(num_partitions=2, generation=1, step=1, votes={0: vote(0)}, last=verdict())
+    lead = CoordinatorState(num_partitions=2, generation=1, step=1, votes={0: vote(0)}, last=verdict())
 
-    assert lead_adopts(lead, 4) == Lead(num_partitions=2, generation=4, step=1, votes={}, last=verdict())
+    assert lead_adopts(lead, 4) == CoordinatorState(num_partitions=2, generation=4, step=1, votes={}, last=verdict())
 
 
 def test_a_vote_is_cast_again_under_a_new_generation() -> None:
@@ -194,7 +196,7 @@ def test_a_vote_reads_back(squares: dict[int, float], finite: bool) -> None:
     cast = Vote(generation=3, step=8, partition=2, squares=squares, finite=finite)
     body = pack_vote(cast)
 
-    assert unpack_vote(Header(kind=Kind.VOTE, job=1, generation=3, step=8, sender=2), memoryview(body)) == cast
+    assert unpack_vote(Header(kind=FrameKind.VOTE, job=1, generation=3, step=8, sender=2), memoryview(body)) == cast
     assert len(body) == vote_bytes(len(squares))
 
 
@@ -216,7 +218,7 @@ def test_a_verdict_without_a_norm_reads_back() -> None:
 @pytest.mark.parametrize("body", [b"", b"\1\2", bytes(12)])
 def test_a_vote_of_no_fitting_length_is_refused(body: bytes) -> None:
     with pytest.raises(FrameError, match="a vote"):
-        unpack_vote(Header(kind=Kind.VOTE, job=1), memoryview(body))
+        unpack_vote(Header(kind=FrameKind.VOTE, job=1), memoryview(body))
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b'{"kind": 1}', b'{"generation": 1, "step": 1, "kind": "skip", "x": 1}'])

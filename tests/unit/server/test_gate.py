@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from pscluster.errors import FrameError
 from pscluster.step.layout import BLOCK_WORDS
 from pscluster.step.summary import Statistics, add_statistics
-from pscluster.step.tree import Node, Tree, tree_of
+from pscluster.step.tree import Tree, TreeNode, tree_of
 from psserver.partition.step.gate import NOTHING, Held, admit, is_complete
 from psserver.partition.step.sums import Entry, Pool, Sums, block_squares
 
 
-def nodes_of(tree: Tree) -> list[Node]:
+def nodes_of(tree: Tree) -> list[TreeNode]:
     """Every node of a tree."""
-    found = {Node(leaf, 1) for leaf in range(tree.root.leaves)}
+    found = {TreeNode(leaf, 1) for leaf in range(tree.root.leaves)}
     for leaf in sorted(found):
         merge = tree.merge_of(leaf)
         while merge is not None:
@@ -30,17 +30,17 @@ def nodes_of(tree: Tree) -> list[Node]:
     return sorted(found)
 
 
-def canonical(node: Node) -> str:
+def canonical(node: TreeNode) -> str:
     """The only right sum of a node's leaves: RFC 6962's shape, written out without `Tree`."""
     if node.leaves == 1:
         return str(node.first)
     left = 1
     while 2 * left < node.leaves:
         left *= 2
-    return f"({canonical(Node(node.first, left))}+{canonical(Node(node.first + left, node.leaves - left))})"
+    return f"({canonical(TreeNode(node.first, left))}+{canonical(TreeNode(node.first + left, node.leaves - left))})"
 
 
-def reachable(tree: Tree, on_step: Callable[[Held, Node], None]) -> set[Held]:
+def reachable(tree: Tree, on_step: Callable[[Held, TreeNode], None]) -> set[Held]:
     """Every set that can be held, over all orders in which the tree's nodes may arrive any number of times."""
     seen, waiting = {NOTHING}, [NOTHING]
     while waiting:
@@ -59,7 +59,7 @@ def test_every_order_of_arrival_gives_the_one_sum(leaves: int) -> None:
     """Exhaustive: every transition from every reachable set keeps "each held node has its canonical value" true."""
     tree = Tree(leaves)
 
-    def check(held: Held, node: Node) -> None:
+    def check(held: Held, node: TreeNode) -> None:
         values = {h: canonical(h) for h in held}
         admission = admit(tree, held, node)
         if admission.duplicate:
@@ -84,7 +84,7 @@ def test_every_order_of_arrival_gives_the_one_sum(leaves: int) -> None:
         assert is_complete(tree, held) == (len(leaves_held) == leaves)
         after = held
         for leaf in range(leaves):  # whatever is held, the leaves complete it
-            after = admit(tree, after, Node(leaf, 1)).held
+            after = admit(tree, after, TreeNode(leaf, 1)).held
         assert after == frozenset({tree.root})
 
 
@@ -92,8 +92,8 @@ def test_the_bound_on_live_nodes_is_reached() -> None:
     assert max(len(held) for held in reachable(Tree(7), lambda *_: None)) == 4
 
 
-@pytest.mark.parametrize("node", [Node(1, 2), Node(0, 5), Node(-1, 1), Node(0, 0), Node(7, 2)])
-def test_what_is_no_node_of_the_tree_is_refused(node: Node) -> None:
+@pytest.mark.parametrize("node", [TreeNode(1, 2), TreeNode(0, 5), TreeNode(-1, 1), TreeNode(0, 0), TreeNode(7, 2)])
+def test_what_is_no_node_of_the_tree_is_refused(node: TreeNode) -> None:
     with pytest.raises(KeyError):
         admit(Tree(8), NOTHING, node)
 
@@ -109,12 +109,12 @@ class Books:
         self.released: list[list[str]] = []
         self.sums: Sums[list[str]] = Sums(tree, self.add)
 
-    def offer(self, node: Node) -> bool:
+    def offer(self, node: TreeNode) -> bool:
         words = [canonical(node)]
         self.given.append(words)
         return self.sums.offer(node, Entry(words, lambda: self.release(words)))
 
-    def add(self, left: list[str], right: list[str], parent: Node) -> list[str]:
+    def add(self, left: list[str], right: list[str], parent: TreeNode) -> list[str]:
         assert not any(part is gone for part in (left, right) for gone in self.released), "added after its release"
         left[0] = f"({left[0]}+{right[0]})"
         assert left[0] == canonical(parent)
@@ -133,7 +133,7 @@ def test_losses_duplicates_and_overlaps_in_several_buckets(leaves: int, buckets:
     nodes = nodes_of(tree)
     books = [Books(tree) for _ in range(buckets)]
 
-    def offer(bucket: int, node: Node) -> None:
+    def offer(bucket: int, node: TreeNode) -> None:
         held = books[bucket].sums.holds(node)
         assert books[bucket].offer(node) is not held
         assert not held or books[bucket].released[-1] is books[bucket].given[-1], "a duplicate is released at once"
@@ -143,7 +143,7 @@ def test_losses_duplicates_and_overlaps_in_several_buckets(leaves: int, buckets:
     for bucket, book in enumerate(books):
         for leaf in data.draw(st.permutations(range(leaves))):
             if not book.sums.is_complete:
-                offer(bucket, Node(leaf, 1))
+                offer(bucket, TreeNode(leaf, 1))
         assert book.sums.is_complete
         assert book.sums.root == [canonical(tree.root)]
         root = book.sums.take_root()
@@ -153,15 +153,15 @@ def test_losses_duplicates_and_overlaps_in_several_buckets(leaves: int, buckets:
         root.release()
         assert book.released[-1] is root.value, "and gives back its own memory"
         assert not book.sums.is_complete
-        assert not book.sums.holds(Node(0, 1)), "the next step begins empty"
+        assert not book.sums.holds(TreeNode(0, 1)), "the next step begins empty"
 
 
 def test_memory_is_released_when_the_bucket_is_what_it_is() -> None:
     """A release tells its trainer which bucket is open: it must not be the one that was just completed."""
     seen: list[bool] = []
     sums: Sums[list[str]] = Sums(Tree(2), lambda left, *_: left)
-    sums.offer(Node(0, 1), Entry(["0"], lambda: seen.append(sums.is_complete)))
-    sums.offer(Node(1, 1), Entry(["1"], lambda: seen.append(sums.is_complete)))
+    sums.offer(TreeNode(0, 1), Entry(["0"], lambda: seen.append(sums.is_complete)))
+    sums.offer(TreeNode(1, 1), Entry(["1"], lambda: seen.append(sums.is_complete)))
     assert seen == [True]
     sums.take_root().release()
 
@@ -171,12 +171,12 @@ def test_memory_is_released_when_the_bucket_is_what_it_is() -> None:
 def test_a_sum_that_is_refused_leaves_everything_as_it_was() -> None:
     released: list[str] = []
     sums: Sums[Statistics] = Sums(Tree(2), lambda left, right, _: add_statistics(left, right))
-    sums.offer(Node(0, 1), Entry(np.ones(2), lambda: released.append("left")))
+    sums.offer(TreeNode(0, 1), Entry(np.ones(2), lambda: released.append("left")))
     for _ in range(2):
         with pytest.raises(FrameError, match="do not add"):
-            sums.offer(Node(1, 1), Entry(np.ones(3)))
+            sums.offer(TreeNode(1, 1), Entry(np.ones(3)))
     assert released == []
-    sums.offer(Node(1, 1), Entry(np.ones(2), lambda: released.append("right")))
+    sums.offer(TreeNode(1, 1), Entry(np.ones(2), lambda: released.append("right")))
 
     assert sums.root.tolist() == [2.0, 2.0]
     assert released == ["right"]
@@ -196,7 +196,7 @@ def test_every_buffer_of_the_pool_comes_back_once(
     sums: Sums[torch.Tensor] = Sums(tree, lambda left, right, _: left.add_(right))
     for _ in range(steps):
         arrivals = data.draw(st.lists(st.sampled_from(nodes_of(tree)), max_size=20))
-        for node in [*arrivals, *(Node(leaf, 1) for leaf in range(leaves))]:
+        for node in [*arrivals, *(TreeNode(leaf, 1) for leaf in range(leaves))]:
             words = pool.take(4).fill_(node.leaves)
             sums.offer(node, Entry(words, partial(pool.give, words)))
         root = sums.take_root()

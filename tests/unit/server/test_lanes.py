@@ -14,8 +14,8 @@ from harness.played_caller import LEAF, NUM_LANES, Caller, push
 from pscluster.step.codec import as_bytes
 from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
 from pscluster.step.summary import Summary
-from pscluster.step.tree import Node
-from pscluster.wire.frame import IN_MEMORY, SUMMARY, UNCHANGED, Codec, Header, Kind, in_lane
+from pscluster.step.tree import TreeNode
+from pscluster.wire.frame import IN_MEMORY, SUMMARY, UNCHANGED, Codec, FrameKind, Header, in_lane
 from psserver.partition.process import PartitionService
 
 LAYOUT = Layout(
@@ -51,9 +51,9 @@ def started(net: Network, shards: int = 2, **sections: Any) -> PartitionService:
 def finish(caller: Caller, shards: int = 2) -> None:
     """Everything of the step but the gradients."""
     for shard in range(shards):
-        caller.say(push(AVERAGED, Node(shard, 1), flags=UNCHANGED), WEIGHT)
+        caller.say(push(AVERAGED, TreeNode(shard, 1), flags=UNCHANGED), WEIGHT)
         summary = Summary(loss_sum=1, weight=1, samples=1, touched=b"\1")
-        caller.say(push(SUMMARY, Node(shard, 1)), summary.pack())
+        caller.say(push(SUMMARY, TreeNode(shard, 1)), summary.pack())
     caller.say(push(CARRIED, flags=UNCHANGED), WEIGHT)
 
 
@@ -76,9 +76,9 @@ def test_a_lane_is_summed_in_and_given_back_when_it_was_read(network: Network) -
     """The right side at once; the left one, which holds the sum, when the step is done."""
     service = started(network)
     caller = Caller(network, service, "push", local=True)
-    assert caller.give(push(TRAINED, Node(0, 1)), words(1.0)) == 0
+    assert caller.give(push(TRAINED, TreeNode(0, 1)), words(1.0)) == 0
     assert caller.taken(TRAINED) == [0]
-    assert caller.give(push(TRAINED, Node(1, 1)), words(2.0)) == 1
+    assert caller.give(push(TRAINED, TreeNode(1, 1)), words(2.0)) == 1
 
     assert caller.taken(TRAINED) == [0]
     assert caller.lanes is not None
@@ -94,7 +94,7 @@ def test_duplicates_and_the_past_give_their_lane_back_at_once(network: Network) 
     service = started(network)
     caller = Caller(network, service, "push", local=True)
     caller.give(push(TRAINED), words(1.0))
-    for header in (push(TRAINED), push(TRAINED, Node(1, 1), generation=0)):
+    for header in (push(TRAINED), push(TRAINED, TreeNode(1, 1), generation=0)):
         assert caller.give(header, words(7.0)) == 1
         assert caller.taken(TRAINED) == [0]
 
@@ -104,8 +104,8 @@ def test_duplicates_and_the_past_give_their_lane_back_at_once(network: Network) 
 def test_what_a_greater_node_covers_gives_its_lane_back(network: Network) -> None:
     service = started(network)
     caller = Caller(network, service, "push", local=True)
-    caller.give(push(TRAINED, Node(1, 1)), words(100.0))
-    caller.give(push(TRAINED, Node(0, 2)), words(3.0))
+    caller.give(push(TRAINED, TreeNode(1, 1)), words(100.0))
+    caller.give(push(TRAINED, TreeNode(0, 2)), words(3.0))
     assert caller.taken(TRAINED) == [1]
     finish(caller)
 
@@ -117,7 +117,7 @@ def test_a_skipped_step_gives_every_lane_back(network: Network) -> None:
     service = started(network, on_nonfinite="skip")
     caller = Caller(network, service, "push", local=True)
     for shard in range(2):
-        caller.give(push(TRAINED, Node(shard, 1)), words(float("nan")))
+        caller.give(push(TRAINED, TreeNode(shard, 1)), words(float("nan")))
     finish(caller)
 
     assert service.version == 1
@@ -129,7 +129,7 @@ def test_without_a_free_lane_gradients_come_over_the_socket(network: Network) ->
     service = started(network, 8)
     caller = Caller(network, service, "push", local=True)
     shards = [0, 2, 4, 6, 1, 3, 5, 7]  # neighbours last: nothing is summed before
-    lanes = [caller.give(push(TRAINED, Node(shard, 1)), words(float(shard))) for shard in shards]
+    lanes = [caller.give(push(TRAINED, TreeNode(shard, 1)), words(float(shard))) for shard in shards]
 
     assert lanes[:4] == [0, 1, None, None], "two lanes, all in use"
     assert None in lanes[4:]
@@ -148,7 +148,7 @@ def test_trainers_near_and_far_add_up_to_one_sum(codec: str, network: Network) -
     wire = Codec.of(codec)
     near, far = Caller(network, service, "push", local=True), Caller(network, service, "push", 1)
     for shard, caller in enumerate((near, far, far, near)):
-        header = push(TRAINED, Node(shard, 1), codec=wire, sender=caller.index)
+        header = push(TRAINED, TreeNode(shard, 1), codec=wire, sender=caller.index)
         assert (caller.give(header, words(2.0**shard, codec)) is None) is (caller is far)
     finish(near, 4)
 
@@ -161,12 +161,12 @@ def test_a_node_stays_when_its_trainer_goes(network: Network) -> None:
     """Its lane is nobody's any more: it is summed all the same, and a new connection has lanes of its own."""
     service = started(network)
     caller = Caller(network, service, "push", local=True)
-    caller.give(push(TRAINED, Node(0, 1)), words(1.0))
+    caller.give(push(TRAINED, TreeNode(0, 1)), words(1.0))
     lanes = caller.lanes
     caller.near.close()
     again = Caller(network, service, "push", local=True)
     assert again.taken(TRAINED) == []
-    again.give(push(TRAINED, Node(1, 1)), words(2.0))
+    again.give(push(TRAINED, TreeNode(1, 1)), words(2.0))
     assert again.taken(TRAINED) == [], "it was added to the node that stayed"
     finish(again)
 
@@ -179,12 +179,12 @@ def test_a_resent_node_is_a_duplicate_whatever_its_lane_holds_by_then(network: N
     service = started(network)
     caller = Caller(network, service, "push", local=True)
     for shard in (0, 1):
-        caller.give(push(TRAINED, Node(shard, 1)), words(1.0 + shard))
+        caller.give(push(TRAINED, TreeNode(shard, 1)), words(1.0 + shard))
     assert caller.lanes is not None
     left = bytes(caller.lanes.place(TRAINED, 0))
     caller.near.close()
     again = Caller(network, service, "push", local=True)
-    again.say(push(TRAINED, Node(0, 1)), left)
+    again.say(push(TRAINED, TreeNode(0, 1)), left)
     finish(again)
 
     assert again.acks()[0].name == "DUPLICATE"
@@ -200,9 +200,9 @@ WRONG: dict[str, tuple[Header, bytes, str]] = {
     "integer buffers": (push(CARRIED, flags=in_lane(0)), b"", "flags"),
     "what never changes": (push(FROZEN, flags=in_lane(0)), b"", "node"),
     "no bucket": (push(9, flags=in_lane(0)), b"", "bucket"),
-    "no node": (push(TRAINED, Node(0, 3), flags=in_lane(0)), b"", "node"),
+    "no node": (push(TRAINED, TreeNode(0, 3), flags=in_lane(0)), b"", "node"),
     "a summary": (push(SUMMARY, flags=in_lane(0)), b"", "length"),
-    "first values": (job_header(Kind.INIT, bucket=TRAINED, node=LEAF, flags=in_lane(0)), b"", "flags"),
+    "first values": (job_header(FrameKind.INIT, bucket=TRAINED, node=LEAF, flags=in_lane(0)), b"", "flags"),
     "another codec": (push(TRAINED, flags=in_lane(0), codec=Codec.BF16), b"", "codec"),
     "a body, too": (push(TRAINED, flags=in_lane(0)), words(1.0), "length"),
     "unchanged gradients": (push(TRAINED, flags=in_lane(0) | UNCHANGED), WEIGHT, "node"),

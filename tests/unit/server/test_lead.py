@@ -14,9 +14,9 @@ from harness.played import played_plan, played_spec
 from pscluster.errors import TaskError
 from pscluster.step.layout import Layout, TensorSpec
 from pscluster.step.summary import Summary
-from pscluster.step.tree import Node
+from pscluster.step.tree import TreeNode
 from pscluster.v1.plan_pb2 import ProcessReport
-from psserver.partition.coordinator.coordinator import REPORT_INTERVAL_S, Lead, Outputs
+from psserver.partition.coordinator.coordinator import REPORT_INTERVAL_S, Coordinator, Outputs
 from psserver.partition.step.commit import Verdict, Vote
 
 LAYOUT = Layout((TensorSpec(names=("w",), shape=(4,), dtype="float32", kind="trained"),))
@@ -31,7 +31,7 @@ class Played:
         self.spec = played_spec(2, 2, **sections)
         self.log: list[tuple[Any, ...]] = []
         self.reports: list[ProcessReport] = []
-        self.lead = Lead.at(self.spec, self.plan(1, resume_step=resume_step), self._outputs())
+        self.lead = Coordinator.at(self.spec, self.plan(1, resume_step=resume_step), self._outputs())
 
     def _outputs(self) -> Outputs:
         return Outputs(
@@ -63,7 +63,7 @@ class Played:
     def evaluate(self) -> None:
         """Both shards send their statistics, and shard 0's trainer the finalised metrics."""
         for shard in (0, 1):
-            self.lead.statistics(self.lead.version, Node(shard, 1), np.array([1.0, 2.0]))
+            self.lead.statistics(self.lead.version, TreeNode(shard, 1), np.array([1.0, 2.0]))
         self.lead.outcome(self.lead.version, {"metrics": {"loss": 0.5}})
 
     def directives(self) -> list[str]:
@@ -194,15 +194,15 @@ def test_an_evaluation_takes_each_node_once_and_only_of_its_version() -> None:
     played.vote()
     one = np.array([1.0])
     assert played.lead.action == "evaluate"
-    assert not played.lead.statistics(1, Node(0, 1), one), "of another version"
-    assert played.lead.statistics(2, Node(1, 1), one)
-    assert not played.lead.statistics(2, Node(1, 1), one), "a duplicate"
+    assert not played.lead.statistics(1, TreeNode(0, 1), one), "of another version"
+    assert played.lead.statistics(2, TreeNode(1, 1), one)
+    assert not played.lead.statistics(2, TreeNode(1, 1), one), "a duplicate"
     assert played.lead.merged is None
-    assert played.lead.statistics(2, Node(0, 2), one * 5), "it covers what came before"
+    assert played.lead.statistics(2, TreeNode(0, 2), one * 5), "it covers what came before"
 
     assert played.lead.merged is not None and played.lead.merged.tolist() == [5.0]
     assert played.log[-1][0] == "merged"
-    assert not played.lead.statistics(2, Node(0, 1), one), "too late"
+    assert not played.lead.statistics(2, TreeNode(0, 1), one), "too late"
 
 
 def test_outcomes_are_taken_once_and_in_their_place() -> None:
@@ -246,9 +246,9 @@ def test_a_new_generation_in_mid_evaluation_keeps_what_is_in() -> None:
     played = Played().open()
     played.vote()
     played.vote()
-    played.lead.statistics(2, Node(0, 1), np.array([1.0]))
+    played.lead.statistics(2, TreeNode(0, 1), np.array([1.0]))
     played.lead.adopt(played.plan(2))
-    played.lead.statistics(2, Node(1, 1), np.array([2.0]))
+    played.lead.statistics(2, TreeNode(1, 1), np.array([2.0]))
     assert played.lead.merged is not None and played.lead.merged.tolist() == [3.0]
     played.log.clear()
 
@@ -261,9 +261,9 @@ def test_statistics_that_do_not_add_fail_the_job_by_name() -> None:
     played = Played().open()
     played.vote()
     played.vote()
-    played.lead.statistics(2, Node(0, 1), np.array([1.0]))
+    played.lead.statistics(2, TreeNode(0, 1), np.array([1.0]))
     for _ in range(2):
-        assert not played.lead.statistics(2, Node(1, 1), np.array([1.0, 2.0]))
+        assert not played.lead.statistics(2, TreeNode(1, 1), np.array([1.0, 2.0]))
     failures = [report.failure for report in played.reports if report.WhichOneof("body") == "failure"]
     assert [failure.error.code for failure in failures] == [TaskError.code]
     assert "2 numbers do not add" in failures[0].error.cause

@@ -15,7 +15,7 @@ from pscluster.job.spec import JobSpec, OptimizerSection
 from pscluster.step.codec import DTYPES
 from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
 from pscluster.step.summary import Summary, touched_bits
-from pscluster.step.tree import Node
+from pscluster.step.tree import TreeNode
 from psserver.partition.coordinator.decisions import decide
 from psserver.partition.step.commit import Verdict, Vote
 from psserver.partition.step.open_step import OpenStep
@@ -84,8 +84,8 @@ class PlayedPartition:
             if span.num_words:
                 words = self.step.pool.take(span.num_words)
                 words.copy_(flat(self.layout, span.bucket, gradients)[span.start : span.stop])
-                assert self.step.offer_trained(span.bucket, Node(0, 1), words, partial(self.step.pool.give, words))
-        assert self.step.offer_summary(Node(0, 1), summary)
+                assert self.step.offer_trained(span.bucket, TreeNode(0, 1), words, partial(self.step.pool.give, words))
+        assert self.step.offer_summary(TreeNode(0, 1), summary)
         assert self.step.is_complete
 
     def carry_out(self, verdict: Verdict) -> None:

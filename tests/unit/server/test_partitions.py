@@ -14,12 +14,12 @@ from pscluster.job.spec import JobSpec
 from pscluster.step.codec import BufferNode
 from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
 from pscluster.step.summary import Summary, touched_bits
-from pscluster.step.tree import Node
+from pscluster.step.tree import TreeNode
 from pscluster.v1.plan_pb2 import Plan
 from psserver.partition.process import PartitionService
 
 FINAL_STEP = 3
-ROOT = Node(0, 1)
+ROOT = TreeNode(0, 1)
 LAYOUT = Layout(
     (
         TensorSpec(names=("w",), shape=(3 * BLOCK_WORDS,), dtype="float32", kind="trained"),

@@ -13,8 +13,8 @@ from harness.played import Network, fill, job_header, played_partition, played_p
 from harness.played_caller import Caller
 from pscluster.step.codec import DTYPES
 from pscluster.step.layout import Layout, TensorSpec
-from pscluster.step.tree import Node
-from pscluster.wire.frame import EXACT, IN_MEMORY, WITH_FROZEN, Codec, Kind
+from pscluster.step.tree import TreeNode
+from pscluster.wire.frame import EXACT, IN_MEMORY, WITH_FROZEN, Codec, FrameKind
 from pscluster.wire.memory import page_offsets
 from psserver.partition.process import PartitionService
 
@@ -66,7 +66,7 @@ def test_values_come_in_the_codec_and_by_the_shortest_way(
 ) -> None:
     service = started(network, codec)
     caller = Caller(network, service, "pull", local=local)
-    caller.say(job_header(Kind.PULL, generation=1, flags=WITH_FROZEN | (EXACT if exact else 0)))
+    caller.say(job_header(FrameKind.PULL, generation=1, flags=WITH_FROZEN | (EXACT if exact else 0)))
 
     told = {bucket: header for bucket, (header, _) in caller.values.items()}
     assert sorted(told) == [TRAINED, AVERAGED, FROZEN]
@@ -88,7 +88,7 @@ def test_the_last_pull_says_whether_values_are_exact(network: Network) -> None:
     caller = Caller(network, service, "pull")
     for flags in (EXACT, 0):
         caller.values.clear()
-        caller.say(job_header(Kind.PULL, generation=1, flags=flags))
+        caller.say(job_header(FrameKind.PULL, generation=1, flags=flags))
         assert {header.flags & EXACT for header, _ in caller.values.values()} == {flags}
 
 
@@ -101,9 +101,9 @@ def test_first_values_are_exact_whatever_the_codec_and_published_at_once(
     service.adopt(played_plan(LAYOUT, {0: [0]}))
     pusher = Caller(network, service, "push", local=local)
     for bucket in (TRAINED, AVERAGED, FROZEN):
-        pusher.say(job_header(Kind.INIT, generation=1, bucket=bucket, node=Node(0, 1)), EXACT_BYTES)
+        pusher.say(job_header(FrameKind.INIT, generation=1, bucket=bucket, node=TreeNode(0, 1)), EXACT_BYTES)
     caller = Caller(network, service, "pull", local=local)
-    caller.say(job_header(Kind.PULL, generation=1))
+    caller.say(job_header(FrameKind.PULL, generation=1))
 
     assert service.state is not None and service.state.is_filled
     assert service.state.values[TRAINED].tolist() == [torch.tensor(THIRD).item()] * 16
@@ -114,7 +114,7 @@ def test_first_values_are_exact_whatever_the_codec_and_published_at_once(
 def test_who_maps_the_memory_sees_the_next_version_without_another_byte(network: Network) -> None:
     service = started(network, "fp32")
     caller = Caller(network, service, "pull", local=True)
-    caller.say(job_header(Kind.PULL, generation=1))
+    caller.say(job_header(FrameKind.PULL, generation=1))
     before = service.clients.pull_bytes
     assert service.state is not None
     service.state.values[TRAINED].fill_(7.0)
@@ -141,8 +141,8 @@ def many(monkeypatch: pytest.MonkeyPatch, network: Network) -> PartitionService:
 
 def runs(caller: Caller) -> list[tuple[int, int, int]]:
     """First bucket, how many, and version of each frame of values; then forgets them."""
-    found = [(h.bucket, h.node.leaves, h.step) for h, _ in caller.told if h.kind is Kind.VALUES]
-    assert all(h.node.first == h.bucket for h, _ in caller.told if h.kind is Kind.VALUES and h.flags & IN_MEMORY)
+    found = [(h.bucket, h.node.leaves, h.step) for h, _ in caller.told if h.kind is FrameKind.VALUES]
+    assert all(h.node.first == h.bucket for h, _ in caller.told if h.kind is FrameKind.VALUES and h.flags & IN_MEMORY)
     caller.told.clear()
     return found
 
@@ -150,11 +150,11 @@ def runs(caller: Caller) -> list[tuple[int, int, int]]:
 def test_of_neighbours_in_shared_memory_one_frame_tells(network: Network, many: PartitionService) -> None:
     """What is of another version or codec, or not ready yet, has a frame of its own."""
     caller = Caller(network, many, "pull", local=True)
-    caller.say(job_header(Kind.PULL, generation=1))
+    caller.say(job_header(FrameKind.PULL, generation=1))
     assert runs(caller) == [(0, 5, 0), (5, 1, 0)]
 
     many.versions |= {0: 1, 1: 1, 3: 1, 4: 2}
-    caller.say(job_header(Kind.PULL, generation=1, step=1))
+    caller.say(job_header(FrameKind.PULL, generation=1, step=1))
     assert runs(caller) == [(0, 2, 1), (3, 1, 1), (4, 1, 2)]
     many.versions |= {2: 1, 5: 1}
     many.serve_pulls()
@@ -178,6 +178,6 @@ def test_over_a_socket_each_bucket_has_its_frame_and_a_checksum_of_its_newest_va
         many.version, many.versions = version, dict.fromkeys(many.versions, version)
         for caller in callers:
             for flags in (0, EXACT, 0):
-                caller.say(job_header(Kind.PULL, generation=1, step=version, sender=caller.index, flags=flags))
+                caller.say(job_header(FrameKind.PULL, generation=1, step=version, sender=caller.index, flags=flags))
                 assert runs(caller) == [(bucket, 0, version) for bucket in range(6)]
     assert network.refusals == []

@@ -23,8 +23,8 @@ from harness.played import (
 from harness.played_caller import LEAF, Caller, push
 from pscluster.step.layout import Layout, TensorSpec
 from pscluster.step.summary import Summary
-from pscluster.step.tree import Node
-from pscluster.wire.frame import SUMMARY, UNCHANGED, AckResult, Codec, Header, Kind, job_number
+from pscluster.step.tree import TreeNode
+from pscluster.wire.frame import SUMMARY, UNCHANGED, AckResult, Codec, FrameKind, Header, job_number
 from psserver.partition.ingress.clients import ACK_BODY
 from psserver.partition.process import PartitionService
 
@@ -76,37 +76,40 @@ WRONG_PUSHES: dict[str, tuple[Header, bytes]] = {
     "a bucket that never changes": (push(FROZEN), ONES),
     "too short": (push(TRAINED), ONES[:-4]),
     "too long": (push(TRAINED), ONES + ONES),
-    "no node of the tree": (push(TRAINED, Node(0, 3)), ONES),
-    "no leaf": (push(TRAINED, Node(2, 1)), ONES),
-    "the empty node": (push(TRAINED, Node(0, 0)), ONES),
-    "a carried bucket from shard 1": (push(CARRIED, Node(1, 1)), bytes(64)),
+    "no node of the tree": (push(TRAINED, TreeNode(0, 3)), ONES),
+    "no leaf": (push(TRAINED, TreeNode(2, 1)), ONES),
+    "the empty node": (push(TRAINED, TreeNode(0, 0)), ONES),
+    "a carried bucket from shard 1": (push(CARRIED, TreeNode(1, 1)), bytes(64)),
     "unchanged gradients": (push(TRAINED, flags=UNCHANGED), WEIGHT),
     "a weight of another length": (push(AVERAGED, flags=UNCHANGED), WEIGHT + b"\0"),
     "a summary of another length": (push(SUMMARY), bytes(24)),
-    "a pull with a body": (job_header(Kind.PULL), b"x"),
-    "a vote from a trainer": (job_header(Kind.VOTE), b"\1"),
-    "a verdict": (job_header(Kind.VERDICT), b"{}"),
-    "a second greeting": (job_header(Kind.HELLO), b"{}"),
-    "huge statistics": (job_header(Kind.STATISTICS), bytes((1 << 20) + 8)),
-    "half a number": (job_header(Kind.STATISTICS, node=LEAF), bytes(7)),
-    "statistics of no node": (job_header(Kind.STATISTICS, node=Node(0, 3)), WEIGHT),
-    "an outcome that is no JSON": (job_header(Kind.OUTCOME), b"{"),
-    "an outcome that is no mapping": (job_header(Kind.OUTCOME), b"[]"),
-    "no outcome": (job_header(Kind.OUTCOME), b""),
-    "first values of no bucket": (job_header(Kind.INIT, bucket=9, node=LEAF), ONES),
-    "first values too short": (job_header(Kind.INIT, bucket=TRAINED, node=LEAF), ONES[:-4]),
+    "a pull with a body": (job_header(FrameKind.PULL), b"x"),
+    "a vote from a trainer": (job_header(FrameKind.VOTE), b"\1"),
+    "a verdict": (job_header(FrameKind.VERDICT), b"{}"),
+    "a second greeting": (job_header(FrameKind.HELLO), b"{}"),
+    "huge statistics": (job_header(FrameKind.STATISTICS), bytes((1 << 20) + 8)),
+    "half a number": (job_header(FrameKind.STATISTICS, node=LEAF), bytes(7)),
+    "statistics of no node": (job_header(FrameKind.STATISTICS, node=TreeNode(0, 3)), WEIGHT),
+    "an outcome that is no JSON": (job_header(FrameKind.OUTCOME), b"{"),
+    "an outcome that is no mapping": (job_header(FrameKind.OUTCOME), b"[]"),
+    "no outcome": (job_header(FrameKind.OUTCOME), b""),
+    "first values of no bucket": (job_header(FrameKind.INIT, bucket=9, node=LEAF), ONES),
+    "first values too short": (job_header(FrameKind.INIT, bucket=TRAINED, node=LEAF), ONES[:-4]),
     "empty: gradients": (push(TRAINED), b""),
     "empty: gradients of no bucket": (push(9), b""),
     "empty: buffers": (push(AVERAGED), b""),
     "empty: a weight": (push(AVERAGED, flags=UNCHANGED), b""),
     "empty: a summary": (push(SUMMARY), b""),
-    "empty: first values": (job_header(Kind.INIT, bucket=TRAINED, node=LEAF), b""),
-    "empty: first values of no bucket": (job_header(Kind.INIT, bucket=9, node=LEAF), b""),
+    "empty: first values": (job_header(FrameKind.INIT, bucket=TRAINED, node=LEAF), b""),
+    "empty: first values of no bucket": (job_header(FrameKind.INIT, bucket=9, node=LEAF), b""),
     "gradients in another codec": (push(TRAINED, codec=Codec.BF16), ONES),
     "half as long in another codec": (push(TRAINED, codec=Codec.BF16), ONES[:32]),
     "buffers in a codec": (push(AVERAGED, codec=Codec.BF16), ONES),
-    "first values in a codec": (job_header(Kind.INIT, bucket=TRAINED, node=LEAF, codec=Codec.BF16), ONES),
-    "a summary of no node": (push(SUMMARY, Node(5, 1)), Summary(loss_sum=1, weight=1, samples=1, touched=b"\0").pack()),
+    "first values in a codec": (job_header(FrameKind.INIT, bucket=TRAINED, node=LEAF, codec=Codec.BF16), ONES),
+    "a summary of no node": (
+        push(SUMMARY, TreeNode(5, 1)),
+        Summary(loss_sum=1, weight=1, samples=1, touched=b"\0").pack(),
+    ),
 }
 
 
@@ -147,15 +150,15 @@ WRONG_GREETINGS: dict[str, bytes] = {
 def test_a_greeting_that_does_not_fit_is_refused(name: str, network: Network, service: PartitionService) -> None:
     caller = Caller(network, service)
 
-    caller.say(job_header(Kind.HELLO, generation=1), WRONG_GREETINGS[name])
+    caller.say(job_header(FrameKind.HELLO, generation=1), WRONG_GREETINGS[name])
 
     assert not caller.near.is_open
     assert caller.told == []
     assert sum(service.counters.invalid.values()) == 1
 
 
-@pytest.mark.parametrize("kind", [k for k in Kind if k is not Kind.HELLO])
-def test_nobody_is_heard_before_the_greeting(kind: Kind, network: Network, service: PartitionService) -> None:
+@pytest.mark.parametrize("kind", [k for k in FrameKind if k is not FrameKind.HELLO])
+def test_nobody_is_heard_before_the_greeting(kind: FrameKind, network: Network, service: PartitionService) -> None:
     for body in (b"", WEIGHT):
         caller = Caller(network, service)
         caller.say(job_header(kind, generation=1), body)
@@ -178,7 +181,7 @@ def test_a_caller_of_an_older_timeline_is_fenced_with_the_newer_generation(
 
     caller.greet("push", restore_generation=1)
 
-    assert [header.kind for header in sent] == [Kind.FENCED]
+    assert [header.kind for header in sent] == [FrameKind.FENCED]
     assert not caller.near.is_open
     assert service.counters.fenced == 1
 
@@ -193,7 +196,7 @@ def test_a_push_is_applied_once_and_duplicates_and_the_past_are_told(
     caller.give(push(TRAINED), ONES)
     caller.give(push(TRAINED), ONES)
     caller.give(push(TRAINED, generation=0), ONES)
-    caller.give(push(TRAINED, generation=0, node=Node(1, 1)), ONES)
+    caller.give(push(TRAINED, generation=0, node=TreeNode(1, 1)), ONES)
 
     results = [AckResult.APPLIED, AckResult.DUPLICATE, AckResult.STALE, AckResult.STALE]
     assert caller.acks() == ([] if local else results), "what lies in a lane needs no answer"
@@ -241,7 +244,7 @@ def test_a_job_of_narrow_gradients_takes_no_others(network: Network) -> None:
 
 def told_credit(caller: Caller) -> list[tuple[int, int]]:
     """What it was told of its credit beside answers: bytes granted, and the open bucket."""
-    bodies = [ACK_BODY.unpack(body) for header, body in caller.told if header.kind is Kind.ACK]
+    bodies = [ACK_BODY.unpack(body) for header, body in caller.told if header.kind is FrameKind.ACK]
     return [(granted, bucket) for kind, granted, bucket in bodies if kind == 0]
 
 
@@ -256,10 +259,10 @@ def test_who_may_wait_for_credit_is_told_when_memory_is_free_again_and_nobody_el
     poor = Caller(network, service, "push")
     assert poor.granted == 2 * len(ONES), "two of the largest gradients"
     for leaf in (0, 2):
-        poor.say(push(TRAINED, Node(leaf, 1)), ONES)
-    rich.say(push(TRAINED, Node(3, 1), sender=1), ONES)
+        poor.say(push(TRAINED, TreeNode(leaf, 1)), ONES)
+    rich.say(push(TRAINED, TreeNode(3, 1), sender=1), ONES)
     assert told_credit(poor) == []
-    rich.say(push(TRAINED, Node(1, 1), sender=1), ONES)
+    rich.say(push(TRAINED, TreeNode(1, 1), sender=1), ONES)
 
     nothing_open = 0xFFFF_FFFF
     assert told_credit(poor) == [(3 * len(ONES), nothing_open)], "of its node, and which bucket is open now"
@@ -270,9 +273,9 @@ def test_who_may_wait_for_credit_is_told_when_memory_is_free_again_and_nobody_el
 def test_a_whole_step_by_frames(local: bool, network: Network, service: PartitionService) -> None:
     pusher = Caller(network, service, "push", local=local)
     puller = Caller(network, service, "pull", local=local)
-    puller.say(job_header(Kind.PULL, generation=1, step=1))
-    assert Kind.VALUES not in puller.kinds()
-    for node in (Node(0, 1), Node(1, 1)):
+    puller.say(job_header(FrameKind.PULL, generation=1, step=1))
+    assert FrameKind.VALUES not in puller.kinds()
+    for node in (TreeNode(0, 1), TreeNode(1, 1)):
         pusher.give(push(TRAINED, node), ONES)
         pusher.say(push(AVERAGED, node, flags=UNCHANGED), WEIGHT)
         summary = Summary(loss_sum=1, weight=1, samples=1, touched=b"\1")
@@ -285,7 +288,7 @@ def test_a_whole_step_by_frames(local: bool, network: Network, service: Partitio
     values = {bucket: header.step for bucket, (header, _) in puller.values.items()}
     assert values == {TRAINED: 1, AVERAGED: 1, CARRIED: 1}, "the frozen bucket was not asked for"
     assert [len(body) for _, body in puller.values.values()] == ([0, 0, 0] if local else [64, 64, 64])
-    told = [json.loads(body)["action"] for header, body in puller.told if header.kind is Kind.DIRECTIVE]
+    told = [json.loads(body)["action"] for header, body in puller.told if header.kind is FrameKind.DIRECTIVE]
     assert told[-1] == "train"
 
 
@@ -294,7 +297,7 @@ def test_a_summary_of_the_next_step_waits_for_it(local: bool, network: Network, 
     summary = Summary(loss_sum=1, weight=1, samples=1, touched=b"\1").pack()
     caller.say(push(SUMMARY, step=1), summary)
     assert caller.acks() == []
-    for node in (Node(0, 1), Node(1, 1)):
+    for node in (TreeNode(0, 1), TreeNode(1, 1)):
         caller.give(push(TRAINED, node), ONES)
         caller.say(push(AVERAGED, node, flags=UNCHANGED), WEIGHT)
         caller.say(push(SUMMARY, node), summary)

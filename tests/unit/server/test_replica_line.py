@@ -9,7 +9,7 @@ import torch
 
 from harness.played import PlayedConnection
 from harness.played_standbys import FINAL_STEP, PlayedJob
-from pscluster.wire.frame import Kind
+from pscluster.wire.frame import FrameKind
 
 SENDS = 8  # of one step at most: the roots of five buckets and of the summary, the verdict, and one more
 
@@ -106,7 +106,7 @@ def test_a_line_may_break_within_any_send(number: int, end: str, undisturbed: li
     assert takes > FINAL_STEP, "it broke once in each step at least"
 
 
-def _resumed(job: PlayedJob) -> list[Kind]:
+def _resumed(job: PlayedJob) -> list[FrameKind]:
     """The lead's line is dialled again; what is on its way to the standby when the lead has heard its welcome."""
     job.network.fire_timers()
     for _ in range(1000):
@@ -130,7 +130,7 @@ def test_an_evaluation_finalised_while_the_line_was_down_is_told_over_the_next(m
         to_its_standby(job, 0).takes = 0
     job.evaluate()
     assert lead.notes.evaluated == 2
-    assert _resumed(job) == [Kind.NOTE]
+    assert _resumed(job) == [FrameKind.NOTE]
     job.make_steps(1)
     job.lose_partition(0)
     job.everybody_adopts()
@@ -156,7 +156,7 @@ def test_it_is_told_after_the_verdict_that_made_its_version_and_before_the_sums_
     job.evaluate()
     for index in range(2):
         job.push(index)
-    assert _resumed(job) == [Kind.VERDICT, Kind.NOTE] + [Kind.PUSH] * num_sums
+    assert _resumed(job) == [FrameKind.VERDICT, FrameKind.NOTE] + [FrameKind.PUSH] * num_sums
     job.settle()
     assert (lead.version, standby.version) == (4, 4)
     assert standby.notes.evaluated == 3

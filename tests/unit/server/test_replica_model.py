@@ -17,7 +17,7 @@ import pytest
 from psserver.partition.replication import in_sync
 from psserver.partition.replication.in_sync import Bond
 from psserver.partition.step import commit
-from psserver.partition.step.commit import Lead, Member, Verdict, Vote
+from psserver.partition.step.commit import CoordinatorState, Member, Verdict, Vote
 from tests.unit.server.test_commit_model import _cannot_reach, put
 
 
@@ -206,12 +206,12 @@ class Model:
                 return self.tell_all(w, after, state, verdict)
         return w
 
-    def lead_of(self, w: World, process: Process) -> Lead:
+    def lead_of(self, w: World, process: Process) -> CoordinatorState:
         assert process.lead is not None
         generation = process.plan.generation
         votes = {p: Vote(generation=generation, step=process.lead.step, partition=p) for p in process.lead.votes}
         last = self.verdict(process, process.lead.last) if process.lead.last >= 0 else None
-        return Lead(
+        return CoordinatorState(
             num_partitions=len(w.plan.holders), generation=generation, step=process.lead.step, votes=votes, last=last
         )
 
@@ -239,7 +239,7 @@ class Model:
         told = ("verdict", index, after.attempt, verdict.generation, verdict.step)
         return w._replace(messages=w.messages | {told})
 
-    def tell_all(self, w: World, process: Process, state: Lead, verdict: Verdict) -> World:
+    def tell_all(self, w: World, process: Process, state: CoordinatorState, verdict: Verdict) -> World:
         assert process.lead is not None
         lead = process.lead._replace(step=state.step, votes=frozenset(), last=verdict.step)
         after = process._replace(lead=lead)
@@ -523,7 +523,9 @@ def _stays_bound(held: Bond, attempt: int, *, restored: bool) -> Bond:  # noqa: 
     return Bond(attempt=attempt, reach=held.reach, is_bound=held.is_bound, is_told=held.is_told)
 
 
-def _forgets_verdicts(lead: Lead, vote: Vote, decide: commit.Decide) -> tuple[Lead, Verdict | None, bool]:
+def _forgets_verdicts(
+    lead: CoordinatorState, vote: Vote, decide: commit.Decide
+) -> tuple[CoordinatorState, Verdict | None, bool]:
     after, verdict, to_all = RECEIVE_VOTE(lead, vote, decide)
     return after, verdict if to_all else None, to_all
 

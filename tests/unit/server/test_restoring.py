@@ -11,7 +11,7 @@ from harness.played_caller import Caller
 from pscluster.step.layout import Layout, TensorSpec
 from pscluster.storage.snapshot import part_name, write_part
 from pscluster.v1.plan_pb2 import Plan, RestorePoint, SnapshotPart
-from pscluster.wire.frame import Kind
+from pscluster.wire.frame import FrameKind
 from psserver.partition.checkpoint import restoring
 from psserver.partition.process import PartitionService
 
@@ -78,7 +78,7 @@ def test_nobody_is_welcome_meanwhile(waiting: PartitionService, network: Network
     network.fire_timers()
     late = Caller(network, waiting)
     late.greet("push", restore_generation=2)
-    assert late.near.is_open and late.kinds() == [Kind.WELCOME]
+    assert late.near.is_open and late.kinds() == [FrameKind.WELCOME]
 
 
 def test_a_newer_plan_comes_first(waiting: PartitionService, network: Network, tmp_path: Path) -> None:

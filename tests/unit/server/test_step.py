@@ -15,7 +15,7 @@ from harness.played import played_spec
 from pscluster.step.codec import BufferNode
 from pscluster.step.layout import Layout, TensorSpec
 from pscluster.step.summary import Summary, touched_bits
-from pscluster.step.tree import Node, tree_of
+from pscluster.step.tree import TreeNode, tree_of
 from psserver.partition.step.commit import Verdict
 from psserver.partition.step.open_step import OpenStep
 from psserver.partition.step.state import PartitionState
@@ -45,7 +45,7 @@ class Played:
         self.state.values[AVERAGED].copy_(averaged([1.0, 2.0, 3.0], [10.0, 20.0, 30.0]))
         self.state.values[CARRIED][0] = 5
 
-    def offer(self, node: Node, gradient: float) -> bool:
+    def offer(self, node: TreeNode, gradient: float) -> bool:
         words = self.step.pool.take(16).fill_(0.0)
         words[:4] = gradient
         self.given.append(words)
@@ -57,7 +57,7 @@ class Played:
 
     def push(self, shard: int, gradient: float = 1.0, *, touched: Iterable[int] = (W, MEAN), **fields: Any) -> None:
         """Everything of one shard; its live buffers are given as `mean` and `var`, `weight` is 1 unless given."""
-        node, weight = Node(shard, 1), fields.get("weight", 1.0)
+        node, weight = TreeNode(shard, 1), fields.get("weight", 1.0)
         self.offer(node, gradient)
         moved = None
         if "mean" in fields:
@@ -211,9 +211,9 @@ def test_duplicates_are_told_and_give_their_memory_back() -> None:
     played = Played()
     played.push(0)
 
-    assert not played.offer(Node(0, 1), 100.0)
-    assert not played.step.offer_buffers(AVERAGED, Node(0, 1), BufferNode(1.0, None))
-    assert not played.step.offer_summary(Node(0, 1), Summary(loss_sum=9, weight=9, samples=9, touched=b"\0"))
+    assert not played.offer(TreeNode(0, 1), 100.0)
+    assert not played.step.offer_buffers(AVERAGED, TreeNode(0, 1), BufferNode(1.0, None))
+    assert not played.step.offer_summary(TreeNode(0, 1), Summary(loss_sum=9, weight=9, samples=9, touched=b"\0"))
     assert [id(words) for words in played.released] == [id(played.given[1])]
     played.push(1)
     played.carry_out()
@@ -223,17 +223,17 @@ def test_duplicates_are_told_and_give_their_memory_back() -> None:
 def test_memory_is_given_back_once_it_is_not_read_any_more() -> None:
     """The right side of a sum at once, a covered node at once, the root after its bucket was updated."""
     played = Played(3)
-    played.offer(Node(0, 1), 1.0)
-    played.offer(Node(2, 1), 4.0)
-    played.offer(Node(1, 1), 2.0)
+    played.offer(TreeNode(0, 1), 1.0)
+    played.offer(TreeNode(2, 1), 4.0)
+    played.offer(TreeNode(1, 1), 2.0)
     leaf, last, right = played.given
     assert [id(words) for words in played.released] == [id(right), id(last)], "0 + 1, and that + 2"
     assert played.step.trained[TRAINED].root is leaf
 
     played = Played(3)
-    played.offer(Node(1, 1), 100.0)
-    played.offer(Node(0, 2), 3.0)
-    played.offer(Node(2, 1), 4.0)
+    played.offer(TreeNode(1, 1), 100.0)
+    played.offer(TreeNode(0, 2), 3.0)
+    played.offer(TreeNode(2, 1), 4.0)
     assert [id(words) for words in played.released] == [id(played.given[0]), id(played.given[2])]
     for shard in range(3):
         played.push(shard)
@@ -249,9 +249,9 @@ def test_the_squares_are_those_of_the_sum_whether_it_came_whole_or_in_parts() ->
     parts, whole, covering = Played(), Played(), Played()
     for shard, gradient in enumerate((1.0, 2.5)):
         parts.push(shard, gradient)
-    covering.offer(Node(1, 1), 100.0)
+    covering.offer(TreeNode(1, 1), 100.0)
     for played in (whole, covering):
-        played.offer(Node(0, 2), 3.5)
+        played.offer(TreeNode(0, 2), 3.5)
         for shard in range(2):
             played.push(shard, 100.0)
 
@@ -303,18 +303,18 @@ def test_buffers_come_out_the_same_whoever_adds_them(shards: int, data: st.DataO
     def leaf(shard: int) -> BufferNode:
         return BufferNode(weights[shard], live[shard] * weights[shard] if moved[shard] else None)
 
-    def summed(node: Node) -> BufferNode:
+    def summed(node: TreeNode) -> BufferNode:
         """What a worker that owns these leaves pushes."""
         if node.leaves == 1:
             return leaf(node.first)
         left = 1 << ((node.leaves - 1).bit_length() - 1)
-        right = Node(node.first + left, node.leaves - left)
-        return summed(Node(node.first, left)).plus(summed(right), committed)
+        right = TreeNode(node.first + left, node.leaves - left)
+        return summed(TreeNode(node.first, left)).plus(summed(right), committed)
 
     whole = summed(tree.root)
     owners = data.draw(st.lists(st.integers(0, 2), min_size=shards, max_size=shards))
     pushed = [node for who in range(3) for node in tree.cover(s for s in range(shards) if owners[s] == who)]
-    held: dict[Node, BufferNode] = {}
+    held: dict[TreeNode, BufferNode] = {}
     for node in data.draw(st.permutations(pushed)):
         value = summed(node)
         wired = BufferNode(value.weight if value.words is None else 0.0, value.words)  # what a frame carries

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pscluster.errors import FrameError, PsError, VersionSkewError
-from pscluster.step.tree import Node
+from pscluster.step.tree import TreeNode
 from pscluster.wire.frame import (
     EXACT,
     HEADER_BYTES,
@@ -19,8 +19,8 @@ from pscluster.wire.frame import (
     UNCHANGED,
     WITH_FROZEN,
     Codec,
+    FrameKind,
     Header,
-    Kind,
     checksum,
     in_lane,
     job_number,
@@ -32,19 +32,19 @@ from pscluster.wire.frame import (
 U16, U32, U64 = st.integers(0, 2**16 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 HEADERS = st.builds(
     Header,
-    kind=st.sampled_from(Kind),
+    kind=st.sampled_from(FrameKind),
     job=U64,
     generation=U64,
     step=U64,
     bucket=U32,
-    node=st.builds(Node, U32, U32),
+    node=st.builds(TreeNode, U32, U32),
     flags=U16,
     sender=U16,
     codec=st.sampled_from(Codec),
     length=U64,
     checksum=U32,
 )
-HEADER = Header(kind=Kind.PUSH, job=7, generation=3, step=9, bucket=2, node=Node(4, 4), length=64, checksum=1)
+HEADER = Header(kind=FrameKind.PUSH, job=7, generation=3, step=9, bucket=2, node=TreeNode(4, 4), length=64, checksum=1)
 
 
 def forged(offset: int, value: bytes, header: Header = HEADER) -> bytes:

@@ -17,7 +17,7 @@ from pscluster.errors import TaskError
 from pscluster.job.spec import OptimizerSection
 from pscluster.step.layout import Layout
 from pscluster.step.summary import Summary
-from pscluster.step.tree import Node, Tree, tree_of
+from pscluster.step.tree import Tree, TreeNode, tree_of
 from psworker.replica import layout_of
 from psworker.trainer.gradients.accumulate import Accumulator, Counter, SummaryCounter
 from psworker.trainer.gradients.gather import Gradients, gather
@@ -45,7 +45,7 @@ class Played:
         self.dtype = dtype
         self.layout = layout_of(model, OptimizerSection())
         self.tree = tree_of(shards)
-        self.pushed: dict[tuple[int, Node], torch.Tensor] = {}
+        self.pushed: dict[tuple[int, TreeNode], torch.Tensor] = {}
         numbers = {id(p): p for p in model.parameters()}
         order = [p for p in numbers.values() if p.requires_grad]
         trained = [n for n, t in enumerate(self.layout.tensors) if t.kind == "trained"]
@@ -54,7 +54,7 @@ class Played:
         self.during_backward: list[bool] = []
         self.in_backward = False
 
-    def push(self, bucket: int, node: Node, gradients: Gradients) -> None:
+    def push(self, bucket: int, node: TreeNode, gradients: Gradients) -> None:
         assert (bucket, node) not in self.pushed, "a node is pushed once"
         self.pushed[bucket, node] = words_of(self.layout, bucket, gradients, self.dtype).clone()
         self.during_backward.append(self.in_backward)
@@ -69,7 +69,7 @@ class Played:
         assert all(p.grad is None for p in self.parameters.values() if p.numel())
         return self.accumulator.finish()
 
-    def run(self, loss: Loss, shards: Sequence[int], roots: Sequence[Node] | None = None) -> list[set[int]]:
+    def run(self, loss: Loss, shards: Sequence[int], roots: Sequence[TreeNode] | None = None) -> list[set[int]]:
         self.accumulator.begin_run(self.tree.cover(shards) if roots is None else roots)
         touched = [self.microbatch(loss, shard) for shard in shards]
         self.accumulator.flush()
@@ -108,14 +108,14 @@ def by_hand(model: nn.Module, loss: Loss, shards: int, dtype: torch.dtype = torc
         )
     model.zero_grad(set_to_none=True)
 
-    def summed(node: Node) -> Flat:
+    def summed(node: TreeNode) -> Flat:
         if node.leaves == 1:
             return {bucket: words.clone() for bucket, words in leaves[node.first].items()}
         count = 1 << ((node.leaves - 1).bit_length() - 1)
-        left, right = summed(Node(node.first, count)), summed(Node(node.first + count, node.leaves - count))
+        left, right = summed(TreeNode(node.first, count)), summed(TreeNode(node.first + count, node.leaves - count))
         return {bucket: words + right[bucket] for bucket, words in left.items()}
 
-    return summed(Node(0, shards))
+    return summed(TreeNode(0, shards))
 
 
 @lru_cache
@@ -178,7 +178,9 @@ def test_one_worker_gives_the_sum_by_hand(shards: int, dtype: torch.dtype) -> No
     touched = played.run(net_loss, range(shards))
 
     assert_same_bits(played.root(), net_by_hand(shards, dtype))
-    assert set(played.pushed) == {(b, Node(0, shards)) for b in {b for b, _ in played.pushed}}, "only roots are pushed"
+    assert set(played.pushed) == {(b, TreeNode(0, shards)) for b in {b for b, _ in played.pushed}}, (
+        "only roots are pushed"
+    )
     names = {t.name: n for n, t in enumerate(played.layout.tensors)}
     for shard, hit in enumerate(touched):
         assert names["unused"] not in hit and names["frozen"] not in hit
@@ -192,7 +194,7 @@ def test_one_worker_gives_the_sum_by_hand(shards: int, dtype: torch.dtype) -> No
 def test_any_split_over_workers_gives_the_same_bits(dtype: torch.dtype, shards: int, data: st.DataObject) -> None:
     """Whoever owns which shards, in whatever order they compute them: pushed nodes add up to the same root."""
     owners = data.draw(st.lists(st.integers(0, 2), min_size=shards, max_size=shards))
-    together: dict[tuple[int, Node], torch.Tensor] = {}
+    together: dict[tuple[int, TreeNode], torch.Tensor] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pscluster.step.layout, "BUCKET_WORDS", 256)
         for worker in range(3):
@@ -209,10 +211,10 @@ def test_any_split_over_workers_gives_the_same_bits(dtype: torch.dtype, shards: 
 def test_a_run_that_ends_early_gives_up_what_it_has() -> None:
     """Shards 2 and 3 went to somebody else after the run had begun."""
     first, second = Played(Net(), 4), Played(Net(), 4)
-    first.run(net_loss, [0, 1, 2], roots=[Node(0, 4)])
+    first.run(net_loss, [0, 1, 2], roots=[TreeNode(0, 4)])
     second.run(net_loss, [3])
 
-    assert {node for _, node in first.pushed} == {Node(0, 2), Node(2, 1)}
+    assert {node for _, node in first.pushed} == {TreeNode(0, 2), TreeNode(2, 1)}
     first.pushed |= second.pushed
     assert_same_bits(first.root(), net_by_hand(4))
 
@@ -239,7 +241,7 @@ def test_buckets_are_pushed_while_backward_runs_once_it_is_known() -> None:
 
 def test_abandoning_forgets_everything() -> None:
     played = Played(Net(), 4)
-    played.accumulator.begin_run([Node(0, 4)])
+    played.accumulator.begin_run([TreeNode(0, 4)])
     played.microbatch(net_loss, 0)
     played.accumulator.begin(1)
     played.accumulator.abandon()
@@ -253,7 +255,7 @@ def test_abandoning_forgets_everything() -> None:
 def test_a_microbatch_without_a_backward_pushes_zeros(dtype: torch.dtype) -> None:
     """It had no samples; its leaf is in the sum all the same."""
     played = Played(Net(), 1, dtype)
-    played.accumulator.begin_run([Node(0, 1)])
+    played.accumulator.begin_run([TreeNode(0, 1)])
     played.accumulator.begin(0)
 
     assert played.accumulator.finish() == set()
@@ -390,7 +392,7 @@ def test_a_gradient_that_comes_again_after_its_bucket_was_sent_is_refused_by_nam
     """The first microbatches use the layer once; a later one twice: wrong sums are never sent silently."""
     model = Checkpointed(reentrant=True, depth=1)
     played = Played(model, 2)
-    played.accumulator.begin_run([Node(0, 1), Node(1, 1)])
+    played.accumulator.begin_run([TreeNode(0, 1), TreeNode(1, 1)])
     played.microbatch(checkpointed_loss, 0)
     model.depth = 2
 
@@ -445,9 +447,9 @@ def test_a_counter_gives_each_wanted_root_once_in_the_trees_order(leaves: int, d
     mine = data.draw(st.sets(st.integers(0, leaves - 1)))
     counter: Counter[str] = Counter(tree, lambda a, b: f"({a}+{b})")
     counter.begin(tree.cover(mine))
-    found: dict[Node, str] = {}
+    found: dict[TreeNode, str] = {}
     for leaf in data.draw(st.permutations(sorted(mine))):
-        for node, value in counter.carry(Node(leaf, 1), str(leaf)):
+        for node, value in counter.carry(TreeNode(leaf, 1), str(leaf)):
             assert node not in found
             found[node] = value
 
@@ -456,27 +458,29 @@ def test_a_counter_gives_each_wanted_root_once_in_the_trees_order(leaves: int, d
     assert counter.flush() == []
 
 
-def expression(node: Node) -> str:
+def expression(node: TreeNode) -> str:
     if node.leaves == 1:
         return str(node.first)
     count = 1 << ((node.leaves - 1).bit_length() - 1)
-    return f"({expression(Node(node.first, count))}+{expression(Node(node.first + count, node.leaves - count))})"
+    return (
+        f"({expression(TreeNode(node.first, count))}+{expression(TreeNode(node.first + count, node.leaves - count))})"
+    )
 
 
 def test_flushing_gives_what_is_held_by_first_leaf_and_forgets_it() -> None:
     counter: Counter[str] = Counter(Tree(8), lambda a, b: f"({a}+{b})")
-    counter.begin([Node(0, 8)])
+    counter.begin([TreeNode(0, 8)])
     for leaf in (6, 0, 1, 2):
-        assert counter.carry(Node(leaf, 1), str(leaf)) == []
+        assert counter.carry(TreeNode(leaf, 1), str(leaf)) == []
 
-    assert counter.flush() == [(Node(0, 2), "(0+1)"), (Node(2, 1), "2"), (Node(6, 1), "6")]
+    assert counter.flush() == [(TreeNode(0, 2), "(0+1)"), (TreeNode(2, 1), "2"), (TreeNode(6, 1), "6")]
     assert counter.flush() == []
 
 
 def test_summaries_count_the_same_way() -> None:
     counter = SummaryCounter(Tree(2))
-    counter.begin([Node(0, 2)])
-    counter.carry(Node(1, 1), Summary(loss_sum=0.2, weight=2, samples=1, touched=b"\2"))
-    ((node, whole),) = counter.carry(Node(0, 1), Summary(loss_sum=0.1, weight=1, samples=1, touched=b"\1"))
+    counter.begin([TreeNode(0, 2)])
+    counter.carry(TreeNode(1, 1), Summary(loss_sum=0.2, weight=2, samples=1, touched=b"\2"))
+    ((node, whole),) = counter.carry(TreeNode(0, 1), Summary(loss_sum=0.1, weight=1, samples=1, touched=b"\1"))
 
-    assert (node, whole) == (Node(0, 2), Summary(loss_sum=0.1 + 0.2, weight=3, samples=2, touched=b"\3"))
+    assert (node, whole) == (TreeNode(0, 2), Summary(loss_sum=0.1 + 0.2, weight=3, samples=2, touched=b"\3"))

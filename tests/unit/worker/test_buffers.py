@@ -10,7 +10,7 @@ from torch import nn
 
 from pscluster.job.spec import OptimizerSection
 from pscluster.step.codec import BufferNode
-from pscluster.step.tree import Node, tree_of
+from pscluster.step.tree import TreeNode, tree_of
 from psworker.replica import Replica
 from psworker.trainer.gradients.buffers import BufferSums
 
@@ -49,12 +49,12 @@ def microbatch(replica: Replica, shard: int, moves: bool) -> list[int]:
     return replica.touched_buffers()
 
 
-def pushed_by(shards: list[int], batches: BatchFor, num_shards: int) -> dict[Node, BufferNode]:
+def pushed_by(shards: list[int], batches: BatchFor, num_shards: int) -> dict[TreeNode, BufferNode]:
     """The averaged bucket's nodes of one worker that owns these shards."""
     replica, tree = build(), tree_of(num_shards)
     sums = BufferSums(replica, tree)
     sums.begin_run(tree.cover(shards))
-    found: dict[Node, BufferNode] = {}
+    found: dict[TreeNode, BufferNode] = {}
     for shard in shards:
         weight, moves = batches[shard]
         for bucket, node, total, words in sums.carry(shard, weight, microbatch(replica, shard, moves)):
@@ -64,7 +64,7 @@ def pushed_by(shards: list[int], batches: BatchFor, num_shards: int) -> dict[Nod
     return found
 
 
-def completed(found: dict[Node, BufferNode], num_shards: int) -> BufferNode:
+def completed(found: dict[TreeNode, BufferNode], num_shards: int) -> BufferNode:
     """The partition's side: nodes add up to the root, left + right, over the committed values."""
     replica, tree = build(), tree_of(num_shards)
     committed = replica.flats[averaged_bucket(replica)]
@@ -85,7 +85,7 @@ def test_any_split_over_workers_gives_the_bits_of_one(num_shards: int, data: st.
     drawn = data.draw(st.lists(batch, min_size=num_shards, max_size=num_shards))
     batches = dict(enumerate(drawn))
     owners = data.draw(st.lists(st.integers(0, 2), min_size=num_shards, max_size=num_shards))
-    split: dict[Node, BufferNode] = {}
+    split: dict[TreeNode, BufferNode] = {}
     for worker in range(3):
         split |= pushed_by([s for s in range(num_shards) if owners[s] == worker], batches, num_shards)
 
@@ -117,30 +117,30 @@ def test_the_sum_is_of_weights_times_live_values() -> None:
 def test_integer_buffers_come_from_shard_0_alone_and_only_when_they_moved() -> None:
     replica = build()
     sums = BufferSums(replica, tree_of(2))
-    sums.begin_run([Node(0, 1), Node(1, 1)])
+    sums.begin_run([TreeNode(0, 1), TreeNode(1, 1)])
     carried = carried_bucket(replica)
 
     moved = [ready for ready in sums.carry(0, 1.0, microbatch(replica, 0, True)) if ready[0] == carried]
     other = [ready for ready in sums.carry(1, 1.0, microbatch(replica, 1, True)) if ready[0] == carried]
     ((_, node, weight, words),) = moved
-    assert (node, weight, other) == (Node(0, 1), 1.0, [])
+    assert (node, weight, other) == (TreeNode(0, 1), 1.0, [])
     assert words is not None and words.dtype == torch.int32
     assert words[0] == 1 and words[16] == 1, "num_batches_tracked of both layers"
 
-    sums.begin_run([Node(0, 1)])
+    sums.begin_run([TreeNode(0, 1)])
     still = [ready for ready in sums.carry(0, 2.0, microbatch(replica, 0, False)) if ready[0] == carried]
-    assert still == [(carried, Node(0, 1), 2.0, None)]
+    assert still == [(carried, TreeNode(0, 1), 2.0, None)]
 
 
 def test_what_is_held_is_given_up_or_forgotten() -> None:
     replica = build()
     sums = BufferSums(replica, tree_of(4))
     bucket = averaged_bucket(replica)
-    sums.begin_run([Node(0, 4)])
+    sums.begin_run([TreeNode(0, 4)])
     assert [r[0] for r in sums.carry(1, 2.0, [])] == []
-    assert sums.flush() == [(bucket, Node(1, 1), 2.0, None)]
+    assert sums.flush() == [(bucket, TreeNode(1, 1), 2.0, None)]
 
-    sums.begin_run([Node(0, 4)])
+    sums.begin_run([TreeNode(0, 4)])
     sums.carry(1, 2.0, [])
     sums.abandon()
     assert sums.flush() == []
@@ -149,7 +149,7 @@ def test_what_is_held_is_given_up_or_forgotten() -> None:
 def test_a_model_without_buffers_pushes_none() -> None:
     replica = Replica(nn.Linear(2, 2), OptimizerSection())
     sums = BufferSums(replica, tree_of(1))
-    sums.begin_run([Node(0, 1)])
+    sums.begin_run([TreeNode(0, 1)])
 
     assert sums.carry(0, 1.0, []) == []
 

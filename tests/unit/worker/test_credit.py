@@ -17,11 +17,11 @@ import psserver.partition.ingress.handshake
 from harness.played import TOKEN, Network, dismiss, fill, job_header, played_partition, played_plan, played_spec
 from pscluster.step.layout import Layout, TensorSpec
 from pscluster.step.summary import Summary, touched_bits
-from pscluster.step.tree import Node
-from pscluster.wire.frame import SUMMARY, UNCHANGED, Buffer, Header, Kind
+from pscluster.step.tree import TreeNode
+from pscluster.wire.frame import SUMMARY, UNCHANGED, Buffer, FrameKind, Header
 from pscluster.wire.memory import Lanes
 from psserver.partition.process import PartitionService
-from psworker.trainer.gradients.send_queue import Lane, Outbox, key_of
+from psworker.trainer.gradients.send_queue import Lane, SendQueue, key_of
 from psworker.trainer.peer import Peer
 from psworker.trainer.values.bucket_memory import BucketMemory
 from psworker.trainer.values.values import Values
@@ -30,13 +30,13 @@ BUCKET_BYTES = 64
 NUM_BUCKETS = 5
 NUM_LANES = 2
 BUFFERS = NUM_BUCKETS  # the bucket of running averages
-FIRST = Node(0, 1)
+FIRST = TreeNode(0, 1)
 TRANSPORTS = ("tcp", "shm")
 WAYS = pytest.mark.parametrize("transport", TRANSPORTS)
 
 
-def push(bucket: int, *, step: int = 0, node: Node = FIRST, flags: int = 0) -> Header:
-    return job_header(Kind.PUSH, generation=1, step=step, bucket=bucket, node=node, flags=flags)
+def push(bucket: int, *, step: int = 0, node: TreeNode = FIRST, flags: int = 0) -> Header:
+    return job_header(FrameKind.PUSH, generation=1, step=step, bucket=bucket, node=node, flags=flags)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ class PlayedTrainer:
     def compute(self) -> None:
         """Push the next bucket, the buffers, or (as if bucket -1) the summary."""
         shard, place = self.todo.pop(0)
-        node, bucket = Node(shard, 1), place - 1
+        node, bucket = TreeNode(shard, 1), place - 1
         if bucket < 0:
             summary = Summary(loss_sum=1.0, weight=1.0, samples=1.0, touched=touched_bits(range(6), 6))
             self._owe(push(SUMMARY, step=self.step, node=node), summary.pack(), NUM_BUCKETS + 1)
@@ -107,7 +107,7 @@ class PlayedTrainer:
 
     def greeting(self, channel: str) -> tuple[Header, dict[str, object]]:
         told = {"token": TOKEN.hex(), "role": "trainer", "channel": channel, "restore_generation": 1}
-        return job_header(Kind.HELLO, generation=1, sender=self.rank), {**told, "num_lanes": NUM_LANES}
+        return job_header(FrameKind.HELLO, generation=1, sender=self.rank), {**told, "num_lanes": NUM_LANES}
 
     def map_lanes(self, index: int, fd: int, num_lanes: int) -> Lanes:  # noqa: ARG002 - there is one partition
         sizes = self.layout.gradient_bytes(self.layout.spans(0, 1), "fp32")
@@ -238,9 +238,9 @@ def test_a_recomputed_node_of_a_complete_bucket_holds_nothing_up(transport: str,
 def test_nothing_is_in_flight_twice(transport: str, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     job = PlayedJob(layout, 3, [transport] * 2)
     seen: list[tuple[object, ...]] = []
-    take = Outbox.next
+    take = SendQueue.next
 
-    def watched(self: Outbox) -> object:
+    def watched(self: SendQueue) -> object:
         in_flight = set(self._in_flight)
         owed = take(self)
         if owed is not None:
@@ -248,7 +248,7 @@ def test_nothing_is_in_flight_twice(transport: str, layout: Layout, monkeypatch:
             seen.append(key_of(owed.header))
         return owed
 
-    monkeypatch.setattr(Outbox, "next", watched)
+    monkeypatch.setattr(SendQueue, "next", watched)
     job.deal()
     for _ in range(4):
         job.trainers[0].compute()

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.played_job import FINAL_STEP, PlayedCluster
-from pscluster.wire.frame import Kind
+from pscluster.wire.frame import FrameKind
 
 Outcome = tuple[str, dict[int, float]]
 CODECS: list[dict[str, Any]] = [
@@ -63,8 +63,8 @@ def test_any_number_of_either_by_any_way_ends_with_the_same_values(
 
     assert found == undisturbed[name]
     shared = "shm" in transports
-    assert (cluster.network.in_memory[Kind.PUSH] > 0) is shared
-    assert (cluster.network.in_memory[Kind.VALUES] > 0) is shared
+    assert (cluster.network.in_memory[FrameKind.PUSH] > 0) is shared
+    assert (cluster.network.in_memory[FrameKind.VALUES] > 0) is shared
 
 
 FAULTS = ("cut", "cut", "cut and redial", "break", "plan", "plan for all", "crash", "lose")

@@ -5,27 +5,27 @@ from __future__ import annotations
 import pytest
 
 from harness.played import job_header
-from pscluster.step.tree import Node
-from pscluster.wire.frame import SUMMARY, Header, Kind
+from pscluster.step.tree import TreeNode
+from pscluster.wire.frame import SUMMARY, FrameKind, Header
 from pscluster.wire.memory import Lanes
-from psworker.trainer.gradients.send_queue import Lane, Outbox, Owed, key_of
+from psworker.trainer.gradients.send_queue import Lane, PendingFrame, SendQueue, key_of
 
 BUCKET_BYTES = 64
 NUM_BUCKETS = 5
-FIRST = Node(0, 1)
+FIRST = TreeNode(0, 1)
 
 
-def push(bucket: int, *, step: int = 0, node: Node = FIRST) -> Header:
-    return job_header(Kind.PUSH, generation=1, step=step, bucket=bucket, node=node)
+def push(bucket: int, *, step: int = 0, node: TreeNode = FIRST) -> Header:
+    return job_header(FrameKind.PUSH, generation=1, step=step, bucket=bucket, node=node)
 
 
-def sent(outbox: Outbox) -> list[int]:
+def sent(outbox: SendQueue) -> list[int]:
     """The buckets of everything that may be sent now, in order."""
     return [owed.header.bucket for owed in iter(outbox.next, None)]
 
 
-def owing(*buckets: int, granted: int, open_bucket: int) -> Outbox:
-    outbox = Outbox()
+def owing(*buckets: int, granted: int, open_bucket: int) -> SendQueue:
+    outbox = SendQueue()
     outbox.reconnected(granted, open_bucket)
     for bucket in buckets:
         outbox.add(NUM_BUCKETS - bucket, push(bucket), [bytes(BUCKET_BYTES)])
@@ -60,13 +60,13 @@ def test_without_credit_only_what_takes_no_memory_for_long_is_sent(open_bucket: 
 def test_the_summary_and_statistics_need_no_credit() -> None:
     outbox = owing(granted=0, open_bucket=0)
     outbox.add(9, push(SUMMARY), [bytes(8)])
-    outbox.add(9, job_header(Kind.STATISTICS, bucket=SUMMARY), [bytes(8)])
+    outbox.add(9, job_header(FrameKind.STATISTICS, bucket=SUMMARY), [bytes(8)])
 
     assert sent(outbox) == [SUMMARY, SUMMARY]
 
 
 def test_before_the_first_welcome_nothing_is_admitted_by_its_bucket() -> None:
-    outbox = Outbox()
+    outbox = SendQueue()
     outbox.add(0, push(7), [bytes(4)])
 
     assert outbox.next() is None
@@ -113,7 +113,7 @@ def some_lanes() -> Lanes:
     return Lanes.create([BUCKET_BYTES] * NUM_BUCKETS, 2)
 
 
-def owe(outbox: Outbox, lanes: Lanes, bucket: int, *, step: int = 0) -> Lane:
+def owe(outbox: SendQueue, lanes: Lanes, bucket: int, *, step: int = 0) -> Lane:
     """Owe a frame that lies in a free lane."""
     number = lanes.take(bucket)
     assert number is not None
@@ -126,14 +126,14 @@ def is_taken(lane: Lane) -> bool:
     return bool(lane.lanes._taken[lane.bucket * lane.lanes.num_lanes + lane.number])
 
 
-def next_of(outbox: Outbox) -> Owed:
+def next_of(outbox: SendQueue) -> PendingFrame:
     owed = outbox.next()
     assert owed is not None
     return owed
 
 
 def test_what_lies_in_shared_memory_needs_no_credit() -> None:
-    outbox, lanes = Outbox(), some_lanes()
+    outbox, lanes = SendQueue(), some_lanes()
     outbox.reconnected(0, NUM_BUCKETS, lanes)
     for bucket in (3, 2):
         owe(outbox, lanes, bucket)
@@ -149,7 +149,7 @@ def test_what_lies_in_shared_memory_needs_no_credit() -> None:
 @pytest.mark.parametrize("again", [True, False], ids=["new lanes", "no lanes"])
 def test_over_another_connection_the_lanes_of_the_old_one_say_nothing(again: bool) -> None:
     """The frame is sent whole, from where it lies, for credit; the new connection's lanes are for new frames."""
-    outbox, lanes = Outbox(), some_lanes()
+    outbox, lanes = SendQueue(), some_lanes()
     outbox.reconnected(0, NUM_BUCKETS, lanes)
     old = owe(outbox, lanes, 3)
     lanes.place(3, old.number)[:] = b"x" * BUCKET_BYTES
@@ -171,7 +171,7 @@ def test_over_another_connection_the_lanes_of_the_old_one_say_nothing(again: boo
 
 
 def test_a_lane_of_an_old_connection_waits_for_credit_like_any_other_frame() -> None:
-    outbox, lanes = Outbox(), some_lanes()
+    outbox, lanes = SendQueue(), some_lanes()
     outbox.reconnected(0, NUM_BUCKETS, lanes)
     owe(outbox, lanes, 3)
     next_of(outbox)
@@ -184,7 +184,7 @@ def test_a_lane_of_an_old_connection_waits_for_credit_like_any_other_frame() -> 
 
 def test_of_a_decided_step_what_was_not_sent_gives_its_lane_back() -> None:
     """What was sent is the partition's, which gives it back itself."""
-    outbox, lanes = Outbox(), some_lanes()
+    outbox, lanes = SendQueue(), some_lanes()
     outbox.reconnected(0, NUM_BUCKETS, lanes)
     sent_lane, unsent, later = owe(outbox, lanes, 3), owe(outbox, lanes, 2), owe(outbox, lanes, 2, step=1)
     assert next_of(outbox).header.bucket == 3
@@ -198,7 +198,7 @@ def test_of_a_decided_step_what_was_not_sent_gives_its_lane_back() -> None:
 
 def test_what_waits_to_be_sent_again_gives_the_old_lane_back() -> None:
     """To the lanes of the connection that broke: the place of the same number in the new ones is not touched."""
-    outbox, lanes, fresh = Outbox(), some_lanes(), some_lanes()
+    outbox, lanes, fresh = SendQueue(), some_lanes(), some_lanes()
     outbox.reconnected(0, NUM_BUCKETS, lanes)
     old = owe(outbox, lanes, 3)
     next_of(outbox)
@@ -213,7 +213,7 @@ def test_what_waits_to_be_sent_again_gives_the_old_lane_back() -> None:
 
 def test_an_acknowledgement_does_not_give_a_lane_back() -> None:
     """The partition may still sum there; it says itself when the place is free."""
-    outbox, lanes = Outbox(), some_lanes()
+    outbox, lanes = SendQueue(), some_lanes()
     outbox.reconnected(0, NUM_BUCKETS, lanes)
     lane = owe(outbox, lanes, 3)
     outbox.acknowledged(key_of(next_of(outbox).header))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from psworker.trainer.pace import NUM_REMEMBERED, Pace
+from psworker.trainer.pace import NUM_REMEMBERED, ComputeTimer
 
 
 class Clock:
@@ -21,16 +21,16 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def pace(clock: Clock) -> Pace:
-    return Pace(clock)
+def pace(clock: Clock) -> ComputeTimer:
+    return ComputeTimer(clock)
 
 
-def take(pace: Pace, clock: Clock, seconds: float, kind: str = "train") -> None:
+def take(pace: ComputeTimer, clock: Clock, seconds: float, kind: str = "train") -> None:
     with pace.computing(kind):
         clock.now_s += seconds
 
 
-def test_the_median_of_its_kind_is_typical(pace: Pace, clock: Clock) -> None:
+def test_the_median_of_its_kind_is_typical(pace: ComputeTimer, clock: Clock) -> None:
     assert pace.now() == (0.0, 0.0)
     for seconds in (1.0, 2.0, 30.0):
         take(pace, clock, seconds)
@@ -42,7 +42,7 @@ def test_the_median_of_its_kind_is_typical(pace: Pace, clock: Clock) -> None:
     assert (pace.typical_s("train"), pace.typical_s("evaluate")) == (3.0, 7.0)
 
 
-def test_waiting_for_others_is_not_computing(pace: Pace, clock: Clock) -> None:
+def test_waiting_for_others_is_not_computing(pace: ComputeTimer, clock: Clock) -> None:
     with pace.computing("train"):
         clock.now_s += 1.0
         with pace.waiting():
@@ -53,7 +53,7 @@ def test_waiting_for_others_is_not_computing(pace: Pace, clock: Clock) -> None:
     assert pace.typical_s("train") == 2.0
 
 
-def test_what_was_broken_off_is_not_remembered(pace: Pace, clock: Clock) -> None:
+def test_what_was_broken_off_is_not_remembered(pace: ComputeTimer, clock: Clock) -> None:
     def broken() -> None:
         with pace.computing("train"):
             clock.now_s += 9.0
@@ -65,7 +65,7 @@ def test_what_was_broken_off_is_not_remembered(pace: Pace, clock: Clock) -> None
     assert pace.now() == (0.0, 0.0)
 
 
-def test_only_the_latest_count(pace: Pace, clock: Clock) -> None:
+def test_only_the_latest_count(pace: ComputeTimer, clock: Clock) -> None:
     for _ in range(NUM_REMEMBERED):
         take(pace, clock, 1.0)
     for _ in range(NUM_REMEMBERED):

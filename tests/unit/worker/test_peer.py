@@ -16,8 +16,8 @@ import pytest
 
 from harness.played import Network, PlayedConnection, job_header, played_spec
 from pscluster.step.layout import Layout, TensorSpec
-from pscluster.step.tree import Node
-from pscluster.wire.frame import IN_MEMORY, Header, Kind
+from pscluster.step.tree import TreeNode
+from pscluster.wire.frame import IN_MEMORY, FrameKind, Header
 from pscluster.wire.memory import PAGE_BYTES, Lanes, Segment
 from psworker.trainer.peer import Peer
 from psworker.trainer.values.bucket_memory import BucketMemory
@@ -51,12 +51,12 @@ class Partition:
         return memoryview(bytearray(header.length))
 
     def frame(self, connection: PlayedConnection, header: Header, body: memoryview) -> None:
-        if header.kind is Kind.HELLO:
+        if header.kind is FrameKind.HELLO:
             told = json.loads(bytes(body))
             self.greetings.append(told)
             self.callers[told["channel"]] = connection
             fds = self.fds.get(told["channel"], [])
-            connection.send(job_header(Kind.WELCOME), [json.dumps(self.welcome).encode()], fds=fds)
+            connection.send(job_header(FrameKind.WELCOME), [json.dumps(self.welcome).encode()], fds=fds)
 
     def closed(self, connection: PlayedConnection, error: object) -> None: ...
 
@@ -66,7 +66,7 @@ class Trainer:
 
     def __init__(self, network: Network, address: str, transport: str) -> None:
         self.lanes: dict[int, Lanes] = {}
-        self.heard_of: list[Kind] = []
+        self.heard_of: list[FrameKind] = []
         self.memory = BucketMemory(LAYOUT)
         self.values = Values(played_spec(1), LAYOUT, self.memory, threading.Condition())
         self.peer = Peer(network, self, 0, [address], transport)  # type: ignore[arg-type]
@@ -79,7 +79,7 @@ class Trainer:
         self.values.restart()
 
     def greeting(self, channel: str) -> tuple[Header, dict[str, object]]:
-        return job_header(Kind.HELLO), {"channel": channel}
+        return job_header(FrameKind.HELLO), {"channel": channel}
 
     def map_lanes(self, index: int, fd: int, num_lanes: int) -> Lanes:
         self.lanes[index] = Lanes.open(fd, [64], num_lanes)
@@ -142,7 +142,7 @@ def test_what_a_partition_shares_is_mapped_when_it_welcomes(
     assert bytes(lanes.place(0, 1)) == WORDS
 
     trainer.values.want(1, exact=False)
-    partition.callers["pull"].send(job_header(Kind.VALUES, step=1, node=Node(0, 1), flags=IN_MEMORY))
+    partition.callers["pull"].send(job_header(FrameKind.VALUES, step=1, node=TreeNode(0, 1), flags=IN_MEMORY))
     network.settle()
     assert trainer.memory.flats[0].numpy().tobytes() == WORDS
 
@@ -236,8 +236,8 @@ def test_a_descriptor_too_many_is_closed(channel: str, network: Network, partiti
 
 # ---- values that do not fit ----
 
-VALUES = job_header(Kind.VALUES, step=1)
-SHOWN = job_header(Kind.VALUES, step=1, node=Node(0, 1), flags=IN_MEMORY)
+VALUES = job_header(FrameKind.VALUES, step=1)
+SHOWN = job_header(FrameKind.VALUES, step=1, node=TreeNode(0, 1), flags=IN_MEMORY)
 WRONG: dict[str, tuple[str, Header, bytes]] = {
     "values where gradients go": ("push", VALUES, WORDS),
     "values in memory where gradients go": ("push", SHOWN, b""),
@@ -245,11 +245,11 @@ WRONG: dict[str, tuple[str, Header, bytes]] = {
     "neither in memory nor a body": ("pull", VALUES, b""),
     "no bucket": ("pull", replace(VALUES, bucket=1), WORDS),
     "no bucket, no body": ("pull", replace(VALUES, bucket=1), b""),
-    "no bucket in memory": ("pull", replace(SHOWN, bucket=1, node=Node(1, 1)), b""),
-    "more buckets than there are": ("pull", replace(SHOWN, node=Node(0, 2)), b""),
+    "no bucket in memory": ("pull", replace(SHOWN, bucket=1, node=TreeNode(1, 1)), b""),
+    "more buckets than there are": ("pull", replace(SHOWN, node=TreeNode(0, 2)), b""),
     "too short": ("pull", VALUES, WORDS[:-4]),
-    "a gradient": ("pull", job_header(Kind.PUSH), WORDS),
-    "an answer of another length": ("push", job_header(Kind.ACK), b"x"),
+    "a gradient": ("pull", job_header(FrameKind.PUSH), WORDS),
+    "an answer of another length": ("push", job_header(FrameKind.ACK), b"x"),
 }
 
 

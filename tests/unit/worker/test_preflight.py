@@ -21,7 +21,7 @@ from pscluster.errors import (
     from_dict,
 )
 from pscluster.task import Task
-from psworker.trainer.preflight.checks import Check, checks_of
+from psworker.trainer.preflight.checks import CheckResult, checks_of
 from psworker.trainer.preflight.run import prepare, run_preflight
 
 NORM = "psworker.tasks.synthetic:SyntheticNorm"
@@ -45,7 +45,7 @@ class Squares(Task):
         return self._loss(squares) if self._loss else (squares.sum(), len(batch))
 
 
-def check(task: Task, spec: Any, held_out: Any = None) -> tuple[Check, ...]:
+def check(task: Task, spec: Any, held_out: Any = None) -> tuple[CheckResult, ...]:
     model = task.build_model()
     return run_preflight(task, model, task.train_data(), held_out, spec, "cpu").checks
 

@@ -15,8 +15,8 @@ from pscluster.errors import FrameError
 from pscluster.step.codec import DTYPES, as_bytes
 from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
 from pscluster.step.layout import Codec as CodecName
-from pscluster.step.tree import Node
-from pscluster.wire.frame import EXACT, IN_MEMORY, NO_NODE, WITH_FROZEN, Codec, Header, Kind
+from pscluster.step.tree import TreeNode
+from pscluster.wire.frame import EXACT, IN_MEMORY, NO_NODE, WITH_FROZEN, Codec, FrameKind, Header
 from psserver.partition.step.state import PartitionState
 from psworker.trainer.values.bucket_memory import BucketMemory
 from psworker.trainer.values.values import Values
@@ -77,8 +77,10 @@ class Played:
         flags = (EXACT if exact else 0) | (IN_MEMORY if shared else 0)
         span = self.states[index].spans[bucket]
         length = 0 if shared else span.num_words * (2 if rounds else 4)
-        codec, node = Codec.BF16 if rounds else Codec.FP32, Node(bucket, 1) if shared else NO_NODE
-        return job_header(Kind.VALUES, step=version, bucket=bucket, node=node, flags=flags, codec=codec, length=length)
+        codec, node = Codec.BF16 if rounds else Codec.FP32, TreeNode(bucket, 1) if shared else NO_NODE
+        return job_header(
+            FrameKind.VALUES, step=version, bucket=bucket, node=node, flags=flags, codec=codec, length=length
+        )
 
     def words(self, index: int, header: Header) -> bytes:
         state = self.states[index]
@@ -262,7 +264,7 @@ def refused(played: Played, header: Header, index: int = 0) -> str:
 
 def of(header: Header, bucket: int) -> Header:
     """The same said of another bucket."""
-    return replace(header, bucket=bucket, node=Node(bucket, 1) if header.flags & IN_MEMORY else NO_NODE)
+    return replace(header, bucket=bucket, node=TreeNode(bucket, 1) if header.flags & IN_MEMORY else NO_NODE)
 
 
 @WAYS
@@ -300,19 +302,21 @@ def test_exact_values_where_only_rounded_ones_are_shared_are_refused() -> None:
     """The memory is half as long as they would be: a window would reach beyond its end, and touching it is fatal."""
     played = Played("bf16")
     played.values.want(5, exact=True)
-    header = job_header(Kind.VALUES, step=5, bucket=TRAINED, node=Node(TRAINED, 1), flags=EXACT | IN_MEMORY)
+    header = job_header(FrameKind.VALUES, step=5, bucket=TRAINED, node=TreeNode(TRAINED, 1), flags=EXACT | IN_MEMORY)
 
     assert refused(played, header) == "flags"
 
 
-@pytest.mark.parametrize("node", [NO_NODE, Node(1, 1), Node(0, 0), Node(0, 5), Node(0, 2**32 - 1), Node(0, 2)], ids=str)
-def test_a_run_of_buckets_that_is_none_is_refused(node: Node) -> None:
+@pytest.mark.parametrize(
+    "node", [NO_NODE, TreeNode(1, 1), TreeNode(0, 0), TreeNode(0, 5), TreeNode(0, 2**32 - 1), TreeNode(0, 2)], ids=str
+)
+def test_a_run_of_buckets_that_is_none_is_refused(node: TreeNode) -> None:
     """The last one reaches from rounded buckets into others."""
     played = Played("bf16")
     played.values.want(5, exact=False)
-    header = job_header(Kind.VALUES, step=5, bucket=TRAINED, node=node, flags=IN_MEMORY, codec=Codec.BF16)
+    header = job_header(FrameKind.VALUES, step=5, bucket=TRAINED, node=node, flags=IN_MEMORY, codec=Codec.BF16)
 
-    assert refused(played, header) == ("codec" if node == Node(0, 2) else "node")
+    assert refused(played, header) == ("codec" if node == TreeNode(0, 2) else "node")
     assert not played.values.landing.is_complete
 
 
@@ -323,7 +327,7 @@ def test_a_run_of_buckets_lands_at_once() -> None:
         held = [span.bucket for span in state.spans if span.num_words]
         for first in [bucket for bucket in held if bucket - 1 not in held]:
             count = next(n for n in range(1, 9) if first + n not in held)
-            header = job_header(Kind.VALUES, step=5, bucket=first, node=Node(first, count), flags=IN_MEMORY)
+            header = job_header(FrameKind.VALUES, step=5, bucket=first, node=TreeNode(first, count), flags=IN_MEMORY)
             played.values.shown(index, header)
 
     assert played.values.landing.is_complete and played.holds(exact=True)

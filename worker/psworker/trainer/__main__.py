@@ -23,7 +23,7 @@ from psworker.trainer.data.loading import build_model, user_traceback
 from psworker.trainer.device import usable_device
 from psworker.trainer.exchange import Exchange
 from psworker.trainer.loop import Trainer
-from psworker.trainer.preflight.run import Check, Prepared, checks_of, prepare
+from psworker.trainer.preflight.run import CheckResult, Prepared, checks_of, prepare
 from psworker.trainer.telemetry import TrainerCounters
 
 EXIT_FAILED = 1
@@ -127,7 +127,7 @@ def _failure(error: PsError) -> Failure:
     )
 
 
-def _check(check: Check) -> PreflightCheck:
+def _check(check: CheckResult) -> PreflightCheck:
     return PreflightCheck(name=check.name, ok=check.ok, detail=check.detail)
 
 

@@ -30,7 +30,7 @@ from pscluster.v1.plan_pb2 import (
     ProcessReport,
     Unreached,
 )
-from pscluster.wire.frame import Header, Kind, job_number
+from pscluster.wire.frame import FrameKind, Header, job_number
 from pscluster.wire.memory import Lanes
 from pscluster.wire.reactor import Reactor
 from psworker.staging import HostStaging, Staging
@@ -306,7 +306,7 @@ class Exchange:
 
     def greeting(self, channel: str) -> tuple[Header, dict[str, object]]:
         assert self._plan is not None
-        header = Header(kind=Kind.HELLO, job=self._job, generation=self._plan.generation, sender=self._rank)
+        header = Header(kind=FrameKind.HELLO, job=self._job, generation=self._plan.generation, sender=self._rank)
         told = {
             "token": self._plan.data_token.hex(),
             "role": "trainer",
@@ -326,12 +326,12 @@ class Exchange:
         self.pushing.unmap_lanes(index)
 
     def heard(self, index: int, header: Header, body: memoryview) -> None:
-        told = None if header.kind is Kind.MERGED else json.loads(bytes(body)) if body else {}
-        if header.kind is Kind.WELCOME:
+        told = None if header.kind is FrameKind.MERGED else json.loads(bytes(body)) if body else {}
+        if header.kind is FrameKind.WELCOME:
             self._welcomed(index, dict(told or {}))
-        elif header.kind is Kind.DIRECTIVE:
+        elif header.kind is FrameKind.DIRECTIVE:
             self._direct(Directive(header.generation, header.step, str((told or {})["action"])))
-        elif header.kind is Kind.MERGED:
+        elif header.kind is FrameKind.MERGED:
             with self._changed:
                 self._merged = (header.step, unpack_statistics(body))
                 self._changed.notify_all()
@@ -378,6 +378,11 @@ class Exchange:
             flags = self.values.pull_flags()
         if missing and plan is not None:
             header = Header(
-                kind=Kind.PULL, job=self._job, generation=plan.generation, step=wanted, flags=flags, sender=self._rank
+                kind=FrameKind.PULL,
+                job=self._job,
+                generation=plan.generation,
+                step=wanted,
+                flags=flags,
+                sender=self._rank,
             )
             self._peers[index].pull(header)

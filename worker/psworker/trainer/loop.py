@@ -11,7 +11,7 @@ from pscluster.errors import TaskError
 from pscluster.job.spec import JobSpec
 from pscluster.step.codec import DTYPES
 from pscluster.step.summary import Statistics, Summary, add_statistics, touched_bits
-from pscluster.step.tree import Node, tree_of
+from pscluster.step.tree import TreeNode, tree_of
 from pscluster.task import Task
 from psworker.precision import precision
 from psworker.replica import Replica
@@ -200,14 +200,14 @@ class Trainer:
             loss_sum=loss_sum, weight=weight, samples=num_samples, touched=touched_bits([*touched, *moved], num_tensors)
         )
         self._push_buffers(work, self._buffers.carry(shard, weight, moved))
-        for node, value in self._summaries.carry(Node(shard, 1), summary):
+        for node, value in self._summaries.carry(TreeNode(shard, 1), summary):
             self._exchange.pushing.summary(work, node, value)
 
-    def _push_gradients(self, bucket: int, node: Node, gradients: list[torch.Tensor | None]) -> None:
+    def _push_gradients(self, bucket: int, node: TreeNode, gradients: list[torch.Tensor | None]) -> None:
         assert self._work is not None
         self._exchange.pushing.gradients(self._work, bucket, node, gradients)
 
-    def _push_buffers(self, work: Work, ready: list[tuple[int, Node, float, torch.Tensor | None]]) -> None:
+    def _push_buffers(self, work: Work, ready: list[tuple[int, TreeNode, float, torch.Tensor | None]]) -> None:
         for bucket, node, weight, words in ready:
             if words is None:
                 self._exchange.pushing.unchanged(work, bucket, node, weight)
@@ -226,7 +226,7 @@ class Trainer:
             with self._counters.phase("evaluate"), self._counters.pace.computing("evaluate"):
                 statistics = self._shard_statistics(shard)
             self._done[work.key].add(shard)
-            for node, value in counter.carry(Node(shard, 1), statistics):
+            for node, value in counter.carry(TreeNode(shard, 1), statistics):
                 self._exchange.pushing.statistics(work, node, value)
         for node, value in counter.flush():
             self._exchange.pushing.statistics(work, node, value)

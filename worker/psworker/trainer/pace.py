@@ -13,7 +13,7 @@ from contextlib import contextmanager
 NUM_REMEMBERED = 31  # microbatches of one kind, over which the median is taken
 
 
-class Pace:
+class ComputeTimer:
     """The main thread measures, any thread reads."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

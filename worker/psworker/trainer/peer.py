@@ -11,13 +11,13 @@ from dataclasses import replace
 from typing import Protocol
 
 from pscluster.errors import FrameError, PsError
-from pscluster.step.tree import Node
+from pscluster.step.tree import TreeNode
 from pscluster.wire.connection import Connection
-from pscluster.wire.frame import IN_MEMORY, MAX_SMALL_BYTES, Header, Kind, in_lane
+from pscluster.wire.frame import IN_MEMORY, MAX_SMALL_BYTES, FrameKind, Header, in_lane
 from pscluster.wire.memory import Lanes
 from pscluster.wire.reactor import Reactor
 from pscluster.wire.transport import choose_address, transport_of
-from psworker.trainer.gradients.send_queue import Outbox
+from psworker.trainer.gradients.send_queue import SendQueue
 from psworker.trainer.values.values import Values
 
 ACK_BODY = struct.Struct("<BQI")  # kind acknowledged (0: credit alone), granted bytes, open bucket
@@ -49,7 +49,7 @@ class Peer:
     def __init__(self, reactor: Reactor, receiver: Receiver, index: int, addresses: list[str], transport: str) -> None:
         self.index = index
         self.addresses = list(addresses)
-        self.outbox = Outbox()
+        self.outbox = SendQueue()
         self.reconnects = 0
         self._reactor = reactor
         self._receiver = receiver
@@ -136,19 +136,19 @@ class Peer:
 
     def body_target(self, connection: Connection, header: Header) -> memoryview:
         """Connection's `Handler`: values land in the model's memory, the rest is small."""
-        if header.kind is Kind.VALUES and connection.context == "pull" and not header.flags & IN_MEMORY:
+        if header.kind is FrameKind.VALUES and connection.context == "pull" and not header.flags & IN_MEMORY:
             target = self._receiver.values.target(self.index, header)
             return self._discard(header.length) if target is None else target
-        if header.kind in (Kind.VALUES, Kind.PUSH) or header.length > MAX_SMALL_BYTES:
+        if header.kind in (FrameKind.VALUES, FrameKind.PUSH) or header.length > MAX_SMALL_BYTES:
             raise FrameError(f"{header.kind.name} of {header.length} bytes from a partition")
         return memoryview(bytearray(header.length))
 
     def frame(self, connection: Connection, header: Header, body: memoryview) -> None:
-        if header.kind is Kind.ACK:
+        if header.kind is FrameKind.ACK:
             self._acknowledged(header, body)
-        elif header.kind is Kind.VALUES:
+        elif header.kind is FrameKind.VALUES:
             self._values(connection, header)
-        elif header.kind is Kind.WELCOME:
+        elif header.kind is FrameKind.WELCOME:
             self._welcomed(connection, header, body)
         else:
             self._receiver.heard(self.index, header, body)
@@ -200,10 +200,12 @@ class Peer:
         if len(body) != ACK_BODY.size:
             raise FrameError(f"an ACK of {len(body)} bytes", details={"field": "length"})
         kind, self.outbox.granted_bytes, told = ACK_BODY.unpack(body)
-        if kind in (0, Kind.PUSH):  # others do not know
+        if kind in (0, FrameKind.PUSH):  # others do not know
             self.outbox.open_bucket = -1 if told == NO_BUCKET else told
-        if header.node != Node(0, 0) or header.bucket or kind:
-            self.outbox.acknowledged((Kind(kind), header.step, header.bucket, header.node.first, header.node.leaves))
+        if header.node != TreeNode(0, 0) or header.bucket or kind:
+            self.outbox.acknowledged(
+                (FrameKind(kind), header.step, header.bucket, header.node.first, header.node.leaves)
+            )
         self.push()
 
     def _discard(self, length: int) -> memoryview:

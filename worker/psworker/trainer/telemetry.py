@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pscluster.phases import Phases
 from pscluster.v1.plan_pb2 import Counters, Speed
-from psworker.trainer.pace import Pace
+from psworker.trainer.pace import ComputeTimer
 from psworker.trainer.speed import Speedometer
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class TrainerCounters:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._phases = Phases(PHASES)
-        self.pace = Pace()
+        self.pace = ComputeTimer()
         self._samples = 0.0
         self._weight = 0.0
         self._microbatches = 0

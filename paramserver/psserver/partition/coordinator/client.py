@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from pscluster.wire.frame import Header, Kind
+from pscluster.wire.frame import FrameKind, Header
 from pscluster.wire.reactor import Reactor
 from psserver.partition import messages
 from psserver.partition.reconnecting_connection import Caller, PeerLine
@@ -32,7 +32,7 @@ class Uplink:
 
     def __init__(self, reactor: Reactor, service: Voter, addresses: list[str]) -> None:
         self._service = service
-        kinds = frozenset({Kind.VERDICT, Kind.JOIN})
+        kinds = frozenset({FrameKind.VERDICT, FrameKind.JOIN})
         self._line = PeerLine(reactor, service, self, channel="vote", kinds=kinds, retry_s=_RETRY_S)
         self._line.follow(addresses)
 
@@ -54,12 +54,12 @@ class Uplink:
         connection, state, member = self._line.connection, self._service.state, self._service.member
         if connection is not None and state is not None and state.is_filled:
             body = messages.pack_verdict(member.last_verdict) if member.last_verdict is not None else b""
-            connection.send(self._service.header(kind=Kind.JOIN, step=member.step), [body])
+            connection.send(self._service.header(kind=FrameKind.JOIN, step=member.step), [body])
 
     def vote(self, vote: Vote) -> None:
         """Send a vote; it is sent again at each welcome."""
         if self._line.connection is not None:
-            header = self._service.header(kind=Kind.VOTE, step=vote.step)
+            header = self._service.header(kind=FrameKind.VOTE, step=vote.step)
             self._line.connection.send(header, [messages.pack_vote(vote)])
 
     def welcomed(self, header: Header, body: memoryview) -> None:  # noqa: ARG002 - it says nothing that is needed
@@ -67,9 +67,9 @@ class Uplink:
         self._service.hear_call()
 
     def heard(self, header: Header, body: memoryview) -> None:
-        if header.kind is Kind.VERDICT:
+        if header.kind is FrameKind.VERDICT:
             self._service.hear_verdict(messages.unpack_verdict(body))
-        elif header.kind is Kind.JOIN:
+        elif header.kind is FrameKind.JOIN:
             self._service.hear_call()
 
     def lost(self) -> None:

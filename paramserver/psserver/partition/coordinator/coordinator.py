@@ -14,7 +14,7 @@ from pscluster.agent.exits import detail_of
 from pscluster.errors import FrameError, NonFiniteError, PsError, TaskError
 from pscluster.job.spec import JobSpec
 from pscluster.step.summary import Statistics, Summary, add_statistics
-from pscluster.step.tree import Node, tree_of
+from pscluster.step.tree import TreeNode, tree_of
 from pscluster.v1.plan_pb2 import (
     Evaluated,
     Failure,
@@ -40,8 +40,8 @@ class Outputs:
 
     send_verdict: Callable[[int, Verdict], None]  # to one partition
     send_call: Callable[[int], None]  # asks a partition for its vote
-    direct: Callable[[], None]  # tell every trainer `Lead.directive` (again)
-    send_merged: Callable[[], None]  # tell the trainer of shard 0 `Lead.merged`
+    direct: Callable[[], None]  # tell every trainer `Coordinator.directive` (again)
+    send_merged: Callable[[], None]  # tell the trainer of shard 0 `Coordinator.merged`
     report: Callable[[ProcessReport], None]
     evaluated: Callable[[int, Mapping[str, float]], None] = lambda _version, _metrics: None  # before anything follows
 
@@ -51,13 +51,13 @@ def _statistics_sums(num_shards: int) -> Sums[Statistics]:
 
 
 @dataclass(kw_only=True)
-class Lead:
+class Coordinator:
     """Made anew at each restore, at the restored version. On the partition's thread."""
 
     spec: JobSpec
     plan: Plan
     out: Outputs
-    state: commit.Lead
+    state: commit.CoordinatorState
     joined: set[int] = field(default_factory=set)
     action: Action | None = None
     evaluated: int = -1
@@ -75,17 +75,19 @@ class Lead:
         self._statistics = _statistics_sums(self.spec.train.num_shards)
 
     @classmethod
-    def at(cls, spec: JobSpec, plan: Plan, out: Outputs) -> Lead:
+    def at(cls, spec: JobSpec, plan: Plan, out: Outputs) -> Coordinator:
         """The lead at a plan's resume step."""
-        state = commit.Lead(num_partitions=spec.servers.partitions, generation=plan.generation, step=plan.resume_step)
+        state = commit.CoordinatorState(
+            num_partitions=spec.servers.partitions, generation=plan.generation, step=plan.resume_step
+        )
         return cls(spec=spec, plan=plan, out=out, state=state, saved=plan.resume_step)
 
     @classmethod
-    def taking_over(cls, spec: JobSpec, plan: Plan, out: Outputs, member: commit.Member, notes: Notes) -> Lead:
+    def taking_over(cls, spec: JobSpec, plan: Plan, out: Outputs, member: commit.Member, notes: Notes) -> Coordinator:
         """The lead in what was its standby: at the version that it holds, with the last verdict to repeat.
 
         What was reported before is reported again, in case that was lost: the master drops what it knows."""
-        state = commit.Lead(
+        state = commit.CoordinatorState(
             num_partitions=spec.servers.partitions,
             generation=plan.generation,
             step=member.step,
@@ -173,7 +175,7 @@ class Lead:
         self.summaries = {step: s for step, s in self.summaries.items() if step >= self.version - 1}
         self.summaries[self.version] = summary
 
-    def statistics(self, step: int, node: Node, value: Statistics) -> bool:
+    def statistics(self, step: int, node: TreeNode, value: Statistics) -> bool:
         """A node of the evaluation at `step`; False: a duplicate, or of another evaluation."""
         if self.action != "evaluate" or step != self.version or self.merged is not None or self._is_over:
             return False

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 
 from pscluster.step.codec import as_bytes
-from pscluster.step.tree import Node
+from pscluster.step.tree import TreeNode
 from pscluster.wire.connection import Connection
-from pscluster.wire.frame import EXACT, IN_MEMORY, WITH_FROZEN, AckResult, Codec, Header, Kind, checksum
+from pscluster.wire.frame import EXACT, IN_MEMORY, WITH_FROZEN, AckResult, Codec, FrameKind, Header, checksum
 from pscluster.wire.memory import Lanes
 from psserver.partition.step.state import PartitionState
 
@@ -84,7 +84,7 @@ class Clients:
         """
         if not header.flags & IN_MEMORY:
             self._send_ack(client, header.kind, header.step, header.bucket, header.node, result, open_bucket)
-        if header.kind is Kind.PUSH and open_bucket != self._open_bucket:
+        if header.kind is FrameKind.PUSH and open_bucket != self._open_bucket:
             self._open_bucket = open_bucket
             for other in self.on("push"):
                 if self._may_be_blocked(other):
@@ -102,7 +102,7 @@ class Clients:
         return client.told_bytes - client.pushed_bytes < self.largest_bytes
 
     def _tell_credit(self, client: Client, open_bucket: int) -> None:
-        self._send_ack(client, 0, 0, 0, Node(0, 0), AckResult.APPLIED, open_bucket)
+        self._send_ack(client, 0, 0, 0, TreeNode(0, 0), AckResult.APPLIED, open_bucket)
 
     def serve_pulls(self, state: PartitionState, version_of: Callable[[int], int]) -> None:
         """Send every owed bucket whose version is new enough, first-needed first."""
@@ -131,7 +131,7 @@ class Clients:
         for client in self.on("pull"):
             client.connection.detach(("values", bucket))
 
-    def broadcast(self, clients: Iterable[Client], kind: Kind, step: int, body: bytes) -> None:
+    def broadcast(self, clients: Iterable[Client], kind: FrameKind, step: int, body: bytes) -> None:
         for client in clients:
             client.connection.send(self._header(kind=kind, step=step), [body])
 
@@ -141,7 +141,7 @@ class Clients:
         codec = _codec(state.published[first])
         flags = IN_MEMORY | (EXACT if client.exact else 0)
         header = self._header(
-            kind=Kind.VALUES, step=version, bucket=first, node=Node(first, count), flags=flags, codec=codec
+            kind=FrameKind.VALUES, step=version, bucket=first, node=TreeNode(first, count), flags=flags, codec=codec
         )
         client.connection.send(header)
 
@@ -154,13 +154,13 @@ class Clients:
             body_checksum = checksum([body])
             self._checksums[bucket] = ((version, client.exact), body_checksum)
         flags = EXACT if client.exact else 0
-        header = self._header(kind=Kind.VALUES, step=version, bucket=bucket, flags=flags, codec=_codec(values))
+        header = self._header(kind=FrameKind.VALUES, step=version, bucket=bucket, flags=flags, codec=_codec(values))
         client.connection.send(header, [body], tag=("values", bucket), body_checksum=body_checksum)
 
     def _send_ack(
-        self, client: Client, kind: int, step: int, bucket: int, node: Node, result: AckResult, open_bucket: int
+        self, client: Client, kind: int, step: int, bucket: int, node: TreeNode, result: AckResult, open_bucket: int
     ) -> None:
-        header = self._header(kind=Kind.ACK, step=step, bucket=bucket, node=node, flags=int(result))
+        header = self._header(kind=FrameKind.ACK, step=step, bucket=bucket, node=node, flags=int(result))
         client.told_bytes = client.granted_bytes
         told = open_bucket if open_bucket >= 0 else NO_BUCKET
         client.connection.send(header, [ACK_BODY.pack(kind, client.granted_bytes, told)])

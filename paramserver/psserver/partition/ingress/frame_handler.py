@@ -21,8 +21,8 @@ from pscluster.wire.frame import (
     UNCHANGED,
     AckResult,
     Codec,
+    FrameKind,
     Header,
-    Kind,
     lane_of,
 )
 from psserver.partition import messages
@@ -33,12 +33,12 @@ from psserver.partition.step.state import PartitionState
 from psserver.partition.telemetry import PartitionCounters
 
 _FITTING = {
-    "push": frozenset({Kind.INIT, Kind.PUSH, Kind.STATISTICS, Kind.OUTCOME}),
-    "pull": frozenset({Kind.PULL}),
-    "vote": frozenset({Kind.VOTE, Kind.JOIN}),
-    "replica": frozenset({Kind.SYNC, Kind.PIECE, Kind.PUSH, Kind.VERDICT, Kind.NOTE}),
+    "push": frozenset({FrameKind.INIT, FrameKind.PUSH, FrameKind.STATISTICS, FrameKind.OUTCOME}),
+    "pull": frozenset({FrameKind.PULL}),
+    "vote": frozenset({FrameKind.VOTE, FrameKind.JOIN}),
+    "replica": frozenset({FrameKind.SYNC, FrameKind.PIECE, FrameKind.PUSH, FrameKind.VERDICT, FrameKind.NOTE}),
 }
-_TO_STANDBY = _FITTING["replica"] - {Kind.PUSH}
+_TO_STANDBY = _FITTING["replica"] - {FrameKind.PUSH}
 _MAX_HELLO_BYTES = 4096
 _AGE_BYTES = 24  # of JSON, at most, for each tensor
 
@@ -103,21 +103,21 @@ class Reception:
         """Memory for a body, or FrameError: nothing is allocated for what is not expected."""
         client = self._service.clients.of(connection)
         self._check_sender(client, header)
-        if header.kind is Kind.HELLO:
+        if header.kind is FrameKind.HELLO:
             return _small(header, _MAX_HELLO_BYTES)
-        if header.kind is Kind.VOTE:
+        if header.kind is FrameKind.VOTE:
             blocks = sum(b.num_blocks for b in self._service.state.layout.buckets) if self._service.state else 0
             return _small(header, messages.vote_bytes(blocks))
-        if header.kind is Kind.STATISTICS:
+        if header.kind is FrameKind.STATISTICS:
             self._check_tree_node(header)
-        if header.kind is Kind.PIECE:
+        if header.kind is FrameKind.PIECE:
             return self._service.piece_target(header)
-        if header.kind is Kind.SYNC:
+        if header.kind is FrameKind.SYNC:
             tensors = len(self._service.state.layout.tensors) if self._service.state else 0
             return _small(header, MAX_SMALL_BYTES + _AGE_BYTES * tensors)
-        if header.kind in (Kind.STATISTICS, Kind.OUTCOME, Kind.JOIN, Kind.VERDICT, Kind.NOTE):
+        if header.kind in (FrameKind.STATISTICS, FrameKind.OUTCOME, FrameKind.JOIN, FrameKind.VERDICT, FrameKind.NOTE):
             return _small(header, MAX_SMALL_BYTES)
-        if header.kind in (Kind.PUSH, Kind.INIT):
+        if header.kind in (FrameKind.PUSH, FrameKind.INIT):
             return self._bucket_target(client, header)
         raise FrameError(f"an unexpected {header.kind.name}", details={"field": "kind"})
 
@@ -125,18 +125,18 @@ class Reception:
         """A complete, verified frame."""
         service, client = self._service, self._service.clients.of(connection)
         self._check_sender(client, header)
-        if not header.length and header.kind is not Kind.PULL:
+        if not header.length and header.kind is not FrameKind.PULL:
             self.body_target(connection, header)  # asked for no memory: refused now what would have been refused then
-        if header.kind is Kind.HELLO:
+        if header.kind is FrameKind.HELLO:
             service.greet(client, header, messages.json_mapping(body))
-        elif header.kind is Kind.PUSH:
+        elif header.kind is FrameKind.PUSH:
             self._push(client, header, body)
-        elif header.kind is Kind.INIT:
+        elif header.kind is FrameKind.INIT:
             self._initial(client, header, body)
-        elif header.kind is Kind.PULL and service.state is not None:
+        elif header.kind is FrameKind.PULL and service.state is not None:
             service.clients.take_pull(client, header, service.state)
             service.serve_pulls()
-        elif header.kind in (Kind.STATISTICS, Kind.OUTCOME, Kind.VOTE, Kind.JOIN):
+        elif header.kind in (FrameKind.STATISTICS, FrameKind.OUTCOME, FrameKind.VOTE, FrameKind.JOIN):
             service.hear_lead_business(client, header, body)
         elif header.kind in _TO_STANDBY:
             service.hear_principal(client, header, body)
@@ -154,7 +154,7 @@ class Reception:
     def _check_sender(self, client: Client, header: Header) -> None:
         if header.job != self._service.job:
             raise FrameError("a frame of another job", details={"field": "job"})
-        if not client.channel and header.kind is not Kind.HELLO:
+        if not client.channel and header.kind is not FrameKind.HELLO:
             raise AuthError(f"a {header.kind.name} before the greeting")
         if client.channel and header.kind not in _FITTING[client.channel]:
             raise FrameError(f"a {header.kind.name} on a {client.channel} connection", details={"field": "kind"})
@@ -166,7 +166,7 @@ class Reception:
     def _bucket_target(self, client: Client, header: Header) -> memoryview:
         state, step = self._service.state, self._service.step
         assert state is not None and step is not None  # greeted only then
-        if header.kind is Kind.PUSH and header.bucket == SUMMARY:
+        if header.kind is FrameKind.PUSH and header.bucket == SUMMARY:
             self._check_tree_node(header)
             _expect(header, summary_bytes(len(state.layout.tensors)))
             return memoryview(bytearray(header.length))
@@ -179,7 +179,7 @@ class Reception:
         if header.flags & UNCHANGED:
             _expect(header, messages.WEIGHT_BYTES)
             return memoryview(bytearray(header.length))
-        trained = header.kind is Kind.PUSH and header.bucket in step.trained
+        trained = header.kind is FrameKind.PUSH and header.bucket in step.trained
         network = self._service.spec.network
         expected = Codec.of(network.push_codec) if trained else Codec.FP32
         if header.codec is not expected:
@@ -212,10 +212,10 @@ class Reception:
     def _check_node(self, header: Header, kind: str) -> None:
         service = self._service
         tree = service.step.summary.tree if service.step else None
-        only_root = kind == "carried" or header.kind is Kind.INIT
+        only_root = kind == "carried" or header.kind is FrameKind.INIT
         known = (header.node.first, header.node.leaves) == (0, 1) if only_root else tree and header.node in tree
         unfit = header.flags & UNCHANGED and kind not in ("averaged", "carried")
-        if not known or unfit or (header.kind is Kind.PUSH and kind == "frozen"):
+        if not known or unfit or (header.kind is FrameKind.PUSH and kind == "frozen"):
             raise FrameError(f"no node {tuple(header.node)} of a {kind} bucket", details={"field": "node"})
 
     def _is_in_time(self, header: Header) -> bool:

@@ -10,7 +10,7 @@ from typing import Protocol
 from pscluster.errors import AuthError, FrameError
 from pscluster.job.spec import JobSpec
 from pscluster.v1.plan_pb2 import Plan
-from pscluster.wire.frame import Header, Kind
+from pscluster.wire.frame import FrameKind, Header
 from pscluster.wire.memory import Lanes
 from psserver.partition.coordinator.transport import LeadWire
 from psserver.partition.ingress.clients import Client, Clients
@@ -68,7 +68,7 @@ def greet(host: Host, client: Client, header: Header, told: Mapping[str, object]
     client.channel, client.index = channel, header.sender
     client.connection.context = channel  # greeted: the reactor's deadline is met
     if host.standby is not None:
-        client.connection.send(host.header(kind=Kind.WELCOME), [json.dumps(host.standby.welcome()).encode()])
+        client.connection.send(host.header(kind=FrameKind.WELCOME), [json.dumps(host.standby.welcome()).encode()])
     else:
         _welcome(host, client, state, told)
 
@@ -101,7 +101,7 @@ def send_away(host: Host, client: Client) -> None:
     """Tell a caller that its generation is out of date."""
     assert host.plan is not None
     body = json.dumps({"generation": host.plan.generation}).encode()
-    client.connection.send(host.header(kind=Kind.FENCED), [body])
+    client.connection.send(host.header(kind=FrameKind.FENCED), [body])
     host.counters.fenced += 1
 
 
@@ -114,7 +114,7 @@ def _welcome(host: Host, client: Client, state: PartitionState, told: Mapping[st
         "needs_values": not state.is_filled,
         "num_lanes": client.lanes.num_lanes if client.lanes else 0,
     }
-    client.connection.send(host.header(kind=Kind.WELCOME), [json.dumps(welcome).encode()], fds=fds)
+    client.connection.send(host.header(kind=FrameKind.WELCOME), [json.dumps(welcome).encode()], fds=fds)
     if client.channel == "pull" and host.lead_wire is not None:
         host.lead_wire.welcome(client)
 

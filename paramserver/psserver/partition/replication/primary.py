@@ -18,7 +18,7 @@ from pscluster.step.codec import BufferNode, as_bytes
 from pscluster.step.layout import WORD_BYTES
 from pscluster.v1.plan_pb2 import Plan, ProcessReport, StandbyState
 from pscluster.wire.connection import Connection
-from pscluster.wire.frame import SUMMARY, UNCHANGED, Codec, Header, Kind
+from pscluster.wire.frame import SUMMARY, UNCHANGED, Codec, FrameKind, Header
 from pscluster.wire.reactor import Reactor
 from psserver.partition import messages
 from psserver.partition.reconnecting_connection import Caller, PeerLine
@@ -66,7 +66,7 @@ class Replication:
         self.bond = Bond()
         self._reactor = reactor
         self._principal = principal
-        kinds = frozenset({Kind.ACK})
+        kinds = frozenset({FrameKind.ACK})
         self._line = PeerLine(reactor, principal, self, channel="replica", kinds=kinds, retry_s=_RETRY_S)
         self._streams = False  # the standby was sent a state, or has one: steps follow
         self._sent: set[int] = set()  # buckets of the open step that were sent over this connection
@@ -134,19 +134,21 @@ class Replication:
             "verdict": messages.verdict_json(principal.member.last_verdict),
             "notes": principal.notes.to_json(),
         }
-        header = principal.header(kind=Kind.SYNC, step=principal.member.step)
+        header = principal.header(kind=FrameKind.SYNC, step=principal.member.step)
         connection.send(header, [json.dumps(told).encode()])
         with principal.counters.phase("snapshot"):
             pieces = state.pieces()
         for (bucket, what), data in pieces.items():
             number = 0 if what == "values" else 1 + int(what.removeprefix("moment"))
-            self._send(principal.header(kind=Kind.PIECE, step=principal.member.step, bucket=bucket, flags=number), data)
+            self._send(
+                principal.header(kind=FrameKind.PIECE, step=principal.member.step, bucket=bucket, flags=number), data
+            )
         self.offer()
 
     def note(self) -> None:
         """The lead's notes have changed."""
         if self._line.connection is not None and self._streams:
-            header = self._principal.header(kind=Kind.NOTE, step=self._principal.member.step)
+            header = self._principal.header(kind=FrameKind.NOTE, step=self._principal.member.step)
             self._line.connection.send(header, [json.dumps(self._principal.notes.to_json()).encode()])
 
     @property
@@ -160,13 +162,13 @@ class Replication:
         at, header = self._principal.member.step, self._principal.header
         if bucket == SUMMARY:
             body: bytes | memoryview = step.summary.root.pack()
-            self._send(header(kind=Kind.PUSH, step=at, bucket=bucket, node=step.summary.tree.root), body)
+            self._send(header(kind=FrameKind.PUSH, step=at, bucket=bucket, node=step.summary.tree.root), body)
             return
         sums = step.sums(bucket)
         root, node = sums.root, sums.tree.root
         if isinstance(root, BufferNode) and root.words is None:
             body = messages.pack_weight(root.weight)
-            self._send(header(kind=Kind.PUSH, step=at, bucket=bucket, node=node, flags=UNCHANGED), body)
+            self._send(header(kind=FrameKind.PUSH, step=at, bucket=bucket, node=node, flags=UNCHANGED), body)
             return
         words = root.words if isinstance(root, BufferNode) else root
         assert words is not None
@@ -174,7 +176,10 @@ class Replication:
         body = as_bytes(words)
         self._queued_bytes += body.nbytes
         self._send(
-            header(kind=Kind.PUSH, step=at, bucket=bucket, node=node, codec=codec), body, at_step=at, counts=body.nbytes
+            header(kind=FrameKind.PUSH, step=at, bucket=bucket, node=node, codec=codec),
+            body,
+            at_step=at,
+            counts=body.nbytes,
         )
 
     def _send(
@@ -196,7 +201,7 @@ class Replication:
                 self._reactor.post(self._principal.try_vote)
 
     def _send_verdict(self, verdict: Verdict) -> None:
-        header = self._principal.header(kind=Kind.VERDICT, step=verdict.step)
+        header = self._principal.header(kind=FrameKind.VERDICT, step=verdict.step)
         self._send(header, messages.pack_verdict(verdict))
 
     def _limit_bytes(self) -> int:
@@ -212,7 +217,7 @@ class Replication:
 
     def heard(self, header: Header, body: memoryview) -> None:  # noqa: ARG002 - Listener's signature
         self._heard += 1
-        if header.kind is Kind.HELD:
+        if header.kind is FrameKind.HELD:
             self._held(header.step)
 
     def lost(self) -> None:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from pscluster.errors import FrameError
 from pscluster.storage.snapshot import PieceKey
-from pscluster.wire.frame import Codec, Header, Kind
+from pscluster.wire.frame import Codec, FrameKind, Header
 from psserver.partition import messages
 from psserver.partition.ingress.clients import Clients
 from psserver.partition.replication.metadata import Notes
@@ -66,18 +66,18 @@ class Standby:
     def say_held(self) -> None:
         """Tell the partition what is held; repeating it is harmless."""
         for client in self._listener.clients.on("replica"):
-            client.connection.send(self._listener.header(kind=Kind.HELD, step=self.reach))
+            client.connection.send(self._listener.header(kind=FrameKind.HELD, step=self.reach))
 
     def hear(self, header: Header, body: memoryview) -> None:
         """A SYNC, a PIECE that has landed, a VERDICT or a NOTE."""
-        if header.kind is Kind.SYNC:
+        if header.kind is FrameKind.SYNC:
             self._begin(header, messages.json_mapping(body))
-        elif header.kind is Kind.PIECE:
+        elif header.kind is FrameKind.PIECE:
             self._missing.discard(_key(header))
             self._end_if_whole()
         elif not self.is_synced:
             raise FrameError(f"a {header.kind.name} before the state", details={"field": "kind"})
-        elif header.kind is Kind.VERDICT:
+        elif header.kind is FrameKind.VERDICT:
             self._decide(messages.unpack_verdict(body))
         else:
             told = _notes(messages.json_mapping(body))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-Kind = Literal["commit", "skip", "stop"]
+DecisionKind = Literal["commit", "skip", "stop"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Verdict:
 
     generation: int
     step: int
-    kind: Kind
+    kind: DecisionKind
     scale: float = 1.0
     norm: float = 0.0
     snapshot: bool = False
@@ -45,7 +45,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lead:
+class CoordinatorState:
     """The lead's state: `step` is the version that the open step starts from."""
 
     num_partitions: int
@@ -69,7 +69,7 @@ class Member:
 Decide = Callable[[Mapping[int, Vote]], Verdict]
 
 
-def receive_vote(lead: Lead, vote: Vote, decide: Decide) -> tuple[Lead, Verdict | None, bool]:
+def receive_vote(lead: CoordinatorState, vote: Vote, decide: Decide) -> tuple[CoordinatorState, Verdict | None, bool]:
     """The lead takes a vote: its new state, a verdict to send if there is one, and whether to send it to all.
 
     A vote on the step that was just decided is answered with that verdict, to its sender alone.
@@ -87,12 +87,12 @@ def receive_vote(lead: Lead, vote: Vote, decide: Decide) -> tuple[Lead, Verdict 
     return replace(lead, step=lead.step + 1, votes={}, last=verdict), verdict, True
 
 
-def lead_adopts(lead: Lead, generation: int) -> Lead:
+def lead_adopts(lead: CoordinatorState, generation: int) -> CoordinatorState:
     """A new generation begins at the same step: votes are collected anew."""
     return replace(lead, generation=generation, votes={})
 
 
-def lead_learns(lead: Lead, verdict: Verdict) -> tuple[Lead, Verdict | None]:
+def lead_learns(lead: CoordinatorState, verdict: Verdict) -> tuple[CoordinatorState, Verdict | None]:
     """A member tells the lead, which has taken over, what the lead before it decided: its new state, and the verdict to
     send to all if it is the one on the open step.
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from pscluster.step.summary import Summary
 from pscluster.v1.plan_pb2 import Plan
-from psserver.partition.coordinator.coordinator import Lead
+from psserver.partition.coordinator.coordinator import Coordinator
 from psserver.partition.ingress.clients import Clients
 from psserver.partition.step import commit
 from psserver.partition.step.commit import Member, Verdict, Vote
@@ -36,7 +36,7 @@ class Holder(Protocol):
     counters: PartitionCounters
 
     @property
-    def lead(self) -> Lead | None:
+    def lead(self) -> Coordinator | None:
         """The lead's part, in partition 0."""
 
     def may_vote(self) -> bool:

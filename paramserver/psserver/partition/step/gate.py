@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pscluster.step.tree import Merge, Node, Tree
+from pscluster.step.tree import Merge, Tree, TreeNode
 
-Held = frozenset[Node]
+Held = frozenset[TreeNode]
 NOTHING: Held = frozenset()
 
 
@@ -21,11 +21,11 @@ class Admission(NamedTuple):
 
     held: Held
     duplicate: bool
-    covered: tuple[Node, ...]
+    covered: tuple[TreeNode, ...]
     merges: tuple[Merge, ...]
 
 
-def admit(tree: Tree, held: Held, node: Node) -> Admission:
+def admit(tree: Tree, held: Held, node: TreeNode) -> Admission:
     """Judge an arriving node of the tree. Raises KeyError for what is no node of this tree."""
     if node not in tree:
         raise KeyError(node)

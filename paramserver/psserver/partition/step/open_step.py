@@ -13,7 +13,7 @@ from pscluster.job.spec import JobSpec
 from pscluster.step.codec import DTYPES, BufferNode
 from pscluster.step.layout import Span
 from pscluster.step.summary import Summary
-from pscluster.step.tree import Node, Tree, tree_of
+from pscluster.step.tree import Tree, TreeNode, tree_of
 from pscluster.wire.frame import SUMMARY
 from psserver.partition.step.commit import Verdict
 from psserver.partition.step.optimizer import Run, runs, update_span
@@ -76,7 +76,7 @@ class OpenStep:
         complete = [bucket for bucket in mine if self.sums(bucket).is_complete]
         return [*complete, SUMMARY] if self.summary.is_complete else complete
 
-    def offer_trained(self, bucket: int, node: Node, words: torch.Tensor, release: Callable[[], None]) -> bool:
+    def offer_trained(self, bucket: int, node: TreeNode, words: torch.Tensor, release: Callable[[], None]) -> bool:
         """Take a gradient node, whose memory is summed in, until `release` is called. False: a duplicate."""
         sums = self.trained[bucket]
         fresh = sums.offer(node, Entry(words, release))
@@ -84,12 +84,12 @@ class OpenStep:
             self._squares[bucket] = block_squares(sums.root, self.state.spans[bucket].first_block)
         return fresh
 
-    def offer_buffers(self, bucket: int, node: Node, value: BufferNode) -> bool:
+    def offer_buffers(self, bucket: int, node: TreeNode, value: BufferNode) -> bool:
         """Take a node of an averaged or carried bucket. False: a duplicate."""
         sums = self.averaged.get(bucket) or self.carried[bucket]
         return sums.offer(node, Entry(value))
 
-    def offer_summary(self, node: Node, summary: Summary) -> bool:
+    def offer_summary(self, node: TreeNode, summary: Summary) -> bool:
         """Take a node of the step's summary. False: a duplicate."""
         return self.summary.offer(node, Entry(summary))
 
@@ -165,7 +165,7 @@ class OpenStep:
             torch.div(words[part], self._applied.weight, out=self.state.values[bucket][part])
 
     def _trained(self, tree: Tree, span: Span) -> Sums[torch.Tensor]:
-        def add(left: torch.Tensor, right: torch.Tensor, parent: Node) -> torch.Tensor:
+        def add(left: torch.Tensor, right: torch.Tensor, parent: TreeNode) -> torch.Tensor:
             if parent == tree.root:  # the norm in the same pass
                 self._squares[span.bucket] = block_squares(left, span.first_block, right)
                 return left

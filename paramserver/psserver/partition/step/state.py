@@ -8,7 +8,7 @@ import torch
 
 from pscluster.errors import DamagedError
 from pscluster.step.codec import DTYPES, as_bytes
-from pscluster.step.layout import WORD_BYTES, Codec, Kind, Layout, Span
+from pscluster.step.layout import WORD_BYTES, BucketKind, Codec, Layout, Span
 from pscluster.storage import Buffer
 from pscluster.storage.snapshot import Part, PartMeta, PieceKey, read_part
 from pscluster.wire.memory import Segment, page_offsets
@@ -169,7 +169,7 @@ def _zeros(num_words: int, memory: memoryview | None = None) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.float32, count=num_words).zero_()
 
 
-def _dtype(kind: Kind, codec: Codec) -> torch.dtype:
+def _dtype(kind: BucketKind, codec: Codec) -> torch.dtype:
     """Of the words of a bucket of this kind as trainers read them."""
     if kind == "trained":
         return DTYPES[codec]

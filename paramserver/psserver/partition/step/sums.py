@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import torch
 
 from pscluster.step.layout import BLOCK_WORDS
-from pscluster.step.tree import Node, Tree
+from pscluster.step.tree import Tree, TreeNode
 from psserver.partition.step.gate import NOTHING, Held, admit, is_complete
 
 T = TypeVar("T")
@@ -34,9 +34,9 @@ class Sums(Generic[T]):
     `add(left, right, parent)` gives the parent node's value in left's memory, or raises before it has changed any."""
 
     tree: Tree
-    add: Callable[[T, T, Node], T]
+    add: Callable[[T, T, TreeNode], T]
     _held: Held = NOTHING
-    _entries: dict[Node, Entry[T]] = field(default_factory=dict)
+    _entries: dict[TreeNode, Entry[T]] = field(default_factory=dict)
 
     @property
     def is_complete(self) -> bool:
@@ -47,11 +47,11 @@ class Sums(Generic[T]):
         """The sum over all microbatches; only when complete."""
         return self._entries[self.tree.root].value
 
-    def holds(self, node: Node) -> bool:
+    def holds(self, node: TreeNode) -> bool:
         """Whether an arriving node would be a duplicate."""
         return admit(self.tree, self._held, node).duplicate
 
-    def offer(self, node: Node, entry: Entry[T]) -> bool:
+    def offer(self, node: TreeNode, entry: Entry[T]) -> bool:
         """Take a node, which is owned from here on. False: a duplicate, released at once."""
         admission = admit(self.tree, self._held, node)
         if admission.duplicate:

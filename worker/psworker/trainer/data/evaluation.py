@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pscluster.errors import LossContractError, TaskError
 from pscluster.step.summary import Statistics, add_statistics
-from pscluster.step.tree import Node, tree_of
+from pscluster.step.tree import TreeNode, tree_of
 from pscluster.task import Task
 from psworker.trainer.data.batches import EvalBatches, to_device
 from psworker.trainer.data.loading import user_code
@@ -136,22 +136,22 @@ def shard_statistics(
 
 def evaluate(task: Task, model: nn.Module, batches: EvalBatches, device: str) -> dict[str, float]:
     """The metrics of a model over all shards, added in the job's tree: the bits of the job's own evaluation."""
-    leaves: dict[Node, Statistics] = {}
+    leaves: dict[TreeNode, Statistics] = {}
     shapes: Shapes = ()
     for shard in range(batches.num_shards):
         last = deque(shard_statistics(task, model, batches, shard, device), maxlen=1)
-        leaves[Node(shard, 1)] = last[0][0] if last else np.empty(0)
+        leaves[TreeNode(shard, 1)] = last[0][0] if last else np.empty(0)
         shapes = shapes or (last[0][1] if last else ())
     return unpack_metrics(task, _summed(leaves, tree_of(batches.num_shards).root), shapes)
 
 
-def _summed(leaves: Mapping[Node, Statistics], node: Node) -> Statistics:
+def _summed(leaves: Mapping[TreeNode, Statistics], node: TreeNode) -> Statistics:
     if node.leaves == 1:
         return leaves[node]
     left = 1 << ((node.leaves - 1).bit_length() - 1)
     return add_statistics(
-        _summed(leaves, Node(node.first, left)),
-        _summed(leaves, Node(node.first + left, node.leaves - left)),
+        _summed(leaves, TreeNode(node.first, left)),
+        _summed(leaves, TreeNode(node.first + left, node.leaves - left)),
     )
 
 

@@ -22,10 +22,10 @@ from pscluster.errors import TaskError
 from pscluster.step.codec import add_optional
 from pscluster.step.layout import Layout
 from pscluster.step.summary import Summary
-from pscluster.step.tree import Node, Tree
+from pscluster.step.tree import Tree, TreeNode
 from psworker.trainer.gradients.gather import Gradients
 
-PushGradients = Callable[[int, Node, Gradients], None]
+PushGradients = Callable[[int, TreeNode, Gradients], None]
 
 
 def add_gradients(left: Gradients, right: Gradients) -> Gradients:
@@ -42,15 +42,15 @@ class Counter(Generic[T]):
     def __init__(self, tree: Tree, add: Callable[[T, T], T]) -> None:
         self._tree = tree
         self._add = add
-        self._held: dict[Node, T] = {}
-        self._roots: frozenset[Node] = frozenset()
+        self._held: dict[TreeNode, T] = {}
+        self._roots: frozenset[TreeNode] = frozenset()
 
-    def begin(self, roots: Iterable[Node]) -> None:
+    def begin(self, roots: Iterable[TreeNode]) -> None:
         """Start a run of microbatches whose maximal nodes are `roots`. Nothing may be held."""
         assert not self._held
         self._roots = frozenset(roots)
 
-    def carry(self, node: Node, value: T) -> list[tuple[Node, T]]:
+    def carry(self, node: TreeNode, value: T) -> list[tuple[TreeNode, T]]:
         """Take a node; return the roots that it completes (none or one)."""
         while node not in self._roots:
             merge = self._tree.merge_of(node)
@@ -64,7 +64,7 @@ class Counter(Generic[T]):
             node = merge.parent
         return [(node, value)]
 
-    def flush(self) -> list[tuple[Node, T]]:
+    def flush(self) -> list[tuple[TreeNode, T]]:
         """Give up what is held, as nodes of their own: the run ended before its roots were whole."""
         held = sorted(self._held.items(), key=lambda item: item[0])
         self._held.clear()
@@ -94,14 +94,14 @@ class Accumulator:
         self._fired: dict[int, int] = {}
         self._open: dict[int, Gradients] = {}
         self._storages: dict[int, StorageWeakRef] = {}  # memory of the gradients taken in this backward, by address
-        self._leaf: Node | None = None
+        self._leaf: TreeNode | None = None
         self._handles = [
             parameter.register_post_accumulate_grad_hook(self._hook(number))  # type: ignore[no-untyped-call]
             for number, parameter in parameters.items()
             if number in self._place  # one without elements may have no place
         ]
 
-    def begin_run(self, roots: Iterable[Node]) -> None:
+    def begin_run(self, roots: Iterable[TreeNode]) -> None:
         """The next microbatches are the leaves of these nodes."""
         wanted = list(roots)
         for counter in self._counters.values():
@@ -109,7 +109,7 @@ class Accumulator:
 
     def begin(self, shard: int) -> None:
         """The next backward is this shard's microbatch."""
-        self._leaf = Node(shard, 1)
+        self._leaf = TreeNode(shard, 1)
         self._fired = {}
         self._storages.clear()
         self._open = {b.index: [None] * len(b.placed) for b in self._buckets}

@@ -7,11 +7,11 @@ from functools import partial
 import torch
 
 from pscluster.step.codec import BufferNode
-from pscluster.step.tree import Node, Tree
+from pscluster.step.tree import Tree, TreeNode
 from psworker.replica import Replica
 from psworker.trainer.gradients.accumulate import Counter
 
-Ready = list[tuple[int, Node, float, torch.Tensor | None]]  # bucket, node, weight, words (None: unchanged)
+Ready = list[tuple[int, TreeNode, float, torch.Tensor | None]]  # bucket, node, weight, words (None: unchanged)
 
 
 class BufferSums:
@@ -27,7 +27,7 @@ class BufferSums:
         }
         self._carried = [b.index for b in buckets if b.kind == "carried"]
 
-    def begin_run(self, roots: list[Node]) -> None:
+    def begin_run(self, roots: list[TreeNode]) -> None:
         """The next microbatches are the leaves of these nodes."""
         for counter in self._averaged.values():
             counter.begin(roots)
@@ -39,12 +39,14 @@ class BufferSums:
         for bucket, counter in self._averaged.items():
             words = self._replica.weighted_buffers(bucket, weight) if bucket in buckets_moved else None
             leaf = BufferNode(weight, words)
-            ready += [(bucket, node, whole.weight, whole.words) for node, whole in counter.carry(Node(shard, 1), leaf)]
+            ready += [
+                (bucket, node, whole.weight, whole.words) for node, whole in counter.carry(TreeNode(shard, 1), leaf)
+            ]
         if shard == 0:
             for bucket in self._carried:
                 words = self._replica.carried_words(bucket)
                 same = torch.equal(words, self._replica.flats[bucket])
-                ready.append((bucket, Node(0, 1), weight, None if same else words))
+                ready.append((bucket, TreeNode(0, 1), weight, None if same else words))
         return ready
 
     def flush(self) -> Ready:

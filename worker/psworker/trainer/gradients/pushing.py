@@ -19,8 +19,8 @@ from pscluster.job.spec import JobSpec
 from pscluster.step.codec import DTYPES, as_bytes
 from pscluster.step.layout import Layout, Span
 from pscluster.step.summary import Statistics, Summary
-from pscluster.step.tree import Node
-from pscluster.wire.frame import SUMMARY, UNCHANGED, Buffer, Codec, Header, Kind
+from pscluster.step.tree import TreeNode
+from pscluster.wire.frame import SUMMARY, UNCHANGED, Buffer, Codec, FrameKind, Header
 from pscluster.wire.memory import Lanes
 from psworker.staging import Staging
 from psworker.trainer.gradients.gather import Gradients, Pieces, cut, gather, write
@@ -62,40 +62,40 @@ class Pushing:
 
     # ---- the main thread ----
 
-    def gradients(self, work: Work, bucket: int, node: Node, gradients: Gradients) -> None:
+    def gradients(self, work: Work, bucket: int, node: TreeNode, gradients: Gradients) -> None:
         """Owe every partition its part of a trained bucket's node. The gradients belong to the exchange now."""
-        header = self._header(work, Kind.PUSH, bucket=bucket, node=node, codec=Codec.of(self._codec))
+        header = self._header(work, FrameKind.PUSH, bucket=bucket, node=node, codec=Codec.of(self._codec))
         pieces = gather(self._layout, bucket, gradients)
         sends = [self._part(pieces, index, span) for index, span in self._holders(bucket)]
         self._staging.after(lambda: self._owe(self._order(bucket), header, sends), pieces)
 
-    def words(self, work: Work, bucket: int, node: Node, words: torch.Tensor) -> None:
+    def words(self, work: Work, bucket: int, node: TreeNode, words: torch.Tensor) -> None:
         """Owe every partition its part of an averaged or carried bucket's node."""
         data = words.cpu()
-        header = self._header(work, Kind.PUSH, bucket=bucket, node=node)
+        header = self._header(work, FrameKind.PUSH, bucket=bucket, node=node)
         sends = [Send(i, [as_bytes(data[span.start : span.stop])]) for i, span in self._holders(bucket)]
         self._owe(self._order(bucket), header, sends)
 
-    def unchanged(self, work: Work, bucket: int, node: Node, weight: float) -> None:
+    def unchanged(self, work: Work, bucket: int, node: TreeNode, weight: float) -> None:
         """Owe every partition the word that a bucket of buffers did not move in this node of `weight`."""
-        header = self._header(work, Kind.PUSH, bucket=bucket, node=node, flags=UNCHANGED)
+        header = self._header(work, FrameKind.PUSH, bucket=bucket, node=node, flags=UNCHANGED)
         body = np.array([weight], dtype="<f8").tobytes()
         self._owe(self._order(bucket), header, [Send(index, [body]) for index, _ in self._holders(bucket)])
 
-    def summary(self, work: Work, node: Node, summary: Summary) -> None:
+    def summary(self, work: Work, node: TreeNode, summary: Summary) -> None:
         """Owe every partition a node of the step's summary."""
-        header = self._header(work, Kind.PUSH, bucket=SUMMARY, node=node)
+        header = self._header(work, FrameKind.PUSH, bucket=SUMMARY, node=node)
         body = summary.pack()
         self._owe(len(self._layout.buckets), header, [Send(index, [body]) for index in range(self._num_partitions)])
 
-    def statistics(self, work: Work, node: Node, statistics: Statistics) -> None:
+    def statistics(self, work: Work, node: TreeNode, statistics: Statistics) -> None:
         """Owe the lead a node of an evaluation."""
-        header = self._header(work, Kind.STATISTICS, bucket=SUMMARY, node=node)
+        header = self._header(work, FrameKind.STATISTICS, bucket=SUMMARY, node=node)
         self._owe(0, header, [Send(0, [statistics.tobytes()])])
 
     def outcome(self, work: Work, outcome: dict[str, object]) -> None:
         """Owe the lead the finalised metrics, or the digest."""
-        header = self._header(work, Kind.OUTCOME, bucket=SUMMARY, node=Node(0, 1))
+        header = self._header(work, FrameKind.OUTCOME, bucket=SUMMARY, node=TreeNode(0, 1))
         self._owe(1, header, [Send(0, [json.dumps(outcome).encode()])])
 
     def initial(self, work: Work, partitions: Sequence[int], memory: BucketMemory) -> None:
@@ -104,7 +104,7 @@ class Pushing:
             for index in partitions:
                 span = self._layout.span(bucket.index, index, self._num_partitions)
                 if span.num_words:
-                    header = self._header(work, Kind.INIT, bucket=bucket.index, node=Node(0, 1))
+                    header = self._header(work, FrameKind.INIT, bucket=bucket.index, node=TreeNode(0, 1))
                     self._owe(bucket.index, header, [Send(index, [bytes(as_bytes(memory.words(span)))])])
 
     # ---- the reactor's thread ----
@@ -150,7 +150,7 @@ class Pushing:
         return Lane(lanes, bucket, number) if lanes is not None and number is not None else None
 
     def _header(
-        self, work: Work, kind: Kind, *, bucket: int = 0, node: Node, flags: int = 0, codec: Codec = Codec.FP32
+        self, work: Work, kind: FrameKind, *, bucket: int = 0, node: TreeNode, flags: int = 0, codec: Codec = Codec.FP32
     ) -> Header:
         return Header(
             kind=kind, job=self._job, generation=work.generation, step=work.version, bucket=bucket, node=node,

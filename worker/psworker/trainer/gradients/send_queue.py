@@ -7,10 +7,10 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from pscluster.wire.frame import Buffer, Header, Kind
+from pscluster.wire.frame import Buffer, FrameKind, Header
 from pscluster.wire.memory import Lanes
 
-Key = tuple[Kind, int, int, int, int]  # kind, step, bucket, node
+Key = tuple[FrameKind, int, int, int, int]  # kind, step, bucket, node
 UNKNOWN = 1 << 32  # above every bucket: until the partition says which one is open, only credit admits
 
 
@@ -33,7 +33,7 @@ class Lane:
 
 
 @dataclass(order=True)
-class Owed:
+class PendingFrame:
     """One frame. `parts` stay alive and unchanged until it is acknowledged. `rank`: place in the sending order.
 
     With a `lane` the parts lie there, and while its lanes are the connection's it is enough to say so. They may change
@@ -46,7 +46,7 @@ class Owed:
     lane: Lane | None = field(compare=False, default=None)
 
 
-class Outbox:
+class SendQueue:
     """Frames for one partition, lowest rank first, within the credit that the partition granted.
 
     A node may be sent while its bytes fit the credit. Whatever the credit, it may when its bucket is the open one, the
@@ -56,8 +56,8 @@ class Outbox:
     partition waits for."""
 
     def __init__(self) -> None:
-        self._waiting: list[Owed] = []
-        self._in_flight: dict[Key, Owed] = {}
+        self._waiting: list[PendingFrame] = []
+        self._in_flight: dict[Key, PendingFrame] = {}
         self._numbers = itertools.count()
         self.sent_bytes = 0
         self.granted_bytes = 0
@@ -71,18 +71,20 @@ class Outbox:
     def add(self, order: int, header: Header, parts: Sequence[Buffer], lane: Lane | None = None) -> None:
         """Owe a frame; `order` is the bucket's place in the sending order."""
         size = sum(memoryview(part).nbytes for part in parts)
-        heapq.heappush(self._waiting, Owed((header.step, order, next(self._numbers)), header, parts, size, lane))
+        heapq.heappush(
+            self._waiting, PendingFrame((header.step, order, next(self._numbers)), header, parts, size, lane)
+        )
 
-    def is_shared(self, owed: Owed) -> bool:
+    def is_shared(self, owed: PendingFrame) -> bool:
         """Whether the partition can read the frame's body where it lies."""
         return owed.lane is not None and owed.lane.lanes is self.lanes
 
-    def next(self) -> Owed | None:
+    def next(self) -> PendingFrame | None:
         """The frame to send now, which is in flight from here on; None when nothing may be sent."""
         if not self._waiting:
             return None
         owed = self._waiting[0]
-        counts = owed.header.kind is Kind.PUSH and owed.size_bytes > 0 and not self.is_shared(owed)
+        counts = owed.header.kind is FrameKind.PUSH and owed.size_bytes > 0 and not self.is_shared(owed)
         fits = self.sent_bytes + owed.size_bytes <= self.granted_bytes
         if counts and not fits and owed.header.bucket < self.open_bucket:
             return None
@@ -113,7 +115,7 @@ class Outbox:
         heapq.heapify(self._waiting)
         self._in_flight = {key: owed for key, owed in self._in_flight.items() if owed.header.step >= step}
 
-    def _give_back(self, unsent: Iterable[Owed]) -> None:
+    def _give_back(self, unsent: Iterable[PendingFrame]) -> None:
         for owed in unsent:
             if owed.lane is not None:
                 owed.lane.give_back()

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
+class CheckResult:
     """One line of the table. A check that does not apply is ok, with a detail that starts with "skipped"."""
 
     name: str
@@ -25,7 +25,7 @@ class Table:
     """Runs checks one after another, keeps what each said, and raises at the end."""
 
     def __init__(self) -> None:
-        self.checks: list[Check] = []
+        self.checks: list[CheckResult] = []
         self._failures: list[tuple[str, PsError]] = []
 
     def run(self, name: str, check: Callable[[], tuple[T, str]]) -> T | None:
@@ -33,15 +33,15 @@ class Table:
         try:
             value, detail = check()
         except PsError as error:
-            self.checks.append(Check(name=name, ok=False, detail=error.cause))
+            self.checks.append(CheckResult(name=name, ok=False, detail=error.cause))
             self._failures.append((name, error))
             return None
-        self.checks.append(Check(name=name, ok=True, detail=detail))
+        self.checks.append(CheckResult(name=name, ok=True, detail=detail))
         return value
 
     def skip(self, name: str, reason: str) -> None:
         """Note that a check could not be made."""
-        self.checks.append(Check(name=name, ok=True, detail=f"skipped: {reason}"))
+        self.checks.append(CheckResult(name=name, ok=True, detail=f"skipped: {reason}"))
 
     def raise_failures(self) -> None:
         """Raise the one failing check's own error, or PreflightError for several; `checks_of` reads the table back."""
@@ -60,6 +60,6 @@ class Table:
         )
 
 
-def checks_of(error: PsError) -> tuple[Check, ...]:
+def checks_of(error: PsError) -> tuple[CheckResult, ...]:
     """The table that an error of the preflight carries; empty for any other error."""
-    return tuple(Check(**check) for check in json.loads(error.details.get("checks", "[]")))
+    return tuple(CheckResult(**check) for check in json.loads(error.details.get("checks", "[]")))

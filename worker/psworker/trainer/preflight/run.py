@@ -28,10 +28,10 @@ from psworker.replica import layout_of
 from psworker.trainer.data.batches import data_fingerprint, preserved_generators, seed_step, to_device
 from psworker.trainer.data.evaluation import batch_statistics, check_metric, finalised, loss_of
 from psworker.trainer.data.loading import build_model, load_data, load_task, user_code
-from psworker.trainer.preflight.checks import Check, Table, checks_of
+from psworker.trainer.preflight.checks import CheckResult, Table, checks_of
 from psworker.trainer.preflight.parameters import check_unwritten, traces
 
-__all__ = ["Check", "Preflight", "Prepared", "checks_of", "prepare", "run_preflight"]
+__all__ = ["CheckResult", "Preflight", "Prepared", "checks_of", "prepare", "run_preflight"]
 
 # A mean for a sum is wrong by a factor of two; honest float32 sums differ by about 1e-6, bf16 ones by its 8 bits.
 _TOLERANCE, _NARROW_TOLERANCE = 1e-3, 3e-2
@@ -41,7 +41,7 @@ _TOLERANCE, _NARROW_TOLERANCE = 1e-3, 3e-2
 class Preflight:
     """What a trainer that passed reports to the master."""
 
-    checks: tuple[Check, ...]
+    checks: tuple[CheckResult, ...]
     num_samples: int
     fingerprint: str
     numerics_class: str
