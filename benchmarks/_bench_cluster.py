@@ -131,8 +131,8 @@ class Bench:
 
 
 def _is_whole(job: Job) -> bool:
-    """Whether every seat of the job is taken by a process that works."""
+    """Whether every placement of the job is taken by a process that works."""
     if job.state != "RUNNING" or job.workers_active != SIZE or job.plan is None:
         return False
-    seats = job.plan.trainers
-    return len(job.plan.partitions) == SIZE and sum(seat.active for seat in seats) == SIZE
+    placements = job.plan.trainers
+    return len(job.plan.partitions) == SIZE and sum(placement.active for placement in placements) == SIZE

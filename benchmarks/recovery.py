@@ -3,9 +3,9 @@
     python benchmarks/recovery.py [--rounds 10] [--steps 30] [--only trainer_kill partition_kill_snapshot ...]
 
 One master, three workers and three servers train a small byte-level language model (on the data of $PSCLUSTER_DATA if
-it is there). Before each fault every seat of the job is taken and `--steps` steps were committed in peace. The victim
-is any process of its kind, hit at any moment of a step. Commits are timed by the lead partition. All takes half an
-hour.
+it is there). Before each fault every placement of the job is taken and `--steps` steps were committed in peace. The
+victim is any process of its kind, hit at any moment of a step. Commits are timed by the coordinator partition. All
+takes half an hour.
 
     worker_kill_recovery_s             kill -9 of a trainer to the next commit that needed others to take its shards
                                        over, less a normal step

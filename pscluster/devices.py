@@ -20,12 +20,12 @@ AUTO, CPU, CUDA = "auto", "cpu", "cuda"
 _LAWFUL = re.compile(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?")
 
 
-def is_lawful(wanted: str) -> bool:
+def is_valid_device(wanted: str) -> bool:
     """Whether `wanted` is a word for a device."""
     return _LAWFUL.fullmatch(wanted) is not None
 
 
-def modesty(wanted: str) -> int:
+def device_priority(wanted: str) -> int:
     """Sorts those who are to choose at the same time: whoever would take anything comes last."""
     return (CUDA, AUTO).index(wanted) + 1 if wanted in (CUDA, AUTO) else 0
 

@@ -45,12 +45,12 @@ async def serve(settings: MasterSettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ending.set)
     async with assembled(settings) as (core, health):
-        await take_turns(core, health, ending)
+        await run_transactions(core, health, ending)
 
 
 @asynccontextmanager
 async def assembled(settings: MasterSettings) -> AsyncIterator[tuple[Core, Any]]:
-    """The master with its doors open and its state loaded, and its health service; `take_turns` makes it work.
+    """The master with its doors open and its state loaded, and its health service; `run_transactions` makes it work.
 
     Everything is released at the end. Raises PsError when it cannot start."""
     async with AsyncExitStack() as stack:
@@ -97,7 +97,7 @@ def tidy(core: Core, shelf: BundleShelf, jobs_directory: Path) -> None:
     store.write(Batch(deleted_bundles=tuple(unclaimed)))
 
 
-async def take_turns(core: Core, health: Any, ending: asyncio.Event) -> None:
+async def run_transactions(core: Core, health: Any, ending: asyncio.Event) -> None:
     """Take turns until told to end. Whatever ends the turns ends the master: a supervisor starts it again."""
     turns = asyncio.create_task(core.run())
     told = asyncio.create_task(ending.wait())

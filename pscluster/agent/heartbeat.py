@@ -13,7 +13,7 @@ UNREACHED_S = 2.0
 """For so long a partition is dialled again and again before a beat says that it cannot be reached."""
 
 
-class Heart:
+class HeartbeatThread:
     """Calls `beat` and reports what it returns, twice a second, from `start` until `close` or the agent's end."""
 
     def __init__(self, link: ProcessLink, beat: Callable[[], Beat]) -> None:

@@ -34,7 +34,7 @@ only our words would leave the node without orders, and the master believing tha
 _log = structlog.get_logger(__name__)
 
 
-class Attendant:
+class MasterConnection:
     """Registers the node, beats, sends what the outbox holds, and passes on what the master wants.
 
     Belongs to the agent's loop. `assigned` hears every assignment; `states` says what Hello tells, `speeds` what

@@ -40,8 +40,8 @@ class ProcessMetrics(Collector):
 
     def keep(self, spec: ProcessSpec, counters: Counters) -> None:
         """Replace what is exported for the process of `spec`."""
-        seat = "rank" if spec.kind == ProcessSpec.KIND_TRAINER else "partition"
-        self._held[spec.process_id] = ({"job": spec.job_id, seat: str(spec.rank)}, counters)
+        placement = "rank" if spec.kind == ProcessSpec.KIND_TRAINER else "partition"
+        self._held[spec.process_id] = ({"job": spec.job_id, placement: str(spec.rank)}, counters)
 
     def drop(self, process_id: str) -> None:
         """Export nothing of it any more. Safe to repeat."""

@@ -21,7 +21,7 @@ from pscluster.agent.copies import Copies
 from pscluster.agent.depot import serving
 from pscluster.agent.devices import DeviceLedger
 from pscluster.agent.directories import AgentDirectories
-from pscluster.agent.master_connection import Attendant
+from pscluster.agent.master_connection import MasterConnection
 from pscluster.agent.process import Site
 from pscluster.agent.role import AgentRole, AgentSettings
 from pscluster.agent.supervisor import Supervisor
@@ -91,7 +91,7 @@ class _Agent:
         environ: Mapping[str, str],
         patience: Patience,
     ) -> None:
-        self._attendant = Attendant(
+        self._attendant = MasterConnection(
             settings.master,
             token,
             node,

@@ -24,7 +24,7 @@ from pscluster.agent.directories import AgentDirectories
 from pscluster.agent.exits import NOT_STARTED, Exit, classify, detail_of
 from pscluster.agent.launch import BUNDLE_DIR, SOCKET_DIR
 from pscluster.agent.output import Backlog
-from pscluster.agent.suspicion import LOADING_SILENCE_S, SILENCE_S, Heard
+from pscluster.agent.suspicion import LOADING_SILENCE_S, SILENCE_S, LastHeartbeat
 from pscluster.devices import AUTO
 from pscluster.errors import InternalError, PsError, StorageError, UnreachableError
 from pscluster.v1.agents_pb2 import AgentMessage, LogLine, ProcessEvent, ProcessState, ProcessStatus
@@ -62,7 +62,7 @@ class Process:
         """`number` is unique within the agent's life: it names the process's directories."""
         self.spec = spec
         self.plan: Plan | None = spec.plan if spec.HasField("plan") else None
-        self.heard: Heard | None = None
+        self.heard: LastHeartbeat | None = None
         """Its last beat; before the first, its start."""
         self.speed: Speed | None = None
         """How fast a trainer computes, as its last beat said."""
@@ -169,7 +169,7 @@ class Process:
             now_s = asyncio.get_running_loop().time()
             beat = report.beat
             unreached = beat.unreached if beat.HasField("unreached") else None
-            self.heard = Heard(at_s=now_s, busy_s=beat.busy_s, typical_s=beat.typical_s, unreached=unreached)
+            self.heard = LastHeartbeat(at_s=now_s, busy_s=beat.busy_s, typical_s=beat.typical_s, unreached=unreached)
             self.speed = beat.speed if beat.HasField("speed") else None
             return
         if body == "snapshot_part" and self._copies:
@@ -252,7 +252,7 @@ class Process:
         metrics.STARTED.inc()
         self._status.phase = ProcessStatus.PHASE_RUNNING
         self._status.pid = child.pid
-        self.heard = Heard(at_s=asyncio.get_running_loop().time())
+        self.heard = LastHeartbeat(at_s=asyncio.get_running_loop().time())
         self._site.emit(AgentMessage(status=self._status))
         self._log.info("process started", pid=child.pid)
 

@@ -15,7 +15,7 @@ from pscluster.agent.exits import NOT_STARTED
 from pscluster.agent.process import Process, Site, wanted_device
 from pscluster.agent.reconcile import reconcile
 from pscluster.agent.suspicion import NONE, WORDS, suspicion_of
-from pscluster.devices import modesty
+from pscluster.devices import device_priority
 from pscluster.v1.agents_pb2 import AgentMessage, Assignment, ProcessState, ProcessStatus
 from pscluster.v1.plan_pb2 import ProcessSpec, Speed, Unreached
 
@@ -51,7 +51,7 @@ class Supervisor:
         for process_id in actions.stop:
             process = self._processes[process_id]
             self._spawn(process.end(AT_ONCE if process.suspicion else self._patience))
-        for spec in sorted(actions.start, key=_modesty):
+        for spec in sorted(actions.start, key=_device_priority):
             self._num_started += 1
             self._remember(spec.process_id)
             process = Process(spec, self._num_started, self._site)
@@ -157,8 +157,8 @@ def _note(process: Process, suspicion: ProcessStatus.Suspicion, unreached: Unrea
         log.info("a process reaches every partition again")
 
 
-def _modesty(spec: ProcessSpec) -> int:
+def _device_priority(spec: ProcessSpec) -> int:
     try:
-        return modesty(wanted_device(spec))
+        return device_priority(wanted_device(spec))
     except ValueError:
         return 0  # it will not start, and say why

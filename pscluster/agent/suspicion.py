@@ -29,7 +29,7 @@ FIRST_STALL_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heard:
+class LastHeartbeat:
     """The last beat, or the start: when it came (loop time), and what it said; see plan_pb2.Beat."""
 
     at_s: float
@@ -38,7 +38,7 @@ class Heard:
     unreached: Unreached | None = None
 
 
-def suspicion_of(now_s: float, heard: Heard | None, silence_s: float) -> ProcessStatus.Suspicion:
+def suspicion_of(now_s: float, heard: LastHeartbeat | None, silence_s: float) -> ProcessStatus.Suspicion:
     """How a living process looks at `now_s`. None: it is not started yet."""
     if heard is None:
         return NONE

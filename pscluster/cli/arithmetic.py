@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _MOST_ROWS = 16
 
 
-def reckon(spec: JobSpec, bundle: Bundle | None, *, evaluates: bool = True) -> dict[str, Any]:
+def summarize(spec: JobSpec, bundle: Bundle | None, *, evaluates: bool = True) -> dict[str, Any]:
     """The arithmetic as plain data; `text` prints it. `evaluates`: the task may have data to be evaluated on."""
     train, steps = spec.train, spec.train.max_steps
     found: dict[str, Any] = {

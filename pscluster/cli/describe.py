@@ -10,7 +10,7 @@ from pscluster.cli import formatting as fmt
 from pscluster.client.frames import last_frame
 
 if TYPE_CHECKING:
-    from pscluster.client import Job, PartitionSeat, TrainerSeat
+    from pscluster.client import Job, PartitionPlacement, TrainerPlacement
 
 _EVENTS_SHOWN = 40
 _SLOW = 1.15  # times the median trainer's microbatch: what is told of a trainer
@@ -138,16 +138,24 @@ def _plan(job: Job) -> str:
     return head + "\n" + fmt.table(columns, rows)
 
 
-def _median_s(seats: Sequence[TrainerSeat]) -> float:
+def _median_s(placements: Sequence[TrainerPlacement]) -> float:
     """What a microbatch takes the median trainer; 0 before any was measured."""
-    known = [seat.microbatch_s for seat in seats if seat.active and seat.microbatch_s]
+    known = [placement.microbatch_s for placement in placements if placement.active and placement.microbatch_s]
     return statistics.median_low(known) if known else 0.0
 
 
-def _trainer(seat: TrainerSeat, median_s: float) -> list[str]:
-    role = "active" if seat.active else "standing by"
-    pace = _pace(seat.microbatch_s, median_s) if seat.active and seat.microbatch_s else ""
-    return [f"trainer-{seat.rank}", seat.node_id, str(seat.attempt), role, seat.device or "", pace, _shards(seat)]
+def _trainer(placement: TrainerPlacement, median_s: float) -> list[str]:
+    role = "active" if placement.active else "standing by"
+    pace = _pace(placement.microbatch_s, median_s) if placement.active and placement.microbatch_s else ""
+    return [
+        f"trainer-{placement.rank}",
+        placement.node_id,
+        str(placement.attempt),
+        role,
+        placement.device or "",
+        pace,
+        _shards(placement),
+    ]
 
 
 def _pace(microbatch_s: float, median_s: float) -> str:
@@ -156,20 +164,20 @@ def _pace(microbatch_s: float, median_s: float) -> str:
     return f"{microbatch_s:.3g} s" + (f", {ratio:.1f}x" if ratio >= _SLOW else "")
 
 
-def _partition(seat: PartitionSeat) -> list[list[str]]:
+def _partition(placement: PartitionPlacement) -> list[list[str]]:
     """A partition's row, and its standby's."""
-    name = f"partition-{seat.index}"
-    role = "lead" if seat.index == 0 else ""
-    rows = [[name, seat.node_id, str(seat.attempt), role, "", "", " ".join(seat.addresses)]]
-    if seat.standby is not None:
-        s = seat.standby
+    name = f"partition-{placement.index}"
+    role = "coordinator" if placement.index == 0 else ""
+    rows = [[name, placement.node_id, str(placement.attempt), role, "", "", " ".join(placement.addresses)]]
+    if placement.standby is not None:
+        s = placement.standby
         role = "standby, in sync" if s.in_sync else "standby, catching up"
         rows.append([name, s.node_id, str(s.attempt), role, "", "", " ".join(s.addresses)])
     return rows
 
 
-def _shards(seat: TrainerSeat) -> str:
-    runs = [str(first) if run == 1 else f"{first}-{first + run - 1}" for first, run in seat.shards]
+def _shards(placement: TrainerPlacement) -> str:
+    runs = [str(first) if run == 1 else f"{first}-{first + run - 1}" for first, run in placement.shards]
     return ("shards " + ",".join(runs)) if runs else "none"
 
 

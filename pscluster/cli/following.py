@@ -132,15 +132,15 @@ def _literal(text: str) -> str:
 
 def follow(cluster: Cluster, job_id: str, view: View, located: LocatedCluster) -> Job:
     """Show a job until it has ended; returns it as it ended. Blocks; a master that is away is waited for."""
-    from pscluster.client import Tether
+    from pscluster.client import ReconnectingStream
 
     def away(_error: UnreachableError, seconds: float) -> None:
-        view.note(absence(located, PATIENCE_S), f"{seconds:.0f} s")
+        view.note(outage(located, PATIENCE_S), f"{seconds:.0f} s")
 
     narrator = Narrator()
     job: Job | None = None
     with view:
-        tether = Tether(patience_s=PATIENCE_S, on_absence=away, on_return=lambda: view.note(""))
+        tether = ReconnectingStream(patience_s=PATIENCE_S, on_absence=away, on_return=lambda: view.note(""))
         for job in cluster.watch(job_id, tether):
             for line in narrator.news(job, time.time()):
                 view.say(line)
@@ -150,7 +150,7 @@ def follow(cluster: Cluster, job_id: str, view: View, located: LocatedCluster) -
     return job
 
 
-def absence(located: LocatedCluster, patience_s: float) -> str:
+def outage(located: LocatedCluster, patience_s: float) -> str:
     """What is known of a master that does not answer. `psctl down` ends the job's processes too, and removes the record
     of them; without it, or elsewhere, nobody here knows whether the job goes on."""
     from pscluster.cli.local.record import record_path

@@ -79,7 +79,7 @@ def _show_arithmetic(path: Path, spec: JobSpec, bundle: Bundle | None, form: str
     from pscluster.cli.entrypoint import never_evaluates
 
     evaluates = not never_evaluates(spec.task.entrypoint, _spec_file(path).absolute().parent)
-    found = arithmetic.reckon(spec, bundle, evaluates=evaluates)
+    found = arithmetic.summarize(spec, bundle, evaluates=evaluates)
     if form == "text":
         answer(arithmetic.text(found))
     else:

@@ -10,7 +10,7 @@ Everything raises `pscluster.errors.PsError` kinds only.
 
 from pscluster.client.cluster import Cluster
 from pscluster.client.goals import Goal, end_error, parse_goal, reached
-from pscluster.client.reconnecting_stream import Tether
+from pscluster.client.reconnecting_stream import ReconnectingStream
 from pscluster.client.records import (
     ENDED,
     Best,
@@ -21,19 +21,18 @@ from pscluster.client.records import (
     Job,
     LogLine,
     Node,
-    PartitionSeat,
+    PartitionPlacement,
     Plan,
     PreflightCheck,
     Snapshot,
     SnapshotPart,
     Standby,
-    TrainerSeat,
+    TrainerPlacement,
 )
 
 __all__ = [
     "ENDED",
     "Best",
-    "PreflightCheck",
     "Cluster",
     "Condition",
     "DataConnection",
@@ -43,13 +42,14 @@ __all__ = [
     "Job",
     "LogLine",
     "Node",
-    "PartitionSeat",
+    "PartitionPlacement",
     "Plan",
+    "PreflightCheck",
+    "ReconnectingStream",
     "Snapshot",
     "SnapshotPart",
     "Standby",
-    "Tether",
-    "TrainerSeat",
+    "TrainerPlacement",
     "end_error",
     "parse_goal",
     "reached",

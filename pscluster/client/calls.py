@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import grpc
 
 from pscluster import rpc
-from pscluster.client.patience import Absence, next_delay_s
+from pscluster.client.patience import Outage, next_delay_s
 from pscluster.errors import UnreachableError
 from pscluster.job.bundle import Bundle
 from pscluster.v1 import jobs_pb2
@@ -60,15 +60,15 @@ def upload_messages(bundle: Bundle) -> Iterator[jobs_pb2.UploadBundleRequest]:
 
 def patiently(attempt: Callable[[], T], patience_s: float) -> T:
     """Repeat an idempotent call while nobody answers, with growing jittered pauses, for `patience_s`. Blocks."""
-    absence: Absence | None = None
+    outage: Outage | None = None
     while True:
         try:
             return attempt()
         except UnreachableError:
             now = time.monotonic()
-            absence = absence or Absence(since_s=now)
-            delay = next_delay_s(absence, now, patience_s, random.random())
+            outage = outage or Outage(since_s=now)
+            delay = next_delay_s(outage, now, patience_s, random.random())
             if delay is None:
                 raise
             time.sleep(delay)
-            absence = Absence(since_s=absence.since_s, attempts=absence.attempts + 1)
+            outage = Outage(since_s=outage.since_s, attempts=outage.attempts + 1)

@@ -19,7 +19,7 @@ from pscluster.client.draining import wait_drained
 from pscluster.client.goals import Goal, parse_goal, reached
 from pscluster.client.logcursor import LogCursor
 from pscluster.client.parts import fetch
-from pscluster.client.reconnecting_stream import STREAM_DEADLINE_S, Tether
+from pscluster.client.reconnecting_stream import STREAM_DEADLINE_S, ReconnectingStream
 from pscluster.client.records import Health, Job, LogLine, Node, Snapshot
 from pscluster.client.snapshots import choose
 from pscluster.errors import (
@@ -158,13 +158,15 @@ class Cluster:
         """All jobs, newest first, without plans and events."""
         return [decode.job_of(m) for m in calls.unary(self._jobs.List, jobs_pb2.ListRequest(), deadline_s).jobs]
 
-    def watch(self, job: str, tether: Tether | None = None, timeout_s: float | None = None) -> Iterator[Job]:
+    def watch(
+        self, job: str, tether: ReconnectingStream | None = None, timeout_s: float | None = None
+    ) -> Iterator[Job]:
         """The job now, then after each change, until it has ended or `timeout_s` has passed. Blocks in
         between.
 
         A master that is away is waited for, as `tether` says (ten minutes by default).
         """
-        keep = tether or Tether()
+        keep = tether or ReconnectingStream()
         deadline = math.inf if timeout_s is None else keep.monotonic() + timeout_s
         newest: Job | None = None
 
@@ -193,7 +195,7 @@ class Cluster:
         goal = parse_goal(until) if isinstance(until, str) else until
         patience_s = 600.0 if timeout_s is None else min(600.0, timeout_s)
         last = ""
-        for found in self.watch(job, Tether(patience_s=patience_s), timeout_s):
+        for found in self.watch(job, ReconnectingStream(patience_s=patience_s), timeout_s):
             if reached(found, goal):
                 return found
             last = f": it is {found.state} at step {found.step}"
@@ -225,7 +227,7 @@ class Cluster:
         rank: int = -1,
         tail: int = 0,
         since_s: float = 0.0,
-        tether: Tether | None = None,
+        tether: ReconnectingStream | None = None,
     ) -> Iterator[LogLine]:
         """A job's output, oldest first. `kind`: trainer, partition or "" for both; `rank` -1: all; `tail` 0:
         all kept.
@@ -240,7 +242,7 @@ class Cluster:
             request.tail = tail if cursor.opened == 1 else 0
             return calls.open_stream(self._jobs.ReadLogs, request, STREAM_DEADLINE_S)
 
-        keep = tether or Tether(patience_s=600.0 if follow else 0.0)
+        keep = tether or ReconnectingStream(patience_s=600.0 if follow else 0.0)
         for message in keep.follow(open_stream, lambda: not follow or self.job(job).ended):
             line = decode.log_line_of(message)
             if cursor.is_new(line):

@@ -14,13 +14,13 @@ from pscluster.client.records import (
     Job,
     LogLine,
     Node,
-    PartitionSeat,
+    PartitionPlacement,
     Plan,
     PreflightCheck,
     Snapshot,
     SnapshotPart,
     Standby,
-    TrainerSeat,
+    TrainerPlacement,
 )
 from pscluster.errors import PsError, from_dict
 from pscluster.v1 import agents_pb2, jobs_pb2, plan_pb2
@@ -89,7 +89,7 @@ def _plan_of(plan: plan_pb2.Plan) -> Plan:
         resume_step=plan.resume_step,
         stop=plan.stop,
         trainers=tuple(
-            TrainerSeat(
+            TrainerPlacement(
                 rank=t.rank,
                 node_id=t.node_id,
                 attempt=t.attempt,
@@ -104,12 +104,12 @@ def _plan_of(plan: plan_pb2.Plan) -> Plan:
     )
 
 
-def _partition_of(p: plan_pb2.PartitionSeat) -> PartitionSeat:
+def _partition_of(p: plan_pb2.PartitionPlacement) -> PartitionPlacement:
     standby = None
     if p.HasField("standby"):
         s = p.standby
         standby = Standby(node_id=s.node_id, attempt=s.attempt, addresses=tuple(s.addresses), in_sync=s.in_sync)
-    return PartitionSeat(
+    return PartitionPlacement(
         index=p.index, node_id=p.node_id, attempt=p.attempt, addresses=tuple(p.addresses), standby=standby
     )
 

@@ -26,8 +26,8 @@ def wait_drained(
     """`asked`, which the master returned when it was asked for the drain, and then the node whenever what it tells has
     changed, until it is drained; the last one is.
 
-    The master lists every node on which a job has a seat: one that it does not list holds nothing. A master that is
-    away is waited for, up to ten minutes. Raises WaitTimeoutError, StateError, PsError of `nodes`."""
+    The master lists every node on which a job has a placement: one that it does not list holds nothing. A master that
+    is away is waited for, up to ten minutes. Raises WaitTimeoutError, StateError, PsError of `nodes`."""
     deadline = math.inf if timeout_s is None else monotonic() + timeout_s
     shown = asked
     last_heard = monotonic()

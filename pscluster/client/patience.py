@@ -9,21 +9,21 @@ LONGEST_DELAY_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Absence:
+class Outage:
     """A master that has not answered since `since_s` (monotonic), after `attempts` tries."""
 
     since_s: float
     attempts: int = 0
 
 
-def next_delay_s(absence: Absence, now_s: float, patience_s: float, chance: float) -> float | None:
+def next_delay_s(outage: Outage, now_s: float, patience_s: float, chance: float) -> float | None:
     """Seconds to wait before the next try, or None when patience is at an end.
 
     Doubles from FIRST_DELAY_S up to LONGEST_DELAY_S; `chance` in [0, 1) spreads each over its upper half, so
     that clients of a restarted master do not come all at once. Never waits past the end of patience.
     """
-    left = absence.since_s + patience_s - now_s
+    left = outage.since_s + patience_s - now_s
     if left <= 0:
         return None
-    delay = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2.0 ** min(absence.attempts, 16))
+    delay = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2.0 ** min(outage.attempts, 16))
     return min(left, delay * (0.5 + chance / 2))

@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from pscluster.client.patience import Absence, next_delay_s
+from pscluster.client.patience import Outage, next_delay_s
 from pscluster.errors import UnreachableError
 from pscluster.rpc import error_of
 
@@ -19,7 +19,7 @@ STREAM_DEADLINE_S = 3600.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tether:
+class ReconnectingStream:
     """How a stream is kept. `on_absence(error, seconds)` is told of each try that failed and for how long the
     master has been away; `on_return()` once it answers again. Both run in the caller's thread."""
 
@@ -41,12 +41,12 @@ class Tether:
         Blocks between messages. A break after `expired()` ends it quietly. Raises UnreachableError once the
         master was away for `patience_s`, and at once whatever else the master answers.
         """
-        absence: Absence | None = None
+        outage: Outage | None = None
         while True:
             try:
                 for message in self._messages(open_stream):
-                    if absence is not None:
-                        absence = None
+                    if outage is not None:
+                        outage = None
                         self.on_return()
                     yield message
                 if finished():
@@ -56,7 +56,7 @@ class Tether:
                 error = broken
             if expired():
                 return
-            absence = self._bear(absence, error)
+            outage = self._bear(outage, error)
 
     def _messages(self, open_stream: Callable[[], Any]) -> Iterator[Any]:
         call = open_stream()
@@ -67,14 +67,14 @@ class Tether:
         finally:
             call.cancel()
 
-    def _bear(self, absence: Absence | None, error: UnreachableError) -> Absence:
+    def _bear(self, outage: Outage | None, error: UnreachableError) -> Outage:
         """Wait for the next try. A stream that only came to its own deadline is no absence worth telling."""
         now = self.monotonic()
-        absence = absence or Absence(since_s=now)
-        delay = next_delay_s(absence, now, self.patience_s, self.chance())
+        outage = outage or Outage(since_s=now)
+        delay = next_delay_s(outage, now, self.patience_s, self.chance())
         if delay is None:
             raise error
         if error.details.get("grpc_code") != "DEADLINE_EXCEEDED":
-            self.on_absence(error, now - absence.since_s)
+            self.on_absence(error, now - outage.since_s)
         self.sleep(delay)
-        return Absence(since_s=absence.since_s, attempts=absence.attempts + 1)
+        return Outage(since_s=outage.since_s, attempts=outage.attempts + 1)

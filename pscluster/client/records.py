@@ -57,7 +57,7 @@ class Event(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainerSeat(_Record):
+class TrainerPlacement(_Record):
     """`shards` holds (first, count) runs; `device` is "cpu" or "cuda:0", None while it is not active; `microbatch_s`:
     seconds of its own computing that a microbatch takes it, None before that is known."""
 
@@ -81,7 +81,7 @@ class Standby(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartitionSeat(_Record):
+class PartitionPlacement(_Record):
     """`standby`: None where nobody stands by, or nobody yet."""
 
     index: int
@@ -97,8 +97,8 @@ class Plan(_Record):
     restore_generation: int
     resume_step: int
     stop: bool
-    trainers: tuple[TrainerSeat, ...]
-    partitions: tuple[PartitionSeat, ...]
+    trainers: tuple[TrainerPlacement, ...]
+    partitions: tuple[PartitionPlacement, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -133,13 +133,13 @@ def _with_ignore_file(folder: Path, ignores: tuple[_Ignore, ...]) -> tuple[_Igno
 
 def _ignored(path: Path, is_folder: bool, ignores: tuple[_Ignore, ...]) -> bool:
     """Git's rule: the last matching pattern decides, a deeper .gitignore after a shallower one."""
-    verdict = False
+    decision = False
     for ignore in ignores:
         name = path.relative_to(ignore.folder).as_posix() + ("/" if is_folder else "")
         match = ignore.spec.check_file(name)
         if match.include is not None:
-            verdict = match.include
-    return verdict
+            decision = match.include
+    return decision
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

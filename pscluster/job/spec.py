@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from pscluster.devices import AUTO, is_lawful
+from pscluster.devices import AUTO, is_valid_device
 from pscluster.errors import SpecError
 from pscluster.job.validation_messages import explain
 from pscluster.storage.location import check_location
@@ -139,7 +139,7 @@ class WorkersSection(_Section):
     @field_validator("device")
     @classmethod
     def _known(cls, device: str) -> str:
-        if not is_lawful(device):
+        if not is_valid_device(device):
             raise ValueError(f"{device!r:.40} is none of auto, cpu, cuda, cuda:0, cuda:1, ...")
         return device
 

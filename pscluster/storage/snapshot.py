@@ -38,14 +38,14 @@ Location = str | Path  # of one file: a path, or a URL
 
 @dataclass(frozen=True, kw_only=True)
 class PartMeta:
-    """Whose slice it is. `ages`: updates applied to each tensor of the layout."""
+    """Whose slice it is. `update_counts`: updates applied to each tensor of the layout."""
 
     job: str
     step: int
     generation: int
     partition: int
     num_partitions: int
-    ages: tuple[int, ...]
+    update_counts: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +211,8 @@ def _read(file: Any) -> Part:
         raise ValueError("the header does not fit its checksum")
     header = json.loads(raw)
     meta = header["meta"]
-    meta["ages"] = tuple(meta["ages"])
+    counts = meta.pop("ages") if "ages" in meta else meta["update_counts"]  # version 0.1 named them so
+    meta["update_counts"] = tuple(counts)
     pieces = _read_pieces(file, header["pieces"])
     return Part(meta=PartMeta(**meta), layout=Layout.from_json(header["layout"].encode()), pieces=pieces)
 

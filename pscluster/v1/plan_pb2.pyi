@@ -15,7 +15,7 @@ class ShardRange(_message.Message):
     count: int
     def __init__(self, first: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
-class TrainerSeat(_message.Message):
+class TrainerPlacement(_message.Message):
     __slots__ = ("rank", "node_id", "attempt", "shards", "active", "device", "microbatch_s")
     RANK_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -33,7 +33,7 @@ class TrainerSeat(_message.Message):
     microbatch_s: float
     def __init__(self, rank: _Optional[int] = ..., node_id: _Optional[str] = ..., attempt: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[ShardRange, _Mapping]]] = ..., active: bool = ..., device: _Optional[str] = ..., microbatch_s: _Optional[float] = ...) -> None: ...
 
-class PartitionSeat(_message.Message):
+class PartitionPlacement(_message.Message):
     __slots__ = ("index", "node_id", "attempt", "addresses", "standby")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -60,7 +60,7 @@ class Standby(_message.Message):
     def __init__(self, node_id: _Optional[str] = ..., attempt: _Optional[int] = ..., addresses: _Optional[_Iterable[str]] = ..., in_sync: bool = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("job_id", "generation", "trainers", "partitions", "layout_json", "restore_generation", "resume_step", "restore", "stop", "data_token", "kept_steps", "final_step", "moved_generation", "lead_generation", "save")
+    __slots__ = ("job_id", "generation", "trainers", "partitions", "layout_json", "restore_generation", "resume_step", "restore", "stop", "data_token", "kept_steps", "final_step", "moved_generation", "coordinator_generation", "save")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     TRAINERS_FIELD_NUMBER: _ClassVar[int]
@@ -74,12 +74,12 @@ class Plan(_message.Message):
     KEPT_STEPS_FIELD_NUMBER: _ClassVar[int]
     FINAL_STEP_FIELD_NUMBER: _ClassVar[int]
     MOVED_GENERATION_FIELD_NUMBER: _ClassVar[int]
-    LEAD_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    COORDINATOR_GENERATION_FIELD_NUMBER: _ClassVar[int]
     SAVE_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     generation: int
-    trainers: _containers.RepeatedCompositeFieldContainer[TrainerSeat]
-    partitions: _containers.RepeatedCompositeFieldContainer[PartitionSeat]
+    trainers: _containers.RepeatedCompositeFieldContainer[TrainerPlacement]
+    partitions: _containers.RepeatedCompositeFieldContainer[PartitionPlacement]
     layout_json: bytes
     restore_generation: int
     resume_step: int
@@ -89,9 +89,9 @@ class Plan(_message.Message):
     kept_steps: _containers.RepeatedScalarFieldContainer[int]
     final_step: int
     moved_generation: int
-    lead_generation: int
+    coordinator_generation: int
     save: bool
-    def __init__(self, job_id: _Optional[str] = ..., generation: _Optional[int] = ..., trainers: _Optional[_Iterable[_Union[TrainerSeat, _Mapping]]] = ..., partitions: _Optional[_Iterable[_Union[PartitionSeat, _Mapping]]] = ..., layout_json: _Optional[bytes] = ..., restore_generation: _Optional[int] = ..., resume_step: _Optional[int] = ..., restore: _Optional[_Union[RestorePoint, _Mapping]] = ..., stop: bool = ..., data_token: _Optional[bytes] = ..., kept_steps: _Optional[_Iterable[int]] = ..., final_step: _Optional[int] = ..., moved_generation: _Optional[int] = ..., lead_generation: _Optional[int] = ..., save: bool = ...) -> None: ...
+    def __init__(self, job_id: _Optional[str] = ..., generation: _Optional[int] = ..., trainers: _Optional[_Iterable[_Union[TrainerPlacement, _Mapping]]] = ..., partitions: _Optional[_Iterable[_Union[PartitionPlacement, _Mapping]]] = ..., layout_json: _Optional[bytes] = ..., restore_generation: _Optional[int] = ..., resume_step: _Optional[int] = ..., restore: _Optional[_Union[RestorePoint, _Mapping]] = ..., stop: bool = ..., data_token: _Optional[bytes] = ..., kept_steps: _Optional[_Iterable[int]] = ..., final_step: _Optional[int] = ..., moved_generation: _Optional[int] = ..., coordinator_generation: _Optional[int] = ..., save: bool = ...) -> None: ...
 
 class RestorePoint(_message.Message):
     __slots__ = ("step", "parts")

@@ -39,18 +39,18 @@ class FrameKind(IntEnum):
     ACK = 5  # what became of a push, and how much credit it gives back
     PULL = 6  # asks for every bucket at version `step` or newer
     VALUES = 7  # a bucket's values at version `step`
-    DIRECTIVE = 8  # lead to trainers: what to do at version `step`
+    DIRECTIVE = 8  # coordinator to trainers: what to do at version `step`
     VOTE = 9  # partition to lead
-    VERDICT = 10  # lead to partitions
+    DECISION = 10  # coordinator to partitions
     JOIN = 11  # partition to lead: holds version `step`, ready for the generation
-    STATISTICS = 12  # a node of an evaluation's tree, to the lead
-    MERGED = 13  # lead to the trainer of shard 0: an evaluation's root
+    STATISTICS = 12  # a node of an evaluation's tree, to the coordinator
+    MERGED = 13  # coordinator to the trainer of shard 0: an evaluation's root
     OUTCOME = 14  # trainer of shard 0 to lead: finalised metrics, or the digest
     FENCED = 15  # the sender's generation is out of date; body: the newer one
     SYNC = 16  # partition to standby: its state at version `step` follows, in PIECEs; body: what goes with it
     PIECE = 17  # words of a bucket of that state: its values, or the moment whose number is in the flags, from 1
     HELD = 18  # standby to partition: it can make version `step` of what it holds
-    NOTE = 19  # lead to its standby: an evaluation that was finalised
+    NOTE = 19  # coordinator to its standby: an evaluation that was finalised
 
 
 class Codec(IntEnum):

@@ -20,7 +20,7 @@ from pscluster.storage.directory import DirectoryStore
 from pscluster.storage.snapshot import PartMeta, part_name, read_part, read_parts, verify_file, write_part
 
 LAYOUT = Layout((TensorSpec(names=("w",), shape=(4,), dtype="float32", kind="trained"),))
-META = PartMeta(job="job", step=3, generation=1, partition=0, num_partitions=1, ages=(3,))
+META = PartMeta(job="job", step=3, generation=1, partition=0, num_partitions=1, update_counts=(3,))
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from psmaster.model.job import (
     PreflightCheck,
     Recovery,
 )
-from psmaster.model.plan import Plan, ProcessKind, Seat
+from psmaster.model.plan import Placement, Plan, ProcessKind
 from psmaster.model.snapshot_catalog import Part, RestorePoint
 from psmaster.storage.memory import MemoryStore
 from psmaster.storage.sqlite import SqliteStore
@@ -49,24 +49,24 @@ def event(number: int = 1) -> Event:
 
 def full_job() -> Job:
     """A job with something in every field."""
-    seat = Seat(
+    placement = Placement(
         kind=ProcessKind.TRAINER, rank=0, attempt=2, node_id="w", incarnation="i", active=True, shards=((0, 3),)
     )
-    partition = Seat(
+    partition = Placement(
         kind=ProcessKind.PARTITION, rank=0, attempt=1, node_id="s", addresses=("unix:/x", "tcp:h:1"), losses=2
     )
     problem = ErrorInfo(code="PS-2001", cause="c", action="a", details=(("k", "v"),))
     return replace(
         make_job(),
         state=jobs.JobState.RUNNING,
-        trainers=(seat,),
+        trainers=(placement,),
         partitions=(partition,),
         attempts=(("trainer-0", 2),),
         excluded=(("w9", "i9", "why"),),
         generation=3,
         plan=Plan(
             generation=3,
-            trainers=(seat,),
+            trainers=(placement,),
             partitions=(partition,),
             restore_generation=2,
             resume_step=10,

@@ -60,7 +60,7 @@ def test_what_a_vanished_peer_shared_stays_readable(world: World, told: bool) ->
 
 PEER = """
 import os, socket, sys
-from pscluster.wire.frame import Header, Kind, pack
+from pscluster.wire.frame import FrameKind, Header, pack
 from pscluster.wire.memory import Segment
 listener = socket.socket(socket.AF_UNIX)
 listener.bind(sys.argv[1])
@@ -69,9 +69,9 @@ print("ready", flush=True)
 caller, _ = listener.accept()
 segment = Segment.create(1 << 20, writable_by_others=False)
 segment.view[:6] = b"values"
-header = pack(Header(kind=Kind.VALUES, job=1, step=1))
+header = pack(Header(kind=FrameKind.VALUES, job=1, step=1))
 socket.send_fds(caller, [header], [segment.fd])
-caller.sendall(pack(Header(kind=Kind.VALUES, job=1, step=2, length=100)) + b"half")
+caller.sendall(pack(Header(kind=FrameKind.VALUES, job=1, step=2, length=100)) + b"half")
 os.kill(os.getpid(), 9)
 """
 

@@ -39,4 +39,4 @@ def test_a_node_that_starts_again_after_a_jump_takes_its_place_at_once(jump_s: f
     world.now = replace(world.now, unix_s=world.now.unix_s + jump_s)
     world.join("worker-0", life="2")
     assert world.state.nodes["worker-0"].incarnation == "worker-0:2"
-    assert world.wanted()["trainer-0"].seat.node_id == "worker-0"
+    assert world.wanted()["trainer-0"].placement.node_id == "worker-0"

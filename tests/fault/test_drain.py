@@ -79,12 +79,12 @@ def test_the_only_worker_is_drained_once_another_has_taken_over(digest: str, tmp
         cluster.psctl("drain", "worker-1", "--undo")
         cluster.psctl("drain", "worker-0")
         told = cluster.describe(job)
-        assert [seat["node_id"] for seat in told["plan"]["trainers"]] == ["worker-1"]
+        assert [placement["node_id"] for placement in told["plan"]["trainers"]] == ["worker-1"]
         assert {"TrainerAdded", "TrainerMoved"} <= set(finish(cluster, job, pace, digest))
 
 
 def test_servers_are_drained_in_turn_and_no_step_is_computed_again(digest: str, tmp_path: Path) -> None:
-    """server-0 has the lead at first."""
+    """server-0 has the coordinator at first."""
     with local_cluster(tmp_path, workers=2, servers=2) as cluster:
         job, pace = submit(cluster, tmp_path)
         for victim, other in (("server-0", "server-1"), ("server-1", "server-0")):

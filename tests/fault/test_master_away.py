@@ -82,10 +82,10 @@ def test_a_partition_that_was_silent_meanwhile_and_got_on_again_is_no_loss(
 
 
 def test_ten_minutes_of_reports_wait_and_a_new_master_takes_them_in_order() -> None:
-    """By an injected clock: what the lead's agent keeps in that time, and what the master makes of it."""
+    """By an injected clock: what the coordinator's agent keeps in that time, and what the master makes of it."""
     world = World()
     world.running(durability={"every_steps": 100}, train={"max_steps": 10_000})
-    lead = world.wanted()["partition-0"]
+    coordinator = world.wanted()["partition-0"]
     before, outbox = world.job(), ReportQueue()
     step = before.step
     for second in range(600):
@@ -95,20 +95,20 @@ def test_ten_minutes_of_reports_wait_and_a_new_master_takes_them_in_order() -> N
         if step % 100 < 10:
             reports += [ProcessReport(snapshot_part=SnapshotPart(step=step, partition=0, generation=1, path="p"))]
         for report in reports:
-            outbox.add(AgentMessage(event=ProcessEvent(process_id=lead.process_id, report=report)))
+            outbox.add(AgentMessage(event=ProcessEvent(process_id=coordinator.process_id, report=report)))
         line = LogLine(time_s=2_000 + second, stream="stdout", text="x" * 200)
-        outbox.add(AgentMessage(log=LogLines(process_id=lead.process_id, lines=[line] * 5)))
+        outbox.add(AgentMessage(log=LogLines(process_id=coordinator.process_id, lines=[line] * 5)))
     assert outbox.num_dropped == 0
     world.now = type(world.now)(mono_s=world.now.mono_s + 600, unix_s=world.now.unix_s + 600)
     world.restart()
-    facts = {name: (process.process_id, process.seat.node_id) for name, process in world.wanted().items()}
+    facts = {name: (process.process_id, process.placement.node_id) for name, process in world.wanted().items()}
     for node_id in {node for _, node in facts.values()}:
         world.rejoin(node_id, *(_process(id_, node) for id_, node in facts.values() if node == node_id))
     lines = 0
     for message in outbox.after(0, 10_000):
         report = from_proto.report(message.event.report) if message.HasField("event") else None
         if report is not None:
-            lines += len(world.report_as(lead.seat.node_id, lead.process_id, report).lines)
+            lines += len(world.report_as(coordinator.placement.node_id, coordinator.process_id, report).lines)
     assert (world.job().step, lines) == (step, 6_000)
     assert world.job().generation == before.generation
     assert world.wanted().keys() == facts.keys()

@@ -22,8 +22,8 @@ def digest() -> str:
 
 def addresses(told: Job, partition: int) -> str:
     assert told.plan is not None
-    (seat,) = [seat for seat in told.plan.partitions if seat.index == partition]
-    return "\n".join(seat.addresses)
+    (placement,) = [placement for placement in told.plan.partitions if placement.index == partition]
+    return "\n".join(placement.addresses)
 
 
 @pytest.mark.parametrize("transport", ["tcp", "shm"])
@@ -55,13 +55,13 @@ def test_a_partition_that_nobody_reaches_goes_to_another_server(digest: str, tmp
         job = cluster.submit(spec, tmp_path)
         told = cluster.until(job, lambda told: told.step >= 3)
         assert told.plan is not None
-        (home,) = [seat.node_id for seat in told.plan.partitions if seat.index == 1]
+        (home,) = [placement.node_id for placement in told.plan.partitions if placement.index == 1]
         for worker in ("worker-0", "worker-1"):
             (orders / f"{worker}.cut").write_text(addresses(told, 1))
         told = cluster.until(job, lambda told: any(event.reason == "RolledBack" for event in told.events))
         assert {path.name for path in orders.glob("*.struck")} == {"worker-0.struck", "worker-1.struck"}
         assert told.plan is not None
-        assert home not in {seat.node_id for seat in told.plan.partitions}
+        assert home not in {placement.node_id for placement in told.plan.partitions}
         cluster.wait(job, "succeeded")
         found = cluster.describe(job)
     assert found["parameters_sha256"] == digest

@@ -36,8 +36,12 @@ def replicated(pause_s: float = 0.1, **changes: object) -> dict[str, object]:
 def in_sync(job: Job, after_step: int = 0) -> bool:
     """Every partition has a standby that loses nothing, and steps are made."""
     plan = job.plan
-    seats = plan.partitions if plan is not None else ()
-    return bool(seats) and job.step > after_step and all(s.standby is not None and s.standby.in_sync for s in seats)
+    placements = plan.partitions if plan is not None else ()
+    return (
+        bool(placements)
+        and job.step > after_step
+        and all(s.standby is not None and s.standby.in_sync for s in placements)
+    )
 
 
 def until_in_sync(cluster: LocalCluster, job: str, after_step: int = 0) -> Job:
@@ -88,8 +92,8 @@ def test_undisturbed_it_is_the_same(digest: str, tmp_path: Path) -> None:
         job = cluster.submit(replicated(), tmp_path)
         found = until_in_sync(cluster, job)
         assert found.plan is not None
-        for seat in found.plan.partitions:
-            assert seat.standby is not None and seat.standby.node_id != seat.node_id
+        for placement in found.plan.partitions:
+            assert placement.standby is not None and placement.standby.node_id != placement.node_id
         text = cluster.psctl("describe", job).stdout
         assert text.count("standby, in sync") == 2
         told = finish(cluster, job, digest)

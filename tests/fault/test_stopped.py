@@ -37,9 +37,9 @@ def running(cluster: LocalCluster, paced: tuple[dict[str, Any], Path], tmp_path:
     return job, pace
 
 
-def seats(cluster: LocalCluster, job: str, kind: str) -> list[str]:
+def placements(cluster: LocalCluster, job: str, kind: str) -> list[str]:
     """The nodes on which the job's trainers or partitions are, by rank."""
-    return [seat["node_id"] for seat in cluster.describe(job)["plan"][kind]]
+    return [placement["node_id"] for placement in cluster.describe(job)["plan"][kind]]
 
 
 def events(cluster: LocalCluster, job: str, reason: str) -> list[str]:
@@ -68,7 +68,7 @@ def finish(cluster: LocalCluster, job: str, pace: Path, digest: str) -> dict[str
 def test_an_agent_past_suspicion(cluster: LocalCluster, running: Running, digest: str) -> None:
     """Its trainer goes on meanwhile, as one that nobody counts on any more."""
     job, pace = running
-    node = seats(cluster, job, "trainers")[1]
+    node = placements(cluster, job, "trainers")[1]
     agent, orphan = stopped(cluster.daemon(node)), cluster.child(node)
     found = cluster.until(job, lambda found: any(event.reason == "TrainerLost" for event in found.events))
     assert any(f"node {node} is silent" in event.message for event in found.events)
@@ -76,7 +76,7 @@ def test_an_agent_past_suspicion(cluster: LocalCluster, running: Running, digest
     assert orphan.is_running()
     agent.send_signal(signal.SIGCONT)
     wait_gone([orphan])  # the agent was told that it is to run there no longer
-    assert node not in seats(cluster, job, "trainers")
+    assert node not in placements(cluster, job, "trainers")
     finish(cluster, job, pace, digest)
     with cluster.client() as client:
         assert all(held.ready for held in client.nodes())
@@ -100,7 +100,7 @@ def test_a_master_past_every_patience_costs_nothing(cluster: LocalCluster, runni
 def test_one_of_many_short_stops_is_no_death(cluster: LocalCluster, running: Running, digest: str) -> None:
     """A slow machine: a trainer and a partition that get a quarter of the time, and their agents alike."""
     job, pace = running
-    nodes = [seats(cluster, job, kind)[0] for kind in ("trainers", "partitions")]
+    nodes = [placements(cluster, job, kind)[0] for kind in ("trainers", "partitions")]
     processes = [process for node in nodes for process in (cluster.child(node), cluster.daemon(node))]
     stops = 0
     for _ in instants(6.0, every_s=0.3):

@@ -32,7 +32,7 @@ def test_a_server_is_lost_with_its_disk(tmp_path: Path) -> None:
         with cluster.client() as client:
             snapshot = client.snapshot(job, 4)
         assert told.plan is not None
-        homes = {seat.index: seat.node_id for seat in told.plan.partitions}
+        homes = {placement.index: placement.node_id for placement in told.plan.partitions}
         for part in snapshot.parts:
             assert len(part.nodes) == 2 and part.nodes[0] == homes[part.partition]
             for node_id in part.nodes:
@@ -44,7 +44,7 @@ def test_a_server_is_lost_with_its_disk(tmp_path: Path) -> None:
         shutil.rmtree(disk)
         told = cluster.until(job, lambda told: any(event.reason == "RolledBack" for event in told.events))
         assert told.plan is not None
-        assert lost not in {seat.node_id for seat in told.plan.partitions}
+        assert lost not in {placement.node_id for placement in told.plan.partitions}
         cluster.wait(job, "succeeded")
         found = cluster.describe(job)
         messages = [event["message"] for event in found["events"]]

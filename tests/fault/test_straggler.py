@@ -17,7 +17,9 @@ PACE_S, SLOW_S = 0.03, 0.12
 
 def shards_of(job: Job, node_id: str) -> int:
     assert job.plan is not None
-    return sum(count for seat in job.plan.trainers if seat.node_id == node_id for _, count in seat.shards)
+    return sum(
+        count for placement in job.plan.trainers if placement.node_id == node_id for _, count in placement.shards
+    )
 
 
 def test_shards_move_away_from_a_slow_worker_and_back(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_a_stopped_partition_is_replaced_and_what_it_does_later_changes_nothing(
     with local_cluster(tmp_path, workers=2, servers=2) as cluster:
         job = cluster.submit(slow_spec(), tmp_path)
         cluster.wait(job, f"step={STOP_AT}")
-        stopped = cluster.child("server-0")  # the lead
+        stopped = cluster.child("server-0")  # the coordinator
         stopped.send_signal(signal.SIGSTOP)
         cluster.until(job, told_of("PartitionLost", "no longer beats"))
         wait_gone([stopped])  # stopped as it is, its agent ends it

@@ -1,4 +1,4 @@
-"""When steps were committed, to the millisecond: the lead writes the time into each step's record."""
+"""When steps were committed, to the millisecond: the coordinator writes the time into each step's record."""
 
 from __future__ import annotations
 

@@ -57,10 +57,10 @@ class Cut(SyntheticLm):
     def _watch(self) -> None:
         """Once there is an order, break every connection to those addresses."""
         while True:
-            barred = self._barred()
+            excluded_by_standby = self._barred()
             struck = 0
-            for held in gc.get_objects() if barred else ():
-                if isinstance(held, Connection) and held.is_open and _address(held.socket) in barred:
+            for held in gc.get_objects() if excluded_by_standby else ():
+                if isinstance(held, Connection) and held.is_open and _address(held.socket) in excluded_by_standby:
                     held.socket.shutdown(socket.SHUT_RDWR)
                     struck += 1
             if struck:

@@ -20,7 +20,7 @@ from harness.cluster import LocalCluster
 from pscluster.cli.local.commands import command, daemon_dir
 from pscluster.settings import master_address, token_file
 from psmaster import daemon
-from psmaster.storage.logs import SeatLog
+from psmaster.storage.logs import ProcessLog
 from psmaster.storage.metrics_file import MetricsFile
 from psmaster.storage.persistence import Archive
 from psmaster.storage.sqlite import SqliteStore
@@ -30,7 +30,7 @@ POINTS: dict[str, tuple[str, type, str]] = {
     "before anything": ("before", Archive, "save"),
     "metrics not yet written": ("before", MetricsFile, "append"),
     "metrics written": ("after", MetricsFile, "append"),
-    "logs written": ("after", SeatLog, "append"),
+    "logs written": ("after", ProcessLog, "append"),
     "before the transaction": ("before", SqliteStore, "write"),
     "in the transaction": ("before", SqliteStore, "_write_events"),
     "before its commit": ("after", SqliteStore, "_write_events"),

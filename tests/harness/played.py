@@ -16,7 +16,7 @@ import psserver.partition.step.cycle
 from pscluster.errors import FrameError, PsError
 from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.step.layout import Layout
-from pscluster.v1.plan_pb2 import PartitionSeat, Plan, ProcessReport, ProcessSpec, ShardRange, TrainerSeat
+from pscluster.v1.plan_pb2 import PartitionPlacement, Plan, ProcessReport, ProcessSpec, ShardRange, TrainerPlacement
 from pscluster.wire.frame import IN_MEMORY, Buffer, FrameKind, Header, checksum, job_number, pack, unpack
 from psserver.partition.process import PartitionService
 from psserver.partition.telemetry import PartitionCounters
@@ -270,13 +270,13 @@ def played_plan(
 ) -> Plan:
     """A plan that gives each rank the shards named."""
     trainers = [
-        TrainerSeat(rank=rank, active=True, shards=[ShardRange(first=shard, count=1) for shard in mine])
+        TrainerPlacement(rank=rank, active=True, shards=[ShardRange(first=shard, count=1) for shard in mine])
         for rank, mine in sorted(shards.items())
     ]
     both = [[f"unix:partition:{i}", f"tcp:partition:{i}"] for i in range(partitions)]
-    seats = [PartitionSeat(index=i, addresses=addresses) for i, addresses in enumerate(both)]
+    placements = [PartitionPlacement(index=i, addresses=addresses) for i, addresses in enumerate(both)]
     return Plan(
-        job_id=JOB, generation=generation, trainers=trainers, partitions=seats, layout_json=layout.to_json(),
+        job_id=JOB, generation=generation, trainers=trainers, partitions=placements, layout_json=layout.to_json(),
         data_token=TOKEN, final_step=fields.pop("final_step", 100),
         restore_generation=fields.pop("restore_generation", 1), **fields,
     )  # fmt: skip
@@ -297,8 +297,8 @@ def played_partition(network: Network, spec: JobSpec, index: int, store: Path, *
 def dismiss(service: PartitionService) -> None:
     """End a played partition: its connections close, and its shared memory goes without waiting for the collector."""
     service.clients.close_all()
-    if service._uplink is not None:
-        service._uplink.close()
+    if service._coordinator_client is not None:
+        service._coordinator_client.close()
     service.replication.close()
     if service.state is not None:
         for tensors in (service.state.published, service.state.values):

@@ -264,11 +264,11 @@ class PlayedCluster:
         self.plan: Plan = played_plan(
             LAYOUT, shards, generation=self.generation, partitions=len(self.partitions),
             restore_generation=self.restored, final_step=FINAL_STEP, moved_generation=self.moved,
-            lead_generation=self.led,
+            coordinator_generation=self.led,
         )  # fmt: skip
         for index, standby in self.standbys.items():
-            seat, attempt = self.plan.partitions[index], self.partitions[index].attempt
-            for told, number in ((seat, attempt), (seat.standby, standby.attempt)):
+            placement, attempt = self.plan.partitions[index], self.partitions[index].attempt
+            for told, number in ((placement, attempt), (placement.standby, standby.attempt)):
                 told.attempt = number
                 told.addresses[:] = [f"{kind}:partition:{index}:{number}" for kind in ("unix", "tcp")]
 
@@ -332,15 +332,15 @@ class PlayedCluster:
 
     def run_to_the_end(self) -> tuple[str, dict[int, float]]:
         """Without further faults. Returns the digest of the final values, and the evaluations by step."""
-        lead: Any = self.partitions[0].link
+        coordinator: Any = self.partitions[0].link
         for _ in range(8 * FINAL_STEP):
             self.tell_all()
             self.network.settle()
             while [trainer for trainer in self.trainers.values() if trainer.turn()]:
                 self.network.settle()
             self.check()
-            if finished := lead.reported("finished"):
-                evaluated = {e.step: e.metrics["loss"] for e in lead.reported("evaluated")}
+            if finished := coordinator.reported("finished"):
+                evaluated = {e.step: e.metrics["loss"] for e in coordinator.reported("evaluated")}
                 return finished[-1].parameters_sha256, evaluated
         raise AssertionError(f"stuck at {[(p.version, p.member) for p in self.partitions]}")
 

@@ -67,7 +67,7 @@ class PlayedJob:
             self._start(index, 1)
         if standbys:
             for index in range(count):
-                self.seat_standby(index)
+                self.placement_standby(index)
         self.publish(restore=True)
 
     def _start(self, index: int, attempt: int) -> None:
@@ -82,7 +82,7 @@ class PlayedJob:
 
     # ---- the master ----
 
-    def seat_standby(self, index: int) -> None:
+    def placement_standby(self, index: int) -> None:
         """A new standby process; the next plan names it."""
         m = self.master
         if not m.standbys[index]:
@@ -101,15 +101,15 @@ class PlayedJob:
             self.evaluated.clear()
         plan = played_plan(
             LAYOUT, {0: [0]}, generation=m.generation, partitions=self.count, restore_generation=m.restored,
-            final_step=FINAL_STEP, moved_generation=m.moved, lead_generation=m.led,
+            final_step=FINAL_STEP, moved_generation=m.moved, coordinator_generation=m.led,
         )  # fmt: skip
-        for index, seat in enumerate(plan.partitions):
-            seat.attempt = m.partitions[index]
-            del seat.addresses[:]
-            seat.addresses.append(f"tcp:partition:{index}:{seat.attempt}")
+        for index, placement in enumerate(plan.partitions):
+            placement.attempt = m.partitions[index]
+            del placement.addresses[:]
+            placement.addresses.append(f"tcp:partition:{index}:{placement.attempt}")
             if m.standbys[index]:
-                seat.standby.attempt = m.standbys[index]
-                seat.standby.addresses.append(f"tcp:partition:{index}:{m.standbys[index]}")
+                placement.standby.attempt = m.standbys[index]
+                placement.standby.addresses.append(f"tcp:partition:{index}:{m.standbys[index]}")
         self.plan: Plan = plan
 
     def hear_reports(self) -> None:
@@ -195,25 +195,27 @@ class PlayedJob:
             self.network.connections[choice % len(self.network.connections)].close(None)
 
     def push(self, index: int) -> None:
-        """Trainers complete a partition's open step, if they have its version from all and the lead asks for it."""
-        service, lead = self.partition(index), self.partition(0).lead
+        """Trainers complete a partition's open step, if they have its version from all and the coordinator asks for
+        it."""
+        service, coordinator = self.partition(index), self.partition(0).coordinator
         everyone = [self.partition(i) for i in range(self.count)]
         step = service.member.step
         timelines = {p.plan.restore_generation if p.plan else 0 for p in everyone}
-        if lead is None or lead.action != "train" or len(timelines) > 1 or service.step is None:
+        if coordinator is None or coordinator.action != "train" or len(timelines) > 1 or service.step is None:
             return
-        if service.standby is not None or lead.version < step or any(p.version < step for p in everyone):
+        if service.standby is not None or coordinator.version < step or any(p.version < step for p in everyone):
             return
         if not service.step.summary.is_complete and step < FINAL_STEP:
             self._complete(service, step)
 
     def evaluate(self) -> None:
-        """The lead's evaluation of its version is finalised: trainers have not begun the step that it is before."""
+        """The coordinator's evaluation of its version is finalised: trainers have not begun the step that it is
+        before."""
         service = self.partition(0)
-        lead, step, plan = service.lead, service.step, service.plan
-        if lead is None or not lead.is_open or step is None or plan is None or service.is_updating:
+        coordinator, step, plan = service.coordinator, service.step, service.plan
+        if coordinator is None or not coordinator.is_open or step is None or plan is None or service.is_updating:
             return
-        begun = step.complete_buckets() or service.version != lead.version
+        begun = step.complete_buckets() or service.version != coordinator.version
         if not begun and plan.restore_generation == self.master.restored and service.version not in self.evaluated:
             self.evaluated.add(service.version)
             service._evaluated(service.version, {"loss": float(service.version)})
@@ -238,16 +240,16 @@ class PlayedJob:
         service.try_vote()
 
     def check(self) -> None:
-        """Nobody is two steps ahead, and each step has one verdict, which is never taken back within a timeline."""
+        """Nobody is two steps ahead, and each step has one decision, which is never taken back within a timeline."""
         current = [p for p in self.processes.values() if p.plan and p.plan.restore_generation == self.master.restored]
         partitions = [p for p in current if p.standby is None]
         steps = [p.member.step for p in partitions]
         assert not steps or max(steps) - min(steps) <= 1, f"two steps apart: {steps}"
         for p in current:
-            last = p.member.last_verdict
+            last = p.member.last_decision
             if last is not None:
                 known = self.committed.setdefault(last.step, last.norm)
-                assert known == last.norm, f"two verdicts on step {last.step}: {known} and {last.norm}"
+                assert known == last.norm, f"two decisions on step {last.step}: {known} and {last.norm}"
         newest = max(self.committed, default=-1)
         for index, synced in enumerate(self.master.synced):
             standby = self.standby(index)

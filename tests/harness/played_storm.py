@@ -28,7 +28,7 @@ def play(job: PlayedJob, event: str, number: int) -> None:
     elif event == "standby lost":
         job.lose_standby(index)
     elif event == "standby comes":
-        job.seat_standby(index)
+        job.placement_standby(index)
         job.publish(restore=False)
     elif event == "plan":
         job.publish(restore=False)

@@ -24,7 +24,7 @@ from pscluster.agent import frames
 from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.storage.snapshot import read_parts
 from pscluster.v1.plan_pb2 import (
-    PartitionSeat,
+    PartitionPlacement,
     Plan,
     ProcessOrder,
     ProcessReport,
@@ -33,7 +33,7 @@ from pscluster.v1.plan_pb2 import (
     ShardRange,
     Shutdown,
     SnapshotPart,
-    TrainerSeat,
+    TrainerPlacement,
 )
 from psworker.replica import state_tensors
 
@@ -133,7 +133,7 @@ class StaticJob:
             shutil.rmtree(child.directory, ignore_errors=True)
 
     def start(self, kind: str, number: int) -> Child:
-        """Start one process; it is the next attempt of its seat."""
+        """Start one process; it is the next attempt of its placement."""
         name = f"{kind}-{number}"
         attempt = self._attempts[name] = self._attempts.get(name, 0) + 1
         ours, theirs = socket.socketpair()
@@ -204,12 +204,12 @@ class StaticJob:
             job_id=JOB, generation=self.generation, layout_json=ready.layout_json, data_token=TOKEN, stop=stop,
             restore_generation=self.restore_generation, resume_step=self.resume_step, final_step=ready.final_step,
             trainers=[
-                TrainerSeat(rank=rank, active=f"trainer-{rank}" in self.children,
+                TrainerPlacement(rank=rank, active=f"trainer-{rank}" in self.children,
                             shards=[ShardRange(first=first, count=count) for first, count in runs])
                 for rank, runs in enumerate(shards)
             ],
             partitions=[
-                PartitionSeat(index=i, addresses=[self.reroute(address) for address in
+                PartitionPlacement(index=i, addresses=[self.reroute(address) for address in
                               self.reported(f"partition-{i}", "partition_ready")[-1].addresses])
                 for i in range(self.spec.servers.partitions)
             ],
@@ -226,14 +226,14 @@ class StaticJob:
 
     @property
     def step(self) -> int:
-        """The newest committed step reported by the lead."""
+        """The newest committed step reported by the coordinator."""
         return max((p.step for p in self.reported("partition-0", "progress")), default=-1)
 
     def wait_step(self, step: int) -> None:
         self.wait(lambda: self.step >= step, f"step {step}")
 
     def wait_finished(self) -> str:
-        """The digest, when the lead has reported the end."""
+        """The digest, when the coordinator has reported the end."""
         self.wait(lambda: bool(self.reported("partition-0", "finished")), "the end")
         return str(self.reported("partition-0", "finished")[-1].parameters_sha256)
 

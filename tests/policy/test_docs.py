@@ -24,7 +24,7 @@ from psmaster.api.metrics import MasterMetrics
 from psmaster.control.loop import clock
 from psmaster.model.state import State
 from psmaster.scheduling.draft import Limits
-from psserver.partition.replication.in_sync import Bond
+from psserver.partition.replication.in_sync import InSyncState
 from psserver.partition.telemetry import PartitionCounters
 from psworker.trainer.preflight.run import prepare
 from psworker.trainer.telemetry import TrainerCounters
@@ -49,7 +49,7 @@ def rows(page: str, first: str) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_coordinator_somewhere(page: Path) -> None:
     targets = [target.partition("#")[0] for target in LINK.findall(page.read_text())]
     missing = [name for name in targets if name and "://" not in name and not (page.parent / name).exists()]
     assert not missing
@@ -169,7 +169,7 @@ def exported() -> dict[str, str]:
     }
     partition = PartitionCounters()
     partition.refused(errors.FrameError("x"))
-    replicated = partition.sample(partition=0, step=0, state_bytes=0, pull_bytes=0, standby=Bond(reach=0))
+    replicated = partition.sample(partition=0, step=0, state_bytes=0, pull_bytes=0, standby=InSyncState(reach=0))
     standing_by = partition.sample_standby(partition=0, step=0, state_bytes=0)
     for counters in (TrainerCounters().sample(), replicated, standing_by):
         found |= {f"ps_{sample.name}": "gauge" if sample.gauge else "counter" for sample in counters.samples}

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from pscluster.client import Cluster, Goal, LogLine, Snapshot, Tether, end_error, parse_goal, reached
+from pscluster.client import Cluster, Goal, LogLine, ReconnectingStream, Snapshot, end_error, parse_goal, reached
 from pscluster.client.decode import job_of
 from pscluster.client.frames import last_frame
 from pscluster.client.logcursor import OVERLAP_S, LogCursor
-from pscluster.client.patience import Absence, next_delay_s
+from pscluster.client.patience import Outage, next_delay_s
 from pscluster.client.snapshots import choose
 from pscluster.errors import (
     AuthError,
@@ -65,9 +65,9 @@ def cluster(serving: Serving) -> Iterator[Cluster]:
         yield connected
 
 
-def quick_tether(**changes: object) -> Tether:
+def quick_tether(**changes: object) -> ReconnectingStream:
     """A tether that asks again without waiting."""
-    return Tether(**{"sleep": lambda _s: None, **changes})  # type: ignore[arg-type]
+    return ReconnectingStream(**{"sleep": lambda _s: None, **changes})  # type: ignore[arg-type]
 
 
 # --- importing ---
@@ -185,11 +185,11 @@ def test_a_job_is_read_whole(cluster: Cluster, serving: Serving) -> None:
     plan = plan_pb2.Plan(
         generation=3,
         trainers=[
-            plan_pb2.TrainerSeat(
+            plan_pb2.TrainerPlacement(
                 rank=0, node_id="worker-0", attempt=1, active=True, shards=[plan_pb2.ShardRange(first=0, count=4)]
             )
         ],
-        partitions=[plan_pb2.PartitionSeat(index=0, node_id="server-0", attempt=1, addresses=["unix:/x"])],
+        partitions=[plan_pb2.PartitionPlacement(index=0, node_id="server-0", attempt=1, addresses=["unix:/x"])],
     )
     error = plan_pb2.ErrorDetail(code="PS-2005", cause="NaN", action="clip", details={"step": "7"})
     serving.fake.jobs["x"] = job_message(
@@ -464,8 +464,8 @@ def test_a_downloaded_bundle_is_verified(cluster: Cluster, serving: Serving, tmp
 
 
 def test_delays_grow_with_jitter_and_end() -> None:
-    delays = [next_delay_s(Absence(since_s=0, attempts=n), 0.0, 600.0, 0.0) for n in range(8)]
+    delays = [next_delay_s(Outage(since_s=0, attempts=n), 0.0, 600.0, 0.0) for n in range(8)]
     assert delays == [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.5, 2.5]
-    assert next_delay_s(Absence(since_s=0), 0.0, 600.0, 0.999) == pytest.approx(0.1, rel=0.01)
-    assert next_delay_s(Absence(since_s=0, attempts=9), 599.9, 600.0, 0.5) == pytest.approx(0.1)
-    assert next_delay_s(Absence(since_s=0), 600.0, 600.0, 0.5) is None
+    assert next_delay_s(Outage(since_s=0), 0.0, 600.0, 0.999) == pytest.approx(0.1, rel=0.01)
+    assert next_delay_s(Outage(since_s=0, attempts=9), 599.9, 600.0, 0.5) == pytest.approx(0.1)
+    assert next_delay_s(Outage(since_s=0), 600.0, 600.0, 0.5) is None

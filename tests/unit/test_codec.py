@@ -151,7 +151,7 @@ def summed(nodes: list[tuple[TreeNode, torch.Tensor]], codec: str, num_shards: i
         assert step.offer_trained(0, node, words.clone(), partial(released.append, node))
     assert step.trained[0].is_complete
     assert len(released) == len(nodes) - 1
-    return as_bytes(step.trained[0].root).tobytes(), step.ballot()[0]
+    return as_bytes(step.trained[0].root).tobytes(), step.make_vote()[0]
 
 
 @pytest.mark.parametrize("codec", ["fp32", "bf16"])

@@ -18,7 +18,7 @@ from pscluster.storage import Buffer, Written
 from pscluster.storage.snapshot import PartMeta, PieceKey, part_name, read_part, read_parts, write_part
 
 LAYOUT = Layout((TensorSpec(names=("w",), shape=(5,), dtype="float32", kind="trained"),))
-META = PartMeta(job="job-a", step=7, generation=3, partition=0, num_partitions=1, ages=(7,))
+META = PartMeta(job="job-a", step=7, generation=3, partition=0, num_partitions=1, update_counts=(7,))
 PIECES: dict[PieceKey, Buffer] = {
     (0, "values"): bytes(range(64)),
     (0, "moment0"): bytearray(range(64, 128)),
@@ -89,9 +89,9 @@ def _with_header(**fields: object) -> bytes:
         b"PSSNAP03" + bytes(100),
         b"PSSNAP02" + b"\xff" * 100,
         _with_header(),
-        _with_header(meta={"ages": []}, layout=LAYOUT.to_json().decode(), pieces=[]),
+        _with_header(meta={"update_counts": []}, layout=LAYOUT.to_json().decode(), pieces=[]),
         _with_header(meta=[], layout="{}", pieces=[]),
-        _with_header(meta=META.__dict__ | {"ages": [7]}, layout="{}", pieces=[]),
+        _with_header(meta=META.__dict__ | {"update_counts": [7]}, layout="{}", pieces=[]),
         _with_header(meta=META.__dict__, layout=3, pieces=[]),
         _with_header(
             meta=META.__dict__,
@@ -199,7 +199,7 @@ def parts_of(layout: Layout, num_partitions: int, directory: Path) -> tuple[list
             for s in layout.spans(partition, num_partitions)
             if s.num_words
         }
-        meta = replace(META, partition=partition, num_partitions=num_partitions, ages=(1, 1))
+        meta = replace(META, partition=partition, num_partitions=num_partitions, update_counts=(1, 1))
         paths.append(directory / part_name(7, partition, 3))
         write_part(paths[-1], meta, layout, pieces)
     return words, paths

@@ -152,10 +152,10 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
     def _node(self, node: Node) -> jobs_pb2.Node:
         state, now, limits = self._core.state, self._core.now(), self._core.limits
         running = [
-            seat.process_id(job.job_id)
+            placement.process_id(job.job_id)
             for job in state.jobs.values()
-            for seat in job.seats
-            if seat.node_id == node.node_id
+            for placement in job.placements
+            if placement.node_id == node.node_id
         ]
         waits_for = drain.waits_for(state, node, now, limits.suspicion_s)
         status = drain.status(state, node)

@@ -114,7 +114,7 @@ def _of_live_jobs(jobs: list[Job]) -> Iterator[Family]:
         norm.add_metric(name, job.grad_norm)
         skipped.add_metric(name, job.nonfinite)
         generation.add_metric(name, job.generation)
-        num_active = sum(1 for seat in job.trainers if seat.active)
+        num_active = sum(1 for placement in job.trainers if placement.active)
         active.add_metric([*name, "active"], num_active)
         active.add_metric([*name, "waiting"], len(job.trainers) - num_active)
     yield from (step, target, loss, norm, skipped, generation, active)
@@ -125,6 +125,8 @@ def _stragglers(jobs: list[Job], state: State) -> Family:
         "ps_job_straggler_ratio", "Time of the slowest trainer for a microbatch over the median one's.", labels=["job"]
     )
     for job in jobs:
-        paces = rebalance.paces_of([seat for seat in job.trainers if seat.active], job.job_id, state.processes)
+        paces = rebalance.paces_of(
+            [placement for placement in job.trainers if placement.active], job.job_id, state.processes
+        )
         ratios.add_metric([job.job_id], rebalance.straggler_of(paces)[1])
     return ratios

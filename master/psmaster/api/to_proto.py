@@ -10,7 +10,7 @@ from pscluster.v1 import agents_pb2, jobs_pb2, plan_pb2
 from psmaster.model import membership, reports
 from psmaster.model.job import Condition, ErrorInfo, Event, Instant, Job, JobState
 from psmaster.model.membership import Health, Node, Role
-from psmaster.model.plan import Plan, ProcessKind, Seat, counted_on
+from psmaster.model.plan import Placement, Plan, ProcessKind, counted_on
 from psmaster.model.process import Processes
 from psmaster.model.snapshot_catalog import Catalogue, Part
 from psmaster.model.speed import MeasuredSpeed
@@ -41,10 +41,10 @@ def assignment(
 def _process_spec(job: Job, process: Desired) -> plan_pb2.ProcessSpec:
     spec = plan_pb2.ProcessSpec(
         process_id=process.process_id,
-        kind=_KINDS[process.seat.kind],
+        kind=_KINDS[process.placement.kind],
         job_id=job.job_id,
-        rank=process.seat.rank,
-        attempt=process.seat.attempt,
+        rank=process.placement.rank,
+        attempt=process.placement.attempt,
         spec_json=job.spec.canonical_json(),
         bundle_sha256=job.bundle_sha256,
         store=job.store,
@@ -58,12 +58,12 @@ def _process_spec(job: Job, process: Desired) -> plan_pb2.ProcessSpec:
 
 def plan(job: Job, m: Plan) -> plan_pb2.Plan:
     """The plan without layout and token: what people may see."""
-    counted = {seat.rank for seat in counted_on(m.trainers)}
+    counted = {placement.rank for placement in counted_on(m.trainers)}
     message = plan_pb2.Plan(
         job_id=job.job_id,
         generation=m.generation,
-        trainers=[_trainer_seat(seat, active=seat.rank in counted) for seat in m.trainers],
-        partitions=[_partition_seat(job, m, seat) for seat in m.partitions],
+        trainers=[_trainer_placement(placement, active=placement.rank in counted) for placement in m.trainers],
+        partitions=[_partition_placement(job, m, placement) for placement in m.partitions],
         restore_generation=m.restore_generation,
         resume_step=m.resume_step,
         stop=m.stop,
@@ -71,7 +71,7 @@ def plan(job: Job, m: Plan) -> plan_pb2.Plan:
         kept_steps=m.kept_steps,
         final_step=m.final_step,
         moved_generation=m.moved_generation,
-        lead_generation=m.lead_generation,
+        coordinator_generation=m.coordinator_generation,
     )
     if m.restore is not None:
         message.restore.step = m.restore.step
@@ -79,24 +79,24 @@ def plan(job: Job, m: Plan) -> plan_pb2.Plan:
     return message
 
 
-def _trainer_seat(seat: Seat, *, active: bool) -> plan_pb2.TrainerSeat:
-    return plan_pb2.TrainerSeat(
-        rank=seat.rank,
-        node_id=seat.node_id,
-        attempt=seat.attempt,
-        shards=[plan_pb2.ShardRange(first=first, count=count) for first, count in seat.shards],
+def _trainer_placement(placement: Placement, *, active: bool) -> plan_pb2.TrainerPlacement:
+    return plan_pb2.TrainerPlacement(
+        rank=placement.rank,
+        node_id=placement.node_id,
+        attempt=placement.attempt,
+        shards=[plan_pb2.ShardRange(first=first, count=count) for first, count in placement.shards],
         active=active,
-        device=seat.device,
+        device=placement.device,
     )
 
 
-def _partition_seat(job: Job, m: Plan, seat: Seat) -> plan_pb2.PartitionSeat:
-    message = plan_pb2.PartitionSeat(
-        index=seat.rank, node_id=seat.node_id, attempt=seat.attempt, addresses=seat.addresses
+def _partition_placement(job: Job, m: Plan, placement: Placement) -> plan_pb2.PartitionPlacement:
+    message = plan_pb2.PartitionPlacement(
+        index=placement.rank, node_id=placement.node_id, attempt=placement.attempt, addresses=placement.addresses
     )
     for standby in m.standbys:
-        if standby.rank == seat.rank:
-            now = job.standby(seat.rank)
+        if standby.rank == placement.rank:
+            now = job.standby(placement.rank)
             in_sync = now is not None and now.attempt == standby.attempt and now.synced
             message.standby.CopyFrom(
                 plan_pb2.Standby(
@@ -140,7 +140,7 @@ def job(
         steps_per_s=rates.steps_per_s,
         samples_per_s=rates.samples_per_s,
         weight_per_s=rates.weight_per_s,
-        workers_active=sum(1 for seat in m.trainers if seat.active and seat.shards),
+        workers_active=sum(1 for placement in m.trainers if placement.active and placement.shards),
         workers_wanted=len(m.trainers),
         conditions=[_condition(condition) for condition in m.conditions],
         traceback=m.traceback,
@@ -159,8 +159,8 @@ def job(
     if full:
         _add_details(message, m, events)
         paces = rebalance.paces_of(m.trainers, m.job_id, processes)
-        for seat in message.plan.trainers:
-            seat.microbatch_s = paces.get(seat.rank, MeasuredSpeed()).microbatch_s
+        for placement in message.plan.trainers:
+            placement.microbatch_s = paces.get(placement.rank, MeasuredSpeed()).microbatch_s
     return message
 
 

@@ -23,7 +23,7 @@ import structlog
 from pscluster.errors import PsError, StateError, StorageError, UnreachableError
 from psmaster.api import to_proto
 from psmaster.control.agent_stream import AgentStream
-from psmaster.control.transaction import Turn
+from psmaster.control.transaction import Transaction
 from psmaster.model import deletions
 from psmaster.model.job import ErrorInfo, Event, Instant, Job, JobWarning
 from psmaster.model.process import Process
@@ -55,7 +55,7 @@ class Input:
     """One thing for a turn to take in. With `reply`, somebody waits for the outcome; with `ack`, an agent waits for it
     to be stored."""
 
-    apply: Callable[[Turn], Any]
+    apply: Callable[[Transaction], Any]
     reply: asyncio.Future[Any] | None = None
     ack: tuple[AgentStream, int] | None = None
     log: tuple[str, LogMessage] | None = None
@@ -129,13 +129,13 @@ class Core:
         """Run blocking work in the one thread that the archive belongs to."""
         return await asyncio.get_running_loop().run_in_executor(self._disk, work, *arguments)
 
-    async def ask(self, apply: Callable[[Turn], T]) -> T:
+    async def ask(self, apply: Callable[[Transaction], T]) -> T:
         """Have `apply` take part in the next turn; its result, once that is durable. Raises what it raises."""
         reply: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._put(Input(apply=apply, reply=reply))
         return await reply
 
-    async def tell(self, stream: AgentStream, sequence: int, apply: Callable[[Turn], Any]) -> None:
+    async def tell(self, stream: AgentStream, sequence: int, apply: Callable[[Transaction], Any]) -> None:
         """Take in an agent's message; it is acknowledged once stored (`sequence` 0: never). Waits while there is
         too much to do."""
         await self._room.wait()
@@ -155,9 +155,9 @@ class Core:
     async def _turn(self, batch: list[Input]) -> bool:
         """One turn. False when it could not be made durable."""
         now = self.now()
-        turn = Turn(self.state, now, self.limits)
+        turn = Transaction(self.state, now, self.limits)
         if deaf_s := self._deaf_s(now):
-            turn.was_deaf(deaf_s)
+            turn.event_loop_stalled(deaf_s)
         if now.mono_s >= self._tick_at:
             self._tick_at = now.mono_s + self._tick_s
             turn.tick()
@@ -245,7 +245,7 @@ class Core:
             (job, process)
             for job in self.state.jobs.values()
             for process in desired(job)
-            if process.seat.node_id == stream.node_id
+            if process.placement.node_id == stream.node_id
         )
         nodes = self.state.nodes.values() if node.depot_address else ()
         depots = tuple(sorted((other.node_id, other.depot_address) for other in nodes if other.depot_address))
@@ -276,11 +276,11 @@ def _from_thread(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *ar
         loop.call_soon_threadsafe(call, *arguments)
 
 
-def _nothing(_turn: Turn) -> None:
+def _nothing(_turn: Transaction) -> None:
     """A log line changes no state."""
 
 
-def _outcome(item: Input, turn: Turn) -> Any:
+def _outcome(item: Input, turn: Transaction) -> Any:
     try:
         return item.apply(turn)
     except PsError as error:

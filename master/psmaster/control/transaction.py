@@ -1,9 +1,8 @@
 """One turn of the master: some inputs applied to its state, then everything reconciled. No I/O, time given.
 
-A `Turn` is a working copy. Whoever drives it (the daemon, a simulator) applies inputs, calls `finish`, makes the result
-durable, and only then lets `state` take the place of the old one and sends what follows from it. A turn that cannot be
-made durable is dropped: nothing has changed.
-"""
+A `Transaction` is a working copy. Whoever drives it (the daemon, a simulator) applies inputs, calls `finish`, makes
+the result durable, and only then lets `state` take the place of the old one and sends what follows from it. A turn
+that cannot be made durable is dropped: nothing has changed."""
 
 from __future__ import annotations
 
@@ -16,11 +15,11 @@ from psmaster.model import deletions, membership, reports, speed, transitions
 from psmaster.model.deletions import Deletion
 from psmaster.model.job import MAX_EVENTS, Event, Finished, Instant, Job, JobState, JobWarning
 from psmaster.model.membership import Node
-from psmaster.model.plan import ProcessKind, Seat
+from psmaster.model.plan import Placement, ProcessKind
 from psmaster.model.process import REACHES_ALL, Exit, Failure, PartitionFacts, Process, TrainerFacts, Unreached
 from psmaster.model.reports import Applied, Connected, Evaluated, MetricLine, Progress, StandbyState
 from psmaster.model.snapshot_catalog import Catalogue, Part
-from psmaster.model.state import Changes, State, find, node_views, queue, turn_of
+from psmaster.model.state import Changes, State, find, node_views, queue, queue_key
 from psmaster.scheduling.admission import NodeView, admit
 from psmaster.scheduling.draft import Limits
 from psmaster.scheduling.reconcile import reconcile
@@ -39,7 +38,7 @@ Report = (
 )
 
 
-class Turn:
+class Transaction:
     """Used once. Methods that refuse raise before they change anything."""
 
     def __init__(self, state: State, now: Instant, limits: Limits) -> None:
@@ -68,7 +67,7 @@ class Turn:
         """A node's stream opens with all its processes. Raises StateError for a life that is not the registered one."""
         self.nodes = membership.attend(self.nodes, node_id, incarnation, self.now)
         for process in processes:
-            if self._seat_of(process.process_id, node_id) is not None:
+            if self._placement_of(process.process_id, node_id) is not None:
                 known = self.processes.get(process.process_id)
                 failure, known_pace = (known.failure, known.pace) if known else (None, speed.UNKNOWN)
                 self.processes[process.process_id] = replace(
@@ -89,7 +88,7 @@ class Turn:
         """A node is alive. `speeds`: of its trainers by process id, seconds a microbatch and how many were measured."""
         self.nodes = membership.beat(self.nodes, node_id, incarnation, self.now)
         for process_id, (microbatch_s, microbatches) in (speeds or {}).items():
-            if self._seat_of(process_id, node_id) is not None:
+            if self._placement_of(process_id, node_id) is not None:
                 held = self.processes.get(process_id) or Process(process_id=process_id, node_id=node_id)
                 heard = speed.heard(held.pace, microbatch_s, microbatches, self.now.mono_s)
                 self.processes[process_id] = replace(held, pace=heard)
@@ -100,14 +99,14 @@ class Turn:
         self._unsettled = True
 
     def exited(self, node_id: str, process_id: str, exit_: Exit) -> None:
-        """A process ended. Of one that no seat has any more it changes nothing."""
-        if self._seat_of(process_id, node_id) is not None:
+        """A process ended. Of one that no placement has any more it changes nothing."""
+        if self._placement_of(process_id, node_id) is not None:
             self._know(process_id, node_id, exit=exit_)
 
     def suspected(self, node_id: str, process_id: str, suspicion: str, unreached: Unreached = REACHES_ALL) -> None:
         """A process lives and does not get on ("silent", "stalled"), or does again (empty); and what it cannot reach.
         Repeats change nothing."""
-        if self._seat_of(process_id, node_id) is None:
+        if self._placement_of(process_id, node_id) is None:
             return
         held = self.processes.get(process_id) or Process(process_id=process_id, node_id=node_id)
         since_s = held.unreached.since_s if held.unreached.partitions else self.now.mono_s
@@ -128,22 +127,22 @@ class Turn:
             )
             self._take(applied)
             return
-        seat = self._seat_of(process_id, node_id)
-        if seat is None:
+        placement = self._placement_of(process_id, node_id)
+        if placement is None:
             return
         if isinstance(report, TrainerFacts | PartitionFacts | Failure):
             name = {TrainerFacts: "trainer", PartitionFacts: "partition", Failure: "failure"}[type(report)]
             self._know(process_id, node_id, **{name: report})
         elif isinstance(report, JobWarning):
-            self._take(reports.trouble(job, report, seat.title, self.now))
-        elif seat.standby:
+            self._take(reports.trouble(job, report, placement.title, self.now))
+        elif placement.standby:
             return  # it has no say yet
         elif isinstance(report, StandbyState):
-            self._take(reports.standby_state(job, report, seat.rank, self.now))
+            self._take(reports.standby_state(job, report, placement.rank, self.now))
         elif isinstance(report, Connected):
-            self._take(reports.connected(job, report, seat.rank))
-        elif seat.kind is ProcessKind.PARTITION and seat.rank == 0:
-            self._take(self._of_lead(job, report))
+            self._take(reports.connected(job, report, placement.rank))
+        elif placement.kind is ProcessKind.PARTITION and placement.rank == 0:
+            self._take(self._of_coordinator(job, report))
 
     def troubled(self, job_id: str, trouble: JobWarning, source: str) -> None:
         """The master itself met something that training survives."""
@@ -155,7 +154,7 @@ class Turn:
         if job_id in self.deletions:
             self.deletions = {**self.deletions, job_id: replace(self.deletions[job_id], removed=True)}
 
-    def _of_lead(self, job: Job, report: Progress | Evaluated | Finished) -> Applied:
+    def _of_coordinator(self, job: Job, report: Progress | Evaluated | Finished) -> Applied:
         if isinstance(report, Progress):
             return reports.progress(job, report, self.now)
         if isinstance(report, Evaluated):
@@ -167,12 +166,12 @@ class Turn:
         self.processes[process_id] = replace(held, **facts)
         self._unsettled = True
 
-    def _seat_of(self, process_id: str, node_id: str) -> Seat | None:
-        """The seat that this very process fills on that node."""
+    def _placement_of(self, process_id: str, node_id: str) -> Placement | None:
+        """The placement that this very process fills on that node."""
         job = self.jobs.get(process_id.partition("/")[0])
-        for seat in job.seats if job else ():
-            if seat.node_id == node_id and job and seat.process_id(job.job_id) == process_id:
-                return seat
+        for placement in job.placements if job else ():
+            if placement.node_id == node_id and job and placement.process_id(job.job_id) == process_id:
+                return placement
         return None
 
     def _take(self, applied: Applied) -> None:
@@ -250,7 +249,7 @@ class Turn:
         """Time has passed."""
         self._unsettled = True
 
-    def was_deaf(self, seconds: float) -> None:
+    def event_loop_stalled(self, seconds: float) -> None:
         """For so long nobody listened (the master was stopped, its disk was full): it is no silence of the nodes'."""
         self.nodes = membership.excuse(self.nodes, seconds)
 
@@ -295,10 +294,15 @@ class Turn:
             if waits and not ahead and admit(job.spec, self._views(job.job_id)).possible:
                 ahead = job.job_id  # it gets the next slots that come free; what can never run blocks nobody
         if not ahead:
-            for job in sorted(self.jobs.values(), key=turn_of):
+            for job in sorted(self.jobs.values(), key=queue_key):
                 if job.state in (JobState.STARTING, JobState.RUNNING):
                     self._reconcile(job.job_id, grow=True)
-        wanted = {seat.process_id(job.job_id) for job in self.jobs.values() for seat in job.seats if seat.placed}
+        wanted = {
+            placement.process_id(job.job_id)
+            for job in self.jobs.values()
+            for placement in job.placements
+            if placement.placed
+        }
         self.processes = {key: process for key, process in self.processes.items() if key in wanted}
 
     def _reconcile(self, job_id: str, *, grow: bool = False, ahead: str = "") -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from pscluster.job.spec import JobSpec
-from psmaster.model.plan import Plan, ProcessKind, Seat
+from psmaster.model.plan import Placement, Plan, ProcessKind
 
 MAX_EVENTS = 200  # how many events of a job are remembered, the newest
 
@@ -92,7 +92,7 @@ class Best:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finished:
-    """The lead's word that training has ended; `generation` is the one it ended under."""
+    """The coordinator's word that training has ended; `generation` is the one it ended under."""
 
     generation: int
     step: int
@@ -179,10 +179,10 @@ class Job:
     started_s: float = 0.0
     ended_s: float = 0.0
     stopping: bool = False
-    trainers: tuple[Seat, ...] = ()
-    partitions: tuple[Seat, ...] = ()
-    standbys: tuple[Seat, ...] = ()
-    attempts: tuple[tuple[str, int], ...] = ()  # the highest attempt ever of each seat, by its name
+    trainers: tuple[Placement, ...] = ()
+    partitions: tuple[Placement, ...] = ()
+    standbys: tuple[Placement, ...] = ()
+    attempts: tuple[tuple[str, int], ...] = ()  # the highest attempt ever of each placement, by its name
     excluded: tuple[tuple[str, str, str], ...] = ()  # (node, its incarnation, why) left out of this job
     generation: int = 0
     plan: Plan | None = None
@@ -226,26 +226,26 @@ class Job:
         return self.spec.train.num_shards
 
     @property
-    def seats(self) -> tuple[Seat, ...]:
+    def placements(self) -> tuple[Placement, ...]:
         return self.trainers + self.partitions + self.standbys
 
     @property
-    def working(self) -> tuple[Seat, ...]:
-        """The seats without which there is no step."""
+    def working(self) -> tuple[Placement, ...]:
+        """The placements without which there is no step."""
         return self.trainers + self.partitions
 
     @property
     def restore_generation(self) -> int:
         return self.plan.restore_generation if self.plan else 0
 
-    def seat(self, kind: ProcessKind, rank: int) -> Seat | None:
-        """The seat of that kind and rank, if the job has it now; no standby's."""
-        seats = self.trainers if kind is ProcessKind.TRAINER else self.partitions
-        return next((seat for seat in seats if seat.rank == rank), None)
+    def placement(self, kind: ProcessKind, rank: int) -> Placement | None:
+        """The placement of that kind and rank, if the job has it now; no standby's."""
+        placements = self.trainers if kind is ProcessKind.TRAINER else self.partitions
+        return next((placement for placement in placements if placement.rank == rank), None)
 
-    def standby(self, rank: int) -> Seat | None:
-        """The seat of the standby of partition `rank`, if the job has it now."""
-        return next((seat for seat in self.standbys if seat.rank == rank), None)
+    def standby(self, rank: int) -> Placement | None:
+        """The placement of the standby of partition `rank`, if the job has it now."""
+        return next((placement for placement in self.standbys if placement.rank == rank), None)
 
     @property
     def pinned(self) -> frozenset[int]:

@@ -16,7 +16,7 @@ from psmaster.model.job import Instant, Job
 from psmaster.model.plan import ProcessKind
 
 FORMER = 16  # lives of a node that are remembered: what may still be running somewhere
-FORGET_S = 3600.0  # a dead node that holds no seat is forgotten after this long
+FORGET_S = 3600.0  # a dead node that holds no placement is forgotten after this long
 
 
 class Role(StrEnum):
@@ -142,15 +142,16 @@ def excuse(nodes: Nodes, seconds: float) -> Nodes:
 
 
 def presumed(jobs: Mapping[str, Job], now: Instant) -> Nodes:
-    """The nodes that a restarted master believes in because its jobs have seats there: unheard of, but not yet dead."""
+    """The nodes that a restarted master believes in because its jobs have placements there: unheard of, but not yet
+    dead."""
     nodes: dict[str, Node] = {}
     for job in jobs.values():
-        for seat in job.seats:
-            if seat.placed and seat.node_id not in nodes:
-                nodes[seat.node_id] = Node(
-                    node_id=seat.node_id,
-                    role=Role.of(seat.kind),
-                    incarnation=seat.incarnation,
+        for placement in job.placements:
+            if placement.placed and placement.node_id not in nodes:
+                nodes[placement.node_id] = Node(
+                    node_id=placement.node_id,
+                    role=Role.of(placement.kind),
+                    incarnation=placement.incarnation,
                     seen_s=now.mono_s,
                 )
     return nodes

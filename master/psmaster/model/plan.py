@@ -1,4 +1,4 @@
-"""Seats and plans: who runs what of a job, and what each process is told about it."""
+"""Placements and plans: who runs what of a job, and what each process is told about it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class ProcessKind(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Seat:
+class Placement:
     """A place in a job for one trainer or partition. Its process may be replaced; kind and rank stay.
 
     `node_id` is empty while no node has room. `incarnation` is the life of the node that was asked to run it: in
-    another life of that node the process is gone. `attempt` counts the processes of this seat from 1; 0 before the
+    another life of that node the process is gone. `attempt` counts the processes of this placement from 1; 0 before the
     first. `active`: it is ready. `suspect`: it lives and does not get on; shards go to others, if there are any, until
     it is heard again. `shards` are (first, count) runs, trainers only; `addresses` are
     where a partition listens; `device` is where a trainer computes, once it is active. `losses`: processes lost here
@@ -70,24 +70,25 @@ class Seat:
         return self.not_before_s > 0.0
 
     def process_id(self, job_id: str) -> str:
-        """The id of the process that fills this seat now; unique for ever."""
+        """The id of the process that fills this placement now; unique for ever."""
         return f"{job_id}/{self.name}/{self.attempt}"
 
 
-def counted_on(trainers: Iterable[Seat]) -> tuple[Seat, ...]:
+def counted_on(trainers: Iterable[Placement]) -> tuple[Placement, ...]:
     """The trainers that shards are dealt to: the active ones, those under suspicion only when there are no others."""
-    active = [seat for seat in trainers if seat.active]
-    return tuple(seat for seat in active if not seat.suspect) or tuple(active)
+    active = [placement for placement in trainers if placement.active]
+    return tuple(placement for placement in active if not placement.suspect) or tuple(active)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """The plan of one generation. `restore_generation` is the generation that ordered the newest restore,
-    `moved_generation` the newest in which a standby took over, `lead_generation` the same for the lead; 0: none."""
+    `moved_generation` the newest in which a standby took over, `coordinator_generation` the same for the coordinator;
+    0: none."""
 
     generation: int
-    trainers: tuple[Seat, ...]
-    partitions: tuple[Seat, ...]
+    trainers: tuple[Placement, ...]
+    partitions: tuple[Placement, ...]
     restore_generation: int
     resume_step: int = 0
     restore: RestorePoint | None = None
@@ -95,25 +96,25 @@ class Plan:
     save: bool = False
     kept_steps: tuple[int, ...] = ()
     final_step: int = 0
-    standbys: tuple[Seat, ...] = ()
+    standbys: tuple[Placement, ...] = ()
     moved_generation: int = 0
-    lead_generation: int = 0
+    coordinator_generation: int = 0
 
     @property
     def active(self) -> frozenset[tuple[int, int]]:
         """(rank, attempt) of the trainers that are counted on."""
-        return frozenset((seat.rank, seat.attempt) for seat in counted_on(self.trainers))
+        return frozenset((placement.rank, placement.attempt) for placement in counted_on(self.trainers))
 
     @property
     def standing_by(self) -> frozenset[tuple[int, int]]:
         """(rank, attempt) of the standbys."""
-        return frozenset((seat.rank, seat.attempt) for seat in self.standbys)
+        return frozenset((placement.rank, placement.attempt) for placement in self.standbys)
 
-    def holds(self, seat: Seat) -> bool:
-        """Whether the very process in `seat` is a partition in this plan."""
-        return any((own.rank, own.attempt) == (seat.rank, seat.attempt) for own in self.partitions)
+    def holds(self, placement: Placement) -> bool:
+        """Whether the very process in `placement` is a partition in this plan."""
+        return any((own.rank, own.attempt) == (placement.rank, placement.attempt) for own in self.partitions)
 
-    def names(self, seat: Seat) -> bool:
-        """Whether this plan was made for the very process that fills `seat`."""
-        seats = self.trainers if seat.kind is ProcessKind.TRAINER else self.partitions + self.standbys
-        return any(own.rank == seat.rank and own.attempt == seat.attempt for own in seats)
+    def names(self, placement: Placement) -> bool:
+        """Whether this plan was made for the very process that fills `placement`."""
+        placements = self.trainers if placement.kind is ProcessKind.TRAINER else self.partitions + self.standbys
+        return any(own.rank == placement.rank and own.attempt == placement.attempt for own in placements)

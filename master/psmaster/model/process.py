@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pscluster.errors import OutOfMemoryError, ProcessLostError
 from psmaster.model.job import ErrorInfo, Job, PreflightCheck
-from psmaster.model.plan import ProcessKind, Seat
+from psmaster.model.plan import Placement, ProcessKind
 from psmaster.model.speed import UNKNOWN, MeasuredSpeed
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ class TrainerFacts:
     device: str = "cpu"
     final_step: int = 0
 
-    def seated(self, seat: Seat) -> Seat:
-        """Its seat, counted on from now on."""
-        return replace(seat, active=True, failed_on=(), device=self.device)
+    def seated(self, placement: Placement) -> Placement:
+        """Its placement, counted on from now on."""
+        return replace(placement, active=True, failed_on=(), device=self.device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,9 +46,9 @@ class PartitionFacts:
     numerics_class: str
     numerics_detail: str = ""
 
-    def seated(self, seat: Seat) -> Seat:
-        """Its seat, counted on from now on."""
-        return replace(seat, active=True, failed_on=(), addresses=self.addresses)
+    def seated(self, placement: Placement) -> Placement:
+        """Its placement, counted on from now on."""
+        return replace(placement, active=True, failed_on=(), addresses=self.addresses)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +116,8 @@ Processes = Mapping[str, Process]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loss:
-    """A seat's process is gone. `counted`: it speaks against the job and is bounded; the loss of a node does not."""
+    """A placement's process is gone. `counted`: it speaks against the job and is bounded; the loss of a node does
+    not."""
 
     cause: str  # "exit", "signal", "memory", "failure", "silence", "node", "reach"
     message: str
@@ -124,9 +125,9 @@ class Loss:
     counted: bool
 
 
-def failure_of(seat: Seat, job: Job, processes: Processes) -> Failure | None:
-    """The terminal failure of a seat's process: what it reported, or what its agent could not start it for."""
-    process = processes.get(seat.process_id(job.job_id)) if seat.placed else None
+def failure_of(placement: Placement, job: Job, processes: Processes) -> Failure | None:
+    """The terminal failure of a placement's process: what it reported, or what its agent could not start it for."""
+    process = processes.get(placement.process_id(job.job_id)) if placement.placed else None
     if process is None:
         return None
     if process.failure is not None:
@@ -137,38 +138,38 @@ def failure_of(seat: Seat, job: Job, processes: Processes) -> Failure | None:
     return None
 
 
-def loss_of(seat: Seat, job: Job, view: View) -> Loss | None:
-    """How the process in `seat` was lost; None while nothing says that it was."""
-    if not seat.placed:
+def loss_of(placement: Placement, job: Job, view: View) -> Loss | None:
+    """How the process in `placement` was lost; None while nothing says that it was."""
+    if not placement.placed:
         return None
-    process = view.processes.get(seat.process_id(job.job_id))
+    process = view.processes.get(placement.process_id(job.job_id))
     if process is not None and process.failure is not None:
-        return _lost(seat, "failure", f"reported {process.failure.error}", process.failure.error)
+        return _lost(placement, "failure", f"reported {process.failure.error}", process.failure.error)
     if process is not None and process.exit is not None:
-        return _ended(seat, process.exit, job)
-    if process is not None and process.suspicion and (silence := _silence(seat, process, job, view)):
+        return _ended(placement, process.exit, job)
+    if process is not None and process.suspicion and (silence := _silence(placement, process, job, view)):
         return silence
-    node = view.nodes.get(seat.node_id)
+    node = view.nodes.get(placement.node_id)
     if node is None:
-        return _gone(seat, f"is lost: node {seat.node_id} has left")
+        return _gone(placement, f"is lost: node {placement.node_id} has left")
     if not node.alive:
-        return _gone(seat, f"is lost: node {seat.node_id} is silent")
-    if node.incarnation != seat.incarnation:
-        return _gone(seat, f"is lost: the daemon of {seat.node_id} was restarted")
+        return _gone(placement, f"is lost: node {placement.node_id} is silent")
+    if node.incarnation != placement.incarnation:
+        return _gone(placement, f"is lost: the daemon of {placement.node_id} was restarted")
     return None
 
 
-def out_of_reach(seat: Seat, told: str) -> Loss:
+def out_of_reach(placement: Placement, told: str) -> Loss:
     """The loss of a partition that lives where others cannot reach it; `told`: who cannot."""
-    message = f"{seat.title} on {seat.node_id} is out of reach: {told}"
+    message = f"{placement.title} on {placement.node_id} is out of reach: {told}"
     return Loss(cause="reach", message=message, problem=_unexplained(message), counted=False)
 
 
-def _silence(seat: Seat, process: Process, job: Job, view: View) -> Loss | None:
+def _silence(placement: Placement, process: Process, job: Job, view: View) -> Loss | None:
     """A partition that no longer beats holds up everybody and is replaced at once. Of a trainer others do the work
     meanwhile: it has time to come back. When all of them are at one microbatch for long, something that they share may
     be slow, and ending them would not help."""
-    if seat.kind is ProcessKind.TRAINER:
+    if placement.kind is ProcessKind.TRAINER:
         is_stalled = process.suspicion == "stalled"
         is_first = is_stalled and not process.pace.is_known
         grace_s = view.limits.first_grace_s if is_first else view.limits.trainer_grace_s
@@ -177,35 +178,37 @@ def _silence(seat: Seat, process: Process, job: Job, view: View) -> Loss | None:
         others = any(own.active and not own.suspect for own in job.trainers)
         if is_stalled and not others:
             return None
-    return _lost(seat, "silence", "lives, but no longer beats or gets on", None)
+    return _lost(placement, "silence", "lives, but no longer beats or gets on", None)
 
 
-def _ended(seat: Seat, exit_: Exit, job: Job) -> Loss | None:
+def _ended(placement: Placement, exit_: Exit, job: Job) -> Loss | None:
     if exit_.expected:
-        return _gone(seat, f"is lost: the agent on {seat.node_id} ended it")
+        return _gone(placement, f"is lost: the agent on {placement.node_id} ended it")
     if exit_.out_of_memory:
         problem = exit_.error or ErrorInfo(
             code=OutOfMemoryError.code,
-            cause=f"{seat.name} on {seat.node_id} ran out of memory",
+            cause=f"{placement.name} on {placement.node_id} ran out of memory",
             action=OutOfMemoryError.default_action,
         )
-        return _lost(seat, "memory", "ran out of memory", problem)
+        return _lost(placement, "memory", "ran out of memory", problem)
     if exit_.signal:
-        return _lost(seat, "signal", f"was ended by signal {exit_.signal} ({_signal_name(exit_.signal)})", exit_.error)
+        return _lost(
+            placement, "signal", f"was ended by signal {exit_.signal} ({_signal_name(exit_.signal)})", exit_.error
+        )
     if job.finished is not None and exit_.exit_code == 0:
         return None  # it has done its work
     if exit_.error is not None and exit_.error.code != ProcessLostError.code:  # its agent's error, not its end
-        return _lost(seat, "exit", f"could not be started: {exit_.error}", exit_.error)
-    return _lost(seat, "exit", f"ended with exit code {exit_.exit_code}", exit_.error)
+        return _lost(placement, "exit", f"could not be started: {exit_.error}", exit_.error)
+    return _lost(placement, "exit", f"ended with exit code {exit_.exit_code}", exit_.error)
 
 
-def _lost(seat: Seat, cause: str, what: str, problem: ErrorInfo | None) -> Loss:
-    message = f"{seat.title} on {seat.node_id} {what}"
+def _lost(placement: Placement, cause: str, what: str, problem: ErrorInfo | None) -> Loss:
+    message = f"{placement.title} on {placement.node_id} {what}"
     return Loss(cause=cause, message=message, problem=problem or _unexplained(message), counted=True)
 
 
-def _gone(seat: Seat, what: str) -> Loss:
-    message = f"{seat.title} {what}"
+def _gone(placement: Placement, what: str) -> Loss:
+    message = f"{placement.title} {what}"
     return Loss(cause="node", message=message, problem=_unexplained(message), counted=False)
 
 
@@ -220,15 +223,15 @@ def _signal_name(number: int) -> str:
         return "unknown"
 
 
-def ready_facts(seat: Seat, job: Job, processes: Processes) -> TrainerFacts | PartitionFacts | None:
-    """What the living process in `seat` reported as ready; None before that."""
-    process = processes.get(seat.process_id(job.job_id)) if seat.placed else None
+def ready_facts(placement: Placement, job: Job, processes: Processes) -> TrainerFacts | PartitionFacts | None:
+    """What the living process in `placement` reported as ready; None before that."""
+    process = processes.get(placement.process_id(job.job_id)) if placement.placed else None
     if process is None or not process.living:
         return None
-    return process.trainer if seat.kind is ProcessKind.TRAINER else process.partition
+    return process.trainer if placement.kind is ProcessKind.TRAINER else process.partition
 
 
-def was_ready(seat: Seat, job: Job, processes: Processes) -> bool:
-    """Whether the process in `seat` ever reported that it is ready, whatever became of it."""
-    process = processes.get(seat.process_id(job.job_id))
-    return seat.active or (process is not None and (process.trainer or process.partition) is not None)
+def was_ready(placement: Placement, job: Job, processes: Processes) -> bool:
+    """Whether the process in `placement` ever reported that it is ready, whatever became of it."""
+    process = processes.get(placement.process_id(job.job_id))
+    return placement.active or (process is not None and (process.trainer or process.partition) is not None)

@@ -1,4 +1,4 @@
-"""What the lead and the partitions report about a job, applied to it. Pure; repeats and the past change nothing.
+"""What the coordinator and the partitions report about a job, applied to it. Pure; repeats and the past change nothing.
 
 A report counts when it was made under a generation that is not older than the job's newest restore: moving shards cuts
 nobody's work, going back voids it.
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from psmaster.model import snapshot_catalog, transitions
 from psmaster.model.job import Best, DataConnection, Event, Finished, Instant, Job, JobState, JobWarning, Point
-from psmaster.model.plan import Seat
+from psmaster.model.plan import Placement
 from psmaster.model.snapshot_catalog import Catalogue, Part
 
 RATE_WINDOW_S = 10.0
@@ -127,13 +127,15 @@ def _mended(job: Job, generation: int, advanced: bool, now: Instant) -> tuple[Jo
 
 
 def _reset_losses(job: Job) -> Job:
-    """A step beyond all earlier ones: what was lost before no longer counts against seats that work."""
-    if not any(seat.losses and seat.active for seat in job.seats):
+    """A step beyond all earlier ones: what was lost before no longer counts against placements that work."""
+    if not any(placement.losses and placement.active for placement in job.placements):
         return job
     return replace(
         job,
-        trainers=tuple(replace(seat, losses=0) if seat.active else seat for seat in job.trainers),
-        partitions=tuple(replace(seat, losses=0) if seat.active else seat for seat in job.partitions),
+        trainers=tuple(replace(placement, losses=0) if placement.active else placement for placement in job.trainers),
+        partitions=tuple(
+            replace(placement, losses=0) if placement.active else placement for placement in job.partitions
+        ),
     )
 
 
@@ -181,25 +183,25 @@ def standby_state(job: Job, report: StandbyState, rank: int, now: Instant) -> Ap
     if not held.active or (report.in_sync and held.synced):
         return Applied(job=job)
     if report.in_sync:
-        seat = replace(held, synced=True, losses=0)
+        placement = replace(held, synced=True, losses=0)
         event = Event(
             time_s=now.unix_s, reason="StandbyInSync", message=f"{held.title} on {held.node_id} is {report.detail}"
         )
     else:
-        seat = Seat(kind=held.kind, rank=rank, standby=True, losses=held.losses + 1)
+        placement = Placement(kind=held.kind, rank=rank, standby=True, losses=held.losses + 1)
         message = f"{held.title} on {held.node_id} is given up: {report.detail}"
         event = Event(time_s=now.unix_s, reason="StandbyLost", message=message, warning=True)
-    seats = tuple(seat if own.rank == rank else own for own in job.standbys)
-    return Applied(job=replace(job, standbys=seats), events=(event,))
+    placements = tuple(placement if own.rank == rank else own for own in job.standbys)
+    return Applied(job=replace(job, standbys=placements), events=(event,))
 
 
 def finished(job: Job, report: Finished, now: Instant) -> Applied:
-    """The lead's word that training has ended. A repeat changes nothing."""
+    """The coordinator's word that training has ended. A repeat changes nothing."""
     if job.state not in (JobState.STARTING, JobState.RUNNING) or not job.counts(report.generation):
         return Applied(job=job)
     if job.finished is not None:
         return Applied(job=job)
-    event = Event(time_s=now.unix_s, reason="Finished", message=f"the lead finished at step {report.step}")
+    event = Event(time_s=now.unix_s, reason="Finished", message=f"the coordinator finished at step {report.step}")
     step = max(job.step, report.step)
     return Applied(job=replace(job, finished=report, step=step, deadline_s=None), events=(event,))
 

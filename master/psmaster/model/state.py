@@ -63,12 +63,12 @@ def node_views(
     taken: dict[tuple[Role, str], list[str]] = defaultdict(list)
     full: set[str] = set()
     for job in jobs.values():
-        for seat in job.seats if job.job_id != job_id else ():
-            if seat.placed:
-                wanted = job.spec.workers.device if seat.kind is ProcessKind.TRAINER else CPU
-                taken[Role.of(seat.kind), seat.node_id].append(seat.device or wanted)
-                if seat.held_back and wanted not in (AUTO, CPU):
-                    full.add(seat.node_id)
+        for placement in job.placements if job.job_id != job_id else ():
+            if placement.placed:
+                wanted = job.spec.workers.device if placement.kind is ProcessKind.TRAINER else CPU
+                taken[Role.of(placement.kind), placement.node_id].append(placement.device or wanted)
+                if placement.held_back and wanted not in (AUTO, CPU):
+                    full.add(placement.node_id)
     views = {
         node.node_id: _view(
             node, now, suspicion_s, taken[node.role, node.node_id], node.leaving or node.node_id in drains
@@ -96,14 +96,14 @@ def _view(node: Node, now: Instant, suspicion_s: float, taken: Sequence[str], dr
     )
 
 
-def turn_of(job: Job) -> tuple[int, float, str]:
+def queue_key(job: Job) -> tuple[int, float, str]:
     """Sorts jobs by whose turn it is: priority, then age."""
     return -job.spec.priority, job.created_s, job.job_id
 
 
 def queue(all_jobs: Mapping[str, Job]) -> list[Job]:
     """The queued jobs, first the one whose turn it is."""
-    return sorted((job for job in all_jobs.values() if job.state is JobState.QUEUED), key=turn_of)
+    return sorted((job for job in all_jobs.values() if job.state is JobState.QUEUED), key=queue_key)
 
 
 def find(all_jobs: Mapping[str, Job], name: str, now: Instant) -> Job:

@@ -32,7 +32,7 @@ def move(job: Job, state: JobState, reason: str) -> Job:
 
 
 def end(job: Job, state: JobState, reason: str, now: Instant, *, warning: bool = False) -> tuple[Job, Event]:
-    """The job ended as `state`: every seat is released, nothing of it waits any more."""
+    """The job ended as `state`: every placement is released, nothing of it waits any more."""
     ended = replace(
         move(job, state, reason),
         ended_s=now.unix_s,

@@ -57,7 +57,8 @@ class Admission:
 
 
 def admit(spec: JobSpec, nodes: Mapping[str, NodeView]) -> Admission:
-    """Seats for all of a job or for nothing of it: between workers.min and workers.max trainers, all its partitions."""
+    """Placements for all of a job or for nothing of it: between workers.min and workers.max trainers, all its
+    partitions."""
     device = spec.workers.device
     trainers = _rooms(nodes, Role.WORKER, device)
     partitions = _rooms(nodes, Role.SERVER, CPU)
@@ -125,7 +126,7 @@ def _natural(node_id: str) -> tuple[str, int, str]:
 
 
 def _shortages(spec: JobSpec, trainers: Mapping[str, int], partitions: Mapping[str, int]) -> list[str]:
-    """What is missing of a job's seats, and how much of it there is: "2 workers: 1"."""
+    """What is missing of a job's placements, and how much of it there is: "2 workers: 1"."""
     wanted = (
         (spec.workers.min, "worker", with_device(spec.workers.device), trainers),
         (spec.servers.partitions, "server", "", partitions),

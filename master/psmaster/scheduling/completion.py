@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from psmaster.model.job import ErrorInfo, Job, JobState, PreflightCheck
-from psmaster.model.plan import ProcessKind, Seat
+from psmaster.model.plan import Placement, ProcessKind
 from psmaster.model.process import Failure, failure_of
 from psmaster.scheduling.draft import Draft, View
 
@@ -15,57 +15,59 @@ def fail_on_reports(draft: Draft, view: View) -> None:
 
     Before the first plan the others are heard first, for one table of what is wrong where."""
     failures = [
-        (seat, failure)
-        for seat in draft.job.working
-        if (failure := failure_of(seat, draft.job, view.processes)) and not _leave_out(draft, seat, failure)
+        (placement, failure)
+        for placement in draft.job.working
+        if (failure := failure_of(placement, draft.job, view.processes)) and not _leave_out(draft, placement, failure)
     ]
     if not failures:
         return
     if draft.job.plan is None:
-        undecided = [seat for seat in draft.job.working if seat.placed and _undecided(seat, draft, view)]
+        undecided = [
+            placement for placement in draft.job.working if placement.placed and _undecided(placement, draft, view)
+        ]
         if undecided and not draft.wait(view.limits.gather_s):
             return
         draft.update(checks=_checks(draft, view))
-    seat, first = failures[0]
-    draft.fail(_told_with_place(seat, first, [other for other, _ in failures]), first.traceback)
+    placement, first = failures[0]
+    draft.fail(_told_with_place(placement, first, [other for other, _ in failures]), first.traceback)
 
 
-def _leave_out(draft: Draft, seat: Seat, failure: Failure) -> bool:
+def _leave_out(draft: Draft, placement: Placement, failure: Failure) -> bool:
     """Spare a running job the failure of one newcomer: its node is left out instead."""
     job = draft.job
     others = any(own.active for own in job.trainers)
-    if job.plan is None or seat.kind is not ProcessKind.TRAINER or seat.active or not others:
+    if job.plan is None or placement.kind is not ProcessKind.TRAINER or placement.active or not others:
         return False
-    draft.exclude(seat.node_id, seat.incarnation, str(failure.error))
-    draft.unseat(seat)
+    draft.exclude(placement.node_id, placement.incarnation, str(failure.error))
+    draft.unseat(placement)
     return True
 
 
-def _undecided(seat: Seat, draft: Draft, view: View) -> bool:
-    process = view.processes.get(seat.process_id(draft.job.job_id))
+def _undecided(placement: Placement, draft: Draft, view: View) -> bool:
+    process = view.processes.get(placement.process_id(draft.job.job_id))
     return process is None or (process.living and process.trainer is None and process.partition is None)
 
 
 def _checks(draft: Draft, view: View) -> tuple[PreflightCheck, ...]:
     found: list[PreflightCheck] = []
-    for seat in draft.job.trainers:
-        process = view.processes.get(seat.process_id(draft.job.job_id))
+    for placement in draft.job.trainers:
+        process = view.processes.get(placement.process_id(draft.job.job_id))
         told = (process.trainer or process.failure) if process else None
-        found.extend(replace(check, node_id=seat.node_id) for check in (told.checks if told else ()))
+        found.extend(replace(check, node_id=placement.node_id) for check in (told.checks if told else ()))
     return tuple(found)
 
 
-def _told_with_place(seat: Seat, failure: Failure, seats: list[Seat]) -> ErrorInfo:
-    where = ", ".join(f"{other.name} on {other.node_id}" for other in seats)
+def _told_with_place(placement: Placement, failure: Failure, placements: list[Placement]) -> ErrorInfo:
+    where = ", ".join(f"{other.name} on {other.node_id}" for other in placements)
     step = f", step {failure.step}" if failure.step else ""
-    details = {**dict(failure.error.details), "process": seat.name, "node": seat.node_id}
+    details = {**dict(failure.error.details), "process": placement.name, "node": placement.node_id}
     return replace(
         failure.error, cause=f"{failure.error.cause} ({where}{step})", details=tuple(sorted(details.items()))
     )
 
 
 def end_if_finished(draft: Draft, view: View) -> None:
-    """SUCCEEDED or STOPPED once the lead has finished and the last snapshot is complete.
+    """SUCCEEDED or STOPPED once the coordinator has finished and the last snapshot is complete.
 
     However long that takes: each partition says when its part is written, or that it cannot be, and then the job has
     FAILED. Whoever asked to stop is not kept waiting for ever: without that snapshot steps are lost, and no more."""
@@ -73,7 +75,7 @@ def end_if_finished(draft: Draft, view: View) -> None:
     if finished is None:
         return
     complete = finished.step == 0 or draft.snapshots.complete(finished.step)
-    away = any(not seat.active for seat in draft.job.partitions)
+    away = any(not placement.active for placement in draft.job.partitions)
     problem = _unwritten(draft.job, finished.step)
     if complete:
         draft.update(parameters_sha256=finished.parameters_sha256)
@@ -94,16 +96,17 @@ def _unwritten(job: Job, step: int) -> ErrorInfo | None:
 
 
 def end_if_stopping(draft: Draft, view: View) -> None:
-    """STOPPED at once before the first step or when a partition is gone, else when the lead says so or time is up."""
+    """STOPPED at once before the first step or when a partition is gone, else when the coordinator says so or time is
+    up."""
     job = draft.job
     if not job.stopping or job.finished is not None:
         return
     if job.state is JobState.STARTING:
         draft.end(JobState.STOPPED, "stopped before its first step" if not job.step else f"stopped at step {job.step}")
-    elif any(not seat.active for seat in job.partitions):
+    elif any(not placement.active for placement in job.partitions):
         draft.end(JobState.STOPPED, f"stopped while it recovered; it resumes from step {_newest(draft)}")
     else:
-        idle = not any(seat.active for seat in job.trainers)
+        idle = not any(placement.active for placement in job.trainers)
         if draft.wait(view.limits.stop_idle_grace_s if idle else view.limits.stop_grace_s):
             draft.end(
                 JobState.STOPPED, f"stopped: no step boundary came; it resumes from step {_newest(draft)}", warning=True

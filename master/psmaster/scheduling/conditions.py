@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from psmaster.model.job import Condition, Instant, Job, JobState
-from psmaster.model.plan import ProcessKind, Seat, counted_on
+from psmaster.model.plan import Placement, ProcessKind, counted_on
 from psmaster.model.process import ready_facts
 from psmaster.scheduling import reachability, retry, standbys
 from psmaster.scheduling.admission import with_device
@@ -22,14 +22,14 @@ def reason(job: Job, view: View, queued: str) -> str:
         return _starting(job, view)
     if job.stopping:
         return "stops at the next step boundary"
-    away = [seat for seat in job.partitions if not seat.active]
+    away = [placement for placement in job.partitions if not placement.active]
     if away:
-        return "recovers: waits for " + ", ".join(_where(seat, job) for seat in away)
+        return "recovers: waits for " + ", ".join(_where(placement, job) for placement in away)
     if job.held >= 0:
         return f"rests at step {job.held}, to move a partition"
     active = counted_on(job.trainers)
     if not active:
-        return "waits for a trainer: " + ", ".join(_where(seat, job) for seat in job.trainers)
+        return "waits for a trainer: " + ", ".join(_where(placement, job) for placement in job.trainers)
     doubts = _doubts(job, view)
     if job.state is JobState.STARTING:
         return "waits for the first step" + doubts
@@ -41,8 +41,8 @@ def reason(job: Job, view: View, queued: str) -> str:
 def _missing(job: Job) -> str:
     """The trainers that do not work yet, to be added to a sentence. Only one that has a node is on the way: nobody is
     to wait for what does not come before a worker is free."""
-    away = [seat for seat in job.trainers if not seat.active]
-    coming = sum(1 for seat in away if seat.placed)
+    away = [placement for placement in job.trainers if not placement.active]
+    coming = sum(1 for placement in away if placement.placed)
     said = f"; {coming} more on the way" if coming else ""
     if len(away) > coming:
         said += f"; no worker{with_device(job.spec.workers.device)} is free for {len(away) - coming} more"
@@ -52,47 +52,57 @@ def _missing(job: Job) -> str:
 def _doubts(job: Job, view: View) -> str:
     """Who does not get on, to be added to a sentence."""
     cut = reachability.judge(job, view.processes, view.now)
-    silent = [seat for seat in job.trainers if seat.suspect and seat.rank not in cut.trainers]
-    stuck = ", ".join(f"{seat.name} on {seat.node_id}" for seat in silent)
+    silent = [placement for placement in job.trainers if placement.suspect and placement.rank not in cut.trainers]
+    stuck = ", ".join(f"{placement.name} on {placement.node_id}" for placement in silent)
     return (f"; hears nothing of {stuck}" if stuck else "") + (
         f"; {reachability.words(cut.reports)}" if cut.reports else ""
     )
 
 
 def _starting(job: Job, view: View) -> str:
-    away = [seat for seat in job.working if not seat.placed or ready_facts(seat, job, view.processes) is None]
+    away = [
+        placement
+        for placement in job.working
+        if not placement.placed or ready_facts(placement, job, view.processes) is None
+    ]
     ready = {
-        kind: sum(1 for seat in job.working if seat.kind is kind and seat not in away)
+        kind: sum(1 for placement in job.working if placement.kind is kind and placement not in away)
         for kind in (ProcessKind.TRAINER, ProcessKind.PARTITION)
     }
     counts = f"{ready[ProcessKind.TRAINER]} of {len(job.trainers)} trainers and "
     counts += f"{ready[ProcessKind.PARTITION]} of {len(job.partitions)} partitions are ready"
-    shown = ", ".join(_where(seat, job) for seat in away[:4]) + (", ..." if len(away) > 4 else "")
+    shown = ", ".join(_where(placement, job) for placement in away[:4]) + (", ..." if len(away) > 4 else "")
     left_out = "; ".join(f"{node_id} is left out: {why}" for node_id, _, why in job.excluded)
     return counts + (f"; waits for {shown}" if away else "") + (f"; {left_out}" if left_out else "")
 
 
-def _where(seat: Seat, job: Job) -> str:
-    if not seat.placed and seat.kind is ProcessKind.TRAINER:
-        return f"a free worker slot{with_device(job.spec.workers.device)} for {seat.name}"
-    if not seat.placed:
-        return f"a free server slot for {seat.name}"
-    again = f", attempt {seat.attempt}" if seat.attempt > 1 else ""
-    waits = f", which starts {retry.delay_s(seat.losses):g} s after the last one was lost" if seat.held_back else ""
-    return f"{seat.name} on {seat.node_id}{again}{waits}"
+def _where(placement: Placement, job: Job) -> str:
+    if not placement.placed and placement.kind is ProcessKind.TRAINER:
+        return f"a free worker slot{with_device(job.spec.workers.device)} for {placement.name}"
+    if not placement.placed:
+        return f"a free server slot for {placement.name}"
+    again = f", attempt {placement.attempt}" if placement.attempt > 1 else ""
+    waits = (
+        f", which starts {retry.delay_s(placement.losses):g} s after the last one was lost"
+        if placement.held_back
+        else ""
+    )
+    return f"{placement.name} on {placement.node_id}{again}{waits}"
 
 
 def conditions(job: Job, now: Instant) -> tuple[Condition, ...]:
     """Admitted, Ready, Progressing, Recovering; `since_s` is kept while a status holds."""
     live = job.state in (JobState.STARTING, JobState.RUNNING)
-    all_active = live and bool(job.seats) and all(seat.active for seat in job.working)
-    partitions = live and bool(job.partitions) and all(seat.active for seat in job.partitions)
-    active = sum(1 for seat in job.trainers if seat.active)
+    all_active = live and bool(job.placements) and all(placement.active for placement in job.working)
+    partitions = live and bool(job.partitions) and all(placement.active for placement in job.partitions)
+    active = sum(1 for placement in job.trainers if placement.active)
     progressing = job.state is JobState.RUNNING and partitions and active > 0
     recovering = live and (job.recovery is not None or (job.plan is not None and not (partitions and active)))
     ended = job.state.value.capitalize() if job.state.ended else ""
     found: tuple[Condition, ...] = (
-        _condition("Admitted", live, ("SeatsHeld", ended or "Queued"), ("seats are held", "no seats are held")),
+        _condition(
+            "Admitted", live, ("PlacementsHeld", ended or "Queued"), ("placements are held", "no placements are held")
+        ),
         _condition(
             "Ready",
             all_active,
@@ -114,7 +124,10 @@ def _replicated(job: Job, live: bool, ended: str) -> Condition:
     """Whether losing any one partition costs no step."""
     shortfall = standbys.shortfall(job)
     every = live and bool(job.standbys) and not shortfall
-    reasons = ("InSync", ended or ("NoStandby" if any(not seat.placed for seat in job.standbys) else "CatchingUp"))
+    reasons = (
+        "InSync",
+        ended or ("NoStandby" if any(not placement.placed for placement in job.standbys) else "CatchingUp"),
+    )
     return _condition(
         "Replicated", every, reasons, ("every partition has a standby in sync", shortfall or "no standby")
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from psmaster.model import transitions
 from psmaster.model.job import ErrorInfo, Event, Instant, Job, JobState
-from psmaster.model.plan import ProcessKind, Seat
+from psmaster.model.plan import Placement, ProcessKind
 from psmaster.model.process import Processes
 from psmaster.model.snapshot_catalog import Catalogue
 from psmaster.scheduling.admission import NodeView
@@ -21,7 +21,7 @@ class Limits:
     suspicion_s: float = 3.0  # silence after which a node is dead
     trainer_grace_s: float = 30.0  # how long a trainer that does not get on may live before it is replaced
     first_grace_s: float = 600.0  # the same while it is at its first microbatch: compilers and cold devices
-    max_losses: int = 5  # processes one seat may lose without a new step in between
+    max_losses: int = 5  # processes one placement may lose without a new step in between
     gather_s: float = 5.0  # how long other nodes' failures at start are waited for
     finish_grace_s: float = 600.0  # how long a job that was asked to stop waits for its last snapshot to be complete
     stop_grace_s: float = 300.0  # how long a stopping job may take to reach a step boundary
@@ -66,16 +66,18 @@ class Draft:
         self.job, event = transitions.fail(self.job, problem, self.now, traceback)
         self.events.append(event)
 
-    def put(self, seat: Seat) -> None:
-        """Replace the seat of the same kind and rank, or append a new one."""
-        field = "trainers" if seat.kind is ProcessKind.TRAINER else "standbys" if seat.standby else "partitions"
-        seats = {own.rank: own for own in getattr(self.job, field)} | {seat.rank: seat}
-        self.update(**{field: tuple(seats[rank] for rank in sorted(seats))})
+    def put(self, placement: Placement) -> None:
+        """Replace the placement of the same kind and rank, or append a new one."""
+        field = (
+            "trainers" if placement.kind is ProcessKind.TRAINER else "standbys" if placement.standby else "partitions"
+        )
+        placements = {own.rank: own for own in getattr(self.job, field)} | {placement.rank: placement}
+        self.update(**{field: tuple(placements[rank] for rank in sorted(placements))})
 
     def place(self, kind: ProcessKind, rank: int, node: NodeView, *, standby: bool = False) -> None:
-        """Give a seat a node and with it its next attempt: a process id that never was."""
-        own = self.job.standby(rank) if standby else self.job.seat(kind, rank)
-        held = own or Seat(kind=kind, rank=rank, standby=standby)
+        """Give a placement a node and with it its next attempt: a process id that never was."""
+        own = self.job.standby(rank) if standby else self.job.placement(kind, rank)
+        held = own or Placement(kind=kind, rank=rank, standby=standby)
         attempts = dict(self.job.attempts)
         attempt = attempts[held.name] = attempts.get(held.name, 0) + 1
         self.update(attempts=tuple(sorted(attempts.items())))
@@ -94,29 +96,29 @@ class Draft:
             )
         )
 
-    def unseat(self, seat: Seat, *, losses: int | None = None) -> None:
-        """Take a seat's node away: its process, if it lives, is no longer wanted."""
+    def unseat(self, placement: Placement, *, losses: int | None = None) -> None:
+        """Take a placement's node away: its process, if it lives, is no longer wanted."""
         self.put(
             replace(
-                seat,
+                placement,
                 node_id="",
                 incarnation="",
-                last_node_id=seat.node_id,
+                last_node_id=placement.node_id,
                 active=False,
                 suspect=False,
                 shards=(),
                 addresses=(),
                 device="",
                 synced=False,
-                losses=seat.losses if losses is None else losses,
+                losses=placement.losses if losses is None else losses,
             )
         )
 
-    def drop(self, seat: Seat) -> None:
-        """Give up a trainer's seat: its process, if it lives, is no longer wanted, and not replaced."""
+    def drop(self, placement: Placement) -> None:
+        """Give up a trainer's placement: its process, if it lives, is no longer wanted, and not replaced."""
         self.update(
-            trainers=tuple(own for own in self.job.trainers if own.rank != seat.rank),
-            connections=tuple(held for held in self.job.connections if held.trainer != seat.rank),
+            trainers=tuple(own for own in self.job.trainers if own.rank != placement.rank),
+            connections=tuple(held for held in self.job.connections if held.trainer != placement.rank),
         )
 
     def exclude(self, node_id: str, incarnation: str, why: str) -> None:

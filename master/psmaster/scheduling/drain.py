@@ -17,7 +17,7 @@ from pscluster.devices import CPU
 from psmaster.model import membership
 from psmaster.model.job import Instant, Job
 from psmaster.model.membership import Health, Node, Role
-from psmaster.model.plan import ProcessKind, Seat, counted_on
+from psmaster.model.plan import Placement, ProcessKind, counted_on
 from psmaster.model.state import State, node_views
 from psmaster.scheduling import standbys
 from psmaster.scheduling.admission import NodeView, choose_node, max_trainers
@@ -31,10 +31,10 @@ RETRY_S = 120.0  # ... so long
 Nodes = Mapping[str, NodeView]
 
 
-def sharing(job: Job, nodes: Nodes) -> list[Seat]:
+def sharing(job: Job, nodes: Nodes) -> list[Placement]:
     """The trainers that may have shards: those counted on, but on draining nodes only if there are no others."""
     counted = list(counted_on(job.trainers))
-    return [seat for seat in counted if not _drains(seat, nodes)] or counted
+    return [placement for placement in counted if not _drains(placement, nodes)] or counted
 
 
 def move_away(draft: Draft, view: View) -> None:
@@ -43,7 +43,11 @@ def move_away(draft: Draft, view: View) -> None:
     if job.stopping or job.finished is not None:
         return
     for kind in ProcessKind:
-        leaving = [seat for seat in job.seats if seat.kind is kind and seat.placed and _drains(seat, view.nodes)]
+        leaving = [
+            placement
+            for placement in job.placements
+            if placement.kind is kind and placement.placed and _drains(placement, view.nodes)
+        ]
         if job.plan is None:
             _start_elsewhere(draft, view, leaving)
         elif kind is ProcessKind.TRAINER:
@@ -52,87 +56,89 @@ def move_away(draft: Draft, view: View) -> None:
             _move_partitions(draft, view, leaving)
 
 
-def _drains(seat: Seat, nodes: Nodes) -> bool:
-    return seat.node_id in nodes and nodes[seat.node_id].draining
+def _drains(placement: Placement, nodes: Nodes) -> bool:
+    return placement.node_id in nodes and nodes[placement.node_id].draining
 
 
-def _start_elsewhere(draft: Draft, view: View, leaving: Sequence[Seat]) -> None:
+def _start_elsewhere(draft: Draft, view: View, leaving: Sequence[Placement]) -> None:
     """What has not done anything yet is simply started on another node, if there is room."""
-    for seat in leaving:
-        if _room(draft.job, view.nodes, draft.excluded(view.nodes), [seat]):
-            draft.unseat(seat)
+    for placement in leaving:
+        if _room(draft.job, view.nodes, draft.excluded(view.nodes), [placement]):
+            draft.unseat(placement)
 
 
-def _move_trainers(draft: Draft, view: View, leaving: Sequence[Seat]) -> None:
-    staying = [seat for seat in draft.job.trainers if seat.placed and not _drains(seat, view.nodes)]
-    if any(seat.active for seat in staying):
-        for seat in leaving:
-            if _has_handed_over(draft.job, seat):
-                _release(draft, seat)
-    elif leaving and not staying and all(seat.placed for seat in draft.job.trainers):
+def _move_trainers(draft: Draft, view: View, leaving: Sequence[Placement]) -> None:
+    staying = [placement for placement in draft.job.trainers if placement.placed and not _drains(placement, view.nodes)]
+    if any(placement.active for placement in staying):
+        for placement in leaving:
+            if _has_handed_over(draft.job, placement):
+                _release(draft, placement)
+    elif leaving and not staying and all(placement.placed for placement in draft.job.trainers):
         _start_another(draft, view, leaving)
     if not leaving:
-        for seat in draft.job.trainers[max_trainers(draft.job.spec) :]:
-            draft.drop(seat)  # it was to take over from one that stays after all
+        for placement in draft.job.trainers[max_trainers(draft.job.spec) :]:
+            draft.drop(placement)  # it was to take over from one that stays after all
 
 
-def _has_handed_over(job: Job, seat: Seat) -> bool:
+def _has_handed_over(job: Job, placement: Placement) -> bool:
     """A step was committed since it has no shards: nobody waits for what it computes."""
     has_rested = job.dealing is None or job.step > job.dealing.step
-    return not seat.active or (not seat.shards and has_rested)
+    return not placement.active or (not placement.shards and has_rested)
 
 
-def _release(draft: Draft, seat: Seat) -> None:
-    """Its process may end; the seat stays where the job may have as many, and goes to another node with room."""
-    draft.say("TrainerMoved", f"{seat.name} leaves {seat.node_id}, which drains; the others have its shards")
+def _release(draft: Draft, placement: Placement) -> None:
+    """Its process may end; the placement stays where the job may have as many, and goes to another node with room."""
+    draft.say("TrainerMoved", f"{placement.name} leaves {placement.node_id}, which drains; the others have its shards")
     if len(draft.job.trainers) > max_trainers(draft.job.spec):
-        draft.drop(seat)
+        draft.drop(placement)
     else:
-        draft.unseat(seat)
+        draft.unseat(placement)
 
 
-def _start_another(draft: Draft, view: View, leaving: Sequence[Seat]) -> None:
+def _start_another(draft: Draft, view: View, leaving: Sequence[Placement]) -> None:
     """Nobody could take the shards over: one trainer more is started elsewhere, for as long as both are needed."""
     node = _choose(draft.job, view.nodes, draft.excluded(view.nodes), ProcessKind.TRAINER, ())
     if node is None:
         return
-    seat = Seat(kind=ProcessKind.TRAINER, rank=max(own.rank for own in draft.job.trainers) + 1)
-    draft.place(seat.kind, seat.rank, node)
+    placement = Placement(kind=ProcessKind.TRAINER, rank=max(own.rank for own in draft.job.trainers) + 1)
+    draft.place(placement.kind, placement.rank, node)
     where = f"{leaving[0].name} on {leaving[0].node_id}, which drains"
-    draft.say("TrainerAdded", f"{seat.name} starts on {node.node_id}, to take over from {where}")
+    draft.say("TrainerAdded", f"{placement.name} starts on {node.node_id}, to take over from {where}")
 
 
-def _move_partitions(draft: Draft, view: View, held: Sequence[Seat]) -> None:
-    leaving = [seat for seat in held if not seat.standby and not _handed_to_standby(draft, view, seat)]
-    for seat in draft.job.standbys:
-        if seat.placed and _drains(seat, view.nodes):
-            draft.unseat(seat)
+def _move_partitions(draft: Draft, view: View, held: Sequence[Placement]) -> None:
+    leaving = [
+        placement for placement in held if not placement.standby and not _handed_to_standby(draft, view, placement)
+    ]
+    for placement in draft.job.standbys:
+        if placement.placed and _drains(placement, view.nodes):
+            draft.unseat(placement)
     job = draft.job
-    whole = all(seat.active for seat in job.partitions)
+    whole = all(placement.active for placement in job.partitions)
     may_move = whole and leaving and _room(job, view.nodes, draft.excluded(view.nodes), leaving)
     if not may_move or _waits_in_vain(draft):
         if job.saving:
             draft.update(saving=False, held=-1)
         if not whole:
-            _start_elsewhere(draft, view, [seat for seat in leaving if not seat.active])
+            _start_elsewhere(draft, view, [placement for placement in leaving if not placement.active])
     elif not job.saving:
         draft.update(saving=True, held=-1, held_s=None)
-        nodes = ", ".join(dict.fromkeys(seat.node_id for seat in leaving))
+        nodes = ", ".join(dict.fromkeys(placement.node_id for placement in leaving))
         draft.say("PartitionMoves", f"rests after the next step, to move {_names(leaving)} away from {nodes}")
     elif job.held >= 0 and draft.snapshots.complete(job.held):
         draft.update(saving=False, held=-1, held_s=None)
-        for seat in leaving:
-            draft.unseat(seat)
+        for placement in leaving:
+            draft.unseat(placement)
 
 
-def _handed_to_standby(draft: Draft, view: View, seat: Seat) -> bool:
+def _handed_to_standby(draft: Draft, view: View, placement: Placement) -> bool:
     """Whether a standby in sync, on a node that stays, takes over from a partition that would have to move."""
-    standby = draft.job.standby(seat.rank)
-    if standby is None or not standby.synced or not seat.active or _drains(standby, view.nodes):
+    standby = draft.job.standby(placement.rank)
+    if standby is None or not standby.synced or not placement.active or _drains(standby, view.nodes):
         return False
-    draft.say("PartitionMoves", f"{seat.name} leaves {seat.node_id}, which drains; its standby takes over")
-    draft.unseat(seat)
-    standbys.succeed(draft, seat, seat.losses)
+    draft.say("PartitionMoves", f"{placement.name} leaves {placement.node_id}, which drains; its standby takes over")
+    draft.unseat(placement)
+    standbys.succeed(draft, placement, placement.losses)
     return True
 
 
@@ -150,11 +156,11 @@ def _waits_in_vain(draft: Draft) -> bool:
     return not job.saving and waited_s < SAVE_S + RETRY_S
 
 
-def _room(job: Job, nodes: Nodes, excluded: frozenset[str], seats: Sequence[Seat]) -> bool:
+def _room(job: Job, nodes: Nodes, excluded: frozenset[str], placements: Sequence[Placement]) -> bool:
     """Whether all of these have another place."""
     planned: list[str] = []
-    for seat in seats:
-        node = _choose(job, nodes, excluded, seat.kind, planned)
+    for placement in placements:
+        node = _choose(job, nodes, excluded, placement.kind, planned)
         if node is None:
             return False
         planned.append(node.node_id)
@@ -165,7 +171,7 @@ def _choose(
     job: Job, nodes: Nodes, excluded: frozenset[str], kind: ProcessKind, planned: Sequence[str]
 ) -> NodeView | None:
     """A node for one process more, where those for `planned` are taken already."""
-    taken = Counter([own.node_id for own in job.seats if own.placed] + list(planned))
+    taken = Counter([own.node_id for own in job.placements if own.placed] + list(planned))
     device = job.spec.workers.device if kind is ProcessKind.TRAINER else CPU
     return choose_node(nodes, Role.of(kind), taken, excluded, "", device)
 
@@ -177,7 +183,7 @@ def status(state: State, node: Node) -> str:
     """DRAINING while a job has a process on the node, DRAINED then; empty for a node that is not drained."""
     if node.node_id not in state.drains and not node.leaving:
         return ""
-    held = any(seat.node_id == node.node_id for job in state.jobs.values() for seat in job.seats)
+    held = any(placement.node_id == node.node_id for job in state.jobs.values() for placement in job.placements)
     return DRAINING if held else DRAINED
 
 
@@ -199,32 +205,32 @@ def waits_for(state: State, node: Node, now: Instant, suspicion_s: float) -> lis
         return []
     found = []
     for job in state.jobs.values():
-        leaving = [seat for seat in job.seats if seat.node_id == node.node_id]
+        leaving = [placement for placement in job.placements if placement.node_id == node.node_id]
         if leaving:
             nodes = node_views(state.jobs, state.nodes, job.job_id, now, suspicion_s, state.drains)
             found.append(f"{job.job_id}: {_waits(job, nodes, leaving)}")
     return found
 
 
-def _waits(job: Job, nodes: Nodes, leaving: Sequence[Seat]) -> str:
+def _waits(job: Job, nodes: Nodes, leaving: Sequence[Placement]) -> str:
     if job.stopping or job.finished is not None:
         return "is about to end"
-    if any(seat.kind is ProcessKind.PARTITION for seat in leaving):
+    if any(placement.kind is ProcessKind.PARTITION for placement in leaving):
         return _partitions_wait(job, nodes, leaving)
-    staying = [seat for seat in job.trainers if seat.placed and not _drains(seat, nodes)]
-    if any(seat.active for seat in staying) and job.plan is not None:
+    staying = [placement for placement in job.trainers if placement.placed and not _drains(placement, nodes)]
+    if any(placement.active for placement in staying) and job.plan is not None:
         return f"{_names(leaving)} hands its shards over"
     if staying:
-        return f"waits until {_names(staying)} is ready on {', '.join(seat.node_id for seat in staying)}"
+        return f"waits until {_names(staying)} is ready on {', '.join(placement.node_id for placement in staying)}"
     return f"no other worker has room for {_names(leaving)}, without which it cannot go on"
 
 
-def _partitions_wait(job: Job, nodes: Nodes, leaving: Sequence[Seat]) -> str:
+def _partitions_wait(job: Job, nodes: Nodes, leaving: Sequence[Placement]) -> str:
     if job.held >= 0:
         return f"rests at step {job.held} until its snapshot is complete"
     if job.saving:
         return "goes on to the end of the step"
-    away = [seat for seat in job.partitions if not seat.active]
+    away = [placement for placement in job.partitions if not placement.active]
     if away and job.plan is not None:
         return f"waits for {_names(away)}"
     excluded = frozenset(node_id for node_id, _, _ in job.excluded)
@@ -233,5 +239,5 @@ def _partitions_wait(job: Job, nodes: Nodes, leaving: Sequence[Seat]) -> str:
     return f"{_names(leaving)} moves"
 
 
-def _names(seats: Sequence[Seat]) -> str:
-    return ", ".join(seat.name for seat in seats)
+def _names(placements: Sequence[Placement]) -> str:
+    return ", ".join(placement.name for placement in placements)

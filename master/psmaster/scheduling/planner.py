@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from psmaster.model import snapshot_catalog
 from psmaster.model.job import Dealing, Job
-from psmaster.model.plan import Plan, Seat, counted_on
+from psmaster.model.plan import Placement, Plan, counted_on
 from psmaster.scheduling import drain, rebalance
 from psmaster.scheduling.draft import Draft, View
 
@@ -16,14 +16,14 @@ def replan(draft: Draft, view: View) -> None:
     sake; new kept steps in the same one.
 
     While a partition is away there is no new plan: nothing can be committed, and the next one restores. Where a standby
-    in sync has the seat, the partition is not away, and the next plan goes on."""
+    in sync has the placement, the partition is not away, and the next plan goes on."""
     job, plan = draft.job, draft.job.plan
-    if plan is None or any(not seat.active for seat in job.partitions):
+    if plan is None or any(not placement.active for placement in job.partitions):
         return
-    new = [seat for seat in job.partitions if not plan.holds(seat)]
+    new = [placement for placement in job.partitions if not plan.holds(placement)]
     if new:
-        if any(seat.active for seat in job.trainers):
-            make_plan(draft, view, restore=not all(seat.synced for seat in new))
+        if any(placement.active for placement in job.trainers):
+            make_plan(draft, view, restore=not all(placement.synced for placement in new))
     elif _is_stale(job, plan, view):
         make_plan(draft, view, restore=False)
     elif move := rebalance.due(job, drain.sharing(job, view.nodes), view.processes, view.now):
@@ -39,34 +39,34 @@ def replan(draft: Draft, view: View) -> None:
 
 def _is_stale(job: Job, plan: Plan, view: View) -> bool:
     """Whether the plan counts on others than there are, has shards where none should be, or asks for something else."""
-    active = frozenset((seat.rank, seat.attempt) for seat in counted_on(job.trainers))
-    standing_by = frozenset((seat.rank, seat.attempt) for seat in job.standbys if seat.active)
+    active = frozenset((placement.rank, placement.attempt) for placement in counted_on(job.trainers))
+    standing_by = frozenset((placement.rank, placement.attempt) for placement in job.standbys if placement.active)
     if active and (active, standing_by) != (plan.active, plan.standing_by):
         return True
     if (job.stopping, job.saving) != (plan.stop, plan.save):
         return True
     sharing = drain.sharing(job, view.nodes)
-    return any(seat.shards for seat in job.trainers if seat not in sharing)
+    return any(placement.shards for placement in job.trainers if placement not in sharing)
 
 
 def make_plan(draft: Draft, view: View, *, restore: bool, probe: int = -1) -> None:
-    """The plan of the next generation over the seats that are active; with `restore`, from the newest snapshot.
+    """The plan of the next generation over the placements that are active; with `restore`, from the newest snapshot.
 
     `probe`: the rank that gets one shard to be measured again; -1: all get what their speed is good for."""
     job = draft.job
     generation = job.generation + 1
     paces = rebalance.paces_of(drain.sharing(job, view.nodes), job.job_id, view.processes)
     runs = rebalance.deal(job.num_shards, paces, probe)
-    trainers = tuple(replace(seat, shards=runs.get(seat.rank, ())) for seat in job.trainers)
+    trainers = tuple(replace(placement, shards=runs.get(placement.rank, ())) for placement in job.trainers)
     taken = [] if restore or job.plan is None else [s.rank for s in job.partitions if not job.plan.holds(s)]
-    partitions = tuple(replace(seat, synced=True) for seat in job.partitions)
+    partitions = tuple(replace(placement, synced=True) for placement in job.partitions)
     plan = Plan(
         generation=generation,
         trainers=trainers,
         partitions=partitions,
-        standbys=tuple(replace(seat, synced=False) for seat in job.standbys if seat.active),
+        standbys=tuple(replace(placement, synced=False) for placement in job.standbys if placement.active),
         moved_generation=generation if taken else 0 if job.plan is None else job.plan.moved_generation,
-        lead_generation=generation if 0 in taken else 0 if job.plan is None else job.plan.lead_generation,
+        coordinator_generation=generation if 0 in taken else 0 if job.plan is None else job.plan.coordinator_generation,
         restore_generation=generation if restore or job.plan is None else job.plan.restore_generation,
         resume_step=0 if job.plan is None else job.plan.resume_step,
         restore=None if job.plan is None else job.plan.restore,
@@ -94,7 +94,7 @@ def _restore(draft: Draft, plan: Plan, *, fresh: bool, rested: bool) -> None:
     stale = job.metrics_step > step
     draft.update(
         plan=replace(plan, resume_step=step, restore=point if step else None),
-        standbys=tuple(replace(seat, synced=False) for seat in job.standbys),
+        standbys=tuple(replace(placement, synced=False) for placement in job.standbys),
         step=step,
         finished=None,
         trouble=None if job.trouble is not None and job.trouble.step > step else job.trouble,  # it is written anew
@@ -125,11 +125,11 @@ def _again(step: int, reached: int) -> str:
     return f"; steps {step + 1} to {reached} are computed again"
 
 
-def _dealt(trainers: tuple[Seat, ...]) -> str:
+def _dealt(trainers: tuple[Placement, ...]) -> str:
     active = counted_on(trainers)
-    listed = ", ".join(f"{seat.name} {_run_text(seat)}" for seat in active[:8])
+    listed = ", ".join(f"{placement.name} {_run_text(placement)}" for placement in active[:8])
     return f"shards dealt to {listed}" + (", ..." if len(active) > 8 else "") if active else "no trainer is active"
 
 
-def _run_text(seat: Seat) -> str:
-    return ", ".join(f"{first}-{first + count - 1}" for first, count in seat.shards) or "none"
+def _run_text(placement: Placement) -> str:
+    return ", ".join(f"{first}-{first + count - 1}" for first, count in placement.shards) or "none"

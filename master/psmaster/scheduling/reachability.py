@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from psmaster.model.job import Instant, Job
-from psmaster.model.plan import Seat
+from psmaster.model.plan import Placement
 from psmaster.model.process import Processes
 
 GRACE_S = 1.0
@@ -20,7 +20,7 @@ GRACE_S = 1.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cut:
-    """`reports`: what each process cannot reach, by the name of its seat, as far as it is told; the others may be
+    """`reports`: what each process cannot reach, by the name of its placement, as far as it is told; the others may be
     empty. `trainers`: ranks to do without. `partitions`: indices to give up."""
 
     reports: Mapping[str, frozenset[int]]
@@ -37,16 +37,18 @@ def judge(job: Job, processes: Processes, now: Instant) -> Cut:
         return NOTHING
     if job.plan is None or job.finished is not None:
         return NOTHING
-    if not all(seat.active and job.plan.holds(seat) for seat in job.partitions):
+    if not all(placement.active and job.plan.holds(placement) for placement in job.partitions):
         return NOTHING  # one is away, or where nobody was told yet: of course it is not reached
-    trainers = {seat: _told(seat, job, processes) for seat in job.trainers if _counts(seat, job, processes)}
-    voters = {seat: _told(seat, job, processes) for seat in job.partitions if seat.rank}
-    reports = {seat.name: told for seat, told in (trainers | voters).items() if told}
+    trainers = {
+        placement: _told(placement, job, processes) for placement in job.trainers if _counts(placement, job, processes)
+    }
+    voters = {placement: _told(placement, job, processes) for placement in job.partitions if placement.rank}
+    reports = {placement.name: told for placement, told in (trainers | voters).items() if told}
     if not reports:
         return NOTHING
-    ripe = {seat for seat in (*trainers, *voters) if _is_ripe(seat, job, processes, now)}
+    ripe = {placement for placement in (*trainers, *voters) if _is_ripe(placement, job, processes, now)}
     lost = _lost_to_trainers(trainers, ripe, len(job.partitions)) | _lost_to_voters(voters, ripe)
-    cut_off = frozenset(seat.rank for seat, told in trainers.items() if seat in ripe and told - lost)
+    cut_off = frozenset(placement.rank for placement, told in trainers.items() if placement in ripe and told - lost)
     return Cut(reports=reports, trainers=cut_off, partitions=lost)
 
 
@@ -61,16 +63,16 @@ def cannot_reach(missing: frozenset[int]) -> str:
     return "cannot reach " + ", ".join(f"partition-{index}" for index in sorted(missing))
 
 
-def _counts(seat: Seat, job: Job, processes: Processes) -> bool:
+def _counts(placement: Placement, job: Job, processes: Processes) -> bool:
     """Whether a trainer's word counts: who is silent says nothing new."""
-    process = processes.get(seat.process_id(job.job_id))
-    return seat.active and process is not None and process.suspicion != "silent"
+    process = processes.get(placement.process_id(job.job_id))
+    return placement.active and process is not None and process.suspicion != "silent"
 
 
-def _told(seat: Seat, job: Job, processes: Processes) -> frozenset[int]:
+def _told(placement: Placement, job: Job, processes: Processes) -> frozenset[int]:
     """What it cannot reach of where the partitions are now: addresses change when the job goes back and when a standby
     takes over, and what was said before that is void."""
-    process, plan = processes.get(seat.process_id(job.job_id)), job.plan
+    process, plan = processes.get(placement.process_id(job.job_id)), job.plan
     if process is None or plan is None:
         return frozenset()
     if process.unreached.generation < max(plan.restore_generation, plan.moved_generation):
@@ -78,15 +80,17 @@ def _told(seat: Seat, job: Job, processes: Processes) -> frozenset[int]:
     return process.unreached.partitions
 
 
-def _is_ripe(seat: Seat, job: Job, processes: Processes, now: Instant) -> bool:
-    process = processes.get(seat.process_id(job.job_id))
+def _is_ripe(placement: Placement, job: Job, processes: Processes, now: Instant) -> bool:
+    process = processes.get(placement.process_id(job.job_id))
     return process is not None and now.mono_s - process.unreached.since_s >= GRACE_S
 
 
-def _lost_to_trainers(trainers: Mapping[Seat, frozenset[int]], ripe: set[Seat], num_partitions: int) -> frozenset[int]:
+def _lost_to_trainers(
+    trainers: Mapping[Placement, frozenset[int]], ripe: set[Placement], num_partitions: int
+) -> frozenset[int]:
     """The partitions that no trainer reaches. Not when it is all of them, for then it may be the trainers' network; but
     several trainers are right about the only one."""
-    if not trainers or not any(seat in ripe for seat in trainers):
+    if not trainers or not any(placement in ripe for placement in trainers):
         return frozenset()
     by_all = frozenset.intersection(*trainers.values())
     if len(by_all) == num_partitions and not (num_partitions == 1 and len(trainers) > 1):
@@ -94,9 +98,9 @@ def _lost_to_trainers(trainers: Mapping[Seat, frozenset[int]], ripe: set[Seat], 
     return by_all
 
 
-def _lost_to_voters(voters: Mapping[Seat, frozenset[int]], ripe: set[Seat]) -> frozenset[int]:
-    """Who does not reach the lead cannot vote. When several others all do not, it is the lead."""
-    cut_off = frozenset(seat.rank for seat, told in voters.items() if told and seat in ripe)
+def _lost_to_voters(voters: Mapping[Placement, frozenset[int]], ripe: set[Placement]) -> frozenset[int]:
+    """Who does not reach the coordinator cannot vote. When several others all do not, it is the coordinator."""
+    cut_off = frozenset(placement.rank for placement, told in voters.items() if told and placement in ripe)
     if len(voters) > 1 and len(cut_off) == len(voters):
         return frozenset({0})
     return cut_off

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from psmaster.model.job import Dealing, Instant, Job
-from psmaster.model.plan import Seat
+from psmaster.model.plan import Placement
 from psmaster.model.process import Processes
 from psmaster.model.speed import MeasuredSpeed
 from psmaster.scheduling.shard_assignment import Runs, deal_shards, least_makespan_s, makespan_s
@@ -39,9 +39,9 @@ class Move:
     probe: int = -1
 
 
-def paces_of(seats: Iterable[Seat], job_id: str, processes: Processes) -> dict[int, MeasuredSpeed]:
-    """What is known of the trainers in these seats, by rank."""
-    found = {seat.rank: processes.get(seat.process_id(job_id)) for seat in seats}
+def paces_of(placements: Iterable[Placement], job_id: str, processes: Processes) -> dict[int, MeasuredSpeed]:
+    """What is known of the trainers in these placements, by rank."""
+    found = {placement.rank: processes.get(placement.process_id(job_id)) for placement in placements}
     return {rank: process.pace if process else MeasuredSpeed() for rank, process in found.items()}
 
 
@@ -68,13 +68,13 @@ def straggler_of(paces: Mapping[int, MeasuredSpeed]) -> tuple[int, float]:
     return slowest, known[slowest] / statistics.median_low(known.values())
 
 
-def due(job: Job, seats: Sequence[Seat], processes: Processes, now: Instant) -> Move | None:
-    """Whether shards should move between `seats`, the active trainers that may have some; None: as they lie."""
+def due(job: Job, placements: Sequence[Placement], processes: Processes, now: Instant) -> Move | None:
+    """Whether shards should move between `placements`, the active trainers that may have some; None: as they lie."""
     dealing = job.dealing
-    if dealing is None or len(seats) < 2 or job.stopping or job.finished is not None:
+    if dealing is None or len(placements) < 2 or job.stopping or job.finished is not None:
         return None
-    paces = paces_of(seats, job.job_id, processes)
-    sizes = {seat.rank: sum(count for _, count in seat.shards) for seat in seats}
+    paces = paces_of(placements, job.job_id, processes)
+    sizes = {placement.rank: sum(count for _, count in placement.shards) for placement in placements}
     if any(size and paces[rank].measurements < MEASUREMENTS for rank, size in sizes.items()):
         return None
     probed = dealing.probe in paces and paces[dealing.probe].heard_s > dealing.since_s
@@ -84,8 +84,8 @@ def due(job: Job, seats: Sequence[Seat], processes: Processes, now: Instant) -> 
     before_s, after_s = makespan_s(sizes, speeds), least_makespan_s(job.num_shards, list(speeds.values()))
     gain = 1 - after_s / before_s if before_s else 0.0
     if gain > GAIN:
-        return _move(job, seats, paces, gain, _after_move(dealing, probed, now))
-    return _probe(seats, paces, sizes, after_s, dealing, now)
+        return _move(job, placements, paces, gain, _after_move(dealing, probed, now))
+    return _probe(placements, paces, sizes, after_s, dealing, now)
 
 
 def _rested(job: Job, dealing: Dealing, now: Instant) -> bool:
@@ -105,16 +105,18 @@ def _after_move(dealing: Dealing, probed: bool, now: Instant) -> Dealing:
     return replace(dealing, moves=min(moves + 1, 16), moved_s=now.mono_s, probe=-1)
 
 
-def _move(job: Job, seats: Sequence[Seat], paces: Mapping[int, MeasuredSpeed], gain: float, dealing: Dealing) -> Move:
+def _move(
+    job: Job, placements: Sequence[Placement], paces: Mapping[int, MeasuredSpeed], gain: float, dealing: Dealing
+) -> Move:
     slowest, ratio = straggler_of(paces)
     runs = deal(job.num_shards, paces)
     sizes = {rank: sum(count for _, count in of_rank) for rank, of_rank in runs.items()}
-    seat = next(seat for seat in seats if seat.rank == slowest)
-    had, has = sum(count for _, count in seat.shards), sizes[slowest]
+    placement = next(placement for placement in placements if placement.rank == slowest)
+    had, has = sum(count for _, count in placement.shards), sizes[slowest]
     if ratio >= NAMED:
         pace_s = paces[slowest].microbatch_s
-        what = f"{seat.name} on {seat.node_id} takes {ratio:.1f} times as long as the median trainer for a microbatch"
-        what += f" ({pace_s:.3g} s): it has {has} of {job.num_shards} shards now, {had} before"
+        what = f"{placement.name} on {placement.node_id} takes {ratio:.1f} times as long as the median trainer"
+        what += f" for a microbatch ({pace_s:.3g} s): it has {has} of {job.num_shards} shards now, {had} before"
     else:
         what = f"no trainer is slow: they have {min(sizes.values())} to {max(sizes.values())} shards each now"
     tried = tuple((rank, count) for rank, count in dealing.tried if not sizes.get(rank))
@@ -124,7 +126,7 @@ def _move(job: Job, seats: Sequence[Seat], paces: Mapping[int, MeasuredSpeed], g
 
 
 def _probe(
-    seats: Sequence[Seat],
+    placements: Sequence[Placement],
     paces: Mapping[int, MeasuredSpeed],
     sizes: Mapping[int, int],
     least_s: float,
@@ -134,19 +136,20 @@ def _probe(
     """Who was too slow to have shards may have become faster: the one that was measured longest ago is tried again."""
     tried = dict(dealing.tried)
     waiting = [
-        seat
-        for seat in seats
-        if not sizes[seat.rank]
-        and paces[seat.rank].microbatch_s > least_s
-        and now.mono_s - max(paces[seat.rank].heard_s, dealing.since_s) >= probe_wait_s(tried.get(seat.rank, 0))
+        placement
+        for placement in placements
+        if not sizes[placement.rank]
+        and paces[placement.rank].microbatch_s > least_s
+        and now.mono_s - max(paces[placement.rank].heard_s, dealing.since_s)
+        >= probe_wait_s(tried.get(placement.rank, 0))
     ]
     if not waiting:
         return None
-    seat = min(waiting, key=lambda seat: (paces[seat.rank].heard_s, seat.rank))
-    tried[seat.rank] = tried.get(seat.rank, 0) + 1
-    message = f"{seat.name} on {seat.node_id} was too slow for a shard; it is tried again with one"
-    probing = replace(dealing, probe=seat.rank, tried=tuple(sorted(tried.items())))
-    return Move(reason="ShardTried", message=message, dealing=probing, probe=seat.rank)
+    placement = min(waiting, key=lambda placement: (paces[placement.rank].heard_s, placement.rank))
+    tried[placement.rank] = tried.get(placement.rank, 0) + 1
+    message = f"{placement.name} on {placement.node_id} was too slow for a shard; it is tried again with one"
+    probing = replace(dealing, probe=placement.rank, tried=tuple(sorted(tried.items())))
+    return Move(reason="ShardTried", message=message, dealing=probing, probe=placement.rank)
 
 
 def probe_wait_s(tried: int) -> float:

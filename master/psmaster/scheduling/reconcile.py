@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pscluster.errors import InternalError
 from psmaster.model import transitions
 from psmaster.model.job import Event, Instant, Job, JobState
-from psmaster.model.plan import Plan, ProcessKind, Seat
+from psmaster.model.plan import Placement, Plan, ProcessKind
 from psmaster.model.process import Processes
 from psmaster.model.snapshot_catalog import Catalogue
 from psmaster.scheduling import completion, conditions, drain, planner, recovery, retry, standbys, startup
@@ -42,7 +42,7 @@ class Desired:
 
     process_id: str
     job_id: str
-    seat: Seat
+    placement: Placement
     plan: Plan | None
 
 
@@ -68,8 +68,8 @@ def reconcile(
     grow: bool = False,
     ahead: str = "",
 ) -> Outcome:
-    """The job's next state. `grow`: it may take more seats than it has; `ahead`: the job whose turn comes before this
-    queued one, empty if it is first."""
+    """The job's next state. `grow`: it may take more placements than it has; `ahead`: the job whose turn comes before
+    this queued one, empty if it is first."""
     view = View(nodes=nodes, processes=processes, now=now, limits=limits, grow=grow)
     draft = Draft(job, snapshots, now)
     if job.state is JobState.QUEUED:
@@ -89,16 +89,16 @@ def reconcile(
 
 
 def desired(job: Job) -> tuple[Desired, ...]:
-    """The processes of a job: one for each seat that has a node and need not wait."""
+    """The processes of a job: one for each placement that has a node and need not wait."""
     return tuple(
         Desired(
-            process_id=seat.process_id(job.job_id),
+            process_id=placement.process_id(job.job_id),
             job_id=job.job_id,
-            seat=seat,
-            plan=job.plan if job.plan is not None and job.plan.names(seat) else None,
+            placement=placement,
+            plan=job.plan if job.plan is not None and job.plan.names(placement) else None,
         )
-        for seat in job.seats
-        if seat.placed and not seat.held_back
+        for placement in job.placements
+        if placement.placed and not placement.held_back
     )
 
 
@@ -117,9 +117,9 @@ def _admit(draft: Draft, view: View, ahead: str) -> None:
     draft.job = replace(
         transitions.move(job, JobState.STARTING, "starts"),
         started_s=job.started_s or draft.now.unix_s,
-        trainers=tuple(Seat(kind=ProcessKind.TRAINER, rank=rank) for rank in range(len(admission.trainers))),
-        partitions=tuple(Seat(kind=ProcessKind.PARTITION, rank=rank) for rank in range(len(admission.partitions))),
-        standbys=standbys.empty_seats(job, len(admission.partitions)),
+        trainers=tuple(Placement(kind=ProcessKind.TRAINER, rank=rank) for rank in range(len(admission.trainers))),
+        partitions=tuple(Placement(kind=ProcessKind.PARTITION, rank=rank) for rank in range(len(admission.partitions))),
+        standbys=standbys.empty_placements(job, len(admission.partitions)),
     )
     for kind, places in ((ProcessKind.TRAINER, admission.trainers), (ProcessKind.PARTITION, admission.partitions)):
         for rank, node_id in enumerate(places):

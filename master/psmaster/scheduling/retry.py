@@ -3,14 +3,14 @@
 One that had worked is replaced at once, and where it was: its end says little about its node. One that never became
 ready says that something may be missing there, such as room on the disk, which comes back in a moment or not at all.
 So the next one goes to another node if one has room, and starts only after a wait that doubles: a fault of some seconds
-does not use up all the losses that a seat may have. The seat has its place meanwhile, lest another job take it.
-"""
+does not use up all the losses that a placement may have. The placement has its place meanwhile, lest another job take
+it."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from psmaster.model.plan import Seat
+from psmaster.model.plan import Placement
 from psmaster.model.process import Loss, was_ready
 from psmaster.scheduling.draft import Draft, View
 
@@ -19,30 +19,30 @@ MAX_S = 30.0
 
 
 def delay_s(losses: int) -> float:
-    """The wait after so many losses, from 1. With the five that a seat may have, all waits together are 15.5 s."""
+    """The wait after so many losses, from 1. With the five that a placement may have, all waits together are 15.5 s."""
     return min(MAX_S, FIRST_S * 2.0 ** (losses - 1))
 
 
-def unseat(draft: Draft, view: View, seat: Seat, loss: Loss, losses: int) -> None:
-    """Empty a seat whose process was lost, the `losses`th of it (0: the count begins anew), and note what that means
-    for the next one."""
-    if loss.counted and losses and not was_ready(seat, draft.job, view.processes):
-        others = tuple(node_id for node_id in seat.failed_on if node_id != seat.node_id)
+def unseat(draft: Draft, view: View, placement: Placement, loss: Loss, losses: int) -> None:
+    """Empty a placement whose process was lost, the `losses`th of it (0: the count begins anew), and note what that
+    means for the next one."""
+    if loss.counted and losses and not was_ready(placement, draft.job, view.processes):
+        others = tuple(node_id for node_id in placement.failed_on if node_id != placement.node_id)
         until_s = draft.now.mono_s + delay_s(losses)
-        seat = replace(seat, failed_on=(*others, seat.node_id), not_before_s=until_s)
-    draft.unseat(seat, losses=losses)
+        placement = replace(placement, failed_on=(*others, placement.node_id), not_before_s=until_s)
+    draft.unseat(placement, losses=losses)
 
 
-def shunned(seat: Seat) -> tuple[frozenset[str], ...]:
+def avoided(placement: Placement) -> tuple[frozenset[str], ...]:
     """The nodes where it is not tried again if there is another one: those where it failed, else the last of them,
     else none."""
-    failed_on = seat.failed_on
+    failed_on = placement.failed_on
     return tuple(dict.fromkeys((frozenset(failed_on), frozenset(failed_on[-1:]), frozenset())))
 
 
 def let_start(draft: Draft, _view: View) -> None:
     """End the waits that are over. One that would be longer than any was begun on another clock, before the master's
     machine was started anew."""
-    for seat in draft.job.seats:
-        if seat.held_back and not 0.0 < seat.not_before_s - draft.now.mono_s <= MAX_S:
-            draft.put(replace(seat, not_before_s=0.0))
+    for placement in draft.job.placements:
+        if placement.held_back and not 0.0 < placement.not_before_s - draft.now.mono_s <= MAX_S:
+            draft.put(replace(placement, not_before_s=0.0))

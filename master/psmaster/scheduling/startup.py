@@ -1,4 +1,4 @@
-"""The start of a job: from seats with processes on their way to the first plan. Pure."""
+"""The start of a job: from placements with processes on their way to the first plan. Pure."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import replace
 
 from pscluster.errors import DataError, LayoutError
 from psmaster.model.job import ErrorInfo
-from psmaster.model.plan import Seat
+from psmaster.model.plan import Placement
 from psmaster.model.process import PartitionFacts, TrainerFacts, ready_facts
 from psmaster.scheduling import numerics
 from psmaster.scheduling.draft import Draft, View
 from psmaster.scheduling.planner import make_plan
 
-ReadyTrainers = list[tuple[Seat, TrainerFacts]]
-ReadyPartitions = list[tuple[Seat, PartitionFacts]]
+ReadyTrainers = list[tuple[Placement, TrainerFacts]]
+ReadyPartitions = list[tuple[Placement, PartitionFacts]]
 
 
 def first_plan(draft: Draft, view: View) -> None:
@@ -24,7 +24,7 @@ def first_plan(draft: Draft, view: View) -> None:
     if job.plan is not None or job.stopping:
         return
     trainers, partitions = ready(draft, view)
-    placed = [seat for seat in job.trainers if seat.placed]
+    placed = [placement for placement in job.trainers if placement.placed]
     if len(trainers) < max(len(placed), job.spec.workers.min) or len(partitions) < len(job.partitions):
         return
     problem = disagreement(trainers, job.layout_json, job.layout_sha256, job.data_fingerprint)
@@ -38,30 +38,34 @@ def first_plan(draft: Draft, view: View) -> None:
 
 
 def ready(draft: Draft, view: View) -> tuple[ReadyTrainers, ReadyPartitions]:
-    """The seats whose process is ready, with what it reported."""
+    """The placements whose process is ready, with what it reported."""
     trainers: ReadyTrainers = []
     partitions: ReadyPartitions = []
-    for seat in draft.job.working:
-        facts = ready_facts(seat, draft.job, view.processes) if seat.placed else None
+    for placement in draft.job.working:
+        facts = ready_facts(placement, draft.job, view.processes) if placement.placed else None
         if isinstance(facts, TrainerFacts):
-            trainers.append((seat, facts))
+            trainers.append((placement, facts))
         elif isinstance(facts, PartitionFacts):
-            partitions.append((seat, facts))
+            partitions.append((placement, facts))
     return trainers, partitions
 
 
 def disagreement(trainers: ReadyTrainers, layout_json: bytes, layout: str, fingerprint: str) -> ErrorInfo | None:
     """The error when trainers built different models or see different data, from each other or from what the job's
     snapshots hold (`layout_json`, `layout`, `fingerprint`; empty: no snapshot binds the job)."""
-    first_seat, first = trainers[0]
-    wanted_json, wanted, where = first.layout_json, first.layout_sha256, f"{first_seat.name} on {first_seat.node_id}"
+    first_placement, first = trainers[0]
+    wanted_json, wanted, where = (
+        first.layout_json,
+        first.layout_sha256,
+        f"{first_placement.name} on {first_placement.node_id}",
+    )
     data, data_where = first.data_fingerprint, where
     if layout:
         wanted_json, wanted, where = layout_json, layout, "the job's snapshots"
     if fingerprint:
         data, data_where = fingerprint, "the job's earlier steps"
-    for seat, facts in trainers:
-        name = f"{seat.name} on {seat.node_id}"
+    for placement, facts in trainers:
+        name = f"{placement.name} on {placement.node_id}"
         if facts.layout_sha256 != wanted:
             difference = first_difference(wanted_json, facts.layout_json)
             return ErrorInfo(
@@ -112,10 +116,10 @@ def _settle_numerics(draft: Draft, trainers: ReadyTrainers, partitions: ReadyPar
     bound = (job.numerics_class, job.optimizer_class) if job.spec.train.numerics == "strict" else ("", "")
     choice = numerics.choose(job.spec.train.numerics, _reports(trainers), _reports(partitions), bound)
     for node_id, why in choice.left_out:
-        seats = [seat for seat in draft.job.seats if seat.node_id == node_id]
-        draft.exclude(node_id, seats[0].incarnation, why)
-        for seat in seats:
-            draft.unseat(seat)
+        placements = [placement for placement in draft.job.placements if placement.node_id == node_id]
+        draft.exclude(node_id, placements[0].incarnation, why)
+        for placement in placements:
+            draft.unseat(placement)
     if choice.left_out:
         return False
     if job.numerics_mode and (job.numerics_mode, job.numerics_class) != (choice.mode, choice.trainer_class):
@@ -129,10 +133,10 @@ def _settle_numerics(draft: Draft, trainers: ReadyTrainers, partitions: ReadyPar
     return True
 
 
-def _reports(ready_seats: ReadyTrainers | ReadyPartitions) -> list[numerics.Report]:
+def _reports(ready_placements: ReadyTrainers | ReadyPartitions) -> list[numerics.Report]:
     return [
-        numerics.Report(node_id=seat.node_id, numerics_class=facts.numerics_class, detail=facts.numerics_detail)
-        for seat, facts in ready_seats
+        numerics.Report(node_id=placement.node_id, numerics_class=facts.numerics_class, detail=facts.numerics_detail)
+        for placement, facts in ready_placements
     ]
 
 
@@ -144,10 +148,12 @@ def _adopt(draft: Draft, trainers: ReadyTrainers, partitions: ReadyPartitions) -
         layout_sha256=first.layout_sha256,
         data_fingerprint=first.data_fingerprint,
         final_step=first.final_step,
-        checks=tuple(replace(check, node_id=seat.node_id) for seat, facts in trainers for check in facts.checks),
+        checks=tuple(
+            replace(check, node_id=placement.node_id) for placement, facts in trainers for check in facts.checks
+        ),
         deadline_s=None,
     )
-    for seat, facts in trainers:
-        draft.put(facts.seated(seat))
-    for seat, holds in partitions:
-        draft.put(holds.seated(seat))
+    for placement, facts in trainers:
+        draft.put(facts.seated(placement))
+    for placement, holds in partitions:
+        draft.put(holds.seated(placement))

@@ -1,4 +1,4 @@
-"""A job's logs on disk: one file per seat, `<trainer|partition>-<rank>.log`, a JSON object per line, bounded.
+"""A job's logs on disk: one file per placement, `<trainer|partition>-<rank>.log`, a JSON object per line, bounded.
 
     {"t": Unix time, "s": "stdout", "x": text, "a": attempt, "q": sequence of the agent's message}
 
@@ -43,8 +43,8 @@ class LogMessage:
     dropped: int = 0
 
 
-class SeatLog:
-    """Writes one seat's log. Used from one thread at a time."""
+class ProcessLog:
+    """Writes one placement's log. Used from one thread at a time."""
 
     def __init__(self, path: Path, max_bytes: int = MAX_BYTES) -> None:
         self._path = path

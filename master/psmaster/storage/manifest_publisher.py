@@ -36,7 +36,7 @@ _Held = dict[str, tuple[RestorePoint, int] | None]
 
 
 @dataclass(kw_only=True)
-class _Wish:
+class _ManifestRequest:
     """How a job's store should look. `job` None: it should be gone, if it is named, and `directory` with it."""
 
     store: str
@@ -59,7 +59,7 @@ class Publisher:
         self._bundle_file = bundle_file
         self._patience_s = patience_s
         self._changed = threading.Condition()
-        self._wishes: dict[str, _Wish] = {}  # the newest of each job
+        self._wishes: dict[str, _ManifestRequest] = {}  # the newest of each job
         self._published: dict[str, _Held] = {}  # by job: which files there are
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="manifests", daemon=True)
@@ -67,7 +67,9 @@ class Publisher:
 
     def publish(self, jobs: Mapping[str, tuple[Job, Catalogue]], *, wait: bool = True) -> None:
         """Bring these jobs' manifests up to date. Blocks until they are, or patience is at an end; or not at all."""
-        wishes = {k: _Wish(store=job.store, job=job, catalogue=snapshots) for k, (job, snapshots) in jobs.items()}
+        wishes = {
+            k: _ManifestRequest(store=job.store, job=job, catalogue=snapshots) for k, (job, snapshots) in jobs.items()
+        }
         self._wish(wishes, wait=wait)
 
     def remove(self, deletion: Deletion, directory: Path, *, wait: bool = True) -> None:
@@ -76,7 +78,7 @@ class Publisher:
         store = "" if deletion.removed else deletion.store
         # What an earlier master left undone comes after the manifests that jobs are waiting for.
         due_s = 0.0 if wait else time.monotonic()
-        wish = _Wish(store=store, job=None, directory=directory, retry_at_s=due_s)
+        wish = _ManifestRequest(store=store, job=None, directory=directory, retry_at_s=due_s)
         self._wish({deletion.job_id: wish}, wait=wait)
 
     def close(self) -> None:
@@ -86,7 +88,7 @@ class Publisher:
             self._changed.notify()
         self._thread.join(self._patience_s)
 
-    def _wish(self, wishes: dict[str, _Wish], *, wait: bool = True) -> None:
+    def _wish(self, wishes: dict[str, _ManifestRequest], *, wait: bool = True) -> None:
         with self._changed:
             self._wishes |= wishes
             self._changed.notify()
@@ -107,7 +109,7 @@ class Publisher:
                 error = InternalError(f"publishing the snapshots of {job_id} failed: {problem!r}")
             self._settle(job_id, wish, error)
 
-    def _next(self) -> tuple[str, _Wish] | None:
+    def _next(self) -> tuple[str, _ManifestRequest] | None:
         with self._changed:
             while not self._closing:
                 now = time.monotonic()
@@ -117,7 +119,7 @@ class Publisher:
                 self._changed.wait(min(due)[0] - now if due else None)
         return None
 
-    def _settle(self, job_id: str, wish: _Wish, error: PsError | None) -> None:
+    def _settle(self, job_id: str, wish: _ManifestRequest, error: PsError | None) -> None:
         with self._changed:
             if error is None and self._wishes.get(job_id) is wish:
                 del self._wishes[job_id]
@@ -132,7 +134,7 @@ class Publisher:
                 self.tell(job_id, newest.step if newest else 0, error)
         wish.done.set()
 
-    def _carry_out(self, job_id: str, wish: _Wish) -> None:
+    def _carry_out(self, job_id: str, wish: _ManifestRequest) -> None:
         if wish.job is None:
             self._published.pop(job_id, None)
             _remove(wish)
@@ -174,12 +176,12 @@ def _complete(catalogue: Catalogue | None) -> list[RestorePoint]:
     return [catalogue.restore_point(step) for step in catalogue.complete_steps()] if catalogue else []
 
 
-def _pause_s(wish: _Wish) -> float:
+def _pause_s(wish: _ManifestRequest) -> float:
     """Until it is tried again."""
     return RETRY_S if wish.job is not None else min(RETRY_S * 2.0 ** min(wish.failures, 16), MAX_RETRY_S)
 
 
-def _remove(wish: _Wish) -> None:
+def _remove(wish: _ManifestRequest) -> None:
     """The directory first: it can be reached. Raises StorageError when the store cannot."""
     if wish.directory is not None:
         DirectoryStore(wish.directory).remove()

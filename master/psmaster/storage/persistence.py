@@ -21,7 +21,7 @@ from psmaster.model.membership import presumed
 from psmaster.model.snapshot_catalog import Catalogue, Part, RestorePoint
 from psmaster.model.state import Changes, State
 from psmaster.storage.bundles import bundle_file
-from psmaster.storage.logs import LogMessage, SeatLog
+from psmaster.storage.logs import LogMessage, ProcessLog
 from psmaster.storage.manifest_publisher import Publisher
 from psmaster.storage.metrics_file import MetricsFile
 from psmaster.storage.orphans import refuse_older
@@ -94,7 +94,7 @@ class Archive:
         self.publisher = Publisher(lambda sha256: bundle_file(directory / "bundles", sha256))
         self._jobs = directory / "jobs"
         self._metrics: dict[str, MetricsFile] = {}
-        self._logs: dict[tuple[str, str], SeatLog] = {}
+        self._logs: dict[tuple[str, str], ProcessLog] = {}
         self._cuts: dict[str, int] = {}  # stored rollbacks whose metrics could not be cut yet
 
     def directory(self, job_id: str) -> Path:
@@ -165,9 +165,9 @@ class Archive:
             self._metrics[job_id] = MetricsFile(self.directory(job_id))
         return self._metrics[job_id]
 
-    def _log_of(self, job_id: str, source: str) -> SeatLog:
+    def _log_of(self, job_id: str, source: str) -> ProcessLog:
         if (job_id, source) not in self._logs:
-            self._logs[job_id, source] = SeatLog(self.logs_directory(job_id) / f"{source}.log")
+            self._logs[job_id, source] = ProcessLog(self.logs_directory(job_id) / f"{source}.log")
         return self._logs[job_id, source]
 
     def _release(self, jobs: Mapping[str, Job]) -> None:

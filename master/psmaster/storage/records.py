@@ -19,6 +19,9 @@ from psmaster.model.job import VOLATILE, Event, Job
 
 T = TypeVar("T")
 
+# Field names of records that version 0.1 wrote (schema 4), and what they are called since.
+_RENAMED = {"lead_generation": "coordinator_generation"}
+
 # Stored beside the record: the layout is large and never changes, so it is not rewritten with every step.
 _APART = frozenset({"layout_json"})
 
@@ -88,8 +91,9 @@ def _typed(hint: Any, value: Any) -> Any:
         return parse_spec(value)
     if dataclasses.is_dataclass(hint):
         hints = _hints(typing.cast(type, hint))
+        current = {_RENAMED.get(name, name): item for name, item in value.items()}
         return typing.cast(Any, hint)(
-            **{name: _typed(hints[name], item) for name, item in value.items() if name in hints}
+            **{name: _typed(hints[name], item) for name, item in current.items() if name in hints}
         )
     if hint is bytes:
         return bytes.fromhex(value)

@@ -52,6 +52,7 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
         ) WITHOUT ROWID""",
         *integrity.keep_books("deletions"),
     ),
+    (),  # fields of records were renamed: `records` reads both names, a 0.1 master would lose what the new one says
 )
 
 

@@ -14,7 +14,7 @@ from psmaster.model.deletions import Deletion, Deletions
 from psmaster.model.job import Event, Job
 from psmaster.model.snapshot_catalog import Part
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

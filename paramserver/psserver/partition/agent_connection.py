@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pscluster.agent.exits import detail_of
-from pscluster.agent.heartbeat import Heart
+from pscluster.agent.heartbeat import HeartbeatThread
 from pscluster.agent.link import ProcessLink
 from pscluster.errors import PsError
 from pscluster.v1.plan_pb2 import Beat, Counters, Failure, Plan, ProcessReport, Unreached
@@ -12,7 +12,7 @@ from pscluster.wire.reactor import Reactor
 COUNTERS_S = 1.0
 
 
-class AgentLine:
+class AgentConnection:
     """What a partition's process is to its agent; the partition itself is the subclass. On the reactor's thread."""
 
     version = 0  # the newest committed step whose update is done
@@ -21,7 +21,7 @@ class AgentLine:
         self.link = link
         self.failed = False
         self._reactor = reactor
-        self._heart = Heart(link, lambda: Beat(progress=self.progress, unreached=self.unreached()))
+        self._heart = HeartbeatThread(link, lambda: Beat(progress=self.progress, unreached=self.unreached()))
 
     def start(self) -> None:
         """Begin to beat, and to listen to the agent; the first plan may take its time."""
@@ -37,7 +37,7 @@ class AgentLine:
 
     @property
     def attempt(self) -> int:
-        """Which process of its seat it is."""
+        """Which process of its placement it is."""
         return self.link.start.attempt
 
     def adopt(self, plan: Plan) -> None:

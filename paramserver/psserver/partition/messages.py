@@ -1,4 +1,4 @@
-"""Votes and verdicts as frame bodies."""
+"""Votes and decisions as frame bodies."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from pscluster.errors import FrameError
 from pscluster.wire.frame import Header
-from psserver.partition.step.commit import Verdict, Vote
+from psserver.partition.step.commit import CommitDecision, Vote
 
 _FINITE = struct.Struct("<B")
 _SQUARE = struct.Struct("<Id")
@@ -40,35 +40,35 @@ def unpack_vote(header: Header, body: memoryview) -> Vote:
     )
 
 
-def pack_verdict(verdict: Verdict) -> bytes:
+def pack_decision(decision: CommitDecision) -> bytes:
     """JSON: Python writes floats so that they read back exactly."""
-    return json.dumps(verdict_json(verdict)).encode()
+    return json.dumps(decision_json(decision)).encode()
 
 
-def unpack_verdict(body: memoryview) -> Verdict:
-    """Raises FrameError for what `pack_verdict` did not write."""
+def unpack_decision(body: memoryview) -> CommitDecision:
+    """Raises FrameError for what `pack_decision` did not write."""
     try:
-        verdict = verdict_of(json.loads(bytes(body)))
+        decision = decision_of(json.loads(bytes(body)))
     except ValueError as error:
-        raise FrameError(f"a verdict does not parse: {error}", details={"field": "body"}) from None
-    if verdict is None:
-        raise FrameError("a verdict that is none", details={"field": "body"})
-    return verdict
+        raise FrameError(f"a decision does not parse: {error}", details={"field": "body"}) from None
+    if decision is None:
+        raise FrameError("a decision that is none", details={"field": "body"})
+    return decision
 
 
-def verdict_json(verdict: Verdict | None) -> dict[str, object] | None:
-    """A verdict as part of a JSON body."""
-    return None if verdict is None else asdict(verdict)
+def decision_json(decision: CommitDecision | None) -> dict[str, object] | None:
+    """A decision as part of a JSON body."""
+    return None if decision is None else asdict(decision)
 
 
-def verdict_of(told: object) -> Verdict | None:
-    """What `verdict_json` gave. Raises FrameError for anything else."""
+def decision_of(told: object) -> CommitDecision | None:
+    """What `decision_json` gave. Raises FrameError for anything else."""
     try:
         if told is not None and not isinstance(told, dict):
             raise TypeError("it is no mapping")
-        return None if told is None else Verdict(**told)
+        return None if told is None else CommitDecision(**told)
     except TypeError as error:
-        raise FrameError(f"a verdict does not parse: {error}", details={"field": "body"}) from None
+        raise FrameError(f"a decision does not parse: {error}", details={"field": "body"}) from None
 
 
 def pack_weight(weight: float) -> bytes:

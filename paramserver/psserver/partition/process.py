@@ -18,20 +18,20 @@ from pscluster.wire.connection import Connection
 from pscluster.wire.frame import FrameKind, Header, job_number
 from pscluster.wire.reactor import Reactor
 from psserver.partition import messages
-from psserver.partition.agent_connection import AgentLine
+from psserver.partition.agent_connection import AgentConnection
 from psserver.partition.checkpoint.restoring import Restoring
 from psserver.partition.checkpoint.saving import Saving
-from psserver.partition.coordinator.client import Uplink
+from psserver.partition.coordinator.client import CoordinatorClient
 from psserver.partition.coordinator.coordinator import Coordinator, step_record
-from psserver.partition.coordinator.transport import LeadWire
+from psserver.partition.coordinator.transport import CoordinatorTransport
 from psserver.partition.ingress.clients import Client, Clients
-from psserver.partition.ingress.frame_handler import Reception
+from psserver.partition.ingress.frame_handler import FrameHandler
 from psserver.partition.ingress.handshake import greet
-from psserver.partition.replication.metadata import Evaluation, Notes
+from psserver.partition.replication.metadata import Evaluation, ReplicatedMetadata
 from psserver.partition.replication.primary import Replication
 from psserver.partition.replication.standby import Standby
 from psserver.partition.step import commit
-from psserver.partition.step.commit import Member, Verdict
+from psserver.partition.step.commit import CommitDecision, Member
 from psserver.partition.step.cycle import StepCycle
 from psserver.partition.step.open_step import OpenStep
 from psserver.partition.step.optimizer import moments_of
@@ -39,7 +39,7 @@ from psserver.partition.step.state import PartitionState
 from psserver.partition.telemetry import PartitionCounters
 
 
-class PartitionService(AgentLine):
+class PartitionService(AgentConnection):
     """Partition `index` of one job, or a standby of it, as the plan says.
 
     Everything happens on the reactor's thread but the writing of snapshots."""
@@ -54,13 +54,13 @@ class PartitionService(AgentLine):
         self.step: OpenStep | None = None
         self.member = Member(generation=0, step=0)
         self.versions: dict[int, int] = {}  # of each bucket's values
-        self.notes = Notes()
-        self.lead_wire: LeadWire | None = None  # of partition 0
+        self.notes = ReplicatedMetadata()
+        self.coordinator_transport: CoordinatorTransport | None = None  # of partition 0
         self.standby: Standby | None = None  # while it stands by
         self._job = job_number(link.start.job_id)
         self.clients = Clients(self.header)
-        self._uplink: Uplink | None = None
-        self._reception = Reception(self)
+        self._coordinator_client: CoordinatorClient | None = None
+        self._reception = FrameHandler(self)
         self.replication = Replication(reactor, self)
         self.saving = Saving(link.start, spec, counters, self._report_part, reactor.post)
         self._restoring = Restoring(link.start, reactor, self.report)
@@ -81,8 +81,8 @@ class PartitionService(AgentLine):
         return self.counters.sample(self.index, self.version, state_bytes, self.clients.pull_bytes, bond, lag)
 
     def unreached(self) -> Unreached | None:
-        plan, uplink = self.plan, self._uplink
-        if plan is None or uplink is None or uplink.unreached_s(time.monotonic()) < UNREACHED_S:
+        plan, coordinator_client = self.plan, self._coordinator_client
+        if plan is None or coordinator_client is None or coordinator_client.unreached_s(time.monotonic()) < UNREACHED_S:
             return None
         return Unreached(generation=plan.generation, partitions=[0])
 
@@ -91,13 +91,13 @@ class PartitionService(AgentLine):
         return self.cycle.progress
 
     def beaten(self) -> None:
-        if self.lead_wire is not None:
-            self.lead_wire.report_progress(time.monotonic())
+        if self.coordinator_transport is not None:
+            self.coordinator_transport.report_progress(time.monotonic())
 
     def report_steps(self) -> None:
-        """Tell the master of every step that it has not heard of, if this is the lead."""
-        if self.lead_wire is not None:
-            self.lead_wire.lead.report_progress(time.monotonic(), force=True)
+        """Tell the master of every step that it has not heard of, if this is the coordinator."""
+        if self.coordinator_transport is not None:
+            self.coordinator_transport.coordinator.report_progress(time.monotonic(), force=True)
 
     def _report_part(self, report: ProcessReport) -> None:
         """Steps first: who goes back to a snapshot never commits again, and so never tells, what came before it."""
@@ -140,18 +140,18 @@ class PartitionService(AgentLine):
 
     def _stands_by(self, plan: Plan) -> bool:
         """Whether a plan has this very process stand by for the partition."""
-        seat = plan.partitions[self.index]
-        return seat.HasField("standby") and self.attempt == seat.standby.attempt != seat.attempt
+        placement = plan.partitions[self.index]
+        return placement.HasField("standby") and self.attempt == placement.standby.attempt != placement.attempt
 
     def _go_on(self, plan: Plan) -> None:
-        """A new generation of the same timeline: votes are cast again under it, maybe to another lead."""
+        """A new generation of the same timeline: votes are cast again under it, maybe to another coordinator."""
         self.member = commit.member_adopts(self.member, plan.generation)
         if self.standby is not None:
             return
-        if self.lead is not None:
-            self.lead.adopt(plan)
-        elif self._uplink is not None:
-            self._uplink.follow(list(plan.partitions[0].addresses))
+        if self.coordinator is not None:
+            self.coordinator.adopt(plan)
+        elif self._coordinator_client is not None:
+            self._coordinator_client.follow(list(plan.partitions[0].addresses))
         self.replication.adopt(plan, restored=False)
         self.send_vote()
         self.try_vote()  # maybe it waited for a standby that is no more
@@ -174,7 +174,7 @@ class PartitionService(AgentLine):
         gradients = layout.gradient_bytes(self.state.spans, self.spec.network.push_codec)
         self.clients.largest_bytes = max(gradients, default=0)
         self.begin_at(plan.resume_step)
-        self.notes = Notes(saved=plan.resume_step)
+        self.notes = ReplicatedMetadata(saved=plan.resume_step)
         if self.standby is None:
             self._speak(plan, None)
             self.replication.adopt(plan, restored=True)
@@ -192,27 +192,27 @@ class PartitionService(AgentLine):
         self.replication.adopt(plan, restored=True)
         if self.notes.saved == self.version and not self.is_updating:
             self._save()  # the one before may not have come to it
-        if self.lead is not None:
+        if self.coordinator is not None:
             if self.member.vote is not None and self.step is not None:
-                self.lead.take_summary(self.step.summary.root)
-            self.lead.join(0, self.member.step)
+                self.coordinator.take_summary(self.step.summary.root)
+            self.coordinator.join(0, self.member.step)
         self.send_vote()
 
-    def _speak(self, plan: Plan, taken_over: tuple[Member, Notes] | None) -> None:
-        """Be the partition: to the lead, or as the lead."""
+    def _speak(self, plan: Plan, taken_over: tuple[Member, ReplicatedMetadata] | None) -> None:
+        """Be the partition: to the coordinator, or as the coordinator."""
         self.saving.begin()
         if self.index == 0:
-            self.lead_wire = LeadWire(
-                self.spec, plan, self.clients, self.hear_verdict, self.report, self._evaluated, taken_over
+            self.coordinator_transport = CoordinatorTransport(
+                self.spec, plan, self.clients, self.receive_decision, self.report, self._evaluated, taken_over
             )
         else:
-            self._uplink = Uplink(self._reactor, self, list(plan.partitions[0].addresses))
+            self._coordinator_client = CoordinatorClient(self._reactor, self, list(plan.partitions[0].addresses))
 
     def _hang_up(self) -> None:
         """Nothing of what was begun counts."""
-        if self._uplink is not None:
-            self._uplink.close()
-        self._uplink = self.lead_wire = None
+        if self._coordinator_client is not None:
+            self._coordinator_client.close()
+        self._coordinator_client = self.coordinator_transport = None
         self.replication.close()
         self.clients.close_all()
         self._early.clear()
@@ -231,10 +231,10 @@ class PartitionService(AgentLine):
         """Every value is here: this partition may take part."""
         if self.version == 0:
             self._save()
-        if self.lead is not None:
-            self.lead.join(0, self.version)
-        elif self._uplink is not None:
-            self._uplink.join()
+        if self.coordinator is not None:
+            self.coordinator.join(0, self.version)
+        elif self._coordinator_client is not None:
+            self._coordinator_client.join()
         self.replication.at_boundary()
 
     def take_initial(self, bucket: int) -> None:
@@ -246,7 +246,7 @@ class PartitionService(AgentLine):
         if self.state.is_filled and not was_filled:
             self._filled()
 
-    # ---- votes and verdicts ----
+    # ---- votes and decisions ----
 
     def try_vote(self) -> None:
         """Vote if the open step is complete, its standby has it, and this partition has not voted."""
@@ -264,35 +264,35 @@ class PartitionService(AgentLine):
             return
         if self.standby is not None:
             self.standby.say_held()
-        elif self.lead is not None:
-            self.lead.vote(vote)
-        elif self._uplink is not None:
-            self._uplink.vote(vote)
+        elif self.coordinator is not None:
+            self.coordinator.vote(vote)
+        elif self._coordinator_client is not None:
+            self._coordinator_client.vote(vote)
 
-    def hear_call(self) -> None:
-        """The lead asks for this partition's vote."""
+    def receive_vote_request(self) -> None:
+        """The coordinator asks for this partition's vote."""
         self.send_vote()
 
-    def hear_verdict(self, verdict: Verdict) -> None:
-        """The lead's verdict."""
-        self.cycle.hear_verdict(verdict)
+    def receive_decision(self, decision: CommitDecision) -> None:
+        """The coordinator's decision."""
+        self.cycle.receive_decision(decision)
 
-    def decided(self, verdict: Verdict, summary: Summary) -> None:
-        """A verdict is about to be carried out."""
+    def decided(self, decision: CommitDecision, summary: Summary) -> None:
+        """A decision is about to be carried out."""
         if self.standby is None:
-            self.replication.decided(verdict)
+            self.replication.decided(decision)
         elif self.index == 0 and self.plan is not None:
-            self.notes.records.append(step_record(self.spec, self.plan.final_step, verdict, summary))
-        if verdict.snapshot:
-            self.notes.saved = verdict.step + 1
+            self.notes.records.append(step_record(self.spec, self.plan.final_step, decision, summary))
+        if decision.snapshot:
+            self.notes.saved = decision.step + 1
 
-    def step_done(self, verdict: Verdict) -> None:
-        """The verdict is carried out; the next step is open."""
+    def step_done(self, decision: CommitDecision) -> None:
+        """The decision is carried out; the next step is open."""
         if self.standby is not None:
             self.standby.resume_reading()
             return
-        if verdict.snapshot:
-            self._save(last=verdict.last)
+        if decision.snapshot:
+            self._save(last=decision.last)
         self.replication.at_boundary()
         early, self._early = self._early, []
         for client, header, body in early:
@@ -306,11 +306,11 @@ class PartitionService(AgentLine):
 
     @property
     def is_updating(self) -> bool:
-        """Whether a verdict is being carried out: the state is of no step."""
-        return self.cycle.verdict is not None
+        """Whether a decision is being carried out: the state is of no step."""
+        return self.cycle.decision is not None
 
     def _evaluated(self, version: int, metrics: Mapping[str, float]) -> None:
-        """The lead's evaluation is finalised: its standby hears of it before the next step."""
+        """The coordinator's evaluation is finalised: its standby hears of it before the next step."""
         self.notes.evaluations.append(Evaluation(version, metrics))
         self.replication.note()
 
@@ -342,20 +342,22 @@ class PartitionService(AgentLine):
         """A HELLO."""
         greet(self, client, header, told)
 
-    def hear_lead_business(self, client: Client, header: Header, body: memoryview) -> None:
-        """What only the lead hears: votes, joins, evaluations, outcomes."""
-        if self.lead_wire is None:
-            raise FrameError(f"{header.kind.name} sent to a partition that does not lead", details={"field": "kind"})
+    def handle_coordinator_frame(self, client: Client, header: Header, body: memoryview) -> None:
+        """What only the coordinator hears: votes, joins, evaluations, outcomes."""
+        if self.coordinator_transport is None:
+            raise FrameError(
+                f"{header.kind.name} sent to a partition that does not coordinator", details={"field": "kind"}
+            )
         if header.kind is FrameKind.VOTE:
-            self.lead_wire.lead.vote(messages.unpack_vote(header, body))
+            self.coordinator_transport.coordinator.vote(messages.unpack_vote(header, body))
         elif header.kind is FrameKind.JOIN:
-            last = messages.unpack_verdict(body) if header.length else None
-            self.lead_wire.lead.join(client.index, header.step, last)
+            last = messages.unpack_decision(body) if header.length else None
+            self.coordinator_transport.coordinator.join(client.index, header.step, last)
         else:
-            self.lead_wire.hear(client, header, body)
+            self.coordinator_transport.hear(client, header, body)
 
-    def hear_principal(self, client: Client, header: Header, body: memoryview) -> None:  # noqa: ARG002 - it has but one
-        """What only a standby hears: a state, verdicts, notes."""
+    def handle_primary_frame(self, client: Client, header: Header, body: memoryview) -> None:  # noqa: ARG002 - it has but one
+        """What only a standby hears: a state, decisions, notes."""
         if self.standby is None:
             raise FrameError(f"{header.kind.name} sent to a partition", details={"field": "kind"})
         self.standby.hear(header, body)
@@ -369,12 +371,12 @@ class PartitionService(AgentLine):
     # ---- plumbing ----
 
     @property
-    def lead(self) -> Coordinator | None:
-        """The lead's part, in partition 0."""
-        return self.lead_wire.lead if self.lead_wire is not None else None
+    def coordinator(self) -> Coordinator | None:
+        """The coordinator's part, in partition 0."""
+        return self.coordinator_transport.coordinator if self.coordinator_transport is not None else None
 
     @property
-    def handler(self) -> Reception:
+    def handler(self) -> FrameHandler:
         """What accepted connections talk to."""
         return self._reception
 

@@ -26,7 +26,7 @@ class Caller(Protocol):
 
     @property
     def attempt(self) -> int:
-        """Which process of its seat it is."""
+        """Which process of its placement it is."""
 
     def header(self, **fields: object) -> Header:
         """A header of this job, generation and sender."""
@@ -36,7 +36,7 @@ class Listener(Protocol):
     """Who talks over the line."""
 
     def welcomed(self, header: Header, body: memoryview) -> None:
-        """The other end is there, and knows who calls: `PeerLine.connection` is set."""
+        """The other end is there, and knows who calls: `ReconnectingConnection.connection` is set."""
 
     def heard(self, header: Header, body: memoryview) -> None:
         """A frame after the welcome."""
@@ -45,7 +45,7 @@ class Listener(Protocol):
         """The connection is gone, or its greeting was in vain; it is dialled again. Maybe within a send over it."""
 
 
-class PeerLine:
+class ReconnectingConnection:
     """`connection`: once welcomed. `kinds`: what may come, all of it small. `retry_s`: between two dials at first, and
     at most; half as long again each time."""
 

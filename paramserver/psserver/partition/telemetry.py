@@ -8,7 +8,7 @@ from pscluster.errors import PsError
 from pscluster.phases import Phases
 from pscluster.v1.plan_pb2 import Counters
 from pscluster.wire.frame import AckResult
-from psserver.partition.replication.in_sync import Bond
+from psserver.partition.replication.in_sync import InSyncState
 
 PHASES = ("receive", "sum", "vote", "update", "send", "snapshot")
 _RESULTS = {AckResult.APPLIED: "applied", AckResult.DUPLICATE: "duplicate", AckResult.STALE: "stale"}
@@ -47,7 +47,13 @@ class PartitionCounters:
         self.invalid[error.code] = self.invalid.get(error.code, 0) + 1
 
     def sample(
-        self, partition: int, step: int, state_bytes: int, pull_bytes: int, standby: Bond | None = None, lag: int = 0
+        self,
+        partition: int,
+        step: int,
+        state_bytes: int,
+        pull_bytes: int,
+        standby: InSyncState | None = None,
+        lag: int = 0,
     ) -> Counters:
         """Every counter as the agent exports it, prefix `ps_` and label `job` left out.
 

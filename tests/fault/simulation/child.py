@@ -7,7 +7,7 @@ from typing import Any
 from pscluster.agent.child import Patience
 from pscluster.agent.exits import Exit, classify
 from pscluster.agent.supervisor import AT_ONCE
-from pscluster.agent.suspicion import LOADING_SILENCE_S, SILENCE_S, Heard, suspicion_of
+from pscluster.agent.suspicion import LOADING_SILENCE_S, SILENCE_S, LastHeartbeat, suspicion_of
 from pscluster.v1.agents_pb2 import AgentMessage, ProcessEvent, ProcessState, ProcessStatus
 from pscluster.v1.plan_pb2 import Failure, Plan, ProcessReport, ProcessSpec, Speed
 from tests.fault.simulation.partition import PartitionProcess
@@ -32,7 +32,7 @@ class Child:
         self._failure: Failure | None = None
         self._ending = False
         self._begun = False
-        self.heard: Heard | None = None
+        self.heard: LastHeartbeat | None = None
         self.speed: Speed | None = None
 
     @property
@@ -54,7 +54,7 @@ class Child:
         kind = TrainerProcess if self.spec.kind == ProcessSpec.KIND_TRAINER else PartitionProcess
         self.process = kind(sim, self.life, agent.host, self.spec, self._report, self._ended)
         self._status.phase = ProcessStatus.PHASE_RUNNING
-        self.heard = Heard(at_s=sim.schedule.now_s)
+        self.heard = LastHeartbeat(at_s=sim.schedule.now_s)
         agent.emit(AgentMessage(status=self._status))
         loads_s = sim.schedule.between(0.05, 0.8 if kind is TrainerProcess else 0.2)
         self.life.after(loads_s, "has loaded", self._begin)
@@ -115,7 +115,7 @@ class Child:
         if body == "beat":
             now_s, beat = self._agent.sim.schedule.now_s, report.beat
             unreached = beat.unreached if beat.HasField("unreached") else None
-            self.heard = Heard(at_s=now_s, busy_s=beat.busy_s, typical_s=beat.typical_s, unreached=unreached)
+            self.heard = LastHeartbeat(at_s=now_s, busy_s=beat.busy_s, typical_s=beat.typical_s, unreached=unreached)
             self.speed = beat.speed if beat.HasField("speed") else None
         if body in ("counters", "beat"):
             return

@@ -2,7 +2,7 @@
 agent's orders, the clock, and memory.
 
 Frames travel over ordered streams, so reordering and repetition are faults of the network only for those kinds of
-which the protocol promises to bear it: a node of the tree, a vote, a verdict, a join.
+which the protocol promises to bear it: a node of the tree, a vote, a decision, a join.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pscluster.wire.reactor import DIAL_S
 from tests.fault.simulation.network import End, Network
 from tests.fault.simulation.schedule import SOON_S, Life, Schedule
 
-_BORNE = frozenset({FrameKind.PUSH, FrameKind.VOTE, FrameKind.VERDICT, FrameKind.JOIN})
+_BORNE = frozenset({FrameKind.PUSH, FrameKind.VOTE, FrameKind.DECISION, FrameKind.JOIN})
 
 
 def bears_unruliness(message: Any) -> bool:
@@ -197,8 +197,9 @@ class Link:
         self._orders.append(ProcessOrder(shutdown=Shutdown()) if plan is None else ProcessOrder(plan=plan))
 
 
-class Heart:
-    """Stands in for `pscluster.agent.heartbeat.Heart`: beats until the process ends, and not while it is stopped."""
+class HeartbeatThread:
+    """Stands in for `pscluster.agent.heartbeat.HeartbeatThread`: beats until the process ends, and not while it is
+    stopped."""
 
     def __init__(self, link: Link, beat: Callable[[], Beat]) -> None:
         self._link = link

@@ -22,7 +22,7 @@ from psmaster.storage.persistence import Archive, Writes
 from psmaster.storage.sqlite import SqliteStore
 from psmaster.storage.store import Batch
 from psserver.partition.checkpoint import snapshots
-from psserver.partition.checkpoint.shared_store_check import Sharing
+from psserver.partition.checkpoint.shared_store_check import SharedStoreCheck
 from psserver.partition.checkpoint.snapshots import SnapshotWriter
 from tests.fault.simulation.schedule import SOON_S, Condition, Life, Schedule, Strand
 
@@ -169,7 +169,7 @@ class _Writer(SnapshotWriter):
         post: Callable[..., None],
         every_steps: int,
         copied: bool,
-        sharing: Sharing | None,
+        sharing: SharedStoreCheck | None,
         warn: Callable[[PsError], None],
     ) -> None:
         self._disks = disks

@@ -194,7 +194,7 @@ class Faults:
         return self._cut([end for end in self.sim.network.connections() if end.other.host != "master"])
 
     def cut_votes(self) -> str:
-        """Between a partition and the lead."""
+        """Between a partition and the coordinator."""
         ends = [end for end in self.sim.network.connections() if "/partition-" in end.life.name]
         return self._cut(ends)
 

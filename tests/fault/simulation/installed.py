@@ -20,7 +20,7 @@ import psmaster.storage.persistence
 import psserver.partition.process
 import psserver.partition.step.sums
 import psworker.trainer.loop  # noqa: F401 - with all that belongs to a trainer
-from pscluster.agent.heartbeat import Heart
+from pscluster.agent.heartbeat import HeartbeatThread
 from pscluster.step import layout
 from pscluster.storage import directory, snapshot
 from pscluster.wire.memory import Segment
@@ -37,7 +37,7 @@ def installed(sim: Any) -> Iterator[None]:
     stand_ins: list[tuple[object, object]] = [
         (time, dataplane.Clock(sim.schedule)),
         (random, dataplane.Dice(sim.schedule.random)),
-        (Heart, dataplane.Heart),
+        (HeartbeatThread, dataplane.HeartbeatThread),
         (Segment, dataplane.PrivateMemory),
         (SnapshotWriter, sim.disk.writer),
         (snapshot.write_part, sim.disk.write_part),

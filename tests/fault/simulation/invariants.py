@@ -18,7 +18,7 @@ from pscluster.storage.snapshot import read_part
 from psmaster.control.loop import MAX_WAITING, Core
 from psmaster.model.job import MAX_EVENTS, Job, JobState
 from psmaster.model.snapshot_catalog import Part
-from psserver.partition.step.commit import Verdict
+from psserver.partition.step.commit import CommitDecision
 from tests.fault.simulation import model
 from tests.fault.simulation.model import LAYOUT, Reference
 
@@ -60,7 +60,7 @@ class Monitor:
     _partitions: list[_Watched] = field(default_factory=list)
     _trainers: list[Any] = field(default_factory=list)
     _owners: dict[tuple[str, int, int, int], str] = field(default_factory=dict)
-    _verdicts: dict[tuple[str, int, int], tuple[Any, ...]] = field(default_factory=dict)
+    _decisions: dict[tuple[str, int, int], tuple[Any, ...]] = field(default_factory=dict)
     _generations: dict[str, int] = field(default_factory=dict)
     _known_parts: dict[str, Mapping[tuple[int, int], Part]] = field(default_factory=dict)
     _places: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -111,24 +111,24 @@ class Monitor:
         watched.timeline, watched.version, watched.was_filled = timeline, -1, False
         watched.open_step = service.step
         decide = service.step.decide
-        service.step.decide = lambda verdict: (self._decides(watched, verdict), decide(verdict))
+        service.step.decide = lambda decision: (self._decides(watched, decision), decide(decision))
 
-    def _decides(self, watched: _Watched, verdict: Verdict) -> None:
-        """A partition carries out a verdict: it alone may, all carry out the same, and every shard is in once."""
+    def _decides(self, watched: _Watched, decision: CommitDecision) -> None:
+        """A partition carries out a decision: it alone may, all carry out the same, and every shard is in once."""
         process, service = watched.process, watched.process.service
         job_id, timeline, index = process.job_id, watched.timeline, service.index
         place = (job_id, timeline, index, service.plan.generation)
         owner = process.process_id if _stands_by(service) else self._owners.setdefault(place, process.process_id)
         require(owner == process.process_id, f"{owner} and {process.process_id} both commit for {place}")
-        said = (verdict.kind, verdict.scale, verdict.norm, verdict.snapshot, verdict.last)
-        known = self._verdicts.setdefault((job_id, timeline, verdict.step), said)
-        require(known == said, f"two verdicts on step {verdict.step} of timeline {timeline}: {known} and {said}")
+        said = (decision.kind, decision.scale, decision.norm, decision.snapshot, decision.last)
+        known = self._decisions.setdefault((job_id, timeline, decision.step), said)
+        require(known == said, f"two decisions on step {decision.step} of timeline {timeline}: {known} and {said}")
         tally = service.step.summary.root.samples
         wanted = model.tally_of(service.spec.train.num_shards)
-        require(tally == wanted, f"step {verdict.step}: shards count {int(tally):b} in twos, not {int(wanted):b}")
-        require(verdict.step == service.member.step - 1, "a verdict on another step is carried out")
+        require(tally == wanted, f"step {decision.step}: shards count {int(tally):b} in twos, not {int(wanted):b}")
+        require(decision.step == service.member.step - 1, "a decision on another step is carried out")
         held = self.committed.get((job_id, timeline), -1)
-        self.committed[job_id, timeline] = max(held, verdict.step + 1)
+        self.committed[job_id, timeline] = max(held, decision.step + 1)
 
     def _new_version(self, watched: _Watched) -> None:
         """All of a partition is at a version: it must be that version, bit for bit."""
@@ -145,7 +145,10 @@ class Monitor:
         else:
             pieces = {key: bytes(piece) for key, piece in service.state.pieces().items()}
             self._compare(reference, service.version, service.index, service.spec.servers.partitions, pieces, what)
-            require(tuple(service.state.ages) == reference.ages[service.version], f"{what}: the ages differ")
+            require(
+                tuple(service.state.update_counts) == reference.update_counts[service.version],
+                f"{what}: the ages differ",
+            )
 
     def _compare(
         self, reference: Reference, version: int, index: int, partitions: int, pieces: Mapping[Any, bytes], what: str
@@ -159,7 +162,7 @@ class Monitor:
     def _record(self, service: Any) -> None:
         """One partition holds everything: what it is makes the reference."""
         self.recorded.pieces[service.version] = {key: bytes(data) for key, data in service.state.pieces().items()}
-        self.recorded.ages[service.version] = tuple(service.state.ages)
+        self.recorded.update_counts[service.version] = tuple(service.state.update_counts)
 
     def _stay_together(self) -> None:
         """Of two processes of one partition that live in one timeline, the one before lags as it likes."""
@@ -209,9 +212,11 @@ class Monitor:
             self._generations[job.job_id] = job.generation
             require(len(core.state.events[job.job_id]) <= MAX_EVENTS, "more events than are kept")
             self._judge_progress(job)
-            self._judge_seats(job, drained)
+            self._judge_placements(job, drained)
             self._judge_parts(core, job)
-        slots = Counter(seat.node_id for job in core.state.jobs.values() for seat in job.seats if seat.placed)
+        slots = Counter(
+            placement.node_id for job in core.state.jobs.values() for placement in job.placements if placement.placed
+        )
         require(all(count <= model.SLOTS for count in slots.values()), f"slots are oversold: {slots}")
 
     def _judge_progress(self, job: Job) -> None:
@@ -227,16 +232,18 @@ class Monitor:
             wanted = self.reference.digest(job.final_step) if self.reference else job.parameters_sha256
             require(job.parameters_sha256 == wanted, f"{job.job_id} ended with other parameters")
 
-    def _judge_seats(self, job: Job, drained: frozenset[str]) -> None:
+    def _judge_placements(self, job: Job, drained: frozenset[str]) -> None:
         plan = job.plan
-        for seat in [seat for seat in job.seats if seat.placed]:
-            place, process_id = (seat.node_id, seat.incarnation), seat.process_id(job.job_id)
-            starts_in_vain = process_id not in self._places and seat.node_id in drained
-            require(not starts_in_vain, f"{process_id} is to start on {seat.node_id}, which drains")
+        for placement in [placement for placement in job.placements if placement.placed]:
+            place, process_id = (placement.node_id, placement.incarnation), placement.process_id(job.job_id)
+            starts_in_vain = process_id not in self._places and placement.node_id in drained
+            require(not starts_in_vain, f"{process_id} is to start on {placement.node_id}, which drains")
             require(self._places.setdefault(process_id, place) == place, f"the process id {process_id} was used twice")
         if plan is None or not plan.active:
             return
-        dealt = sorted(s for seat in plan.trainers for first, count in seat.shards for s in range(first, first + count))
+        dealt = sorted(
+            s for placement in plan.trainers for first, count in placement.shards for s in range(first, first + count)
+        )
         require(dealt == list(range(job.num_shards)), f"generation {plan.generation} deals the shards {dealt}")
 
     def _judge_parts(self, core: Core, job: Job) -> None:

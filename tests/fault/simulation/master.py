@@ -1,5 +1,5 @@
-"""The master: the real `Core`, `AgentsService`, `Turn` and stores, driven without an event loop, on a disk that takes
-time and may be lost in the middle of a write."""
+"""The master: the real `Core`, `AgentsService`, `Transaction` and stores, driven without an event loop, on a disk that
+takes time and may be lost in the middle of a write."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from psmaster.api import from_proto
 from psmaster.api.agents import AgentsService
 from psmaster.control.agent_stream import AgentStream
 from psmaster.control.loop import RETRY_S, Core, Input
-from psmaster.control.transaction import Turn
+from psmaster.control.transaction import Transaction
 from psmaster.model.job import Instant
 from psmaster.scheduling.draft import Limits
 from tests.fault.simulation.network import End
@@ -83,7 +83,7 @@ class SimulatedCore(Core):
     async def on_disk(self, work: Callable[..., Any], *arguments: Any) -> Any:
         return await self.master.write(lambda: work(*arguments))
 
-    async def ask(self, apply: Callable[[Turn], Any]) -> Any:
+    async def ask(self, apply: Callable[[Transaction], Any]) -> Any:
         reply = Awaited()
         self._put(Input(apply=apply, reply=reply))  # type: ignore[arg-type]
         self.master.wake()
@@ -246,6 +246,8 @@ class Master:
 
     # people
 
-    def ask(self, apply: Callable[[Turn], Any], done: Callable[[Any], None], failed: Callable[[PsError], None]) -> None:
+    def ask(
+        self, apply: Callable[[Transaction], Any], done: Callable[[Any], None], failed: Callable[[PsError], None]
+    ) -> None:
         """A person asks something; the answer comes once it is durable."""
         drive(self.core.ask(apply), done, failed)

@@ -18,10 +18,10 @@ from psmaster.scheduling import rebalance, recovery
 from psmaster.storage.persistence import Archive
 from psserver.partition.checkpoint.frozen import Frozen
 from psserver.partition.checkpoint.snapshots import SnapshotWriter
-from psserver.partition.ingress.frame_handler import Reception
+from psserver.partition.ingress.frame_handler import FrameHandler
 from psserver.partition.process import PartitionService
 from psserver.partition.step import commit
-from psserver.partition.step.commit import CoordinatorState, Decide, Member, Verdict, Vote
+from psserver.partition.step.commit import CommitDecision, CoordinatorState, Decide, Member, Vote
 from psserver.partition.step.sums import Entry, Sums
 from psworker.trainer.exchange import Exchange
 from psworker.trainer.values.landing import Landing
@@ -103,9 +103,9 @@ def a_shard_is_dealt_to_nobody() -> Iterable[Patch]:
 
 @mistake
 def restarted_daemons_are_not_noticed() -> Iterable[Patch]:
-    def loss_of(seat: Any, job: Any, view: Any) -> Any:
-        same = {node_id: replace(node, incarnation=seat.incarnation) for node_id, node in view.nodes.items()}
-        return process.loss_of(seat, job, replace(view, nodes=same))
+    def loss_of(placement: Any, job: Any, view: Any) -> Any:
+        same = {node_id: replace(node, incarnation=placement.incarnation) for node_id, node in view.nodes.items()}
+        return process.loss_of(placement, job, replace(view, nodes=same))
 
     yield patch.object(recovery, "loss_of", loss_of)
 
@@ -119,28 +119,30 @@ def older_lives_displace_newer_ones() -> Iterable[Patch]:
     yield patch("psmaster.model.membership.attend", lambda nodes, *_: nodes)
 
 
-# votes and verdicts
+# votes and decisions
 
 
 @mistake_in(partitions=3, servers=3, every_s=0.05, storm_s=4.0, faults={"cut_votes": 1.0})
-def the_lead_forgets_its_last_verdict() -> Iterable[Patch]:
+def the_coordinator_forgets_its_last_decision() -> Iterable[Patch]:
     receive = commit.receive_vote
 
-    def forget(lead: CoordinatorState, vote: Vote, decide: Decide) -> tuple[CoordinatorState, Verdict | None, bool]:
-        after, verdict, to_all = receive(lead, vote, decide)
-        return after, verdict if to_all else None, to_all
+    def forget(
+        coordinator: CoordinatorState, vote: Vote, decide: Decide
+    ) -> tuple[CoordinatorState, CommitDecision | None, bool]:
+        after, decision, to_all = receive(coordinator, vote, decide)
+        return after, decision if to_all else None, to_all
 
     yield patch.object(commit, "receive_vote", forget)
 
 
 @mistake
-def members_obey_any_verdict() -> Iterable[Patch]:
-    def obey(member: Member, verdict: Verdict) -> tuple[Member, bool]:
+def members_obey_any_decision() -> Iterable[Patch]:
+    def obey(member: Member, decision: CommitDecision) -> tuple[Member, bool]:
         if member.vote is None:
             return member, False
-        return replace(member, step=member.step + 1, vote=None, last_verdict=verdict), True
+        return replace(member, step=member.step + 1, vote=None, last_decision=decision), True
 
-    yield patch.object(commit, "receive_verdict", obey)
+    yield patch.object(commit, "receive_decision", obey)
 
 
 @mistake_in(
@@ -151,14 +153,16 @@ def a_vote_keeps_its_generation() -> Iterable[Patch]:
 
 
 @mistake
-def the_lead_decides_without_the_last_vote() -> Iterable[Patch]:
+def the_coordinator_decides_without_the_last_vote() -> Iterable[Patch]:
     receive = commit.receive_vote
 
-    def hurry(lead: CoordinatorState, vote: Vote, decide: Decide) -> tuple[CoordinatorState, Verdict | None, bool]:
-        knows_the_loss = vote.partition == 0 or 0 in lead.votes  # which comes with the lead's own vote
-        fewer = replace(lead, num_partitions=max(1, lead.num_partitions - knows_the_loss))
-        after, verdict, to_all = receive(fewer, vote, decide)
-        return replace(after, num_partitions=lead.num_partitions), verdict, to_all
+    def hurry(
+        coordinator: CoordinatorState, vote: Vote, decide: Decide
+    ) -> tuple[CoordinatorState, CommitDecision | None, bool]:
+        knows_the_loss = vote.partition == 0 or 0 in coordinator.votes  # which comes with the coordinator's own vote
+        fewer = replace(coordinator, num_partitions=max(1, coordinator.num_partitions - knows_the_loss))
+        after, decision, to_all = receive(fewer, vote, decide)
+        return replace(after, num_partitions=coordinator.num_partitions), decision, to_all
 
     yield patch.object(commit, "receive_vote", hurry)
 
@@ -184,7 +188,7 @@ def the_gate_takes_duplicates() -> Iterable[Patch]:
 
 @mistake
 def gradients_of_any_step_are_taken() -> Iterable[Patch]:
-    yield patch.object(Reception, "_is_open", lambda _self, _header: True)
+    yield patch.object(FrameHandler, "_is_open", lambda _self, _header: True)
 
 
 @mistake

@@ -137,7 +137,7 @@ class Reference:
     values, and the loss of the step that led to it."""
 
     pieces: dict[int, dict[PieceKey, bytes]] = field(default_factory=dict)
-    ages: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    update_counts: dict[int, tuple[int, ...]] = field(default_factory=dict)
     losses: dict[int, float] = field(default_factory=dict)
 
     def values(self, version: int) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""A partition's process: the real `PartitionService` with its lead, gate, votes, optimizer and snapshots."""
+"""A partition's process: the real `PartitionService` with its coordinator, gate, votes, optimizer and snapshots."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pscluster.errors import CallerError, ProcessLostError, PsError, StorageError, UnreachableError
 from psmaster.control.submission import new_job
-from psmaster.control.transaction import Turn
+from psmaster.control.transaction import Transaction
 from psmaster.model.job import JobState
 from tests.fault.simulation.invariants import require
 
@@ -29,7 +29,7 @@ class People:
         """Ask until the job is taken in."""
         text = json.dumps(spec.model_dump(mode="json"))
 
-        def apply(turn: Turn) -> str:
+        def apply(turn: Transaction) -> str:
             directory = self.sim.disk.directory / "jobs"
             random_bytes = self.sim.schedule.random.randbytes
             return turn.submit(new_job(text, "", request_id, directory, turn.now, random_bytes))
@@ -72,7 +72,7 @@ class People:
         for node_id in sorted(asked - self.drained):
             self._ask(lambda turn, node_id=node_id: turn.undrain(node_id), lambda _: None)  # type: ignore[misc]
 
-    def _ask(self, apply: Callable[[Turn], Any], done: Callable[[Any], None]) -> None:
+    def _ask(self, apply: Callable[[Transaction], Any], done: Callable[[Any], None]) -> None:
         """Whoever gets no answer, or a refusal, may ask again."""
         master = self.sim.master
         if master is not None and not master._loading:

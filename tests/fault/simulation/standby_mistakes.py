@@ -10,7 +10,7 @@ from unittest.mock import patch
 from psmaster.scheduling import recovery
 from psmaster.scheduling.admission import NodeView
 from psserver.partition.replication import in_sync
-from psserver.partition.replication.in_sync import Bond
+from psserver.partition.replication.in_sync import InSyncState
 from psserver.partition.replication.standby import Standby
 from tests.fault.simulation.mistakes import Patch, mistake_in
 
@@ -24,7 +24,7 @@ def votes_do_not_wait_for_the_standby() -> Iterable[Patch]:
 
 @mistake_in(tier="replica", partitions=2, servers=3, compute_s=0.1, every_s=0.3, storm_s=8.0, faults=_KILLED)
 def a_standby_is_relied_on_before_it_is_in_sync() -> Iterable[Patch]:
-    def acknowledge(held: Bond, reach: int, _promised: int) -> tuple[Bond, bool]:
+    def acknowledge(held: InSyncState, reach: int, _promised: int) -> tuple[InSyncState, bool]:
         return replace(held, reach=max(held.reach, reach), is_told=True), not held.is_told
 
     yield patch.object(in_sync, "acknowledge", acknowledge)
@@ -35,7 +35,7 @@ def a_standby_begins_without_the_ages() -> Iterable[Patch]:
     begin = Standby._begin
 
     def begin_young(self: Standby, header: Any, told: Any) -> None:
-        begin(self, header, {**told, "ages": [0 for _ in told["ages"]]})
+        begin(self, header, {**told, "update_counts": [0 for _ in told["update_counts"]]})
 
     yield patch.object(Standby, "_begin", begin_young)
 

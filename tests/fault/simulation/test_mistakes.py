@@ -31,6 +31,6 @@ def test_a_planted_mistake_is_found(name: str) -> None:
         for seed in range(WITHIN):
             try:
                 run_seed(seed, **{"liveness_s": LIVENESS_S, **mistake.changes})
-            except (Violation, KeyError):  # a lead that looks for a loss which it never heard has broken down
+            except (Violation, KeyError):  # a coordinator that looks for a loss which it never heard has broken down
                 return
     pytest.fail(f"{name} broke no promise in {WITHIN} histories")

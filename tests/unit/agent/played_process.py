@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from pscluster.agent.heartbeat import Heart
+from pscluster.agent.heartbeat import HeartbeatThread
 from pscluster.agent.link import ProcessLink
 from pscluster.v1 import plan_pb2 as plan
 
@@ -95,7 +95,7 @@ def mute(link: ProcessLink) -> None:
 
 
 def beating(link: ProcessLink) -> None:
-    heart = Heart(link, plan.Beat)
+    heart = HeartbeatThread(link, plan.Beat)
     heart.start()
     serve(link)
     heart.close()

@@ -20,7 +20,7 @@ from pscluster.storage import open_store
 from pscluster.storage.snapshot import part_name, read_part
 from pscluster.v1.agents_pb2 import DepotAddress
 from pscluster.v1.depot_pb2 import TakePartRequest
-from pscluster.v1.plan_pb2 import PartitionSeat, Plan, ProcessReport, ProcessSpec, RestorePoint, SnapshotPart
+from pscluster.v1.plan_pb2 import PartitionPlacement, Plan, ProcessReport, ProcessSpec, RestorePoint, SnapshotPart
 
 TOKEN = "a-token"
 DATA = bytes(range(256)) * 10_000  # several chunks
@@ -100,9 +100,9 @@ def spec(store: object = None) -> ProcessSpec:
 
 
 def plan(part: SnapshotPart, generation: int = 2, **fields: Any) -> Plan:
-    seats = fields.pop("partitions", [PartitionSeat(attempt=1)])
+    placements = fields.pop("partitions", [PartitionPlacement(attempt=1)])
     restore = RestorePoint(step=part.step, parts=[part])
-    return Plan(generation=generation, restore_generation=generation, restore=restore, partitions=seats, **fields)
+    return Plan(generation=generation, restore_generation=generation, restore=restore, partitions=placements, **fields)
 
 
 async def copied(held: Copies, settled: ProcessSpec, part: SnapshotPart, newest: Plan | None = None) -> ProcessReport:
@@ -279,7 +279,7 @@ def test_a_standby_needs_no_part(tmp_path: Path) -> None:
     settled, held = spec(), Copies("server-0", TOKEN, tmp_path)
     held.settle(settled)
     assert held.must_bring(settled, None, plan(part))
-    assert not held.must_bring(settled, None, plan(part, partitions=[PartitionSeat(attempt=2)]))
+    assert not held.must_bring(settled, None, plan(part, partitions=[PartitionPlacement(attempt=2)]))
 
 
 def test_a_copy_that_fails_in_whatever_way_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from pscluster.v1.plan_pb2 import ProcessReport, ProcessSpec, TrainerReady
 pytestmark = pytest.mark.timeout(60)
 
 
-class Heard:
+class LastHeartbeat:
     """Messages that were emitted, and a way to wait for one."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Heard:
         ]
 
 
-def run(bench: Any, body: Callable[[Supervisor, Heard], Awaitable[None]], devices: Sequence[str] = ()) -> None:
+def run(bench: Any, body: Callable[[Supervisor, LastHeartbeat], Awaitable[None]], devices: Sequence[str] = ()) -> None:
     """Run `body` with the supervisor of a node that has these CUDA devices."""
 
     async def nothing(_sha256: str) -> AsyncIterator[bytes]:
@@ -59,7 +59,7 @@ def run(bench: Any, body: Callable[[Supervisor, Heard], Awaitable[None]], device
         yield b""
 
     async def everything() -> None:
-        heard = Heard()
+        heard = LastHeartbeat()
         directories = AgentDirectories.claim(bench.state_dir)
         site = Site(
             command=(sys.executable, "-P", "-m", "pscluster.agent.launch", "played_process"),
@@ -83,7 +83,7 @@ def run(bench: Any, body: Callable[[Supervisor, Heard], Awaitable[None]], device
 
 
 def test_a_stopped_process_is_noticed_once(bench: Any) -> None:
-    async def body(supervisor: Supervisor, heard: Heard) -> None:
+    async def body(supervisor: Supervisor, heard: LastHeartbeat) -> None:
         supervisor.apply(Assignment(processes=[bench.trainer("trainer-0", "count")]))
         await heard.until(lambda: "trainer_ready" in heard.bodies())
         os.kill(supervisor.states()[0].status.pid, signal.SIGSTOP)
@@ -104,7 +104,7 @@ def test_a_stopped_process_is_noticed_once(bench: Any) -> None:
 
 
 def test_a_process_that_stops_before_it_is_ready_is_noticed_later(bench: Any) -> None:
-    async def body(supervisor: Supervisor, heard: Heard) -> None:
+    async def body(supervisor: Supervisor, heard: LastHeartbeat) -> None:
         supervisor.apply(Assignment(processes=[bench.trainer("trainer-0", "mute")]))
         await heard.until(lambda: bool(heard.messages))
         (process,) = supervisor._processes.values()
@@ -118,7 +118,7 @@ def test_a_process_that_stops_before_it_is_ready_is_noticed_later(bench: Any) ->
 
 
 def test_who_took_long_to_be_ready_has_time_for_a_first_beat(bench: Any) -> None:
-    async def body(supervisor: Supervisor, heard: Heard) -> None:
+    async def body(supervisor: Supervisor, heard: LastHeartbeat) -> None:
         supervisor.apply(Assignment(processes=[bench.trainer("trainer-0", "mute")]))
         await heard.until(lambda: bool(heard.messages))
         (process,) = supervisor._processes.values()
@@ -132,7 +132,7 @@ def test_who_took_long_to_be_ready_has_time_for_a_first_beat(bench: Any) -> None
 
 
 def test_a_process_that_beats_again_is_no_longer_suspected(bench: Any) -> None:
-    async def body(supervisor: Supervisor, heard: Heard) -> None:
+    async def body(supervisor: Supervisor, heard: LastHeartbeat) -> None:
         supervisor.apply(Assignment(processes=[bench.trainer("trainer-0", "beating")]))
         await heard.until(lambda: "trainer_ready" in heard.bodies())
         supervisor.check_beats(asyncio.get_running_loop().time() + 20)
@@ -145,7 +145,7 @@ def test_a_process_that_beats_again_is_no_longer_suspected(bench: Any) -> None:
 
 
 def test_what_a_process_cannot_reach_is_told_once_and_when_it_is_over(bench: Any) -> None:
-    async def body(supervisor: Supervisor, heard: Heard) -> None:
+    async def body(supervisor: Supervisor, heard: LastHeartbeat) -> None:
         supervisor.apply(Assignment(processes=[bench.trainer("trainer-0", "cut_off")]))
         await heard.until(lambda: "trainer_ready" in heard.bodies())
         (process,) = supervisor._processes.values()
@@ -163,7 +163,7 @@ def test_what_a_process_cannot_reach_is_told_once_and_when_it_is_over(bench: Any
 
 
 def test_a_suspected_process_is_ended_without_patience(bench: Any) -> None:
-    async def body(supervisor: Supervisor, heard: Heard) -> None:
+    async def body(supervisor: Supervisor, heard: LastHeartbeat) -> None:
         supervisor._patience = Patience(terminate_s=1000, kill_s=1000)
         supervisor.apply(Assignment(processes=[bench.trainer("trainer-0", "count")]))
         await heard.until(lambda: "trainer_ready" in heard.bodies())
@@ -177,7 +177,7 @@ def test_a_suspected_process_is_ended_without_patience(bench: Any) -> None:
 
 
 def test_close_waits_for_every_exit_and_starts_nothing_more(bench: Any) -> None:
-    async def body(supervisor: Supervisor, heard: Heard) -> None:
+    async def body(supervisor: Supervisor, heard: LastHeartbeat) -> None:
         named = Assignment(processes=[bench.trainer("trainer-0", "serve"), bench.trainer("trainer-1", "be_stubborn")])
         supervisor.apply(named)
         await heard.until(lambda: heard.bodies().count("trainer_ready") == 2)
@@ -190,7 +190,7 @@ def test_close_waits_for_every_exit_and_starts_nothing_more(bench: Any) -> None:
 
 
 def test_a_process_ended_before_it_could_start_is_told(bench: Any) -> None:
-    async def body(supervisor: Supervisor, heard: Heard) -> None:
+    async def body(supervisor: Supervisor, heard: LastHeartbeat) -> None:
         supervisor.apply(Assignment(processes=[bench.trainer("trainer-0", "serve", bundle_sha256="0" * 64)]))
         supervisor.apply(Assignment())
         await heard.until(lambda: "status" in heard.bodies())
@@ -203,7 +203,7 @@ def test_a_process_ended_before_it_could_start_is_told(bench: Any) -> None:
 
 
 def test_a_master_with_an_older_database_hears_that_what_it_asks_for_is_over(bench: Any) -> None:
-    async def body(supervisor: Supervisor, heard: Heard) -> None:
+    async def body(supervisor: Supervisor, heard: LastHeartbeat) -> None:
         named = Assignment(processes=[bench.trainer("trainer-0", "fail")])
         supervisor.apply(named)
         await heard.until(lambda: "status" in heard.bodies() and heard.messages[-1].status.exit_code == 3)
@@ -220,7 +220,7 @@ def test_a_master_with_an_older_database_hears_that_what_it_asks_for_is_over(ben
 
 
 def test_a_spec_that_cannot_be_read_is_told(bench: Any) -> None:
-    async def body(supervisor: Supervisor, heard: Heard) -> None:
+    async def body(supervisor: Supervisor, heard: LastHeartbeat) -> None:
         spec = bench.trainer("trainer-0", "serve")
         spec.spec_json = "{"
         supervisor.apply(Assignment(processes=[spec]))
@@ -239,14 +239,14 @@ def on_device(bench: Any, name: str, device: str, mode: str = "serve") -> Proces
     return spec
 
 
-def reported(heard: Heard) -> dict[str, str]:
+def reported(heard: LastHeartbeat) -> dict[str, str]:
     """Where each trainer that is ready computes, as it was told."""
     events = [message.event for message in heard.messages if message.HasField("event")]
     return {event.process_id.split("/")[1]: event.report.trainer_ready.device for event in events}
 
 
 def test_each_trainer_is_told_a_device_of_its_own(bench: Any) -> None:
-    async def body(supervisor: Supervisor, heard: Heard) -> None:
+    async def body(supervisor: Supervisor, heard: LastHeartbeat) -> None:
         wanted = {"trainer-0": "auto", "trainer-1": "auto", "trainer-2": "cpu", "trainer-3": "cuda:0"}
         supervisor.apply(Assignment(processes=[on_device(bench, name, device) for name, device in wanted.items()]))
         await heard.until(lambda: len(reported(heard)) == 4)
@@ -257,7 +257,7 @@ def test_each_trainer_is_told_a_device_of_its_own(bench: Any) -> None:
 
 
 def test_a_partition_is_told_none(bench: Any) -> None:
-    async def body(supervisor: Supervisor, heard: Heard) -> None:
+    async def body(supervisor: Supervisor, heard: LastHeartbeat) -> None:
         partition = on_device(bench, "partition-0", "cuda")
         partition.kind = ProcessSpec.KIND_PARTITION
         supervisor.apply(Assignment(processes=[partition]))
@@ -277,7 +277,7 @@ def test_a_partition_is_told_none(bench: Any) -> None:
 def test_a_trainer_without_its_device_is_not_started_and_says_why(
     bench: Any, device: str, present: list[str], cause: str
 ) -> None:
-    async def body(supervisor: Supervisor, heard: Heard) -> None:
+    async def body(supervisor: Supervisor, heard: LastHeartbeat) -> None:
         supervisor.apply(Assignment(processes=[on_device(bench, "trainer-0", device)]))
         await heard.until(lambda: "status" in heard.bodies())
         status = heard.messages[-1].status
@@ -288,7 +288,7 @@ def test_a_trainer_without_its_device_is_not_started_and_says_why(
 
 
 def test_the_next_trainer_waits_until_the_former_one_is_gone(bench: Any) -> None:
-    async def body(supervisor: Supervisor, heard: Heard) -> None:
+    async def body(supervisor: Supervisor, heard: LastHeartbeat) -> None:
         supervisor.apply(Assignment(processes=[on_device(bench, "trainer-0", "cuda", "be_stubborn")]))
         await heard.until(lambda: "trainer_ready" in heard.bodies())
         supervisor.apply(Assignment(processes=[on_device(bench, "trainer-1", "cuda")]))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from pscluster.agent.suspicion import NONE, SILENT, STALLED, Heard, suspicion_of
+from pscluster.agent.suspicion import NONE, SILENT, STALLED, LastHeartbeat, suspicion_of
 
 SILENCE_S = 2.0
 
 
 def test_silence_is_counted_from_the_last_beat() -> None:
     assert suspicion_of(1000.0, None, SILENCE_S) == NONE, "it is not started yet"
-    assert suspicion_of(12.0, Heard(at_s=10.0), SILENCE_S) == NONE
-    assert suspicion_of(12.1, Heard(at_s=10.0), SILENCE_S) == SILENT
+    assert suspicion_of(12.0, LastHeartbeat(at_s=10.0), SILENCE_S) == NONE
+    assert suspicion_of(12.1, LastHeartbeat(at_s=10.0), SILENCE_S) == SILENT
 
 
 @pytest.mark.parametrize(
@@ -28,8 +28,8 @@ def test_silence_is_counted_from_the_last_beat() -> None:
     ],
 )
 def test_a_microbatch_may_take_five_times_the_median(busy_s: float, typical_s: float, found: int) -> None:
-    assert suspicion_of(10.0, Heard(at_s=10.0, busy_s=busy_s, typical_s=typical_s), SILENCE_S) == found
+    assert suspicion_of(10.0, LastHeartbeat(at_s=10.0, busy_s=busy_s, typical_s=typical_s), SILENCE_S) == found
 
 
 def test_who_is_silent_is_not_called_stalled() -> None:
-    assert suspicion_of(20.0, Heard(at_s=10.0, busy_s=50.0, typical_s=1.0), SILENCE_S) == SILENT
+    assert suspicion_of(20.0, LastHeartbeat(at_s=10.0, busy_s=50.0, typical_s=1.0), SILENCE_S) == SILENT

@@ -44,7 +44,7 @@ def full_job() -> jobs_pb2.Job:
             generation=3,
             resume_step=50,
             trainers=[
-                plan_pb2.TrainerSeat(
+                plan_pb2.TrainerPlacement(
                     rank=0,
                     node_id="worker-0",
                     attempt=1,
@@ -53,9 +53,9 @@ def full_job() -> jobs_pb2.Job:
                     device="cuda:0",
                     microbatch_s=0.21,
                 ),
-                plan_pb2.TrainerSeat(rank=1, node_id="worker-1", attempt=2),
+                plan_pb2.TrainerPlacement(rank=1, node_id="worker-1", attempt=2),
             ],
-            partitions=[plan_pb2.PartitionSeat(index=0, node_id="server-0", attempt=2, addresses=["unix:/x"])],
+            partitions=[plan_pb2.PartitionPlacement(index=0, node_id="server-0", attempt=2, addresses=["unix:/x"])],
         ),
         connections=[plan_pb2.Connection(trainer=0, partition=0, transport="unix")],
         checks=[plan_pb2.PreflightCheck(name="imports", ok=True, detail="fine", node_id="worker-0")],
@@ -99,7 +99,7 @@ def test_documents_are_versioned_and_words(run: Psctl, fake: FakeMaster) -> None
     assert (found["apiVersion"], found["kind"], found["state"]) == ("ps/v1", "Job", "FAILED")
     assert found["parameters_sha256"] == "f" * 64
     assert found["plan"]["trainers"][0]["shards"] == [[0, 3], [5, 1]]
-    assert [seat["device"] for seat in found["plan"]["trainers"]] == ["cuda:0", None]
+    assert [placement["device"] for placement in found["plan"]["trainers"]] == ["cuda:0", None]
     assert found["error"] == {"code": "PS-2005", "cause": "NaN at step 7", "action": "clip", "details": {"step": "7"}}
     assert found["spec"]["name"] == "lm"
     assert json.loads(run("status", "lm", "-o", "json").stdout) == found
@@ -141,11 +141,11 @@ def test_describe_has_a_section_for_everything(run: Psctl, fake: FakeMaster) -> 
         "loss 2.2500 at step 50",
     ):
         assert piece in text, piece
-    seats = [line.split() for line in text.splitlines() if line.startswith(("  trainer-", "  partition-"))]
-    assert seats == [
+    placements = [line.split() for line in text.splitlines() if line.startswith(("  trainer-", "  partition-"))]
+    assert placements == [
         ["trainer-0", "worker-0", "1", "active", "cuda:0", "0.21", "s", "shards", "0-2,5"],
         ["trainer-1", "worker-1", "2", "standing", "by", "-", "-", "none"],
-        ["partition-0", "server-0", "2", "lead", "-", "-", "unix:/x"],
+        ["partition-0", "server-0", "2", "coordinator", "-", "-", "unix:/x"],
     ]
     check = next(line for line in text.splitlines() if "imports" in line)
     assert check.split() == ["worker-0", "imports", "ok", "fine"]
@@ -211,6 +211,6 @@ def test_describe_names_a_slow_trainer(run: Psctl, fake: FakeMaster) -> None:
         shards = [plan_pb2.ShardRange(first=rank, count=1)]
         job.plan.trainers.add(rank=rank, node_id=f"w-{rank}", active=True, shards=shards, microbatch_s=microbatch_s)
     fake.jobs["a"] = job
-    seats = [line for line in run("describe", "lm").stdout.splitlines() if line.startswith("  trainer-")]
-    assert ["0.25 s, 2.3x" in line for line in seats] == [False, False, True]
-    assert "x" not in seats[1].partition("0.11 s")[2]
+    placements = [line for line in run("describe", "lm").stdout.splitlines() if line.startswith("  trainer-")]
+    assert ["0.25 s, 2.3x" in line for line in placements] == [False, False, True]
+    assert "x" not in placements[1].partition("0.11 s")[2]

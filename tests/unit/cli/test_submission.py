@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pscluster.cli.arithmetic import reckon
-from pscluster.cli.following import PlainView, absence
+from pscluster.cli.arithmetic import summarize
+from pscluster.cli.following import PlainView, outage
 from pscluster.cli.local import record
 from pscluster.errors import UnreachableError
 from pscluster.job.bundle import extract
@@ -178,7 +178,7 @@ def test_dry_run_speaks_of_no_evaluation_where_there_is_surely_none(
 
 def test_dry_run_of_many_workers_shows_doublings() -> None:
     train = {"global_batch": 1000, "microbatch": 1, "epochs": 1}
-    found = reckon(parse_spec({**BUILT_IN, "train": train, "workers": {"min": 3, "max": 100}}), None)
+    found = summarize(parse_spec({**BUILT_IN, "train": train, "workers": {"min": 3, "max": 100}}), None)
     assert [row["workers"] for row in found["workers"]] == [3, 4, 8, 16, 32, 64, 100]
     assert found["samples"] is None
     assert found["workers"][0] == {"workers": 3, "microbatches_most": 334, "microbatches_fewest": 333, "balance": 0.998}
@@ -275,12 +275,12 @@ def test_a_follower_knows_that_the_local_cluster_was_taken_down(serving: Serving
     elsewhere = ClientSettings(address=serving.address).located({})
     local = ClientSettings(state_dir=tmp_path).located({})
     record.save(tmp_path, local.address, ())
-    assert absence(local, 600.0) == absence(elsewhere, 600.0)
+    assert outage(local, 600.0) == outage(elsewhere, 600.0)
     record.record_path(tmp_path).unlink()
-    assert absence(local, 600.0) == (
+    assert outage(local, 600.0) == (
         "the cluster was taken down; waits up to 10 min for the next psctl up, Ctrl-C detaches"
     )
-    assert absence(elsewhere, 600.0).startswith("the master does not answer")
+    assert outage(elsewhere, 600.0).startswith("the master does not answer")
 
 
 def test_a_remark_is_a_line_only_when_it_is_a_new_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from pscluster.v1 import agents_pb2, agents_pb2_grpc, plan_pb2
 DEADLINE_S = 20.0
 
 Assignment = dict[str, plan_pb2.ProcessSpec]
-"""By seat: "trainer-0"."""
+"""By placement: "trainer-0"."""
 
 
 class FakeAgent:
@@ -115,10 +115,10 @@ class FakeAgent:
         lines = [agents_pb2.LogLine(time_s=float(i), stream="stdout", text=text) for i, text in enumerate(texts)]
         await self._durable(log=agents_pb2.LogLines(process_id=process_id, lines=lines))
 
-    async def ready(self, seat: str) -> None:
-        """The process in a seat reports ready."""
-        process_id = self.assignment[seat].process_id
-        if seat.startswith("trainer"):
+    async def ready(self, placement: str) -> None:
+        """The process in a placement reports ready."""
+        process_id = self.assignment[placement].process_id
+        if placement.startswith("trainer"):
             await self.report(process_id, trainer_ready=TRAINER_READY)
         else:
             await self.report(process_id, partition_ready=PARTITION_READY)
@@ -131,10 +131,10 @@ class FakeAgent:
                     process_id=spec.process_id, phase=agents_pb2.ProcessStatus.PHASE_RUNNING
                 ),
                 ready=plan_pb2.ProcessReport(trainer_ready=TRAINER_READY)
-                if seat.startswith("trainer")
+                if placement.startswith("trainer")
                 else plan_pb2.ProcessReport(partition_ready=PARTITION_READY),
             )
-            for seat, spec in self.assignment.items()
+            for placement, spec in self.assignment.items()
         ]
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from pscluster.devices import choose_device, modesty
+from pscluster.devices import choose_device, device_priority
 from psmaster.api import to_proto
 from psmaster.model.job import ErrorInfo, JobState
 from psmaster.model.plan import ProcessKind
@@ -56,9 +56,9 @@ def test_what_a_ready_trainer_told_is_what_it_holds(world: World, told: str, lef
     assert rooms(world) == (1, 0, 0), "not counted on yet"
     world.ready()
     assert rooms(world) == left
-    assert [seat.device for seat in world.job().trainers] == [told]
+    assert [placement.device for placement in world.job().trainers] == [told]
     world.restart()
-    assert [seat.device for seat in world.job().trainers] == [told]
+    assert [placement.device for placement in world.job().trainers] == [told]
 
 
 def test_a_device_is_free_again_when_its_trainer_is_lost(world: World) -> None:
@@ -70,16 +70,16 @@ def test_a_device_is_free_again_when_its_trainer_is_lost(world: World) -> None:
     assert rooms(world) == (1, 0, 0), "its replacement may take either"
 
 
-def test_the_jobs_seats_are_shown_with_their_devices(world: World) -> None:
+def test_the_jobs_placements_are_shown_with_their_devices(world: World) -> None:
     world.submit(workers={"min": 1, "max": 3})
     for rank, device in enumerate(("cuda:0", "cuda:1", "cpu")):
         world.report(f"trainer-{rank}", replace(TRAINER, device=device))
     world.ready()
     message = to_proto.job(world.job(), (), world.now, full=True)
-    assert [seat.device for seat in message.plan.trainers] == ["cuda:0", "cuda:1", "cpu"]
+    assert [placement.device for placement in message.plan.trainers] == ["cuda:0", "cuda:1", "cpu"]
 
 
-def test_a_seat_without_a_node_says_which_worker_it_waits_for(world: World) -> None:
+def test_a_placement_without_a_node_says_which_worker_it_waits_for(world: World) -> None:
     world.submit(workers=ONE | {"device": "cuda"})
     world.ready()
     world.snapshot(0)
@@ -147,19 +147,19 @@ def act(world: World, chance: random.Random, number: int, agents: dict[str, dict
         world.submit(f"job-{number:06}", workers=workers, servers={"partitions": 1}, priority=chance.randint(0, 9))
         return
     job = chance.choice(live)
-    seats = [seat for seat in job.trainers if seat.placed and not seat.held_back]
-    if seats and chance.random() < 0.3:
-        world.exit(chance.choice(seats).name, job.job_id, signal=9)
+    placements = [placement for placement in job.trainers if placement.placed and not placement.held_back]
+    if placements and chance.random() < 0.3:
+        world.exit(chance.choice(placements).name, job.job_id, signal=9)
     elif chance.random() < 0.2:
         world.take(lambda turn: turn.stop(job.job_id))
     else:
         for name, process in world.wanted(job.job_id).items():
-            if name not in world.wanted(job.job_id) or process.seat.active:
+            if name not in world.wanted(job.job_id) or process.placement.active:
                 continue
-            if process.seat.kind is ProcessKind.PARTITION:
+            if process.placement.kind is ProcessKind.PARTITION:
                 world.report(name, PARTITION, job.job_id)
             elif process.process_id not in world.state.processes:
-                device = agents[process.seat.node_id][process.process_id]
+                device = agents[process.placement.node_id][process.process_id]
                 world.report(name, replace(TRAINER, device=device), job.job_id)
 
 
@@ -168,11 +168,11 @@ def follow(world: World, agents: dict[str, dict[str, str]], present: dict[str, t
     wanted = {node_id: dict[str, str]() for node_id in present}
     for job in world.state.jobs.values():
         for process in desired(job):
-            if process.seat.kind is ProcessKind.TRAINER:
-                wanted[process.seat.node_id][process.process_id] = job.spec.workers.device
+            if process.placement.kind is ProcessKind.TRAINER:
+                wanted[process.placement.node_id][process.process_id] = job.spec.workers.device
     for node_id, processes in wanted.items():
         agents[node_id] = {name: device for name, device in agents[node_id].items() if name in processes}
-        for process_id, device in sorted(processes.items(), key=lambda item: modesty(item[1])):
+        for process_id, device in sorted(processes.items(), key=lambda item: device_priority(item[1])):
             given = agents[node_id]
             if process_id not in given:
                 chosen = choose_device(device, present[node_id], given.values())

@@ -37,10 +37,14 @@ class Site(World):
 
     def shards(self) -> dict[str, int]:
         """By node of the active trainers."""
-        return {seat.node_id: sum(n for _, n in seat.shards) for seat in self.job().trainers if seat.active}
+        return {
+            placement.node_id: sum(n for _, n in placement.shards)
+            for placement in self.job().trainers
+            if placement.active
+        }
 
     def hold(self, step: int) -> None:
-        """The lead reports that the job rests."""
+        """The coordinator reports that the job rests."""
         self.report("partition-0", Progress(generation=self.job().generation, step=step, held=True))
 
 
@@ -73,13 +77,13 @@ def test_shards_move_first_and_the_trainer_goes_after_the_next_step(site: Site) 
     assert not {"TrainerLost", "RolledBack"} & set(site.reasons())
 
 
-def test_its_seat_goes_to_a_node_with_room() -> None:
+def test_its_placement_goes_to_a_node_with_room() -> None:
     site = Site()
     site.train(2, workers={"max": 2})
     site.join("worker-2")
     site.drain("worker-1")
     site.commit(6)
-    assert site.wanted()["trainer-1"].seat.node_id == "worker-2"
+    assert site.wanted()["trainer-1"].placement.node_id == "worker-2"
     assert site.job().reason == "trains on 1 worker; 1 more on the way"
     site.ready()
     assert site.shards() == {"worker-0": 4, "worker-2": 4}
@@ -95,7 +99,7 @@ def test_with_nobody_to_take_over_another_is_started_first() -> None:
     assert site.job().state is JobState.RUNNING
     assert site.shards() == {"worker-0": 8}
     site.join("worker-1")
-    assert site.wanted()["trainer-1"].seat.node_id == "worker-1"
+    assert site.wanted()["trainer-1"].placement.node_id == "worker-1"
     assert site.waits("worker-0") == [f"{JOB}: waits until trainer-1 is ready on worker-1"]
     assert site.shards() == {"worker-0": 8}, "it is not ready yet"
     site.report("trainer-1", TRAINER)
@@ -130,11 +134,11 @@ def test_a_job_that_only_starts_starts_elsewhere() -> None:
     site = Site()
     site.cluster(workers=3, servers=3)
     site.submit(workers={"min": 2, "max": 2})
-    assert {seat.node_id for seat in site.job().trainers} == {"worker-0", "worker-1"}
+    assert {placement.node_id for placement in site.job().trainers} == {"worker-0", "worker-1"}
     site.drain("worker-0")
     site.drain("server-0")
-    assert {seat.node_id for seat in site.job().trainers} == {"worker-1", "worker-2"}
-    assert {seat.node_id for seat in site.job().partitions} == {"server-1", "server-2"}
+    assert {placement.node_id for placement in site.job().trainers} == {"worker-1", "worker-2"}
+    assert {placement.node_id for placement in site.job().partitions} == {"server-1", "server-2"}
     site.ready()
     site.commit(1)
     assert site.job().state is JobState.RUNNING
@@ -176,10 +180,10 @@ def test_a_partition_moves_from_the_step_at_which_the_job_rests(site: Site) -> N
     site.hold(7)
     assert site.waits("server-1") == [f"{JOB}: rests at step 7 until its snapshot is complete"]
     assert site.job().reason == "rests at step 7, to move a partition"
-    assert site.wanted()["partition-1"].seat.node_id == "server-1"
+    assert site.wanted()["partition-1"].placement.node_id == "server-1"
     site.snapshot(7)
     moved = site.wanted()["partition-1"]
-    assert (moved.seat.node_id, moved.seat.attempt) == ("server-2", 2)
+    assert (moved.placement.node_id, moved.placement.attempt) == ("server-2", 2)
     assert site.status("server-1") == "drained"
     site.report("partition-1", PARTITION)
     assert (site.plan.resume_step, site.plan.save, site.job().step) == (7, False, 7)
@@ -199,7 +203,7 @@ def test_a_snapshot_that_is_there_already_is_enough(site: Site) -> None:
     site.snapshot(10)
     site.drain("server-0")
     site.hold(10)
-    assert site.wanted()["partition-0"].seat.node_id == "server-2"
+    assert site.wanted()["partition-0"].placement.node_id == "server-2"
     site.report("partition-0", PARTITION)
     assert site.plan.resume_step == 10
 
@@ -230,7 +234,7 @@ def test_two_partitions_need_two_places() -> None:
     assert site.plan.save
     site.hold(2)
     site.snapshot(2)
-    assert {seat.node_id for seat in site.job().partitions} == {"server-1", "server-2"}
+    assert {placement.node_id for placement in site.job().partitions} == {"server-1", "server-2"}
 
 
 def test_undone_while_the_job_rests_it_goes_on(site: Site) -> None:
@@ -242,7 +246,7 @@ def test_undone_while_the_job_rests_it_goes_on(site: Site) -> None:
     assert site.plan.restore_generation == 1
     site.snapshot(6)
     site.wait(10)
-    assert site.wanted()["partition-1"].seat.node_id == "server-1"
+    assert site.wanted()["partition-1"].placement.node_id == "server-1"
 
 
 def test_a_rest_under_an_older_plan_does_not_count(site: Site) -> None:
@@ -253,10 +257,10 @@ def test_a_rest_under_an_older_plan_does_not_count(site: Site) -> None:
     site.drain("server-1")
     site.report("partition-0", late)
     site.snapshot(6)
-    assert site.wanted()["partition-1"].seat.node_id == "server-1"
+    assert site.wanted()["partition-1"].placement.node_id == "server-1"
     site.hold(8)
     site.snapshot(8)
-    assert site.wanted()["partition-1"].seat.node_id == "server-2"
+    assert site.wanted()["partition-1"].placement.node_id == "server-2"
 
 
 def test_a_snapshot_that_does_not_come_holds_nobody_for_ever(site: Site) -> None:
@@ -276,14 +280,14 @@ def test_a_snapshot_that_does_not_come_holds_nobody_for_ever(site: Site) -> None
     assert site.plan.save, "it is tried again"
     site.hold(90)
     site.snapshot(90)
-    assert site.wanted()["partition-1"].seat.node_id == "server-2"
+    assert site.wanted()["partition-1"].placement.node_id == "server-2"
 
 
 def test_a_partition_lost_meanwhile_comes_back_elsewhere(site: Site) -> None:
     site.join("server-2")
     site.drain("server-1")
     site.exit("partition-1", signal=9)
-    assert site.wanted()["partition-1"].seat.node_id == "server-2"
+    assert site.wanted()["partition-1"].placement.node_id == "server-2"
     assert not site.job().saving
     site.report("partition-1", PARTITION)
     assert not site.plan.save
@@ -318,7 +322,7 @@ def test_it_outlives_the_master(site: Site) -> None:
     assert site.plan.save
     site.hold(8)
     site.snapshot(8)
-    assert site.wanted()["partition-1"].seat.node_id == "server-2"
+    assert site.wanted()["partition-1"].placement.node_id == "server-2"
     site.report("partition-1", PARTITION)
     site.commit(7)
     assert site.status("worker-1") == "drained"
@@ -351,7 +355,7 @@ def test_a_node_that_says_it_is_leaving_is_emptied_and_its_next_life_is_not(site
     assert "TrainerLost" not in site.reasons()
     site.join("worker-1", life="2")
     assert site.status("worker-1") == ""
-    assert site.wanted()["trainer-1"].seat.node_id == "worker-1"
+    assert site.wanted()["trainer-1"].placement.node_id == "worker-1"
 
 
 def test_when_all_leave_the_job_waits_and_does_not_fail(site: Site) -> None:
@@ -365,7 +369,7 @@ def test_when_all_leave_the_job_waits_and_does_not_fail(site: Site) -> None:
     site.join("worker-5")
     site.ready()
     assert site.shards() == {"worker-5": 8}
-    assert all(seat.kind is ProcessKind.TRAINER for seat in site.job().trainers)
+    assert all(placement.kind is ProcessKind.TRAINER for placement in site.job().trainers)
 
 
 def test_a_dead_node_is_a_problem_until_it_is_drained(site: Site) -> None:

@@ -12,7 +12,7 @@ from pscluster.errors import BundleError, NotFoundError
 from psmaster.api.log_tail import MetricsTail
 from psmaster.model.reports import Evaluated
 from psmaster.storage.bundles import BundleShelf
-from psmaster.storage.logs import LogMessage, LogReader, SeatLog, older, paths_of
+from psmaster.storage.logs import LogMessage, LogReader, ProcessLog, older, paths_of
 from psmaster.storage.metrics_file import MetricsFile, line_of
 from tests.unit.master.world import make_record
 
@@ -99,10 +99,10 @@ def message(sequence: int, *texts: str, attempt: int = 1, dropped: int = 0, sour
 
 def test_lines_are_written_once_over_restarts_and_attempts(tmp_path: Path) -> None:
     path = tmp_path / "logs" / "trainer-0.log"
-    log = SeatLog(path)
+    log = ProcessLog(path)
     assert log.append(message(5, "a", "b"))
     assert not log.append(message(5, "a", "b"))
-    again = SeatLog(path)
+    again = ProcessLog(path)
     assert not again.append(message(5, "a", "b"))
     assert again.append(message(1, "c", attempt=2))
     assert again.append(message(6, "late", dropped=3))
@@ -119,17 +119,17 @@ def test_lines_are_written_once_over_restarts_and_attempts(tmp_path: Path) -> No
 
 def test_a_torn_line_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "trainer-0.log"
-    SeatLog(path).append(message(1, "whole"))
+    ProcessLog(path).append(message(1, "whole"))
     with path.open("ab") as file:
         file.write(b'{"t": 1')
-    log = SeatLog(path)
+    log = ProcessLog(path)
     log.append(message(2, "next"))
     assert [entry.text for entry in LogReader(tmp_path).read()] == ["whole", "next"]
 
 
 def test_a_log_is_bounded_and_a_reader_misses_nothing(tmp_path: Path) -> None:
     path = tmp_path / "trainer-0.log"
-    log = SeatLog(path, max_bytes=500)
+    log = ProcessLog(path, max_bytes=500)
     reader = LogReader(tmp_path)
     seen: list[str] = []
     for number in range(1, 41):

@@ -44,8 +44,8 @@ def test_processes_start_without_a_plan_and_get_one_when_all_are_ready(world: Wo
     plan = world.job().plan
     assert plan is not None
     assert (plan.generation, plan.restore_generation, plan.resume_step, plan.restore) == (1, 1, 0, None)
-    assert [seat.shards for seat in plan.trainers] == [((0, 4),), ((4, 4),)]
-    assert [seat.addresses for seat in plan.partitions] == [("unix:/x",), ("unix:/x",)]
+    assert [placement.shards for placement in plan.trainers] == [((0, 4),), ((4, 4),)]
+    assert [placement.addresses for placement in plan.partitions] == [("unix:/x",), ("unix:/x",)]
     assert plan.final_step == 100
     assert all(process.plan == plan for process in world.wanted().values())
     assert world.job().state is JobState.STARTING
@@ -168,11 +168,11 @@ def unwritten(step: int) -> JobWarning:
 
 def test_a_repeated_finish_changes_nothing(world: World) -> None:
     world.running()
-    lead = world.wanted()["partition-0"]
+    coordinator = world.wanted()["partition-0"]
     world.snapshot(100)
     world.finish()
     ended = world.job()
-    world.report_as(lead.seat.node_id, lead.process_id, replace(ended.finished, step=7))  # type: ignore[type-var]
+    world.report_as(coordinator.placement.node_id, coordinator.process_id, replace(ended.finished, step=7))  # type: ignore[type-var]
     assert world.job() == ended
 
 
@@ -188,7 +188,7 @@ def test_stop_while_queued_or_starting_is_at_once(world: World) -> None:
     assert world.wanted() == {}
 
 
-def test_stop_while_running_asks_the_lead(world: World) -> None:
+def test_stop_while_running_asks_the_coordinator(world: World) -> None:
     world.running()
     world.take(lambda turn: turn.stop("job-aaaaaa"))
     plan = world.job().plan
@@ -227,7 +227,7 @@ def test_resume_goes_on_from_the_newest_snapshot_in_newer_processes(world: World
     world.take(lambda turn: turn.resume("job"))
     assert world.job().state is JobState.STARTING
     assert {process.process_id for process in world.wanted().values()} == {
-        f"job-aaaaaa/{seat}/2" for seat in ("trainer-0", "trainer-1", "partition-0", "partition-1")
+        f"job-aaaaaa/{placement}/2" for placement in ("trainer-0", "trainer-1", "partition-0", "partition-1")
     }
     world.ready()
     plan = world.job().plan
@@ -340,7 +340,7 @@ def test_a_running_job_grows_when_a_node_comes_and_nobody_waits(world: World) ->
     assert plan is not None
     assert plan.generation == 2
     assert plan.restore_generation == 1
-    assert [seat.shards for seat in plan.trainers] == [((0, 4),), ((4, 4),)]
+    assert [placement.shards for placement in plan.trainers] == [((0, 4),), ((4, 4),)]
 
 
 def test_a_running_job_does_not_grow_past_a_waiting_one(world: World) -> None:
@@ -395,8 +395,8 @@ def test_repeated_progress_adds_no_line(world: World) -> None:
 def test_skipped_steps_are_counted(world: World) -> None:
     world.running()
     skipped = make_record(6, skipped=True, grad_norm=float("nan"))
-    lead = world.wanted()["partition-0"]
-    assert lead.seat.kind is ProcessKind.PARTITION
+    coordinator = world.wanted()["partition-0"]
+    assert coordinator.placement.kind is ProcessKind.PARTITION
     from psmaster.model.reports import Progress
 
     world.report("partition-0", Progress(generation=1, step=6, records=(skipped,)))

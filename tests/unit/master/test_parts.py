@@ -74,7 +74,7 @@ def test_a_strict_job_starts_without_the_other_class_and_says_so() -> None:
     world.ready()
     plan = world.job().plan
     assert plan is not None
-    assert [seat.rank for seat in plan.trainers if seat.active] == [0, 2]
+    assert [placement.rank for placement in plan.trainers if placement.active] == [0, 2]
     assert any("worker-1 is left out: numerics class MMMMMMMM (cpu AVX2)" in e.message for e in world.events)
 
 

@@ -215,7 +215,7 @@ def test_what_was_removed_before_is_not_looked_for_again(tmp_path: Path) -> None
 
 def test_a_store_that_stays_away_is_asked_less_and_less_often(tmp_path: Path) -> None:
     job = make(tmp_path)
-    wish = manifest_publisher._Wish(store=job.store, job=None)
+    wish = manifest_publisher._ManifestRequest(store=job.store, job=None)
     pauses = []
     for wish.failures in range(40):
         pauses.append(manifest_publisher._pause_s(wish))

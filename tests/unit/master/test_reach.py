@@ -18,11 +18,11 @@ def world() -> World:
 
 
 def shards(world: World) -> list[tuple[tuple[int, int], ...]]:
-    return [seat.shards for seat in world.job().trainers]
+    return [placement.shards for placement in world.job().trainers]
 
 
 def homes(world: World) -> list[str]:
-    return [seat.node_id for seat in world.job().partitions]
+    return [placement.node_id for placement in world.job().partitions]
 
 
 def test_a_trainer_that_is_cut_off_is_done_without_until_it_is_back(world: World) -> None:
@@ -34,7 +34,7 @@ def test_a_trainer_that_is_cut_off_is_done_without_until_it_is_back(world: World
     assert world.job().reason == "trains on 1 worker; trainer-0 cannot reach partition-1"
     assert world.job().generation == 2
     world.wait(world.limits.first_grace_s + 5)
-    assert world.wanted()["trainer-0"].seat.attempt == 1, "another process would not reach it either"
+    assert world.wanted()["trainer-0"].placement.attempt == 1, "another process would not reach it either"
     assert world.job().generation == 2, "what was said under the first plan holds: addresses are the same"
     world.unreached("trainer-0")
     assert shards(world) == [((0, 4),), ((4, 4),)]
@@ -82,13 +82,13 @@ def test_a_silent_trainers_word_does_not_count(world: World) -> None:
     assert homes(world) == ["server-0", "server-2"]
 
 
-def test_a_partition_that_does_not_reach_the_lead_goes_elsewhere(world: World) -> None:
+def test_a_partition_that_does_not_reach_the_coordinator_goes_elsewhere(world: World) -> None:
     world.unreached("partition-1", 0)
     world.wait(reachability.GRACE_S)
     assert homes(world) == ["server-0", "server-2"]
 
 
-def test_a_lead_that_no_partition_reaches_goes_elsewhere() -> None:
+def test_a_coordinator_that_no_partition_reaches_goes_elsewhere() -> None:
     world = World()
     world.cluster(2, servers=4)
     world.submit(servers={"partitions": 3})

@@ -30,14 +30,14 @@ def test_a_lost_trainers_shards_go_to_the_others_at_once(world: World) -> None:
     plan = world.job().plan
     assert plan is not None
     assert plan_of(world) == (2, 1, 0)
-    assert [seat.shards for seat in plan.trainers] == [(), ((0, 8),)]
+    assert [placement.shards for placement in plan.trainers] == [(), ((0, 8),)]
     assert world.wanted()["trainer-0"].process_id == "job-aaaaaa/trainer-0/2"
-    assert world.wanted()["trainer-0"].seat.node_id == "worker-0"
+    assert world.wanted()["trainer-0"].placement.node_id == "worker-0"
     assert "was ended by signal 9 (SIGKILL)" in world.events[-2].message + world.events[-1].message
     assert world.job().reason == "trains on 1 worker; 1 more on the way"
     world.report("trainer-0", TRAINER)
     assert plan_of(world) == (3, 1, 0)
-    assert [seat.shards for seat in world.job().trainers] == [((0, 4),), ((4, 4),)]
+    assert [placement.shards for placement in world.job().trainers] == [((0, 4),), ((4, 4),)]
 
 
 def test_recovery_ends_with_the_first_step_under_the_new_plan(world: World) -> None:
@@ -53,7 +53,7 @@ def test_recovery_ends_with_the_first_step_under_the_new_plan(world: World) -> N
 def test_a_suspects_shards_go_to_others_until_it_is_heard_again(world: World) -> None:
     world.suspect("trainer-0", "silent")
     assert plan_of(world) == (2, 1, 0)
-    assert [seat.shards for seat in world.job().trainers] == [(), ((0, 8),)]
+    assert [placement.shards for placement in world.job().trainers] == [(), ((0, 8),)]
     assert world.wanted()["trainer-0"].process_id == "job-aaaaaa/trainer-0/1", "it lives, and may come back"
     assert world.job().reason == "trains on 1 worker; hears nothing of trainer-0 on worker-0"
     world.suspect("trainer-0", "silent")
@@ -62,16 +62,16 @@ def test_a_suspects_shards_go_to_others_until_it_is_heard_again(world: World) ->
     assert "Recovered" in world.reasons()
     world.suspect("trainer-0", "")
     assert plan_of(world) == (3, 1, 0)
-    assert [seat.shards for seat in world.job().trainers] == [((0, 4),), ((4, 4),)]
+    assert [placement.shards for placement in world.job().trainers] == [((0, 4),), ((4, 4),)]
     assert "TrainerBack" in world.reasons()
 
 
 def test_a_suspect_without_others_keeps_its_shards(world: World) -> None:
     world.exit("trainer-1", signal=9)
     world.suspect("trainer-0", "stalled")
-    assert [seat.shards for seat in world.job().trainers] == [((0, 8),), ()]
+    assert [placement.shards for placement in world.job().trainers] == [((0, 8),), ()]
     world.report("trainer-1", TRAINER)
-    assert [seat.shards for seat in world.job().trainers] == [(), ((0, 8),)]
+    assert [placement.shards for placement in world.job().trainers] == [(), ((0, 8),)]
 
 
 def test_a_suspect_that_stays_away_is_replaced(world: World) -> None:
@@ -89,19 +89,19 @@ def test_when_all_trainers_are_stuck_none_is_ended(world: World) -> None:
     world.suspect("trainer-0", "stalled")
     world.suspect("trainer-1", "stalled")
     world.wait(world.limits.trainer_grace_s + 5)
-    assert {world.wanted()[name].seat.attempt for name in ("trainer-0", "trainer-1")} == {1}
+    assert {world.wanted()[name].placement.attempt for name in ("trainer-0", "trainer-1")} == {1}
     assert world.job().reason == "trains on 2 workers; hears nothing of trainer-0 on worker-0, trainer-1 on worker-1"
     world.suspect("trainer-1", "")
-    assert world.wanted()["trainer-0"].seat.attempt == 2, "one gets on: the other is the one to blame"
+    assert world.wanted()["trainer-0"].placement.attempt == 2, "one gets on: the other is the one to blame"
 
 
 def test_a_first_microbatch_has_more_time(world: World) -> None:
     world.suspect("trainer-0", "stalled")
-    assert [seat.shards for seat in world.job().trainers] == [(), ((0, 8),)], "others do the work meanwhile"
+    assert [placement.shards for placement in world.job().trainers] == [(), ((0, 8),)], "others do the work meanwhile"
     world.wait(world.limits.first_grace_s - 1)
-    assert world.wanted()["trainer-0"].seat.attempt == 1
+    assert world.wanted()["trainer-0"].placement.attempt == 1
     world.wait(2)
-    assert world.wanted()["trainer-0"].seat.attempt == 2
+    assert world.wanted()["trainer-0"].placement.attempt == 2
 
 
 def test_a_silent_partition_is_replaced_at_once(world: World) -> None:
@@ -127,7 +127,7 @@ def test_without_any_trainer_the_plan_waits(world: World) -> None:
     assert world.job().reason.startswith("waits for a trainer")
     world.report("trainer-1", TRAINER)
     assert plan_of(world)[0] == 3
-    assert [seat.shards for seat in world.job().trainers] == [(), ((0, 8),)]
+    assert [placement.shards for placement in world.job().trainers] == [(), ((0, 8),)]
 
 
 def test_a_lost_partition_takes_the_whole_job_back(world: World) -> None:
@@ -203,7 +203,7 @@ def test_a_part_that_was_durable_before_going_back_still_counts(world: World) ->
     dead = world.wanted()["partition-1"]
     world.report("partition-0", world.part(10, 0))
     world.exit("partition-1", signal=9)
-    world.report_as(dead.seat.node_id, dead.process_id, world.part(10, 1))
+    world.report_as(dead.placement.node_id, dead.process_id, world.part(10, 1))
     world.report("partition-1", PARTITION)
     assert plan_of(world) == (2, 2, 10)
 
@@ -213,17 +213,17 @@ def test_replaced_processes_have_no_say(world: World) -> None:
     world.exit("trainer-0", signal=9)
     before = world.job()
     for report in (TRAINER, failure("PS-2001", "late")):
-        world.report_as(old.seat.node_id, old.process_id, report)
-    world.take(lambda turn: turn.exited(old.seat.node_id, old.process_id, Exit(signal=9)))
+        world.report_as(old.placement.node_id, old.process_id, report)
+    world.take(lambda turn: turn.exited(old.placement.node_id, old.process_id, Exit(signal=9)))
     assert world.job() == before
     assert old.process_id not in world.state.processes
 
 
-def test_a_replaced_lead_has_no_say(world: World) -> None:
+def test_a_replaced_coordinator_has_no_say(world: World) -> None:
     old = world.wanted()["partition-0"]
     world.exit("partition-0", signal=9)
     before = world.job()
-    world.report_as(old.seat.node_id, old.process_id, _finished(world))  # type: ignore[arg-type]
+    world.report_as(old.placement.node_id, old.process_id, _finished(world))  # type: ignore[arg-type]
     assert world.job() == before
 
 
@@ -321,7 +321,7 @@ def test_a_newcomer_that_cannot_start_leaves_the_job_alone(world: World) -> None
     assert "NodeLeftOut" in world.reasons()
     assert "trainer-2" not in world.wanted()
     world.join("worker-2", life="2")
-    assert world.wanted()["trainer-2"].seat.attempt == 2
+    assert world.wanted()["trainer-2"].placement.attempt == 2
 
 
 def test_a_newcomer_that_always_dies_is_left_out(world: World) -> None:
@@ -346,7 +346,7 @@ def test_a_trainer_lost_while_a_partition_is_away_is_planned_with_it(world: Worl
     assert plan_of(world)[0] == 1
     world.report("partition-0", PARTITION)
     assert plan_of(world) == (2, 2, 0)
-    assert [seat.shards for seat in world.job().trainers] == [(), ((0, 8),)]
+    assert [placement.shards for placement in world.job().trainers] == [(), ((0, 8),)]
 
 
 def test_a_partition_lost_after_the_finish_and_before_its_snapshot_is_recomputed(world: World) -> None:
@@ -423,7 +423,7 @@ def test_a_master_restart_changes_nothing_for_the_processes(world: World) -> Non
                 partition=PARTITION if name.startswith("partition") else None,
             )
             for name, process in wanted.items()
-            if process.seat.node_id == node_id
+            if process.placement.node_id == node_id
         )
         world.rejoin(node_id, *running)
     world.wait(10)
@@ -464,7 +464,7 @@ def test_everything_killed_at_once_resumes_from_the_newest_snapshot(world: World
     world.ready()
     assert plan_of(world)[2] == 20
     assert world.job().state is JobState.RUNNING
-    assert {process.seat.attempt for process in world.wanted().values()} == {2}
+    assert {process.placement.attempt for process in world.wanted().values()} == {2}
 
 
 def test_a_plan_that_is_made_while_all_are_suspected_still_counts_on_them(world: World) -> None:
@@ -476,8 +476,8 @@ def test_a_plan_that_is_made_while_all_are_suspected_still_counts_on_them(world:
     job = world.job()
     assert job.plan is not None and job.plan.restore_generation == job.generation
     told = to_proto.plan(job, job.plan)
-    assert [seat.active for seat in told.trainers] == [True, True]
+    assert [placement.active for placement in told.trainers] == [True, True]
     world.suspect("trainer-1", "")
     job = world.job()
     assert job.plan is not None
-    assert [seat.active for seat in to_proto.plan(job, job.plan).trainers] == [False, True]
+    assert [placement.active for placement in to_proto.plan(job, job.plan).trainers] == [False, True]

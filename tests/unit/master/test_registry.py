@@ -106,17 +106,17 @@ def test_who_said_goodbye_is_forgotten_at_once_and_only_in_that_life() -> None:
 def test_a_job_goes_on_without_a_node_that_said_goodbye() -> None:
     world = World()
     world.running()
-    seat = next(seat for seat in world.job().trainers if seat.node_id == "worker-1")
-    world.exit(seat.name, expected=True)
+    placement = next(placement for placement in world.job().trainers if placement.node_id == "worker-1")
+    world.exit(placement.name, expected=True)
     world.take(lambda turn: turn.detach("worker-1", world.lives["worker-1"], for_good=True))
     del world.lives["worker-1"]
     world.wait(10)
     assert list(world.state.nodes) == ["worker-0", "server-0", "server-1"]
     assert world.job().state is JobState.RUNNING
-    assert [seat.node_id for seat in world.job().trainers if seat.active] == ["worker-0"]
+    assert [placement.node_id for placement in world.job().trainers if placement.active] == ["worker-0"]
     world.join("worker-1", life="2")
     world.ready()
-    assert [seat.node_id for seat in world.job().trainers if seat.active] == ["worker-0", "worker-1"]
+    assert [placement.node_id for placement in world.job().trainers if placement.active] == ["worker-0", "worker-1"]
 
 
 def test_silence_that_nobody_could_hear_does_not_count() -> None:
@@ -134,7 +134,7 @@ def test_a_restarted_master_evicts_nobody_for_one_suspicion_period() -> None:
     world.lives.clear()
     world.wait(2.9)
     assert "TrainerLost" not in world.reasons()
-    assert all(seat.active for seat in world.job().seats)
+    assert all(placement.active for placement in world.job().placements)
     world.wait(0.5)
     assert world.reasons().count("TrainerLost") == 2
     assert world.reasons().count("PartitionLost") == 2

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psmaster.api import to_proto
-from psmaster.control.transaction import Turn
+from psmaster.control.transaction import Transaction
 from psmaster.model import speed as pace
 from psmaster.model.job import Event, Instant
 from psmaster.scheduling import rebalance
@@ -32,7 +32,7 @@ class Shop:
         self.measured: dict[str, int] = {}
 
     def sizes(self) -> list[int]:
-        return [sum(count for _, count in seat.shards) for seat in self.world.job().trainers]
+        return [sum(count for _, count in placement.shards) for placement in self.world.job().trainers]
 
     def moves(self, *reasons: str) -> list[Event]:
         return [event for event in self.world.events if event.reason in (reasons or ("ShardsMoved",))]
@@ -40,9 +40,11 @@ class Shop:
     def go_on(self, seconds: int, *speeds: Speed | float) -> None:
         """`speeds`: seconds a microbatch of trainer-0, trainer-1, ..."""
         for _ in range(seconds):
-            for seat, speed in zip(self.world.job().trainers, speeds, strict=True):
-                if seat.shards:
-                    self.beat(seat.node_id, seat.process_id("job-aaaaaa"), speed() if callable(speed) else speed)
+            for placement, speed in zip(self.world.job().trainers, speeds, strict=True):
+                if placement.shards:
+                    self.beat(
+                        placement.node_id, placement.process_id("job-aaaaaa"), speed() if callable(speed) else speed
+                    )
             self.world.wait(1.0)
             self.world.commit(self.world.job().step + 1)
 
@@ -85,7 +87,9 @@ def test_moving_shards_restores_nothing() -> None:
     assert plan.generation > before.generation
     assert plan.restore_generation == before.restore_generation
     assert "RolledBack" not in shop.world.reasons()
-    assert [seat.process_id("j") for seat in plan.trainers] == [seat.process_id("j") for seat in before.trainers]
+    assert [placement.process_id("j") for placement in plan.trainers] == [
+        placement.process_id("j") for placement in before.trainers
+    ]
 
 
 @pytest.mark.parametrize("slow", [0.105, 0.11])
@@ -121,14 +125,14 @@ class Bench:
 
     @property
     def sizes(self) -> dict[int, int]:
-        return {seat.rank: sum(count for _, count in seat.shards) for seat in self.job.trainers}
+        return {placement.rank: sum(count for _, count in placement.shards) for placement in self.job.trainers}
 
     def go_on(self, seconds: int, *speeds: Speed) -> None:
         for _ in range(seconds):
             self.now = Instant(mono_s=self.now.mono_s + 1, unix_s=self.now.unix_s + 1)
-            for seat, speed in zip(self.job.trainers, speeds, strict=True):
-                process = self.processes[seat.process_id(self.job.job_id)]
-                if seat.shards:
+            for placement, speed in zip(self.job.trainers, speeds, strict=True):
+                process = self.processes[placement.process_id(self.job.job_id)]
+                if placement.shards:
                     heard = pace.heard(process.pace, speed(), process.pace.microbatches + 1, self.now.mono_s)
                     self.processes[process.process_id] = replace(process, pace=heard)
             self.job = replace(self.job, step=self.job.step + 1)
@@ -141,8 +145,8 @@ class Bench:
         paces = rebalance.paces_of(self.job.trainers, self.job.job_id, self.processes)
         runs = rebalance.deal(self.job.num_shards, paces, move.probe)
         dealing = replace(move.dealing, since_s=self.now.mono_s, step=self.job.step, probe=move.probe)
-        seats = tuple(replace(seat, shards=runs[seat.rank]) for seat in self.job.trainers)
-        self.job = replace(self.job, trainers=seats, dealing=dealing)
+        placements = tuple(replace(placement, shards=runs[placement.rank]) for placement in self.job.trainers)
+        self.job = replace(self.job, trainers=placements, dealing=dealing)
 
 
 @settings(max_examples=20, deadline=None)
@@ -259,7 +263,7 @@ def test_people_see_how_fast_each_computes() -> None:
     shop.go_on(3, 0.1, 0.3)
     world = shop.world
     message = to_proto.job(world.job(), (), world.now, full=True, processes=world.state.processes)
-    assert [seat.microbatch_s for seat in message.plan.trainers] == pytest.approx([0.1, 0.3])
+    assert [placement.microbatch_s for placement in message.plan.trainers] == pytest.approx([0.1, 0.3])
     paces = rebalance.paces_of(world.job().trainers, "job-aaaaaa", world.state.processes)
     assert rebalance.straggler_of(paces) == (1, pytest.approx(3.0))
 
@@ -267,7 +271,7 @@ def test_people_see_how_fast_each_computes() -> None:
 def test_a_beat_with_speeds_is_still_a_beat() -> None:
     world = World()
     world.running()
-    turn = Turn(world.state, world.now, world.limits)
+    turn = Transaction(world.state, world.now, world.limits)
     turn.beat("worker-0", world.lives["worker-0"], {"job-aaaaaa/trainer-0/1": (0.1, 1)})
     changes = turn.finish()
     assert changes.state.jobs == world.state.jobs, "what beats say is not stored"

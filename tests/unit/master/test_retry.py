@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from psmaster.model.job import ErrorInfo, Instant, Job, JobState
-from psmaster.model.plan import ProcessKind, Seat
+from psmaster.model.plan import Placement, ProcessKind
 from psmaster.model.process import Exit, Process
 from psmaster.scheduling import retry
 from tests.unit.master.world import PARTITION, TRAINER, World
@@ -28,16 +28,16 @@ class Site(World):
         self.snapshot(0)
         self.commit(1, 2, 3)
 
-    def seat(self, kind: ProcessKind = ProcessKind.PARTITION) -> Seat:
-        seat = self.job().seat(kind, 0)
-        assert seat is not None
-        return seat
+    def placement(self, kind: ProcessKind = ProcessKind.PARTITION) -> Placement:
+        placement = self.job().placement(kind, 0)
+        assert placement is not None
+        return placement
 
     def not_started(self, name: str = "partition-0") -> None:
         self.exit(name, exit_code=127, error=FULL)
 
     def starts_within(self, seconds: float, name: str = "partition-0") -> float:
-        """How long it takes until there is a process for that seat, which must not be longer than this."""
+        """How long it takes until there is a process for that placement, which must not be longer than this."""
         waited_s = 0.0
         while name not in self.wanted():
             assert waited_s <= seconds
@@ -60,7 +60,7 @@ def test_what_had_worked_is_replaced_at_once_and_where_it_was(site: Site) -> Non
     site.train_on()
     site.exit("partition-0", signal=9)
     assert site.wanted()["partition-0"].process_id == "job-aaaaaa/partition-0/2"
-    assert site.seat().node_id == "server-0"
+    assert site.placement().node_id == "server-0"
 
 
 def test_a_sick_server_is_left_for_one_that_is_well(site: Site) -> None:
@@ -68,7 +68,7 @@ def test_a_sick_server_is_left_for_one_that_is_well(site: Site) -> None:
     site.train_on()
     site.exit("partition-0", signal=9)
     site.not_started()
-    assert (site.seat().node_id, site.seat().attempt) == ("server-1", 3)
+    assert (site.placement().node_id, site.placement().attempt) == ("server-1", 3)
     assert "partition-0" not in site.wanted(), "it waits a moment"
     assert site.job().reason == (
         "recovers: waits for partition-0 on server-1, attempt 3, which starts 1 s after the last one was lost"
@@ -78,7 +78,7 @@ def test_a_sick_server_is_left_for_one_that_is_well(site: Site) -> None:
     site.report("partition-0", PARTITION)
     site.commit(4)
     assert site.job().state is JobState.RUNNING
-    assert (site.seat().losses, site.seat().failed_on, site.seat().not_before_s) == (0, (), 0.0)
+    assert (site.placement().losses, site.placement().failed_on, site.placement().not_before_s) == (0, (), 0.0)
 
 
 def test_every_server_is_tried_before_one_is_tried_again(site: Site) -> None:
@@ -86,7 +86,7 @@ def test_every_server_is_tried_before_one_is_tried_again(site: Site) -> None:
     places = []
     for _ in range(5):
         site.starts_within(8.0)
-        places.append(site.seat().node_id)
+        places.append(site.placement().node_id)
         site.not_started()
     assert sorted(places[:3]) == ["server-0", "server-1", "server-2"]
     assert all(here != there for here, there in pairwise(places)), places
@@ -131,7 +131,7 @@ def test_no_other_job_takes_the_place_meanwhile(site: Site) -> None:
     site.not_started("trainer-0")
     site.wait(0.25)
     assert site.job("job-bbbbbb").state is JobState.QUEUED
-    assert site.seat(ProcessKind.TRAINER).node_id == "worker-0"
+    assert site.placement(ProcessKind.TRAINER).node_id == "worker-0"
 
 
 def test_the_wait_goes_on_elsewhere_when_the_node_of_the_next_one_is_lost(site: Site) -> None:
@@ -139,10 +139,10 @@ def test_the_wait_goes_on_elsewhere_when_the_node_of_the_next_one_is_lost(site: 
     for _ in range(3):
         site.starts_within(2.0)
         site.not_started()
-    node_id = site.seat().node_id
+    node_id = site.placement().node_id
     site.join(node_id, life="2")
     assert "partition-0" not in site.wanted()
-    assert site.seat().losses == 3, "that was none of its own"
+    assert site.placement().losses == 3, "that was none of its own"
     assert site.starts_within(2.0) == 2.0
 
 
@@ -150,14 +150,14 @@ def test_a_standby_is_tried_elsewhere_after_a_wait_too(site: Site) -> None:
     site.start(servers=3, durability={"tier": "replica"})
     site.report("trainer-0", TRAINER)
     site.report("partition-0", PARTITION)
-    sick = site.wanted()["standby-0"].seat.node_id
+    sick = site.wanted()["standby-0"].placement.node_id
     site.not_started("standby-0")
     standby = site.job().standby(0)
     assert standby is not None and standby.placed
-    assert standby.node_id not in (sick, site.seat().node_id)
+    assert standby.node_id not in (sick, site.placement().node_id)
     assert "standby-0" not in site.wanted()
     site.wait(0.5)
-    assert site.wanted()["standby-0"].seat.attempt == standby.attempt
+    assert site.wanted()["standby-0"].placement.attempt == standby.attempt
 
 
 def test_a_standby_that_takes_over_does_not_wait(site: Site) -> None:
@@ -179,7 +179,7 @@ def test_a_new_master_keeps_the_wait_on_the_same_clock_and_forgets_it_on_another
     site.restart()
     site.rejoin("server-0")
     assert "partition-0" in site.wanted()
-    assert site.seat().losses == 2, "the count is kept"
+    assert site.placement().losses == 2, "the count is kept"
 
 
 def test_an_end_that_a_hello_tells_is_no_different(site: Site) -> None:
@@ -187,7 +187,7 @@ def test_an_end_that_a_hello_tells_is_no_different(site: Site) -> None:
     process = site.wanted()["partition-0"]
     gone = Exit(signal=9)
     site.rejoin("server-0", Process(process_id=process.process_id, node_id="server-0", partition=PARTITION, exit=gone))
-    assert site.wanted()["partition-0"].seat.attempt == 2, "it had been ready"
+    assert site.wanted()["partition-0"].placement.attempt == 2, "it had been ready"
 
 
 def test_an_ended_job_waits_for_nothing(site: Site) -> None:
@@ -195,4 +195,4 @@ def test_an_ended_job_waits_for_nothing(site: Site) -> None:
     site.not_started()
     site.take(lambda turn: turn.stop("job"))
     job: Job = site.job()
-    assert (job.state, job.seats) == (JobState.STOPPED, ())
+    assert (job.state, job.placements) == (JobState.STOPPED, ())

@@ -29,7 +29,7 @@ from pscluster.v1 import agents_pb2, agents_pb2_grpc, jobs_pb2, jobs_pb2_grpc, p
 from psmaster.control.agent_stream import AgentStream
 from psmaster.control.loop import Core
 from psmaster.model.job import Instant
-from psmaster.server import assembled, take_turns
+from psmaster.server import assembled, run_transactions
 from psmaster.settings import MasterSettings
 from tests.unit.master.fake_agent import DEADLINE_S, FakeAgent
 from tests.unit.master.world import make_spec
@@ -42,7 +42,7 @@ async def master(settings: MasterSettings) -> AsyncIterator[Core]:
     """A working master; its end is an orderly one."""
     async with assembled(settings) as (core, health):
         ending = asyncio.Event()
-        turns = asyncio.create_task(take_turns(core, health, ending))
+        turns = asyncio.create_task(run_transactions(core, health, ending))
         try:
             yield core
         finally:
@@ -164,25 +164,25 @@ async def _whole_life(site: MasterSettings) -> None:
 
 
 async def _start(agents: list[FakeAgent]) -> None:
-    seats = ("trainer-0", "trainer-1", "partition-0", "partition-1")
-    for agent, seat in zip(agents, seats, strict=True):
-        await agent.until(lambda a, seat=seat: seat in a)  # type: ignore[misc]
-        assert not agent.assignment[seat].HasField("plan")
-        await agent.ready(seat)
+    placements = ("trainer-0", "trainer-1", "partition-0", "partition-1")
+    for agent, placement in zip(agents, placements, strict=True):
+        await agent.until(lambda a, placement=placement: placement in a)  # type: ignore[misc]
+        assert not agent.assignment[placement].HasField("plan")
+        await agent.ready(placement)
     for agent in agents:
         await agent.until(planned(1))
     plan = agents[0].assignment["trainer-0"].plan
     assert plan.layout_json == b"{}"
     assert len(plan.data_token) == 32
     assert plan.final_step == 30
-    assert [list(seat.addresses) for seat in plan.partitions] == [["unix:/x", "tcp:127.0.0.1:1"]] * 2
-    assert [(run.first, run.count) for seat in plan.trainers for run in seat.shards] == [(0, 4), (4, 4)]
+    assert [list(placement.addresses) for placement in plan.partitions] == [["unix:/x", "tcp:127.0.0.1:1"]] * 2
+    assert [(run.first, run.count) for placement in plan.trainers for run in placement.shards] == [(0, 4), (4, 4)]
 
 
 async def _snapshot(s0: FakeAgent, s1: FakeAgent, generation: int, step: int) -> None:
     for index, agent in enumerate((s0, s1)):
-        seat = agent.assignment[f"partition-{index}"]
-        await agent.report(seat.process_id, snapshot_part=part(generation, step, index))
+        placement = agent.assignment[f"partition-{index}"]
+        await agent.report(placement.process_id, snapshot_part=part(generation, step, index))
 
 
 async def _lose_a_trainer(w0: FakeAgent, w1: FakeAgent, s0: FakeAgent) -> None:

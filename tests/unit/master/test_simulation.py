@@ -11,16 +11,16 @@ from dataclasses import replace
 
 import pytest
 
-from psmaster.control.transaction import Turn
+from psmaster.control.transaction import Transaction
 from psmaster.model.job import VOLATILE, Job, JobState
-from psmaster.model.plan import ProcessKind, Seat
+from psmaster.model.plan import Placement, ProcessKind
 from psmaster.model.reports import Progress, StandbyState
 from psmaster.scheduling.reconcile import reconcile
 from tests.unit.master.world import PARTITION, TRAINER, World, failure
 
 JOBS = ("one-aaaaaa", "two-aaaaaa")
 NODES = ("worker-0", "worker-1", "worker-2", "server-0", "server-1", "server-2")
-SEATS = ("trainer-0", "trainer-1", "trainer-2", "partition-0", "partition-1", "standby-0", "standby-1")
+PLACEMENTS = ("trainer-0", "trainer-1", "trainer-2", "partition-0", "partition-1", "standby-0", "standby-1")
 DEATHS = ({"signal": 9}, {"exit_code": 1}, {"out_of_memory": True})
 NUM_SEEDS = 75
 NUM_ACTIONS = 60
@@ -38,10 +38,10 @@ ACTIONS = {
     "master_restarts": 2,
     "node_drains": 2,
     "node_is_used_again": 2,
-    "lead_rests": 4,
+    "coordinator_rests": 4,
     "trainers_measure": 6,
     "code_raises": 1,
-    "lead_finishes": 1,
+    "coordinator_finishes": 1,
     "stop": 1,
     "resume": 2,
 }
@@ -70,12 +70,12 @@ class Simulation:
     def act(self) -> None:
         """One thing happens."""
         name = self.random.choices(list(ACTIONS), weights=list(ACTIONS.values()))[0]
-        getattr(self, name)(self.random.choice(JOBS), self.random.choice(NODES), self.random.choice(SEATS))
+        getattr(self, name)(self.random.choice(JOBS), self.random.choice(NODES), self.random.choice(PLACEMENTS))
         self.check()
 
-    # what may happen; each takes a job, a node and a seat, and uses what it needs
+    # what may happen; each takes a job, a node and a placement, and uses what it needs
 
-    def go_on(self, job_id: str, _node: str, _seat: str) -> None:
+    def go_on(self, job_id: str, _node: str, _placement: str) -> None:
         """What a healthy cluster does: all become ready, steps are committed, sometimes a snapshot is taken."""
         self.world.ready(job_id)
         job = self.world.job(job_id)
@@ -86,40 +86,42 @@ class Simulation:
         if self.random.random() < 0.5:
             self.world.snapshot(step, job_id)
 
-    def restart_agent(self, _job: str, node_id: str, _seat: str) -> None:
+    def restart_agent(self, _job: str, node_id: str, _placement: str) -> None:
         self.lives += 1
         self.world.join(node_id, slots=2, life=f"again{self.lives}")
 
-    def stream_breaks(self, _job: str, node_id: str, _seat: str) -> None:
+    def stream_breaks(self, _job: str, node_id: str, _placement: str) -> None:
         self.world.take(lambda turn: turn.detach(node_id, self.world.lives[node_id]))
 
-    def stream_is_back(self, _job: str, node_id: str, _seat: str) -> None:
+    def stream_is_back(self, _job: str, node_id: str, _placement: str) -> None:
         facts = tuple(p for p in self.world.state.processes.values() if p.node_id == node_id)
         self.world.rejoin(node_id, *facts, slots=2)
 
-    def time_passes(self, _job: str, node_id: str, _seat: str) -> None:
+    def time_passes(self, _job: str, node_id: str, _placement: str) -> None:
         silent = frozenset({node_id}) if self.random.random() < 0.5 else frozenset()
         self.world.wait(self.random.choice((0.5, 1.0, 4.0)), silent=silent)
 
-    def master_restarts(self, _job: str, _node: str, _seat: str) -> None:
+    def master_restarts(self, _job: str, _node: str, _placement: str) -> None:
         facts = self.world.state.processes
         attended = [node_id for node_id, node in self.world.state.nodes.items() if node.attended]
         self.world.restart()
         for node_id in attended:
             self.world.rejoin(node_id, *(p for p in facts.values() if p.node_id == node_id), slots=2)
 
-    def process_is_ready(self, job_id: str, _node: str, seat: str) -> None:
-        process = self.world.wanted(job_id).get(seat)
+    def process_is_ready(self, job_id: str, _node: str, placement: str) -> None:
+        process = self.world.wanted(job_id).get(placement)
         if process is None or process.process_id in self.world.state.processes:
             return
         numerics = self.random.choice("NNNM") * 16
         self.world.report(
-            seat, replace(TRAINER, numerics_class=numerics) if seat.startswith("trainer") else PARTITION, job_id
+            placement,
+            replace(TRAINER, numerics_class=numerics) if placement.startswith("trainer") else PARTITION,
+            job_id,
         )
 
-    def standby_is_judged(self, job_id: str, _node: str, seat: str) -> None:
+    def standby_is_judged(self, job_id: str, _node: str, placement: str) -> None:
         """A partition says that its standby is in sync, or does not answer; maybe it said so under an older plan."""
-        job, rank = self.world.job(job_id), int(seat[-1]) % 2
+        job, rank = self.world.job(job_id), int(placement[-1]) % 2
         standby = job.standby(rank)
         if job.plan is None or standby is None or f"partition-{rank}" not in self.world.wanted(job_id):
             return
@@ -127,42 +129,42 @@ class Simulation:
         attempt = self.random.choice([*named, *named, *named, standby.attempt - 1])
         generation = max(0, job.generation - self.random.choice((0, 0, 0, 1)))
         said = StandbyState(generation=generation, attempt=attempt, in_sync=self.random.random() < 0.9)
-        partition = job.seat(ProcessKind.PARTITION, rank)
+        partition = job.placement(ProcessKind.PARTITION, rank)
         assert partition is not None
         if said.in_sync and attempt == standby.attempt and job.counts(generation) and job.plan.holds(partition):
             self.relied_on[standby.process_id(job_id)] = job.restore_generation
         if job.plan.holds(partition):  # nobody else would say so
             self.world.report(f"partition-{rank}", said, job_id)
 
-    def process_dies(self, job_id: str, _node: str, seat: str) -> None:
-        if seat in self.world.wanted(job_id):
-            self.world.exit(seat, job_id, **self.random.choice(DEATHS))
+    def process_dies(self, job_id: str, _node: str, placement: str) -> None:
+        if placement in self.world.wanted(job_id):
+            self.world.exit(placement, job_id, **self.random.choice(DEATHS))
 
-    def stale_steps(self, job_id: str, _node: str, _seat: str) -> None:
+    def stale_steps(self, job_id: str, _node: str, _placement: str) -> None:
         job = self.world.job(job_id)
         if job.plan is not None and "partition-0" in self.world.wanted(job_id):
             generation = max(0, job.generation - self.random.randint(1, 2))
             self.world.commit(job.step + 1, job_id=job_id, generation=generation)
 
-    def part_is_durable(self, job_id: str, _node: str, seat: str) -> None:
+    def part_is_durable(self, job_id: str, _node: str, placement: str) -> None:
         job = self.world.job(job_id)
-        if seat.startswith("partition") and seat in self.world.wanted(job_id):
+        if placement.startswith("partition") and placement in self.world.wanted(job_id):
             generation = max(0, job.generation - self.random.randint(0, 2))
-            self.world.report(seat, self.world.part(job.step, int(seat[-1]), job_id, generation), job_id)
+            self.world.report(placement, self.world.part(job.step, int(placement[-1]), job_id, generation), job_id)
 
-    def code_raises(self, job_id: str, _node: str, seat: str) -> None:
-        if seat in self.world.wanted(job_id):
-            self.world.report(seat, failure("PS-2001", "ValueError"), job_id)
+    def code_raises(self, job_id: str, _node: str, placement: str) -> None:
+        if placement in self.world.wanted(job_id):
+            self.world.report(placement, failure("PS-2001", "ValueError"), job_id)
 
-    def node_drains(self, _job: str, node_id: str, _seat: str) -> None:
+    def node_drains(self, _job: str, node_id: str, _placement: str) -> None:
         if node_id in self.world.state.nodes:
             self.world.take(lambda turn: turn.drain(node_id))
 
-    def node_is_used_again(self, _job: str, node_id: str, _seat: str) -> None:
+    def node_is_used_again(self, _job: str, node_id: str, _placement: str) -> None:
         if node_id in self.world.state.drains:
             self.world.take(lambda turn: turn.undrain(node_id))
 
-    def lead_rests(self, job_id: str, _node: str, _seat: str) -> None:
+    def coordinator_rests(self, job_id: str, _node: str, _placement: str) -> None:
         job = self.world.job(job_id)
         if job.plan is None or not job.plan.save or "partition-0" not in self.world.wanted(job_id):
             return
@@ -171,24 +173,24 @@ class Simulation:
         if self.random.random() < 0.7:
             self.world.snapshot(step, job_id)
 
-    def trainers_measure(self, job_id: str, _node: str, _seat: str) -> None:
+    def trainers_measure(self, job_id: str, _node: str, _placement: str) -> None:
         for process in self.world.wanted(job_id).values():
-            if process.seat.kind is ProcessKind.TRAINER:
+            if process.placement.kind is ProcessKind.TRAINER:
                 self.measured += 1
                 told = {process.process_id: (self.random.choice((0.1, 0.1, 0.5)), self.measured)}
-                node_id, life = process.seat.node_id, process.seat.incarnation
+                node_id, life = process.placement.node_id, process.placement.incarnation
                 self.world.take(lambda turn, node_id=node_id, life=life, told=told: turn.beat(node_id, life, told))
 
-    def lead_finishes(self, job_id: str, _node: str, _seat: str) -> None:
+    def coordinator_finishes(self, job_id: str, _node: str, _placement: str) -> None:
         job = self.world.job(job_id)
         if job.plan is not None and "partition-0" in self.world.wanted(job_id):
             self.world.finish(job.step, stopped=job.stopping, job_id=job_id)
 
-    def stop(self, job_id: str, _node: str, _seat: str) -> None:
+    def stop(self, job_id: str, _node: str, _placement: str) -> None:
         if not self.world.job(job_id).state.ended:
             self.world.take(lambda turn: turn.stop(job_id))
 
-    def resume(self, job_id: str, _node: str, _seat: str) -> None:
+    def resume(self, job_id: str, _node: str, _placement: str) -> None:
         if self.world.job(job_id).state in (JobState.STOPPED, JobState.FAILED):
             self.world.take(lambda turn: turn.resume(job_id))
 
@@ -205,11 +207,11 @@ class Simulation:
             _check_standbys(job)
             _check_plan(job)
             _check_rest(job)
-            held.update(seat.node_id for seat in job.seats if seat.placed)
+            held.update(placement.node_id for placement in job.placements if placement.placed)
         assert all(count <= 2 for count in held.values()), "slots are oversold"
 
     def _settling_again_changes_nothing(self) -> None:
-        turn = Turn(self.world.state, self.world.now, self.world.limits)
+        turn = Transaction(self.world.state, self.world.now, self.world.limits)
         turn.tick()
         changes = turn.finish()
         assert changes.state.jobs == self.world.state.jobs
@@ -231,19 +233,19 @@ class Simulation:
 
     def _processes_are_new_and_meet_only_their_plan(self, job: Job) -> None:
         for process in self.world.wanted(job.job_id).values():
-            place = (process.seat.node_id, process.seat.incarnation)
+            place = (process.placement.node_id, process.placement.incarnation)
             assert self.places.setdefault(process.process_id, place) == place, "a process id was used twice"
-            if process.plan is not None and process.seat.kind is ProcessKind.PARTITION:
-                seats = (*process.plan.partitions, *process.plan.standbys)
-                named = [(seat.rank, seat.attempt, seat.node_id) for seat in seats]
-                assert named.count((process.seat.rank, process.seat.attempt, process.seat.node_id)) == 1
+            if process.plan is not None and process.placement.kind is ProcessKind.PARTITION:
+                placements = (*process.plan.partitions, *process.plan.standbys)
+                named = [(placement.rank, placement.attempt, placement.node_id) for placement in placements]
+                assert named.count((process.placement.rank, process.placement.attempt, process.placement.node_id)) == 1
 
     def _only_those_in_sync_take_over(self, job: Job) -> None:
         """Without a restore a partition is held on by who held it, or by a standby that was reported in sync since."""
         plan = job.plan
         if plan is None:
             return
-        holders = [seat.process_id(job.job_id) for seat in plan.partitions]
+        holders = [placement.process_id(job.job_id) for placement in plan.partitions]
         timeline, before = self.held.get(job.job_id, (-1, []))
         if timeline == plan.restore_generation:
             for own, former in zip(holders, before, strict=True):
@@ -252,12 +254,12 @@ class Simulation:
 
 
 def _check_standbys(job: Job) -> None:
-    for seat in job.standbys:
-        partition = job.seat(ProcessKind.PARTITION, seat.rank)
+    for placement in job.standbys:
+        partition = job.placement(ProcessKind.PARTITION, placement.rank)
         assert partition is not None
-        assert not seat.placed or seat.node_id != partition.node_id, "one death would take both"
-        assert not seat.synced or seat.active
-    assert {seat.rank for seat in job.standbys} in (set(), {0, 1})
+        assert not placement.placed or placement.node_id != partition.node_id, "one death would take both"
+        assert not placement.synced or placement.active
+    assert {placement.rank for placement in job.standbys} in (set(), {0, 1})
 
 
 def _check_plan(job: Job) -> None:
@@ -274,16 +276,18 @@ def _check_plan(job: Job) -> None:
         _check_shards(job, plan.trainers)
 
 
-def _check_shards(job: Job, trainers: tuple[Seat, ...]) -> None:
-    dealt = sorted(shard for seat in trainers for first, count in seat.shards for shard in range(first, first + count))
+def _check_shards(job: Job, trainers: tuple[Placement, ...]) -> None:
+    dealt = sorted(
+        shard for placement in trainers for first, count in placement.shards for shard in range(first, first + count)
+    )
     assert dealt == list(range(job.num_shards))
-    assert all(seat.active for seat in trainers if seat.shards)
+    assert all(placement.active for placement in trainers if placement.shards)
 
 
 def _check_rest(job: Job) -> None:
     assert job.reason
     if job.state.ended or job.state is JobState.QUEUED:
-        assert job.seats == ()
+        assert job.placements == ()
         assert job.deadline_s is None
     if job.state is JobState.FAILED:
         assert job.error is not None

@@ -44,7 +44,7 @@ def plan_of(world: World) -> Plan:
 
 
 def nodes_of(world: World) -> dict[str, str]:
-    return {name: process.seat.node_id for name, process in world.wanted().items()}
+    return {name: process.placement.node_id for name, process in world.wanted().items()}
 
 
 def condition(world: World) -> tuple[bool, str]:
@@ -74,7 +74,7 @@ def test_the_first_plan_waits_for_none_and_the_next_names_them() -> None:
     assert plan_of(world).standbys == ()
     assert world.wanted()["standby-0"].plan is None
     world.report("standby-0", PARTITION)
-    assert [(seat.rank, seat.attempt) for seat in plan_of(world).standbys] == [(0, 2)]
+    assert [(placement.rank, placement.attempt) for placement in plan_of(world).standbys] == [(0, 2)]
     assert (plan_of(world).generation, plan_of(world).restore_generation) == (2, 1)
     assert world.wanted()["standby-0"].plan == plan_of(world)
     message = to_proto.plan(world.job(), plan_of(world))
@@ -87,7 +87,7 @@ def test_a_standby_in_sync_takes_over_without_a_restore(world: World) -> None:
     standby = world.wanted()["standby-1"]
     world.exit("partition-1", signal=9)
     plan = plan_of(world)
-    assert (plan.restore_generation, plan.moved_generation, plan.lead_generation) == (1, plan.generation, 0)
+    assert (plan.restore_generation, plan.moved_generation, plan.coordinator_generation) == (1, plan.generation, 0)
     assert world.wanted()["partition-1"].process_id == standby.process_id
     assert world.wanted()["partition-1"].plan == plan
     assert world.job().step == 5
@@ -98,10 +98,10 @@ def test_a_standby_in_sync_takes_over_without_a_restore(world: World) -> None:
     assert "Recovered" in world.reasons()
 
 
-def test_the_lead_is_taken_over_and_its_reports_count(world: World) -> None:
+def test_the_coordinator_is_taken_over_and_its_reports_count(world: World) -> None:
     world.exit("partition-0", signal=9)
     plan = plan_of(world)
-    assert plan.lead_generation == plan.moved_generation == plan.generation
+    assert plan.coordinator_generation == plan.moved_generation == plan.generation
     world.commit(4, 5, 6)
     assert world.job().step == 6
     assert [line.step for _, line in world.last.lines] == [6] if world.last else False
@@ -109,7 +109,7 @@ def test_the_lead_is_taken_over_and_its_reports_count(world: World) -> None:
 
 def test_a_new_standby_is_placed_after_a_takeover(world: World) -> None:
     world.exit("partition-1", signal=9)
-    assert world.wanted()["standby-1"].seat.attempt == 3
+    assert world.wanted()["standby-1"].placement.attempt == 3
     assert nodes_of(world)["standby-1"] != nodes_of(world)["partition-1"]
     assert condition(world) == (False, "CatchingUp")
     world.report("standby-1", PARTITION)
@@ -161,11 +161,11 @@ def test_all_go_back_when_one_of_two_lost_partitions_has_no_standby(world: World
     world.exit("standby-0", signal=9)
     taking_over = world.wanted()["standby-1"].process_id
     dead = [world.wanted()[name] for name in ("partition-0", "partition-1")]
-    world.take(*(lambda turn, p=p: turn.exited(p.seat.node_id, p.process_id, Exit(signal=9)) for p in dead))  # type: ignore[misc]
+    world.take(*(lambda turn, p=p: turn.exited(p.placement.node_id, p.process_id, Exit(signal=9)) for p in dead))  # type: ignore[misc]
     world.ready()
     assert plan_of(world).restore_generation > 1
     assert world.wanted()["partition-1"].process_id == taking_over
-    assert all(not seat.synced for seat in world.job().standbys)
+    assert all(not placement.synced for placement in world.job().standbys)
 
 
 def test_a_lost_standby_costs_no_step(world: World) -> None:
@@ -174,7 +174,7 @@ def test_a_lost_standby_costs_no_step(world: World) -> None:
     plan = plan_of(world)
     assert (plan.generation, plan.restore_generation) == (before.generation + 1, before.restore_generation)
     assert plan.moved_generation == 0
-    assert [seat.rank for seat in plan.standbys] == [1]
+    assert [placement.rank for placement in plan.standbys] == [1]
     assert "PartitionLost" not in world.reasons()
     assert world.job().recovery is None
 
@@ -182,7 +182,7 @@ def test_a_lost_standby_costs_no_step(world: World) -> None:
 def test_a_standby_that_does_not_answer_is_given_up(world: World) -> None:
     old = world.wanted()["standby-0"].process_id
     world.in_sync(0, in_sync=False)
-    assert [seat.rank for seat in plan_of(world).standbys] == [1]
+    assert [placement.rank for placement in plan_of(world).standbys] == [1]
     assert world.wanted().get("standby-0") is None or world.wanted()["standby-0"].process_id != old
 
 
@@ -190,7 +190,7 @@ def test_stale_words_about_standbys_change_nothing(world: World) -> None:
     world.exit("standby-0", signal=9)
     world.report("standby-0", PARTITION)
     generation = world.job().generation
-    attempt = world.wanted()["standby-0"].seat.attempt
+    attempt = world.wanted()["standby-0"].placement.attempt
     before = world.job().standbys
     for said in (
         StandbyState(generation=generation, attempt=attempt - 1, in_sync=True),
@@ -201,7 +201,9 @@ def test_stale_words_about_standbys_change_nothing(world: World) -> None:
     assert world.job().standbys == before
     process = world.wanted()["standby-0"]
     world.report_as(
-        process.seat.node_id, process.process_id, StandbyState(generation=generation, attempt=attempt, in_sync=True)
+        process.placement.node_id,
+        process.process_id,
+        StandbyState(generation=generation, attempt=attempt, in_sync=True),
     )
     assert world.job().standbys == before, "a standby does not speak for itself"
 
@@ -210,10 +212,10 @@ def test_a_restore_voids_what_was_in_sync(world: World) -> None:
     world.exit("standby-1", signal=9)
     world.exit("partition-1", signal=9)
     world.ready()
-    assert [seat.synced for seat in world.job().standbys] == [False, False]
+    assert [placement.synced for placement in world.job().standbys] == [False, False]
     said = StandbyState(generation=plan_of(world).restore_generation - 1, attempt=2, in_sync=True)
     world.report("partition-0", said)
-    assert [seat.synced for seat in world.job().standbys] == [False, False], "from before the restore"
+    assert [placement.synced for placement in world.job().standbys] == [False, False], "from before the restore"
 
 
 def test_one_server_alone_says_so_and_a_second_one_helps() -> None:
@@ -271,7 +273,7 @@ def test_a_master_restart_keeps_what_it_was_told(world: World) -> None:
     assert world.wanted() == wanted
     for node_id in list(world.lives):
         facts = {"trainer": TRAINER} if node_id.startswith("worker") else {"partition": PARTITION}
-        running = [p for p in wanted.values() if p.seat.node_id == node_id]
+        running = [p for p in wanted.values() if p.placement.node_id == node_id]
         told = tuple(Process(process_id=p.process_id, node_id=node_id, **facts) for p in running)  # type: ignore[arg-type]
         world.rejoin(node_id, *told)
     world.exit("partition-1", signal=9)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from pscluster.job.spec import JobSpec, parse_spec
-from psmaster.control.transaction import Report, Turn
+from psmaster.control.transaction import Report, Transaction
 from psmaster.model.job import ErrorInfo, Event, Finished, Instant, Job, JobState
 from psmaster.model.membership import Node, Role, presumed
 from psmaster.model.plan import ProcessKind
@@ -88,9 +88,9 @@ class World:
 
     # time and turns
 
-    def take(self, *inputs: Callable[[Turn], Any]) -> Changes:
+    def take(self, *inputs: Callable[[Transaction], Any]) -> Changes:
         """One turn with these inputs; what follows is durable."""
-        turn = Turn(self.state, self.now, self.limits)
+        turn = Transaction(self.state, self.now, self.limits)
         turn.tick()
         for apply in inputs:
             apply(turn)
@@ -109,14 +109,14 @@ class World:
             self.now = Instant(mono_s=self.now.mono_s + step, unix_s=self.now.unix_s + step)
             self.take(*(self._beat(node_id) for node_id in self.lives if node_id not in silent))
 
-    def _beat(self, node_id: str) -> Callable[[Turn], None]:
+    def _beat(self, node_id: str) -> Callable[[Transaction], None]:
         return lambda turn: turn.beat(node_id, self.lives[node_id])
 
     def measure(self, name: str, microbatch_s: float) -> None:
         """A trainer's agent tells how long a microbatch took it."""
-        seat = self.wanted()[name].seat
-        told = {seat.process_id(self.job().job_id): (microbatch_s, 1)}
-        self.take(lambda turn: turn.beat(seat.node_id, self.lives[seat.node_id], told))
+        placement = self.wanted()[name].placement
+        told = {placement.process_id(self.job().job_id): (microbatch_s, 1)}
+        self.take(lambda turn: turn.beat(placement.node_id, self.lives[placement.node_id], told))
 
     def restart(self) -> None:
         """The master dies and starts again: what was stored is all it knows."""
@@ -171,47 +171,47 @@ class World:
         return self.state.jobs[job_id]
 
     def wanted(self, job_id: str = "job-aaaaaa") -> dict[str, Desired]:
-        """What should run of a job, by seat: "trainer-0", "partition-0", "standby-0"."""
+        """What should run of a job, by placement: "trainer-0", "partition-0", "standby-0"."""
         wanted = desired(self.job(job_id))
-        return {f"standby-{p.seat.rank}" if p.seat.standby else p.seat.name: p for p in wanted}
+        return {f"standby-{p.placement.rank}" if p.placement.standby else p.placement.name: p for p in wanted}
 
-    def report(self, seat: str, report: Report, job_id: str = "job-aaaaaa") -> Changes:
-        """The process now in a seat reports."""
-        process = self.wanted(job_id)[seat]
-        return self.report_as(process.seat.node_id, process.process_id, report)
+    def report(self, placement: str, report: Report, job_id: str = "job-aaaaaa") -> Changes:
+        """The process now in a placement reports."""
+        process = self.wanted(job_id)[placement]
+        return self.report_as(process.placement.node_id, process.process_id, report)
 
     def report_as(self, node_id: str, process_id: str, report: Report) -> Changes:
         return self.take(lambda turn: turn.reported(node_id, process_id, report))
 
-    def exit(self, seat: str, job_id: str = "job-aaaaaa", **how: Any) -> Changes:
-        """The process now in a seat ends."""
-        process = self.wanted(job_id)[seat]
+    def exit(self, placement: str, job_id: str = "job-aaaaaa", **how: Any) -> Changes:
+        """The process now in a placement ends."""
+        process = self.wanted(job_id)[placement]
         ended = Exit(**how)
-        return self.take(lambda turn: turn.exited(process.seat.node_id, process.process_id, ended))
+        return self.take(lambda turn: turn.exited(process.placement.node_id, process.process_id, ended))
 
-    def suspect(self, seat: str, suspicion: str, job_id: str = "job-aaaaaa") -> Changes:
-        """The agent of the process now in a seat suspects it; empty: no longer."""
-        process = self.wanted(job_id)[seat]
-        return self.take(lambda turn: turn.suspected(process.seat.node_id, process.process_id, suspicion))
+    def suspect(self, placement: str, suspicion: str, job_id: str = "job-aaaaaa") -> Changes:
+        """The agent of the process now in a placement suspects it; empty: no longer."""
+        process = self.wanted(job_id)[placement]
+        return self.take(lambda turn: turn.suspected(process.placement.node_id, process.process_id, suspicion))
 
-    def unreached(self, seat: str, *partitions: int, generation: int | None = None) -> Changes:
-        """The agent of the process now in a seat says which partitions that cannot reach; none: it reaches all."""
-        process = self.wanted()[seat]
+    def unreached(self, placement: str, *partitions: int, generation: int | None = None) -> Changes:
+        """The agent of the process now in a placement says which partitions that cannot reach; none: it reaches all."""
+        process = self.wanted()[placement]
         told = Unreached(
             generation=self.job().generation if generation is None else generation, partitions=frozenset(partitions)
         )
-        return self.take(lambda turn: turn.suspected(process.seat.node_id, process.process_id, "", told))
+        return self.take(lambda turn: turn.suspected(process.placement.node_id, process.process_id, "", told))
 
     def ready(self, job_id: str = "job-aaaaaa") -> None:
         """Every process that has not said anything yet reports ready."""
         for name, process in self.wanted(job_id).items():
             if name not in self.wanted(job_id):
                 return  # that was the last word the job waited for, and it ended
-            if not process.seat.active and process.process_id not in self.state.processes:
-                self.report(name, TRAINER if process.seat.kind is ProcessKind.TRAINER else PARTITION, job_id)
+            if not process.placement.active and process.process_id not in self.state.processes:
+                self.report(name, TRAINER if process.placement.kind is ProcessKind.TRAINER else PARTITION, job_id)
 
     def commit(self, *steps: int, job_id: str = "job-aaaaaa", generation: int | None = None) -> Changes:
-        """The lead reports steps under the newest generation, or an older one."""
+        """The coordinator reports steps under the newest generation, or an older one."""
         report = Progress(
             generation=self.job(job_id).generation if generation is None else generation,
             step=steps[-1],
@@ -222,8 +222,8 @@ class World:
     def snapshot(self, step: int, job_id: str = "job-aaaaaa", generation: int | None = None) -> None:
         """Every partition reports its part."""
         for name, process in self.wanted(job_id).items():
-            if process.seat.kind is ProcessKind.PARTITION and not process.seat.standby:
-                self.report(name, self.part(step, process.seat.rank, job_id, generation), job_id)
+            if process.placement.kind is ProcessKind.PARTITION and not process.placement.standby:
+                self.report(name, self.part(step, process.placement.rank, job_id, generation), job_id)
 
     def in_sync(self, *ranks: int, job_id: str = "job-aaaaaa", in_sync: bool = True) -> None:
         """Partitions report that their standbys can be relied on, or do not answer."""

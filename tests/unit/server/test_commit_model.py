@@ -1,11 +1,9 @@
 """A model check of vote and commit: every order of events in a small job, with crashes and late or lost messages.
 
 The decisions are the real ones (`psserver.partition.step.commit`). What surrounds them is modelled after the
-partition's service, the lead and the uplink: who sends what to whom, when connections are lost and what is said again
-after.
-A message waits until it is delivered, in any order, perhaps twice, or until its receiver starts another timeline or the
-connection is lost. A plan reaches each partition at a time of its own.
-"""
+partition's service, the coordinator and the uplink: who sends what to whom, when connections are lost and what is said
+again after. A message waits until it is delivered, in any order, perhaps twice, or until its receiver starts another
+timeline or the connection is lost. A plan reaches each partition at a time of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from psserver.partition.step import commit
-from psserver.partition.step.commit import CoordinatorState, Decide, Member, Verdict, Vote
+from psserver.partition.step.commit import CommitDecision, CoordinatorState, Decide, Member, Vote
 
 
 class Plan(NamedTuple):
@@ -27,7 +25,7 @@ class Plan(NamedTuple):
 
 
 class Message(NamedTuple):
-    kind: str  # "vote" and "join" to the lead, "verdict" and "call" to a member
+    kind: str  # "vote" and "join" to the coordinator, "decision" and "call" to a member
     partition: int  # the member at one end
     generation: int = 0
     step: int = 0
@@ -35,7 +33,7 @@ class Message(NamedTuple):
 
 
 class World(NamedTuple):
-    """One state of the job. `members[p]` is None while partition p has no plan; a lead is partition 0's."""
+    """One state of the job. `members[p]` is None while partition p has no plan; a coordinator is partition 0's."""
 
     plan: Plan
     complete: int  # step of the newest complete snapshot
@@ -43,23 +41,28 @@ class World(NamedTuple):
     faults: tuple[int, int, int, int]  # still to come: new generations, crashes, lost connections, repeats
     members: tuple[Member | None, ...]
     timelines: tuple[int, ...]
-    lead: CoordinatorState | None
+    coordinator: CoordinatorState | None
     joined: frozenset[int]
     is_open: bool
     messages: frozenset[Message]
-    up: tuple[tuple[bool, bool], ...]  # does member p, does the lead, hold their connection for open
+    up: tuple[tuple[bool, bool], ...]  # does member p, does the coordinator, hold their connection for open
 
     def key(self) -> tuple[object, ...]:
         """The state without what the decisions cannot see, hashable."""
-        lead = self.lead and (self.lead.generation, self.lead.step, frozenset(self.lead.votes), _said(self.lead.last))
-        members = tuple(
-            m and (m.generation, m.step, m.vote and m.vote.generation, _said(m.last_verdict)) for m in self.members
+        coordinator = self.coordinator and (
+            self.coordinator.generation,
+            self.coordinator.step,
+            frozenset(self.coordinator.votes),
+            _said(self.coordinator.last),
         )
-        return (*self[:4], members, self.timelines, lead, *self[7:])
+        members = tuple(
+            m and (m.generation, m.step, m.vote and m.vote.generation, _said(m.last_decision)) for m in self.members
+        )
+        return (*self[:4], members, self.timelines, coordinator, *self[7:])
 
 
-def _said(verdict: Verdict | None) -> tuple[int, float] | None:
-    return verdict and (verdict.step, verdict.norm)
+def _said(decision: CommitDecision | None) -> tuple[int, float] | None:
+    return decision and (decision.step, decision.norm)
 
 
 NEW_GENERATIONS, CRASHES, CUTS, REPEATS = range(4)
@@ -69,7 +72,7 @@ def beginning(num_partitions: int, faults: tuple[int, int, int, int]) -> World:
     """The first plan is out; nobody has heard of it."""
     return World(
         plan=Plan(1, 1, 0), complete=0, parts=frozenset(), faults=faults, members=(None,) * num_partitions,
-        timelines=(0,) * num_partitions, lead=None, joined=frozenset(), is_open=False, messages=frozenset(),
+        timelines=(0,) * num_partitions, coordinator=None, joined=frozenset(), is_open=False, messages=frozenset(),
         up=((False, False),) * num_partitions,
     )  # fmt: skip
 
@@ -103,14 +106,14 @@ class Model:
             yield self.deliver(w._replace(messages=w.messages - {message}), message)
 
     def can_complete(self, w: World, p: int, member: Member) -> bool:
-        """Trainers push a step once the lead asks for it and every partition has given them its version."""
-        if member.vote is not None or member.step >= self.steps or w.lead is None or not w.is_open:
+        """Trainers push a step once the coordinator asks for it and every partition has given them its version."""
+        if member.vote is not None or member.step >= self.steps or w.coordinator is None or not w.is_open:
             return False
         together = all(
             other is not None and timeline == w.timelines[p] and other.step >= member.step
             for other, timeline in zip(w.members, w.timelines, strict=True)
         )
-        return together and w.lead.step >= member.step
+        return together and w.coordinator.step >= member.step
 
     def connections(self, w: World, p: int) -> Iterator[World]:
         """Member p hears that its connection is gone; or dials again, is welcomed, joins, and repeats its vote."""
@@ -120,10 +123,10 @@ class Model:
         if mine and not theirs:
             yield w._replace(up=put(w.up, p, (False, False)))
         member = w.members[p]
-        same = w.lead is not None and w.timelines[p] == w.timelines[0]
+        same = w.coordinator is not None and w.timelines[p] == w.timelines[0]
         if member is not None and not mine and same:
             w = w._replace(up=put(w.up, p, (True, True)))
-            w = self.to_lead(w, p, Message("join", p, step=member.step))
+            w = self.to_coordinator(w, p, Message("join", p, step=member.step))
             yield self.cast(w, p)
 
     # ---- what a fault does ----
@@ -155,9 +158,9 @@ class Model:
     def forget(self, w: World, p: int) -> World:
         """Partition p closes its connections; what was on its way to it is gone, what it had sent is not."""
         if p == 0:
-            messages = frozenset(m for m in w.messages if m.kind in ("verdict", "call"))
+            messages = frozenset(m for m in w.messages if m.kind in ("decision", "call"))
             up = tuple((mine, False) for mine, _ in w.up)
-            return w._replace(messages=messages, up=up, lead=None, joined=frozenset(), is_open=False)
+            return w._replace(messages=messages, up=up, coordinator=None, joined=frozenset(), is_open=False)
         messages = frozenset(m for m in w.messages if m.partition != p or m.kind in ("vote", "join"))
         return w._replace(messages=messages, up=put(w.up, p, (False, w.up[p][1])))
 
@@ -173,12 +176,14 @@ class Model:
                 timelines=put(w.timelines, p, plan.restored),
             )
             if p == 0:
-                lead = CoordinatorState(num_partitions=len(w.members), generation=plan.generation, step=plan.resume)
-                w = self.join(w._replace(lead=lead), 0, plan.resume)
+                coordinator = CoordinatorState(
+                    num_partitions=len(w.members), generation=plan.generation, step=plan.resume
+                )
+                w = self.join(w._replace(coordinator=coordinator), 0, plan.resume)
             return w
         w = w._replace(members=put(w.members, p, commit.member_adopts(member, plan.generation)))
-        if p == 0 and w.lead is not None:
-            w = w._replace(lead=commit.lead_adopts(w.lead, plan.generation))
+        if p == 0 and w.coordinator is not None:
+            w = w._replace(coordinator=commit.coordinator_adopts(w.coordinator, plan.generation))
             if w.is_open:
                 for index in sorted(w.joined):
                     w = self.to_member(w, index, Message("call", index))
@@ -196,13 +201,13 @@ class Model:
             return w
         if p == 0:
             return self.take_vote(w, member.vote)
-        return self.to_lead(w, p, Message("vote", p, member.vote.generation, member.vote.step))
+        return self.to_coordinator(w, p, Message("vote", p, member.vote.generation, member.vote.step))
 
-    def hear(self, w: World, p: int, verdict: Verdict) -> World:
-        """`hear_verdict`; the step is made at once, and its snapshot is written."""
+    def hear(self, w: World, p: int, decision: CommitDecision) -> World:
+        """`receive_decision`; the step is made at once, and its snapshot is written."""
         member = w.members[p]
         assert member is not None
-        member, now = commit.receive_verdict(member, verdict)
+        member, now = commit.receive_decision(member, decision)
         w = w._replace(members=put(w.members, p, member))
         if not now or w.timelines[p] != w.plan.restored:
             return w
@@ -218,44 +223,50 @@ class Model:
             return self.take_vote(w, Vote(generation=message.generation, step=message.step, partition=p))
         if message.kind == "call":
             return self.cast(w, p)
-        verdict = Verdict(generation=message.generation, step=message.step, kind="commit", norm=message.norm)
-        return self.hear(w, p, verdict)
+        decision = CommitDecision(generation=message.generation, step=message.step, kind="commit", norm=message.norm)
+        return self.hear(w, p, decision)
 
-    # ---- the lead ----
+    # ---- the coordinator ----
 
     def join(self, w: World, p: int, step: int) -> World:
         """`CoordinatorState.join`."""
-        assert w.lead is not None
+        assert w.coordinator is not None
         w = w._replace(joined=w.joined | {p})
-        if step == w.lead.step - 1:
+        if step == w.coordinator.step - 1:
             w = self.to_member(w, p, Message("call", p))
         return w._replace(is_open=w.is_open or len(w.joined) == len(w.members))
 
     def take_vote(self, w: World, vote: Vote) -> World:
-        """`CoordinatorState.vote`; the verdict depends on when it was reached, so that two of one step would differ."""
-        lead = w.lead
-        assert lead is not None
+        """`CoordinatorState.vote`; the decision depends on when it was reached, so that two of one step would
+        differ."""
+        coordinator = w.coordinator
+        assert coordinator is not None
 
-        def decide(votes: Mapping[int, Vote]) -> Verdict:
-            assert {v.step for v in votes.values()} == {lead.step}
-            assert {v.generation for v in votes.values()} == {lead.generation}
-            return Verdict(generation=lead.generation, step=lead.step, kind="commit", norm=float(lead.generation))
+        def decide(votes: Mapping[int, Vote]) -> CommitDecision:
+            assert {v.step for v in votes.values()} == {coordinator.step}
+            assert {v.generation for v in votes.values()} == {coordinator.generation}
+            return CommitDecision(
+                generation=coordinator.generation,
+                step=coordinator.step,
+                kind="commit",
+                norm=float(coordinator.generation),
+            )
 
-        state, verdict, to_all = commit.receive_vote(lead, vote, decide)
-        w = w._replace(lead=state)
-        if verdict is None:
+        state, decision, to_all = commit.receive_vote(coordinator, vote, decide)
+        w = w._replace(coordinator=state)
+        if decision is None:
             return w
         for index in range(len(w.members)) if to_all else (vote.partition,):
             if index == 0:
-                w = self.hear(w, 0, verdict)
+                w = self.hear(w, 0, decision)
             else:
-                told = Message("verdict", index, verdict.generation, verdict.step, verdict.norm)
+                told = Message("decision", index, decision.generation, decision.step, decision.norm)
                 w = self.to_member(w, index, told)
         return w
 
     # ---- connections ----
 
-    def to_lead(self, w: World, p: int, message: Message) -> World:
+    def to_coordinator(self, w: World, p: int, message: Message) -> World:
         return w._replace(messages=w.messages | {message}) if all(w.up[p]) else w
 
     def to_member(self, w: World, p: int, message: Message) -> World:
@@ -268,10 +279,10 @@ def check(w: World) -> None:
         held = [m for m, t in zip(w.members, w.timelines, strict=True) if m is not None and t == timeline]
         steps = [member.step for member in held]
         assert max(steps) - min(steps) <= 1, f"two steps apart: {w}"
-        verdicts = {(m.last_verdict.step, m.last_verdict.norm) for m in held if m.last_verdict is not None}
-        if w.lead is not None and w.timelines[0] == timeline and w.lead.last is not None:
-            verdicts.add((w.lead.last.step, w.lead.last.norm))
-        assert len({step for step, _ in verdicts}) == len(verdicts), f"two verdicts on one step: {w}"
+        decisions = {(m.last_decision.step, m.last_decision.norm) for m in held if m.last_decision is not None}
+        if w.coordinator is not None and w.timelines[0] == timeline and w.coordinator.last is not None:
+            decisions.add((w.coordinator.last.step, w.coordinator.last.norm))
+        assert len({step for step, _ in decisions}) == len(decisions), f"two decisions on one step: {w}"
 
 
 def explore(start: World, model: Model, max_states: int = 400_000) -> int:
@@ -339,23 +350,23 @@ def test_a_job_never_sticks_and_never_comes_apart(
     assert visited > 100, "the model went nowhere"
 
 
-def _forgets_verdicts(
-    lead: CoordinatorState, vote: Vote, decide: Decide
-) -> tuple[CoordinatorState, Verdict | None, bool]:
-    after, verdict, to_all = RECEIVE_VOTE(lead, vote, decide)
-    return after, verdict if to_all else None, to_all
+def _forgets_decisions(
+    coordinator: CoordinatorState, vote: Vote, decide: Decide
+) -> tuple[CoordinatorState, CommitDecision | None, bool]:
+    after, decision, to_all = RECEIVE_VOTE(coordinator, vote, decide)
+    return after, decision if to_all else None, to_all
 
 
-def _keeps_old_votes(lead: CoordinatorState, generation: int) -> CoordinatorState:
-    return replace(lead, generation=generation)
+def _keeps_old_votes(coordinator: CoordinatorState, generation: int) -> CoordinatorState:
+    return replace(coordinator, generation=generation)
 
 
 def _keeps_its_old_vote(member: Member, generation: int) -> Member:
     return replace(member, generation=generation)
 
 
-def _obeys_any_verdict(member: Member, verdict: Verdict) -> tuple[Member, bool]:
-    return replace(member, step=member.step + 1, vote=None, last_verdict=verdict), True
+def _obeys_any_decision(member: Member, decision: CommitDecision) -> tuple[Member, bool]:
+    return replace(member, step=member.step + 1, vote=None, last_decision=decision), True
 
 
 RECEIVE_VOTE = commit.receive_vote
@@ -364,15 +375,15 @@ RECEIVE_VOTE = commit.receive_vote
 @pytest.mark.parametrize(
     ("name", "mistake"),
     [
-        ("receive_vote", _forgets_verdicts),
-        ("lead_adopts", _keeps_old_votes),
+        ("receive_vote", _forgets_decisions),
+        ("coordinator_adopts", _keeps_old_votes),
         ("member_adopts", _keeps_its_old_vote),
-        ("receive_verdict", _obeys_any_verdict),
+        ("receive_decision", _obeys_any_decision),
     ],
 )
 def test_the_model_finds_what_is_wrong(name: str, mistake: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check can fail: each of these mistakes sticks, or takes partitions or verdicts apart."""
+    """The check can fail: each of these mistakes sticks, or takes partitions or decisions apart."""
     monkeypatch.setattr(commit, name, mistake)
 
-    with pytest.raises(AssertionError, match=r"stuck|apart|two verdicts|!=|=="):
+    with pytest.raises(AssertionError, match=r"stuck|apart|two decisions|!=|=="):
         explore(beginning(2, (1, 0, 1, 1)), Model(2))

@@ -18,18 +18,18 @@ from pscluster.job.spec import ScheduleSection
 from pscluster.step.summary import Summary
 from pscluster.wire.frame import FrameKind, Header
 from psserver.partition.coordinator.decisions import decide, evaluates_at, next_action, snapshots_at
-from psserver.partition.messages import pack_verdict, pack_vote, unpack_verdict, unpack_vote, vote_bytes
+from psserver.partition.messages import pack_decision, pack_vote, unpack_decision, unpack_vote, vote_bytes
 from psserver.partition.step.commit import (
+    CommitDecision,
     CoordinatorState,
     Member,
-    Verdict,
     Vote,
     cast_vote,
     clip_coefficient,
+    coordinator_adopts,
     global_norm,
-    lead_adopts,
     member_adopts,
-    receive_verdict,
+    receive_decision,
     receive_vote,
 )
 from psserver.partition.step.schedule import learning_rate
@@ -44,52 +44,56 @@ def vote(partition: int, *, step: int = 0, generation: int = 1, finite: bool = T
     return Vote(generation=generation, step=step, partition=partition, squares=found, finite=finite)
 
 
-def verdict(step: int = 0, generation: int = 1) -> Verdict:
-    return Verdict(generation=generation, step=step, kind="commit")
+def decision(step: int = 0, generation: int = 1) -> CommitDecision:
+    return CommitDecision(generation=generation, step=step, kind="commit")
 
 
 def summary(weight: float = 1.0, loss: float = 1.0) -> Summary:
     return Summary(loss_sum=loss, weight=weight, samples=1, touched=b"")
 
 
-# ---- votes and verdicts ----
+# ---- votes and decisions ----
 
 
-def test_the_last_vote_decides_and_the_verdict_is_for_all() -> None:
-    lead = CoordinatorState(num_partitions=2, generation=1, step=0)
-    lead, told, _ = receive_vote(lead, vote(1), lambda _: verdict())
+def test_the_last_vote_decides_and_the_decision_is_for_all() -> None:
+    coordinator = CoordinatorState(num_partitions=2, generation=1, step=0)
+    coordinator, told, _ = receive_vote(coordinator, vote(1), lambda _: decision())
     assert told is None
-    lead, told, _ = receive_vote(lead, vote(1), lambda _: verdict())
+    coordinator, told, _ = receive_vote(coordinator, vote(1), lambda _: decision())
     assert told is None, "one partition twice is not two"
 
-    lead, told, to_all = receive_vote(lead, vote(0), lambda votes: verdict() if set(votes) == {0, 1} else verdict(9))
-
-    assert (told, to_all) == (verdict(), True)
-    assert (lead.step, dict(lead.votes), lead.last) == (1, {}, verdict())
-
-
-def test_a_vote_on_the_step_just_decided_is_answered_with_the_same_verdict() -> None:
-    lead = CoordinatorState(
-        num_partitions=1, generation=3, step=5, last=Verdict(generation=1, step=4, kind="skip", norm=2.5)
+    coordinator, told, to_all = receive_vote(
+        coordinator, vote(0), lambda votes: decision() if set(votes) == {0, 1} else decision(9)
     )
 
-    after, told, to_all = receive_vote(lead, vote(1, step=4, generation=3), pytest.fail)
+    assert (told, to_all) == (decision(), True)
+    assert (coordinator.step, dict(coordinator.votes), coordinator.last) == (1, {}, decision())
 
-    assert (after, to_all) == (lead, False)
-    assert told == Verdict(generation=3, step=4, kind="skip", norm=2.5), "of the generation in which it is told"
+
+def test_a_vote_on_the_step_just_decided_is_answered_with_the_same_decision() -> None:
+    coordinator = CoordinatorState(
+        num_partitions=1, generation=3, step=5, last=CommitDecision(generation=1, step=4, kind="skip", norm=2.5)
+    )
+
+    after, told, to_all = receive_vote(coordinator, vote(1, step=4, generation=3), pytest.fail)
+
+    assert (after, to_all) == (coordinator, False)
+    assert told == CommitDecision(generation=3, step=4, kind="skip", norm=2.5), "of the generation in which it is told"
 
 
 @pytest.mark.parametrize("stray", [vote(0, generation=2), vote(0, generation=0), vote(0, step=1), vote(0, step=7)])
 def test_stray_votes_change_nothing(stray: Vote) -> None:
-    lead = CoordinatorState(num_partitions=1, generation=1, step=3)
+    coordinator = CoordinatorState(num_partitions=1, generation=1, step=3)
 
-    assert receive_vote(lead, stray, pytest.fail) == (lead, None, False)
+    assert receive_vote(coordinator, stray, pytest.fail) == (coordinator, None, False)
 
 
-def test_a_new_generation_collects_votes_anew_but_keeps_the_last_verdict() -> None:
-    lead = CoordinatorState(num_partitions=2, generation=1, step=1, votes={0: vote(0)}, last=verdict())
+def test_a_new_generation_collects_votes_anew_but_keeps_the_last_decision() -> None:
+    coordinator = CoordinatorState(num_partitions=2, generation=1, step=1, votes={0: vote(0)}, last=decision())
 
-    assert lead_adopts(lead, 4) == CoordinatorState(num_partitions=2, generation=4, step=1, votes={}, last=verdict())
+    assert coordinator_adopts(coordinator, 4) == CoordinatorState(
+        num_partitions=2, generation=4, step=1, votes={}, last=decision()
+    )
 
 
 def test_a_vote_is_cast_again_under_a_new_generation() -> None:
@@ -102,21 +106,21 @@ def test_a_vote_is_cast_again_under_a_new_generation() -> None:
 @pytest.mark.parametrize(
     ("member", "told"),
     [
-        (Member(generation=1, step=0), verdict()),
-        (Member(generation=2, step=0, vote=vote(0)), verdict()),
-        (Member(generation=1, step=1, vote=vote(0, step=1)), verdict()),
+        (Member(generation=1, step=0), decision()),
+        (Member(generation=2, step=0, vote=vote(0)), decision()),
+        (Member(generation=1, step=1, vote=vote(0, step=1)), decision()),
     ],
     ids=["not voted", "other generation", "other step"],
 )
-def test_a_verdict_that_does_not_fit_is_not_carried_out(member: Member, told: Verdict) -> None:
-    assert receive_verdict(member, told) == (member, False)
+def test_a_decision_that_does_not_fit_is_not_carried_out(member: Member, told: CommitDecision) -> None:
+    assert receive_decision(member, told) == (member, False)
 
 
-def test_a_verdict_is_carried_out_once() -> None:
-    member, now = receive_verdict(Member(generation=1, step=0, vote=vote(0)), verdict())
+def test_a_decision_is_carried_out_once() -> None:
+    member, now = receive_decision(Member(generation=1, step=0, vote=vote(0)), decision())
 
-    assert (member, now) == (Member(generation=1, step=1, last_verdict=verdict()), True)
-    assert receive_verdict(member, verdict()) == (member, False)
+    assert (member, now) == (Member(generation=1, step=1, last_decision=decision()), True)
+    assert receive_decision(member, decision()) == (member, False)
 
 
 @given(squares=st.dictionaries(st.integers(0, 40), FINITE, min_size=1), cuts=st.lists(st.integers(0, 40), max_size=4))
@@ -151,7 +155,7 @@ def test_clipping_is_torchs(clip: float) -> None:
     assert clip_coefficient(7.0, None) == 1.0
 
 
-def test_a_verdict_scales_to_the_clipped_mean() -> None:
+def test_a_decision_scales_to_the_clipped_mean() -> None:
     spec = played_spec(4, train={"clip_norm": 1.0})
 
     told = decide({0: vote(0, step=6, b0=400.0)}, summary(weight=4.0), spec, 100, generation=2, stop=False)
@@ -203,14 +207,14 @@ def test_a_vote_reads_back(squares: dict[int, float], finite: bool) -> None:
 @given(
     st.floats(allow_nan=False), st.floats(allow_nan=False), st.booleans(), st.sampled_from(["commit", "skip", "stop"])
 )
-def test_a_verdict_reads_back_to_the_bit(scale: float, norm: float, flag: bool, kind: Any) -> None:
-    told = Verdict(generation=1, step=2, kind=kind, scale=scale, norm=norm, snapshot=flag, last=not flag)
+def test_a_decision_reads_back_to_the_bit(scale: float, norm: float, flag: bool, kind: Any) -> None:
+    told = CommitDecision(generation=1, step=2, kind=kind, scale=scale, norm=norm, snapshot=flag, last=not flag)
 
-    assert unpack_verdict(memoryview(pack_verdict(told))) == told
+    assert unpack_decision(memoryview(pack_decision(told))) == told
 
 
-def test_a_verdict_without_a_norm_reads_back() -> None:
-    told = unpack_verdict(memoryview(pack_verdict(Verdict(generation=1, step=2, kind="skip", norm=math.nan))))
+def test_a_decision_without_a_norm_reads_back() -> None:
+    told = unpack_decision(memoryview(pack_decision(CommitDecision(generation=1, step=2, kind="skip", norm=math.nan))))
 
     assert math.isnan(told.norm)
 
@@ -222,9 +226,9 @@ def test_a_vote_of_no_fitting_length_is_refused(body: bytes) -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b'{"kind": 1}', b'{"generation": 1, "step": 1, "kind": "skip", "x": 1}'])
-def test_what_is_no_verdict_is_refused(body: bytes) -> None:
-    with pytest.raises(FrameError, match="a verdict"):
-        unpack_verdict(memoryview(body))
+def test_what_is_no_decision_is_refused(body: bytes) -> None:
+    with pytest.raises(FrameError, match="a decision"):
+        unpack_decision(memoryview(body))
 
 
 # ---- what comes next ----

@@ -16,7 +16,7 @@ from pscluster.storage import Buffer, direct
 from pscluster.storage.snapshot import PartMeta, PieceKey, read_part, write_part
 from psserver.partition.checkpoint import frozen
 from psserver.partition.checkpoint.frozen import Frozen
-from psserver.partition.step.huge_pages import private_memory
+from psserver.partition.step.huge_pages import huge_page_memory
 
 KEYS: list[PieceKey] = [(0, "values"), (0, "moment0"), (1, "values"), (1, "moment0")]
 
@@ -169,7 +169,7 @@ def test_a_file_is_of_one_version_whatever_the_disk_is_at_work_on(
     """In the middle of one of its writes the partition makes the next version, under the disk's hands."""
     monkeypatch.setattr(frozen, "CHUNK_BYTES", 2 << 20)
     keys: list[PieceKey] = [(bucket, what) for bucket in range(2) for what in ("values", "moment0")]
-    memory = {key: private_memory((3 << 20) + 12) for key in keys}
+    memory = {key: huge_page_memory((3 << 20) + 12) for key in keys}
     before = {key: random.Random(str(key)).randbytes(len(place)) for key, place in memory.items()}
     for key, place in memory.items():
         place[:] = before[key]
@@ -189,7 +189,7 @@ def test_a_file_is_of_one_version_whatever_the_disk_is_at_work_on(
 
     monkeypatch.setattr(direct.os, "pwritev", pwritev)
     layout = Layout((TensorSpec(names=("w",), shape=(5,), dtype="float32", kind="trained"),))
-    meta = PartMeta(job="job-a", step=1, generation=1, partition=0, num_partitions=1, ages=(1,))
+    meta = PartMeta(job="job-a", step=1, generation=1, partition=0, num_partitions=1, update_counts=(1,))
     write_part(tmp_path / "part", meta, layout, held)  # with checksums, which are compared when it is read
     assert read_part(tmp_path / "part").pieces == before
     assert len(writes) > struck
@@ -198,7 +198,7 @@ def test_a_file_is_of_one_version_whatever_the_disk_is_at_work_on(
 
 @pytest.mark.parametrize("size", [0, 1, 5_000_000])
 def test_private_memory_is_fresh_and_of_that_size(size: int) -> None:
-    memory = private_memory(size)
+    memory = huge_page_memory(size)
     assert memory.nbytes == size and not any(memory[:100])
     memory[:] = bytes(size)
     if size:

@@ -17,7 +17,7 @@ from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
 from pscluster.step.summary import Summary, touched_bits
 from pscluster.step.tree import TreeNode
 from psserver.partition.coordinator.decisions import decide
-from psserver.partition.step.commit import Verdict, Vote
+from psserver.partition.step.commit import CommitDecision, Vote
 from psserver.partition.step.open_step import OpenStep
 from psserver.partition.step.optimizer import CHUNK_WORDS, Run, moments_of, runs
 from psserver.partition.step.schedule import learning_rate
@@ -88,8 +88,8 @@ class PlayedPartition:
         assert self.step.offer_summary(TreeNode(0, 1), summary)
         assert self.step.is_complete
 
-    def carry_out(self, verdict: Verdict) -> None:
-        self.step.decide(verdict)
+    def carry_out(self, decision: CommitDecision) -> None:
+        self.step.decide(decision)
         while self.step.next_update() is not None:
             self.step.update()
 
@@ -106,15 +106,15 @@ def ours(layout: Layout, spec: JobSpec, count: int, sometimes: bool) -> list[tor
         votes: dict[int, Vote] = {}
         for index, partition in enumerate(partitions):
             partition.push(gradients, summary)
-            squares, finite = partition.step.ballot()
+            squares, finite = partition.step.make_vote()
             votes[index] = Vote(generation=1, step=step, partition=index, squares=squares, finite=finite)
-        verdict = decide(votes, summary, spec, STEPS, generation=1, stop=False)
-        norms.append(verdict.norm)
+        decision = decide(votes, summary, spec, STEPS, generation=1, stop=False)
+        norms.append(decision.norm)
         for partition in partitions:
-            partition.carry_out(verdict)
+            partition.carry_out(decision)
     known = NORMS.setdefault(norms_key(layout, spec, sometimes), norms)
     assert norms == known, "the norm depends on the number of partitions"
-    assert len({tuple(p.state.ages) for p in partitions}) == 1
+    assert len({tuple(p.state.update_counts) for p in partitions}) == 1
     return gathered(layout, [p.state for p in partitions])
 
 

@@ -76,13 +76,18 @@ class PlayedJob:
             self.network.connections[choice % len(self.network.connections)].close(None)
 
     def push(self, index: int) -> None:
-        """Trainers complete a partition's open step, if they have its version from all and the lead asks for it."""
-        service, lead = self.partitions[index], self.partitions[0].lead
+        """Trainers complete a partition's open step, if they have its version from all and the coordinator asks for
+        it."""
+        service, coordinator = self.partitions[index], self.partitions[0].coordinator
         together = {p.plan.restore_generation if p.plan else 0 for p in self.partitions}
         step = service.member.step
-        if lead is None or lead.action != "train" or len(together) > 1 or service.step is None:
+        if coordinator is None or coordinator.action != "train" or len(together) > 1 or service.step is None:
             return
-        if lead.version < step or any(p.version < step for p in self.partitions) or service.step.summary.is_complete:
+        if (
+            coordinator.version < step
+            or any(p.version < step for p in self.partitions)
+            or service.step.summary.is_complete
+        ):
             return
         span = service.step.state.spans[TRAINED]
         if span.num_words:
@@ -211,9 +216,12 @@ def test_a_vote_that_is_lost_is_said_again(undisturbed: list[torch.Tensor]) -> N
     assert same(job.run_to_the_end(), undisturbed)
 
 
-@pytest.mark.parametrize("between", ["nothing", "a plan for all", "a plan for the lead", "a plan for the member"])
-def test_a_verdict_that_is_lost_is_said_again(between: str, undisturbed: list[torch.Tensor]) -> None:
-    """The lead went on; the other partition never heard. A new generation may come in between, to one side first."""
+@pytest.mark.parametrize(
+    "between", ["nothing", "a plan for all", "a plan for the coordinator", "a plan for the member"]
+)
+def test_a_decision_that_is_lost_is_said_again(between: str, undisturbed: list[torch.Tensor]) -> None:
+    """The coordinator went on; the other partition never heard. A new generation may come in between, to one side
+    first."""
     job = begun()
     job.push(0)
     job.push(1)
@@ -257,7 +265,7 @@ def test_a_restore_in_the_middle_of_an_update_begins_afresh(undisturbed: list[to
     job = begun()
     job.push(0)
     job.push(1)
-    while job.partitions[0].cycle.verdict is None:
+    while job.partitions[0].cycle.decision is None:
         job.network.choices()[0]()
     assert job.partitions[0].versions == {TRAINED: 1, AVERAGED: 0}
     job.crash(1)
@@ -268,28 +276,28 @@ def test_a_restore_in_the_middle_of_an_update_begins_afresh(undisturbed: list[to
 
 
 def test_a_member_of_the_past_is_not_heard(undisturbed: list[torch.Tensor]) -> None:
-    """The lead has gone back; a partition that has not heard of it keeps knocking, and is sent away."""
+    """The coordinator has gone back; a partition that has not heard of it keeps knocking, and is sent away."""
     job = begun(3)
     job.crash(2)
     job.adopt(0)
     for _ in range(3):
         job.network.settle()
-    lead = job.partitions[0].lead
-    assert lead is not None and lead.joined == {0}
+    coordinator = job.partitions[0].coordinator
+    assert coordinator is not None and coordinator.joined == {0}
     assert job.partitions[0].counters.fenced > 0
 
     assert same(job.run_to_the_end(), undisturbed)
 
 
-def test_the_lead_reports_each_step_once(undisturbed: list[torch.Tensor]) -> None:
+def test_the_coordinator_reports_each_step_once(undisturbed: list[torch.Tensor]) -> None:
     job = PlayedJob(2)
     job.run_to_the_end()
-    lead = job.partitions[0]
-    assert isinstance(lead.link, PlayedLink)
-    assert lead.lead is not None
-    lead.lead.report_progress(1e9, force=True)
+    coordinator = job.partitions[0]
+    assert isinstance(coordinator.link, PlayedLink)
+    assert coordinator.coordinator is not None
+    coordinator.coordinator.report_progress(1e9, force=True)
 
-    records = [record for progress in lead.link.reported("progress") for record in progress.records]
+    records = [record for progress in coordinator.link.reported("progress") for record in progress.records]
 
     assert [record.step for record in records] == list(range(1, FINAL_STEP + 1))
     assert {record.loss for record in records} == {1.0}

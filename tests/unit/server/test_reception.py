@@ -85,7 +85,7 @@ WRONG_PUSHES: dict[str, tuple[Header, bytes]] = {
     "a summary of another length": (push(SUMMARY), bytes(24)),
     "a pull with a body": (job_header(FrameKind.PULL), b"x"),
     "a vote from a trainer": (job_header(FrameKind.VOTE), b"\1"),
-    "a verdict": (job_header(FrameKind.VERDICT), b"{}"),
+    "a decision": (job_header(FrameKind.DECISION), b"{}"),
     "a second greeting": (job_header(FrameKind.HELLO), b"{}"),
     "huge statistics": (job_header(FrameKind.STATISTICS), bytes((1 << 20) + 8)),
     "half a number": (job_header(FrameKind.STATISTICS, node=LEAF), bytes(7)),
@@ -326,7 +326,7 @@ def test_a_body_cut_off_gives_its_memory_back(network: Network, service: Partiti
 def test_a_gradient_that_is_ahead_is_not_taken_for_delivered(
     network: Network, service: PartitionService, local: bool
 ) -> None:
-    """Of a step that the partition before this one had: whose place it took, before it heard the last verdict."""
+    """Of a step that the partition before this one had: whose place it took, before it heard the last decision."""
     caller = Caller(network, service, "push", local=local)
     caller.give(push(TRAINED, step=1), ONES)
     assert not caller.near.is_open, "it is sent again over another connection"
@@ -336,7 +336,7 @@ def test_a_gradient_that_is_ahead_is_not_taken_for_delivered(
 def test_a_gradient_that_was_ahead_when_it_began_counts_once_it_is_whole(
     network: Network, service: PartitionService
 ) -> None:
-    """The last verdict came while its body was on the way."""
+    """The last decision came while its body was on the way."""
     caller = Caller(network, service, "push")
     header = replace(push(TRAINED, step=1), length=len(ONES))
     body = service.handler.body_target(caller.far, header)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from harness.played import PlayedConnection
 from harness.played_standbys import FINAL_STEP, PlayedJob
 from pscluster.wire.frame import FrameKind
 
-SENDS = 8  # of one step at most: the roots of five buckets and of the summary, the verdict, and one more
+SENDS = 8  # of one step at most: the roots of five buckets and of the summary, the decision, and one more
 
 
 def line_of(job: PlayedJob, handler: object) -> PlayedConnection:
@@ -107,7 +107,8 @@ def test_a_line_may_break_within_any_send(number: int, end: str, undisturbed: li
 
 
 def _resumed(job: PlayedJob) -> list[FrameKind]:
-    """The lead's line is dialled again; what is on its way to the standby when the lead has heard its welcome."""
+    """The coordinator's line is dialled again; what is on its way to the standby when the coordinator has heard its
+    welcome."""
     job.network.fire_timers()
     for _ in range(1000):
         if job.partition(0).replication._streams:
@@ -123,13 +124,13 @@ def test_an_evaluation_finalised_while_the_line_was_down_is_told_over_the_next(m
     """After a step more the standby takes over: it is reported again, and counts in what is best."""
     job = PlayedJob(2)
     job.make_steps(2)
-    lead = job.partition(0)
+    coordinator = job.partition(0)
     if moment == "before it":
         to_its_standby(job, 0).close(None)
     else:
         to_its_standby(job, 0).takes = 0
     job.evaluate()
-    assert lead.notes.evaluated == 2
+    assert coordinator.notes.evaluated == 2
     assert _resumed(job) == [FrameKind.NOTE]
     job.make_steps(1)
     job.lose_partition(0)
@@ -137,27 +138,27 @@ def test_an_evaluation_finalised_while_the_line_was_down_is_told_over_the_next(m
     job.settle()
     after: Any = job.partition(0)
     assert [(e.step, dict(e.metrics)) for e in after.link.reported("evaluated")] == [(2, {"loss": 2.0})]
-    assert (after.version, after.lead.evaluated, job.master.restores) == (3, 2, 1)
+    assert (after.version, after.coordinator.evaluated, job.master.restores) == (3, 2, 1)
     job.close()
 
 
-def test_it_is_told_after_the_verdict_that_made_its_version_and_before_the_sums_of_the_next_step() -> None:
+def test_it_is_told_after_the_decision_that_made_its_version_and_before_the_sums_of_the_next_step() -> None:
     """What a standby notes is of the version that it has; and no step is voted on before it knows of the evaluation."""
     job = PlayedJob(2)
     job.make_steps(2)
-    lead, standby = job.partition(0), job.standby(0)
-    assert lead.step is not None and standby is not None
-    num_sums = len(lead.step.trained) + len(lead.step.averaged) + len(lead.step.carried) + 1
-    to_its_standby(job, 0).takes = num_sums  # and breaks at the verdict
+    coordinator, standby = job.partition(0), job.standby(0)
+    assert coordinator.step is not None and standby is not None
+    num_sums = len(coordinator.step.trained) + len(coordinator.step.averaged) + len(coordinator.step.carried) + 1
+    to_its_standby(job, 0).takes = num_sums  # and breaks at the decision
     for index in range(2):
         job.push(index)
     job.network.settle(redial=False)
-    assert (lead.version, standby.version, job.network.breaks) == (3, 2, 1)
+    assert (coordinator.version, standby.version, job.network.breaks) == (3, 2, 1)
     job.evaluate()
     for index in range(2):
         job.push(index)
-    assert _resumed(job) == [FrameKind.VERDICT, FrameKind.NOTE] + [FrameKind.PUSH] * num_sums
+    assert _resumed(job) == [FrameKind.DECISION, FrameKind.NOTE] + [FrameKind.PUSH] * num_sums
     job.settle()
-    assert (lead.version, standby.version) == (4, 4)
+    assert (coordinator.version, standby.version) == (4, 4)
     assert standby.notes.evaluated == 3
     job.close()

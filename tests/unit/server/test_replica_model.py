@@ -1,10 +1,9 @@
 """A model check of partitions with standbys: every order of events in a small job, with deaths, false deaths and cuts.
 
 The decisions are the real ones (`psserver.partition.step.commit` and `bond`); what surrounds them is modelled after the
-service, the lead, the replication and the master. A stream between partition and standby keeps its order, and a vote
-comes after the join; verdicts and words to the master arrive in any order. Plans reach each process at a time of its
-own. Who was taken for dead may live on, with its older plan.
-"""
+service, the coordinator, the replication and the master. A stream between partition and standby keeps its order, and a
+vote comes after the join; decisions and words to the master arrive in any order. Plans reach each process at a time of
+its own. Who was taken for dead may live on, with its older plan."""
 
 from __future__ import annotations
 
@@ -15,9 +14,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from psserver.partition.replication import in_sync
-from psserver.partition.replication.in_sync import Bond
+from psserver.partition.replication.in_sync import InSyncState
 from psserver.partition.step import commit
-from psserver.partition.step.commit import CoordinatorState, Member, Verdict, Vote
+from psserver.partition.step.commit import CommitDecision, CoordinatorState, Member, Vote
 from tests.unit.server.test_commit_model import _cannot_reach, put
 
 
@@ -29,7 +28,7 @@ class Plan(NamedTuple):
 
 
 class Leads(NamedTuple):
-    """`commit.Lead`, hashable, and who has joined it."""
+    """`commit.Coordinator`, hashable, and who has joined it."""
 
     step: int
     votes: frozenset[int] = frozenset()
@@ -40,8 +39,8 @@ class Leads(NamedTuple):
 
 class Process(NamedTuple):
     """A partition's or standby's process. `full`: the sums of its open step are complete. `last`: the step of its last
-    verdict. `stands_by` by its own plan; `synced`: and it was given a state. `joined`: the lead's attempt that it is
-    connected to."""
+    decision. `stands_by` by its own plan; `synced`: and it was given a state. `joined`: the coordinator's attempt that
+    it is connected to."""
 
     index: int
     attempt: int
@@ -52,9 +51,9 @@ class Process(NamedTuple):
     last: int = -1
     stands_by: bool = False
     synced: bool = False
-    bond: Bond = Bond()
+    bond: InSyncState = InSyncState()
     joined: int = 0
-    lead: Leads | None = None
+    coordinator: Leads | None = None
 
     @property
     def reach(self) -> int:
@@ -143,10 +142,15 @@ class Model:
 
     def can_complete(self, w: World, process: Process) -> bool:
         """Trainers push to whom they take for the partition, a step of which every partition has the version."""
-        lead = self.find(w, 0, w.plan.holders[0])
+        coordinator = self.find(w, 0, w.plan.holders[0])
         if process.stands_by or not process.plan.generation or process.full or process.step >= self.steps:
             return False
-        asked = lead is not None and lead.lead is not None and lead.lead.is_open and lead.lead.step >= process.step
+        asked = (
+            coordinator is not None
+            and coordinator.coordinator is not None
+            and coordinator.coordinator.is_open
+            and coordinator.coordinator.step >= process.step
+        )
         together = all(
             p is not None and not p.stands_by and p.plan.timeline == process.plan.timeline and p.step >= process.step
             for p in self.holders(w)
@@ -173,16 +177,20 @@ class Model:
             return self.take_vote(w, process, vote)
         return w._replace(messages=w.messages | {vote}) if process.joined else w
 
-    # ---- the lead ----
+    # ---- the coordinator ----
 
     def can_join(self, w: World, process: Process) -> bool:
-        """It dials the lead of its own plan, which must be that by its own."""
+        """It dials the coordinator of its own plan, which must be that by its own."""
         if process.index == 0 or process.stands_by or not process.plan.generation:
             return False
         attempt = process.plan.holders[0]
-        lead = self.find(w, 0, attempt)
-        fits = lead is not None and lead.lead is not None and lead.plan.timeline == process.plan.timeline
-        known = lead is not None and fits and lead.plan.holders[process.index] == process.attempt
+        coordinator = self.find(w, 0, attempt)
+        fits = (
+            coordinator is not None
+            and coordinator.coordinator is not None
+            and coordinator.plan.timeline == process.plan.timeline
+        )
+        known = coordinator is not None and fits and coordinator.plan.holders[process.index] == process.attempt
         return process.joined != attempt and known
 
     def join(self, w: World, process: Process) -> World:
@@ -192,74 +200,85 @@ class Model:
 
     def take_join(self, w: World, index: int, attempt: int, step: int, last: int) -> World:
         process = self.find(w, 0, attempt)
-        if process is None or process.lead is None:
+        if process is None or process.coordinator is None:
             return w
-        lead = process.lead._replace(joined=process.lead.joined | {index})
-        lead = lead._replace(is_open=lead.is_open or len(lead.joined) == len(w.plan.holders))
-        after = process._replace(lead=lead)
+        coordinator = process.coordinator._replace(joined=process.coordinator.joined | {index})
+        coordinator = coordinator._replace(
+            is_open=coordinator.is_open or len(coordinator.joined) == len(w.plan.holders)
+        )
+        after = process._replace(coordinator=coordinator)
         w = self.swap(w, process, after)
-        if step == lead.step - 1:
+        if step == coordinator.step - 1:
             return w._replace(messages=w.messages | {("call", index, attempt)})
-        if step == lead.step + 1 and last >= 0:
-            state, verdict = commit.lead_learns(self.lead_of(w, after), self.verdict(after, last))
-            if verdict is not None:
-                return self.tell_all(w, after, state, verdict)
+        if step == coordinator.step + 1 and last >= 0:
+            state, decision = commit.coordinator_learns(self.coordinator_of(w, after), self.decision(after, last))
+            if decision is not None:
+                return self.tell_all(w, after, state, decision)
         return w
 
-    def lead_of(self, w: World, process: Process) -> CoordinatorState:
-        assert process.lead is not None
+    def coordinator_of(self, w: World, process: Process) -> CoordinatorState:
+        assert process.coordinator is not None
         generation = process.plan.generation
-        votes = {p: Vote(generation=generation, step=process.lead.step, partition=p) for p in process.lead.votes}
-        last = self.verdict(process, process.lead.last) if process.lead.last >= 0 else None
+        votes = {
+            p: Vote(generation=generation, step=process.coordinator.step, partition=p)
+            for p in process.coordinator.votes
+        }
+        last = self.decision(process, process.coordinator.last) if process.coordinator.last >= 0 else None
         return CoordinatorState(
-            num_partitions=len(w.plan.holders), generation=generation, step=process.lead.step, votes=votes, last=last
+            num_partitions=len(w.plan.holders),
+            generation=generation,
+            step=process.coordinator.step,
+            votes=votes,
+            last=last,
         )
 
-    def verdict(self, process: Process, step: int) -> Verdict:
-        return Verdict(generation=process.plan.generation, step=step, kind="commit")
+    def decision(self, process: Process, step: int) -> CommitDecision:
+        return CommitDecision(generation=process.plan.generation, step=step, kind="commit")
 
     def take_vote(self, w: World, process: Process, message: tuple[Any, ...]) -> World:
         _, index, _, generation, step = message
-        assert process.lead is not None
+        assert process.coordinator is not None
 
-        def decide(votes: Mapping[int, Vote]) -> Verdict:
+        def decide(votes: Mapping[int, Vote]) -> CommitDecision:
             assert len(votes) == len(w.plan.holders)
-            return self.verdict(process, step)
+            return self.decision(process, step)
 
         vote = Vote(generation=generation, step=step, partition=index)
-        state, verdict, to_all = commit.receive_vote(self.lead_of(w, process), vote, decide)
-        if verdict is not None and to_all:
-            return self.tell_all(w, process, state, verdict)
-        after = process._replace(lead=process.lead._replace(votes=frozenset(state.votes), step=state.step))
+        state, decision, to_all = commit.receive_vote(self.coordinator_of(w, process), vote, decide)
+        if decision is not None and to_all:
+            return self.tell_all(w, process, state, decision)
+        after = process._replace(
+            coordinator=process.coordinator._replace(votes=frozenset(state.votes), step=state.step)
+        )
         w = self.swap(w, process, after)
-        if verdict is None:
+        if decision is None:
             return w
         if index == 0:
-            return self.hear(w, after, verdict)
-        told = ("verdict", index, after.attempt, verdict.generation, verdict.step)
+            return self.hear(w, after, decision)
+        told = ("decision", index, after.attempt, decision.generation, decision.step)
         return w._replace(messages=w.messages | {told})
 
-    def tell_all(self, w: World, process: Process, state: CoordinatorState, verdict: Verdict) -> World:
-        assert process.lead is not None
-        lead = process.lead._replace(step=state.step, votes=frozenset(), last=verdict.step)
-        after = process._replace(lead=lead)
-        w = self.count(self.swap(w, process, after), after, verdict.step + 1)
+    def tell_all(self, w: World, process: Process, state: CoordinatorState, decision: CommitDecision) -> World:
+        assert process.coordinator is not None
+        coordinator = process.coordinator._replace(step=state.step, votes=frozenset(), last=decision.step)
+        after = process._replace(coordinator=coordinator)
+        w = self.count(self.swap(w, process, after), after, decision.step + 1)
         told = {
-            ("verdict", index, after.attempt, verdict.generation, verdict.step)
+            ("decision", index, after.attempt, decision.generation, decision.step)
             for index in range(1, len(w.plan.holders))
         }
-        return self.hear(w._replace(messages=w.messages | told), after, verdict)
+        return self.hear(w._replace(messages=w.messages | told), after, decision)
 
-    def hear(self, w: World, process: Process, verdict: Verdict) -> World:
-        """Carry out a verdict, if it is on the step that was voted on, under this generation."""
+    def hear(self, w: World, process: Process, decision: CommitDecision) -> World:
+        """Carry out a decision, if it is on the step that was voted on, under this generation."""
         vote = Vote(generation=process.plan.generation, step=process.step, partition=process.index)
         member = Member(generation=process.plan.generation, step=process.step, vote=vote if process.voted else None)
-        member, now = commit.receive_verdict(member, verdict)
+        member, now = commit.receive_decision(member, decision)
         if not now:
             return w
-        after = process._replace(step=member.step, full=False, voted=False, last=verdict.step)
+        after = process._replace(step=member.step, full=False, voted=False, last=decision.step)
         w = self.count(self.swap(w, process, after), after, member.step)
-        return self.send(w, after, ("verdict", verdict.step, -1))
+        return self.send(w, after, ("decision", decision.step, -1))
 
     def deliver(self, w: World, message: tuple[Any, ...]) -> World:
         kind, index, attempt = message[:3]
@@ -271,14 +290,16 @@ class Model:
             holds = (m.holders[index], m.standbys[index], m.timeline) == (attempt, standby, timeline)
             return w._replace(believed=put(w.believed, index, True)) if holds else w  # type: ignore[arg-type]
         if kind == "vote":
-            lead = self.find(w, 0, attempt)
-            return w if lead is None or lead.lead is None else self.take_vote(w, lead, message)
+            coordinator = self.find(w, 0, attempt)
+            return (
+                w if coordinator is None or coordinator.coordinator is None else self.take_vote(w, coordinator, message)
+            )
         for process in sorted(w.processes, key=lambda p: p.attempt):  # who was replaced and lives on hears it, too
             if process.index == index and process.joined == attempt and not process.stands_by:
                 if kind == "call":
                     w = self.cast(w, process)
                 else:
-                    w = self.hear(w, process, Verdict(generation=message[3], step=message[4], kind="commit"))
+                    w = self.hear(w, process, CommitDecision(generation=message[3], step=message[4], kind="commit"))
         return w
 
     # ---- the stream ----
@@ -314,7 +335,7 @@ class Model:
             sums = (("sums", sender.step, -1),) if sender.full else ()
             reach = standby.reach if standby.synced else -1
             if in_sync.resumes(sender.bond, reach, standby.step, sender.step):
-                missed = (("verdict", sender.last, -1),) if standby.step < sender.step else ()
+                missed = (("decision", sender.last, -1),) if standby.step < sender.step else ()
                 link = Link(sender.attempt, standby.attempt, (*missed, *sums), (reach,))
             else:
                 anew = in_sync.begin(sender.bond)
@@ -330,7 +351,7 @@ class Model:
             after, says = standby._replace(step=step, last=last, synced=True, full=False, voted=False), step
         elif kind == "sums" and standby.synced and step == standby.step and not standby.full:
             after, says = standby._replace(full=True, voted=True), step + 1
-        elif kind == "verdict" and standby.synced and step == standby.step and standby.voted:
+        elif kind == "decision" and standby.synced and step == standby.step and standby.voted:
             after = standby._replace(step=step + 1, full=False, voted=False, last=step)
         if says is not None:
             link = link._replace(up=(*link.up, says))
@@ -360,15 +381,19 @@ class Model:
         if held != process.bond and not stands_by:
             w = self.hang_up(w, process)
         joined = process.joined if plan.holders[0] == process.joined else 0
-        lead = process.lead
+        coordinator = process.coordinator
         if takes_over and index == 0:
-            lead = Leads(step=process.step, last=process.last, joined=frozenset({0}), is_open=len(plan.holders) == 1)
-        elif lead is not None:
-            lead = lead._replace(votes=frozenset(), step=commit.lead_adopts(self.lead_of(w, process), 0).step)
-        after = process._replace(plan=plan, stands_by=stands_by, bond=held, joined=joined, lead=lead)
+            coordinator = Leads(
+                step=process.step, last=process.last, joined=frozenset({0}), is_open=len(plan.holders) == 1
+            )
+        elif coordinator is not None:
+            coordinator = coordinator._replace(
+                votes=frozenset(), step=commit.coordinator_adopts(self.coordinator_of(w, process), 0).step
+            )
+        after = process._replace(plan=plan, stands_by=stands_by, bond=held, joined=joined, coordinator=coordinator)
         w = self.swap(w, process, after)
-        if after.lead is not None and after.lead.is_open:
-            calls = {("call", other, after.attempt) for other in after.lead.joined if other}
+        if after.coordinator is not None and after.coordinator.is_open:
+            calls = {("call", other, after.attempt) for other in after.coordinator.joined if other}
             w = w._replace(messages=w.messages | calls)
         return self.cast(w, after)
 
@@ -377,12 +402,12 @@ class Model:
         leads = index == 0 and not stands_by
         after = Process(
             index, process.attempt, plan=w.plan, stands_by=stands_by,
-            bond=Bond() if stands_by else Bond(attempt=w.plan.standbys[index]),
-            lead=Leads(step=0, joined=frozenset({0}), is_open=partitions == 1) if leads else None,
+            bond=InSyncState() if stands_by else InSyncState(attempt=w.plan.standbys[index]),
+            coordinator=Leads(step=0, joined=frozenset({0}), is_open=partitions == 1) if leads else None,
         )  # fmt: skip
-        to_lead, from_lead = ("join", "vote"), ("verdict", "call")
-        over = {m for m in w.messages if m[2] == process.attempt and m[0] in to_lead} if index == 0 else set()
-        over |= {m for m in w.messages if m[1] == index and m[2] == process.joined and m[0] in from_lead}
+        to_coordinator, from_coordinator = ("join", "vote"), ("decision", "call")
+        over = {m for m in w.messages if m[2] == process.attempt and m[0] in to_coordinator} if index == 0 else set()
+        over |= {m for m in w.messages if m[1] == index and m[2] == process.joined and m[0] in from_coordinator}
         w = self.swap(w, process, after)._replace(messages=w.messages - over)  # its connections are closed
         return self.hang_up(w, process)
 
@@ -510,24 +535,26 @@ def test_no_committed_step_is_lost_and_a_job_never_sticks(
     assert visited > 100, "the model went nowhere"
 
 
-def _tells_at_once(held: Bond, reach: int, promised: int) -> tuple[Bond, bool]:  # noqa: ARG001
-    return Bond(attempt=held.attempt, reach=max(reach, held.reach), is_bound=True, is_told=True), not held.is_told
+def _tells_at_once(held: InSyncState, reach: int, promised: int) -> tuple[InSyncState, bool]:  # noqa: ARG001
+    return InSyncState(
+        attempt=held.attempt, reach=max(reach, held.reach), is_bound=True, is_told=True
+    ), not held.is_told
 
 
-def _never_binds(held: Bond, reach: int, promised: int) -> tuple[Bond, bool]:
+def _never_binds(held: InSyncState, reach: int, promised: int) -> tuple[InSyncState, bool]:
     after, tells = ACKNOWLEDGE(held, reach, promised)
-    return Bond(attempt=after.attempt, reach=after.reach, is_told=after.is_told), tells
+    return InSyncState(attempt=after.attempt, reach=after.reach, is_told=after.is_told), tells
 
 
-def _stays_bound(held: Bond, attempt: int, *, restored: bool) -> Bond:  # noqa: ARG001
-    return Bond(attempt=attempt, reach=held.reach, is_bound=held.is_bound, is_told=held.is_told)
+def _stays_bound(held: InSyncState, attempt: int, *, restored: bool) -> InSyncState:  # noqa: ARG001
+    return InSyncState(attempt=attempt, reach=held.reach, is_bound=held.is_bound, is_told=held.is_told)
 
 
-def _forgets_verdicts(
-    lead: CoordinatorState, vote: Vote, decide: commit.Decide
-) -> tuple[CoordinatorState, Verdict | None, bool]:
-    after, verdict, to_all = RECEIVE_VOTE(lead, vote, decide)
-    return after, verdict if to_all else None, to_all
+def _forgets_decisions(
+    coordinator: CoordinatorState, vote: Vote, decide: commit.Decide
+) -> tuple[CoordinatorState, CommitDecision | None, bool]:
+    after, decision, to_all = RECEIVE_VOTE(coordinator, vote, decide)
+    return after, decision if to_all else None, to_all
 
 
 ACKNOWLEDGE, RECEIVE_VOTE = in_sync.acknowledge, commit.receive_vote
@@ -541,8 +568,8 @@ ACKNOWLEDGE, RECEIVE_VOTE = in_sync.acknowledge, commit.receive_vote
         (in_sync, "acknowledge", _never_binds, CASES[0]),
         (in_sync, "adopt", _stays_bound, CASES[1]),
         (in_sync, "begin", lambda _bond: None, ((True,), 2, (0, 0, 0, 1, 0))),
-        (commit, "lead_learns", lambda lead, _verdict: (lead, None), CASES[4]),
-        (commit, "receive_vote", _forgets_verdicts, CASES[4]),
+        (commit, "coordinator_learns", lambda coordinator, _decision: (coordinator, None), CASES[4]),
+        (commit, "receive_vote", _forgets_decisions, CASES[4]),
     ],
     ids=[
         "votes early",

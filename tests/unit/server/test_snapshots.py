@@ -35,7 +35,7 @@ class Desk:
     heard: list[tuple[Written | None, PsError | None]] = field(default_factory=list)
 
     def write(self, step: int, *, generation: int = 1) -> tuple[Written | None, PsError | None]:
-        meta = PartMeta(job="job", step=step, generation=generation, partition=0, num_partitions=1, ages=(0,))
+        meta = PartMeta(job="job", step=step, generation=generation, partition=0, num_partitions=1, update_counts=(0,))
         self.writer.write(meta, LAYOUT, Held({(0, "values"): bytes(64)}), lambda *told: self.heard.append(told))
         self.posted.get(timeout=DEADLINE_S)()
         return self.heard[-1]
@@ -68,7 +68,7 @@ def test_only_older_parts_of_its_own_that_are_not_kept_are_deleted(desk: Desk) -
     for step in (1, 2, 3, 4, 5):
         desk.write(step)
     desk.write(2, generation=4)
-    other = PartMeta(job="job", step=1, generation=1, partition=1, num_partitions=2, ages=(0,))
+    other = PartMeta(job="job", step=1, generation=1, partition=1, num_partitions=2, update_counts=(0,))
     theirs = write_part(desk.store / part_name(1, 1, 1), other, LAYOUT, {})
     (desk.store / "step-1.part-0000.notes").write_text("not ours")
 
@@ -195,7 +195,7 @@ def test_what_a_killed_process_left_half_written_is_deleted(tmp_path: Path) -> N
 
 
 def test_closing_finishes_what_is_begun(desk: Desk) -> None:
-    meta = PartMeta(job="job", step=9, generation=1, partition=0, num_partitions=1, ages=(0,))
+    meta = PartMeta(job="job", step=9, generation=1, partition=0, num_partitions=1, update_counts=(0,))
     desk.writer.write(meta, LAYOUT, Held({}), lambda *_: None)
     desk.writer.close()
 
@@ -225,7 +225,7 @@ class SlowStore:
 
 def ask(desk: Desk, step: int, *, generation: int = 1, last: bool = False) -> None:
     """Ask for a snapshot, and do not wait for it."""
-    meta = PartMeta(job="job", step=step, generation=generation, partition=0, num_partitions=1, ages=(0,))
+    meta = PartMeta(job="job", step=step, generation=generation, partition=0, num_partitions=1, update_counts=(0,))
     desk.writer.write(meta, LAYOUT, Held({(0, "values"): bytes(64)}), lambda *told: desk.heard.append(told), last=last)
 
 
@@ -341,7 +341,7 @@ def test_a_store_that_shows_nobody_elses_files_is_told_once(tmp_path: Path, monk
     warnings: list[PsError] = []
     posted: Queue[Any] = Queue()
     writer = SnapshotWriter(
-        tmp_path, 0, posted.put, every_steps=1, sharing=shared_store_check.Sharing(0, 3), warn=warnings.append
+        tmp_path, 0, posted.put, every_steps=1, sharing=shared_store_check.SharedStoreCheck(0, 3), warn=warnings.append
     )
     (tmp_path / part_name(4, 1, 1)).touch()
     writer.retain([4])
@@ -354,11 +354,11 @@ def test_a_store_that_shows_nobody_elses_files_is_told_once(tmp_path: Path, monk
 
 
 def test_files_that_are_seen_late_are_no_reason_to_warn() -> None:
-    held = shared_store_check.Sharing(1, 3)
+    held = shared_store_check.SharedStoreCheck(1, 3)
     assert held.look("/store", {1}, 0.0) is None
     assert held.look("/store", {1}, shared_store_check.PATIENCE_S - 1) is None
     assert held.look("/store", {0, 1, 2}, shared_store_check.PATIENCE_S + 1) is None
     assert held.look("/store", {1, 2}, 1000.0) is None
     assert held.look("/store", {1, 2}, 1000.0 + shared_store_check.PATIENCE_S) is not None
     assert held.look("/store", {1, 2}, 3000.0) is None, "told once"
-    assert shared_store_check.Sharing(0, 1).look("/store", {0}, 5000.0) is None
+    assert shared_store_check.SharedStoreCheck(0, 1).look("/store", {0}, 5000.0) is None

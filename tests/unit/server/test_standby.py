@@ -21,7 +21,7 @@ from pscluster.wire.frame import Header
 from psserver.partition.replication import in_sync as bond
 from psserver.partition.replication.primary import PATIENCE_S, Replication
 from psserver.partition.step import commit
-from psserver.partition.step.commit import Verdict
+from psserver.partition.step.commit import CommitDecision
 
 
 def same(mine: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
@@ -56,7 +56,7 @@ def test_a_standby_holds_the_very_bits(count: int, codec: str, undisturbed: dict
         partition, standby = job.partition(index).state, job.standby(index)
         assert standby is not None and standby.state is not None and partition is not None
         assert standby.version == FINAL_STEP
-        assert partition.ages == standby.state.ages
+        assert partition.update_counts == standby.state.update_counts
         assert partition.places().keys() == standby.state.places().keys()
         for key, memory in partition.places().items():
             assert bytes(memory) == bytes(standby.state.places()[key]), key
@@ -64,7 +64,7 @@ def test_a_standby_holds_the_very_bits(count: int, codec: str, undisturbed: dict
 
 
 @pytest.mark.parametrize("index", [0, 1])
-@pytest.mark.parametrize("moment", ["before the sums", "after its vote", "after the verdict"])
+@pytest.mark.parametrize("moment", ["before the sums", "after its vote", "after the decision"])
 def test_a_standby_takes_over_and_nobody_goes_back(
     job: PlayedJob, index: int, moment: str, undisturbed: dict[str, list[torch.Tensor]]
 ) -> None:
@@ -74,7 +74,7 @@ def test_a_standby_takes_over_and_nobody_goes_back(
         job.push(index)
         job.network.settle()
         assert job.partition(index).member.vote is not None
-    if moment == "after the verdict":
+    if moment == "after the decision":
         job.push(1 - index)
         for _ in range(1000):
             if job.partition(index).member.step == done + 1:
@@ -87,14 +87,14 @@ def test_a_standby_takes_over_and_nobody_goes_back(
     assert same(values, undisturbed["fp32"])
     assert job.master.restores == 1
     if index == 0:
-        lead: Any = job.partition(0)
-        lead.lead.report_progress(1e9, force=True)
-        records = [record.step for report in lead.link.reported("progress") for record in report.records]
-        assert records == list(range(1, FINAL_STEP + 1)), "what the lead before it had not reported is reported"
+        coordinator: Any = job.partition(0)
+        coordinator.coordinator.report_progress(1e9, force=True)
+        records = [record.step for report in coordinator.link.reported("progress") for record in report.records]
+        assert records == list(range(1, FINAL_STEP + 1)), "what the coordinator before it had not reported is reported"
 
 
-def _decided_behind_its_standby(job: PlayedJob) -> Verdict:
-    """The lead decided and told the other partition, but its standby has not heard; the verdict."""
+def _decided_behind_its_standby(job: PlayedJob) -> CommitDecision:
+    """The coordinator decided and told the other partition, but its standby has not heard; the decision."""
     in_sync(job, 2)
     done = job.partition(0).version
     standby, member = job.standby(0), job.partition(1)
@@ -104,22 +104,22 @@ def _decided_behind_its_standby(job: PlayedJob) -> Verdict:
     for _ in range(1000):
         if member.member.step == done + 1:
             break
-        heard = standby.member.vote is not None  # it has the step: what follows would be the verdict
+        heard = standby.member.vote is not None  # it has the step: what follows would be the decision
         waiting = [c for c in job.network.connections if c.inbox and not (heard and c.handler is standby.handler)]
         waiting[0].deliver() if waiting else job.network.posted.popleft()()
     assert (member.member.step, standby.member.step) == (done + 1, done)
-    assert member.member.last_verdict is not None
-    return member.member.last_verdict
+    assert member.member.last_decision is not None
+    return member.member.last_decision
 
 
-def test_the_lead_takes_what_a_member_was_told_before_it(
+def test_the_coordinator_takes_what_a_member_was_told_before_it(
     job: PlayedJob, undisturbed: dict[str, list[torch.Tensor]]
 ) -> None:
     said = _decided_behind_its_standby(job)
     job.lose_partition(0)
     job.everybody_adopts()
     job.settle()
-    last = job.partition(0).member.last_verdict
+    last = job.partition(0).member.last_decision
     assert last is not None and (last.step, last.norm) == (said.step, said.norm)
     assert same(job.run_to_the_end(), undisturbed["fp32"])
     assert job.master.restores == 1
@@ -173,7 +173,7 @@ def test_a_standby_that_comes_late_gets_a_state_and_then_the_steps(undisturbed: 
         job.settle()
     assert job.partition(0).version == 2
     job.push(1)  # the open step has sums already
-    job.seat_standby(1)
+    job.placement_standby(1)
     job.publish(restore=False)
     job.everybody_adopts()
     job.settle()
@@ -260,16 +260,16 @@ def test_seeded_storms_change_nothing_and_meet_what_they_are_for(undisturbed: di
     assert breaks > 50
 
 
-def _tells_at_once(held: bond.Bond, reach: int, promised: int) -> tuple[bond.Bond, bool]:  # noqa: ARG001
+def _tells_at_once(held: bond.InSyncState, reach: int, promised: int) -> tuple[bond.InSyncState, bool]:  # noqa: ARG001
     return replace(held, reach=max(reach, held.reach), is_bound=True, is_told=True), not held.is_told
 
 
-def _never_binds(held: bond.Bond, reach: int, promised: int) -> tuple[bond.Bond, bool]:
+def _never_binds(held: bond.InSyncState, reach: int, promised: int) -> tuple[bond.InSyncState, bool]:
     after, tells = ACKNOWLEDGE(held, reach, promised)
     return replace(after, is_bound=False), tells
 
 
-def _stays_bound(held: bond.Bond, attempt: int, *, restored: bool) -> bond.Bond:  # noqa: ARG001
+def _stays_bound(held: bond.InSyncState, attempt: int, *, restored: bool) -> bond.InSyncState:  # noqa: ARG001
     return replace(held, attempt=attempt)
 
 
@@ -292,7 +292,7 @@ def _many_storms(count: int) -> None:
         (bond, "acknowledge", _tells_at_once),
         (bond, "acknowledge", _never_binds),
         (bond, "adopt", _stays_bound),
-        (Replication, "_send_verdict", lambda _self, _verdict: None),
+        (Replication, "_send_decision", lambda _self, _decision: None),
         (Replication, "_stream", _streams_on),
         (Replication, "note", lambda _self: None),
     ],
@@ -301,7 +301,7 @@ def _many_storms(count: int) -> None:
         "tells before it is so",
         "is never bound",
         "is never untied",
-        "says no verdict",
+        "says no decision",
         "takes for sent what went over another line",
         "tells no evaluation",
     ],
@@ -311,12 +311,14 @@ def test_the_storm_finds_what_is_wrong(
 ) -> None:
     """The checks can fail: with each of these mistakes a step is lost, or the job sticks."""
     monkeypatch.setattr(where, name, mistake)
-    with pytest.raises(AssertionError, match=r"could not make the committed step|stuck|apart|two verdicts|evaluations"):
+    with pytest.raises(
+        AssertionError, match=r"could not make the committed step|stuck|apart|two decisions|evaluations"
+    ):
         _many_storms(500)
 
 
-def test_a_lead_that_does_not_learn_sticks(job: PlayedJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commit, "lead_learns", lambda lead, _verdict: (lead, None))
+def test_a_coordinator_that_does_not_learn_sticks(job: PlayedJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commit, "coordinator_learns", lambda coordinator, _decision: (coordinator, None))
     _decided_behind_its_standby(job)
     job.lose_partition(0)
     with pytest.raises(AssertionError, match="stuck"):
@@ -340,7 +342,7 @@ def test_a_standby_that_catches_up_slowly_holds_votes_back_rather_than_memory(
 
     monkeypatch.setattr(PlayedConnection, "send", slowly)
     monkeypatch.setattr(Replication, "_limit_bytes", lambda _self: 2 * 3 * BLOCK_WORDS * WORD_BYTES)
-    job.seat_standby(0)
+    job.placement_standby(0)
     job.publish(restore=False)
     job.everybody_adopts()
     job.network.settle()

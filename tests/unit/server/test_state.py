@@ -32,7 +32,7 @@ def drawn(partition: int = 0, count: int = 2, moments: int = 2, seed: int = 1, c
     generator = torch.Generator().manual_seed(seed)
     for tensor in (*state.values, *(m for per_bucket in state.moments for m in per_bucket)):
         tensor.copy_(torch.randint(-1000, 1000, tensor.shape, generator=generator))
-    state.ages = [5, 0, 2]
+    state.update_counts = [5, 0, 2]
     return state
 
 
@@ -66,7 +66,7 @@ def test_a_state_comes_back_from_its_part(partition: int, codec: Codec, tmp_path
     other.load(path, partition, 2, 9)
 
     assert content(other) == content(state)
-    assert other.ages == [5, 0, 2]
+    assert other.update_counts == [5, 0, 2]
     assert other.is_filled
     assert_published(other)
 
@@ -194,7 +194,7 @@ def test_a_part_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
         with pytest.raises(StorageError, match=said):
             state.load(path, 0, 2, 9)
     assert content(state) == before
-    assert state.ages == [5, 0, 2]
+    assert state.update_counts == [5, 0, 2]
 
 
 def test_a_reset_forgets_what_training_made() -> None:
@@ -202,7 +202,7 @@ def test_a_reset_forgets_what_training_made() -> None:
     state.filled = {0, 1, 2}
     state.reset()
 
-    assert state.ages == [0, 0, 0]
+    assert state.update_counts == [0, 0, 0]
     assert not state.is_filled
     assert all(not moment.any() for per_bucket in state.moments for moment in per_bucket)
 

@@ -1,4 +1,4 @@
-"""The open step of a partition: nodes in, vote out; verdict in, update done."""
+"""The open step of a partition: nodes in, vote out; decision in, update done."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pscluster.step.codec import BufferNode
 from pscluster.step.layout import Layout, TensorSpec
 from pscluster.step.summary import Summary, touched_bits
 from pscluster.step.tree import TreeNode, tree_of
-from psserver.partition.step.commit import Verdict
+from psserver.partition.step.commit import CommitDecision
 from psserver.partition.step.open_step import OpenStep
 from psserver.partition.step.state import PartitionState
 
@@ -72,7 +72,7 @@ class Played:
         self.step.offer_summary(node, Summary(loss_sum=loss, weight=weight, samples=1, touched=bits))
 
     def carry_out(self, kind: Any = "commit", scale: float = 1.0) -> list[int]:
-        self.step.decide(Verdict(generation=1, step=0, kind=kind, scale=scale))
+        self.step.decide(CommitDecision(generation=1, step=0, kind=kind, scale=scale))
         updated = []
         while (bucket := self.step.next_update()) is not None:
             self.step.update()
@@ -109,7 +109,7 @@ def test_a_commit_scales_sums_and_moves_parameters_and_buffers(codec: str) -> No
     assert played.state.values[TRAINED].tolist() == [-2.0] * 4 + [0.0] * 12
     assert played.state.values[AVERAGED][:3].tolist() == [5.0, 2.0, 3.0], "(1 * 2 + 3 * 6) / 4"
     assert played.state.values[CARRIED][0] == 6
-    assert played.state.ages == [1, 0, 0, 0, 0], "buffers have no age"
+    assert played.state.update_counts == [1, 0, 0, 0, 0], "buffers have no age"
     assert not played.step.is_complete
     assert played.step.open_bucket == TRAINED
     assert len(played.released) == len(played.given) == 2
@@ -162,7 +162,7 @@ def test_an_untouched_parameter_is_not_updated_and_does_not_age() -> None:
     played.carry_out()
 
     assert played.state.values[TRAINED].tolist() == [0.0] * 16
-    assert played.state.ages == [0] * 5
+    assert played.state.update_counts == [0] * 5
 
 
 def test_a_skipped_step_changes_nothing_and_gives_everything_back() -> None:
@@ -174,7 +174,7 @@ def test_a_skipped_step_changes_nothing_and_gives_everything_back() -> None:
     assert played.carry_out("skip") == []
 
     assert all(torch.equal(a, b) for a, b in zip(before, played.state.values, strict=True))
-    assert played.state.ages == [0] * 5
+    assert played.state.update_counts == [0] * 5
     assert {id(words) for words in played.released} == {id(words) for words in played.given}
     assert len(played.released) == 2
     assert len(played.step.pool._free[16]) * 64 == played.step.pool.allocated_bytes
@@ -199,7 +199,7 @@ def test_the_ballot_says_what_is_finite(fields: dict[str, Any], finite: bool) ->
     played.push(0, **fields)
     played.push(1)
 
-    squares, said = played.step.ballot()
+    squares, said = played.step.make_vote()
 
     assert said is finite
     assert list(squares) == [0]
@@ -238,7 +238,7 @@ def test_memory_is_given_back_once_it_is_not_read_any_more() -> None:
     for shard in range(3):
         played.push(shard)
     released = len(played.released)
-    played.step.decide(Verdict(generation=1, step=0, kind="commit"))
+    played.step.decide(CommitDecision(generation=1, step=0, kind="commit"))
     assert len(played.released) == released, "the update still reads it"
     played.step.update()
     assert played.released[-1] is played.given[1]
@@ -255,14 +255,14 @@ def test_the_squares_are_those_of_the_sum_whether_it_came_whole_or_in_parts() ->
         for shard in range(2):
             played.push(shard, 100.0)
 
-    assert [played.step.ballot()[0] for played in (parts, whole, covering)] == [{0: 4 * 3.5**2}] * 3
+    assert [played.step.make_vote()[0] for played in (parts, whole, covering)] == [{0: 4 * 3.5**2}] * 3
 
 
 def test_squares_of_a_step_are_not_those_of_the_next() -> None:
     played = Played(1)
     for gradient in (3.0, 5.0):
         played.push(0, gradient)
-        assert played.step.ballot()[0] == {0: 4 * gradient**2}
+        assert played.step.make_vote()[0] == {0: 4 * gradient**2}
         played.carry_out()
 
 
@@ -271,7 +271,7 @@ def test_what_trainers_read_follows_each_update_rounded_by_the_pull_codec(pull_c
     played = Played(1, pull_codec=pull_codec)
     third = 1 / 3
     played.push(0, -third, mean=[third, 2.0, 3.0], count=7)
-    played.step.decide(Verdict(generation=1, step=0, kind="commit"))
+    played.step.decide(CommitDecision(generation=1, step=0, kind="commit"))
     before = [published.clone() for published in played.state.published]
     played.step.update()
 

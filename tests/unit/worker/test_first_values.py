@@ -15,8 +15,9 @@ def made() -> Exchange:
     return exchange
 
 
-def test_once_the_lead_speaks_no_partition_waits_for_first_values() -> None:
-    """Else a trainer that did not make them would make them when the lead is another one, over what it computes on."""
+def test_once_the_coordinator_speaks_no_partition_waits_for_first_values() -> None:
+    """Else a trainer that did not make them would make them when the coordinator is another one, over what it computes
+    on."""
     exchange = made()
     exchange._welcomed(0, {"needs_values": True})
     assert exchange._plan is not None

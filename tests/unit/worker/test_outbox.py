@@ -113,7 +113,7 @@ def some_lanes() -> Lanes:
     return Lanes.create([BUCKET_BYTES] * NUM_BUCKETS, 2)
 
 
-def owe(outbox: SendQueue, lanes: Lanes, bucket: int, *, step: int = 0) -> Lane:
+def enqueue(outbox: SendQueue, lanes: Lanes, bucket: int, *, step: int = 0) -> Lane:
     """Owe a frame that lies in a free lane."""
     number = lanes.take(bucket)
     assert number is not None
@@ -136,7 +136,7 @@ def test_what_lies_in_shared_memory_needs_no_credit() -> None:
     outbox, lanes = SendQueue(), some_lanes()
     outbox.reconnected(0, NUM_BUCKETS, lanes)
     for bucket in (3, 2):
-        owe(outbox, lanes, bucket)
+        enqueue(outbox, lanes, bucket)
     outbox.add(NUM_BUCKETS - 1, push(1), [bytes(BUCKET_BYTES)])
 
     found = [next_of(outbox), next_of(outbox)]
@@ -151,10 +151,10 @@ def test_over_another_connection_the_lanes_of_the_old_one_say_nothing(again: boo
     """The frame is sent whole, from where it lies, for credit; the new connection's lanes are for new frames."""
     outbox, lanes = SendQueue(), some_lanes()
     outbox.reconnected(0, NUM_BUCKETS, lanes)
-    old = owe(outbox, lanes, 3)
+    old = enqueue(outbox, lanes, 3)
     lanes.place(3, old.number)[:] = b"x" * BUCKET_BYTES
     assert outbox.is_shared(next_of(outbox))
-    waiting = owe(outbox, lanes, 2)
+    waiting = enqueue(outbox, lanes, 2)
 
     fresh = some_lanes() if again else None
     outbox.reconnected(2 * BUCKET_BYTES, NUM_BUCKETS, fresh)
@@ -166,14 +166,14 @@ def test_over_another_connection_the_lanes_of_the_old_one_say_nothing(again: boo
     assert outbox.sent_bytes == 2 * BUCKET_BYTES
     assert is_taken(old) and is_taken(waiting), "nobody writes there"
     if fresh is not None:
-        owe(outbox, fresh, 1)
+        enqueue(outbox, fresh, 1)
         assert outbox.is_shared(next_of(outbox))
 
 
 def test_a_lane_of_an_old_connection_waits_for_credit_like_any_other_frame() -> None:
     outbox, lanes = SendQueue(), some_lanes()
     outbox.reconnected(0, NUM_BUCKETS, lanes)
-    owe(outbox, lanes, 3)
+    enqueue(outbox, lanes, 3)
     next_of(outbox)
     outbox.reconnected(BUCKET_BYTES - 1, NUM_BUCKETS, some_lanes())
     assert outbox.next() is None
@@ -186,7 +186,7 @@ def test_of_a_decided_step_what_was_not_sent_gives_its_lane_back() -> None:
     """What was sent is the partition's, which gives it back itself."""
     outbox, lanes = SendQueue(), some_lanes()
     outbox.reconnected(0, NUM_BUCKETS, lanes)
-    sent_lane, unsent, later = owe(outbox, lanes, 3), owe(outbox, lanes, 2), owe(outbox, lanes, 2, step=1)
+    sent_lane, unsent, later = enqueue(outbox, lanes, 3), enqueue(outbox, lanes, 2), enqueue(outbox, lanes, 2, step=1)
     assert next_of(outbox).header.bucket == 3
 
     outbox.drop_before(1)
@@ -200,10 +200,10 @@ def test_what_waits_to_be_sent_again_gives_the_old_lane_back() -> None:
     """To the lanes of the connection that broke: the place of the same number in the new ones is not touched."""
     outbox, lanes, fresh = SendQueue(), some_lanes(), some_lanes()
     outbox.reconnected(0, NUM_BUCKETS, lanes)
-    old = owe(outbox, lanes, 3)
+    old = enqueue(outbox, lanes, 3)
     next_of(outbox)
     outbox.reconnected(0, NUM_BUCKETS, fresh)
-    new = owe(outbox, fresh, 3, step=1)
+    new = enqueue(outbox, fresh, 3, step=1)
     assert new.number == old.number
 
     outbox.drop_before(1)
@@ -215,7 +215,7 @@ def test_an_acknowledgement_does_not_give_a_lane_back() -> None:
     """The partition may still sum there; it says itself when the place is free."""
     outbox, lanes = SendQueue(), some_lanes()
     outbox.reconnected(0, NUM_BUCKETS, lanes)
-    lane = owe(outbox, lanes, 3)
+    lane = enqueue(outbox, lanes, 3)
     outbox.acknowledged(key_of(next_of(outbox).header))
 
     assert is_taken(lane) and len(outbox) == 0

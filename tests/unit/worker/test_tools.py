@@ -66,7 +66,7 @@ def snapshot(model: nn.Module, spec: JobSpec, store: Path, partitions: int = 2) 
     for partition in range(partitions):
         meta = PartMeta(
             job="job-1", step=STEP, generation=1, partition=partition, num_partitions=partitions,
-            ages=(STEP,) * len(layout.tensors),
+            update_counts=(STEP,) * len(layout.tensors),
         )  # fmt: skip
         pieces = {
             (span.bucket, "values"): flats[span.bucket][4 * span.start : 4 * span.stop]

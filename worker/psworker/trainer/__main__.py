@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from pscluster.agent.heartbeat import Heart
+from pscluster.agent.heartbeat import HeartbeatThread
 from pscluster.agent.link import ProcessLink
 from pscluster.errors import OutOfMemoryError, PsError
 from pscluster.job.spec import JobSpec, parse_spec
@@ -33,7 +33,7 @@ def main() -> int:
     """Be the trainer that the agent's start order describes; returns the exit code."""
     faulthandler.enable()
     link = ProcessLink.from_environment()
-    loading = Heart(link, Beat)
+    loading = HeartbeatThread(link, Beat)
     loading.start()
     try:
         _train(link, loading)
@@ -49,7 +49,7 @@ def main() -> int:
     return 0
 
 
-def _train(link: ProcessLink, loading: Heart) -> None:
+def _train(link: ProcessLink, loading: HeartbeatThread) -> None:
     """`loading` beats until there is more to tell than that the process lives."""
     start = link.start
     spec = parse_spec(json.loads(start.spec_json))

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from pscluster.agent.heartbeat import UNREACHED_S, Heart
+from pscluster.agent.heartbeat import UNREACHED_S, HeartbeatThread
 from pscluster.agent.link import ProcessLink
 from pscluster.errors import FencedError
 from pscluster.job.spec import JobSpec
@@ -24,7 +24,7 @@ from pscluster.v1.plan_pb2 import (
     Beat,
     Connected,
     Connection,
-    PartitionSeat,
+    PartitionPlacement,
     Plan,
     PlanAdopted,
     ProcessReport,
@@ -68,7 +68,7 @@ class Exchange:
         self.pushing = Pushing(spec, layout, self._job, self._rank, staging or HostStaging(), self._owe)
         self._reactor = Reactor(congestion_control=spec.network.congestion_control)
         self._thread = threading.Thread(target=self._run, name="exchange", daemon=True)
-        self._heart = Heart(link, self._beat)
+        self._heart = HeartbeatThread(link, self._beat)
         self._changed = threading.Condition()
         # Shared, under `_changed`:
         self._plan: Plan | None = None
@@ -275,8 +275,8 @@ class Exchange:
             if restored:
                 self._needs_values = set()
                 self._landing.restart()
-            if restored or (held is not None and plan.lead_generation != held.lead_generation):
-                self._directive, self._merged = None, None  # of a lead that is no more
+            if restored or (held is not None and plan.coordinator_generation != held.coordinator_generation):
+                self._directive, self._merged = None, None  # of a coordinator that is no more
             stashed, self._stashed = self._stashed, None
             self._changed.notify_all()
         self._reconnect(plan, restored)
@@ -293,16 +293,16 @@ class Exchange:
             for peer in self._peers:
                 peer.close()
             self.values.restart()
-            self._peers = [self._peer(seat) for seat in plan.partitions]
+            self._peers = [self._peer(placement) for placement in plan.partitions]
             return
-        for index, seat in enumerate(plan.partitions):
-            if list(seat.addresses) != self._peers[index].addresses:
+        for index, placement in enumerate(plan.partitions):
+            if list(placement.addresses) != self._peers[index].addresses:
                 self._peers[index].close()
                 self.values.forget(index)
-                self._peers[index] = self._peer(seat)
+                self._peers[index] = self._peer(placement)
 
-    def _peer(self, seat: PartitionSeat) -> Peer:
-        return Peer(self._reactor, self, seat.index, list(seat.addresses), self._spec.network.transport)
+    def _peer(self, placement: PartitionPlacement) -> Peer:
+        return Peer(self._reactor, self, placement.index, list(placement.addresses), self._spec.network.transport)
 
     def greeting(self, channel: str) -> tuple[Header, dict[str, object]]:
         assert self._plan is not None
@@ -352,7 +352,7 @@ class Exchange:
             if directive.generation < plan.restore_generation:
                 return
             self._directive = directive
-            self._needs_values = set()  # the lead speaks once every partition has its first values
+            self._needs_values = set()  # the coordinator speaks once every partition has its first values
             self._changed.notify_all()
         for peer in self._peers:
             peer.outbox.drop_before(directive.version)

@@ -1,4 +1,4 @@
-"""What a trainer is to do, as a pure function of the plan, the lead's directive and what it has done."""
+"""What a trainer is to do, as a pure function of the plan, the coordinator's directive and what it has done."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Directive:
-    """The lead's word: what happens at `version`."""
+    """The coordinator's word: what happens at `version`."""
 
     generation: int
     version: int
@@ -47,7 +47,7 @@ class Directive:
 def shards_of(plan: Plan, rank: int) -> list[int]:
     """The shards that a plan gives to a trainer, lowest first: a left sibling is added to while its right one comes,
     never the other way round, when autograd may still hold it."""
-    runs = [run for seat in plan.trainers if seat.rank == rank for run in seat.shards]
+    runs = [run for placement in plan.trainers if placement.rank == rank for run in placement.shards]
     return sorted(shard for run in runs for shard in range(run.first, run.first + run.count))
 
 
@@ -65,12 +65,12 @@ def find_work(
     mine = shards_of(plan, rank)
     base = Work(timeline=plan.restore_generation, generation=plan.generation, version=0, action="")
     if directive is None:
-        first = min((seat.rank for seat in plan.trainers if seat.active), default=-1)
+        first = min((placement.rank for placement in plan.trainers if placement.active), default=-1)
         may = empty_partitions and plan.resume_step == 0 and first == rank
         return _left(replace(base, action="initialise"), [min(empty_partitions)] if may else [], done)
     if directive.action == "hold":
         return None  # the job rests, to go on from this version elsewhere
-    holders = plan.moved_generation if directive.action == "train" else plan.lead_generation
+    holders = plan.moved_generation if directive.action == "train" else plan.coordinator_generation
     base = replace(base, version=directive.version, action=directive.action, holders=holders)
     if directive.action == "finish":
         return _left(base, [0] if 0 in mine else [], done)

@@ -11,7 +11,7 @@ from pscluster.storage import Written
 from pscluster.v1.plan_pb2 import ProcessReport, ProcessSpec, SnapshotPart
 from pscluster.v1.plan_pb2 import Warning as WarningMessage
 from psserver.partition.checkpoint.frozen import Frozen
-from psserver.partition.checkpoint.shared_store_check import Sharing
+from psserver.partition.checkpoint.shared_store_check import SharedStoreCheck
 from psserver.partition.checkpoint.snapshots import SnapshotWriter
 from psserver.partition.step.state import PartitionState
 from psserver.partition.telemetry import PartitionCounters
@@ -43,7 +43,7 @@ class Saving:
     def begin(self) -> None:
         """This process is the partition from now on: what others had begun to write is void."""
         if self.writer is None:
-            sharing = None if self._own_store else Sharing(self._partition, self._num_partitions)
+            sharing = None if self._own_store else SharedStoreCheck(self._partition, self._num_partitions)
             self.writer = SnapshotWriter(
                 self._store,
                 self._partition,

@@ -15,7 +15,7 @@ PATIENCE_S = 90.0
 """How long another's files may be missing: network file systems show new ones late, by default up to a minute."""
 
 
-class Sharing:
+class SharedStoreCheck:
     """On the thread that writes snapshots. `partition` is one's own of `num_partitions`."""
 
     def __init__(self, partition: int, num_partitions: int) -> None:

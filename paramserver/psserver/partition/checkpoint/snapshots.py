@@ -21,7 +21,7 @@ from pscluster.errors import InternalError, PsError, StorageError
 from pscluster.step.layout import Layout
 from pscluster.storage import Written, below, open_store
 from pscluster.storage.snapshot import PartMeta, Pieces, part_name, write_part
-from psserver.partition.checkpoint.shared_store_check import Sharing
+from psserver.partition.checkpoint.shared_store_check import SharedStoreCheck
 
 Done = Callable[[Written | None, PsError | None], None]
 ALWAYS = 64  # above the roundness of every step but 0
@@ -43,7 +43,7 @@ def roundness(step: int, every_steps: int) -> int:
 
 
 @dataclass(kw_only=True)
-class _Wish:
+class _ManifestRequest:
     """A snapshot that wants to be written. Greater goes first."""
 
     meta: PartMeta
@@ -66,7 +66,7 @@ class SnapshotWriter:
         *,
         every_steps: int,
         copied: bool = False,
-        sharing: Sharing | None = None,
+        sharing: SharedStoreCheck | None = None,
         warn: Callable[[PsError], None] = lambda _: None,
     ):
         """`copied`: the agent copies each part, and says when it is `settled`. `sharing`: what looks for the other
@@ -79,7 +79,7 @@ class SnapshotWriter:
         self._sharing = sharing
         self._warn = warn
         self._changed = threading.Condition()
-        self._waiting: _Wish | None = None
+        self._waiting: _ManifestRequest | None = None
         self._unsettled = ""  # the part that is being copied
         self._room = ""  # the last part that was deleted, in whose room the next is written
         self._kept: frozenset[int] = frozenset()  # to delete by; empty: nothing to delete
@@ -95,7 +95,7 @@ class SnapshotWriter:
         """Write a part as soon as the store is free; `done` hears what was written, or why it was not. The pieces are
         ended then. `last`: no other may take its place."""
         rank = (meta.generation, last, roundness(meta.step, self._every_steps), meta.step)
-        wish = _Wish(meta=meta, layout=layout, pieces=pieces, done=done, rank=rank)
+        wish = _ManifestRequest(meta=meta, layout=layout, pieces=pieces, done=done, rank=rank)
         with self._changed:
             held = self._waiting
             first, left_out = (wish, held) if held is None or wish.rank >= held.rank else (held, wish)
@@ -149,7 +149,7 @@ class SnapshotWriter:
         except Exception:  # this thread must live: without it there are no more snapshots
             _log.exception("old files of snapshots remain for now")
 
-    def _next(self) -> tuple[frozenset[int], _Wish | None]:
+    def _next(self) -> tuple[frozenset[int], _ManifestRequest | None]:
         """What is to be done now; nothing at all: the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._kept or self._closing or (self._waiting and not self._unsettled))
@@ -159,7 +159,7 @@ class SnapshotWriter:
             wish, self._waiting = self._waiting, None
             return kept, wish
 
-    def _write(self, wish: _Wish) -> None:
+    def _write(self, wish: _ManifestRequest) -> None:
         written: Written | None = None
         error: PsError | None = None
         meta = wish.meta

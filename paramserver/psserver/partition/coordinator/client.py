@@ -1,4 +1,4 @@
-"""A partition's line to the lead: it joins, votes, and hears verdicts."""
+"""A partition's line to the coordinator: it joins, votes, and hears decisions."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Protocol
 from pscluster.wire.frame import FrameKind, Header
 from pscluster.wire.reactor import Reactor
 from psserver.partition import messages
-from psserver.partition.reconnecting_connection import Caller, PeerLine
-from psserver.partition.step.commit import Member, Verdict, Vote
+from psserver.partition.reconnecting_connection import Caller, ReconnectingConnection
+from psserver.partition.step.commit import CommitDecision, Member, Vote
 from psserver.partition.step.state import PartitionState
 
 _RETRY_S = (0.05, 0.05)  # the whole job waits for it
@@ -20,20 +20,20 @@ class Voter(Caller, Protocol):
     state: PartitionState | None
     member: Member
 
-    def hear_call(self) -> None:
-        """The lead asks for the vote."""
+    def receive_vote_request(self) -> None:
+        """The coordinator asks for the vote."""
 
-    def hear_verdict(self, verdict: Verdict) -> None:
-        """The lead's verdict."""
+    def receive_decision(self, decision: CommitDecision) -> None:
+        """The coordinator's decision."""
 
 
-class Uplink:
+class CoordinatorClient:
     """For one timeline; on the partition's thread."""
 
     def __init__(self, reactor: Reactor, service: Voter, addresses: list[str]) -> None:
         self._service = service
-        kinds = frozenset({FrameKind.VERDICT, FrameKind.JOIN})
-        self._line = PeerLine(reactor, service, self, channel="vote", kinds=kinds, retry_s=_RETRY_S)
+        kinds = frozenset({FrameKind.DECISION, FrameKind.JOIN})
+        self._line = ReconnectingConnection(reactor, service, self, channel="vote", kinds=kinds, retry_s=_RETRY_S)
         self._line.follow(addresses)
 
     def close(self) -> None:
@@ -41,19 +41,20 @@ class Uplink:
         self._line.close()
 
     def follow(self, addresses: list[str]) -> None:
-        """The lead is at these addresses from now on; the one before, if it still lives, is not spoken to."""
+        """The coordinator is at these addresses from now on; the one before, if it still lives, is not spoken to."""
         if addresses != self._line.addresses:
             self._line.follow(addresses)
 
     def unreached_s(self, now_s: float) -> float:
-        """For how long the lead has not taken a connection, by the monotonic clock. From any thread."""
+        """For how long the coordinator has not taken a connection, by the monotonic clock. From any thread."""
         return self._line.unreached_s(now_s)
 
     def join(self) -> None:
-        """Tell the lead which version is held, if it is, and the verdict that made it; told again at each welcome."""
+        """Tell the coordinator which version is held, if it is, and the decision that made it; told again at each
+        welcome."""
         connection, state, member = self._line.connection, self._service.state, self._service.member
         if connection is not None and state is not None and state.is_filled:
-            body = messages.pack_verdict(member.last_verdict) if member.last_verdict is not None else b""
+            body = messages.pack_decision(member.last_decision) if member.last_decision is not None else b""
             connection.send(self._service.header(kind=FrameKind.JOIN, step=member.step), [body])
 
     def vote(self, vote: Vote) -> None:
@@ -64,13 +65,13 @@ class Uplink:
 
     def welcomed(self, header: Header, body: memoryview) -> None:  # noqa: ARG002 - it says nothing that is needed
         self.join()
-        self._service.hear_call()
+        self._service.receive_vote_request()
 
     def heard(self, header: Header, body: memoryview) -> None:
-        if header.kind is FrameKind.VERDICT:
-            self._service.hear_verdict(messages.unpack_verdict(body))
+        if header.kind is FrameKind.DECISION:
+            self._service.receive_decision(messages.unpack_decision(body))
         elif header.kind is FrameKind.JOIN:
-            self._service.hear_call()
+            self._service.receive_vote_request()
 
     def lost(self) -> None:
         """Nothing hangs on it: what was said is said again."""

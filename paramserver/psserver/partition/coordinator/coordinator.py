@@ -1,4 +1,5 @@
-"""The lead partition's part: it collects votes, gives verdicts, says what comes next, evaluates, and reports."""
+"""The coordinator partition's part: it collects votes, gives decisions, says what comes next, evaluates, and
+reports."""
 
 from __future__ import annotations
 
@@ -25,9 +26,9 @@ from pscluster.v1.plan_pb2 import (
     StepRecord,
 )
 from psserver.partition.coordinator.decisions import Action, decide, next_action
-from psserver.partition.replication.metadata import MAX_RECORDS, Notes
+from psserver.partition.replication.metadata import MAX_RECORDS, ReplicatedMetadata
 from psserver.partition.step import commit
-from psserver.partition.step.commit import Verdict, Vote
+from psserver.partition.step.commit import CommitDecision, Vote
 from psserver.partition.step.schedule import learning_rate
 from psserver.partition.step.sums import Entry, Sums
 
@@ -36,10 +37,10 @@ REPORT_INTERVAL_S = 1.0
 
 @dataclass(kw_only=True)
 class Outputs:
-    """What the lead asks of the process around it. None of them blocks."""
+    """What the coordinator asks of the process around it. None of them blocks."""
 
-    send_verdict: Callable[[int, Verdict], None]  # to one partition
-    send_call: Callable[[int], None]  # asks a partition for its vote
+    send_decision: Callable[[int, CommitDecision], None]  # to one partition
+    send_vote_request: Callable[[int], None]  # asks a partition for its vote
     direct: Callable[[], None]  # tell every trainer `Coordinator.directive` (again)
     send_merged: Callable[[], None]  # tell the trainer of shard 0 `Coordinator.merged`
     report: Callable[[ProcessReport], None]
@@ -62,7 +63,9 @@ class Coordinator:
     action: Action | None = None
     evaluated: int = -1
     saved: int = 0
-    undecided: int = -1  # the step that the lead before this one may have decided: no stop takes effect before it
+    undecided: int = (
+        -1
+    )  # the step that the coordinator before this one may have decided: no stop takes effect before it
     merged: Statistics | None = None
     records: list[StepRecord] = field(default_factory=list)
     summaries: dict[int, Summary] = field(default_factory=dict)  # of the open step and the one before
@@ -76,24 +79,26 @@ class Coordinator:
 
     @classmethod
     def at(cls, spec: JobSpec, plan: Plan, out: Outputs) -> Coordinator:
-        """The lead at a plan's resume step."""
+        """The coordinator at a plan's resume step."""
         state = commit.CoordinatorState(
             num_partitions=spec.servers.partitions, generation=plan.generation, step=plan.resume_step
         )
         return cls(spec=spec, plan=plan, out=out, state=state, saved=plan.resume_step)
 
     @classmethod
-    def taking_over(cls, spec: JobSpec, plan: Plan, out: Outputs, member: commit.Member, notes: Notes) -> Coordinator:
-        """The lead in what was its standby: at the version that it holds, with the last verdict to repeat.
+    def taking_over(
+        cls, spec: JobSpec, plan: Plan, out: Outputs, member: commit.Member, notes: ReplicatedMetadata
+    ) -> Coordinator:
+        """The coordinator in what was its standby: at the version that it holds, with the last decision to repeat.
 
         What was reported before is reported again, in case that was lost: the master drops what it knows."""
         state = commit.CoordinatorState(
             num_partitions=spec.servers.partitions,
             generation=plan.generation,
             step=member.step,
-            last=member.last_verdict,
+            last=member.last_decision,
         )
-        lead = cls(
+        coordinator = cls(
             spec=spec,
             plan=plan,
             out=out,
@@ -104,8 +109,8 @@ class Coordinator:
             records=list(notes.records),
         )
         for evaluation in notes.evaluations:
-            lead._report_evaluated(evaluation.step, evaluation.metrics)
-        return lead
+            coordinator._report_evaluated(evaluation.step, evaluation.metrics)
+        return coordinator
 
     @property
     def version(self) -> int:
@@ -124,20 +129,22 @@ class Coordinator:
     def adopt(self, plan: Plan) -> None:
         """A new generation without a restore: votes are called for anew; a stop may take effect."""
         self.plan = plan
-        self.state = commit.lead_adopts(self.state, plan.generation)
+        self.state = commit.coordinator_adopts(self.state, plan.generation)
         for index in sorted(self.joined):
-            self.out.send_call(index)  # it may have heard of the plan first, and voted too early
+            self.out.send_vote_request(index)  # it may have heard of the plan first, and voted too early
         if not self.is_open:
             return
         if self.merged is not None:
             self.out.send_merged()
         self._choose_action()
 
-    def join(self, index: int, step: int, last: Verdict | None = None) -> None:
+    def join(self, index: int, step: int, last: CommitDecision | None = None) -> None:
         """A partition holds `step`, which `last` made. The last one to come opens the job."""
         self.joined.add(index)
         if step in (self.version - 1, self.version):
-            self.out.send_call(index)  # it missed the last verdict, or its vote came before this lead could take it
+            self.out.send_vote_request(
+                index
+            )  # it missed the last decision, or its vote came before this coordinator could take it
         if step == self.version + 1 and last is not None:
             self._learn(last)
         if len(self.joined) == self.state.num_partitions and not self.is_open:
@@ -148,27 +155,27 @@ class Coordinator:
         """A partition's vote; the last one decides the step."""
         if vote.step == self.version and (self._is_over or self.action in ("finish", "hold")):
             return  # the job ends or rests here: what completes the next step now would take it past its digest or move
-        self.state, verdict, to_all = commit.receive_vote(self.state, vote, self._decide)
-        if verdict is None:
+        self.state, decision, to_all = commit.receive_vote(self.state, vote, self._decide)
+        if decision is None:
             return
         if not to_all:
-            self.out.send_verdict(vote.partition, verdict)
+            self.out.send_decision(vote.partition, decision)
             return
-        self._decided(verdict)
+        self._decided(decision)
         for index in range(self.state.num_partitions):
-            self.out.send_verdict(index, verdict)
+            self.out.send_decision(index, decision)
 
-    def _learn(self, last: Verdict) -> None:
-        """A partition carried out a verdict that this lead, which has just taken over, did not hear of."""
-        self.state, verdict = commit.lead_learns(self.state, last)
-        if verdict is None:
+    def _learn(self, last: CommitDecision) -> None:
+        """A partition carried out a decision that this coordinator, which has just taken over, did not hear of."""
+        self.state, decision = commit.coordinator_learns(self.state, last)
+        if decision is None:
             return
-        if verdict.kind == "stop" or self.is_open:
-            self._decided(verdict)
+        if decision.kind == "stop" or self.is_open:
+            self._decided(decision)
         else:
-            self._record(verdict)  # what comes next is said when all have joined
+            self._record(decision)  # what comes next is said when all have joined
         for index in range(self.state.num_partitions):
-            self.out.send_verdict(index, verdict)
+            self.out.send_decision(index, decision)
 
     def take_summary(self, summary: Summary) -> None:
         """The open step's summary is complete; before this partition's own vote."""
@@ -227,7 +234,7 @@ class Coordinator:
         self.out.report(ProcessReport(progress=progress))
         self.records, self._reported_step, self._reported_at = [], self.version, now_s
 
-    def _decide(self, votes: Mapping[int, Vote]) -> Verdict:
+    def _decide(self, votes: Mapping[int, Vote]) -> CommitDecision:
         return decide(
             votes,
             self.summaries[self.version],
@@ -238,20 +245,20 @@ class Coordinator:
             save=self.plan.save,
         )
 
-    def _decided(self, verdict: Verdict) -> None:
-        summary = self.summaries[verdict.step]
-        if verdict.kind == "stop":
+    def _decided(self, decision: CommitDecision) -> None:
+        summary = self.summaries[decision.step]
+        if decision.kind == "stop":
             self._is_over = True
-            led_there = Progress(generation=self.plan.generation, step=verdict.step, records=self.records)
+            led_there = Progress(generation=self.plan.generation, step=decision.step, records=self.records)
             self.out.report(ProcessReport(progress=led_there))
-            self.out.report(ProcessReport(failure=_non_finite(verdict.step, summary)))
+            self.out.report(ProcessReport(failure=_non_finite(decision.step, summary)))
             return
-        self._record(verdict)
+        self._record(decision)
         self._choose_action()
 
-    def _record(self, verdict: Verdict) -> None:
-        self.records.append(step_record(self.spec, self.plan.final_step, verdict, self.summaries[verdict.step]))
-        if verdict.snapshot:
+    def _record(self, decision: CommitDecision) -> None:
+        self.records.append(step_record(self.spec, self.plan.final_step, decision, self.summaries[decision.step]))
+        if decision.snapshot:
             self.saved = self.version
 
     def _choose_action(self) -> None:
@@ -293,17 +300,17 @@ class Coordinator:
             self.out.report(ProcessReport(evaluated=report))
 
 
-def step_record(spec: JobSpec, final_step: int, verdict: Verdict, summary: Summary) -> StepRecord:
+def step_record(spec: JobSpec, final_step: int, decision: CommitDecision, summary: Summary) -> StepRecord:
     """What people read of a step that was committed or skipped just now."""
     train = spec.train
     return StepRecord(
-        step=verdict.step + 1,
+        step=decision.step + 1,
         loss=summary.loss_sum / summary.weight if summary.weight else math.nan,
-        grad_norm=verdict.norm,
-        lr=learning_rate(train.optimizer.lr, train.schedule, verdict.step, final_step),
+        grad_norm=decision.norm,
+        lr=learning_rate(train.optimizer.lr, train.schedule, decision.step, final_step),
         weight=summary.weight,
         samples=summary.samples,
-        skipped=verdict.kind == "skip",
+        skipped=decision.kind == "skip",
         time_s=time.time(),
     )
 

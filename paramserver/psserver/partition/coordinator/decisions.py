@@ -8,7 +8,7 @@ from typing import Literal
 
 from pscluster.job.spec import JobSpec
 from pscluster.step.summary import Summary
-from psserver.partition.step.commit import Verdict, Vote, clip_coefficient, global_norm
+from psserver.partition.step.commit import CommitDecision, Vote, clip_coefficient, global_norm
 
 Action = Literal["train", "evaluate", "finish", "hold"]
 
@@ -47,8 +47,8 @@ def decide(
     generation: int,
     stop: bool,
     save: bool = False,
-) -> Verdict:
-    """The verdict on a step from all its votes and its summary; the same wherever and whenever it is reached."""
+) -> CommitDecision:
+    """The decision on a step from all its votes and its summary; the same wherever and whenever it is reached."""
     step = next(iter(votes.values())).step
     finite = all(vote.finite for vote in votes.values()) and math.isfinite(summary.loss_sum)
     norm = global_norm(votes, summary.weight) if finite else math.nan
@@ -56,10 +56,10 @@ def decide(
     snapshot = stop or save or snapshots_at(made, spec, final_step)
     if not finite:
         kind: Literal["skip", "stop"] = "skip" if spec.on_nonfinite == "skip" else "stop"
-        return Verdict(
+        return CommitDecision(
             generation=generation, step=step, kind=kind, norm=norm, snapshot=snapshot and kind == "skip", last=stop
         )
     scale = clip_coefficient(norm, spec.train.clip_norm) / summary.weight if summary.weight > 0 else 0.0
-    return Verdict(
+    return CommitDecision(
         generation=generation, step=step, kind="commit", scale=scale, norm=norm, snapshot=snapshot, last=stop
     )

@@ -1,4 +1,4 @@
-"""The lead's words on the wire: verdicts and calls to partitions, directives and evaluations to trainers."""
+"""The coordinator's words on the wire: decisions and calls to partitions, directives and evaluations to trainers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pscluster.wire.frame import AckResult, FrameKind, Header
 from psserver.partition import messages
 from psserver.partition.coordinator.coordinator import Coordinator, Outputs
 from psserver.partition.ingress.clients import Client, Clients
-from psserver.partition.replication.metadata import Notes
-from psserver.partition.step.commit import Member, Verdict
+from psserver.partition.replication.metadata import ReplicatedMetadata
+from psserver.partition.step.commit import CommitDecision, Member
 
 
-class LeadWire:
+class CoordinatorTransport:
     """Carries what a `Coordinator` says over the clients' connections; partition 0, which leads, hears it directly."""
 
     def __init__(
@@ -23,68 +23,72 @@ class LeadWire:
         spec: JobSpec,
         plan: Plan,
         clients: Clients,
-        hear_verdict: Callable[[Verdict], None],
+        receive_decision: Callable[[CommitDecision], None],
         report: Callable[[ProcessReport], None],
         evaluated: Callable[[int, Mapping[str, float]], None],
-        taken_over: tuple[Member, Notes] | None = None,
+        taken_over: tuple[Member, ReplicatedMetadata] | None = None,
     ) -> None:
         """`taken_over`: by a standby, with what it knows; None: at the plan's resume step."""
         self._clients = clients
-        self._hear_verdict = hear_verdict
+        self._hear_decision = receive_decision
         out = Outputs(
-            send_verdict=self._send_verdict,
-            send_call=self._send_call,
+            send_decision=self._send_decision,
+            send_vote_request=self._send_call,
             direct=self._direct,
             send_merged=self._send_merged,
             report=report,
             evaluated=evaluated,
         )
-        self.lead = (
+        self.coordinator = (
             Coordinator.taking_over(spec, plan, out, *taken_over) if taken_over else Coordinator.at(spec, plan, out)
         )
 
     def welcome(self, client: Client) -> None:
         """Tell a trainer that has just connected what is going on."""
-        if self.lead.is_open:
-            self._clients.broadcast([client], FrameKind.DIRECTIVE, self.lead.version, self.lead.directive)
+        if self.coordinator.is_open:
+            self._clients.broadcast([client], FrameKind.DIRECTIVE, self.coordinator.version, self.coordinator.directive)
             self._send_merged()
 
     def hear(self, client: Client, header: Header, body: memoryview) -> None:
         """A node of an evaluation, or its outcome."""
         if header.kind is FrameKind.STATISTICS:
-            self.lead.statistics(header.step, header.node, unpack_statistics(body))
+            self.coordinator.statistics(header.step, header.node, unpack_statistics(body))
         else:
-            self.lead.outcome(header.step, messages.json_mapping(body))
+            self.coordinator.outcome(header.step, messages.json_mapping(body))
         self._clients.acknowledge(client, header, AckResult.APPLIED, -1)
 
     def report_progress(self, now_s: float) -> None:
         """Report what was committed since the last time, if it is time."""
         pushers = {client.index for client in self._clients.on("push")}
-        self.lead.report_progress(now_s, connected=len(pushers))
+        self.coordinator.report_progress(now_s, connected=len(pushers))
 
-    def _send_verdict(self, index: int, verdict: Verdict) -> None:
+    def _send_decision(self, index: int, decision: CommitDecision) -> None:
         if index == 0:
-            self._hear_verdict(verdict)
+            self._hear_decision(decision)
         else:
-            self._to_partition(index, FrameKind.VERDICT, verdict.step, messages.pack_verdict(verdict))
+            self._to_partition(index, FrameKind.DECISION, decision.step, messages.pack_decision(decision))
 
     def _send_call(self, index: int) -> None:
         if index != 0:  # its own vote is cast again when the partition adopts the plan
-            self._to_partition(index, FrameKind.JOIN, self.lead.version, b"")
+            self._to_partition(index, FrameKind.JOIN, self.coordinator.version, b"")
 
     def _to_partition(self, index: int, kind: FrameKind, step: int, body: bytes) -> None:
         members = [client for client in self._clients.on("vote") if client.index == index]
         self._clients.broadcast(members, kind, step, body)
 
     def _direct(self) -> None:
-        self._clients.broadcast(self._clients.on("pull"), FrameKind.DIRECTIVE, self.lead.version, self.lead.directive)
+        self._clients.broadcast(
+            self._clients.on("pull"), FrameKind.DIRECTIVE, self.coordinator.version, self.coordinator.directive
+        )
 
     def _send_merged(self) -> None:
-        lead = self.lead
-        if lead.merged is None:
+        coordinator = self.coordinator
+        if coordinator.merged is None:
             return
         holders = {
-            seat.rank for seat in lead.plan.trainers if any(r.first <= 0 < r.first + r.count for r in seat.shards)
+            placement.rank
+            for placement in coordinator.plan.trainers
+            if any(r.first <= 0 < r.first + r.count for r in placement.shards)
         }
         owners = [client for client in self._clients.on("pull") if client.index in holders]
-        self._clients.broadcast(owners, FrameKind.MERGED, lead.version, lead.merged.tobytes())
+        self._clients.broadcast(owners, FrameKind.MERGED, coordinator.version, coordinator.merged.tobytes())

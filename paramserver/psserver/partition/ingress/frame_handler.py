@@ -36,7 +36,7 @@ _FITTING = {
     "push": frozenset({FrameKind.INIT, FrameKind.PUSH, FrameKind.STATISTICS, FrameKind.OUTCOME}),
     "pull": frozenset({FrameKind.PULL}),
     "vote": frozenset({FrameKind.VOTE, FrameKind.JOIN}),
-    "replica": frozenset({FrameKind.SYNC, FrameKind.PIECE, FrameKind.PUSH, FrameKind.VERDICT, FrameKind.NOTE}),
+    "replica": frozenset({FrameKind.SYNC, FrameKind.PIECE, FrameKind.PUSH, FrameKind.DECISION, FrameKind.NOTE}),
 }
 _TO_STANDBY = _FITTING["replica"] - {FrameKind.PUSH}
 _MAX_HELLO_BYTES = 4096
@@ -70,11 +70,11 @@ class Receiver(Protocol):
     def hold_early(self, client: Client, header: Header, body: memoryview) -> None:
         """A summary of the step after the open one: to be handed in again when it is open."""
 
-    def hear_lead_business(self, client: Client, header: Header, body: memoryview) -> None:
-        """What only the lead hears: votes, joins, evaluations, outcomes."""
+    def handle_coordinator_frame(self, client: Client, header: Header, body: memoryview) -> None:
+        """What only the coordinator hears: votes, joins, evaluations, outcomes."""
 
-    def hear_principal(self, client: Client, header: Header, body: memoryview) -> None:
-        """What only a standby hears: a state, verdicts, notes."""
+    def handle_primary_frame(self, client: Client, header: Header, body: memoryview) -> None:
+        """What only a standby hears: a state, decisions, notes."""
 
     def piece_target(self, header: Header) -> memoryview:
         """Where a piece of a state belongs."""
@@ -93,7 +93,7 @@ class Receiver(Protocol):
         """A connection is gone."""
 
 
-class Reception:
+class FrameHandler:
     """The `Handler` of every connection that a partition accepts."""
 
     def __init__(self, service: Receiver) -> None:
@@ -115,7 +115,7 @@ class Reception:
         if header.kind is FrameKind.SYNC:
             tensors = len(self._service.state.layout.tensors) if self._service.state else 0
             return _small(header, MAX_SMALL_BYTES + _AGE_BYTES * tensors)
-        if header.kind in (FrameKind.STATISTICS, FrameKind.OUTCOME, FrameKind.JOIN, FrameKind.VERDICT, FrameKind.NOTE):
+        if header.kind in (FrameKind.STATISTICS, FrameKind.OUTCOME, FrameKind.JOIN, FrameKind.DECISION, FrameKind.NOTE):
             return _small(header, MAX_SMALL_BYTES)
         if header.kind in (FrameKind.PUSH, FrameKind.INIT):
             return self._bucket_target(client, header)
@@ -137,9 +137,9 @@ class Reception:
             service.clients.take_pull(client, header, service.state)
             service.serve_pulls()
         elif header.kind in (FrameKind.STATISTICS, FrameKind.OUTCOME, FrameKind.VOTE, FrameKind.JOIN):
-            service.hear_lead_business(client, header, body)
+            service.handle_coordinator_frame(client, header, body)
         elif header.kind in _TO_STANDBY:
-            service.hear_principal(client, header, body)
+            service.handle_primary_frame(client, header, body)
         else:
             raise FrameError(f"an unexpected {header.kind.name}", details={"field": "kind"})
 
@@ -228,7 +228,7 @@ class Reception:
 
     def _is_ahead(self, header: Header) -> bool:
         """Whether it is of a step that the others have, and this partition has not: it took the place of one that had,
-        and still waits for the last verdict."""
+        and still waits for the last decision."""
         return self._is_in_time(header) and header.step > self._service.member.step
 
     def _push(self, client: Client, header: Header, body: memoryview) -> None:

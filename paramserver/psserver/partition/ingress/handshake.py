@@ -12,7 +12,7 @@ from pscluster.job.spec import JobSpec
 from pscluster.v1.plan_pb2 import Plan
 from pscluster.wire.frame import FrameKind, Header
 from pscluster.wire.memory import Lanes
-from psserver.partition.coordinator.transport import LeadWire
+from psserver.partition.coordinator.transport import CoordinatorTransport
 from psserver.partition.ingress.clients import Client, Clients
 from psserver.partition.replication.standby import Standby
 from psserver.partition.step.state import PartitionState
@@ -32,7 +32,7 @@ class Host(Protocol):
     state: PartitionState | None
     clients: Clients
     counters: PartitionCounters
-    lead_wire: LeadWire | None
+    coordinator_transport: CoordinatorTransport | None
     standby: Standby | None
 
     @property
@@ -56,7 +56,7 @@ def greet(host: Host, client: Client, header: Header, told: Mapping[str, object]
         raise FrameError("a greeting without a restore_generation", details={"field": "body"})
     if timeline != plan.restore_generation:
         if timeline < plan.restore_generation:
-            send_away(host, client)
+            reject_stale(host, client)
         client.connection.close()
         return
     channel = str(told.get("channel", ""))
@@ -87,7 +87,7 @@ def _is_of_the_plan(host: Host, client: Client, plan: Plan, header: Header, chan
     known = plan.partitions[header.sender].attempt
     if known and attempt != known:
         if isinstance(attempt, int) and attempt < known:
-            send_away(host, client)
+            reject_stale(host, client)
         return False
     if (channel == "replica") != (host.standby is not None):
         return False
@@ -97,7 +97,7 @@ def _is_of_the_plan(host: Host, client: Client, plan: Plan, header: Header, chan
     return True
 
 
-def send_away(host: Host, client: Client) -> None:
+def reject_stale(host: Host, client: Client) -> None:
     """Tell a caller that its generation is out of date."""
     assert host.plan is not None
     body = json.dumps({"generation": host.plan.generation}).encode()
@@ -115,8 +115,8 @@ def _welcome(host: Host, client: Client, state: PartitionState, told: Mapping[st
         "num_lanes": client.lanes.num_lanes if client.lanes else 0,
     }
     client.connection.send(host.header(kind=FrameKind.WELCOME), [json.dumps(welcome).encode()], fds=fds)
-    if client.channel == "pull" and host.lead_wire is not None:
-        host.lead_wire.welcome(client)
+    if client.channel == "pull" and host.coordinator_transport is not None:
+        host.coordinator_transport.welcome(client)
 
 
 def _share_memory(host: Host, client: Client, state: PartitionState, num_lanes: object) -> list[int]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bond:
+class InSyncState:
     """`attempt`: the standby that the plan names; 0: none. `reach`: the version that it can make of what it
     acknowledged; -1: it holds nothing. `is_bound`: votes wait for it. `is_told`: the master knows it to be in sync."""
 
@@ -23,17 +23,17 @@ class Bond:
     is_told: bool = False
 
 
-def adopt(bond: Bond, attempt: int, *, restored: bool) -> Bond:
+def adopt(bond: InSyncState, attempt: int, *, restored: bool) -> InSyncState:
     """A plan names its standby: another one, or another timeline, begins with nothing."""
-    return bond if attempt == bond.attempt and not restored else Bond(attempt=attempt)
+    return bond if attempt == bond.attempt and not restored else InSyncState(attempt=attempt)
 
 
-def may_vote(bond: Bond, step: int) -> bool:
+def may_vote(bond: InSyncState, step: int) -> bool:
     """Whether the standby does not keep a complete step from being voted on."""
     return not bond.is_bound or bond.reach > step
 
 
-def acknowledge(bond: Bond, reach: int, promised: int) -> tuple[Bond, bool]:
+def acknowledge(bond: InSyncState, reach: int, promised: int) -> tuple[InSyncState, bool]:
     """The standby can make version `reach`: the bond, and whether the master is to be told now that they are in sync.
 
     `promised`: the version that the votes cast so far may lead to."""
@@ -42,14 +42,14 @@ def acknowledge(bond: Bond, reach: int, promised: int) -> tuple[Bond, bool]:
     return replace(bond, reach=reach, is_bound=True, is_told=bond.is_told or tells), tells
 
 
-def begin(bond: Bond) -> Bond | None:
+def begin(bond: InSyncState) -> InSyncState | None:
     """A standby needs the whole state: the bond to begin again with. None: never, for the master relies on the pair."""
-    return None if bond.is_told else Bond(attempt=bond.attempt)
+    return None if bond.is_told else InSyncState(attempt=bond.attempt)
 
 
-def resumes(bond: Bond, reach: int, applied: int, step: int) -> bool:
+def resumes(bond: InSyncState, reach: int, applied: int, step: int) -> bool:
     """Whether a standby that comes back over a new connection can be told what is missing, rather than everything.
 
-    It can make version `reach` and has made `applied`; the partition's open step is `step`. At most the verdict on the
+    It can make version `reach` and has made `applied`; the partition's open step is `step`. At most the decision on the
     step before is missing, which the partition still has, and the sums of the open one."""
     return bond.is_bound and reach in (step, step + 1) and applied >= step - 1

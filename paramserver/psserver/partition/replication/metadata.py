@@ -21,9 +21,9 @@ class Evaluation:
 
 
 @dataclass(kw_only=True)
-class Notes:
+class ReplicatedMetadata:
     """`saved`: the newest version that was to be written. `evaluations`: the newest ones, in order. `records`: of the
-    newest steps, kept by the standby of the lead."""
+    newest steps, kept by the standby of the coordinator."""
 
     saved: int = 0
     evaluations: deque[Evaluation] = field(default_factory=lambda: deque(maxlen=MAX_EVALUATIONS))
@@ -39,7 +39,7 @@ class Notes:
         return {"saved": self.saved, "evaluations": [[e.step, dict(e.metrics)] for e in self.evaluations]}
 
     @classmethod
-    def from_json(cls, told: Mapping[str, object]) -> Notes:
+    def from_json(cls, told: Mapping[str, object]) -> ReplicatedMetadata:
         """Raises KeyError, TypeError or ValueError for what `to_json` did not give."""
         listed = told["evaluations"]
         if not isinstance(listed, list):

@@ -1,7 +1,7 @@
-"""A partition's line to its standby: its state once, then the sums of each step and the verdict on it.
+"""A partition's line to its standby: its state once, then the sums of each step and the decision on it.
 
     HELLO -> WELCOME: what the standby holds -> SYNC, PIECEs (or what it missed, when it only was away) -> HELD
-    each step: PUSH of every bucket's root and of the summary's, as they are complete -> HELD; then VERDICT
+    each step: PUSH of every bucket's root and of the summary's, as they are complete -> HELD; then DECISION
 
 The sums are sent while backward still fills other buckets, from the memory that they were added in. What waits for the
 standby, and when the two are in sync, is decided in `bond`.
@@ -21,11 +21,11 @@ from pscluster.wire.connection import Connection
 from pscluster.wire.frame import SUMMARY, UNCHANGED, Codec, FrameKind, Header
 from pscluster.wire.reactor import Reactor
 from psserver.partition import messages
-from psserver.partition.reconnecting_connection import Caller, PeerLine
+from psserver.partition.reconnecting_connection import Caller, ReconnectingConnection
 from psserver.partition.replication import in_sync as bond
-from psserver.partition.replication.in_sync import Bond
-from psserver.partition.replication.metadata import Notes
-from psserver.partition.step.commit import Member, Verdict
+from psserver.partition.replication.in_sync import InSyncState
+from psserver.partition.replication.metadata import ReplicatedMetadata
+from psserver.partition.step.commit import CommitDecision, Member
 from psserver.partition.step.open_step import OpenStep
 from psserver.partition.step.state import PartitionState
 
@@ -35,7 +35,7 @@ _RETRY_S = (0.05, 1.0)
 _WATCH_S = 0.5
 
 
-class Principal(Caller, Protocol):
+class Primary(Caller, Protocol):
     """What the replication asks of its partition. Everything on the partition's thread."""
 
     index: int
@@ -43,11 +43,11 @@ class Principal(Caller, Protocol):
     step: OpenStep | None
     member: Member
     version: int
-    notes: Notes
+    notes: ReplicatedMetadata
 
     @property
     def is_updating(self) -> bool:
-        """Whether a verdict is being carried out: the state is of no step."""
+        """Whether a decision is being carried out: the state is of no step."""
 
     def report(self, report: ProcessReport) -> None:
         """Tell the master."""
@@ -62,12 +62,12 @@ class Principal(Caller, Protocol):
 class Replication:
     """For whatever standby the plan names. On the partition's thread; never blocks."""
 
-    def __init__(self, reactor: Reactor, principal: Principal) -> None:
-        self.bond = Bond()
+    def __init__(self, reactor: Reactor, primary: Primary) -> None:
+        self.bond = InSyncState()
         self._reactor = reactor
-        self._principal = principal
+        self._primary = primary
         kinds = frozenset({FrameKind.ACK})
-        self._line = PeerLine(reactor, principal, self, channel="replica", kinds=kinds, retry_s=_RETRY_S)
+        self._line = ReconnectingConnection(reactor, primary, self, channel="replica", kinds=kinds, retry_s=_RETRY_S)
         self._streams = False  # the standby was sent a state, or has one: steps follow
         self._sent: set[int] = set()  # buckets of the open step that were sent over this connection
         self._queued_bytes = 0  # of sums
@@ -81,9 +81,9 @@ class Replication:
 
     def adopt(self, plan: Plan, *, restored: bool) -> None:
         """A plan names who stands by."""
-        seat = plan.partitions[self._principal.index]
-        attempt = seat.standby.attempt if seat.HasField("standby") else 0
-        addresses = list(seat.standby.addresses)
+        placement = plan.partitions[self._primary.index]
+        attempt = placement.standby.attempt if placement.HasField("standby") else 0
+        addresses = list(placement.standby.addresses)
         before, self.bond = self.bond, bond.adopt(self.bond, attempt, restored=restored)
         if self.bond is before and addresses == self._line.addresses:
             return
@@ -99,14 +99,14 @@ class Replication:
         self._line.close()
 
     def may_vote(self) -> bool:
-        """Whether the complete step may be voted on; `Principal.try_vote` is called when that has changed."""
-        if not bond.may_vote(self.bond, self._principal.member.step):
+        """Whether the complete step may be voted on; `Primary.try_vote` is called when that has changed."""
+        if not bond.may_vote(self.bond, self._primary.member.step):
             return False
         return self.bond.is_bound or self._queued_bytes <= self._limit_bytes()
 
     def offer(self) -> None:
         """Send what of the open step is complete and was not sent."""
-        step = self._principal.step
+        step = self._primary.step
         if not self._streams or step is None:
             return
         for bucket in step.complete_buckets():
@@ -116,50 +116,50 @@ class Replication:
             if not self._streams:
                 return  # it broke within the send: the rest goes over the next connection, and is not sent till then
 
-    def decided(self, verdict: Verdict) -> None:
-        """A verdict is about to be carried out: the sums will be overwritten."""
+    def decided(self, decision: CommitDecision) -> None:
+        """A decision is about to be carried out: the sums will be overwritten."""
         if self._line.connection is not None and self._streams:
-            self._line.connection.detach(("step", verdict.step))
-            self._send_verdict(verdict)
+            self._line.connection.detach(("step", decision.step))
+            self._send_decision(decision)
         self._sent.clear()
 
     def at_boundary(self) -> None:
         """The state is that of a step: a standby that waits for it gets it."""
-        principal, state, connection = self._principal, self._principal.state, self._line.connection
-        if connection is None or self._streams or state is None or not state.is_filled or principal.is_updating:
+        primary, state, connection = self._primary, self._primary.state, self._line.connection
+        if connection is None or self._streams or state is None or not state.is_filled or primary.is_updating:
             return
         self._stream()
         told = {
-            "ages": state.ages,
-            "verdict": messages.verdict_json(principal.member.last_verdict),
-            "notes": principal.notes.to_json(),
+            "update_counts": state.update_counts,
+            "decision": messages.decision_json(primary.member.last_decision),
+            "notes": primary.notes.to_json(),
         }
-        header = principal.header(kind=FrameKind.SYNC, step=principal.member.step)
+        header = primary.header(kind=FrameKind.SYNC, step=primary.member.step)
         connection.send(header, [json.dumps(told).encode()])
-        with principal.counters.phase("snapshot"):
+        with primary.counters.phase("snapshot"):
             pieces = state.pieces()
         for (bucket, what), data in pieces.items():
             number = 0 if what == "values" else 1 + int(what.removeprefix("moment"))
             self._send(
-                principal.header(kind=FrameKind.PIECE, step=principal.member.step, bucket=bucket, flags=number), data
+                primary.header(kind=FrameKind.PIECE, step=primary.member.step, bucket=bucket, flags=number), data
             )
         self.offer()
 
     def note(self) -> None:
-        """The lead's notes have changed."""
+        """The coordinator's notes have changed."""
         if self._line.connection is not None and self._streams:
-            header = self._principal.header(kind=FrameKind.NOTE, step=self._principal.member.step)
-            self._line.connection.send(header, [json.dumps(self._principal.notes.to_json()).encode()])
+            header = self._primary.header(kind=FrameKind.NOTE, step=self._primary.member.step)
+            self._line.connection.send(header, [json.dumps(self._primary.notes.to_json()).encode()])
 
     @property
     def lag_steps(self) -> int | None:
         """How many committed steps the standby could not make; None: it holds nothing."""
-        return max(0, self._principal.version - self.bond.reach) if self.bond.reach >= 0 else None
+        return max(0, self._primary.version - self.bond.reach) if self.bond.reach >= 0 else None
 
     # ---- sending ----
 
     def _send_root(self, step: OpenStep, bucket: int) -> None:
-        at, header = self._principal.member.step, self._principal.header
+        at, header = self._primary.member.step, self._primary.header
         if bucket == SUMMARY:
             body: bytes | memoryview = step.summary.root.pack()
             self._send(header(kind=FrameKind.PUSH, step=at, bucket=bucket, node=step.summary.tree.root), body)
@@ -172,7 +172,7 @@ class Replication:
             return
         words = root.words if isinstance(root, BufferNode) else root
         assert words is not None
-        codec = Codec.of(self._principal.spec.network.push_codec) if bucket in step.trained else Codec.FP32
+        codec = Codec.of(self._primary.spec.network.push_codec) if bucket in step.trained else Codec.FP32
         body = as_bytes(words)
         self._queued_bytes += body.nbytes
         self._send(
@@ -188,7 +188,7 @@ class Replication:
         connection = self._line.connection
         if connection is None:
             return
-        self._principal.counters.replicated_bytes += memoryview(body).nbytes
+        self._primary.counters.replicated_bytes += memoryview(body).nbytes
         sent = (lambda: self._left(connection, counts)) if counts else None
         connection.send(header, [body], tag=None if at_step is None else ("step", at_step), on_sent=sent)
 
@@ -198,14 +198,14 @@ class Replication:
             held_back = self._queued_bytes > self._limit_bytes()
             self._queued_bytes -= size_bytes
             if held_back and self._queued_bytes <= self._limit_bytes():
-                self._reactor.post(self._principal.try_vote)
+                self._reactor.post(self._primary.try_vote)
 
-    def _send_verdict(self, verdict: Verdict) -> None:
-        header = self._principal.header(kind=FrameKind.VERDICT, step=verdict.step)
-        self._send(header, messages.pack_verdict(verdict))
+    def _send_decision(self, decision: CommitDecision) -> None:
+        header = self._primary.header(kind=FrameKind.DECISION, step=decision.step)
+        self._send(header, messages.pack_decision(decision))
 
     def _limit_bytes(self) -> int:
-        state = self._principal.state
+        state = self._primary.state
         step_bytes = sum(span.num_words for span in state.spans) * WORD_BYTES if state else 0
         return max(QUEUE_BYTES, 2 * step_bytes)
 
@@ -223,7 +223,7 @@ class Replication:
     def lost(self) -> None:
         """Maybe within a send, whose caller relies on the open step: a vote, and what follows from it, comes later."""
         self._forget_connection()
-        self._reactor.post(self._principal.try_vote)  # a queue that was too long is no more
+        self._reactor.post(self._primary.try_vote)  # a queue that was too long is no more
 
     def _stream(self) -> None:
         """Steps follow from here on; of the open one nothing went over this connection yet."""
@@ -238,29 +238,29 @@ class Replication:
         reach, applied = told.get("reach"), told.get("applied")
         if not isinstance(reach, int) or not isinstance(applied, int):
             raise FrameError("a welcome that does not say what is held", details={"field": "body"})
-        member = self._principal.member
+        member = self._primary.member
         if bond.resumes(self.bond, reach, applied, member.step):
             self._stream()
-            if applied < member.step and member.last_verdict is not None:
-                self._send_verdict(member.last_verdict)
+            if applied < member.step and member.last_decision is not None:
+                self._send_decision(member.last_decision)
             self.note()  # it may have changed while nobody heard; before the sums: who holds those knows of it
             self._held(reach)
             self.offer()
         elif (anew := bond.begin(self.bond)) is not None:
             self.bond = anew
             self.at_boundary()
-            self._principal.try_vote()  # maybe it waited for what the standby no longer has
+            self._primary.try_vote()  # maybe it waited for what the standby no longer has
         else:
             self._give_up(f"it can make version {reach}, not {member.step}")
 
     def _held(self, reach: int) -> None:
-        member = self._principal.member
+        member = self._primary.member
         promised = member.step + (member.vote is not None)
         self.bond, tells = bond.acknowledge(self.bond, reach, promised)
         if tells:
-            self._principal.report_steps()  # what the standby did not see happen must be known when it is relied on
+            self._primary.report_steps()  # what the standby did not see happen must be known when it is relied on
             self._say(in_sync=True, detail=f"in sync at step {reach}")
-        self._principal.try_vote()
+        self._primary.try_vote()
 
     # ---- patience ----
 
@@ -284,7 +284,7 @@ class Replication:
 
     def _is_awaited(self) -> bool:
         """Whether a vote waits for the standby, or will."""
-        step, member = self._principal.step, self._principal.member
+        step, member = self._primary.step, self._primary.member
         if step is None:
             return False
         if member.vote is None and step.is_complete and not self.may_vote():
@@ -297,7 +297,7 @@ class Replication:
             self._say(in_sync=False, detail=why)
 
     def _say(self, *, in_sync: bool, detail: str) -> None:
-        plan = self._principal.plan
+        plan = self._primary.plan
         assert plan is not None
         state = StandbyState(generation=plan.generation, attempt=self.bond.attempt, in_sync=in_sync, detail=detail)
-        self._principal.report(ProcessReport(standby_state=state))
+        self._primary.report(ProcessReport(standby_state=state))

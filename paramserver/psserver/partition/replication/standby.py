@@ -1,7 +1,7 @@
 """What makes a partition a standby: it takes no trainers, but the state and the sums of its partition.
 
 The sums arrive as PUSHes of the trees' roots, through the gate like any others; the complete step is acknowledged where
-a partition would vote, and the verdict is carried out by the same code. So a standby is a partition that only listens,
+a partition would vote, and the decision is carried out by the same code. So a standby is a partition that only listens,
 and taking over is beginning to speak.
 """
 
@@ -16,8 +16,8 @@ from pscluster.storage.snapshot import PieceKey
 from pscluster.wire.frame import Codec, FrameKind, Header
 from psserver.partition import messages
 from psserver.partition.ingress.clients import Clients
-from psserver.partition.replication.metadata import Notes
-from psserver.partition.step.commit import Member, Verdict
+from psserver.partition.replication.metadata import ReplicatedMetadata
+from psserver.partition.step.commit import CommitDecision, Member
 from psserver.partition.step.state import PartitionState
 
 
@@ -28,7 +28,7 @@ class Listener(Protocol):
     state: PartitionState | None
     member: Member
     clients: Clients
-    notes: Notes
+    notes: ReplicatedMetadata
 
     def header(self, **fields: object) -> Header:
         """A header of this job, generation and sender."""
@@ -36,12 +36,12 @@ class Listener(Protocol):
     def begin_at(self, step: int) -> None:
         """Forget every step; the state is, or will be, that of `step`."""
 
-    def hear_verdict(self, verdict: Verdict) -> None:
-        """Carry out a verdict."""
+    def receive_decision(self, decision: CommitDecision) -> None:
+        """Carry out a decision."""
 
     @property
     def is_updating(self) -> bool:
-        """Whether a verdict is being carried out."""
+        """Whether a decision is being carried out."""
 
 
 class Standby:
@@ -69,7 +69,7 @@ class Standby:
             client.connection.send(self._listener.header(kind=FrameKind.HELD, step=self.reach))
 
     def hear(self, header: Header, body: memoryview) -> None:
-        """A SYNC, a PIECE that has landed, a VERDICT or a NOTE."""
+        """A SYNC, a PIECE that has landed, a DECISION or a NOTE."""
         if header.kind is FrameKind.SYNC:
             self._begin(header, messages.json_mapping(body))
         elif header.kind is FrameKind.PIECE:
@@ -77,8 +77,8 @@ class Standby:
             self._end_if_whole()
         elif not self.is_synced:
             raise FrameError(f"a {header.kind.name} before the state", details={"field": "kind"})
-        elif header.kind is FrameKind.VERDICT:
-            self._decide(messages.unpack_verdict(body))
+        elif header.kind is FrameKind.DECISION:
+            self._decide(messages.unpack_decision(body))
         else:
             told = _notes(messages.json_mapping(body))
             told.records = self._listener.notes.records
@@ -96,7 +96,7 @@ class Standby:
         return target
 
     def resume_reading(self) -> None:
-        """The update is done: the next verdict may come."""
+        """The update is done: the next decision may come."""
         for client in self._listener.clients.on("replica"):
             client.connection.resume_reading()
 
@@ -105,19 +105,19 @@ class Standby:
         listener = self._listener
         state = listener.state
         assert state is not None  # greeted only then
-        ages = told.get("ages")
+        update_counts = told.get("update_counts")
         if (
-            not isinstance(ages, list)
-            or len(ages) != len(state.layout.tensors)
-            or any(type(a) is not int for a in ages)
+            not isinstance(update_counts, list)
+            or len(update_counts) != len(state.layout.tensors)
+            or any(type(a) is not int for a in update_counts)
         ):
             raise FrameError("a state without its ages", details={"field": "body"})
-        notes, verdict = _notes(told.get("notes")), messages.verdict_of(told.get("verdict"))
+        notes, decision = _notes(told.get("notes")), messages.decision_of(told.get("decision"))
         self.is_synced = False
         state.reset()
-        state.ages = list(ages)
+        state.update_counts = list(update_counts)
         listener.begin_at(header.step)
-        listener.member = replace(listener.member, last_verdict=verdict)
+        listener.member = replace(listener.member, last_decision=decision)
         listener.notes = notes
         self._targets = state.places()
         self._missing = set(self._targets)
@@ -134,23 +134,23 @@ class Standby:
         self.is_synced = True
         self.say_held()
 
-    def _decide(self, verdict: Verdict) -> None:
+    def _decide(self, decision: CommitDecision) -> None:
         """The partition's generation may be another one; it is the plan that fences it, by its attempt."""
         listener = self._listener
-        listener.hear_verdict(replace(verdict, generation=listener.member.generation))
+        listener.receive_decision(replace(decision, generation=listener.member.generation))
         if listener.is_updating:
             for client in listener.clients.on("replica"):
-                client.connection.pause_reading()  # a vote, and with it a verdict, needs the update to be done
+                client.connection.pause_reading()  # a vote, and with it a decision, needs the update to be done
 
 
 def _key(header: Header) -> PieceKey:
     return header.bucket, "values" if header.flags == 0 else f"moment{header.flags - 1}"
 
 
-def _notes(told: object) -> Notes:
+def _notes(told: object) -> ReplicatedMetadata:
     try:
         if not isinstance(told, dict):
             raise TypeError("notes are no mapping")
-        return Notes.from_json(told)
+        return ReplicatedMetadata.from_json(told)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise FrameError(f"notes do not parse: {error!r}", details={"field": "body"}) from None

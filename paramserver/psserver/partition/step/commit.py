@@ -1,10 +1,9 @@
 """Vote and commit: how a step happens in every partition or in none, as pure state machines.
 
-A partition votes once all its buckets are complete; the lead, holding a vote from every partition, decides and tells
-all. Votes are pure functions of the step, so a vote may be repeated at will: each member keeps its last vote, the
-lead its last verdict, and both are sent again when a generation begins or a connection comes back. Votes of another
-generation are dropped.
-"""
+A partition votes once all its buckets are complete; the coordinator, holding a vote from every partition, decides and
+tells all. Votes are pure functions of the step, so a vote may be repeated at will: each member keeps its last vote,
+the coordinator its last decision, and both are sent again when a generation begins or a connection comes back. Votes
+of another generation are dropped."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ class Vote:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class CommitDecision:
     """What becomes of a step. `scale` multiplies the summed gradient; `norm` is the mean gradient's, before clipping.
 
     `snapshot`: the version it makes is to be written; `last`: training ends with it.
@@ -46,13 +45,13 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class CoordinatorState:
-    """The lead's state: `step` is the version that the open step starts from."""
+    """The coordinator's state: `step` is the version that the open step starts from."""
 
     num_partitions: int
     generation: int
     step: int
     votes: Mapping[int, Vote] = field(default_factory=dict)
-    last: Verdict | None = None
+    last: CommitDecision | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,44 +62,48 @@ class Member:
     generation: int
     step: int
     vote: Vote | None = None
-    last_verdict: Verdict | None = None
+    last_decision: CommitDecision | None = None
 
 
-Decide = Callable[[Mapping[int, Vote]], Verdict]
+Decide = Callable[[Mapping[int, Vote]], CommitDecision]
 
 
-def receive_vote(lead: CoordinatorState, vote: Vote, decide: Decide) -> tuple[CoordinatorState, Verdict | None, bool]:
-    """The lead takes a vote: its new state, a verdict to send if there is one, and whether to send it to all.
+def receive_vote(
+    coordinator: CoordinatorState, vote: Vote, decide: Decide
+) -> tuple[CoordinatorState, CommitDecision | None, bool]:
+    """The coordinator takes a vote: its new state, a decision to send if there is one, and whether to send it to all.
 
-    A vote on the step that was just decided is answered with that verdict, to its sender alone.
+    A vote on the step that was just decided is answered with that decision, to its sender alone.
     """
-    if vote.generation != lead.generation:
-        return lead, None, False
-    if lead.last is not None and vote.step == lead.last.step:
-        return lead, replace(lead.last, generation=lead.generation), False
-    if vote.step != lead.step:
-        return lead, None, False
-    votes = {**lead.votes, vote.partition: vote}
-    if len(votes) < lead.num_partitions:
-        return replace(lead, votes=votes), None, False
-    verdict = decide(votes)
-    return replace(lead, step=lead.step + 1, votes={}, last=verdict), verdict, True
+    if vote.generation != coordinator.generation:
+        return coordinator, None, False
+    if coordinator.last is not None and vote.step == coordinator.last.step:
+        return coordinator, replace(coordinator.last, generation=coordinator.generation), False
+    if vote.step != coordinator.step:
+        return coordinator, None, False
+    votes = {**coordinator.votes, vote.partition: vote}
+    if len(votes) < coordinator.num_partitions:
+        return replace(coordinator, votes=votes), None, False
+    decision = decide(votes)
+    return replace(coordinator, step=coordinator.step + 1, votes={}, last=decision), decision, True
 
 
-def lead_adopts(lead: CoordinatorState, generation: int) -> CoordinatorState:
+def coordinator_adopts(coordinator: CoordinatorState, generation: int) -> CoordinatorState:
     """A new generation begins at the same step: votes are collected anew."""
-    return replace(lead, generation=generation, votes={})
+    return replace(coordinator, generation=generation, votes={})
 
 
-def lead_learns(lead: CoordinatorState, verdict: Verdict) -> tuple[CoordinatorState, Verdict | None]:
-    """A member tells the lead, which has taken over, what the lead before it decided: its new state, and the verdict to
-    send to all if it is the one on the open step.
+def coordinator_learns(
+    coordinator: CoordinatorState, decision: CommitDecision
+) -> tuple[CoordinatorState, CommitDecision | None]:
+    """A member tells the coordinator, which has taken over, what the coordinator before it decided: its new state, and
+    the decision to send to all if it is the one on the open step.
 
     Nobody can have decided otherwise: that would have taken this member's vote under the new generation."""
-    if verdict.step != lead.step:
-        return lead, None
-    verdict = replace(verdict, generation=lead.generation)
-    return replace(lead, step=lead.step + 1, votes={}, last=verdict), verdict
+    if decision.step != coordinator.step:
+        return coordinator, None
+    decision = replace(decision, generation=coordinator.generation)
+    return replace(coordinator, step=coordinator.step + 1, votes={}, last=decision), decision
 
 
 def cast_vote(member: Member, vote: Vote) -> Member:
@@ -114,15 +117,15 @@ def member_adopts(member: Member, generation: int) -> Member:
     return replace(member, generation=generation, vote=vote)
 
 
-def receive_verdict(member: Member, verdict: Verdict) -> tuple[Member, bool]:
-    """A partition hears a verdict: its new state, and whether to carry it out now.
+def receive_decision(member: Member, decision: CommitDecision) -> tuple[Member, bool]:
+    """A partition hears a decision: its new state, and whether to carry it out now.
 
     One of another generation, on another step, or on a step it has not voted on is not carried out.
     """
-    fits = verdict.generation == member.generation and verdict.step == member.step
+    fits = decision.generation == member.generation and decision.step == member.step
     if not fits or member.vote is None:
         return member, False
-    return replace(member, step=member.step + 1, vote=None, last_verdict=verdict), True
+    return replace(member, step=member.step + 1, vote=None, last_decision=decision), True
 
 
 def global_norm(votes: Mapping[int, Vote], weight: float) -> float:

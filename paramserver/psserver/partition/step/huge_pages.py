@@ -9,7 +9,7 @@ import mmap
 _HUGE_BYTES = 2 << 20  # a large page of x86-64, and of Arm with pages of 4 KiB; elsewhere one begins there or not
 
 
-def private_memory(size_bytes: int) -> memoryview:
+def huge_page_memory(size_bytes: int) -> memoryview:
     """Fresh memory, zeroed, given back whole when nobody refers to it any more: the heap would keep the room for good.
     It begins with a page.
 

@@ -1,4 +1,4 @@
-"""The open step of one partition: nodes in, vote out; verdict in, update done. No sockets here."""
+"""The open step of one partition: nodes in, vote out; decision in, update done. No sockets here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pscluster.step.layout import Span
 from pscluster.step.summary import Summary
 from pscluster.step.tree import Tree, TreeNode, tree_of
 from pscluster.wire.frame import SUMMARY
-from psserver.partition.step.commit import Verdict
+from psserver.partition.step.commit import CommitDecision
 from psserver.partition.step.optimizer import Run, runs, update_span
 from psserver.partition.step.schedule import learning_rate
 from psserver.partition.step.state import PartitionState
@@ -53,7 +53,7 @@ class OpenStep:
         self._squares: dict[int, dict[int, float]] = {}
         self._updates: deque[_Update] = deque()
         self._applied: Summary | None = None
-        self._verdict: Verdict | None = None
+        self._decision: CommitDecision | None = None
 
     @property
     def open_bucket(self) -> int:
@@ -93,7 +93,7 @@ class OpenStep:
         """Take a node of the step's summary. False: a duplicate."""
         return self.summary.offer(node, Entry(summary))
 
-    def ballot(self) -> tuple[dict[int, float], bool]:
+    def make_vote(self) -> tuple[dict[int, float], bool]:
         """What to vote: squares by block, and whether everything is finite. Only when complete."""
         squares = {block: square for found in self._squares.values() for block, square in found.items()}
         finite = all(math.isfinite(square) for square in squares.values())
@@ -102,28 +102,28 @@ class OpenStep:
             finite = finite and (words is None or bool(torch.isfinite(words).all()))
         return squares, finite
 
-    def decide(self, verdict: Verdict) -> None:
-        """Carry out a verdict: the sums become updates (or are dropped), and the next step begins empty."""
+    def decide(self, decision: CommitDecision) -> None:
+        """Carry out a decision: the sums become updates (or are dropped), and the next step begins empty."""
         summary = self.summary.take_root().value
         touched = [summary.is_touched(t) for t in range(len(self.state.layout.tensors))]
         roots: dict[int, Root] = {b: s.take_root() for b, s in self.trained.items()}
         roots |= {b: s.take_root() for sums in (self.averaged, self.carried) for b, s in sums.items()}
         self._squares.clear()
-        self._applied, self._verdict = summary, verdict
+        self._applied, self._decision = summary, decision
         for span in self.state.spans:
             root = roots.get(span.bucket)
             if root is None:
                 continue
-            if verdict.kind != "commit":
+            if decision.kind != "commit":
                 root.release()
                 continue
-            run_list = runs(self.state.layout, span, self.state.ages, touched)
+            run_list = runs(self.state.layout, span, self.state.update_counts, touched)
             self._updates.append(_Update(span, root, run_list))
-        if verdict.kind == "commit":
+        if decision.kind == "commit":
             trained = (t.kind == "trained" for t in self.state.layout.tensors)
-            self.state.ages = [
+            self.state.update_counts = [
                 age + 1 if hit and learns else age
-                for age, hit, learns in zip(self.state.ages, touched, trained, strict=True)
+                for age, hit, learns in zip(self.state.update_counts, touched, trained, strict=True)
             ]
 
     def next_update(self) -> int | None:
@@ -133,18 +133,18 @@ class OpenStep:
     def update(self) -> None:
         """Apply the next bucket's root to its values (CPU-bound, about a millisecond a MiB)."""
         item = self._updates.popleft()
-        bucket, verdict, root = item.span.bucket, self._verdict, item.root.value
-        assert verdict is not None
+        bucket, decision, root = item.span.bucket, self._decision, item.root.value
+        assert decision is not None
         if isinstance(root, torch.Tensor):
             train = self._spec.train
-            lr = learning_rate(train.optimizer.lr, train.schedule, verdict.step, self._final_step)
+            lr = learning_rate(train.optimizer.lr, train.schedule, decision.step, self._final_step)
             update_span(
                 train.optimizer,
                 item.run_list,
                 self.state.values[bucket],
                 root,
                 self.state.moments[bucket],
-                scale=verdict.scale,
+                scale=decision.scale,
                 lr=lr,
             )
         elif root.words is not None:

@@ -36,7 +36,7 @@ def moments_of(optimizer: OptimizerSection) -> int:
     return 2
 
 
-def runs(layout: Layout, span: Span, ages: Sequence[int], touched: Sequence[bool]) -> list[Run]:
+def runs(layout: Layout, span: Span, update_counts: Sequence[int], touched: Sequence[bool]) -> list[Run]:
     """The runs of a trained bucket's span, in order. Tensors that no microbatch touched are left out, as plain
     PyTorch leaves out a parameter whose gradient is None."""
     found: list[Run] = []
@@ -47,7 +47,7 @@ def runs(layout: Layout, span: Span, ages: Sequence[int], touched: Sequence[bool
         stop = min(placed.offset + padded, span.stop) - span.start
         if start >= stop or not touched[placed.tensor]:
             continue
-        age, decay = ages[placed.tensor], tensor.decay
+        age, decay = update_counts[placed.tensor], tensor.decay
         last = found[-1] if found else None
         if last and last.stop == start and last.age == age and last.decay == decay:
             found[-1] = Run(last.start, stop, age, decay)

@@ -12,7 +12,7 @@ from pscluster.step.layout import WORD_BYTES, BucketKind, Codec, Layout, Span
 from pscluster.storage import Buffer
 from pscluster.storage.snapshot import Part, PartMeta, PieceKey, read_part
 from pscluster.wire.memory import Segment, page_offsets
-from psserver.partition.step.huge_pages import private_memory
+from psserver.partition.step.huge_pages import huge_page_memory
 
 
 @dataclass(kw_only=True)
@@ -22,7 +22,7 @@ class PartitionState:
 
     `published[b]` is what trainers read, in the shared memory of `segment`: with pull codec fp32 the very memory of
     `values[b]`, else the trained ones rounded, set by `publish`.
-    `ages[t]`: updates applied to tensor t of the layout; every partition keeps all of them."""
+    `update_counts[t]`: updates applied to tensor t of the layout; every partition keeps all of them."""
 
     layout: Layout
     spans: tuple[Span, ...]
@@ -30,7 +30,7 @@ class PartitionState:
     published: list[torch.Tensor]
     values: list[torch.Tensor]
     moments: list[list[torch.Tensor]]
-    ages: list[int]
+    update_counts: list[int]
     filled: set[int] = field(default_factory=set)
 
     @classmethod
@@ -53,14 +53,14 @@ class PartitionState:
         ]
         counts = [num_moments if k == "trained" else 0 for k in kinds]
         offsets, size = page_offsets(s.size_bytes for s, count in zip(spans, counts, strict=True) for _ in range(count))
-        memory, places = private_memory(size), iter(offsets)  # of all: few large pages are filled by half
+        memory, places = huge_page_memory(size), iter(offsets)  # of all: few large pages are filled by half
         moments = [
             [_zeros(s.num_words, memory[next(places) :]) for _ in range(count)]
             for s, count in zip(spans, counts, strict=True)
         ]
         return cls(
             layout=layout, spans=spans, segment=segment, published=published, values=values, moments=moments,
-            ages=[0] * len(layout.tensors),
+            update_counts=[0] * len(layout.tensors),
         )  # fmt: skip
 
     @property
@@ -78,7 +78,7 @@ class PartitionState:
         for moments in self.moments:
             for moment in moments:
                 moment.zero_()
-        self.ages = [0] * len(self.layout.tensors)
+        self.update_counts = [0] * len(self.layout.tensors)
         self.filled = set()
 
     @property
@@ -103,7 +103,7 @@ class PartitionState:
             as_bytes(target)[:] = data
         for span in self.spans:
             self.publish(span.bucket)
-        self.ages = list(part.meta.ages)
+        self.update_counts = list(part.meta.update_counts)
         self.filled = {span.bucket for span in self.spans}
 
     def places(self) -> dict[PieceKey, memoryview]:
@@ -119,7 +119,7 @@ class PartitionState:
         """A private copy of everything, to be sent while training goes on."""
         sources = self.places()
         total = sum(source.nbytes for source in sources.values())
-        memory = private_memory(total)
+        memory = huge_page_memory(total)
         copied: dict[PieceKey, Buffer] = {}
         for key, source in sources.items():
             memory[: source.nbytes] = source
@@ -133,7 +133,7 @@ class PartitionState:
             generation=generation,
             partition=partition,
             num_partitions=num_partitions,
-            ages=tuple(self.ages),
+            update_counts=tuple(self.update_counts),
         )
 
     def _check(self, part: Part, where: str, partition: int, num_partitions: int, step: int) -> None:
@@ -165,7 +165,7 @@ def _zeros(num_words: int, memory: memoryview | None = None) -> torch.Tensor:
     if not num_words:
         return torch.zeros(0)
     if memory is None:
-        memory = private_memory(num_words * WORD_BYTES)
+        memory = huge_page_memory(num_words * WORD_BYTES)
     return torch.frombuffer(memory, dtype=torch.float32, count=num_words).zero_()
 
 

@@ -49,14 +49,14 @@ class Pushing:
 
     `job` is the job's number in frames, `rank` the trainer's."""
 
-    def __init__(self, spec: JobSpec, layout: Layout, job: int, rank: int, staging: Staging, owe: Owe) -> None:
+    def __init__(self, spec: JobSpec, layout: Layout, job: int, rank: int, staging: Staging, enqueue: Owe) -> None:
         self._layout = layout
         self._num_partitions = spec.servers.partitions
         self._codec = spec.network.push_codec
         self._job = job
         self._rank = rank
         self._staging = staging
-        self._owe = owe
+        self._owe = enqueue
         self._lock = threading.Lock()
         self.lanes: dict[int, Lanes] = {}  # by partition, under the lock: where gradients can be written
 
@@ -89,12 +89,12 @@ class Pushing:
         self._owe(len(self._layout.buckets), header, [Send(index, [body]) for index in range(self._num_partitions)])
 
     def statistics(self, work: Work, node: TreeNode, statistics: Statistics) -> None:
-        """Owe the lead a node of an evaluation."""
+        """Owe the coordinator a node of an evaluation."""
         header = self._header(work, FrameKind.STATISTICS, bucket=SUMMARY, node=node)
         self._owe(0, header, [Send(0, [statistics.tobytes()])])
 
     def outcome(self, work: Work, outcome: dict[str, object]) -> None:
-        """Owe the lead the finalised metrics, or the digest."""
+        """Owe the coordinator the finalised metrics, or the digest."""
         header = self._header(work, FrameKind.OUTCOME, bucket=SUMMARY, node=TreeNode(0, 1))
         self._owe(1, header, [Send(0, [json.dumps(outcome).encode()])])
 

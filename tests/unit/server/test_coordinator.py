@@ -1,4 +1,4 @@
-"""The lead: opens the job, gives verdicts, says what comes next, evaluates, reports."""
+"""The coordinator: opens the job, gives decisions, says what comes next, evaluates, reports."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ from pscluster.step.summary import Summary
 from pscluster.step.tree import TreeNode
 from pscluster.v1.plan_pb2 import ProcessReport
 from psserver.partition.coordinator.coordinator import REPORT_INTERVAL_S, Coordinator, Outputs
-from psserver.partition.step.commit import Verdict, Vote
+from psserver.partition.step.commit import CommitDecision, Vote
 
 LAYOUT = Layout((TensorSpec(names=("w",), shape=(4,), dtype="float32", kind="trained"),))
 FINAL_STEP = 6
 
 
 class Played:
-    """A lead of two partitions and two shards; `log` keeps what it says, in order."""
+    """A coordinator of two partitions and two shards; `log` keeps what it says, in order."""
 
     def __init__(self, *, resume_step: int = 0, **sections: Any) -> None:
         sections = {"evaluate": {"every_steps": 2}, "durability": {"every_steps": 3}, **sections}
         self.spec = played_spec(2, 2, **sections)
         self.log: list[tuple[Any, ...]] = []
         self.reports: list[ProcessReport] = []
-        self.lead = Coordinator.at(self.spec, self.plan(1, resume_step=resume_step), self._outputs())
+        self.coordinator = Coordinator.at(self.spec, self.plan(1, resume_step=resume_step), self._outputs())
 
     def _outputs(self) -> Outputs:
         return Outputs(
-            send_verdict=lambda index, verdict: self.log.append(("verdict", index, verdict)),
-            send_call=lambda index: self.log.append(("call", index)),
-            direct=lambda: self.log.append(("direct", self.lead.version, json.loads(self.lead.directive)["action"])),
+            send_decision=lambda index, decision: self.log.append(("decision", index, decision)),
+            send_vote_request=lambda index: self.log.append(("call", index)),
+            direct=lambda: self.log.append(
+                ("direct", self.coordinator.version, json.loads(self.coordinator.directive)["action"])
+            ),
             send_merged=lambda: self.log.append(("merged",)),
             report=self.reports.append,
         )
@@ -47,24 +49,24 @@ class Played:
 
     def open(self) -> Played:
         for index in (0, 1):
-            self.lead.join(index, self.lead.version)
+            self.coordinator.join(index, self.coordinator.version)
         self.log.clear()
         return self
 
     def vote(self, *, loss: float = 3.0, generation: int = 1, finite: bool = True) -> None:
         """Both partitions vote on the open step."""
-        step = self.lead.version
-        self.lead.take_summary(Summary(loss_sum=loss, weight=2.0, samples=2, touched=b"\1"))
+        step = self.coordinator.version
+        self.coordinator.take_summary(Summary(loss_sum=loss, weight=2.0, samples=2, touched=b"\1"))
         for index in (1, 0):
             squares = {index: 2.0}
             vote = Vote(generation=generation, step=step, partition=index, squares=squares, finite=finite)
-            self.lead.vote(vote)
+            self.coordinator.vote(vote)
 
     def evaluate(self) -> None:
         """Both shards send their statistics, and shard 0's trainer the finalised metrics."""
         for shard in (0, 1):
-            self.lead.statistics(self.lead.version, TreeNode(shard, 1), np.array([1.0, 2.0]))
-        self.lead.outcome(self.lead.version, {"metrics": {"loss": 0.5}})
+            self.coordinator.statistics(self.coordinator.version, TreeNode(shard, 1), np.array([1.0, 2.0]))
+        self.coordinator.outcome(self.coordinator.version, {"metrics": {"loss": 0.5}})
 
     def directives(self) -> list[str]:
         return [f"{said[2]} {said[1]}" for said in self.log if said[0] == "direct"]
@@ -75,54 +77,54 @@ class Played:
 
 def test_the_job_opens_when_every_partition_holds_the_version() -> None:
     played = Played()
-    played.lead.join(1, 0)
-    played.lead.join(1, 0)
-    assert not played.lead.is_open and played.directives() == []
+    played.coordinator.join(1, 0)
+    played.coordinator.join(1, 0)
+    assert not played.coordinator.is_open and played.directives() == []
 
-    played.lead.join(0, 0)
+    played.coordinator.join(0, 0)
 
-    assert played.lead.is_open
+    assert played.coordinator.is_open
     assert played.directives() == ["train 0"]
     assert [p.step for p in played.reported("progress")] == [0], "the first report says that it runs"
 
 
 def test_a_partition_that_joins_again_does_not_open_the_job_again() -> None:
     played = Played().open()
-    played.lead.join(1, 0)
+    played.coordinator.join(1, 0)
 
     assert played.log == [("call", 1)]
 
 
-def test_a_partition_that_missed_the_last_verdict_is_called() -> None:
+def test_a_partition_that_missed_the_last_decision_is_called() -> None:
     played = Played().open()
     played.vote()
     played.log.clear()
-    played.lead.join(1, 0)
+    played.coordinator.join(1, 0)
     assert played.log == [("call", 1)]
 
-    played.lead.vote(Vote(generation=1, step=0, partition=1, squares={1: 2.0}))
+    played.coordinator.vote(Vote(generation=1, step=0, partition=1, squares={1: 2.0}))
 
-    assert [said[:2] for said in played.log] == [("call", 1), ("verdict", 1)], "to the one that asked, alone"
+    assert [said[:2] for said in played.log] == [("call", 1), ("decision", 1)], "to the one that asked, alone"
 
 
 @pytest.mark.parametrize("joins_first", [True, False])
-def test_a_vote_that_came_before_the_lead_heard_of_its_plan_is_called_for(joins_first: bool) -> None:
+def test_a_vote_that_came_before_the_coordinator_heard_of_its_plan_is_called_for(joins_first: bool) -> None:
     played = Played()
     early = Vote(generation=2, step=0, partition=1, squares={1: 2.0})
     if joins_first:
-        played.lead.join(1, 0)
-    played.lead.vote(early)
+        played.coordinator.join(1, 0)
+    played.coordinator.vote(early)
     played.log.clear()
 
-    played.lead.adopt(played.plan(2))  # not all have joined yet
+    played.coordinator.adopt(played.plan(2))  # not all have joined yet
     if not joins_first:
-        played.lead.join(1, 0)
+        played.coordinator.join(1, 0)
 
     assert played.log == [("call", 1)]
-    played.lead.vote(early)
-    played.lead.join(0, 0)
-    played.lead.take_summary(Summary(loss_sum=3.0, weight=2.0, samples=2, touched=b"\1"))
-    played.lead.vote(Vote(generation=2, step=0, partition=0, squares={0: 2.0}))
+    played.coordinator.vote(early)
+    played.coordinator.join(0, 0)
+    played.coordinator.take_summary(Summary(loss_sum=3.0, weight=2.0, samples=2, touched=b"\1"))
+    played.coordinator.vote(Vote(generation=2, step=0, partition=0, squares={0: 2.0}))
     assert played.directives() == ["train 0", "train 1"]
 
 
@@ -130,16 +132,16 @@ def test_the_last_vote_decides_for_all_and_trainers_hear_first() -> None:
     played = Played().open()
     played.vote()
 
-    assert [said[:2] for said in played.log] == [("direct", 1), ("verdict", 0), ("verdict", 1)]
-    verdict: Verdict = played.log[1][2]
-    assert (verdict.step, verdict.kind, verdict.norm, verdict.scale) == (0, "commit", 1.0, 0.5)
+    assert [said[:2] for said in played.log] == [("direct", 1), ("decision", 0), ("decision", 1)]
+    decision: CommitDecision = played.log[1][2]
+    assert (decision.step, decision.kind, decision.norm, decision.scale) == (0, "commit", 1.0, 0.5)
 
 
 def test_a_whole_job_in_order() -> None:
     played = Played().open()
-    while played.lead.action != "finish":
-        played.evaluate() if played.lead.action == "evaluate" else played.vote()
-    played.lead.outcome(FINAL_STEP, {"sha256": "abc"})
+    while played.coordinator.action != "finish":
+        played.evaluate() if played.coordinator.action == "evaluate" else played.vote()
+    played.coordinator.outcome(FINAL_STEP, {"sha256": "abc"})
 
     said = "train 1,evaluate 2,train 2,train 3,evaluate 4,train 4,train 5,evaluate 6,finish 6"
     assert played.directives() == said.split(",")
@@ -150,39 +152,39 @@ def test_a_whole_job_in_order() -> None:
     assert [(r.step, r.loss, r.grad_norm, r.skipped) for r in records] == [
         (step, 1.5, 1.0, False) for step in range(1, 7)
     ]
-    written = [v[2].step + 1 for v in played.log if v[0] == "verdict" and v[1] == 0 and v[2].snapshot]
+    written = [v[2].step + 1 for v in played.log if v[0] == "decision" and v[1] == 0 and v[2].snapshot]
     assert written == [2, 3, 4, 6]
 
 
 def test_asked_to_save_it_rests_after_the_next_step_and_goes_on_when_told() -> None:
     played = Played(evaluate={"every_steps": 100}, durability={"every_steps": 100}).open()
     played.vote()
-    played.lead.adopt(played.plan(2, save=True))
-    assert played.lead.action == "train", "version 1 is not written"
+    played.coordinator.adopt(played.plan(2, save=True))
+    assert played.coordinator.action == "train", "version 1 is not written"
     played.vote(generation=2)
     assert played.directives()[-1] == "hold 2"
-    assert [v[2].snapshot for v in played.log if v[0] == "verdict" and v[1] == 0] == [False, True]
+    assert [v[2].snapshot for v in played.log if v[0] == "decision" and v[1] == 0] == [False, True]
     newest = played.reported("progress")[-1]
     assert (newest.step, newest.held, [r.step for r in newest.records]) == (2, True, [1, 2])
     said = len(played.log)
     played.vote(generation=2)
-    assert (played.lead.version, len(played.log)) == (2, said), "nothing is decided while it rests"
-    played.lead.adopt(played.plan(3))
+    assert (played.coordinator.version, len(played.log)) == (2, said), "nothing is decided while it rests"
+    played.coordinator.adopt(played.plan(3))
     assert played.directives()[-1] == "train 2"
     played.vote(generation=3)
-    assert played.lead.version == 3
+    assert played.coordinator.version == 3
 
 
 def test_at_a_version_that_is_written_it_rests_at_once_and_says_so_under_each_plan() -> None:
     played = Played().open()
     for _ in range(2):
         played.vote()
-    assert played.lead.action == "evaluate"
+    assert played.coordinator.action == "evaluate"
     for generation in (2, 3):
-        played.lead.adopt(played.plan(generation, save=True))
+        played.coordinator.adopt(played.plan(generation, save=True))
         newest = played.reported("progress")[-1]
         assert (newest.generation, newest.step, newest.held) == (generation, 2, True)
-    played.lead.adopt(played.plan(4))
+    played.coordinator.adopt(played.plan(4))
     assert played.directives()[-1] == "evaluate 2"
     played.evaluate()
     assert [e.step for e in played.reported("evaluated")] == [2]
@@ -193,50 +195,50 @@ def test_an_evaluation_takes_each_node_once_and_only_of_its_version() -> None:
     played.vote()
     played.vote()
     one = np.array([1.0])
-    assert played.lead.action == "evaluate"
-    assert not played.lead.statistics(1, TreeNode(0, 1), one), "of another version"
-    assert played.lead.statistics(2, TreeNode(1, 1), one)
-    assert not played.lead.statistics(2, TreeNode(1, 1), one), "a duplicate"
-    assert played.lead.merged is None
-    assert played.lead.statistics(2, TreeNode(0, 2), one * 5), "it covers what came before"
+    assert played.coordinator.action == "evaluate"
+    assert not played.coordinator.statistics(1, TreeNode(0, 1), one), "of another version"
+    assert played.coordinator.statistics(2, TreeNode(1, 1), one)
+    assert not played.coordinator.statistics(2, TreeNode(1, 1), one), "a duplicate"
+    assert played.coordinator.merged is None
+    assert played.coordinator.statistics(2, TreeNode(0, 2), one * 5), "it covers what came before"
 
-    assert played.lead.merged is not None and played.lead.merged.tolist() == [5.0]
+    assert played.coordinator.merged is not None and played.coordinator.merged.tolist() == [5.0]
     assert played.log[-1][0] == "merged"
-    assert not played.lead.statistics(2, TreeNode(0, 1), one), "too late"
+    assert not played.coordinator.statistics(2, TreeNode(0, 1), one), "too late"
 
 
 def test_outcomes_are_taken_once_and_in_their_place() -> None:
     played = Played().open()
-    played.lead.outcome(0, {"metrics": {"loss": 1.0}})
-    played.lead.outcome(0, {"sha256": "x"})
+    played.coordinator.outcome(0, {"metrics": {"loss": 1.0}})
+    played.coordinator.outcome(0, {"sha256": "x"})
     assert played.reported("evaluated") == played.reported("finished") == []
     played.vote()
     played.vote()
-    played.lead.outcome(1, {"metrics": {"loss": 1.0}})
-    played.lead.outcome(2, {"metrics": {"loss": 1.0}})
-    played.lead.outcome(2, {"metrics": {"loss": 1.0}})
+    played.coordinator.outcome(1, {"metrics": {"loss": 1.0}})
+    played.coordinator.outcome(2, {"metrics": {"loss": 1.0}})
+    played.coordinator.outcome(2, {"metrics": {"loss": 1.0}})
 
     assert [(e.step, dict(e.metrics)) for e in played.reported("evaluated")] == [(2, {"loss": 1.0})]
 
 
 def test_the_end_is_reported_once() -> None:
     played = Played(train={"max_steps": 1}).open()
-    while played.lead.action != "finish":
-        played.evaluate() if played.lead.action == "evaluate" else played.vote()
+    while played.coordinator.action != "finish":
+        played.evaluate() if played.coordinator.action == "evaluate" else played.vote()
     for _ in range(3):
-        played.lead.outcome(FINAL_STEP, {"sha256": "abc"})
+        played.coordinator.outcome(FINAL_STEP, {"sha256": "abc"})
 
     assert len(played.reported("finished")) == 1
 
 
 def test_a_new_generation_calls_for_votes_and_says_again_what_goes_on() -> None:
     played = Played().open()
-    played.lead.vote(Vote(generation=1, step=0, partition=1))
-    played.lead.adopt(played.plan(2))
+    played.coordinator.vote(Vote(generation=1, step=0, partition=1))
+    played.coordinator.adopt(played.plan(2))
 
     assert played.log == [("call", 0), ("call", 1), ("direct", 0, "train")]
     played.log.clear()
-    played.lead.vote(Vote(generation=1, step=0, partition=0))
+    played.coordinator.vote(Vote(generation=1, step=0, partition=0))
     assert played.log == [], "a vote of the past"
     played.vote(generation=2)
     assert played.directives() == ["train 1"]
@@ -246,13 +248,13 @@ def test_a_new_generation_in_mid_evaluation_keeps_what_is_in() -> None:
     played = Played().open()
     played.vote()
     played.vote()
-    played.lead.statistics(2, TreeNode(0, 1), np.array([1.0]))
-    played.lead.adopt(played.plan(2))
-    played.lead.statistics(2, TreeNode(1, 1), np.array([2.0]))
-    assert played.lead.merged is not None and played.lead.merged.tolist() == [3.0]
+    played.coordinator.statistics(2, TreeNode(0, 1), np.array([1.0]))
+    played.coordinator.adopt(played.plan(2))
+    played.coordinator.statistics(2, TreeNode(1, 1), np.array([2.0]))
+    assert played.coordinator.merged is not None and played.coordinator.merged.tolist() == [3.0]
     played.log.clear()
 
-    played.lead.adopt(played.plan(3))
+    played.coordinator.adopt(played.plan(3))
 
     assert played.log == [("call", 0), ("call", 1), ("merged",), ("direct", 2, "evaluate")]
 
@@ -261,9 +263,9 @@ def test_statistics_that_do_not_add_fail_the_job_by_name() -> None:
     played = Played().open()
     played.vote()
     played.vote()
-    played.lead.statistics(2, TreeNode(0, 1), np.array([1.0]))
+    played.coordinator.statistics(2, TreeNode(0, 1), np.array([1.0]))
     for _ in range(2):
-        assert not played.lead.statistics(2, TreeNode(1, 1), np.array([1.0, 2.0]))
+        assert not played.coordinator.statistics(2, TreeNode(1, 1), np.array([1.0, 2.0]))
     failures = [report.failure for report in played.reports if report.WhichOneof("body") == "failure"]
     assert [failure.error.code for failure in failures] == [TaskError.code]
     assert "2 numbers do not add" in failures[0].error.cause
@@ -272,7 +274,7 @@ def test_statistics_that_do_not_add_fail_the_job_by_name() -> None:
 
 def test_before_all_have_joined_a_generation_is_only_noted() -> None:
     played = Played()
-    played.lead.adopt(played.plan(2))
+    played.coordinator.adopt(played.plan(2))
 
     assert played.log == []
     played.open()
@@ -283,13 +285,13 @@ def test_before_all_have_joined_a_generation_is_only_noted() -> None:
 def test_a_stop_waits_for_a_version_that_is_written() -> None:
     played = Played().open()
     played.vote()
-    played.lead.adopt(played.plan(2, stop=True))
+    played.coordinator.adopt(played.plan(2, stop=True))
     assert played.directives()[-1] == "train 1", "version 1 is not written: one step more"
     played.vote(generation=2)
     assert played.directives()[-1] == "finish 2"
     assert played.log[-1][2].snapshot and played.log[-1][2].last
 
-    played.lead.outcome(2, {"sha256": "abc"})
+    played.coordinator.outcome(2, {"sha256": "abc"})
 
     ((finished),) = played.reported("finished")
     assert (finished.step, finished.stopped, finished.generation) == (2, True, 2)
@@ -297,7 +299,7 @@ def test_a_stop_waits_for_a_version_that_is_written() -> None:
 
 def test_a_stop_at_a_written_version_finishes_at_once() -> None:
     played = Played(resume_step=3).open()
-    played.lead.adopt(played.plan(2, stop=True))
+    played.coordinator.adopt(played.plan(2, stop=True))
 
     assert played.directives() == ["finish 3"]
 
@@ -321,7 +323,7 @@ def test_a_step_that_is_stopped_at_is_never_told_as_made(force: bool) -> None:
     played = Played(evaluate={}).open()
     played.vote()
     played.vote(finite=False)
-    played.lead.report_progress(1e12, force=force)
+    played.coordinator.report_progress(1e12, force=force)
 
     assert played.reported("failure")
     assert max(progress.step for progress in played.reported("progress")) == 1
@@ -331,7 +333,7 @@ def test_a_skipped_step_is_recorded_as_such() -> None:
     played = Played(on_nonfinite="skip").open()
     played.vote(finite=False)
     played.vote()
-    played.lead.report_progress(1e12)
+    played.coordinator.report_progress(1e12)
 
     records = [record for progress in played.reported("progress") for record in progress.records]
     assert [(r.step, r.skipped) for r in records] == [(1, True), (2, False)]
@@ -343,7 +345,7 @@ def test_progress_is_reported_once_a_second_when_there_is_news() -> None:
 
     def reported_at(now: float) -> list[int]:
         played.reports.clear()
-        played.lead.report_progress(now)
+        played.coordinator.report_progress(now)
         return [record.step for progress in played.reported("progress") for record in progress.records]
 
     played.vote()
@@ -363,15 +365,15 @@ def test_a_wall_clock_that_is_set_back_silences_nobody() -> None:
     played.evaluate()
     played.reports.clear()
     played.vote()
-    played.lead.report_progress(time.monotonic() + REPORT_INTERVAL_S)
+    played.coordinator.report_progress(time.monotonic() + REPORT_INTERVAL_S)
     assert [report.step for report in played.reported("progress")] == [3]
 
 
-def test_a_lead_that_resumes_goes_on_from_there() -> None:
+def test_a_coordinator_that_resumes_goes_on_from_there() -> None:
     played = Played(resume_step=4)
-    assert played.lead.version == 4
+    assert played.coordinator.version == 4
     played.open()
-    assert played.lead.action == "evaluate", "evaluated again: the same numbers"
+    assert played.coordinator.action == "evaluate", "evaluated again: the same numbers"
     played.evaluate()
     played.vote()
 
@@ -381,13 +383,13 @@ def test_a_lead_that_resumes_goes_on_from_there() -> None:
 def test_a_step_that_completes_after_the_end_was_called_is_not_made() -> None:
     """A stop came at a written version; what trainers had sent of the next step completes it all the same."""
     played = Played(resume_step=3).open()
-    played.lead.adopt(played.plan(2, stop=True))
+    played.coordinator.adopt(played.plan(2, stop=True))
     assert played.directives() == ["finish 3"]
     played.vote(generation=2)
-    assert played.lead.version == 3
+    assert played.coordinator.version == 3
 
-    played.lead.outcome(3, {"sha256": "abc"})
+    played.coordinator.outcome(3, {"sha256": "abc"})
     played.vote(generation=2)
 
-    assert played.lead.version == 3
-    assert not any(said[0] == "verdict" for said in played.log)
+    assert played.coordinator.version == 3
+    assert not any(said[0] == "decision" for said in played.log)
