@@ -12,7 +12,7 @@ from pscluster.step.tree import TreeNode
 from pscluster.storage import Written, directory, snapshot
 from psmaster.model import process
 from psmaster.model.job import Job
-from psmaster.model.membership import TreeNode as ClusterNode
+from psmaster.model.membership import Node as ClusterNode
 from psmaster.model.snapshot_catalog import Catalogue, RestorePoint
 from psmaster.scheduling import rebalance, recovery
 from psmaster.storage.persistence import Archive
