@@ -15,8 +15,6 @@ COUNTERS_S = 1.0
 class AgentConnection:
     """What a partition's process is to its agent; the partition itself is the subclass. On the reactor's thread."""
 
-    version = 0  # the newest committed step whose update is done
-
     def __init__(self, link: ProcessLink, reactor: Reactor) -> None:
         self.link = link
         self.failed = False
@@ -35,11 +33,6 @@ class AgentConnection:
         """No longer beat. After the reactor has stopped."""
         self._heart.close()
 
-    @property
-    def attempt(self) -> int:
-        """Which process of its placement it is."""
-        return self.link.start.attempt
-
     def adopt(self, plan: Plan) -> None:
         """A plan has come."""
         raise NotImplementedError
@@ -54,6 +47,11 @@ class AgentConnection:
 
     def unreached(self) -> Unreached | None:
         """The partitions that cannot be reached. From any thread."""
+        raise NotImplementedError
+
+    @property
+    def version(self) -> int:
+        """The newest committed version whose update is done."""
         raise NotImplementedError
 
     @property

@@ -186,8 +186,8 @@ class Monitor:
 
     def _stay_bounded(self) -> None:
         for watched in self._partitions:
-            service = watched.process.service
-            require(len(service._early) <= 64, f"{watched.process.process_id} holds {len(service._early)} early frames")
+            early = len(watched.process.service.handler.early)
+            require(early <= 64, f"{watched.process.process_id} holds {early} early frames")
         for trainer in self._trainers:
             for peer in trainer.exchange._peers:
                 require(len(peer.outbox) <= 64, f"{trainer.process_id} owes partition {peer.index} {len(peer.outbox)}")

@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 from psmaster.scheduling import recovery
 from psmaster.scheduling.admission import NodeView
+from psserver.partition.actions import Action
 from psserver.partition.replication import in_sync
 from psserver.partition.replication.in_sync import InSyncState
 from psserver.partition.replication.standby import Standby
@@ -34,8 +35,8 @@ def a_standby_is_relied_on_before_it_is_in_sync() -> Iterable[Patch]:
 def a_standby_begins_without_the_ages() -> Iterable[Patch]:
     begin = Standby._begin
 
-    def begin_young(self: Standby, header: Any, told: Any) -> None:
-        begin(self, header, {**told, "update_counts": [0 for _ in told["update_counts"]]})
+    def begin_young(self: Standby, header: Any, told: Any) -> list[Action]:
+        return begin(self, header, {**told, "update_counts": [0 for _ in told["update_counts"]]})
 
     yield patch.object(Standby, "_begin", begin_young)
 

@@ -130,7 +130,7 @@ def test_an_evaluation_finalised_while_the_line_was_down_is_told_over_the_next(m
     else:
         to_its_standby(job, 0).takes = 0
     job.evaluate()
-    assert coordinator.notes.evaluated == 2
+    assert coordinator.metadata.evaluated == 2
     assert _resumed(job) == [FrameKind.NOTE]
     job.make_steps(1)
     job.lose_partition(0)
@@ -160,5 +160,5 @@ def test_it_is_told_after_the_decision_that_made_its_version_and_before_the_sums
     assert _resumed(job) == [FrameKind.DECISION, FrameKind.NOTE] + [FrameKind.PUSH] * num_sums
     job.settle()
     assert (coordinator.version, standby.version) == (4, 4)
-    assert standby.notes.evaluated == 3
+    assert standby.metadata.evaluated == 3
     job.close()

@@ -88,7 +88,7 @@ def test_a_standby_takes_over_and_nobody_goes_back(
     assert job.master.restores == 1
     if index == 0:
         coordinator: Any = job.partition(0)
-        coordinator.coordinator.report_progress(1e9, force=True)
+        coordinator.carry_out(coordinator.coordinator.report_progress(1e9, force=True))
         records = [record.step for report in coordinator.link.reported("progress") for record in report.records]
         assert records == list(range(1, FINAL_STEP + 1)), "what the coordinator before it had not reported is reported"
 

@@ -10,6 +10,7 @@ from pscluster.job.spec import JobSpec
 from pscluster.storage import Written
 from pscluster.v1.plan_pb2 import ProcessReport, ProcessSpec, SnapshotPart
 from pscluster.v1.plan_pb2 import Warning as WarningMessage
+from psserver.partition.actions import Action, Report, ReportSteps
 from psserver.partition.checkpoint.frozen import Frozen
 from psserver.partition.checkpoint.shared_store_check import SharedStoreCheck
 from psserver.partition.checkpoint.snapshots import SnapshotWriter
@@ -25,7 +26,7 @@ class Saving:
         start: ProcessSpec,
         spec: JobSpec,
         counters: PartitionCounters,
-        report: Callable[[ProcessReport], None],
+        carry_out: Callable[[list[Action]], None],
         post: Callable[[Callable[[], None]], None],
     ) -> None:
         self.writer: SnapshotWriter | None = None  # of a partition, whose files they are; a standby touches none
@@ -38,7 +39,7 @@ class Saving:
         self._num_partitions = spec.servers.partitions
         self._every_steps = spec.durability.every_steps
         self._counters = counters
-        self._report = report
+        self._carry_out = carry_out
 
     def begin(self) -> None:
         """This process is the partition from now on: what others had begun to write is void."""
@@ -113,5 +114,8 @@ class Saving:
             self._report(ProcessReport(snapshot_part=part))
 
     def _warn(self, error: PsError, step: int = 0) -> None:
-        detail = detail_of(error)
-        self._report(ProcessReport(warning=WarningMessage(error=detail, step=step)))
+        self._report(ProcessReport(warning=WarningMessage(error=detail_of(error), step=step)))
+
+    def _report(self, report: ProcessReport) -> None:
+        """Steps first: after a restore from this snapshot nobody commits, and so reports, the steps before it again."""
+        self._carry_out([ReportSteps(), Report(report)])

@@ -1,47 +1,38 @@
-"""A partition's line to the coordinator: it joins, votes, and hears decisions."""
+"""A partition's connection to the coordinator: joins and votes go out, decisions and requests for votes come in."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
 
 from pscluster.wire.frame import FrameKind, Header
 from pscluster.wire.reactor import Reactor
 from psserver.partition import messages
-from psserver.partition.reconnecting_connection import Caller, ReconnectingConnection
-from psserver.partition.step.commit import CommitDecision, Member, Vote
-from psserver.partition.step.state import PartitionState
+from psserver.partition.actions import Action
+from psserver.partition.partition import Partition
+from psserver.partition.reconnecting_connection import ReconnectingConnection
+from psserver.partition.step.commit import Vote
 
 _RETRY_S = (0.05, 0.05)  # the whole job waits for it
 
 
-class Voter(Caller, Protocol):
-    """What the uplink asks of its partition. Everything on the partition's thread."""
-
-    state: PartitionState | None
-    member: Member
-
-    def receive_vote_request(self) -> None:
-        """The coordinator asks for the vote."""
-
-    def receive_decision(self, decision: CommitDecision) -> None:
-        """The coordinator's decision."""
-
-
 class CoordinatorClient:
-    """For one timeline; on the partition's thread."""
+    """For one restore generation; on the partition's thread."""
 
-    def __init__(self, reactor: Reactor, service: Voter, addresses: list[str]) -> None:
-        self._service = service
+    def __init__(
+        self, reactor: Reactor, partition: Partition, addresses: list[str], carry_out: Callable[[list[Action]], None]
+    ) -> None:
+        self._partition = partition
+        self._carry_out = carry_out
         kinds = frozenset({FrameKind.DECISION, FrameKind.JOIN})
-        self._line = ReconnectingConnection(reactor, service, self, channel="vote", kinds=kinds, retry_s=_RETRY_S)
+        self._line = ReconnectingConnection(reactor, partition, self, channel="vote", kinds=kinds, retry_s=_RETRY_S)
         self._line.follow(addresses)
 
     def close(self) -> None:
-        """Hang up for good."""
+        """Close the connection for good."""
         self._line.close()
 
     def follow(self, addresses: list[str]) -> None:
-        """The coordinator is at these addresses from now on; the one before, if it still lives, is not spoken to."""
+        """The coordinator is at these addresses from now on; the connection to another one is closed."""
         if addresses != self._line.addresses:
             self._line.follow(addresses)
 
@@ -50,28 +41,28 @@ class CoordinatorClient:
         return self._line.unreached_s(now_s)
 
     def join(self) -> None:
-        """Tell the coordinator which version is held, if it is, and the decision that made it; told again at each
-        welcome."""
-        connection, state, member = self._line.connection, self._service.state, self._service.member
+        """Send the version that is held, if it is whole, and the decision that made it; repeated at each welcome."""
+        connection, state, member = self._line.connection, self._partition.state, self._partition.member
         if connection is not None and state is not None and state.is_filled:
             body = messages.pack_decision(member.last_decision) if member.last_decision is not None else b""
-            connection.send(self._service.header(kind=FrameKind.JOIN, step=member.step), [body])
+            connection.send(self._partition.header(kind=FrameKind.JOIN, step=member.step), [body])
 
     def vote(self, vote: Vote) -> None:
-        """Send a vote; it is sent again at each welcome."""
+        """Send a vote; it is repeated at each welcome."""
         if self._line.connection is not None:
-            header = self._service.header(kind=FrameKind.VOTE, step=vote.step)
+            header = self._partition.header(kind=FrameKind.VOTE, step=vote.step)
             self._line.connection.send(header, [messages.pack_vote(vote)])
 
-    def welcomed(self, header: Header, body: memoryview) -> None:  # noqa: ARG002 - it says nothing that is needed
+    def welcomed(self, header: Header, body: memoryview) -> None:  # noqa: ARG002 - nothing in it is needed
         self.join()
-        self._service.receive_vote_request()
+        self._carry_out(self._partition.machine.vote_again())
 
     def heard(self, header: Header, body: memoryview) -> None:
+        machine = self._partition.machine
         if header.kind is FrameKind.DECISION:
-            self._service.receive_decision(messages.unpack_decision(body))
+            self._carry_out(machine.receive_decision(messages.unpack_decision(body)))
         elif header.kind is FrameKind.JOIN:
-            self._service.receive_vote_request()
+            self._carry_out(machine.vote_again())
 
     def lost(self) -> None:
-        """Nothing hangs on it: what was said is said again."""
+        """Nothing to undo: what was sent is sent again at the next welcome."""

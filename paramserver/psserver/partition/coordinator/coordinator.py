@@ -1,12 +1,11 @@
-"""The coordinator partition's part: it collects votes, gives decisions, says what comes next, evaluates, and
-reports."""
+"""The coordinator, in partition 0: collects votes, decides steps, directs trainers, merges evaluations, reports."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,7 +24,16 @@ from pscluster.v1.plan_pb2 import (
     Progress,
     StepRecord,
 )
-from psserver.partition.coordinator.decisions import Action, decide, next_action
+from psserver.partition.actions import (
+    Action,
+    BroadcastDirective,
+    ReplicateEvaluation,
+    Report,
+    RequestVote,
+    SendDecision,
+    SendMerged,
+)
+from psserver.partition.coordinator.decisions import Activity, decide, next_activity
 from psserver.partition.replication.metadata import MAX_RECORDS, ReplicatedMetadata
 from psserver.partition.step import commit
 from psserver.partition.step.commit import CommitDecision, Vote
@@ -35,37 +43,22 @@ from psserver.partition.step.sums import Entry, Sums
 REPORT_INTERVAL_S = 1.0
 
 
-@dataclass(kw_only=True)
-class Outputs:
-    """What the coordinator asks of the process around it. None of them blocks."""
-
-    send_decision: Callable[[int, CommitDecision], None]  # to one partition
-    send_vote_request: Callable[[int], None]  # asks a partition for its vote
-    direct: Callable[[], None]  # tell every trainer `Coordinator.directive` (again)
-    send_merged: Callable[[], None]  # tell the trainer of shard 0 `Coordinator.merged`
-    report: Callable[[ProcessReport], None]
-    evaluated: Callable[[int, Mapping[str, float]], None] = lambda _version, _metrics: None  # before anything follows
-
-
 def _statistics_sums(num_shards: int) -> Sums[Statistics]:
     return Sums(tree_of(num_shards), lambda left, right, _: add_statistics(left, right))
 
 
 @dataclass(kw_only=True)
 class Coordinator:
-    """Made anew at each restore, at the restored version. On the partition's thread."""
+    """Made anew at each restore, at the restored version. A pure machine: calls return what is to be done, in order."""
 
     spec: JobSpec
     plan: Plan
-    out: Outputs
     state: commit.CoordinatorState
     joined: set[int] = field(default_factory=set)
-    action: Action | None = None
+    activity: Activity | None = None
     evaluated: int = -1
     saved: int = 0
-    undecided: int = (
-        -1
-    )  # the step that the coordinator before this one may have decided: no stop takes effect before it
+    undecided: int = -1  # the step that a lost coordinator may have decided: no stop takes effect before it
     merged: Statistics | None = None
     records: list[StepRecord] = field(default_factory=list)
     summaries: dict[int, Summary] = field(default_factory=dict)  # of the open step and the one before
@@ -78,39 +71,31 @@ class Coordinator:
         self._statistics = _statistics_sums(self.spec.train.num_shards)
 
     @classmethod
-    def at(cls, spec: JobSpec, plan: Plan, out: Outputs) -> Coordinator:
+    def at(cls, spec: JobSpec, plan: Plan) -> Coordinator:
         """The coordinator at a plan's resume step."""
         state = commit.CoordinatorState(
             num_partitions=spec.servers.partitions, generation=plan.generation, step=plan.resume_step
         )
-        return cls(spec=spec, plan=plan, out=out, state=state, saved=plan.resume_step)
+        return cls(spec=spec, plan=plan, state=state, saved=plan.resume_step)
 
     @classmethod
-    def taking_over(
-        cls, spec: JobSpec, plan: Plan, out: Outputs, member: commit.Member, notes: ReplicatedMetadata
-    ) -> Coordinator:
-        """The coordinator in what was its standby: at the version that it holds, with the last decision to repeat.
-
-        What was reported before is reported again, in case that was lost: the master drops what it knows."""
+    def taking_over(cls, spec: JobSpec, plan: Plan, member: commit.Member, metadata: ReplicatedMetadata) -> Coordinator:
+        """The coordinator in what was its standby: at the version that it holds, with the last decision to repeat."""
         state = commit.CoordinatorState(
             num_partitions=spec.servers.partitions,
             generation=plan.generation,
             step=member.step,
             last=member.last_decision,
         )
-        coordinator = cls(
+        return cls(
             spec=spec,
             plan=plan,
-            out=out,
             state=state,
-            saved=notes.saved,
-            evaluated=notes.evaluated,
+            saved=metadata.saved,
+            evaluated=metadata.evaluated,
             undecided=member.step if member.vote is not None else -1,
-            records=list(notes.records),
+            records=list(metadata.records),
         )
-        for evaluation in notes.evaluations:
-            coordinator._report_evaluated(evaluation.step, evaluation.metrics)
-        return coordinator
 
     @property
     def version(self) -> int:
@@ -119,120 +104,128 @@ class Coordinator:
 
     @property
     def is_open(self) -> bool:
-        """Every partition holds the version: trainers may be told what to do."""
-        return self.action is not None
+        """Every partition holds the version: trainers get directives."""
+        return self.activity is not None
 
     @property
     def directive(self) -> bytes:
-        return json.dumps({"action": self.action}).encode()
+        return json.dumps({"action": self.activity}).encode()
 
-    def adopt(self, plan: Plan) -> None:
-        """A new generation without a restore: votes are called for anew; a stop may take effect."""
+    def adopt(self, plan: Plan) -> list[Action]:
+        """A new generation without a restore: votes are requested anew; a stop may take effect."""
         self.plan = plan
         self.state = commit.coordinator_adopts(self.state, plan.generation)
-        for index in sorted(self.joined):
-            self.out.send_vote_request(index)  # it may have heard of the plan first, and voted too early
+        # A partition may have adopted the plan first, and voted too early.
+        requests: list[Action] = [RequestVote(index, self.version) for index in sorted(self.joined)]
         if not self.is_open:
-            return
-        if self.merged is not None:
-            self.out.send_merged()
-        self._choose_action()
+            return requests
+        return [*requests, *self.send_merged(), *self._choose_activity()]
 
-    def join(self, index: int, step: int, last: CommitDecision | None = None) -> None:
-        """A partition holds `step`, which `last` made. The last one to come opens the job."""
+    def join(self, index: int, step: int, last: CommitDecision | None = None) -> list[Action]:
+        """A partition holds `step`, which `last` made. The last one to join opens the job."""
         self.joined.add(index)
+        actions: list[Action] = []
         if step in (self.version - 1, self.version):
-            self.out.send_vote_request(
-                index
-            )  # it missed the last decision, or its vote came before this coordinator could take it
+            # It missed the last decision, or its vote arrived before this coordinator could take it.
+            actions.append(RequestVote(index, self.version))
         if step == self.version + 1 and last is not None:
-            self._learn(last)
+            actions += self._learn(last)
         if len(self.joined) == self.state.num_partitions and not self.is_open:
-            self._choose_action()
-            self.report_progress(0.0, force=True)
+            actions += self._choose_activity()
+            actions += self.report_progress(0.0, force=True)
+        return actions
 
-    def vote(self, vote: Vote) -> None:
+    def vote(self, vote: Vote) -> list[Action]:
         """A partition's vote; the last one decides the step."""
-        if vote.step == self.version and (self._is_over or self.action in ("finish", "hold")):
-            return  # the job ends or rests here: what completes the next step now would take it past its digest or move
+        if vote.step == self.version and (self._is_over or self.activity in ("finish", "hold")):
+            return []  # the job ends or rests here: another step would take it past its digest or move
         self.state, decision, to_all = commit.receive_vote(self.state, vote, self._decide)
         if decision is None:
-            return
+            return []
         if not to_all:
-            self.out.send_decision(vote.partition, decision)
-            return
-        self._decided(decision)
-        for index in range(self.state.num_partitions):
-            self.out.send_decision(index, decision)
+            return [SendDecision(vote.partition, decision)]
+        return [*self._decided(decision), *self._send_to_all(decision)]
 
-    def _learn(self, last: CommitDecision) -> None:
-        """A partition carried out a decision that this coordinator, which has just taken over, did not hear of."""
+    def _learn(self, last: CommitDecision) -> list[Action]:
+        """A partition carried out a decision that this coordinator, which has just taken over, did not receive."""
         self.state, decision = commit.coordinator_learns(self.state, last)
         if decision is None:
-            return
+            return []
+        actions: list[Action] = []
         if decision.kind == "stop" or self.is_open:
-            self._decided(decision)
+            actions = self._decided(decision)
         else:
-            self._record(decision)  # what comes next is said when all have joined
-        for index in range(self.state.num_partitions):
-            self.out.send_decision(index, decision)
+            self._record(decision)  # the directive follows when all have joined
+        return [*actions, *self._send_to_all(decision)]
+
+    def _send_to_all(self, decision: CommitDecision) -> list[Action]:
+        return [SendDecision(index, decision) for index in range(self.state.num_partitions)]
 
     def take_summary(self, summary: Summary) -> None:
         """The open step's summary is complete; before this partition's own vote."""
         self.summaries = {step: s for step, s in self.summaries.items() if step >= self.version - 1}
         self.summaries[self.version] = summary
 
-    def statistics(self, step: int, node: TreeNode, value: Statistics) -> bool:
-        """A node of the evaluation at `step`; False: a duplicate, or of another evaluation."""
-        if self.action != "evaluate" or step != self.version or self.merged is not None or self._is_over:
-            return False
+    def statistics(self, step: int, node: TreeNode, value: Statistics) -> list[Action]:
+        """A node of the evaluation at `step`. A duplicate, or one of another evaluation, changes nothing."""
+        if self.activity != "evaluate" or step != self.version or self.merged is not None or self._is_over:
+            return []
         try:
-            fresh = self._statistics.offer(node, Entry(value))
+            self._statistics.offer(node, Entry(value))
         except FrameError as error:
             self._is_over = True
-            action = "metrics() must give the same names and shapes for every batch"
-            self.out.report(ProcessReport(failure=_failure(TaskError(error.cause, action=action), step)))
-            return False
-        if self._statistics.is_complete:
-            self.merged = self._statistics.take_root().value
-            self.out.send_merged()
-        return fresh
+            hint = "metrics() must give the same names and shapes for every batch"
+            return [Report(ProcessReport(failure=_failure(TaskError(error.cause, action=hint), step)))]
+        if not self._statistics.is_complete:
+            return []
+        self.merged = self._statistics.take_root().value
+        return self.send_merged()
 
-    def outcome(self, step: int, told: dict[str, object]) -> None:
+    def send_merged(self) -> list[Action]:
+        """Send the merged statistics, if there are any, to the trainer of shard 0, which finalises them."""
+        if self.merged is None:
+            return []
+        ranks = frozenset(
+            placement.rank
+            for placement in self.plan.trainers
+            if any(r.first <= 0 < r.first + r.count for r in placement.shards)
+        )
+        return [SendMerged(self.version, ranks, self.merged.tobytes())]
+
+    def outcome(self, step: int, found: dict[str, object]) -> list[Action]:
         """The trainer of shard 0 finalised an evaluation, or digested the final values. Repeats change nothing."""
         if step != self.version or self._is_over:
-            return
-        if self.action == "evaluate" and "metrics" in told:
-            self._evaluated(told["metrics"])
-        elif self.action == "finish" and "sha256" in told:
-            self._is_over = True
-            self.report_progress(time.monotonic(), force=True)
-            finished = Finished(
-                generation=self.plan.generation,
-                step=self.version,
-                stopped=self.version < self.plan.final_step,
-                parameters_sha256=str(told["sha256"]),
-            )
-            self.out.report(ProcessReport(finished=finished))
+            return []
+        if self.activity == "evaluate" and "metrics" in found:
+            return self._evaluated(found["metrics"])
+        if self.activity != "finish" or "sha256" not in found:
+            return []
+        self._is_over = True
+        finished = Finished(
+            generation=self.plan.generation,
+            step=self.version,
+            stopped=self.version < self.plan.final_step,
+            parameters_sha256=str(found["sha256"]),
+        )
+        return [*self.report_progress(time.monotonic(), force=True), Report(ProcessReport(finished=finished))]
 
-    def report_progress(self, now_s: float, *, force: bool = False, connected: int = 0) -> None:
+    def report_progress(self, now_s: float, *, force: bool = False) -> list[Action]:
         """Report the steps committed since the last report, at most once a second unless forced. `now_s` is monotonic:
         a wall clock that is set back would silence the job for as long."""
         due = now_s - self._reported_at >= REPORT_INTERVAL_S or len(self.records) >= MAX_RECORDS
         if not self.is_open and not (force and self.records):
-            return
+            return []
         if not (force or (due and self._reported_step != self.version)):
-            return
+            return []
         was_stopped = self.state.last is not None and self.state.last.kind == "stop"
         progress = Progress(
             generation=self.plan.generation,
             step=self.version - was_stopped,  # a step that is stopped at makes no version
             records=self.records,
-            connected_trainers=connected,
-            held=self.action == "hold",
+            held=self.activity == "hold",
         )
-        self.out.report(ProcessReport(progress=progress))
         self.records, self._reported_step, self._reported_at = [], self.version, now_s
+        return [Report(ProcessReport(progress=progress))]
 
     def _decide(self, votes: Mapping[int, Vote]) -> CommitDecision:
         return decide(
@@ -245,27 +238,25 @@ class Coordinator:
             save=self.plan.save,
         )
 
-    def _decided(self, decision: CommitDecision) -> None:
-        summary = self.summaries[decision.step]
+    def _decided(self, decision: CommitDecision) -> list[Action]:
         if decision.kind == "stop":
             self._is_over = True
-            led_there = Progress(generation=self.plan.generation, step=decision.step, records=self.records)
-            self.out.report(ProcessReport(progress=led_there))
-            self.out.report(ProcessReport(failure=_non_finite(decision.step, summary)))
-            return
+            up_to_it = Progress(generation=self.plan.generation, step=decision.step, records=self.records)
+            failure = _non_finite(decision.step, self.summaries[decision.step])
+            return [Report(ProcessReport(progress=up_to_it)), Report(ProcessReport(failure=failure))]
         self._record(decision)
-        self._choose_action()
+        return self._choose_activity()
 
     def _record(self, decision: CommitDecision) -> None:
         self.records.append(step_record(self.spec, self.plan.final_step, decision, self.summaries[decision.step]))
         if decision.snapshot:
             self.saved = self.version
 
-    def _choose_action(self) -> None:
-        """Say what comes at the committed version, if that is news."""
+    def _choose_activity(self) -> list[Action]:
+        """Choose what comes at the committed version, and send it to the trainers."""
         if self._is_over:
-            return
-        action = next_action(
+            return []
+        activity = next_activity(
             self.version,
             self.spec,
             self.plan.final_step,
@@ -274,30 +265,35 @@ class Coordinator:
             stop=self.plan.stop and self.version > self.undecided,
             save=self.plan.save,
         )
-        if action != "evaluate":
+        if activity != "evaluate":
             self.merged = None
-        elif self.action != "evaluate":
+        elif self.activity != "evaluate":
             self._statistics = _statistics_sums(self.spec.train.num_shards)
             self.merged = None
-        self.action = action
-        self.out.direct()
-        if action == "hold":
+        self.activity = activity
+        actions: list[Action] = [BroadcastDirective(self.version, self.directive)]
+        if activity == "hold":
             # Before its snapshot's parts: the master moves upon both.
-            self.report_progress(time.monotonic(), force=True)
+            actions += self.report_progress(time.monotonic(), force=True)
+        return actions
 
-    def _evaluated(self, metrics: object) -> None:
+    def _evaluated(self, metrics: object) -> list[Action]:
         self.evaluated = self.version
         self.merged = None
-        self.report_progress(time.monotonic(), force=True)
         found = {str(name): float(value) for name, value in metrics.items()} if isinstance(metrics, dict) else {}
-        self.out.evaluated(self.version, found)
-        self._report_evaluated(self.version, found)
-        self._choose_action()
+        return [
+            *self.report_progress(time.monotonic(), force=True),
+            ReplicateEvaluation(self.version, found),
+            *self.report_evaluated(self.version, found),
+            *self._choose_activity(),
+        ]
 
-    def _report_evaluated(self, version: int, metrics: Mapping[str, float]) -> None:
-        if metrics:
-            report = Evaluated(generation=self.plan.generation, step=version, metrics=dict(metrics))
-            self.out.report(ProcessReport(evaluated=report))
+    def report_evaluated(self, version: int, metrics: Mapping[str, float]) -> list[Action]:
+        """Report an evaluation, also again after a takeover: the master drops one that it knows."""
+        if not metrics:
+            return []
+        report = Evaluated(generation=self.plan.generation, step=version, metrics=dict(metrics))
+        return [Report(ProcessReport(evaluated=report))]
 
 
 def step_record(spec: JobSpec, final_step: int, decision: CommitDecision, summary: Summary) -> StepRecord:

@@ -10,7 +10,7 @@ from pscluster.job.spec import JobSpec
 from pscluster.step.summary import Summary
 from psserver.partition.step.commit import CommitDecision, Vote, clip_coefficient, global_norm
 
-Action = Literal["train", "evaluate", "finish", "hold"]
+Activity = Literal["train", "evaluate", "finish", "hold"]
 
 
 def evaluates_at(version: int, spec: JobSpec, final_step: int) -> bool:
@@ -24,9 +24,9 @@ def snapshots_at(version: int, spec: JobSpec, final_step: int) -> bool:
     return version % spec.durability.every_steps == 0 or evaluates_at(version, spec, final_step)
 
 
-def next_action(
+def next_activity(
     version: int, spec: JobSpec, final_step: int, *, evaluated: int, saved: int, stop: bool, save: bool = False
-) -> Action:
+) -> Activity:
     """What comes at `version`, of which `evaluated` and `saved` are the newest evaluated and written ones.
 
     A stop takes effect at a version that is written, and so does a rest (`save`); the vote on the next step sees to it

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Protocol
+from collections.abc import Callable
 
 from pscluster.errors import FrameError
 from pscluster.step.codec import BufferNode, as_bytes
@@ -21,13 +21,13 @@ from pscluster.wire.connection import Connection
 from pscluster.wire.frame import SUMMARY, UNCHANGED, Codec, FrameKind, Header
 from pscluster.wire.reactor import Reactor
 from psserver.partition import messages
-from psserver.partition.reconnecting_connection import Caller, ReconnectingConnection
+from psserver.partition.actions import Action, Report, ReportSteps, TryVote
+from psserver.partition.partition import Partition
+from psserver.partition.reconnecting_connection import ReconnectingConnection
 from psserver.partition.replication import in_sync as bond
 from psserver.partition.replication.in_sync import InSyncState
-from psserver.partition.replication.metadata import ReplicatedMetadata
-from psserver.partition.step.commit import CommitDecision, Member
+from psserver.partition.step.commit import CommitDecision
 from psserver.partition.step.open_step import OpenStep
-from psserver.partition.step.state import PartitionState
 
 PATIENCE_S = 5.0  # in which a standby that votes wait for must do something
 QUEUE_BYTES = 64 << 20  # of sums on their way to a standby that is not in sync, or those of two steps if that is more
@@ -35,39 +35,16 @@ _RETRY_S = (0.05, 1.0)
 _WATCH_S = 0.5
 
 
-class Primary(Caller, Protocol):
-    """What the replication asks of its partition. Everything on the partition's thread."""
-
-    index: int
-    state: PartitionState | None
-    step: OpenStep | None
-    member: Member
-    version: int
-    notes: ReplicatedMetadata
-
-    @property
-    def is_updating(self) -> bool:
-        """Whether a decision is being carried out: the state is of no step."""
-
-    def report(self, report: ProcessReport) -> None:
-        """Tell the master."""
-
-    def report_steps(self) -> None:
-        """Tell the master of every step that it has not heard of."""
-
-    def try_vote(self) -> None:
-        """The standby no longer keeps the step from being voted on."""
-
-
 class Replication:
     """For whatever standby the plan names. On the partition's thread; never blocks."""
 
-    def __init__(self, reactor: Reactor, primary: Primary) -> None:
+    def __init__(self, reactor: Reactor, partition: Partition, carry_out: Callable[[list[Action]], None]) -> None:
         self.bond = InSyncState()
         self._reactor = reactor
-        self._primary = primary
+        self._partition = partition
+        self._carry_out = carry_out
         kinds = frozenset({FrameKind.ACK})
-        self._line = ReconnectingConnection(reactor, primary, self, channel="replica", kinds=kinds, retry_s=_RETRY_S)
+        self._line = ReconnectingConnection(reactor, partition, self, channel="replica", kinds=kinds, retry_s=_RETRY_S)
         self._streams = False  # the standby was sent a state, or has one: steps follow
         self._sent: set[int] = set()  # buckets of the open step that were sent over this connection
         self._queued_bytes = 0  # of sums
@@ -81,7 +58,7 @@ class Replication:
 
     def adopt(self, plan: Plan, *, restored: bool) -> None:
         """A plan names who stands by."""
-        placement = plan.partitions[self._primary.index]
+        placement = plan.partitions[self._partition.index]
         attempt = placement.standby.attempt if placement.HasField("standby") else 0
         addresses = list(placement.standby.addresses)
         before, self.bond = self.bond, bond.adopt(self.bond, attempt, restored=restored)
@@ -99,14 +76,14 @@ class Replication:
         self._line.close()
 
     def may_vote(self) -> bool:
-        """Whether the complete step may be voted on; `Primary.try_vote` is called when that has changed."""
-        if not bond.may_vote(self.bond, self._primary.member.step):
+        """Whether the complete step may be voted on; `TryVote` follows when that has changed."""
+        if not bond.may_vote(self.bond, self._partition.member.step):
             return False
         return self.bond.is_bound or self._queued_bytes <= self._limit_bytes()
 
     def offer(self) -> None:
         """Send what of the open step is complete and was not sent."""
-        step = self._primary.step
+        step = self._partition.step
         if not self._streams or step is None:
             return
         for bucket in step.complete_buckets():
@@ -125,41 +102,41 @@ class Replication:
 
     def at_boundary(self) -> None:
         """The state is that of a step: a standby that waits for it gets it."""
-        primary, state, connection = self._primary, self._primary.state, self._line.connection
-        if connection is None or self._streams or state is None or not state.is_filled or primary.is_updating:
+        partition, state, connection = self._partition, self._partition.state, self._line.connection
+        if connection is None or self._streams or state is None or not state.is_filled or partition.machine.is_updating:
             return
         self._stream()
         told = {
             "update_counts": state.update_counts,
-            "decision": messages.decision_json(primary.member.last_decision),
-            "notes": primary.notes.to_json(),
+            "decision": messages.decision_json(partition.member.last_decision),
+            "notes": partition.metadata.to_json(),
         }
-        header = primary.header(kind=FrameKind.SYNC, step=primary.member.step)
+        header = partition.header(kind=FrameKind.SYNC, step=partition.member.step)
         connection.send(header, [json.dumps(told).encode()])
-        with primary.counters.phase("snapshot"):
+        with partition.counters.phase("snapshot"):
             pieces = state.pieces()
         for (bucket, what), data in pieces.items():
             number = 0 if what == "values" else 1 + int(what.removeprefix("moment"))
             self._send(
-                primary.header(kind=FrameKind.PIECE, step=primary.member.step, bucket=bucket, flags=number), data
+                partition.header(kind=FrameKind.PIECE, step=partition.member.step, bucket=bucket, flags=number), data
             )
         self.offer()
 
     def note(self) -> None:
         """The coordinator's notes have changed."""
         if self._line.connection is not None and self._streams:
-            header = self._primary.header(kind=FrameKind.NOTE, step=self._primary.member.step)
-            self._line.connection.send(header, [json.dumps(self._primary.notes.to_json()).encode()])
+            header = self._partition.header(kind=FrameKind.NOTE, step=self._partition.member.step)
+            self._line.connection.send(header, [json.dumps(self._partition.metadata.to_json()).encode()])
 
     @property
     def lag_steps(self) -> int | None:
         """How many committed steps the standby could not make; None: it holds nothing."""
-        return max(0, self._primary.version - self.bond.reach) if self.bond.reach >= 0 else None
+        return max(0, self._partition.version - self.bond.reach) if self.bond.reach >= 0 else None
 
     # ---- sending ----
 
     def _send_root(self, step: OpenStep, bucket: int) -> None:
-        at, header = self._primary.member.step, self._primary.header
+        at, header = self._partition.member.step, self._partition.header
         if bucket == SUMMARY:
             body: bytes | memoryview = step.summary.root.pack()
             self._send(header(kind=FrameKind.PUSH, step=at, bucket=bucket, node=step.summary.tree.root), body)
@@ -172,7 +149,7 @@ class Replication:
             return
         words = root.words if isinstance(root, BufferNode) else root
         assert words is not None
-        codec = Codec.of(self._primary.spec.network.push_codec) if bucket in step.trained else Codec.FP32
+        codec = Codec.of(self._partition.spec.network.push_codec) if bucket in step.trained else Codec.FP32
         body = as_bytes(words)
         self._queued_bytes += body.nbytes
         self._send(
@@ -188,7 +165,7 @@ class Replication:
         connection = self._line.connection
         if connection is None:
             return
-        self._primary.counters.replicated_bytes += memoryview(body).nbytes
+        self._partition.counters.replicated_bytes += memoryview(body).nbytes
         sent = (lambda: self._left(connection, counts)) if counts else None
         connection.send(header, [body], tag=None if at_step is None else ("step", at_step), on_sent=sent)
 
@@ -198,14 +175,14 @@ class Replication:
             held_back = self._queued_bytes > self._limit_bytes()
             self._queued_bytes -= size_bytes
             if held_back and self._queued_bytes <= self._limit_bytes():
-                self._reactor.post(self._primary.try_vote)
+                self._reactor.post(lambda: self._carry_out([TryVote()]))
 
     def _send_decision(self, decision: CommitDecision) -> None:
-        header = self._primary.header(kind=FrameKind.DECISION, step=decision.step)
+        header = self._partition.header(kind=FrameKind.DECISION, step=decision.step)
         self._send(header, messages.pack_decision(decision))
 
     def _limit_bytes(self) -> int:
-        state = self._primary.state
+        state = self._partition.state
         step_bytes = sum(span.num_words for span in state.spans) * WORD_BYTES if state else 0
         return max(QUEUE_BYTES, 2 * step_bytes)
 
@@ -223,7 +200,7 @@ class Replication:
     def lost(self) -> None:
         """Maybe within a send, whose caller relies on the open step: a vote, and what follows from it, comes later."""
         self._forget_connection()
-        self._reactor.post(self._primary.try_vote)  # a queue that was too long is no more
+        self._reactor.post(lambda: self._carry_out([TryVote()]))  # a queue that was too long is no more
 
     def _stream(self) -> None:
         """Steps follow from here on; of the open one nothing went over this connection yet."""
@@ -238,7 +215,7 @@ class Replication:
         reach, applied = told.get("reach"), told.get("applied")
         if not isinstance(reach, int) or not isinstance(applied, int):
             raise FrameError("a welcome that does not say what is held", details={"field": "body"})
-        member = self._primary.member
+        member = self._partition.member
         if bond.resumes(self.bond, reach, applied, member.step):
             self._stream()
             if applied < member.step and member.last_decision is not None:
@@ -249,18 +226,17 @@ class Replication:
         elif (anew := bond.begin(self.bond)) is not None:
             self.bond = anew
             self.at_boundary()
-            self._primary.try_vote()  # maybe it waited for what the standby no longer has
+            self._carry_out([TryVote()])  # it may have waited for what the standby no longer has
         else:
             self._give_up(f"it can make version {reach}, not {member.step}")
 
     def _held(self, reach: int) -> None:
-        member = self._primary.member
+        member = self._partition.member
         promised = member.step + (member.vote is not None)
         self.bond, tells = bond.acknowledge(self.bond, reach, promised)
-        if tells:
-            self._primary.report_steps()  # what the standby did not see happen must be known when it is relied on
-            self._say(in_sync=True, detail=f"in sync at step {reach}")
-        self._primary.try_vote()
+        if tells:  # the master must know what the standby did not see happen before it relies on it
+            self._carry_out([ReportSteps(), self._report(in_sync=True, detail=f"in sync at step {reach}")])
+        self._carry_out([TryVote()])
 
     # ---- patience ----
 
@@ -284,7 +260,7 @@ class Replication:
 
     def _is_awaited(self) -> bool:
         """Whether a vote waits for the standby, or will."""
-        step, member = self._primary.step, self._primary.member
+        step, member = self._partition.step, self._partition.member
         if step is None:
             return False
         if member.vote is None and step.is_complete and not self.may_vote():
@@ -294,10 +270,10 @@ class Replication:
     def _give_up(self, why: str) -> None:
         if not self._gave_up:
             self._gave_up = True
-            self._say(in_sync=False, detail=why)
+            self._carry_out([self._report(in_sync=False, detail=why)])
 
-    def _say(self, *, in_sync: bool, detail: str) -> None:
-        plan = self._primary.plan
+    def _report(self, *, in_sync: bool, detail: str) -> Report:
+        plan = self._partition.plan
         assert plan is not None
         state = StandbyState(generation=plan.generation, attempt=self.bond.attempt, in_sync=in_sync, detail=detail)
-        self._primary.report(ProcessReport(standby_state=state))
+        return Report(ProcessReport(standby_state=state))

@@ -73,6 +73,13 @@ class PartitionState:
         if self.published[bucket] is not self.values[bucket]:
             self.published[bucket].copy_(self.values[bucket])
 
+    def fill(self, bucket: int) -> bool:
+        """The bucket has its first values. Whether it was the last one without."""
+        was_filled = self.is_filled
+        self.publish(bucket)
+        self.filled.add(bucket)
+        return self.is_filled and not was_filled
+
     def reset(self) -> None:
         """Step 0 without values: they come from a trainer, or are zero where there are none."""
         for moments in self.moments:
