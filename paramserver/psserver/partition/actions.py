@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pscluster.v1.plan_pb2 import ProcessReport
-from psserver.partition.replication.metadata import ReplicatedMetadata
+from psserver.partition.replication.in_sync import ReplicatedMetadata
 from psserver.partition.step.commit import CommitDecision, Vote
 
 # ---- the step ----

@@ -7,7 +7,7 @@ from pscluster.v1.plan_pb2 import Plan, ProcessSpec
 from pscluster.wire.frame import Header, job_number
 from psserver.partition.coordinator.coordinator import Coordinator
 from psserver.partition.ingress.clients import Clients
-from psserver.partition.replication.metadata import ReplicatedMetadata
+from psserver.partition.replication.in_sync import ReplicatedMetadata
 from psserver.partition.replication.standby import Standby
 from psserver.partition.step.commit import Member
 from psserver.partition.step.machine import StepMachine

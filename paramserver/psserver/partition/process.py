@@ -44,13 +44,12 @@ from psserver.partition.actions import (
     WriteSnapshot,
 )
 from psserver.partition.agent_connection import AgentConnection
-from psserver.partition.checkpoint.restoring import Restoring
-from psserver.partition.checkpoint.saving import Saving
+from psserver.partition.checkpoint.saving import Restoring, Saving
 from psserver.partition.coordinator.client import CoordinatorClient
 from psserver.partition.coordinator.coordinator import Coordinator, step_record
 from psserver.partition.ingress.frame_handler import FrameHandler
 from psserver.partition.partition import Partition
-from psserver.partition.replication.metadata import Evaluation, ReplicatedMetadata
+from psserver.partition.replication.in_sync import Evaluation, ReplicatedMetadata
 from psserver.partition.replication.primary import Replication
 from psserver.partition.replication.standby import Standby
 from psserver.partition.step.commit import CommitDecision, Vote

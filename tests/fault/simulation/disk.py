@@ -22,8 +22,7 @@ from psmaster.storage.persistence import Archive, Writes
 from psmaster.storage.sqlite import SqliteStore
 from psmaster.storage.store import Batch
 from psserver.partition.checkpoint import snapshots
-from psserver.partition.checkpoint.shared_store_check import SharedStoreCheck
-from psserver.partition.checkpoint.snapshots import SnapshotWriter
+from psserver.partition.checkpoint.snapshots import SharedStoreCheck, SnapshotWriter
 from tests.fault.simulation.schedule import SOON_S, Condition, Life, Schedule, Strand
 
 

@@ -9,7 +9,7 @@ import pytest
 from pscluster.agent.devices import DeviceLedger
 from pscluster.agent.role import AgentRole
 from pscluster.errors import DeviceError
-from psserver.agent import SERVER
+from psserver.daemon import SERVER
 from psworker.agent import WORKER
 
 

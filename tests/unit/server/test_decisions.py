@@ -17,7 +17,7 @@ from pscluster.errors import FrameError
 from pscluster.job.spec import ScheduleSection
 from pscluster.step.summary import Summary
 from pscluster.wire.frame import FrameKind, Header
-from psserver.partition.coordinator.decisions import decide, evaluates_at, next_activity, snapshots_at
+from psserver.partition.coordinator.coordinator import decide, evaluates_at, next_activity, snapshots_at
 from psserver.partition.messages import pack_decision, pack_vote, unpack_decision, unpack_vote, vote_bytes
 from psserver.partition.step.commit import (
     CommitDecision,
@@ -32,7 +32,7 @@ from psserver.partition.step.commit import (
     receive_decision,
     receive_vote,
 )
-from psserver.partition.step.schedule import learning_rate
+from psserver.partition.step.optimizer import learning_rate
 
 FINITE = st.floats(0, 1e30)
 FLOATS = st.floats(allow_nan=False)

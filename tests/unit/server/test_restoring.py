@@ -12,7 +12,7 @@ from pscluster.step.layout import Layout, TensorSpec
 from pscluster.storage.snapshot import part_name, write_part
 from pscluster.v1.plan_pb2 import Plan, RestorePoint, SnapshotPart
 from pscluster.wire.frame import FrameKind
-from psserver.partition.checkpoint import restoring
+from psserver.partition.checkpoint import saving
 from psserver.partition.process import PartitionService
 
 LAYOUT = Layout((TensorSpec(names=("w",), shape=(40,), dtype="float32", kind="trained"),))
@@ -90,7 +90,7 @@ def test_a_newer_plan_comes_first(waiting: PartitionService, network: Network, t
 
 
 def test_patience_has_an_end(waiting: PartitionService, network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(restoring, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(saving, "RESTORE_PATIENCE_S", 0.0)
     network.fire_timers()
     (failure,) = reported(waiting, "failure")
     assert failure.error.code == "PS-4002" and waiting.failed  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from functools import partial
 
 from pscluster.storage import Buffer, Live
 from pscluster.storage.snapshot import PieceKey
-from psserver.partition.step.huge_pages import huge_page_memory
+from psserver.partition.step.state import huge_page_memory
 
 CHUNK_BYTES = 4 << 20
 """What is written at a time, and again when it was overwritten meanwhile."""

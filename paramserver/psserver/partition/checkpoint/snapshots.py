@@ -8,6 +8,7 @@ Where the node's own disk is the store, a snapshot is being written until a seco
 from __future__ import annotations
 
 import functools
+import math
 import re
 import threading
 import time
@@ -21,7 +22,6 @@ from pscluster.errors import InternalError, PsError, StorageError
 from pscluster.step.layout import Layout
 from pscluster.storage import Written, below, open_store
 from pscluster.storage.snapshot import PartMeta, Pieces, part_name, write_part
-from psserver.partition.checkpoint.shared_store_check import SharedStoreCheck
 
 Done = Callable[[Written | None, PsError | None], None]
 ALWAYS = 64  # above the roundness of every step but 0
@@ -218,3 +218,34 @@ def _left_out(step: int, other: int) -> StorageError:
         f"the snapshot of step {step} is left out: the store is still busy, and that of step {other} goes first",
         action="use a faster store, or raise durability.every_steps",
     )
+
+
+SHARING_PATIENCE_S = 90.0
+"""How long another's files may be missing: network file systems show new ones late, by default up to a minute."""
+
+
+class SharedStoreCheck:
+    """On the thread that writes snapshots. `partition` is one's own of `num_partitions`."""
+
+    def __init__(self, partition: int, num_partitions: int) -> None:
+        self._others = frozenset(range(num_partitions)) - {partition}
+        self._since_s = math.inf  # when somebody's files were first missing
+        self._told = False
+
+    def look(self, location: str, seen: Iterable[int], now_s: float) -> StorageError | None:
+        """After the catalogue has a snapshot of all partitions: what is wrong when only the files of the partitions
+        `seen` are there. Told once; None: nothing, or nothing new."""
+        missing = sorted(self._others.difference(seen))
+        if not missing or self._told:
+            self._since_s = math.inf
+            return None
+        self._since_s = min(self._since_s, now_s)
+        if now_s - self._since_s < SHARING_PATIENCE_S:
+            return None
+        self._told = True
+        names = ", ".join(f"partition-{index}" for index in missing)
+        return StorageError(
+            f"{location} shows nothing that {names} wrote there: it is not shared, and a lost partition that starts "
+            "elsewhere would find no snapshot",
+            action="mount it on all servers, start each psserver with --own-store, or set durability.store",
+        )

@@ -14,7 +14,7 @@ from pscluster.storage.snapshot import PieceKey
 from pscluster.wire.frame import Codec, FrameKind, Header
 from psserver.partition import messages
 from psserver.partition.actions import Action, AdoptMetadata, BeginAt, SendHeld
-from psserver.partition.replication.metadata import ReplicatedMetadata
+from psserver.partition.replication.in_sync import ReplicatedMetadata
 from psserver.partition.step.machine import StepMachine
 from psserver.partition.step.state import PartitionState
 

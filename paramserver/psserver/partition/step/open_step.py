@@ -16,8 +16,7 @@ from pscluster.step.summary import Summary
 from pscluster.step.tree import Tree, TreeNode, tree_of
 from pscluster.wire.frame import SUMMARY
 from psserver.partition.step.commit import CommitDecision
-from psserver.partition.step.optimizer import Run, runs, update_span
-from psserver.partition.step.schedule import learning_rate
+from psserver.partition.step.optimizer import Run, learning_rate, runs, update_span
 from psserver.partition.step.state import PartitionState
 from psserver.partition.step.sums import Entry, Pool, Sums, block_squares
 

@@ -6,12 +6,13 @@ depend on where it starts. Tensors that are neighbours and share decay and age g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from pscluster.job.spec import OptimizerSection
+from pscluster.job.spec import OptimizerSection, ScheduleSection
 from pscluster.step.layout import PAD_WORDS, Layout, Span
 
 CHUNK_WORDS = 128 * 1024
@@ -137,3 +138,19 @@ def _sgd(
         maximize=False,
         is_first_step=run.age == 0,
     )
+
+
+def learning_rate(base: float, schedule: ScheduleSection, step: int, final_step: int) -> float:
+    """Rate of the update that makes version `step` + 1 of `final_step`.
+
+    Warm-up is linear and reaches `base` at update number `warmup_steps`. The cosine (Loshchilov and Hutter, 2017,
+    without restarts) falls from `base` to `final_ratio * base` over the steps after it.
+    """
+    if step < schedule.warmup_steps:
+        return base * (step + 1) / schedule.warmup_steps
+    if schedule.name == "constant":
+        return base
+    length = max(1, final_step - schedule.warmup_steps)
+    progress = min(1.0, (step - schedule.warmup_steps) / length)
+    floor = schedule.final_ratio
+    return base * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)))
