@@ -301,7 +301,7 @@ class PlayedCluster:
         """A partition is gone and its standby, if it is in sync, has its place; else nothing happens."""
         place = index % len(self.partitions)
         lost = self.partitions[place]
-        told = lost.replication.bond.is_told and lost.plan is not None
+        told = lost.replication.in_sync.reported_in_sync and lost.plan is not None
         if place not in self.standbys or not told or lost.plan.restore_generation != self.restored:  # type: ignore[union-attr]
             return
         dismiss(lost)

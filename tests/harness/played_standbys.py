@@ -261,8 +261,8 @@ class PlayedJob:
         for index, synced in enumerate(self.master.synced):
             standby = self.standby(index)
             if synced and standby is not None and standby.standby is not None:
-                reach = standby.member.step + (standby.member.vote is not None)
-                assert reach > newest, f"the standby of {index} could not make the committed step {newest}"
+                acked_version = standby.member.step + (standby.member.vote is not None)
+                assert acked_version > newest, f"the standby of {index} could not make the committed step {newest}"
         for p in current:
             if p.index == 0 and (p.standby is None or (self.master.synced[0] and p.standby.is_synced)):
                 noted = {evaluation.step for evaluation in p.metadata.evaluations}

@@ -169,7 +169,9 @@ def exported() -> dict[str, str]:
     }
     partition = PartitionCounters()
     partition.refused(errors.FrameError("x"))
-    replicated = partition.sample(partition=0, step=0, state_bytes=0, pull_bytes=0, standby=InSyncState(reach=0))
+    replicated = partition.sample(
+        partition=0, step=0, state_bytes=0, pull_bytes=0, standby=InSyncState(acked_version=0)
+    )
     standing_by = partition.sample_standby(partition=0, step=0, state_bytes=0)
     for counters in (TrainerCounters().sample(), replicated, standing_by):
         found |= {f"ps_{sample.name}": "gauge" if sample.gauge else "counter" for sample in counters.samples}

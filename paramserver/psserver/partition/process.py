@@ -168,7 +168,7 @@ class PartitionService(Partition, AgentConnection):
 
     def _send_held(self) -> None:
         if self.standby is not None:
-            self.clients.broadcast(self.clients.on("replica"), FrameKind.HELD, self.standby.reach, b"")
+            self.clients.broadcast(self.clients.on("replica"), FrameKind.HELD, self.standby.acked_version, b"")
 
     def _replicate(self, decision: CommitDecision) -> None:
         """Before the sums change: the standby gets the decision; the coordinator's standby records the step."""
@@ -236,9 +236,9 @@ class PartitionService(Partition, AgentConnection):
         state_bytes = self.state.size_bytes if self.state else 0
         if self.standby is not None:
             return self.counters.sample_standby(self.index, self.version, state_bytes)
-        bond = self.replication.bond if self.spec.durability.tier == "replica" else None
+        in_sync = self.replication.in_sync if self.spec.durability.tier == "replica" else None
         lag = self.replication.lag_steps or 0
-        return self.counters.sample(self.index, self.version, state_bytes, self.clients.pull_bytes, bond, lag)
+        return self.counters.sample(self.index, self.version, state_bytes, self.clients.pull_bytes, in_sync, lag)
 
     def unreached(self) -> Unreached | None:
         plan, coordinator_client = self.plan, self._coordinator_client

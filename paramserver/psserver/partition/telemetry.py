@@ -75,9 +75,9 @@ class PartitionCounters:
         found.append(counter("pull_bytes_total", pull_bytes))
         found.append(counter("snapshots_total", self.snapshots))
         if standby is not None:
-            found.append(gauge("replica_in_sync", standby.is_told))
+            found.append(gauge("replica_in_sync", standby.reported_in_sync))
             found.append(counter("replica_bytes_total", self.replicated_bytes))
-            if standby.reach >= 0:
+            if standby.acked_version >= 0:
                 found.append(gauge("replica_lag_steps", lag))
         found += [counter("phase_seconds_total", spent, phase=name) for name, spent in self._phases.seconds.items()]
         return Counters(samples=found)

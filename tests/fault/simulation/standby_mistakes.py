@@ -25,8 +25,10 @@ def votes_do_not_wait_for_the_standby() -> Iterable[Patch]:
 
 @mistake_in(tier="replica", partitions=2, servers=3, compute_s=0.1, every_s=0.3, storm_s=8.0, faults=_KILLED)
 def a_standby_is_relied_on_before_it_is_in_sync() -> Iterable[Patch]:
-    def acknowledge(held: InSyncState, reach: int, _promised: int) -> tuple[InSyncState, bool]:
-        return replace(held, reach=max(held.reach, reach), is_told=True), not held.is_told
+    def acknowledge(held: InSyncState, acked_version: int, _promised: int) -> tuple[InSyncState, bool]:
+        return replace(
+            held, acked_version=max(held.acked_version, acked_version), reported_in_sync=True
+        ), not held.reported_in_sync
 
     yield patch.object(in_sync, "acknowledge", acknowledge)
 

@@ -70,7 +70,7 @@ def test_a_partition_outlives_a_standby_that_is_not_in_sync(takes: int, undistur
     line = to_its_standby(job, 0)
     line.reading, line.takes = False, takes  # that it holds the state is not heard
     job.network.settle(redial=False)
-    assert not partition.replication.bond.is_bound
+    assert not partition.replication.in_sync.ack_required
     for _ in range(2):
         job.push(0)
         job.network.settle(redial=False)

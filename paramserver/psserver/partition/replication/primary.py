@@ -4,7 +4,7 @@
     each step: PUSH of every bucket's root and of the summary's, as they are complete -> HELD; then DECISION
 
 The sums are sent while backward still fills other buckets, from the memory that they were added in. What waits for the
-standby, and when the two are in sync, is decided in `bond`.
+standby, and when the two are in sync, is decided in `in_sync`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from psserver.partition import messages
 from psserver.partition.actions import Action, Report, ReportSteps, TryVote
 from psserver.partition.partition import Partition
 from psserver.partition.reconnecting_connection import ReconnectingConnection
-from psserver.partition.replication import in_sync as bond
+from psserver.partition.replication import in_sync
 from psserver.partition.replication.in_sync import InSyncState
 from psserver.partition.step.commit import CommitDecision
 from psserver.partition.step.open_step import OpenStep
@@ -39,7 +39,7 @@ class Replication:
     """For whatever standby the plan names. On the partition's thread; never blocks."""
 
     def __init__(self, reactor: Reactor, partition: Partition, carry_out: Callable[[list[Action]], None]) -> None:
-        self.bond = InSyncState()
+        self.in_sync = InSyncState()
         self._reactor = reactor
         self._partition = partition
         self._carry_out = carry_out
@@ -61,8 +61,8 @@ class Replication:
         placement = plan.partitions[self._partition.index]
         attempt = placement.standby.attempt if placement.HasField("standby") else 0
         addresses = list(placement.standby.addresses)
-        before, self.bond = self.bond, bond.adopt(self.bond, attempt, restored=restored)
-        if self.bond is before and addresses == self._line.addresses:
+        before, self.in_sync = self.in_sync, in_sync.adopt(self.in_sync, attempt, restored=restored)
+        if self.in_sync is before and addresses == self._line.addresses:
             return
         self._forget_connection()
         self._line.follow(addresses)
@@ -77,9 +77,9 @@ class Replication:
 
     def may_vote(self) -> bool:
         """Whether the complete step may be voted on; `TryVote` follows when that has changed."""
-        if not bond.may_vote(self.bond, self._partition.member.step):
+        if not in_sync.may_vote(self.in_sync, self._partition.member.step):
             return False
-        return self.bond.is_bound or self._queued_bytes <= self._limit_bytes()
+        return self.in_sync.ack_required or self._queued_bytes <= self._limit_bytes()
 
     def offer(self) -> None:
         """Send what of the open step is complete and was not sent."""
@@ -131,7 +131,7 @@ class Replication:
     @property
     def lag_steps(self) -> int | None:
         """How many committed steps the standby could not make; None: it holds nothing."""
-        return max(0, self._partition.version - self.bond.reach) if self.bond.reach >= 0 else None
+        return max(0, self._partition.version - self.in_sync.acked_version) if self.in_sync.acked_version >= 0 else None
 
     # ---- sending ----
 
@@ -212,30 +212,30 @@ class Replication:
 
     def _begin(self, told: dict[str, object]) -> None:
         """The standby says what it holds: go on from there, or give it the whole state."""
-        reach, applied = told.get("reach"), told.get("applied")
-        if not isinstance(reach, int) or not isinstance(applied, int):
+        acked_version, applied = told.get("reach"), told.get("applied")
+        if not isinstance(acked_version, int) or not isinstance(applied, int):
             raise FrameError("a welcome that does not say what is held", details={"field": "body"})
         member = self._partition.member
-        if bond.resumes(self.bond, reach, applied, member.step):
+        if in_sync.resumes(self.in_sync, acked_version, applied, member.step):
             self._stream()
             if applied < member.step and member.last_decision is not None:
                 self._send_decision(member.last_decision)
             self.note()  # it may have changed while nobody heard; before the sums: who holds those knows of it
-            self._held(reach)
+            self._held(acked_version)
             self.offer()
-        elif (anew := bond.begin(self.bond)) is not None:
-            self.bond = anew
+        elif (anew := in_sync.begin(self.in_sync)) is not None:
+            self.in_sync = anew
             self.at_boundary()
             self._carry_out([TryVote()])  # it may have waited for what the standby no longer has
         else:
-            self._give_up(f"it can make version {reach}, not {member.step}")
+            self._give_up(f"it can make version {acked_version}, not {member.step}")
 
-    def _held(self, reach: int) -> None:
+    def _held(self, acked_version: int) -> None:
         member = self._partition.member
         promised = member.step + (member.vote is not None)
-        self.bond, tells = bond.acknowledge(self.bond, reach, promised)
-        if tells:  # the master must know what the standby did not see happen before it relies on it
-            self._carry_out([ReportSteps(), self._report(in_sync=True, detail=f"in sync at step {reach}")])
+        self.in_sync, reports = in_sync.acknowledge(self.in_sync, acked_version, promised)
+        if reports:  # the master must know what the standby did not see happen before it relies on it
+            self._carry_out([ReportSteps(), self._report(in_sync=True, detail=f"in sync at step {acked_version}")])
         self._carry_out([TryVote()])
 
     # ---- patience ----
@@ -251,7 +251,7 @@ class Replication:
         if not self._line.addresses:
             return
         now_s, connection = time.monotonic(), self._line.connection
-        mark = (connection, connection.sent_bytes if connection is not None else 0, self._heard, self.bond)
+        mark = (connection, connection.sent_bytes if connection is not None else 0, self._heard, self.in_sync)
         if mark != self._mark or not self._is_awaited():
             self._mark, self._quiet_since_s = mark, now_s
         elif now_s - self._quiet_since_s >= PATIENCE_S:
@@ -265,7 +265,7 @@ class Replication:
             return False
         if member.vote is None and step.is_complete and not self.may_vote():
             return True
-        return self.bond.is_bound and self._line.connection is None
+        return self.in_sync.ack_required and self._line.connection is None
 
     def _give_up(self, why: str) -> None:
         if not self._gave_up:
@@ -275,5 +275,5 @@ class Replication:
     def _report(self, *, in_sync: bool, detail: str) -> Report:
         plan = self._partition.plan
         assert plan is not None
-        state = StandbyState(generation=plan.generation, attempt=self.bond.attempt, in_sync=in_sync, detail=detail)
+        state = StandbyState(generation=plan.generation, attempt=self.in_sync.attempt, in_sync=in_sync, detail=detail)
         return Report(ProcessReport(standby_state=state))

@@ -30,14 +30,14 @@ class Standby:
         self._missing: set[PieceKey] = set()
 
     @property
-    def reach(self) -> int:
+    def acked_version(self) -> int:
         """The version that it can make of what it holds; -1: none."""
         member = self._machine.member
         return member.step + (member.vote is not None) if self.is_synced else -1
 
     def welcome(self) -> dict[str, object]:
         """What the primary learns when it connects."""
-        return {"reach": self.reach, "applied": self._machine.member.step}
+        return {"reach": self.acked_version, "applied": self._machine.member.step}
 
     def receive(self, header: Header, body: memoryview) -> list[Action]:
         """A SYNC, a PIECE that has landed, a DECISION or a NOTE."""
