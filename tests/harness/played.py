@@ -18,7 +18,7 @@ from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.step.layout import Layout
 from pscluster.v1.plan_pb2 import PartitionPlacement, Plan, ProcessReport, ProcessSpec, ShardRange, TrainerPlacement
 from pscluster.wire.frame import IN_MEMORY, Buffer, FrameKind, Header, checksum, job_number, pack, unpack
-from psserver.partition.actions import Join
+from psserver.partition.actions import JoinJob
 from psserver.partition.process import PartitionService
 from psserver.partition.telemetry import PartitionCounters
 
@@ -311,7 +311,7 @@ def fill(service: PartitionService) -> None:
     assert service.state is not None
     for span in service.state.spans:
         if service.state.fill(span.bucket):
-            service.carry_out([Join()])
+            service.carry_out([JoinJob()])
 
 
 def job_header(kind: FrameKind, **fields: Any) -> Header:

@@ -17,6 +17,7 @@ from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
 from pscluster.step.summary import Summary, touched_bits
 from pscluster.step.tree import TreeNode
 from pscluster.v1.plan_pb2 import Plan
+from pscluster.wire.partition_protocol import Evaluation
 from psserver.partition.actions import ReplicateEvaluation, TryVote
 from psserver.partition.process import PartitionService
 
@@ -225,7 +226,7 @@ class PlayedJob:
         begun = step.complete_buckets() or service.version != coordinator.version
         if not begun and plan.restore_generation == self.master.restored and service.version not in self.evaluated:
             self.evaluated.add(service.version)
-            service.carry_out([ReplicateEvaluation(service.version, {"loss": float(service.version)})])
+            service.carry_out([ReplicateEvaluation(Evaluation(service.version, {"loss": float(service.version)}))])
 
     def _complete(self, service: PartitionService, step: int) -> None:
         opened = service.step

@@ -4,12 +4,11 @@ An action's own consequences are carried out before the action that follows it i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pscluster.v1.plan_pb2 import ProcessReport
-from psserver.partition.replication.in_sync import ReplicatedMetadata
-from psserver.partition.step.commit import CommitDecision, Vote
+from pscluster.wire.partition_protocol import CommitDecision, Evaluation, Metadata, Vote
+from pscluster.wire.protocol import Directive
 
 # ---- the step ----
 
@@ -80,7 +79,7 @@ class ReplayEarly:
 
 
 @dataclass(frozen=True)
-class Join:
+class JoinJob:
     """Every value is here: take part in the job."""
 
 
@@ -105,10 +104,9 @@ class RequestVote:
 
 @dataclass(frozen=True)
 class BroadcastDirective:
-    """Send every trainer what comes at version `step`."""
+    """Send every trainer what comes next."""
 
-    step: int
-    body: bytes
+    directive: Directive
 
 
 @dataclass(frozen=True)
@@ -124,8 +122,7 @@ class SendMerged:
 class ReplicateEvaluation:
     """An evaluation is finalised: the standby gets it before the next step."""
 
-    step: int
-    metrics: Mapping[str, float]
+    evaluation: Evaluation
 
 
 # ---- reports ----
@@ -152,14 +149,14 @@ class BeginAt:
 
     step: int
     last_decision: CommitDecision | None
-    metadata: ReplicatedMetadata
+    metadata: Metadata
 
 
 @dataclass(frozen=True)
 class AdoptMetadata:
     """The primary's metadata has changed."""
 
-    metadata: ReplicatedMetadata
+    metadata: Metadata
 
 
 Action = (
@@ -174,7 +171,7 @@ Action = (
     | SyncStandby
     | ResumeReading
     | ReplayEarly
-    | Join
+    | JoinJob
     | SendDecision
     | RequestVote
     | BroadcastDirective

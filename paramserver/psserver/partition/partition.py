@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pscluster.job.spec import JobSpec
 from pscluster.v1.plan_pb2 import Plan, ProcessSpec
-from pscluster.wire.frame import Header, job_number
+from pscluster.wire.frame import FrameKind, Header, job_number
+from pscluster.wire.protocol import Channel, Hello
 from psserver.partition.coordinator.coordinator import Coordinator
 from psserver.partition.ingress.clients import Clients
 from psserver.partition.replication.in_sync import ReplicatedMetadata
@@ -66,3 +67,15 @@ class Partition:
         """A header of this job, generation and sender."""
         generation = self.plan.generation if self.plan else 0
         return Header(job=self.job, generation=generation, sender=self.index, **fields)  # type: ignore[arg-type]
+
+    def make_hello(self, channel: Channel) -> tuple[Header, Hello]:
+        """The HELLO to open a connection with."""
+        assert self.plan is not None
+        hello = Hello(
+            token=self.plan.data_token.hex(),
+            role="partition",
+            channel=channel,
+            attempt=self.attempt,
+            restore_generation=self.plan.restore_generation,
+        )
+        return self.header(kind=FrameKind.HELLO), hello

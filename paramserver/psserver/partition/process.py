@@ -17,15 +17,15 @@ from pscluster.job.spec import JobSpec
 from pscluster.step.layout import Layout
 from pscluster.v1.plan_pb2 import Counters, Plan, Unreached
 from pscluster.wire.frame import FrameKind
+from pscluster.wire.partition_protocol import CommitDecision, Join, Vote
 from pscluster.wire.reactor import Reactor
-from psserver.partition import messages
 from psserver.partition.actions import (
     Action,
     AdoptMetadata,
     ApplyBucket,
     BeginAt,
     BroadcastDirective,
-    Join,
+    JoinJob,
     OpenNextStep,
     ReplayEarly,
     ReplicateDecision,
@@ -49,10 +49,9 @@ from psserver.partition.coordinator.client import CoordinatorClient
 from psserver.partition.coordinator.coordinator import Coordinator, step_record
 from psserver.partition.ingress.frame_handler import FrameHandler
 from psserver.partition.partition import Partition
-from psserver.partition.replication.in_sync import Evaluation, ReplicatedMetadata
+from psserver.partition.replication.in_sync import ReplicatedMetadata
 from psserver.partition.replication.primary import Replication
 from psserver.partition.replication.standby import Standby
-from psserver.partition.step.commit import CommitDecision, Vote
 from psserver.partition.step.open_step import OpenStep
 from psserver.partition.step.optimizer import moments_of
 from psserver.partition.step.state import PartitionState
@@ -116,22 +115,23 @@ class PartitionService(Partition, AgentConnection):
                     client.connection.resume_reading()
             case ReplayEarly():
                 self.handler.replay_early()
-            case Join():
+            case JoinJob():
                 return self._join()
             case SendDecision(index, decision) if index == self.index:
                 return self.machine.receive_decision(decision)
             case SendDecision(index, decision):
-                self._send_to(index, FrameKind.DECISION, decision.step, messages.pack_decision(decision))
+                self._send_to(index, FrameKind.DECISION, decision.step, decision.pack())
             case RequestVote(index, step):
                 if index != self.index:  # its own vote is sent again when it adopts the plan
-                    self._send_to(index, FrameKind.JOIN, step, b"")
-            case BroadcastDirective(step, body):
-                self.clients.broadcast(self.clients.on("pull"), FrameKind.DIRECTIVE, step, body)
+                    self._send_to(index, FrameKind.JOIN, step, Join().pack())
+            case BroadcastDirective(directive):
+                trainers = self.clients.on("pull")
+                self.clients.broadcast(trainers, FrameKind.DIRECTIVE, directive.version, directive.pack())
             case SendMerged(step, ranks, body):
                 owners = [client for client in self.clients.on("pull") if client.index in ranks]
                 self.clients.broadcast(owners, FrameKind.MERGED, step, body)
-            case ReplicateEvaluation(step, metrics):
-                self.metadata.evaluations.append(Evaluation(step, metrics))
+            case ReplicateEvaluation(evaluation):
+                self.metadata.evaluations.append(evaluation)
                 self.replication.note()
             case Report(report):
                 self.report(report)
@@ -139,10 +139,10 @@ class PartitionService(Partition, AgentConnection):
                 return self.coordinator.report_progress(time.monotonic(), force=True) if self.coordinator else []
             case BeginAt(step, last_decision, metadata):
                 self._begin_at(step, last_decision)
-                self.metadata = metadata
+                self.metadata = ReplicatedMetadata()
+                self.metadata.receive(metadata)
             case AdoptMetadata(metadata):
-                metadata.records = self.metadata.records  # kept here: they are not sent
-                self.metadata = metadata
+                self.metadata.receive(metadata)
             case _:
                 assert_never(action)
         return []
@@ -329,7 +329,7 @@ class PartitionService(Partition, AgentConnection):
                 self._dial_coordinator(plan)
             self.replication.adopt(plan, restored=True)
             if self.state.is_filled:
-                self.carry_out([Join()])
+                self.carry_out([JoinJob()])
 
     def _take_over(self, plan: Plan, standby: Standby) -> None:
         """The primary is gone: this process, which holds all that it voted on, is the partition from now on."""
@@ -342,7 +342,7 @@ class PartitionService(Partition, AgentConnection):
         if self.index == 0:
             self.coordinator = Coordinator.taking_over(self.spec, plan, self.member, self.metadata)
             for evaluation in self.metadata.evaluations:  # reports of the primary may be lost
-                self.carry_out(self.coordinator.report_evaluated(evaluation.step, evaluation.metrics))
+                self.carry_out(self.coordinator.report_evaluated(evaluation))
         else:
             self._dial_coordinator(plan)
         self.replication.adopt(plan, restored=True)

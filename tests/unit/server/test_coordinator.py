@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from typing import Any
@@ -16,6 +15,8 @@ from pscluster.step.layout import Layout, TensorSpec
 from pscluster.step.summary import Statistics, Summary
 from pscluster.step.tree import TreeNode
 from pscluster.v1.plan_pb2 import Plan, ProcessReport
+from pscluster.wire.partition_protocol import Evaluation
+from pscluster.wire.protocol import Outcome
 from psserver.partition.actions import (
     Action,
     BroadcastDirective,
@@ -40,7 +41,7 @@ class Played:
         self.spec = played_spec(2, 2, **sections)
         self.log: list[tuple[Any, ...]] = []
         self.reports: list[ProcessReport] = []
-        self.replicated: list[tuple[int, dict[str, float], int]] = []  # and how much was reported before
+        self.replicated: list[tuple[Evaluation, int]] = []  # and how much was reported before
         self.coordinator = Coordinator.at(self.spec, self.plan(1, resume_step=resume_step))
 
     def carry_out(self, actions: list[Action]) -> None:
@@ -52,15 +53,15 @@ class Played:
                 case RequestVote(index, step):
                     assert step == self.coordinator.version
                     self.log.append(("call", index))
-                case BroadcastDirective(step, body):
-                    self.log.append(("direct", step, json.loads(body)["action"]))
+                case BroadcastDirective(directive):
+                    self.log.append(("direct", directive.version, directive.action))
                 case SendMerged(step, ranks, body):
                     assert (step, ranks) == (self.coordinator.version, {0}) and body
                     self.log.append(("merged",))
                 case Report(report):
                     self.reports.append(report)
-                case ReplicateEvaluation(step, metrics):
-                    self.replicated.append((step, dict(metrics), len(self.reports)))
+                case ReplicateEvaluation(evaluation):
+                    self.replicated.append((evaluation, len(self.reports)))
                 case _:
                     raise AssertionError(f"not a coordinator's: {action}")
 
@@ -73,8 +74,8 @@ class Played:
     def adopt(self, plan: Plan) -> None:
         self.carry_out(self.coordinator.adopt(plan))
 
-    def outcome(self, step: int, found: dict[str, object]) -> None:
-        self.carry_out(self.coordinator.outcome(step, found))
+    def outcome(self, step: int, outcome: Outcome) -> None:
+        self.carry_out(self.coordinator.outcome(step, outcome))
 
     def statistics(self, step: int, node: TreeNode, value: Statistics) -> None:
         self.carry_out(self.coordinator.statistics(step, node, value))
@@ -104,7 +105,7 @@ class Played:
         """Both shards send their statistics, and shard 0's trainer the finalised metrics."""
         for shard in (0, 1):
             self.statistics(self.coordinator.version, TreeNode(shard, 1), np.array([1.0, 2.0]))
-        self.outcome(self.coordinator.version, {"metrics": {"loss": 0.5}})
+        self.outcome(self.coordinator.version, Outcome(metrics={"loss": 0.5}))
 
     def directives(self) -> list[str]:
         return [f"{said[2]} {said[1]}" for said in self.log if said[0] == "direct"]
@@ -179,7 +180,7 @@ def test_a_whole_job_in_order() -> None:
     played = Played().open()
     while played.coordinator.activity != "finish":
         played.evaluate() if played.coordinator.activity == "evaluate" else played.vote()
-    played.outcome(FINAL_STEP, {"sha256": "abc"})
+    played.outcome(FINAL_STEP, Outcome(sha256="abc"))
 
     said = "train 1,evaluate 2,train 2,train 3,evaluate 4,train 4,train 5,evaluate 6,finish 6"
     assert played.directives() == said.split(",")
@@ -252,16 +253,19 @@ def test_an_evaluation_takes_each_node_once_and_only_of_its_version() -> None:
 
 def test_outcomes_are_taken_once_and_in_their_place() -> None:
     played = Played().open()
-    played.outcome(0, {"metrics": {"loss": 1.0}})
-    played.outcome(0, {"sha256": "x"})
+    played.outcome(0, Outcome(metrics={"loss": 1.0}))
+    played.outcome(0, Outcome(sha256="x"))
     assert played.reported("evaluated") == played.reported("finished") == []
     played.vote()
     played.vote()
-    played.outcome(1, {"metrics": {"loss": 1.0}})
-    played.outcome(2, {"metrics": {"loss": 1.0}})
-    played.outcome(2, {"metrics": {"loss": 1.0}})
+    played.outcome(1, Outcome(metrics={"loss": 1.0}))
+    played.outcome(2, Outcome(metrics={"loss": 1.0}))
+    played.outcome(2, Outcome(metrics={"loss": 1.0}))
 
     assert [(e.step, dict(e.metrics)) for e in played.reported("evaluated")] == [(2, {"loss": 1.0})]
+    ((replicated, reports_before),) = played.replicated
+    assert (replicated.step, dict(replicated.metrics)) == (2, {"loss": 1.0})
+    assert played.reports[reports_before].WhichOneof("body") == "evaluated", "the standby gets it first"
 
 
 def test_the_end_is_reported_once() -> None:
@@ -269,7 +273,7 @@ def test_the_end_is_reported_once() -> None:
     while played.coordinator.activity != "finish":
         played.evaluate() if played.coordinator.activity == "evaluate" else played.vote()
     for _ in range(3):
-        played.outcome(FINAL_STEP, {"sha256": "abc"})
+        played.outcome(FINAL_STEP, Outcome(sha256="abc"))
 
     assert len(played.reported("finished")) == 1
 
@@ -334,7 +338,7 @@ def test_a_stop_waits_for_a_version_that_is_written() -> None:
     assert played.directives()[-1] == "finish 2"
     assert played.log[-1][2].snapshot and played.log[-1][2].last
 
-    played.outcome(2, {"sha256": "abc"})
+    played.outcome(2, Outcome(sha256="abc"))
 
     ((finished),) = played.reported("finished")
     assert (finished.step, finished.stopped, finished.generation) == (2, True, 2)
@@ -431,7 +435,7 @@ def test_a_step_that_completes_after_the_end_was_called_is_not_made() -> None:
     played.vote(generation=2)
     assert played.coordinator.version == 3
 
-    played.outcome(3, {"sha256": "abc"})
+    played.outcome(3, Outcome(sha256="abc"))
     played.vote(generation=2)
 
     assert played.coordinator.version == 3

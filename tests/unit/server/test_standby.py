@@ -350,7 +350,7 @@ def test_a_standby_that_catches_up_slowly_holds_votes_back_rather_than_memory(
     job.network.settle()
     partition = job.partition(0)
     next(
-        c for c in job.network.connections if c.handler is partition.replication._line
+        c for c in job.network.connections if c.handler is partition.replication._dialer
     ).reading = False  # no word comes back
     partition.replication.in_sync = replace(partition.replication.in_sync, ack_required=False, reported_in_sync=False)
     for _ in range(FINAL_STEP):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pscluster.errors import PsError
+from pscluster.wire.connection import Connection
+from pscluster.wire.dialer import ReconnectingConnection
 from pscluster.wire.frame import FrameKind, Header
+from pscluster.wire.partition_protocol import CommitDecision, Join, Vote
+from pscluster.wire.protocol import Hello
 from pscluster.wire.reactor import Reactor
-from psserver.partition import messages
 from psserver.partition.actions import Action
 from psserver.partition.partition import Partition
-from psserver.partition.reconnecting_connection import ReconnectingConnection
-from psserver.partition.step.commit import Vote
 
 _RETRY_S = (0.05, 0.05)  # the whole job waits for it
 
@@ -24,45 +26,53 @@ class CoordinatorClient:
         self._partition = partition
         self._carry_out = carry_out
         kinds = frozenset({FrameKind.DECISION, FrameKind.JOIN})
-        self._line = ReconnectingConnection(reactor, partition, self, channel="vote", kinds=kinds, retry_s=_RETRY_S)
-        self._line.follow(addresses)
+        self._dialer = ReconnectingConnection(
+            reactor, self, self._make_hello, channel="vote", kinds=kinds,
+            transport=partition.spec.network.transport, retry_s=_RETRY_S,
+        )  # fmt: skip
+        self._dialer.follow(addresses)
 
     def close(self) -> None:
         """Close the connection for good."""
-        self._line.close()
+        self._dialer.close()
 
     def follow(self, addresses: list[str]) -> None:
         """The coordinator is at these addresses from now on; the connection to another one is closed."""
-        if addresses != self._line.addresses:
-            self._line.follow(addresses)
+        if addresses != self._dialer.addresses:
+            self._dialer.follow(addresses)
 
     def unreached_s(self, now_s: float) -> float:
         """For how long the coordinator has not taken a connection, by the monotonic clock. From any thread."""
-        return self._line.unreached_s(now_s)
+        return self._dialer.unreached_s(now_s)
 
     def join(self) -> None:
         """Send the version that is held, if it is whole, and the decision that made it; repeated at each welcome."""
-        connection, state, member = self._line.connection, self._partition.state, self._partition.member
+        connection, state, member = self._dialer.connection, self._partition.state, self._partition.member
         if connection is not None and state is not None and state.is_filled:
-            body = messages.pack_decision(member.last_decision) if member.last_decision is not None else b""
-            connection.send(self._partition.header(kind=FrameKind.JOIN, step=member.step), [body])
+            header = self._partition.header(kind=FrameKind.JOIN, step=member.step)
+            connection.send(header, [Join(member.last_decision).pack()])
 
     def vote(self, vote: Vote) -> None:
         """Send a vote; it is repeated at each welcome."""
-        if self._line.connection is not None:
+        if self._dialer.connection is not None:
             header = self._partition.header(kind=FrameKind.VOTE, step=vote.step)
-            self._line.connection.send(header, [messages.pack_vote(vote)])
+            self._dialer.connection.send(header, [vote.pack()])
 
     def welcomed(self, header: Header, body: memoryview) -> None:  # noqa: ARG002 - nothing in it is needed
         self.join()
         self._carry_out(self._partition.machine.vote_again())
 
-    def heard(self, header: Header, body: memoryview) -> None:
+    def frame(self, header: Header, body: memoryview) -> None:
         machine = self._partition.machine
         if header.kind is FrameKind.DECISION:
-            self._carry_out(machine.receive_decision(messages.unpack_decision(body)))
+            self._carry_out(machine.receive_decision(CommitDecision.unpack(body)))
         elif header.kind is FrameKind.JOIN:
             self._carry_out(machine.vote_again())
 
-    def lost(self) -> None:
-        """Nothing to undo: what was sent is sent again at the next welcome."""
+    def lost(self, error: PsError | None) -> None:
+        """What was sent is sent again at the next welcome."""
+        if error is not None:
+            self._partition.counters.refused(error)
+
+    def _make_hello(self, _connection: Connection) -> tuple[Header, Hello]:
+        return self._partition.make_hello("vote")

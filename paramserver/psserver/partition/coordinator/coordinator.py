@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 
@@ -25,6 +23,9 @@ from pscluster.v1.plan_pb2 import (
     Progress,
     StepRecord,
 )
+from pscluster.wire.partition_protocol import CommitDecision, DecisionKind, Evaluation, Vote
+from pscluster.wire.protocol import Action as Activity
+from pscluster.wire.protocol import Directive, Outcome, pack_statistics
 from psserver.partition.actions import (
     Action,
     BroadcastDirective,
@@ -36,7 +37,7 @@ from psserver.partition.actions import (
 )
 from psserver.partition.replication.in_sync import MAX_RECORDS, ReplicatedMetadata
 from psserver.partition.step import commit
-from psserver.partition.step.commit import CommitDecision, Vote, clip_coefficient, global_norm
+from psserver.partition.step.commit import clip_coefficient, global_norm
 from psserver.partition.step.optimizer import learning_rate
 from psserver.partition.step.sums import Entry, Sums
 
@@ -108,8 +109,10 @@ class Coordinator:
         return self.activity is not None
 
     @property
-    def directive(self) -> bytes:
-        return json.dumps({"action": self.activity}).encode()
+    def directive(self) -> Directive:
+        """What happens at the committed version; once that is open."""
+        assert self.activity is not None
+        return Directive(self.plan.generation, self.version, self.activity)
 
     def adopt(self, plan: Plan) -> list[Action]:
         """A new generation without a restore: votes are requested anew; a stop may take effect."""
@@ -190,22 +193,22 @@ class Coordinator:
             for placement in self.plan.trainers
             if any(r.first <= 0 < r.first + r.count for r in placement.shards)
         )
-        return [SendMerged(self.version, ranks, self.merged.tobytes())]
+        return [SendMerged(self.version, ranks, pack_statistics(self.merged))]
 
-    def outcome(self, step: int, found: dict[str, object]) -> list[Action]:
+    def outcome(self, step: int, outcome: Outcome) -> list[Action]:
         """The trainer of shard 0 finalised an evaluation, or digested the final values. Repeats change nothing."""
         if step != self.version or self._is_over:
             return []
-        if self.activity == "evaluate" and "metrics" in found:
-            return self._evaluated(found["metrics"])
-        if self.activity != "finish" or "sha256" not in found:
+        if self.activity == "evaluate" and outcome.metrics is not None:
+            return self._evaluated(outcome.metrics)
+        if self.activity != "finish" or not outcome.sha256:
             return []
         self._is_over = True
         finished = Finished(
             generation=self.plan.generation,
             step=self.version,
             stopped=self.version < self.plan.final_step,
-            parameters_sha256=str(found["sha256"]),
+            parameters_sha256=outcome.sha256,
         )
         return [*self.report_progress(time.monotonic(), force=True), Report(ProcessReport(finished=finished))]
 
@@ -271,28 +274,28 @@ class Coordinator:
             self._statistics = _statistics_sums(self.spec.train.num_shards)
             self.merged = None
         self.activity = activity
-        actions: list[Action] = [BroadcastDirective(self.version, self.directive)]
+        actions: list[Action] = [BroadcastDirective(self.directive)]
         if activity == "hold":
             # Before its snapshot's parts: the master moves upon both.
             actions += self.report_progress(time.monotonic(), force=True)
         return actions
 
-    def _evaluated(self, metrics: object) -> list[Action]:
+    def _evaluated(self, metrics: Mapping[str, float]) -> list[Action]:
         self.evaluated = self.version
         self.merged = None
-        found = {str(name): float(value) for name, value in metrics.items()} if isinstance(metrics, dict) else {}
         return [
             *self.report_progress(time.monotonic(), force=True),
-            ReplicateEvaluation(self.version, found),
-            *self.report_evaluated(self.version, found),
+            ReplicateEvaluation(Evaluation(self.version, metrics)),
+            *self.report_evaluated(Evaluation(self.version, metrics)),
             *self._choose_activity(),
         ]
 
-    def report_evaluated(self, version: int, metrics: Mapping[str, float]) -> list[Action]:
+    def report_evaluated(self, evaluation: Evaluation) -> list[Action]:
         """Report an evaluation, also again after a takeover: the master drops one that it knows."""
-        if not metrics:
+        if not evaluation.metrics:
             return []
-        report = Evaluated(generation=self.plan.generation, step=version, metrics=dict(metrics))
+        metrics = dict(evaluation.metrics)
+        report = Evaluated(generation=self.plan.generation, step=evaluation.step, metrics=metrics)
         return [Report(ProcessReport(evaluated=report))]
 
 
@@ -320,9 +323,6 @@ def _non_finite(step: int, summary: Summary) -> Failure:
 def _failure(error: PsError, step: int) -> Failure:
     detail = detail_of(error)
     return Failure(error=detail, step=step)
-
-
-Activity = Literal["train", "evaluate", "finish", "hold"]
 
 
 def evaluates_at(version: int, spec: JobSpec, final_step: int) -> bool:
@@ -367,7 +367,7 @@ def decide(
     made = step + 1
     snapshot = stop or save or snapshots_at(made, spec, final_step)
     if not finite:
-        kind: Literal["skip", "stop"] = "skip" if spec.on_nonfinite == "skip" else "stop"
+        kind: DecisionKind = "skip" if spec.on_nonfinite == "skip" else "stop"
         return CommitDecision(
             generation=generation, step=step, kind=kind, norm=norm, snapshot=snapshot and kind == "skip", last=stop
         )

@@ -9,7 +9,7 @@ import torch
 
 from pscluster.errors import AuthError, FrameError, PsError
 from pscluster.step.codec import BufferNode, as_bytes
-from pscluster.step.summary import Summary, summary_bytes, unpack_statistics
+from pscluster.step.summary import Summary, summary_bytes
 from pscluster.wire.connection import Connection
 from pscluster.wire.frame import (
     IN_MEMORY,
@@ -22,8 +22,9 @@ from pscluster.wire.frame import (
     Header,
     lane_of,
 )
-from psserver.partition import messages
-from psserver.partition.actions import Action, Join, ServePulls, TryVote
+from pscluster.wire.partition_protocol import Join, Sync, Vote
+from pscluster.wire.protocol import MAX_HELLO_BYTES, WEIGHT_BYTES, Hello, Outcome, unpack_statistics, unpack_weight
+from psserver.partition.actions import Action, JoinJob, ServePulls, TryVote
 from psserver.partition.ingress.clients import Client
 from psserver.partition.ingress.handshake import shake_hands
 from psserver.partition.partition import Partition
@@ -34,12 +35,11 @@ _FITTING = {
     "push": frozenset({FrameKind.INIT, FrameKind.PUSH, FrameKind.STATISTICS, FrameKind.OUTCOME}),
     "pull": frozenset({FrameKind.PULL}),
     "vote": frozenset({FrameKind.VOTE, FrameKind.JOIN}),
-    "replica": frozenset({FrameKind.SYNC, FrameKind.PIECE, FrameKind.PUSH, FrameKind.DECISION, FrameKind.NOTE}),
+    "replica": frozenset({FrameKind.SYNC, FrameKind.PIECE, FrameKind.PUSH, FrameKind.DECISION, FrameKind.METADATA}),
 }
 _TO_COORDINATOR = frozenset({FrameKind.STATISTICS, FrameKind.OUTCOME, FrameKind.VOTE, FrameKind.JOIN})
+_SMALL = frozenset({FrameKind.STATISTICS, FrameKind.OUTCOME, FrameKind.JOIN, FrameKind.DECISION, FrameKind.METADATA})
 _TO_STANDBY = _FITTING["replica"] - {FrameKind.PUSH}
-_MAX_HELLO_BYTES = 4096
-_AGE_BYTES = 24  # of JSON, at most, for each tensor
 
 
 class FrameHandler:
@@ -55,18 +55,24 @@ class FrameHandler:
         client = self._partition.clients.of(connection)
         self._check_sender(client, header)
         if header.kind is FrameKind.HELLO:
-            return _small(header, _MAX_HELLO_BYTES)
+            return _small(header, MAX_HELLO_BYTES)
         if header.kind is FrameKind.VOTE:
             blocks = sum(b.num_blocks for b in self._partition.state.layout.buckets) if self._partition.state else 0
-            return _small(header, messages.vote_bytes(blocks))
+            return _small(header, Vote.max_bytes(blocks))
         if header.kind is FrameKind.STATISTICS:
             self._check_tree_node(header)
         if header.kind is FrameKind.PIECE:
             return self._standby(header).target(header)
         if header.kind is FrameKind.SYNC:
             tensors = len(self._partition.state.layout.tensors) if self._partition.state else 0
-            return _small(header, MAX_SMALL_BYTES + _AGE_BYTES * tensors)
-        if header.kind in (FrameKind.STATISTICS, FrameKind.OUTCOME, FrameKind.JOIN, FrameKind.DECISION, FrameKind.NOTE):
+            return _small(header, Sync.max_bytes(tensors))
+        if header.kind in (
+            FrameKind.STATISTICS,
+            FrameKind.OUTCOME,
+            FrameKind.JOIN,
+            FrameKind.DECISION,
+            FrameKind.METADATA,
+        ):
             return _small(header, MAX_SMALL_BYTES)
         if header.kind in (FrameKind.PUSH, FrameKind.INIT):
             return self._bucket_target(client, header)
@@ -79,7 +85,7 @@ class FrameHandler:
         if not header.length and header.kind is not FrameKind.PULL:
             self.body_target(connection, header)  # asked for no memory: refused now what would have been refused then
         if header.kind is FrameKind.HELLO:
-            self._carry_out(shake_hands(partition, client, header, messages.json_mapping(body)))
+            self._carry_out(shake_hands(partition, client, header, Hello.unpack(body)))
         elif header.kind is FrameKind.PUSH:
             self._push(client, header, body)
         elif header.kind is FrameKind.INIT:
@@ -128,15 +134,14 @@ class FrameHandler:
                 f"{header.kind.name} sent to a partition that is not the coordinator", details={"field": "kind"}
             )
         if header.kind is FrameKind.VOTE:
-            self._carry_out(coordinator.vote(messages.unpack_vote(header, body)))
+            self._carry_out(coordinator.vote(Vote.unpack(header, body)))
         elif header.kind is FrameKind.JOIN:
-            last = messages.unpack_decision(body) if header.length else None
-            self._carry_out(coordinator.join(client.index, header.step, last))
+            self._carry_out(coordinator.join(client.index, header.step, Join.unpack(body).last))
         else:
             if header.kind is FrameKind.STATISTICS:
                 self._carry_out(coordinator.statistics(header.step, header.node, unpack_statistics(body)))
             else:
-                self._carry_out(coordinator.outcome(header.step, messages.json_mapping(body)))
+                self._carry_out(coordinator.outcome(header.step, Outcome.unpack(body)))
             self._partition.clients.acknowledge(client, header, AckResult.APPLIED, -1)
 
     def _standby(self, header: Header) -> Standby:
@@ -161,7 +166,7 @@ class FrameHandler:
             raise FrameError(f"bucket {header.bucket}, of which there is nothing here", details={"field": "bucket"})
         self._check_node(header, state.layout.buckets[header.bucket].kind)
         if header.flags & UNCHANGED:
-            _expect(header, messages.WEIGHT_BYTES)
+            _expect(header, WEIGHT_BYTES)
             return memoryview(bytearray(header.length))
         trained = header.kind is FrameKind.PUSH and header.bucket in step.trained
         network = self._partition.spec.network
@@ -281,7 +286,7 @@ class FrameHandler:
         state = self._partition.state
         assert state is not None
         if header.flags & UNCHANGED:
-            return BufferNode(messages.unpack_weight(body), None)
+            return BufferNode(unpack_weight(body), None)
         return BufferNode(0.0, torch.frombuffer(body, dtype=state.values[header.bucket].dtype))
 
     def _initial(self, client: Client, header: Header, body: memoryview) -> None:
@@ -290,7 +295,7 @@ class FrameHandler:
         if header.bucket not in state.filled:
             as_bytes(state.values[header.bucket])[:] = body
             if state.fill(header.bucket):
-                self._carry_out([Join()])
+                self._carry_out([JoinJob()])
         self._partition.clients.acknowledge(client, header, AckResult.APPLIED, -1)
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hmac
-import json
-from collections.abc import Mapping
 
 from pscluster.errors import AuthError, FrameError
 from pscluster.v1.plan_pb2 import Plan
 from pscluster.wire.frame import FrameKind, Header
 from pscluster.wire.memory import Lanes
+from pscluster.wire.protocol import Hello, Welcome
 from psserver.partition.actions import Action
 from psserver.partition.ingress.clients import Client
 from psserver.partition.partition import Partition
@@ -17,45 +16,38 @@ from psserver.partition.step.state import PartitionState
 
 MIN_CREDIT_BYTES = 64 << 20
 MAX_LANES = 8  # nodes of one bucket that a trainer may leave in shared memory at a time
-CHANNELS = ("push", "pull", "vote", "replica")
 
 
-def shake_hands(partition: Partition, client: Client, header: Header, hello: Mapping[str, object]) -> list[Action]:
+def shake_hands(partition: Partition, client: Client, header: Header, hello: Hello) -> list[Action]:
     """A HELLO: check it, and welcome the caller. The connection of a caller with another plan is closed; it redials."""
     plan, state = partition.plan, partition.state
     if plan is None or state is None:
         client.connection.close()  # no plan yet
         return []
-    if not hmac.compare_digest(str(hello.get("token", "")).encode(errors="replace"), plan.data_token.hex().encode()):
+    if not hmac.compare_digest(hello.token.encode(errors="replace"), plan.data_token.hex().encode()):
         raise AuthError("a data connection without the job's token")
-    restore_generation = hello.get("restore_generation")
-    if not isinstance(restore_generation, int):
-        raise FrameError("a greeting without a restore_generation", details={"field": "body"})
-    if restore_generation != plan.restore_generation:
-        if restore_generation < plan.restore_generation:
+    if hello.restore_generation != plan.restore_generation:
+        if hello.restore_generation < plan.restore_generation:
             reject_stale(partition, client)
         client.connection.close()
         return []
-    channel = str(hello.get("channel", ""))
-    if channel not in CHANNELS:
-        raise FrameError(f"a connection for {channel!r}", details={"field": "channel"})
-    if not _fits_plan(partition, client, plan, header, channel, hello.get("attempt")):
+    if not _fits_plan(partition, client, plan, header, hello):
         client.connection.close()
         return []
-    client.channel, client.index = channel, header.sender
-    client.connection.context = channel  # greeted: the reactor's deadline is met
+    client.channel, client.index = hello.channel, header.sender
+    client.connection.context = hello.channel  # the reactor's deadline for the handshake is met
     if partition.standby is not None:
-        body = json.dumps(partition.standby.welcome()).encode()
-        client.connection.send(partition.header(kind=FrameKind.WELCOME), [body])
+        client.connection.send(partition.header(kind=FrameKind.WELCOME), [partition.standby.welcome().pack()])
         return []
     return _welcome(partition, client, state, hello)
 
 
-def _fits_plan(partition: Partition, client: Client, plan: Plan, header: Header, channel: str, attempt: object) -> bool:
+def _fits_plan(partition: Partition, client: Client, plan: Plan, header: Header, hello: Hello) -> bool:
     """Whether the caller is the process that the plan names, and this process is the one that the caller wants.
 
     A standby accepts its primary alone, and a partition rejects every process that the plan replaced, such as a primary
     that was stopped and resumed. A caller with a newer plan dials again."""
+    channel = hello.channel
     if channel in ("push", "pull"):
         return partition.standby is None
     if channel == "replica" and header.sender != partition.index:
@@ -63,8 +55,8 @@ def _fits_plan(partition: Partition, client: Client, plan: Plan, header: Header,
     if header.sender >= len(plan.partitions):
         raise FrameError(f"partition {header.sender} of {len(plan.partitions)}", details={"field": "sender"})
     known = plan.partitions[header.sender].attempt
-    if known and attempt != known:
-        if isinstance(attempt, int) and attempt < known:
+    if known and hello.attempt != known:
+        if hello.attempt < known:
             reject_stale(partition, client)
         return False
     if (channel == "replica") != (partition.standby is not None):
@@ -81,24 +73,24 @@ def reject_stale(partition: Partition, client: Client) -> None:
     partition.counters.fenced += 1
 
 
-def _welcome(partition: Partition, client: Client, state: PartitionState, hello: Mapping[str, object]) -> list[Action]:
+def _welcome(partition: Partition, client: Client, state: PartitionState, hello: Hello) -> list[Action]:
     client.granted_bytes = client.told_bytes = max(MIN_CREDIT_BYTES, 2 * partition.clients.largest_bytes)
-    fds = _share_memory(partition, client, state, hello.get("num_lanes")) if hello.get("share") is True else []
-    welcome = {
-        "granted_bytes": client.granted_bytes,
-        "open_bucket": partition.open_bucket,
-        "needs_values": not state.is_filled,
-        "num_lanes": client.lanes.num_lanes if client.lanes else 0,
-    }
-    client.connection.send(partition.header(kind=FrameKind.WELCOME), [json.dumps(welcome).encode()], fds=fds)
+    fds = _share_memory(partition, client, state, hello.num_lanes) if hello.share else []
+    welcome = Welcome(
+        granted_bytes=client.granted_bytes,
+        open_bucket=partition.open_bucket,
+        needs_values=not state.is_filled,
+        num_lanes=client.lanes.num_lanes if client.lanes else 0,
+    )
+    client.connection.send(partition.header(kind=FrameKind.WELCOME), [welcome.pack()], fds=fds)
     coordinator = partition.coordinator
     if client.channel != "pull" or coordinator is None or not coordinator.is_open:
         return []
-    partition.clients.broadcast([client], FrameKind.DIRECTIVE, coordinator.version, coordinator.directive)
+    partition.clients.broadcast([client], FrameKind.DIRECTIVE, coordinator.version, coordinator.directive.pack())
     return coordinator.send_merged()
 
 
-def _share_memory(partition: Partition, client: Client, state: PartitionState, num_lanes: object) -> list[int]:
+def _share_memory(partition: Partition, client: Client, state: PartitionState, num_lanes: int) -> list[int]:
     """Agree to share memory with a caller on this host; what it is to map."""
     network = partition.spec.network
     if not client.connection.is_local or network.transport not in ("auto", "shm"):
@@ -106,7 +98,7 @@ def _share_memory(partition: Partition, client: Client, state: PartitionState, n
     if client.channel == "pull":
         client.reads_memory = True
         return [state.segment.fd]
-    if not isinstance(num_lanes, int) or not 1 <= num_lanes <= MAX_LANES:
+    if not 1 <= num_lanes <= MAX_LANES:
         raise FrameError(f"a greeting that asks for {num_lanes} lanes", details={"field": "body"})
     client.lanes = Lanes.create(state.layout.gradient_bytes(state.spans, network.push_codec), num_lanes)
     return [client.lanes.fd]

@@ -9,24 +9,23 @@ standby, and when the two are in sync, is decided in `in_sync`.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 
-from pscluster.errors import FrameError
+from pscluster.errors import PsError
 from pscluster.step.codec import BufferNode, as_bytes
 from pscluster.step.layout import WORD_BYTES
 from pscluster.v1.plan_pb2 import Plan, ProcessReport, StandbyState
 from pscluster.wire.connection import Connection
+from pscluster.wire.dialer import ReconnectingConnection
 from pscluster.wire.frame import SUMMARY, UNCHANGED, Codec, FrameKind, Header
+from pscluster.wire.partition_protocol import CommitDecision, Sync
+from pscluster.wire.protocol import Hello, StandbyWelcome, pack_weight
 from pscluster.wire.reactor import Reactor
-from psserver.partition import messages
 from psserver.partition.actions import Action, Report, ReportSteps, TryVote
 from psserver.partition.partition import Partition
-from psserver.partition.reconnecting_connection import ReconnectingConnection
 from psserver.partition.replication import in_sync
 from psserver.partition.replication.in_sync import InSyncState
-from psserver.partition.step.commit import CommitDecision
 from psserver.partition.step.open_step import OpenStep
 
 PATIENCE_S = 5.0  # in which a standby that votes wait for must do something
@@ -43,8 +42,11 @@ class Replication:
         self._reactor = reactor
         self._partition = partition
         self._carry_out = carry_out
-        kinds = frozenset({FrameKind.ACK})
-        self._line = ReconnectingConnection(reactor, partition, self, channel="replica", kinds=kinds, retry_s=_RETRY_S)
+        kinds = frozenset({FrameKind.ACK, FrameKind.HELD})
+        self._dialer = ReconnectingConnection(
+            reactor, self, self._make_hello, channel="replica", kinds=kinds,
+            transport=partition.spec.network.transport, retry_s=_RETRY_S,
+        )  # fmt: skip
         self._streams = False  # the standby was sent a state, or has one: steps follow
         self._sent: set[int] = set()  # buckets of the open step that were sent over this connection
         self._queued_bytes = 0  # of sums
@@ -62,10 +64,10 @@ class Replication:
         attempt = placement.standby.attempt if placement.HasField("standby") else 0
         addresses = list(placement.standby.addresses)
         before, self.in_sync = self.in_sync, in_sync.adopt(self.in_sync, attempt, restored=restored)
-        if self.in_sync is before and addresses == self._line.addresses:
+        if self.in_sync is before and addresses == self._dialer.addresses:
             return
         self._forget_connection()
-        self._line.follow(addresses)
+        self._dialer.follow(addresses)
         self._gave_up = False
         if addresses:
             self._watch_soon()
@@ -73,7 +75,7 @@ class Replication:
     def close(self) -> None:
         """Hang up; only another plan has it dial again."""
         self._forget_connection()
-        self._line.close()
+        self._dialer.close()
 
     def may_vote(self) -> bool:
         """Whether the complete step may be voted on; `TryVote` follows when that has changed."""
@@ -95,24 +97,23 @@ class Replication:
 
     def decided(self, decision: CommitDecision) -> None:
         """A decision is about to be carried out: the sums will be overwritten."""
-        if self._line.connection is not None and self._streams:
-            self._line.connection.detach(("step", decision.step))
+        if self._dialer.connection is not None and self._streams:
+            self._dialer.connection.detach(("step", decision.step))
             self._send_decision(decision)
         self._sent.clear()
 
     def at_boundary(self) -> None:
         """The state is that of a step: a standby that waits for it gets it."""
-        partition, state, connection = self._partition, self._partition.state, self._line.connection
+        partition, state, connection = self._partition, self._partition.state, self._dialer.connection
         if connection is None or self._streams or state is None or not state.is_filled or partition.machine.is_updating:
             return
         self._stream()
-        told = {
-            "update_counts": state.update_counts,
-            "decision": messages.decision_json(partition.member.last_decision),
-            "notes": partition.metadata.to_json(),
-        }
-        header = partition.header(kind=FrameKind.SYNC, step=partition.member.step)
-        connection.send(header, [json.dumps(told).encode()])
+        sync = Sync(
+            update_counts=state.update_counts,
+            decision=partition.member.last_decision,
+            metadata=partition.metadata.to_wire(),
+        )
+        connection.send(partition.header(kind=FrameKind.SYNC, step=partition.member.step), [sync.pack()])
         with partition.counters.phase("snapshot"):
             pieces = state.pieces()
         for (bucket, what), data in pieces.items():
@@ -124,9 +125,9 @@ class Replication:
 
     def note(self) -> None:
         """The coordinator's notes have changed."""
-        if self._line.connection is not None and self._streams:
-            header = self._partition.header(kind=FrameKind.NOTE, step=self._partition.member.step)
-            self._line.connection.send(header, [json.dumps(self._partition.metadata.to_json()).encode()])
+        if self._dialer.connection is not None and self._streams:
+            header = self._partition.header(kind=FrameKind.METADATA, step=self._partition.member.step)
+            self._dialer.connection.send(header, [self._partition.metadata.to_wire().pack()])
 
     @property
     def lag_steps(self) -> int | None:
@@ -144,7 +145,7 @@ class Replication:
         sums = step.sums(bucket)
         root, node = sums.root, sums.tree.root
         if isinstance(root, BufferNode) and root.words is None:
-            body = messages.pack_weight(root.weight)
+            body = pack_weight(root.weight)
             self._send(header(kind=FrameKind.PUSH, step=at, bucket=bucket, node=node, flags=UNCHANGED), body)
             return
         words = root.words if isinstance(root, BufferNode) else root
@@ -162,7 +163,7 @@ class Replication:
     def _send(
         self, header: Header, body: bytes | bytearray | memoryview, *, at_step: int | None = None, counts: int = 0
     ) -> None:
-        connection = self._line.connection
+        connection = self._dialer.connection
         if connection is None:
             return
         self._partition.counters.replicated_bytes += memoryview(body).nbytes
@@ -171,7 +172,7 @@ class Replication:
 
     def _left(self, connection: Connection, size_bytes: int) -> None:
         """Sums of that size are in the kernel's hands."""
-        if connection is self._line.connection:
+        if connection is self._dialer.connection:
             held_back = self._queued_bytes > self._limit_bytes()
             self._queued_bytes -= size_bytes
             if held_back and self._queued_bytes <= self._limit_bytes():
@@ -179,7 +180,7 @@ class Replication:
 
     def _send_decision(self, decision: CommitDecision) -> None:
         header = self._partition.header(kind=FrameKind.DECISION, step=decision.step)
-        self._send(header, messages.pack_decision(decision))
+        self._send(header, decision.pack())
 
     def _limit_bytes(self) -> int:
         state = self._partition.state
@@ -190,15 +191,17 @@ class Replication:
 
     def welcomed(self, header: Header, body: memoryview) -> None:  # noqa: ARG002 - Listener's signature
         self._heard += 1
-        self._begin(messages.json_mapping(body))
+        self._begin(StandbyWelcome.unpack(body))
 
-    def heard(self, header: Header, body: memoryview) -> None:  # noqa: ARG002 - Listener's signature
+    def frame(self, header: Header, body: memoryview) -> None:  # noqa: ARG002 - Listener's signature
         self._heard += 1
         if header.kind is FrameKind.HELD:
             self._held(header.step)
 
-    def lost(self) -> None:
+    def lost(self, error: PsError | None) -> None:
         """Maybe within a send, whose caller relies on the open step: a vote, and what follows from it, comes later."""
+        if error is not None:
+            self._partition.counters.refused(error)
         self._forget_connection()
         self._reactor.post(lambda: self._carry_out([TryVote()]))  # a queue that was too long is no more
 
@@ -210,11 +213,12 @@ class Replication:
     def _forget_connection(self) -> None:
         self._streams, self._queued_bytes = False, 0
 
-    def _begin(self, told: dict[str, object]) -> None:
+    def _make_hello(self, _connection: Connection) -> tuple[Header, Hello]:
+        return self._partition.make_hello("replica")
+
+    def _begin(self, welcome: StandbyWelcome) -> None:
         """The standby says what it holds: go on from there, or give it the whole state."""
-        acked_version, applied = told.get("reach"), told.get("applied")
-        if not isinstance(acked_version, int) or not isinstance(applied, int):
-            raise FrameError("a welcome that does not say what is held", details={"field": "body"})
+        acked_version, applied = welcome.reach, welcome.applied
         member = self._partition.member
         if in_sync.resumes(self.in_sync, acked_version, applied, member.step):
             self._stream()
@@ -248,9 +252,9 @@ class Replication:
     def _watch(self) -> None:
         """A standby that votes wait for and that does nothing is reported: the master then plans without it."""
         self._is_watching = False
-        if not self._line.addresses:
+        if not self._dialer.addresses:
             return
-        now_s, connection = time.monotonic(), self._line.connection
+        now_s, connection = time.monotonic(), self._dialer.connection
         mark = (connection, connection.sent_bytes if connection is not None else 0, self._heard, self.in_sync)
         if mark != self._mark or not self._is_awaited():
             self._mark, self._quiet_since_s = mark, now_s
@@ -265,7 +269,7 @@ class Replication:
             return False
         if member.vote is None and step.is_complete and not self.may_vote():
             return True
-        return self.in_sync.ack_required and self._line.connection is None
+        return self.in_sync.ack_required and self._dialer.connection is None
 
     def _give_up(self, why: str) -> None:
         if not self._gave_up:

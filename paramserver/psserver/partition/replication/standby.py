@@ -6,15 +6,14 @@ a partition would vote, and the decision is carried out by the same code. So it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from pscluster.errors import FrameError
 from pscluster.storage.snapshot import PieceKey
 from pscluster.wire.frame import Codec, FrameKind, Header
-from psserver.partition import messages
+from pscluster.wire.partition_protocol import CommitDecision, Metadata, Sync
+from pscluster.wire.protocol import StandbyWelcome
 from psserver.partition.actions import Action, AdoptMetadata, BeginAt, SendHeld
-from psserver.partition.replication.in_sync import ReplicatedMetadata
 from psserver.partition.step.machine import StepMachine
 from psserver.partition.step.state import PartitionState
 
@@ -35,14 +34,14 @@ class Standby:
         member = self._machine.member
         return member.step + (member.vote is not None) if self.is_synced else -1
 
-    def welcome(self) -> dict[str, object]:
+    def welcome(self) -> StandbyWelcome:
         """What the primary learns when it connects."""
-        return {"reach": self.acked_version, "applied": self._machine.member.step}
+        return StandbyWelcome(reach=self.acked_version, applied=self._machine.member.step)
 
     def receive(self, header: Header, body: memoryview) -> list[Action]:
-        """A SYNC, a PIECE that has landed, a DECISION or a NOTE."""
+        """A SYNC, a PIECE that has landed, a DECISION or METADATA."""
         if header.kind is FrameKind.SYNC:
-            return self._begin(header, messages.json_mapping(body))
+            return self._begin(header, Sync.unpack(body))
         if header.kind is FrameKind.PIECE:
             self._missing.discard(_key(header))
             return self._end_if_whole()
@@ -50,9 +49,9 @@ class Standby:
             raise FrameError(f"a {header.kind.name} before the state", details={"field": "kind"})
         if header.kind is FrameKind.DECISION:
             # The primary's generation may be another one; it is the plan that fences it, by its attempt.
-            decision = replace(messages.unpack_decision(body), generation=self._machine.member.generation)
+            decision = replace(CommitDecision.unpack(body), generation=self._machine.member.generation)
             return self._machine.receive_decision(decision)
-        return [AdoptMetadata(_metadata(messages.json_mapping(body)))]
+        return [AdoptMetadata(Metadata.unpack(body))]
 
     def target(self, header: Header) -> memoryview:
         """Where a PIECE belongs. Raises FrameError for one that is not expected."""
@@ -65,22 +64,17 @@ class Standby:
             )
         return target
 
-    def _begin(self, header: Header, sync: Mapping[str, object]) -> list[Action]:
+    def _begin(self, header: Header, sync: Sync) -> list[Action]:
         """A whole state follows: drop what was held until now."""
-        state, update_counts = self._state, sync.get("update_counts")
-        if (
-            not isinstance(update_counts, list)
-            or len(update_counts) != len(state.layout.tensors)
-            or any(type(count) is not int for count in update_counts)
-        ):
-            raise FrameError("a state without its update counts", details={"field": "body"})
-        metadata, decision = _metadata(sync.get("notes")), messages.decision_of(sync.get("decision"))
+        state = self._state
+        if len(sync.update_counts) != len(state.layout.tensors):
+            raise FrameError(f"{len(sync.update_counts)} update counts of a state", details={"field": "body"})
         self.is_synced = False
         state.reset()
-        state.update_counts = list(update_counts)
+        state.update_counts = sync.update_counts
         self._targets = state.places()
         self._missing = set(self._targets)
-        return [BeginAt(header.step, decision, metadata), *self._end_if_whole()]
+        return [BeginAt(header.step, sync.decision, sync.metadata), *self._end_if_whole()]
 
     def _end_if_whole(self) -> list[Action]:
         if self._missing or self.is_synced:
@@ -96,12 +90,3 @@ class Standby:
 
 def _key(header: Header) -> PieceKey:
     return header.bucket, "values" if header.flags == 0 else f"moment{header.flags - 1}"
-
-
-def _metadata(told: object) -> ReplicatedMetadata:
-    try:
-        if not isinstance(told, dict):
-            raise TypeError("notes are no mapping")
-        return ReplicatedMetadata.from_json(told)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise FrameError(f"notes do not parse: {error!r}", details={"field": "body"}) from None
