@@ -34,7 +34,7 @@ def a_standby_is_relied_on_before_it_is_in_sync() -> Iterable[Patch]:
 
 
 @mistake_in(tier="replica", partitions=2, servers=3)
-def a_standby_begins_without_the_ages() -> Iterable[Patch]:
+def a_standby_begins_without_the_update_counts() -> Iterable[Patch]:
     begin = Standby._begin
 
     def begin_young(self: Standby, header: Any, sync: Any) -> list[Action]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -536,28 +537,17 @@ def test_no_committed_step_is_lost_and_a_job_never_sticks(
 
 
 def _tells_at_once(held: InSyncState, acked_version: int, promised: int) -> tuple[InSyncState, bool]:  # noqa: ARG001
-    return InSyncState(
-        attempt=held.attempt,
-        acked_version=max(acked_version, held.acked_version),
-        ack_required=True,
-        reported_in_sync=True,
-    ), not held.reported_in_sync
+    acked = max(acked_version, held.acked_version)
+    return replace(held, acked_version=acked, ack_required=True, reported_in_sync=True), not held.reported_in_sync
 
 
 def _never_binds(held: InSyncState, acked_version: int, promised: int) -> tuple[InSyncState, bool]:
     after, reports = ACKNOWLEDGE(held, acked_version, promised)
-    return InSyncState(
-        attempt=after.attempt, acked_version=after.acked_version, reported_in_sync=after.reported_in_sync
-    ), reports
+    return replace(after, ack_required=False), reports
 
 
 def _stays_bound(held: InSyncState, attempt: int, *, restored: bool) -> InSyncState:  # noqa: ARG001
-    return InSyncState(
-        attempt=attempt,
-        acked_version=held.acked_version,
-        ack_required=held.ack_required,
-        reported_in_sync=held.reported_in_sync,
-    )
+    return replace(held, attempt=attempt)
 
 
 def _forgets_decisions(
