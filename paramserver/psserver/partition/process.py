@@ -61,7 +61,7 @@ SLICE_S = 0.0015  # of updates, after which trainers get them: long enough not t
 
 
 class PartitionService(Partition, AgentConnection):
-    """Carries out what the parts of one partition, or of its standby, ask for.
+    """Carries out the actions of one partition, or of its standby.
 
     Everything happens on the reactor's thread but the writing of snapshots."""
 
@@ -132,7 +132,7 @@ class PartitionService(Partition, AgentConnection):
                 self.clients.broadcast(owners, FrameKind.MERGED, step, body)
             case ReplicateEvaluation(evaluation):
                 self.metadata.evaluations.append(evaluation)
-                self.replication.note()
+                self.replication.send_metadata()
             case Report(report):
                 self.report(report)
             case ReportSteps():
@@ -182,7 +182,7 @@ class PartitionService(Partition, AgentConnection):
 
     def _apply(self, bucket: int) -> list[Action]:
         """Update a bucket. After SLICE_S connections are served before the next one."""
-        self.clients.overwriting(bucket)  # whoever was to read the old values gets a copy
+        self.clients.overwriting(bucket)  # what is still being sent of the old values is copied
         self.saving.overwriting(bucket)
         with self.counters.phase("update"):
             following = self.machine.apply(bucket)
@@ -232,7 +232,7 @@ class PartitionService(Partition, AgentConnection):
     def progress(self) -> int:
         return self.machine.progress
 
-    def counted(self) -> Counters:
+    def sample_counters(self) -> Counters:
         state_bytes = self.state.size_bytes if self.state else 0
         if self.standby is not None:
             return self.counters.sample_standby(self.index, self.version, state_bytes)
@@ -246,7 +246,7 @@ class PartitionService(Partition, AgentConnection):
             return None
         return Unreached(generation=plan.generation, partitions=[0])
 
-    def beaten(self) -> None:
+    def every_second(self) -> None:
         if self.coordinator is not None:
             self.carry_out(self.coordinator.report_progress(time.monotonic()))
 
@@ -299,7 +299,7 @@ class PartitionService(Partition, AgentConnection):
             self._coordinator_client.follow(list(plan.partitions[0].addresses))
         self.replication.adopt(plan, restored=False)
         self.carry_out(self.machine.vote_again())
-        self.carry_out([TryVote()])  # it may have waited for a standby that is no more
+        self.carry_out([TryVote()])  # it may have waited for a standby that the plan no longer names
 
     def _restore(self, plan: Plan) -> None:
         """Begin at the plan's resume step; a standby begins with nothing, and receives a state from its primary."""

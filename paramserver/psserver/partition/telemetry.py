@@ -36,7 +36,7 @@ class PartitionCounters:
         self._push_bytes += size_bytes
 
     def sample_standby(self, partition: int, step: int, state_bytes: int) -> Counters:
-        """What a standby has to tell: no sample of a partition's, which would count twice."""
+        """The samples of a standby: none of a partition's, which would count twice."""
         where = {"partition": str(partition)}
         found = {"standby_step": step, "standby_state_bytes": state_bytes}
         samples = [Counters.Sample(name=name, labels=where, value=v, gauge=True) for name, v in found.items()]

@@ -168,14 +168,22 @@ class _Writer(SnapshotWriter):
         post: Callable[..., None],
         every_steps: int,
         copied: bool,
-        sharing: SharedStoreCheck | None,
+        shared_store_check: SharedStoreCheck | None,
         warn: Callable[[PsError], None],
     ) -> None:
         self._disks = disks
         self._strand = Strand(life, self._run)
         self._writes = False
         life.at_end.append(self._cut)
-        super().__init__(store, partition, post, every_steps=every_steps, copied=copied, sharing=sharing, warn=warn)
+        super().__init__(
+            store,
+            partition,
+            post,
+            every_steps=every_steps,
+            copied=copied,
+            shared_store_check=shared_store_check,
+            warn=warn,
+        )
 
     def _begin(self) -> None:
         self._changed: Any = Condition(self._strand, 0.0)

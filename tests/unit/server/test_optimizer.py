@@ -281,8 +281,8 @@ def test_the_runs_of_all_spans_are_the_buckets(run_layout: Layout) -> None:
             for run in runs(run_layout, span, [0] * 5, ALL):
                 assert run.start % 16 == 0
                 for word in range(span.start + run.start, span.start + run.stop):
-                    assert words.setdefault(word, (run.age, run.decay)) == (run.age, run.decay)
-        assert words == {word: (run.age, run.decay) for run in whole for word in range(run.start, run.stop)}
+                    assert words.setdefault(word, (run.update_count, run.decay)) == (run.update_count, run.decay)
+        assert words == {word: (run.update_count, run.decay) for run in whole for word in range(run.start, run.stop)}
 
 
 @pytest.mark.parametrize(

@@ -341,7 +341,12 @@ def test_a_store_that_shows_nobody_elses_files_is_told_once(tmp_path: Path, monk
     warnings: list[PsError] = []
     posted: Queue[Any] = Queue()
     writer = SnapshotWriter(
-        tmp_path, 0, posted.put, every_steps=1, sharing=snapshots.SharedStoreCheck(0, 3), warn=warnings.append
+        tmp_path,
+        0,
+        posted.put,
+        every_steps=1,
+        shared_store_check=snapshots.SharedStoreCheck(0, 3),
+        warn=warnings.append,
     )
     (tmp_path / part_name(4, 1, 1)).touch()
     writer.retain([4])
@@ -355,10 +360,10 @@ def test_a_store_that_shows_nobody_elses_files_is_told_once(tmp_path: Path, monk
 
 def test_files_that_are_seen_late_are_no_reason_to_warn() -> None:
     held = snapshots.SharedStoreCheck(1, 3)
-    assert held.look("/store", {1}, 0.0) is None
-    assert held.look("/store", {1}, snapshots.SHARING_PATIENCE_S - 1) is None
-    assert held.look("/store", {0, 1, 2}, snapshots.SHARING_PATIENCE_S + 1) is None
-    assert held.look("/store", {1, 2}, 1000.0) is None
-    assert held.look("/store", {1, 2}, 1000.0 + snapshots.SHARING_PATIENCE_S) is not None
-    assert held.look("/store", {1, 2}, 3000.0) is None, "told once"
-    assert snapshots.SharedStoreCheck(0, 1).look("/store", {0}, 5000.0) is None
+    assert held.check("/store", {1}, 0.0) is None
+    assert held.check("/store", {1}, snapshots.SHARING_PATIENCE_S - 1) is None
+    assert held.check("/store", {0, 1, 2}, snapshots.SHARING_PATIENCE_S + 1) is None
+    assert held.check("/store", {1, 2}, 1000.0) is None
+    assert held.check("/store", {1, 2}, 1000.0 + snapshots.SHARING_PATIENCE_S) is not None
+    assert held.check("/store", {1, 2}, 3000.0) is None, "told once"
+    assert snapshots.SharedStoreCheck(0, 1).check("/store", {0}, 5000.0) is None

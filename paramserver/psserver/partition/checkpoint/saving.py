@@ -20,7 +20,7 @@ from psserver.partition.telemetry import PartitionCounters
 
 
 class Saving:
-    """On the partition's thread. `post` brings what the writing thread says there."""
+    """On the partition's thread. `post` runs a call of the writing thread there."""
 
     def __init__(
         self,
@@ -43,16 +43,16 @@ class Saving:
         self._carry_out = carry_out
 
     def begin(self) -> None:
-        """This process is the partition from now on: what others had begun to write is void."""
+        """This process is the partition from now on: unfinished files of earlier ones are deleted."""
         if self.writer is None:
-            sharing = None if self._own_store else SharedStoreCheck(self._partition, self._num_partitions)
+            shared_store_check = None if self._own_store else SharedStoreCheck(self._partition, self._num_partitions)
             self.writer = SnapshotWriter(
                 self._store,
                 self._partition,
                 self._post,
                 every_steps=self._every_steps,
                 copied=self._own_store,
-                sharing=sharing,
+                shared_store_check=shared_store_check,
                 warn=self._warn,
             )
 
@@ -118,7 +118,7 @@ class Saving:
         self._report(ProcessReport(warning=WarningMessage(error=detail_of(error), step=step)))
 
     def _report(self, report: ProcessReport) -> None:
-        """Steps first: after a restore from this snapshot nobody commits, and so reports, the steps before it again."""
+        """Steps first: after a restore from this snapshot the steps before it are not reported again."""
         self._carry_out([ReportSteps(), Report(report)])
 
 

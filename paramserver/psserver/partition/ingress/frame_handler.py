@@ -83,7 +83,7 @@ class FrameHandler:
         partition, client = self._partition, self._partition.clients.of(connection)
         self._check_sender(client, header)
         if not header.length and header.kind is not FrameKind.PULL:
-            self.body_target(connection, header)  # asked for no memory: refused now what would have been refused then
+            self.body_target(connection, header)  # no memory was asked for: check now what would have been checked then
         if header.kind is FrameKind.HELLO:
             self._carry_out(shake_hands(partition, client, header, Hello.unpack(body)))
         elif header.kind is FrameKind.PUSH:
@@ -119,7 +119,7 @@ class FrameHandler:
         if header.job != self._partition.job:
             raise FrameError("a frame of another job", details={"field": "job"})
         if not client.channel and header.kind is not FrameKind.HELLO:
-            raise AuthError(f"a {header.kind.name} before the greeting")
+            raise AuthError(f"a {header.kind.name} before HELLO")
         if client.channel and header.kind not in _FITTING[client.channel]:
             raise FrameError(f"a {header.kind.name} on a {client.channel} connection", details={"field": "kind"})
         if client.channel and header.sender != client.index:
@@ -154,7 +154,7 @@ class FrameHandler:
 
     def _bucket_target(self, client: Client, header: Header) -> memoryview:
         state, step = self._partition.state, self._partition.step
-        assert state is not None and step is not None  # greeted only then
+        assert state is not None and step is not None  # no handshake succeeds before
         if header.kind is FrameKind.PUSH and header.bucket == SUMMARY:
             self._check_tree_node(header)
             _expect(header, summary_bytes(len(state.layout.tensors)))
@@ -226,7 +226,7 @@ class FrameHandler:
             self.early.append((client, header, bytes(body)))  # from a trainer that waits for nothing of this partition
             return
         if self._is_ahead(header):
-            client.connection.close()  # not acknowledged, so that it comes again; `closed` frees where it landed
+            client.connection.close()  # not acknowledged, so that it is sent again; `closed` frees its memory
             return
         client.landing = None
         with partition.counters.phase("sum"):

@@ -63,7 +63,7 @@ def _fits_plan(partition: Partition, client: Client, plan: Plan, header: Header,
         return False
     for other in partition.clients.on(channel):
         if other.index == header.sender and channel == "replica":
-            other.connection.close()  # it has dialled again
+            other.connection.close()  # it has reconnected
     return True
 
 
@@ -74,7 +74,7 @@ def reject_stale(partition: Partition, client: Client) -> None:
 
 
 def _welcome(partition: Partition, client: Client, state: PartitionState, hello: Hello) -> list[Action]:
-    client.granted_bytes = client.told_bytes = max(MIN_CREDIT_BYTES, 2 * partition.clients.largest_bytes)
+    client.granted_bytes = client.announced_bytes = max(MIN_CREDIT_BYTES, 2 * partition.clients.largest_bytes)
     fds = _share_memory(partition, client, state, hello.num_lanes) if hello.share else []
     welcome = Welcome(
         granted_bytes=client.granted_bytes,
@@ -99,6 +99,6 @@ def _share_memory(partition: Partition, client: Client, state: PartitionState, n
         client.reads_memory = True
         return [state.segment.fd]
     if not 1 <= num_lanes <= MAX_LANES:
-        raise FrameError(f"a greeting that asks for {num_lanes} lanes", details={"field": "body"})
+        raise FrameError(f"a HELLO that asks for {num_lanes} lanes", details={"field": "body"})
     client.lanes = Lanes.create(state.layout.gradient_bytes(state.spans, network.push_codec), num_lanes)
     return [client.lanes.fd]

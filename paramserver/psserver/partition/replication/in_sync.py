@@ -58,7 +58,7 @@ def resumes(state: InSyncState, acked_version: int, applied: int, step: int) -> 
     return state.ack_required and acked_version in (step, step + 1) and applied >= step - 1
 
 
-MAX_RECORDS = 10_000  # of steps that the master may not have heard of yet; it drops those that it knows
+MAX_RECORDS = 10_000  # of steps whose report may be lost; the master drops those that it knows
 MAX_EVALUATIONS = 100  # the same of evaluations
 
 

@@ -1,6 +1,6 @@
-"""A partition's line to its standby: its state once, then the sums of each step and the decision on it.
+"""A primary's connection to its standby: the state once, then the sums of each step and the decision on it.
 
-    HELLO -> WELCOME: what the standby holds -> SYNC, PIECEs (or what it missed, when it only was away) -> HELD
+    HELLO -> WELCOME: what the standby holds -> SYNC, PIECEs (or what it misses, after a reconnect) -> HELD
     each step: PUSH of every bucket's root and of the summary's, as they are complete -> HELD; then DECISION
 
 The sums are sent while backward still fills other buckets, from the memory that they were added in. What waits for the
@@ -35,7 +35,7 @@ _WATCH_S = 0.5
 
 
 class Replication:
-    """For whatever standby the plan names. On the partition's thread; never blocks."""
+    """To the standby that the plan names, if any. On the partition's thread; never blocks."""
 
     def __init__(self, reactor: Reactor, partition: Partition, carry_out: Callable[[list[Action]], None]) -> None:
         self.in_sync = InSyncState()
@@ -51,7 +51,7 @@ class Replication:
         self._sent: set[int] = set()  # buckets of the open step that were sent over this connection
         self._queued_bytes = 0  # of sums
         self._is_watching = False
-        self._heard = 0
+        self._num_received = 0
         self._mark: object = None
         self._quiet_since_s = 0.0
         self._gave_up = False
@@ -59,7 +59,7 @@ class Replication:
     # ---- plans and the step's cycle ----
 
     def adopt(self, plan: Plan, *, restored: bool) -> None:
-        """A plan names who stands by."""
+        """A plan names the standby, or none."""
         placement = plan.partitions[self._partition.index]
         attempt = placement.standby.attempt if placement.HasField("standby") else 0
         addresses = list(placement.standby.addresses)
@@ -73,7 +73,7 @@ class Replication:
             self._watch_soon()
 
     def close(self) -> None:
-        """Hang up; only another plan has it dial again."""
+        """Close the connection; only another plan dials again."""
         self._forget_connection()
         self._dialer.close()
 
@@ -93,7 +93,7 @@ class Replication:
                 self._sent.add(bucket)
                 self._send_root(step, bucket)
             if not self._streams:
-                return  # it broke within the send: the rest goes over the next connection, and is not sent till then
+                return  # it broke within the send: the rest is sent over the next connection
 
     def decided(self, decision: CommitDecision) -> None:
         """A decision is about to be carried out: the sums will be overwritten."""
@@ -103,7 +103,7 @@ class Replication:
         self._sent.clear()
 
     def at_boundary(self) -> None:
-        """The state is that of a step: a standby that waits for it gets it."""
+        """The state is that of a step: send it to a standby that waits for it."""
         partition, state, connection = self._partition, self._partition.state, self._dialer.connection
         if connection is None or self._streams or state is None or not state.is_filled or partition.machine.is_updating:
             return
@@ -123,8 +123,8 @@ class Replication:
             )
         self.offer()
 
-    def note(self) -> None:
-        """The coordinator's notes have changed."""
+    def send_metadata(self) -> None:
+        """The replicated metadata has changed."""
         if self._dialer.connection is not None and self._streams:
             header = self._partition.header(kind=FrameKind.METADATA, step=self._partition.member.step)
             self._dialer.connection.send(header, [self._partition.metadata.to_wire().pack()])
@@ -187,14 +187,14 @@ class Replication:
         step_bytes = sum(span.num_words for span in state.spans) * WORD_BYTES if state else 0
         return max(QUEUE_BYTES, 2 * step_bytes)
 
-    # ---- what the line hears ----
+    # ---- what the standby sends ----
 
     def welcomed(self, header: Header, body: memoryview) -> None:  # noqa: ARG002 - Listener's signature
-        self._heard += 1
+        self._num_received += 1
         self._begin(StandbyWelcome.unpack(body))
 
     def frame(self, header: Header, body: memoryview) -> None:  # noqa: ARG002 - Listener's signature
-        self._heard += 1
+        self._num_received += 1
         if header.kind is FrameKind.HELD:
             self._held(header.step)
 
@@ -206,7 +206,7 @@ class Replication:
         self._reactor.post(lambda: self._carry_out([TryVote()]))  # a queue that was too long is no more
 
     def _stream(self) -> None:
-        """Steps follow from here on; of the open one nothing went over this connection yet."""
+        """Steps follow from here on; nothing of the open one was sent over this connection yet."""
         self._streams = True
         self._sent.clear()
 
@@ -217,20 +217,20 @@ class Replication:
         return self._partition.make_hello("replica")
 
     def _begin(self, welcome: StandbyWelcome) -> None:
-        """The standby says what it holds: go on from there, or give it the whole state."""
+        """The standby reports what it holds: send what it misses, or the whole state."""
         acked_version, applied = welcome.reach, welcome.applied
         member = self._partition.member
         if in_sync.resumes(self.in_sync, acked_version, applied, member.step):
             self._stream()
             if applied < member.step and member.last_decision is not None:
                 self._send_decision(member.last_decision)
-            self.note()  # it may have changed while nobody heard; before the sums: who holds those knows of it
+            self.send_metadata()  # it may have changed; before the sums: a standby that holds those has it, too
             self._held(acked_version)
             self.offer()
         elif (anew := in_sync.begin(self.in_sync)) is not None:
             self.in_sync = anew
             self.at_boundary()
-            self._carry_out([TryVote()])  # it may have waited for what the standby no longer has
+            self._carry_out([TryVote()])  # it may have waited for what the standby has lost
         else:
             self._give_up(f"it can make version {acked_version}, not {member.step}")
 
@@ -238,11 +238,11 @@ class Replication:
         member = self._partition.member
         promised = member.step + (member.vote is not None)
         self.in_sync, reports = in_sync.acknowledge(self.in_sync, acked_version, promised)
-        if reports:  # the master must know what the standby did not see happen before it relies on it
+        if reports:  # first the steps that the standby did not see: the master relies on the pair from here on
             self._carry_out([ReportSteps(), self._report(in_sync=True, detail=f"in sync at step {acked_version}")])
         self._carry_out([TryVote()])
 
-    # ---- patience ----
+    # ---- the time limit ----
 
     def _watch_soon(self) -> None:
         if not self._is_watching:
@@ -250,12 +250,12 @@ class Replication:
             self._reactor.call_later(_WATCH_S, self._watch)
 
     def _watch(self) -> None:
-        """A standby that votes wait for and that does nothing is reported: the master then plans without it."""
+        """Report a standby that votes wait for and that does nothing: the master then plans without it."""
         self._is_watching = False
         if not self._dialer.addresses:
             return
         now_s, connection = time.monotonic(), self._dialer.connection
-        mark = (connection, connection.sent_bytes if connection is not None else 0, self._heard, self.in_sync)
+        mark = (connection, connection.sent_bytes if connection is not None else 0, self._num_received, self.in_sync)
         if mark != self._mark or not self._is_awaited():
             self._mark, self._quiet_since_s = mark, now_s
         elif now_s - self._quiet_since_s >= PATIENCE_S:

@@ -22,11 +22,11 @@ CHUNK_WORDS = 128 * 1024
 class Run:
     """Words start <= w < stop of a span (from the span's start) that one fused call may treat alike.
 
-    `age`: updates applied to these tensors before this one; `decay`: weight decay applies."""
+    `update_count`: updates applied to these tensors before this one; `decay`: weight decay applies."""
 
     start: int
     stop: int
-    age: int
+    update_count: int
     decay: bool
 
 
@@ -48,12 +48,12 @@ def runs(layout: Layout, span: Span, update_counts: Sequence[int], touched: Sequ
         stop = min(placed.offset + padded, span.stop) - span.start
         if start >= stop or not touched[placed.tensor]:
             continue
-        age, decay = update_counts[placed.tensor], tensor.decay
+        update_count, decay = update_counts[placed.tensor], tensor.decay
         last = found[-1] if found else None
-        if last and last.stop == start and last.age == age and last.decay == decay:
-            found[-1] = Run(last.start, stop, age, decay)
+        if last and last.stop == start and last.update_count == update_count and last.decay == decay:
+            found[-1] = Run(last.start, stop, update_count, decay)
         else:
-            found.append(Run(start, stop, age, decay))
+            found.append(Run(start, stop, update_count, decay))
     return found
 
 
@@ -98,7 +98,9 @@ def _adam(
     lr: float,
 ) -> None:
     """Adam (Kingma and Ba, 2015) or AdamW (Loshchilov and Hutter, 2019), torch's fused kernels."""
-    step = torch.tensor(float(run.age + 1))  # the kernel reads the count of this update and does not advance it
+    step = torch.tensor(
+        float(run.update_count + 1)
+    )  # the kernel reads the count of this update and does not advance it
     kernel = torch._fused_adamw_ if optimizer.name == "adamw" else torch._fused_adam_
     kernel(
         [value],
@@ -136,7 +138,7 @@ def _sgd(
         dampening=0.0,
         nesterov=optimizer.nesterov,
         maximize=False,
-        is_first_step=run.age == 0,
+        is_first_step=run.update_count == 0,
     )
 
 

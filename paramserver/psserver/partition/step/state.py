@@ -189,7 +189,7 @@ _HUGE_BYTES = 2 << 20  # a large page of x86-64, and of Arm with pages of 4 KiB;
 
 
 def huge_page_memory(size_bytes: int) -> memoryview:
-    """Fresh memory, zeroed, given back whole when nobody refers to it any more: the heap would keep the room for good.
+    """Fresh memory, zeroed, returned to the system when the last reference is gone: the heap would keep it.
     It begins with a page.
 
     In large pages where the kernel has them. It clears each page at its first touch, and 4 KiB at a time that takes

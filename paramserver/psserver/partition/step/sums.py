@@ -57,7 +57,7 @@ T = TypeVar("T")
 
 
 def _nothing() -> None:
-    """The memory is nobody's concern."""
+    """The memory needs no release."""
 
 
 @dataclass
@@ -105,7 +105,7 @@ class Sums(Generic[T]):
             entries[merge.parent] = Entry(self.add(left.value, right.value, merge.parent), left.release)
             dropped.append(right)
         self._entries, self._held = entries, admission.held  # an `add` that refuses leaves everything as it was
-        for gone in dropped:  # a release may say what is open now: only after the bucket is what it is
+        for gone in dropped:  # a release may send what is open now: only after the sums are set
             gone.release()
         return True
 
