@@ -150,8 +150,9 @@ class PartitionService(Partition, AgentConnection):
     def _try_vote(self) -> list[Action]:
         """Vote if the open step is complete, its standby has it, and this partition has not voted."""
         self.replication.offer()
-        may_vote = self.standby.is_synced if self.standby is not None else self.replication.may_vote()
-        if not may_vote or not self.machine.is_complete():
+        if not self.machine.is_complete():
+            return []
+        if not (self.standby.is_synced if self.standby is not None else self.replication.may_vote()):
             return []
         with self.counters.phase("vote"):
             return self.machine.vote()
