@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import structlog
 from google.protobuf.message import DecodeError
 
-from pscluster.agent import frames
+from pscluster.agent import link
 from pscluster.agent.launch import AGENT_PID, CONTROL_FD
 from pscluster.agent.output import LineCutter
 from pscluster.errors import FrameError
@@ -210,7 +210,7 @@ class Child:
             self._listener.wrote(name, line)
 
     async def _read_reports(self) -> None:
-        splitter = frames.Splitter()
+        splitter = link.Splitter()
         try:
             while data := await self._loop.sock_recv(self._control, _READ_BYTES):
                 for message in splitter.feed(data):
@@ -227,7 +227,7 @@ class Child:
                 await self._wake.wait()
                 self._wake.clear()
                 for order in self._take_orders():
-                    await self._loop.sock_sendall(self._control, frames.encode(order.SerializeToString()))
+                    await self._loop.sock_sendall(self._control, link.encode(order.SerializeToString()))
         except ConnectionError:
             return
 

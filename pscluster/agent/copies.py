@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 
 from pscluster.agent import depot
-from pscluster.agent.exits import detail_of
+from pscluster.agent.status import detail_of
 from pscluster.errors import (
     DamagedError,
     FrameError,

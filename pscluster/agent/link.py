@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import threading
 from collections import deque
+from collections.abc import Callable
 
 from google.protobuf.message import DecodeError
 
-from pscluster.agent import frames
 from pscluster.agent.launch import CONTROL_FD, end_with_agent
 from pscluster.errors import FrameError, SettingsError, UnreachableError
-from pscluster.v1.plan_pb2 import ProcessOrder, ProcessReport, ProcessSpec
+from pscluster.v1.plan_pb2 import Beat, ProcessOrder, ProcessReport, ProcessSpec
 
 START_DEADLINE_S = 30.0
 _READ_BYTES = 1 << 16
+LENGTH = struct.Struct("<I")
+MAX_FRAME_BYTES = 64 * 1024 * 1024
+BEAT_S = 0.5
+UNREACHED_S = 2.0
+"""For so long a partition is dialled again and again before a beat says that it cannot be reached."""
 
 
 class ProcessLink:
@@ -34,7 +40,7 @@ class ProcessLink:
         FrameError when something else comes first.
         """
         self._socket = control
-        self._splitter = frames.Splitter()
+        self._splitter = Splitter()
         self._orders: deque[ProcessOrder] = deque()
         self._sending = threading.Lock()
         control.settimeout(deadline_s)
@@ -108,7 +114,7 @@ class ProcessLink:
 
         Raises EOFError when the agent is gone, FrameError above 64 MiB.
         """
-        frame = frames.encode(report.SerializeToString())
+        frame = encode(report.SerializeToString())
         with self._sending:
             try:
                 self._socket.sendall(frame)
@@ -124,3 +130,65 @@ class ProcessLink:
                 self._orders.append(ProcessOrder.FromString(message))
             except DecodeError as error:
                 raise FrameError(f"an order from the agent does not decode: {error}") from None
+
+
+def encode(message: bytes) -> bytes:
+    """One frame around a serialized message. Raises FrameError above 64 MiB."""
+    if len(message) > MAX_FRAME_BYTES:
+        raise FrameError(f"a control frame of {len(message)} bytes exceeds {MAX_FRAME_BYTES}")
+    return LENGTH.pack(len(message)) + message
+
+
+class Splitter:
+    """Cuts a byte stream into messages. Holds at most one unfinished frame."""
+
+    def __init__(self) -> None:
+        self._held = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The messages that `data` completes, in order. Raises FrameError on a length above 64 MiB."""
+        self._held += data
+        messages = []
+        start = 0
+        while (end := self._end_of_frame(start)) is not None:
+            messages.append(bytes(self._held[start + LENGTH.size : end]))
+            start = end
+        del self._held[:start]
+        return messages
+
+    def _end_of_frame(self, start: int) -> int | None:
+        if len(self._held) - start < LENGTH.size:
+            return None
+        (size,) = LENGTH.unpack_from(self._held, start)
+        if size > MAX_FRAME_BYTES:
+            raise FrameError(f"a control frame announces {size} bytes, more than {MAX_FRAME_BYTES}")
+        end = start + LENGTH.size + int(size)
+        return end if end <= len(self._held) else None
+
+
+class HeartbeatThread:
+    """Calls `beat` and reports what it returns, twice a second, from `start` until `close` or the agent's end."""
+
+    def __init__(self, link: ProcessLink, beat: Callable[[], Beat]) -> None:
+        """`beat` runs on the side thread and must not block."""
+        self._link = link
+        self._beat = beat
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
+
+    def start(self) -> None:
+        """Begin to beat; the first beat is sent at once. Called once."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop beating. Safe to repeat, also before `start`."""
+        self._ended.set()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._link.report(ProcessReport(beat=self._beat()))
+                if self._ended.wait(BEAT_S):
+                    return
+        except EOFError:
+            return  # the agent is gone, and this process with it

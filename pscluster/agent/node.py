@@ -19,10 +19,10 @@ from pscluster.agent.bundles import BundleCache
 from pscluster.agent.child import Patience
 from pscluster.agent.copies import Copies
 from pscluster.agent.depot import serving
-from pscluster.agent.devices import DeviceLedger
 from pscluster.agent.directories import AgentDirectories
 from pscluster.agent.master_connection import MasterConnection
 from pscluster.agent.process import Site
+from pscluster.agent.resources import DeviceLedger
 from pscluster.agent.role import AgentRole, AgentSettings
 from pscluster.agent.supervisor import Supervisor
 from pscluster.rpc import PROTOCOL, read_token

@@ -15,16 +15,15 @@ from typing import Any
 
 import structlog
 
-from pscluster.agent import cgroup, metrics
+from pscluster.agent import metrics, resources
 from pscluster.agent.bundles import BundleCache
 from pscluster.agent.child import Child, Ended, Patience
 from pscluster.agent.copies import Copies
-from pscluster.agent.devices import DeviceLedger
 from pscluster.agent.directories import AgentDirectories
-from pscluster.agent.exits import NOT_STARTED, Exit, classify, detail_of
 from pscluster.agent.launch import BUNDLE_DIR, SOCKET_DIR
 from pscluster.agent.output import Backlog
-from pscluster.agent.suspicion import LOADING_SILENCE_S, SILENCE_S, LastHeartbeat
+from pscluster.agent.resources import DeviceLedger
+from pscluster.agent.status import LOADING_SILENCE_S, NOT_STARTED, SILENCE_S, Exit, LastHeartbeat, classify, detail_of
 from pscluster.devices import AUTO
 from pscluster.errors import InternalError, PsError, StorageError, UnreachableError
 from pscluster.v1.agents_pb2 import AgentMessage, LogLine, ProcessEvent, ProcessState, ProcessStatus
@@ -92,7 +91,7 @@ class Process:
 
     async def run(self) -> None:
         """Fetch, start, wait and tell the exit. Whatever fails becomes an exited status."""
-        kills_before = cgroup.oom_kills()
+        kills_before = resources.oom_kills()
         problem: PsError | None = None
         try:
             self._child = await self._started()
@@ -103,7 +102,7 @@ class Process:
         else:
             self._tell_running(self._child)
             ended = await self._child.wait()
-            self._conclude(self._classify(self._child.pid, ended, cgroup.oom_kills() - kills_before))
+            self._conclude(self._classify(self._child.pid, ended, resources.oom_kills() - kills_before))
         await asyncio.to_thread(self._remove_directories)
 
     async def _started(self) -> Child | None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
-from pscluster.agent import cgroup
+from pscluster.devices import choose_device
 from pscluster.v1.agents_pb2 import Resources
 
 _NVIDIA = Path("/proc/driver/nvidia/gpus")
+_ROOT = Path("/sys/fs/cgroup")
+_UNLIMITED_BYTES = 1 << 60
 
 
 def measure(slots: int, devices: Sequence[str]) -> Resources:
@@ -19,7 +22,7 @@ def measure(slots: int, devices: Sequence[str]) -> Resources:
     installed = int(psutil.virtual_memory().total)
     return Resources(
         cpu_cores=len(os.sched_getaffinity(0)),
-        memory_bytes=min(installed, cgroup.memory_limit_bytes() or installed),
+        memory_bytes=min(installed, memory_limit_bytes() or installed),
         devices=devices,
         slots=slots,
     )
@@ -46,3 +49,89 @@ def visible_devices(environ: Mapping[str, str], directory: Path = _NVIDIA) -> li
         return present
     named = [part.strip() for part in visible.split(",") if part.strip() and not part.strip().startswith("-")]
     return named[: len(present)]
+
+
+def memory_limit_bytes(proc: Path = Path("/proc"), root: Path = _ROOT) -> int | None:
+    """The group's memory limit in bytes; None: it has none."""
+    for group, version in _groups(proc, root):
+        text = _read(group / ("memory.max" if version == 2 else "memory.limit_in_bytes")).strip()
+        if text.isdecimal() and int(text) < _UNLIMITED_BYTES:
+            return int(text)
+    return None
+
+
+def oom_kills(proc: Path = Path("/proc"), root: Path = _ROOT) -> int:
+    """How many processes of the group, else of the machine, the kernel killed for want of memory so far."""
+    for group, version in _groups(proc, root):
+        count = _field(_read(group / ("memory.events" if version == 2 else "memory.oom_control")), "oom_kill")
+        if count is not None:
+            return count
+    return _field(_read(proc / "vmstat"), "oom_kill") or 0
+
+
+def _groups(proc: Path, root: Path) -> list[tuple[Path, int]]:
+    """Directories that may be ours, most specific first, each with its hierarchy's version."""
+    found: list[tuple[Path, int]] = []
+    for line in _read(proc / "self" / "cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        inside = path.lstrip("/")
+        if controllers == "":
+            found += [(root / inside, 2), (root, 2)]
+        elif "memory" in controllers.split(","):
+            found = [(root / "memory" / inside, 1), (root / "memory", 1), *found]
+    return found
+
+
+def _field(text: str, name: str) -> int | None:
+    for line in text.splitlines():
+        key, _, value = line.partition(" ")
+        if key == name and value.strip().isdecimal():
+            return int(value)
+    return None
+
+
+def _read(path: Path) -> str:
+    """The file's text; empty when the kernel has no such file."""
+    try:
+        return path.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""
+
+
+class DeviceLedger:
+    """Which process holds which device. Belongs to the agent's loop."""
+
+    def __init__(self, present: Sequence[str]) -> None:
+        """`present`: the node's CUDA devices, in the order in which they are given out."""
+        self._present = tuple(present)
+        self._held: dict[str, str] = {}
+        self._leaving: set[str] = set()
+        self._released = asyncio.Event()
+
+    async def claim(self, process_id: str, wanted: str) -> str:
+        """A device for a process, which holds it until `release`. Raises DeviceError.
+
+        Blocks while all that fit are held and one of the holders is being ended: a job that takes another's place is
+        started before the other's last process is gone.
+        """
+        while (device := self._choose(wanted)) is None:
+            await self._released.wait()
+        self._held[process_id] = device
+        return device
+
+    def leaving(self, process_id: str) -> None:
+        """The process is being ended: what it holds will soon be free. Safe to repeat."""
+        if process_id in self._held:
+            self._leaving.add(process_id)
+
+    def release(self, process_id: str) -> None:
+        """The process is gone. Safe to repeat."""
+        self._held.pop(process_id, None)
+        self._leaving.discard(process_id)
+        self._released.set()
+        self._released = asyncio.Event()  # who waits from now on waits for the next one
+
+    def _choose(self, wanted: str) -> str | None:
+        leaving = {self._held[process_id] for process_id in self._leaving}
+        held = set(self._held.values()) - leaving
+        return choose_device(wanted, self._present, held, leaving)

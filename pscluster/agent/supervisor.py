@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Coroutine
+from collections.abc import Container, Coroutine, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
 
 from pscluster.agent import metrics
 from pscluster.agent.child import Patience
-from pscluster.agent.exits import NOT_STARTED
 from pscluster.agent.process import Process, Site, wanted_device
-from pscluster.agent.reconcile import reconcile
-from pscluster.agent.suspicion import NONE, WORDS, suspicion_of
+from pscluster.agent.status import NONE, NOT_STARTED, WORDS, suspicion_of
 from pscluster.devices import device_priority
 from pscluster.v1.agents_pb2 import AgentMessage, Assignment, ProcessState, ProcessStatus
-from pscluster.v1.plan_pb2 import ProcessSpec, Speed, Unreached
+from pscluster.v1.plan_pb2 import Plan, ProcessSpec, Speed, Unreached
 
 WATCH_S = 0.25
 AT_ONCE = Patience(terminate_s=0.0, kill_s=0.0)
@@ -162,3 +161,38 @@ def _device_priority(spec: ProcessSpec) -> int:
         return device_priority(wanted_device(spec))
     except ValueError:
         return 0  # it will not start, and say why
+
+
+@dataclass(frozen=True, kw_only=True)
+class Actions:
+    """What an agent does to become what the assignment says; the three lists name disjoint processes."""
+
+    start: tuple[ProcessSpec, ...] = ()
+    stop: tuple[str, ...] = ()
+    forward: tuple[tuple[str, Plan], ...] = ()
+
+
+def reconcile(desired: Iterable[ProcessSpec], running: Mapping[str, Plan | None], ever_ran: Container[str]) -> Actions:
+    """The actions that make `running` what is `desired`.
+
+    `running` maps the process ids that live (or are being started) to the newest plan handed to each, None
+    before the first. `ever_ran` holds every id started here before, whatever became of it: none is started
+    twice, because a new attempt is the master's to decide. Applying the actions and asking again gives none.
+    """
+    wanted: dict[str, ProcessSpec] = {}
+    for spec in desired:
+        wanted.setdefault(spec.process_id, spec)
+    return Actions(
+        start=tuple(spec for id_, spec in wanted.items() if id_ not in running and id_ not in ever_ran),
+        stop=tuple(id_ for id_ in running if id_ not in wanted),
+        forward=tuple(
+            (id_, wanted[id_].plan) for id_, held in running.items() if id_ in wanted and _is_news(wanted[id_], held)
+        ),
+    )
+
+
+def _is_news(spec: ProcessSpec, held: Plan | None) -> bool:
+    """A plan never goes back to an older generation: a late message must not undo a newer one."""
+    if not spec.HasField("plan"):
+        return False
+    return held is None or (spec.plan.generation >= held.generation and spec.plan != held)

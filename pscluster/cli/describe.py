@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pscluster.cli import formatting as fmt
-from pscluster.client.frames import last_frame
+from pscluster.client.goals import last_frame
 
 if TYPE_CHECKING:
     from pscluster.client import Job, PartitionPlacement, TrainerPlacement

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pscluster.cli import formatting as fmt
-from pscluster.cli.output import document, output_option, print_document
-from pscluster.cli.session import Session, Verb, answer, pass_session
+from pscluster.cli.session import Session, Verb, answer, document, output_option, pass_session, print_document
 from pscluster.errors import SettingsError
 
 if TYPE_CHECKING:

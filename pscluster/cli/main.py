@@ -7,7 +7,7 @@ import os
 import click
 
 from pscluster import __version__
-from pscluster.cli import configuration, control, initialise, logs, results, show, submission, updown
+from pscluster.cli import control, logs, results, show, submission, updown
 from pscluster.cli.session import Psctl
 
 
@@ -29,13 +29,11 @@ def psctl() -> None:
 
 for _command in (
     *updown.COMMANDS,
-    *initialise.COMMANDS,
     *submission.COMMANDS,
     *show.COMMANDS,
     *logs.COMMANDS,
     *control.COMMANDS,
     *results.COMMANDS,
-    *configuration.COMMANDS,
 ):
     psctl.add_command(_command)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,8 +12,11 @@ from typing import Any
 import click
 
 from pscluster.cli import formatting as fmt
-from pscluster.cli.output import document, output_option, print_document
-from pscluster.cli.session import Session, Verb, answer, pass_session, say
+from pscluster.cli.session import Session, Verb, answer, document, output_option, pass_session, print_document, say
+from pscluster.errors import InternalError, from_dict
+
+COMMAND = (sys.executable, "-P", "-m", "psworker.tools")
+_LINES = 12
 
 
 def _read_step(_ctx: click.Context, param: click.Parameter, value: str) -> int | str:
@@ -97,8 +103,6 @@ def generate(
 
 def _run(session: Session, job: str, step: int | str, request: dict[str, Any]) -> dict[str, Any]:
     """Add the job's spec, bundle and the snapshot's files to a request, and run it. Blocks."""
-    from pscluster.cli.toolrun import run_tool
-
     with tempfile.TemporaryDirectory(prefix="psctl-") as temporary:
         with session.connect() as cluster:
             found = cluster.job(job)
@@ -117,6 +121,32 @@ def _run(session: Session, job: str, step: int | str, request: dict[str, Any]) -
         }
         result = run_tool(complete)
     return {"step": snapshot.step, **result}
+
+
+def run_tool(request: dict[str, Any], command: tuple[str, ...] = COMMAND) -> dict[str, Any]:
+    """Its answer, without "ok". Blocks for as long as it computes; Ctrl-C ends it too.
+
+    Raises the very error it answers; InternalError with its last words when it gives no answer.
+    """
+    process = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True, check=False)
+    words = process.stderr.decode("utf-8", "replace").splitlines()[-_LINES:]
+    reply = _parsed(process.stdout)
+    if reply is None:
+        raise InternalError(
+            f"psworker.tools ended with status {process.returncode} and no answer; its last words:\n  "
+            + "\n  ".join(words or ["(none)"])
+        )
+    if not reply.pop("ok"):
+        raise from_dict(reply.get("error") or {})
+    return reply
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    try:
+        reply = json.loads(text)
+    except ValueError:
+        return None
+    return reply if isinstance(reply, dict) and "ok" in reply else None
 
 
 COMMANDS = (export, evaluate, generate)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,7 +18,7 @@ from pscluster.settings import ClientSettings, LocatedCluster, Origin, Resolved,
 if TYPE_CHECKING:
     from pscluster.client import Cluster
 
-F = TypeVar("F")
+
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -28,6 +29,9 @@ _GLOBALS: tuple[tuple[str, str, str], ...] = (
     ("--address", "ADDR", "master of another cluster: host:port or unix:/path [PS_ADDRESS]"),
     ("--token-file", "FILE", "its token [PS_TOKEN_FILE]"),
 )
+F = TypeVar("F", bound=Callable[..., Any])
+API_VERSION = "ps/v1"
+FORMATS = ("table", "wide", "json", "yaml", "name")
 
 
 class Session:
@@ -176,3 +180,30 @@ def _refuse_verb(ctx: click.Context, word: str, verbs: Sequence[str]) -> None:
     near = difflib.get_close_matches(word, verbs, n=1, cutoff=0.5)
     suggestion = f" Did you mean {near[0]}?" if near else ""
     raise click.UsageError(f"No such verb {word!r}.{suggestion}", ctx)
+
+
+def output_option(*formats: str) -> Callable[[F], F]:
+    """-o/--output with the given formats, the first being the default."""
+    choice = click.Choice(formats or FORMATS)
+    default = (formats or FORMATS)[0]
+    return click.option("-o", "--output", "form", type=choice, default=default, help="form of the answer")
+
+
+def document(kind: str, body: dict[str, Any]) -> dict[str, Any]:
+    """A versioned object: keys are only ever added within an apiVersion."""
+    return {"apiVersion": API_VERSION, "kind": kind, **body}
+
+
+def list_document(kind: str, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A versioned list of objects of one kind."""
+    return document(f"{kind}List", {"items": [document(kind, item) for item in items]})
+
+
+def print_document(body: dict[str, Any], form: str) -> None:
+    """Print as "json" or "yaml" on stdout."""
+    if form == "json":
+        answer(json.dumps(body, indent=2, allow_nan=False))
+        return
+    import yaml
+
+    answer(yaml.safe_dump(body, sort_keys=False, allow_unicode=True).rstrip())

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.resources
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from pscluster.cli.control import duration_option
-from pscluster.cli.output import document, print_document
-from pscluster.cli.session import Session, Verb, answer, pass_session, say
-from pscluster.errors import SpecError
+from pscluster.cli.session import Session, Verb, answer, document, pass_session, print_document, say
+from pscluster.errors import SpecError, StateError, StorageError
 
 if TYPE_CHECKING:
     from pscluster.job.bundle import Bundle
     from pscluster.job.spec import JobSpec
 
+
 _SPEC_NAMES = ("spec.yaml", "spec.yml", "spec.toml")
+_FILES = {
+    "spec.yaml": "spec.yaml",
+    "task.py": "task.py",
+    "text.txt": "text.txt",
+    "README.md": "README.md",
+    "gitignore": ".gitignore",
+}
 
 
 @click.command("submit", cls=Verb)
@@ -129,4 +138,39 @@ def _spec_file(path: Path) -> Path:
     raise SpecError(f"no {_SPEC_NAMES[0]} in {path}", action="name the spec file, or make one: psctl init DIR")
 
 
-COMMANDS = (submit, follow_job)
+@click.command("init", cls=Verb)
+@click.argument("directory", type=click.Path(path_type=Path))
+def init(directory: Path) -> None:
+    """Write a small job that runs as it is into DIRECTORY: a spec, a task, a text to learn.
+
+    Refuses a directory that is not empty. Prints the path of the spec.
+    """
+    written = write_job(directory)
+    say(f"wrote {', '.join(_FILES.values())} to {directory}; next:")
+    say("  psctl up")
+    say(f"  psctl submit {written} --follow")
+    answer(str(written))
+
+
+def write_job(directory: Path) -> Path:
+    """Write the templates; returns the spec's path. StateError for a directory with anything in it."""
+    name = job_name(directory.absolute().name)
+    templates = importlib.resources.files("pscluster.cli") / "templates"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if any(directory.iterdir()):
+            raise StateError(f"{directory} is not empty", action="name a new directory")
+        for source, target in _FILES.items():
+            text = (templates / source).read_text(encoding="utf-8")
+            (directory / target).write_text(text.replace("my-first-job", name), encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot write to {directory}: {error.strerror}") from None
+    return directory / "spec.yaml"
+
+
+def job_name(text: str) -> str:
+    """A lawful job name from a directory's: lower case, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:63].strip("-") or "my-first-job"
+
+
+COMMANDS = (init, submit, follow_job)

@@ -48,7 +48,7 @@ def down(session: Session) -> None:
 
 def _end(cluster: LocalCluster) -> bool:
     """Take the cluster down and say so, and which jobs that leaves unfinished; whether there was one."""
-    from pscluster.cli.local.unfinished import left_by_down
+    from pscluster.cli.local.master_queries import left_by_down
 
     left = left_by_down(cluster.located)
     ran = cluster.down()
@@ -68,8 +68,8 @@ def _local(session: Session) -> LocalCluster:
 
 
 def _tell(cluster: LocalCluster, fresh: bool) -> None:
-    from pscluster.cli.local.commands import count_of
-    from pscluster.cli.local.unfinished import taken_up
+    from pscluster.cli.local.master_queries import taken_up
+    from pscluster.cli.local.processes import count_of
 
     names = [daemon.name for daemon in cluster.running]
     workers, servers = count_of(names, "worker"), count_of(names, "server")

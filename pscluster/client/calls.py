@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import grpc
 
 from pscluster import rpc
-from pscluster.client.patience import Outage, next_delay_s
+from pscluster.client.reconnecting_stream import Outage, next_delay_s
 from pscluster.errors import UnreachableError
 from pscluster.job.bundle import Bundle
 from pscluster.v1 import jobs_pb2

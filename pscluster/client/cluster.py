@@ -15,13 +15,10 @@ import grpc
 
 from pscluster import rpc
 from pscluster.client import calls, decode
-from pscluster.client.draining import wait_drained
-from pscluster.client.goals import Goal, parse_goal, reached
-from pscluster.client.logcursor import LogCursor
-from pscluster.client.parts import fetch
-from pscluster.client.reconnecting_stream import STREAM_DEADLINE_S, ReconnectingStream
+from pscluster.client.goals import Goal, parse_goal, reached, wait_drained
+from pscluster.client.reconnecting_stream import STREAM_DEADLINE_S, LogCursor, ReconnectingStream
 from pscluster.client.records import Health, Job, LogLine, Node, Snapshot
-from pscluster.client.snapshots import choose
+from pscluster.client.snapshots import choose, fetch
 from pscluster.errors import (
     BundleError,
     InternalError,

@@ -7,9 +7,10 @@ immutable; `canonical_json` is what is stored, hashed and sent.
 
 from __future__ import annotations
 
+import difflib
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,14 +19,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from pscluster.devices import AUTO, is_valid_device
 from pscluster.errors import SpecError
-from pscluster.job.validation_messages import explain
-from pscluster.storage.location import check_location
+from pscluster.storage import check_location
 
 # Strict: `true` is no number of steps. Floats stay lax, since YAML reads 1e-3 as text.
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 
 
 _MOST_NESTED = 64  # of a task's arguments: far below what json and pydantic can recurse into
+_LONGEST_SHOWN = 80
 
 
 class _Section(BaseModel):
@@ -291,3 +292,42 @@ def _is_deeper_than(levels: int, value: object) -> bool:
         held = {id(item): item for item in layer if isinstance(item, list | tuple | dict)}  # YAML can name one often
         layer = [inner for item in held.values() for inner in (item.values() if isinstance(item, dict) else item)]
     return any(isinstance(item, list | tuple | dict) for item in layer)
+
+
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """Every problem of `error`, which validating `root` raised."""
+    return "; ".join(_explain_one(problem, root) for problem in error.errors())
+
+
+def _explain_one(problem: Mapping[str, Any], root: type[BaseModel]) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        near = _near(problem["loc"], root)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        return f"unknown key {where}{hint}"
+    if problem["type"] == "missing":
+        return f"{where} is missing"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    given = repr(problem["input"])
+    return f"{where}: {message}, not {given if len(given) <= _LONGEST_SHOWN else given[:_LONGEST_SHOWN] + '...'}"
+
+
+def _near(location: Sequence[int | str], root: type[BaseModel]) -> list[str]:
+    """The key of the same section that is spelt most like it, then those of the very same name in other sections:
+    people know a key before they know where it stands."""
+    *section, key = map(str, location)
+    model: Any = root
+    for part in section:
+        model = model.model_fields[part].annotation
+    elsewhere = [path for path in _paths(root) if path.rpartition(".")[2] == key]
+    return difflib.get_close_matches(key, list(model.model_fields), n=1, cutoff=0.5) + elsewhere
+
+
+def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key of a model and of the sections in it, as "train.optimizer.lr"."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _paths(field.annotation, f"{prefix}{name}.")

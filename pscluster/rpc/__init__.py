@@ -8,14 +8,16 @@ Handlers are coroutine functions or asynchronous generators and raise PsError; c
 `error_of` and get an equal PsError back.
 """
 
-from pscluster.rpc.channel import open_aio_channel, open_channel, read_token
-from pscluster.rpc.options import (
+from pscluster.rpc.channel import (
     CHANNEL_OPTIONS,
     DEADLINE_S,
     MAX_MESSAGE_BYTES,
     PROTOCOL,
     SERVER_OPTIONS,
     TRANSFER_DEADLINE_S,
+    open_aio_channel,
+    open_channel,
+    read_token,
 )
 from pscluster.rpc.server import ErrorInterceptor, Observer, TokenInterceptor
 from pscluster.rpc.status import error_of, status_of

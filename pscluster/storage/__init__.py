@@ -12,9 +12,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
+from urllib.parse import urlsplit
 
 from pscluster.errors import StorageError
-from pscluster.storage.location import below, check_location
 
 __all__ = ["Buffer", "Live", "SnapshotStore", "Written", "below", "check_location", "open_store", "split"]
 
@@ -125,3 +125,34 @@ def split(location: str | Path) -> tuple[SnapshotStore, str]:
     """The store and the name of one file given by its whole location."""
     parent, _, name = str(location).rpartition("/")
     return open_store(parent or "/"), name
+
+
+def check_location(text: str) -> str:
+    """`text`, when it names a directory or store that can be shared. Raises ValueError saying what is wrong with it."""
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        if not text.startswith("/"):
+            raise ValueError(f"{text!r} is not an absolute directory, nor a URL like s3://bucket/prefix")
+        return text
+    if scheme == "memory":
+        raise ValueError("memory:// is the memory of one process: no other would see what was written there")
+    if scheme not in ("file", "s3"):
+        raise ValueError(f"{scheme}:// is not supported: give a directory, file:///directory or s3://bucket/prefix")
+    if scheme == "file" and not rest.startswith("/"):
+        raise ValueError(f"{text!r} names a host: write file:///directory")
+    if scheme == "s3":
+        _check_bucket(text)
+    return text
+
+
+def below(location: str, name: str) -> str:
+    """The location of `name` under `location`."""
+    return f"{location.rstrip('/')}/{name}"
+
+
+def _check_bucket(text: str) -> None:
+    parts = urlsplit(text)
+    if "@" in parts.netloc:
+        raise ValueError("credentials do not belong in a spec: daemons take them from their environment")
+    if not parts.netloc or parts.query or parts.fragment:
+        raise ValueError("write s3://bucket/prefix")

@@ -14,7 +14,7 @@ import json
 import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +23,6 @@ import crc32c
 from pscluster.errors import DamagedError, LayoutError, StorageError
 from pscluster.step.layout import WORD_BYTES, Layout
 from pscluster.storage import Buffer, Live, SnapshotStore, Written, split
-from pscluster.storage.checksum import combined
 from pscluster.storage.direct import ALIGNMENT
 
 _MAGIC = b"PSSNAP02"
@@ -34,6 +33,10 @@ _LARGE_BYTES = 1 << 20
 
 PieceKey = tuple[int, str]  # bucket index; "values", "moment0" or "moment1"
 Location = str | Path  # of one file: a path, or a URL
+_POLYNOMIAL = 0x82F6_3B78  # Castagnoli's, without x^32
+_WORD = 0xFFFF_FFFF
+_ONE = 1 << 31
+_X8 = 1 << 23
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,3 +240,31 @@ def _read_pieces(file: Any, index: Sequence[Mapping[str, Any]]) -> dict[PieceKey
     if file.read() != checksums + _U32.pack(crc32c.crc32c(checksums)):
         raise ValueError("a piece does not fit its checksum")
     return pieces
+
+
+def combined(first: int, second: int, second_bytes: int) -> int:
+    """The CRC of both, from the first's, the second's, and the second's length."""
+    return _times(_shift(second_bytes), first) ^ second
+
+
+@lru_cache(maxsize=1024)
+def _shift(num_bytes: int) -> int:
+    """x^(8 num_bytes), by squaring."""
+    power, square = _ONE, _X8
+    while num_bytes:
+        if num_bytes & 1:
+            power = _times(power, square)
+        square = _times(square, square)
+        num_bytes >>= 1
+    return power
+
+
+def _times(left: int, right: int) -> int:
+    """The product modulo the polynomial."""
+    product = 0
+    while left:
+        if left & _ONE:
+            product ^= right
+        left = left << 1 & _WORD
+        right = right >> 1 ^ (_POLYNOMIAL if right & 1 else 0)
+    return product

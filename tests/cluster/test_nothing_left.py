@@ -18,7 +18,7 @@ import pytest
 from harness.cluster import LocalCluster, wait_gone
 from harness.held_task import held_spec
 from harness.jobs import lm_spec
-from pscluster.cli.local.commands import command
+from pscluster.cli.local.processes import command
 from pscluster.settings import make_runtime_dir, runtime_dir
 
 TORCHS_OWN = "torchinductor_"  # a directory that torch makes for its user, and keeps

@@ -6,7 +6,7 @@ import crc32c
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pscluster.storage.checksum import combined
+from pscluster.storage.snapshot import combined
 
 
 @given(st.binary(max_size=300), st.binary(max_size=300))

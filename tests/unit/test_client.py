@@ -13,9 +13,8 @@ import pytest
 
 from pscluster.client import Cluster, Goal, LogLine, ReconnectingStream, Snapshot, end_error, parse_goal, reached
 from pscluster.client.decode import job_of
-from pscluster.client.frames import last_frame
-from pscluster.client.logcursor import OVERLAP_S, LogCursor
-from pscluster.client.patience import Outage, next_delay_s
+from pscluster.client.goals import last_frame
+from pscluster.client.reconnecting_stream import OVERLAP_S, LogCursor, Outage, next_delay_s
 from pscluster.client.snapshots import choose
 from pscluster.errors import (
     AuthError,

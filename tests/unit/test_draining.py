@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from pscluster.client.draining import PATIENCE_S, wait_drained
+from pscluster.client.goals import PATIENCE_S, wait_drained
 from pscluster.client.records import Node
 from pscluster.errors import StateError, UnreachableError, WaitTimeoutError
 

@@ -11,12 +11,10 @@ from pathlib import Path
 
 from pscluster.agent.resources import visible_devices
 from pscluster.cli.local import processes, record
-from pscluster.cli.local.commands import command, count_of, daemon_dir, node_names, variables
 from pscluster.cli.local.interruptions import held_back
-from pscluster.cli.local.last_words import exit_error, size_of
-from pscluster.cli.local.lock import locked
-from pscluster.cli.local.readiness import wait_ready
-from pscluster.cli.local.record import Daemon
+from pscluster.cli.local.master_queries import wait_ready
+from pscluster.cli.local.processes import command, count_of, daemon_dir, exit_error, node_names, size_of, variables
+from pscluster.cli.local.record import Daemon, locked
 from pscluster.errors import StorageError
 from pscluster.settings import LocatedCluster, make_runtime_dir, runtime_dir
 

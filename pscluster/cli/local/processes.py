@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
-from pscluster.cli.local.commands import name_of
 from pscluster.cli.local.record import Daemon
-from pscluster.errors import StorageError
+from pscluster.errors import PsError, StorageError, UnhealthyError, from_dict
 
 GRACE_S = 10.0
 _KILL_WAIT_S = 5.0
@@ -20,6 +21,18 @@ _ORPHAN_GRACE_S = 1.0
 _POLL_S = 0.02
 _CLOCK_SLACK_S = 2.0
 _LOG_CAP_BYTES = 16 << 20
+_MODULE = {
+    "master": "psmaster.daemon",
+    "worker": "psworker.daemon",
+    "server": "psserver.daemon",
+}
+WORKER_SLOTS = 1
+"""A local worker runs one trainer at a time: more workers, not more trainers, is how one scales here."""
+SERVER_SLOTS = 16
+"""A partition of a small job costs little: any number of partitions fits on any number of local servers."""
+_NAMED = re.compile(r"^(PS-\d{4}): (.*?)(?: \(([^()]*(?:\([^()]*\)[^()]*)*)\))?$")
+_LINES = 8
+_TAIL_BYTES = 16 << 10
 
 
 def start(name: str, command: Sequence[str], variables: Mapping[str, str], directory: Path, log: Path) -> Daemon:
@@ -134,3 +147,85 @@ def _signal(process: psutil.Process, kill: bool) -> None:
             process.terminate()
     except psutil.Error:
         return  # already gone
+
+
+def node_names(workers: int, servers: int) -> tuple[str, ...]:
+    """The nodes of a cluster of that size."""
+    return tuple([f"worker-{n}" for n in range(workers)] + [f"server-{n}" for n in range(servers)])
+
+
+def count_of(names: Iterable[str], role: str) -> int:
+    """How many nodes of a role a cluster with these has, counted by the highest number: gaps are nodes that died."""
+    numbers = [name.partition("-")[2] for name in names if name.startswith(f"{role}-")]
+    return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
+
+
+def daemon_dir(name: str, state_dir: Path) -> Path:
+    """A daemon's own directory."""
+    return state_dir / name
+
+
+def command(name: str, state_dir: Path, address: str, token_file: Path) -> list[str]:
+    """The command line of one daemon. -P: the directory it is started from is not searched for modules."""
+    role = name.partition("-")[0]
+    words = [sys.executable, "-P", "-m", _MODULE[role], "--state-dir", str(daemon_dir(name, state_dir))]
+    words += ["--token-file", str(token_file), "--metrics-listen", "127.0.0.1:0"]
+    if role == "master":
+        return [*words, "--listen", address]
+    slots = WORKER_SLOTS if role == "worker" else SERVER_SLOTS
+    return [*words, "--node-id", name, "--master", address, "--slots", str(slots)]
+
+
+def variables(name: str, devices: Sequence[str]) -> dict[str, str]:
+    """What a daemon's environment has beside ours. `devices`: the machine's CUDA devices, as CUDA_VISIBLE_DEVICES names
+    them: worker n gets the n-th, those beyond the last get none, so that no two share one."""
+    role, _, number = name.partition("-")
+    own = {"PYTHONUNBUFFERED": "1"}
+    if role == "worker" and devices:
+        own["CUDA_VISIBLE_DEVICES"] = devices[int(number)] if int(number) < len(devices) else ""
+    return own
+
+
+def name_of(command_line: Sequence[str], state_dir: Path) -> str | None:
+    """Which daemon of this state directory a process with that command line is; None: none of ours."""
+    try:
+        module = command_line[command_line.index("-m") + 1]
+        directory = Path(command_line[command_line.index("--state-dir") + 1])
+    except (ValueError, IndexError):
+        return None
+    name = directory.name
+    ours = directory == daemon_dir(name, state_dir)
+    return name if ours and module == _MODULE.get(name.partition("-")[0]) else None
+
+
+def size_of(log: Path) -> int:
+    """Where the log ends now: what comes later is the next start's."""
+    try:
+        return log.stat().st_size
+    except OSError:
+        return 0
+
+
+def exit_error(name: str, log: Path, offset: int) -> PsError:
+    """The named error the daemon printed after `offset`, else one that shows its last lines."""
+    lines = _last_lines(log, offset)
+    for line in reversed(lines):
+        match = _NAMED.match(line.strip())
+        if match:
+            code, cause, action = match.groups()
+            return from_dict(
+                {"code": code, "cause": f"{name} could not start: {cause}", "action": action or f"see {log}"}
+            )
+    shown = "\n  ".join(lines[-_LINES:]) or "(it wrote nothing)"
+    return UnhealthyError(f"{name} ended while starting; its last words:\n  {shown}", action=f"see {log}")
+
+
+def _last_lines(log: Path, offset: int) -> list[str]:
+    try:
+        with log.open("rb") as source:
+            end = source.seek(0, 2)
+            source.seek(max(offset if offset <= end else 0, end - _TAIL_BYTES))
+            text = source.read().decode("utf-8", "replace")
+    except OSError:
+        return []
+    return [line for line in text.splitlines() if line.strip()]

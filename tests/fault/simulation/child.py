@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from pscluster.agent.child import Patience
-from pscluster.agent.exits import Exit, classify
+from pscluster.agent.status import LOADING_SILENCE_S, SILENCE_S, Exit, LastHeartbeat, classify, suspicion_of
 from pscluster.agent.supervisor import AT_ONCE
-from pscluster.agent.suspicion import LOADING_SILENCE_S, SILENCE_S, LastHeartbeat, suspicion_of
 from pscluster.v1.agents_pb2 import AgentMessage, ProcessEvent, ProcessState, ProcessStatus
 from pscluster.v1.plan_pb2 import Failure, Plan, ProcessReport, ProcessSpec, Speed
 from tests.fault.simulation.partition import PartitionProcess

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from pscluster.agent.exits import Exit, classify
+from pscluster.agent.status import Exit, classify
 from pscluster.v1.agents_pb2 import ProcessStatus
 from pscluster.v1.plan_pb2 import ErrorDetail, Failure
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pscluster.agent import frames
+from pscluster.agent import link
 from pscluster.agent.link import ProcessLink
 from pscluster.errors import FrameError, SettingsError, UnreachableError
 from pscluster.v1.plan_pb2 import Beat, Plan, ProcessOrder, ProcessReport, ProcessSpec, Shutdown
@@ -21,7 +21,7 @@ Pair = tuple[socket.socket, socket.socket]
 
 
 def order(**body: object) -> bytes:
-    return frames.encode(ProcessOrder(**body).SerializeToString())  # type: ignore[arg-type]
+    return link.encode(ProcessOrder(**body).SerializeToString())  # type: ignore[arg-type]
 
 
 START = order(start=ProcessSpec(process_id="j/trainer-0/1"))
@@ -81,7 +81,7 @@ def test_no_start_order_is_an_error(pair: Pair) -> None:
         ProcessLink(child)
 
 
-@pytest.mark.parametrize("data", [order(shutdown=Shutdown()), b"\xff\xff\xff\xff", frames.encode(b"\xff\xff")])
+@pytest.mark.parametrize("data", [order(shutdown=Shutdown()), b"\xff\xff\xff\xff", link.encode(b"\xff\xff")])
 def test_anything_but_a_start_order_first_is_refused(pair: Pair, data: bytes) -> None:
     agent, child = pair
     agent.sendall(data)
@@ -101,7 +101,7 @@ def test_reports_of_many_threads_arrive_whole(pair: Pair) -> None:
     threads = [threading.Thread(target=speak, args=(1000 * (1 + n),)) for n in range(4)]
     for thread in threads:
         thread.start()
-    splitter = frames.Splitter()
+    splitter = link.Splitter()
     heard: list[int] = []
     while len(heard) < 800:
         heard += [ProcessReport.FromString(m).beat.progress for m in splitter.feed(agent.recv(100))]
@@ -132,13 +132,13 @@ def test_a_process_started_by_hand_says_so(monkeypatch: pytest.MonkeyPatch) -> N
 
 @given(st.lists(st.binary(max_size=50), max_size=10), st.lists(st.integers(0, 600), max_size=10))
 def test_frames_survive_any_cut(messages: list[bytes], cuts: list[int]) -> None:
-    data = b"".join(frames.encode(message) for message in messages)
+    data = b"".join(link.encode(message) for message in messages)
     edges = [0, *sorted(min(c, len(data)) for c in cuts), len(data)]
-    splitter = frames.Splitter()
+    splitter = link.Splitter()
     got = [m for a, b in itertools.pairwise(edges) for m in splitter.feed(data[a:b])]
     assert got == messages
 
 
 def test_a_message_too_long_is_not_sent() -> None:
     with pytest.raises(FrameError):
-        frames.encode(bytes(frames.MAX_FRAME_BYTES + 1))
+        link.encode(bytes(link.MAX_FRAME_BYTES + 1))

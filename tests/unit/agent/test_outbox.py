@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pscluster.agent.report_queue import ReportQueue
-from pscluster.agent.suspicion import NONE, SILENT
+from pscluster.agent.status import NONE, SILENT
 from pscluster.v1.agents_pb2 import AgentMessage, LogLine, LogLines, ProcessEvent, ProcessStatus
 from pscluster.v1.plan_pb2 import ProcessReport, Progress
 

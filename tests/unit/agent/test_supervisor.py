@@ -16,11 +16,11 @@ from pscluster.agent import metrics
 from pscluster.agent.bundles import BundleCache
 from pscluster.agent.child import Patience
 from pscluster.agent.copies import Copies
-from pscluster.agent.devices import DeviceLedger
 from pscluster.agent.directories import AgentDirectories
 from pscluster.agent.process import Site
+from pscluster.agent.resources import DeviceLedger
+from pscluster.agent.status import NONE, SILENT
 from pscluster.agent.supervisor import Supervisor
-from pscluster.agent.suspicion import NONE, SILENT
 from pscluster.v1.agents_pb2 import AgentMessage, Assignment, ProcessStatus
 from pscluster.v1.plan_pb2 import ProcessReport, ProcessSpec, TrainerReady
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from pscluster.cli.local.cluster import LocalCluster
-from pscluster.cli.local.commands import command, count_of, name_of, variables
-from pscluster.cli.local.last_words import exit_error
-from pscluster.cli.local.lock import locked
+from pscluster.cli.local.processes import command, count_of, exit_error, name_of, variables
+from pscluster.cli.local.record import locked
 from pscluster.errors import StateError, UnhealthyError
 from pscluster.settings import ClientSettings, make_runtime_dir
 

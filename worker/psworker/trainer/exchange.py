@@ -14,8 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from pscluster.agent.heartbeat import UNREACHED_S, HeartbeatThread
-from pscluster.agent.link import ProcessLink
+from pscluster.agent.link import UNREACHED_S, HeartbeatThread, ProcessLink
 from pscluster.errors import FencedError
 from pscluster.job.spec import JobSpec
 from pscluster.step.layout import Layout

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pscluster.errors import OutOfMemoryError, ProcessLostError, PsError
 from pscluster.v1.agents_pb2 import ProcessStatus
-from pscluster.v1.plan_pb2 import ErrorDetail, Failure
+from pscluster.v1.plan_pb2 import ErrorDetail, Failure, ProcessSpec, Unreached
 
 NOT_STARTED = 127
 """The exit code reported for a process that could not be started."""
@@ -20,6 +20,25 @@ _MEMORY_WORDS = re.compile(
     r"|std::bad_alloc",
     re.IGNORECASE,
 )
+_OF_SEGFAULTS = (
+    "its log has the Python lines; besides a fault in an extension, that is how a write to the model's parameters "
+    "ends, which are shared memory: change no parameter in the task's own code"
+)
+NONE = ProcessStatus.SUSPICION_NONE
+SILENT = ProcessStatus.SUSPICION_SILENT
+STALLED = ProcessStatus.SUSPICION_STALLED
+WORDS = {NONE: "", SILENT: "silent", STALLED: "stalled"}
+SILENCE_S = {ProcessSpec.KIND_TRAINER: 3.0, ProcessSpec.KIND_PARTITION: 4.0}
+"""How long no beat may come. Beats come every half second from a thread of their own. A trainer is taken back when it
+is heard again, so it costs little to suspect one; a partition is replaced."""
+LOADING_SILENCE_S = 120.0
+"""The same before a process is ready: libraries that come from a slow disk, and what holds the interpreter's lock while
+it loads data, keep the other thread from beating."""
+STALL_FACTOR = 5.0
+MIN_STALL_S = 3.0
+"""A microbatch that takes so many times the median, and at least so long, is stuck."""
+FIRST_STALL_S = 30.0
+"""The same where there is no median yet: compilers and cold devices take their time, and others can do the work."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +55,6 @@ class Exit:
     oom_kills: int = 0
     failure: Failure | None = None
     last_words: Sequence[str] = ()
-
-
-_OF_SEGFAULTS = (
-    "its log has the Python lines; besides a fault in an extension, that is how a write to the model's parameters "
-    "ends, which are shared memory: change no parameter in the task's own code"
-)
 
 
 def classify(process_id: str, pid: int, seen: Exit) -> ProcessStatus:
@@ -101,3 +114,25 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastHeartbeat:
+    """The last beat, or the start: when it came (loop time), and what it said; see plan_pb2.Beat."""
+
+    at_s: float
+    busy_s: float = 0.0
+    typical_s: float = 0.0
+    unreached: Unreached | None = None
+
+
+def suspicion_of(now_s: float, heard: LastHeartbeat | None, silence_s: float) -> ProcessStatus.Suspicion:
+    """How a living process looks at `now_s`. None: it is not started yet."""
+    if heard is None:
+        return NONE
+    if now_s - heard.at_s > silence_s:
+        return SILENT
+    limit_s = max(MIN_STALL_S, STALL_FACTOR * heard.typical_s) if heard.typical_s > 0 else FIRST_STALL_S
+    if heard.busy_s > limit_s:
+        return STALLED
+    return NONE
