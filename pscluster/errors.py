@@ -17,7 +17,6 @@
     |-- PeerError            the other side is at fault or away: it must act, or come back
     |   |-- UnreachableError   PS-3001  nobody answers (no cluster, master away)
     |   |-- FrameError         PS-3002  a data-plane frame that breaks the protocol
-    |   |-- FencedError        PS-3003  a newer generation exists: ask for the plan
     |   |-- VersionSkewError   PS-3004  the peer speaks another protocol version
     |   |-- ProcessLostError   PS-3005  a trainer or partition ended by a signal or vanished
     |   `-- OutOfMemoryError   PS-3006  a process ended for want of memory
@@ -169,10 +168,6 @@ class UnreachableError(PeerError):
 
 class FrameError(PeerError):
     code = "PS-3002"
-
-
-class FencedError(PeerError):
-    code = "PS-3003"
 
 
 class VersionSkewError(PeerError):

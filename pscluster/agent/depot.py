@@ -20,7 +20,7 @@ from pscluster.errors import AddressInUseError, DamagedError, FrameError, NotFou
 from pscluster.rpc import error_of, open_aio_channel
 from pscluster.storage import Written
 from pscluster.storage.directory import DirectoryStore, Incoming
-from pscluster.storage.snapshot import verify_file
+from pscluster.storage.snapshot import parse_part_name, verify_file
 from pscluster.telemetry import observe_rpc
 from pscluster.v1 import depot_pb2, depot_pb2_grpc
 from pscluster.v1.plan_pb2 import SnapshotPart
@@ -30,7 +30,6 @@ MIN_DEADLINE_S = 30.0
 SLOWEST_BYTES_PER_S = 4 << 20  # a transfer that is slower than this is given up
 _STOP_GRACE_S = 0.5
 _JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_PART = re.compile(r"^step-(\d+)\.part-(\d+)\.generation-\d+\.snapshot$")
 
 
 class DepotService(depot_pb2_grpc.DepotServicer):
@@ -136,7 +135,7 @@ def job_directory(directory: Path, job_id: str) -> Path:
 
 def written_of(part: SnapshotPart) -> Written:
     """The file that a part is. Raises FrameError for another name: it could lead anywhere."""
-    if not _PART.fullmatch(part.path):
+    if parse_part_name(part.path) is None:
         raise FrameError(f"{part.path[:80]!r} is no name of a part", details={"field": "path"})
     return Written(name=part.path, size_bytes=part.size_bytes, checksum=part.checksum)
 
@@ -145,8 +144,8 @@ def tidy(job: Path, partition: int, kept_steps: list[int]) -> None:
     """Delete copies of a partition's parts that are older than the newest kept step and not kept. Blocks."""
     store = DirectoryStore(job)
     for name in store.names() if kept_steps else ():
-        match = _PART.match(name)
-        if match and int(match[2]) == partition and int(match[1]) < max(kept_steps) and int(match[1]) not in kept_steps:
+        part = parse_part_name(name)
+        if part and part.partition == partition and part.step < max(kept_steps) and part.step not in kept_steps:
             store.delete(name)
 
 

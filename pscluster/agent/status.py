@@ -76,8 +76,8 @@ def classify(process_id: str, pid: int, seen: Exit) -> ProcessStatus:
 
 
 def detail_of(error: PsError) -> ErrorDetail:
-    """The error as a message."""
-    return ErrorDetail(code=error.code, cause=error.cause, action=error.action, details=error.details)
+    """The error as a message; `pscluster.client.decode` has the inverse."""
+    return ErrorDetail(**error.to_dict())
 
 
 def _out_of_memory(seen: Exit, number: int) -> bool:

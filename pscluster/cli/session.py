@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from pscluster.client import Cluster
 
 
-
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 

@@ -25,7 +25,6 @@ _STATUS: dict[type[PsError], grpc.StatusCode] = {
     errors.TaskError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.CallerError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.UnreachableError: grpc.StatusCode.UNAVAILABLE,
-    errors.FencedError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.VersionSkewError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.PeerError: grpc.StatusCode.ABORTED,
     errors.StorageError: grpc.StatusCode.RESOURCE_EXHAUSTED,

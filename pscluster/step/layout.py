@@ -19,7 +19,6 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import zip_longest
 from math import prod
 from typing import Literal, NamedTuple
 
@@ -131,10 +130,6 @@ class Layout:
         return tuple(buckets)
 
     @cached_property
-    def num_parameters(self) -> int:
-        return sum(t.num_elements for t in self.tensors if t.kind == "trained")
-
-    @cached_property
     def bucket_of(self) -> dict[int, tuple[int, int]]:
         """Tensor number -> (bucket index, offset in words)."""
         return {p.tensor: (b.index, p.offset) for b in self.buckets for p in b.placed}
@@ -186,22 +181,6 @@ class Layout:
             return cls(tuple(_tensor_from(entry) for entry in parsed["tensors"]))
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise LayoutError(f"a layout does not parse: {error!r}") from None
-
-
-def difference(ours: Layout, theirs: Layout) -> str:
-    """One line naming the first tensor in which two layouts differ, for the person who must mend the model."""
-    for mine, other in zip_longest(ours.tensors, theirs.tensors):
-        if mine != other:
-            return f"{_describe(mine)} against {_describe(other)}"
-    return "no difference"
-
-
-def _describe(tensor: TensorSpec | None) -> str:
-    if tensor is None:
-        return "nothing"
-    decay = "" if tensor.decay else ", no decay"
-    kept = "" if tensor.persistent else ", not in the state dict"
-    return f"{' = '.join(tensor.names)} {tensor.dtype}{list(tensor.shape)} {tensor.kind}{decay}{kept}"
 
 
 def _fill(tensors: Sequence[TensorSpec], members: Sequence[int]) -> list[tuple[tuple[Placed, ...], int]]:

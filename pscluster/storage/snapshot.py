@@ -11,12 +11,13 @@ from where it lies. Where the file lies is `pscluster.storage`'s business: whole
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import crc32c
 
@@ -26,6 +27,7 @@ from pscluster.storage import Buffer, Live, SnapshotStore, Written, split
 from pscluster.storage.direct import ALIGNMENT
 
 _MAGIC = b"PSSNAP02"
+_PART_NAME = re.compile(r"step-([0-9]{1,20})\.part-([0-9]{1,20})\.generation-([0-9]{1,20})\.snapshot")
 _U32 = struct.Struct("<I")
 _MAX_HEADER_BYTES = 256 << 20
 _READ_BYTES = 8 << 20
@@ -93,6 +95,20 @@ class Held:
 def part_name(step: int, partition: int, generation: int) -> str:
     """A part's file name; the generation is in it, so that a file of the past is never overwritten or mistaken."""
     return f"step-{step:010d}.part-{partition:04d}.generation-{generation}.snapshot"
+
+
+class PartName(NamedTuple):
+    """What a part's file name says."""
+
+    step: int
+    partition: int
+    generation: int
+
+
+def parse_part_name(name: str) -> PartName | None:
+    """The inverse of `part_name`; None for any other file's name."""
+    match = _PART_NAME.fullmatch(name)
+    return PartName(*map(int, match.groups())) if match else None
 
 
 def write_part(

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 
 from pscluster.agent.link import UNREACHED_S, HeartbeatThread, ProcessLink
-from pscluster.errors import FencedError
 from pscluster.job.spec import JobSpec
 from pscluster.step.layout import Layout
 from pscluster.step.summary import Statistics, unpack_statistics
@@ -43,7 +42,7 @@ from psworker.trainer.work import Directive, Done, Work, find_work
 COUNTERS_S = 1.0
 
 
-class SupersededError(FencedError):
+class SupersededError(Exception):
     """The step being computed is no longer wanted: it was committed without this trainer, or undone."""
 
 
