@@ -1,4 +1,4 @@
-"""Code bundles on a node: fetched once, verified, extracted once, the least recently used removed."""
+"""Code bundles on a node: downloaded once, verified, extracted once, and evicted least recently used first."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _log = structlog.get_logger(__name__)
 
 
 class BundleCache:
-    """Directories named by content below `directory`. Belongs to the agent's loop; disk work is off it."""
+    """Directories named by content digest below `directory`. Used from the agent's loop; disk work runs on threads."""
 
     def __init__(self, directory: Path, fetch: Fetch) -> None:
         self._directory = directory
@@ -33,11 +33,11 @@ class BundleCache:
         present = sorted(path.name for path in directory.iterdir() if path.is_dir())
         self._used: OrderedDict[str, None] = OrderedDict.fromkeys(present)
 
-    async def obtain(self, sha256: str) -> Path:
-        """The directory of the bundle, fetched if need be. Safe to call concurrently and to repeat.
+    async def ensure(self, sha256: str) -> Path:
+        """The directory of the bundle, downloaded if it is missing. Safe to call concurrently and to repeat.
 
-        Raises BundleError for content that is not what its name says or cannot be extracted safely,
-        StorageError when the disk refuses, and what `fetch` raises.
+        Raises BundleError for content that does not match its digest or cannot be extracted safely, StorageError when
+        it cannot be written, and what `fetch` raises.
         """
         if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
             raise BundleError(f"{sha256!r} is not a sha256 digest")
@@ -70,7 +70,7 @@ class BundleCache:
                     digest.update(chunk)
                     sink.write(chunk)
             if digest.hexdigest() != sha256:
-                raise BundleError(f"bundle {sha256[:12]} arrived with other content than its name says")
+                raise BundleError(f"bundle {sha256[:12]} does not match its digest")
             await asyncio.to_thread(extract, part, target)
         except OSError as error:
             raise StorageError(f"cannot store bundle {sha256[:12]}: {error.strerror}") from None

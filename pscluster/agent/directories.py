@@ -1,13 +1,13 @@
-"""An agent's directories, and what a killed predecessor left in them.
+"""An agent's directories, and the removal of what a killed predecessor left.
 
-    <state_dir>/agent.lock   held while an agent lives: two cannot share a state directory
+    <state_dir>/agent.lock   locked while an agent runs: two cannot share a state directory
     <state_dir>/bundles/     extracted code, by content
     <state_dir>/jobs/        working directories of jobs without a bundle
-    <state_dir>/snapshots/   a server's with --own-store: parts of its partitions, and copies of others'; kept
-    <runtime dir>/           sockets of its processes; the path follows from the state directory
+    <state_dir>/snapshots/   of a server with --own-store: its partitions' parts, and copies of others'; kept
+    <runtime dir>/           sockets of its processes; the path is derived from the state directory
 
-The processes of a killed agent have ended with it; their sockets remain, and are removed at the next start or
-by `remove_runtime`.
+The processes of a killed agent end with it. Their sockets remain, and are removed at the next start or by
+`remove_runtime`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pscluster.storage.directory import DirectoryStore
 
 
 class AgentDirectories:
-    """Made by `claim`, which holds the lock until `release`."""
+    """Created by `claim`; holds the lock until `release`."""
 
     def __init__(self, state_dir: Path, runtime: Path, lock: int) -> None:
         self.bundles = state_dir / "bundles"
@@ -37,7 +37,7 @@ class AgentDirectories:
     def claim(cls, state_dir: Path) -> AgentDirectories:
         """Create what is missing, lock it, and remove what a predecessor left.
 
-        Raises StorageError when the directory cannot be written, StateError when another agent lives in it.
+        Raises StorageError when the directory cannot be written, StateError when another agent runs in it.
         """
         try:
             state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ class AgentDirectories:
         except OSError:
             os.close(lock)
             raise StateError(
-                f"another agent runs in {state_dir}", action="end it, or give this one its own --state-dir"
+                f"another agent runs in {state_dir}", action="stop it, or give this one its own --state-dir"
             ) from None
         remove_runtime(state_dir)
         directories = cls(state_dir, make_runtime_dir(state_dir), lock)
@@ -59,7 +59,7 @@ class AgentDirectories:
         return directories
 
     def release(self) -> None:
-        """Remove the sockets' directory and let go of the lock."""
+        """Remove the sockets' directory and release the lock."""
         remove_runtime(self._state_dir)
         os.close(self._lock)
 
@@ -77,16 +77,16 @@ class AgentDirectories:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _clear_half_written(self) -> None:
-        """Parts of snapshots that were on their way here, and copies of others'."""
+        """Parts of snapshots, and copies of others', that were not written completely."""
         for location in DirectoryStore(self.snapshots).below():
             DirectoryStore(Path(location)).sweep(lambda _: True)
 
 
 def remove_runtime(state_dir: Path) -> None:
-    """Remove the sockets' directory of an agent that is not alive. Idempotent; never follows a link."""
+    """Remove the sockets' directory of an agent that does not run. Idempotent; never follows a link."""
     path = runtime_dir(state_dir)
     if path.is_symlink():
-        raise StorageError(f"{path} is a link, not a directory of ours", action=f"remove {path}")
+        raise StorageError(f"{path} is a link, not a directory", action=f"remove {path}")
     try:
         shutil.rmtree(path)
     except FileNotFoundError:

@@ -1,4 +1,9 @@
-"""What this node has, as it tells the master. Imports no torch: devices are counted, not initialised."""
+"""What this node has: cores, memory, CUDA devices, and which process holds which device.
+
+Imports no torch: devices are counted, not initialised. Memory limits and out-of-memory kills are read from the control
+group of this process, in either hierarchy, also in a container that shows its own group at the root. Without one, there
+is no limit, and the kills are the machine's.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +34,7 @@ def measure(slots: int, devices: Sequence[str]) -> Resources:
 
 
 def memory_available_bytes() -> int:
-    """What could be allocated on this node now, by the kernel's estimate."""
+    """The memory that can still be allocated on this node, by the kernel's estimate."""
     return int(psutil.virtual_memory().available)
 
 
@@ -61,7 +66,7 @@ def memory_limit_bytes(proc: Path = Path("/proc"), root: Path = _ROOT) -> int | 
 
 
 def oom_kills(proc: Path = Path("/proc"), root: Path = _ROOT) -> int:
-    """How many processes of the group, else of the machine, the kernel killed for want of memory so far."""
+    """How many processes of the group, else of the machine, the kernel has killed for lack of memory."""
     for group, version in _groups(proc, root):
         count = _field(_read(group / ("memory.events" if version == 2 else "memory.oom_control")), "oom_kill")
         if count is not None:
@@ -70,7 +75,7 @@ def oom_kills(proc: Path = Path("/proc"), root: Path = _ROOT) -> int:
 
 
 def _groups(proc: Path, root: Path) -> list[tuple[Path, int]]:
-    """Directories that may be ours, most specific first, each with its hierarchy's version."""
+    """Candidate directories of this process's group, most specific first, each with its hierarchy's version."""
     found: list[tuple[Path, int]] = []
     for line in _read(proc / "self" / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -91,7 +96,7 @@ def _field(text: str, name: str) -> int | None:
 
 
 def _read(path: Path) -> str:
-    """The file's text; empty when the kernel has no such file."""
+    """The file's text; empty when there is no such file."""
     try:
         return path.read_text(encoding="ascii", errors="replace")
     except OSError:
@@ -99,10 +104,10 @@ def _read(path: Path) -> str:
 
 
 class DeviceLedger:
-    """Which process holds which device. Belongs to the agent's loop."""
+    """Which process holds which device: no two share one. Used from the agent's loop."""
 
     def __init__(self, present: Sequence[str]) -> None:
-        """`present`: the node's CUDA devices, in the order in which they are given out."""
+        """`present`: the node's CUDA devices, in the order in which they are assigned."""
         self._present = tuple(present)
         self._held: dict[str, str] = {}
         self._leaving: set[str] = set()
@@ -111,8 +116,8 @@ class DeviceLedger:
     async def claim(self, process_id: str, wanted: str) -> str:
         """A device for a process, which holds it until `release`. Raises DeviceError.
 
-        Blocks while all that fit are held and one of the holders is being ended: a job that takes another's place is
-        started before the other's last process is gone.
+        Waits while all devices that fit are held and a holder is being ended: a job that preempts another starts before
+        the last process of the other has exited.
         """
         while (device := self._choose(wanted)) is None:
             await self._released.wait()
@@ -120,16 +125,16 @@ class DeviceLedger:
         return device
 
     def leaving(self, process_id: str) -> None:
-        """The process is being ended: what it holds will soon be free. Safe to repeat."""
+        """The process is being ended, and its device will be free soon. Safe to repeat."""
         if process_id in self._held:
             self._leaving.add(process_id)
 
     def release(self, process_id: str) -> None:
-        """The process is gone. Safe to repeat."""
+        """The process has exited. Safe to repeat."""
         self._held.pop(process_id, None)
         self._leaving.discard(process_id)
         self._released.set()
-        self._released = asyncio.Event()  # who waits from now on waits for the next one
+        self._released = asyncio.Event()  # later waiters wait for the next release
 
     def _choose(self, wanted: str) -> str | None:
         leaving = {self._held[process_id] for process_id in self._leaving}

@@ -1,4 +1,7 @@
-"""What an exit means: told from the status, the kernel's counters and the last words. Pure."""
+"""The status of a process as its agent reports it: suspected while it runs, classified when it exits. Pure.
+
+The agent only reports; the master decides what follows. Shards of a suspected trainer move to others until it recovers.
+"""
 
 from __future__ import annotations
 
@@ -14,51 +17,51 @@ from pscluster.v1.plan_pb2 import ErrorDetail, Failure, ProcessSpec, Unreached
 NOT_STARTED = 127
 """The exit code reported for a process that could not be started."""
 
-_MAX_WORDS = 4096
-_MEMORY_WORDS = re.compile(
+_MAX_STDERR = 4096
+_OUT_OF_MEMORY = re.compile(
     r"\bMemoryError\b|can't allocate memory|cannot allocate memory|CUDA out of memory|OutOfMemoryError"
     r"|std::bad_alloc",
     re.IGNORECASE,
 )
-_OF_SEGFAULTS = (
-    "its log has the Python lines; besides a fault in an extension, that is how a write to the model's parameters "
-    "ends, which are shared memory: change no parameter in the task's own code"
+_SEGFAULT_ACTION = (
+    "see the Python stack in its log; the cause is a fault in an extension, or a write to the model's parameters: "
+    "these are read-only shared memory, and a task must not change them"
 )
 NONE = ProcessStatus.SUSPICION_NONE
 SILENT = ProcessStatus.SUSPICION_SILENT
 STALLED = ProcessStatus.SUSPICION_STALLED
-WORDS = {NONE: "", SILENT: "silent", STALLED: "stalled"}
+SUSPICION_NAMES = {NONE: "", SILENT: "silent", STALLED: "stalled"}
 SILENCE_S = {ProcessSpec.KIND_TRAINER: 3.0, ProcessSpec.KIND_PARTITION: 4.0}
-"""How long no beat may come. Beats come every half second from a thread of their own. A trainer is taken back when it
-is heard again, so it costs little to suspect one; a partition is replaced."""
+"""A process without a heartbeat for this long is silent. Heartbeats are sent every half second by a separate thread.
+The limit is lower for a trainer, which gets its shards back when it recovers; a partition is replaced."""
 LOADING_SILENCE_S = 120.0
-"""The same before a process is ready: libraries that come from a slow disk, and what holds the interpreter's lock while
-it loads data, keep the other thread from beating."""
+"""The limit before a process is ready: loading libraries from a slow disk, or data under the interpreter's lock, blocks
+the heartbeat thread."""
 STALL_FACTOR = 5.0
 MIN_STALL_S = 3.0
-"""A microbatch that takes so many times the median, and at least so long, is stuck."""
+"""A trainer is stalled when one microbatch takes this many times the median, and at least this long."""
 FIRST_STALL_S = 30.0
-"""The same where there is no median yet: compilers and cold devices take their time, and others can do the work."""
+"""The limit before a median is known: compilation and cold devices are slow."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exit:
-    """The facts about a process that ended.
+    """What is known of a process that exited.
 
-    `returncode` is the exit code, or minus the signal. `expected`: its agent was told to end it. `oom_kills`:
-    how many processes the kernel killed for want of memory in this control group while it ran. `failure`:
-    its last report of that kind. `last_words`: its last lines on stderr, oldest first.
+    `returncode` is the exit code, or minus the signal. `expected`: its agent ended it. `oom_kills`:
+    how many processes the kernel killed for lack of memory in this control group while it ran. `failure`:
+    the failure it reported last. `stderr_tail`: its last lines on stderr, oldest first.
     """
 
     returncode: int
     expected: bool
     oom_kills: int = 0
     failure: Failure | None = None
-    last_words: Sequence[str] = ()
+    stderr_tail: Sequence[str] = ()
 
 
 def classify(process_id: str, pid: int, seen: Exit) -> ProcessStatus:
-    """The status to report for an exit. An expected or clean one carries no error."""
+    """The status to report for an exit. An expected or clean exit carries no error."""
     number = max(0, -seen.returncode)
     memory = seen.returncode != 0 and not (seen.expected and number) and _out_of_memory(seen, number)
     status = ProcessStatus(
@@ -83,24 +86,24 @@ def detail_of(error: PsError) -> ErrorDetail:
 def _out_of_memory(seen: Exit, number: int) -> bool:
     if number == signal.SIGKILL:
         return seen.oom_kills > 0
-    words = list(seen.last_words)
+    lines = list(seen.stderr_tail)
     if seen.failure is not None:
         if seen.failure.error.code == OutOfMemoryError.code:
             return True
-        words += [seen.failure.error.cause, seen.failure.traceback]
-    return any(_MEMORY_WORDS.search(line) for line in words)
+        lines += [seen.failure.error.cause, seen.failure.traceback]
+    return any(_OUT_OF_MEMORY.search(line) for line in lines)
 
 
 def _error(process_id: str, seen: Exit, number: int, memory: bool) -> PsError:
-    words = "\n".join(seen.last_words)[-_MAX_WORDS:]
-    details = {"process_id": process_id, "stderr": words} if words else {"process_id": process_id}
+    stderr = "\n".join(seen.stderr_tail)[-_MAX_STDERR:]
+    details = {"process_id": process_id, "stderr": stderr} if stderr else {"process_id": process_id}
     how = f"ended by {_signal_name(number)}" if number else f"exited with code {seen.returncode}"
     if memory:
         return OutOfMemoryError(f"{_short(process_id)} ran out of memory ({how})", details=details)
-    last = next((line.strip() for line in reversed(seen.last_words) if line.strip()), "")
-    said = f': "{last[:200]}"' if last else ""
-    action = _OF_SEGFAULTS if number == signal.SIGSEGV and _short(process_id).startswith("trainer") else ""
-    return ProcessLostError(f"{_short(process_id)} {how}{said}", action=action, details=details)
+    last = next((line.strip() for line in reversed(seen.stderr_tail) if line.strip()), "")
+    shown = f': "{last[:200]}"' if last else ""
+    action = _SEGFAULT_ACTION if number == signal.SIGSEGV and _short(process_id).startswith("trainer") else ""
+    return ProcessLostError(f"{_short(process_id)} {how}{shown}", action=action, details=details)
 
 
 def _short(process_id: str) -> str:
@@ -118,7 +121,7 @@ def _signal_name(number: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class LastHeartbeat:
-    """The last beat, or the start: when it came (loop time), and what it said; see plan_pb2.Beat."""
+    """The last heartbeat, or the start: when it arrived (loop time) and its fields; see plan_pb2.Beat."""
 
     at_s: float
     busy_s: float = 0.0
@@ -126,13 +129,13 @@ class LastHeartbeat:
     unreached: Unreached | None = None
 
 
-def suspicion_of(now_s: float, heard: LastHeartbeat | None, silence_s: float) -> ProcessStatus.Suspicion:
-    """How a living process looks at `now_s`. None: it is not started yet."""
-    if heard is None:
+def suspicion_of(now_s: float, last: LastHeartbeat | None, silence_s: float) -> ProcessStatus.Suspicion:
+    """Whether a running process is silent or stalled at `now_s`. `last` None: it has not started."""
+    if last is None:
         return NONE
-    if now_s - heard.at_s > silence_s:
+    if now_s - last.at_s > silence_s:
         return SILENT
-    limit_s = max(MIN_STALL_S, STALL_FACTOR * heard.typical_s) if heard.typical_s > 0 else FIRST_STALL_S
-    if heard.busy_s > limit_s:
+    limit_s = max(MIN_STALL_S, STALL_FACTOR * last.typical_s) if last.typical_s > 0 else FIRST_STALL_S
+    if last.busy_s > limit_s:
         return STALLED
     return NONE

@@ -23,7 +23,7 @@ def test_a_clean_exit_carries_no_error() -> None:
 
 
 def test_an_exit_code_carries_the_last_words() -> None:
-    status = told(3, last_words=["first", "ValueError: no", "  "])
+    status = told(3, stderr_tail=["first", "ValueError: no", "  "])
     assert status.exit_code == 3
     assert status.error.code == "PS-3005"
     assert status.error.cause == 'trainer-0 exited with code 3: "ValueError: no"'
@@ -64,7 +64,7 @@ def test_sigkill_is_out_of_memory_only_with_the_kernels_word() -> None:
     ],
 )
 def test_out_of_memory_is_read_from_the_last_words_or_the_failure(words: str) -> None:
-    assert told(1, last_words=["Traceback", words]).out_of_memory
+    assert told(1, stderr_tail=["Traceback", words]).out_of_memory
     failure = Failure(error=ErrorDetail(code="PS-2001", cause="the task raised"), traceback=f"Trace\n{words}\n")
     assert told(1, failure=failure).error.code == "PS-3006"
 
@@ -74,8 +74,8 @@ def test_out_of_memory_is_read_from_the_failures_code() -> None:
 
 
 def test_a_clean_exit_that_mentions_memory_is_clean() -> None:
-    assert not told(0, last_words=["MemoryError"]).out_of_memory
+    assert not told(0, stderr_tail=["MemoryError"]).out_of_memory
 
 
 def test_long_last_words_are_bounded() -> None:
-    assert len(told(1, last_words=["x" * 16_000] * 40).error.details["stderr"]) <= 4096
+    assert len(told(1, stderr_tail=["x" * 16_000] * 40).error.details["stderr"]) <= 4096
