@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pscluster.errors import UnreachableError
     from pscluster.settings import LocatedCluster
 
-PATIENCE_S = 600.0
+MAX_OUTAGE_S = 600.0
 """For so long a master may be away."""
 
 _BAR_WIDTH = 28
@@ -134,14 +134,14 @@ def follow(cluster: Cluster, job_id: str, view: View, located: LocatedCluster) -
     """Show a job until it has ended; returns it as it ended. Blocks; a master that is away is waited for."""
     from pscluster.client import ReconnectingStream
 
-    def away(_error: UnreachableError, seconds: float) -> None:
-        view.note(outage(located, PATIENCE_S), f"{seconds:.0f} s")
+    def on_outage(_error: UnreachableError, seconds: float) -> None:
+        view.note(outage(located, MAX_OUTAGE_S), f"{seconds:.0f} s")
 
     narrator = Narrator()
     job: Job | None = None
     with view:
-        tether = ReconnectingStream(patience_s=PATIENCE_S, on_absence=away, on_return=lambda: view.note(""))
-        for job in cluster.watch(job_id, tether):
+        stream = ReconnectingStream(max_outage_s=MAX_OUTAGE_S, on_outage=on_outage, on_reconnect=lambda: view.note(""))
+        for job in cluster.watch(job_id, stream):
             for line in narrator.news(job, time.time()):
                 view.say(line)
             view.update(job)

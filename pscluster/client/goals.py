@@ -1,4 +1,4 @@
-"""What a client can wait for, and whether a job has got there. Pure."""
+"""What a client can wait for: a state or step of a job, a drained node. Pure; time is an argument."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _STATES = ("running", "succeeded", "failed", "stopped", "ended")
 _FRAME = re.compile(r'^\s*File "(?P<file>.+)", line (?P<line>\d+)(?:, in (?P<name>.+))?$', re.MULTILINE)
 DRAINED = "drained"
 POLL_S = 0.25
-PATIENCE_S = 600.0
+MAX_OUTAGE_S = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ def parse_goal(text: str) -> Goal:
 
 
 def reached(job: Job, goal: Goal) -> bool:
-    """Whether `job` is there. Raises the error that says why it never will be."""
+    """Whether `job` has reached `goal`. Raises the reason when it never will."""
     if goal.state == "step" and job.step >= goal.step:
         return True
     if goal.state == "running" and (job.state in ("RUNNING", "SUCCEEDED")):
@@ -67,9 +67,9 @@ def reached(job: Job, goal: Goal) -> bool:
 
 
 def end_error(job: Job) -> PsError | None:
-    """What an ended job's end means to whoever waited for its success; None: it succeeded.
+    """The error of a job that has ended without success; None: it succeeded.
 
-    details["frame"] of a failed job is where the user's code raised, if that is known."""
+    details["frame"] of a failed job is where the user's code raised, if known."""
     details = {"job_id": job.job_id, "state": job.state, "step": str(job.step)}
     if job.state == "FAILED":
         why = f"{job.error.code}: {job.error.cause}" if job.error else job.reason
@@ -81,17 +81,17 @@ def end_error(job: Job) -> PsError | None:
     if job.state == "STOPPED":
         return JobStoppedError(
             f"{job.job_id} was stopped at step {job.step}",
-            action=f"`psctl resume {job.job_id}` goes on from its newest snapshot",
+            action=f"`psctl resume {job.job_id}` continues from its newest snapshot",
             details=details,
         )
     return None
 
 
 def last_frame(traceback: str) -> str:
-    """The last frame in the user's own files, as "task.py:16 in loss"; empty when there is none.
+    """The last frame of a job's traceback in the user's own files, as "task.py:16 in loss"; empty when there is none.
 
-    A job's traceback begins with the user's first frame: what lies in that file's directory is the user's. Of chained
-    errors the last one counts, which is the one that was raised in the end."""
+    A job's traceback begins with the user's first frame: files in that file's directory are the user's. Of chained
+    errors the last one counts."""
     *_, last = traceback.rpartition("Traceback (most recent call last):")
     frames = list(_FRAME.finditer(last))
     if not frames:
@@ -111,41 +111,41 @@ def wait_drained(
     monotonic: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[Node]:
-    """`asked`, which the master returned when it was asked for the drain, and then the node whenever what it tells has
-    changed, until it is drained; the last one is.
+    """Yield `asked`, the master's reply to the drain request, then the node after each change, until it is drained; the
+    last one is.
 
-    The master lists every node on which a job has a placement: one that it does not list holds nothing. A master that
-    is away is waited for, up to ten minutes. Raises WaitTimeoutError, StateError, PsError of `nodes`."""
+    The master lists every node on which a job has a placement: one that it does not list holds nothing. An unreachable
+    master is waited for, up to ten minutes. Raises WaitTimeoutError, StateError, PsError of `nodes`."""
     deadline = math.inf if timeout_s is None else monotonic() + timeout_s
     shown = asked
-    last_heard = monotonic()
+    answered_s = monotonic()
     yield shown
     while shown.drain != DRAINED:
         if shown.drain is None:
-            raise StateError(f"node {shown.node_id} is not being drained any more", action="somebody has undone it")
+            raise StateError(f"node {shown.node_id} is no longer being drained", action="somebody has undone the drain")
         if monotonic() >= deadline:
             why = "; ".join(shown.waits_for)
             raise WaitTimeoutError(
                 f"{shown.node_id} is not drained within {timeout_s:g} s" + (f": {why}" if why else ""),
-                action=f"it still drains; `psctl drain {shown.node_id} --undo` ends that",
+                action=f"the drain continues; `psctl drain {shown.node_id} --undo` ends it",
             )
         sleep(POLL_S)
         try:
-            found = next((node for node in nodes() if node.node_id == shown.node_id), None) or _left(shown)
-            last_heard = monotonic()
+            found = next((node for node in nodes() if node.node_id == shown.node_id), None) or _after_leaving(shown)
+            answered_s = monotonic()
         except UnreachableError:
-            if monotonic() - last_heard >= PATIENCE_S or monotonic() >= deadline:
+            if monotonic() - answered_s >= MAX_OUTAGE_S or monotonic() >= deadline:
                 raise
             continue
-        if _told(found) != _told(shown):
+        if _shown_fields(found) != _shown_fields(shown):
             shown = found
             yield shown
 
 
-def _left(node: Node) -> Node:
-    """The node once it is not listed any more, as the master itself tells of a drained one that is away."""
+def _after_leaving(node: Node) -> Node:
+    """The node once it is no longer listed, as the master shows a drained node that has left."""
     return replace(node, drain=DRAINED, waits_for=(), processes=(), ready=False, incarnation="")
 
 
-def _told(node: Node) -> tuple[object, ...]:
+def _shown_fields(node: Node) -> tuple[object, ...]:
     return node.drain, node.waits_for, node.processes

@@ -1,4 +1,4 @@
-"""Which of a job's snapshots is meant. Pure."""
+"""A job's snapshots: choosing one, and fetching its parts from nodes whose disk is not shared."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pscluster.v1 import depot_pb2, depot_pb2_grpc, plan_pb2
 
 
 def choose(snapshots: list[Snapshot], which: int | str, job: str) -> Snapshot:
-    """Pick by "last", "best" or step. Raises NotFoundError naming the steps there are."""
+    """Choose by "last", "best" or step. Raises NotFoundError naming the existing steps."""
     for snapshot in reversed(snapshots):
         if which in ("last", snapshot.step) or (which == "best" and snapshot.best):
             return snapshot
@@ -27,10 +27,10 @@ def choose(snapshots: list[Snapshot], which: int | str, job: str) -> Snapshot:
 
 
 def fetch(depots: Mapping[str, str], token: str, job_id: str, part: SnapshotPart, directory: Path) -> Path:
-    """Write the part into `directory`, whole and verified, from whichever node gives it. Blocks.
+    """Write the part into `directory`, complete and verified, from any node that has it. Blocks.
 
-    `depots`: the addresses of nodes, by name. Raises NotFoundError when none of those that have it does."""
-    why = "none of them is there"
+    `depots`: the addresses of nodes, by name. Raises NotFoundError when no node delivers it."""
+    why = "none of them is connected"
     for address in (depots[node_id] for node_id in part.nodes if depots.get(node_id)):
         try:
             return _fetch(address, token, job_id, part, directory)

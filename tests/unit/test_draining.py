@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from pscluster.client.goals import PATIENCE_S, wait_drained
+from pscluster.client.goals import MAX_OUTAGE_S, wait_drained
 from pscluster.client.records import Node
 from pscluster.errors import StateError, UnreachableError, WaitTimeoutError
 
@@ -85,4 +85,4 @@ def test_a_master_that_is_away_is_waited_for() -> None:
     assert [node.drain for node in waiting(told([NODE], *[away] * 50, [empty]))] == ["draining", "drained"]
     with pytest.raises(UnreachableError):
         list(waiting(told([NODE], away)))
-    assert PATIENCE_S == 600
+    assert MAX_OUTAGE_S == 600
