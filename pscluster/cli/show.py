@@ -1,4 +1,4 @@
-"""Verbs that look: list, status, describe, nodes, health."""
+"""Verbs that show the state of jobs, nodes and psctl: list, status, describe, nodes, health, version, config."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pscluster.cli import formatting as fmt
 from pscluster.cli.session import (
     Session,
     Verb,
-    answer,
     document,
     list_document,
     output_option,
     pass_session,
+    print_answer,
     print_document,
-    say,
+    print_info,
 )
 from pscluster.errors import PsError, UnhealthyError
 
@@ -43,13 +43,13 @@ def list_jobs(session: Session, form: str) -> None:
         jobs = cluster.jobs()
     if form == "name":
         for job in jobs:
-            answer(job.job_id)
+            print_answer(job.job_id)
     elif form in ("json", "yaml"):
         print_document(list_document("Job", [job.to_dict() for job in jobs]), form)
     elif jobs:
-        answer(jobs_table(jobs, form == "wide", time.time()))
+        print_answer(jobs_table(jobs, form == "wide", time.time()))
     else:
-        click.echo("no jobs; `psctl submit SPEC` makes one", err=True)
+        click.echo("no jobs; submit one with `psctl submit SPEC`", err=True)
 
 
 @click.command("status", cls=Verb)
@@ -57,19 +57,19 @@ def list_jobs(session: Session, form: str) -> None:
 @output_option()
 @pass_session
 def status(session: Session, job: str, form: str) -> None:
-    """Show where one JOB is, in a few lines."""
+    """Show the state and progress of JOB in a few lines."""
     with session.connect() as cluster:
         found = cluster.job(job)
     if form == "name":
-        answer(found.job_id)
+        print_answer(found.job_id)
     elif form in ("json", "yaml"):
         print_document(document("Job", found.to_dict()), form)
     elif form == "wide":
-        answer(jobs_table([found], True, time.time()))
+        print_answer(jobs_table([found], True, time.time()))
     else:
         from pscluster.cli.describe import summary
 
-        answer(summary(found, time.time()))
+        print_answer(summary(found, time.time()))
 
 
 @click.command("describe", cls=Verb)
@@ -77,7 +77,7 @@ def status(session: Session, job: str, form: str) -> None:
 @output_option("text", "json", "yaml")
 @pass_session
 def describe(session: Session, job: str, form: str) -> None:
-    """Show everything known of one JOB: conditions, plan, transports, events, the last error and its traceback."""
+    """Show all details of JOB: conditions, plan, transports, events, the last error and its traceback."""
     with session.connect() as cluster:
         found = cluster.job(job)
     if form in ("json", "yaml"):
@@ -85,7 +85,7 @@ def describe(session: Session, job: str, form: str) -> None:
         return
     from pscluster.cli.describe import description
 
-    answer(description(found, time.time()))
+    print_answer(description(found, time.time()))
 
 
 @click.command("nodes", cls=Verb)
@@ -97,11 +97,11 @@ def nodes(session: Session, form: str) -> None:
         found = cluster.nodes()
     if form == "name":
         for node in found:
-            answer(node.node_id)
+            print_answer(node.node_id)
     elif form in ("json", "yaml"):
         print_document(list_document("Node", [node.to_dict() for node in found]), form)
     elif found:
-        answer(nodes_table(found, form == "wide", time.time()))
+        print_answer(nodes_table(found, form == "wide", time.time()))
     else:
         click.echo("no nodes have registered", err=True)
 
@@ -110,18 +110,18 @@ def nodes(session: Session, form: str) -> None:
 @output_option("table", "json", "yaml")
 @pass_session
 def health(session: Session, form: str) -> None:
-    """Tell whether master and members are well; exit 5 when any is not."""
+    """Check the master and all nodes; exit 5 when any is unhealthy."""
     with session.connect() as cluster:
         found = cluster.health()
     if form in ("json", "yaml"):
         print_document(document("Health", found.to_dict()), form)
     elif found.healthy:
-        answer("healthy")
+        print_answer("healthy")
     if not found.healthy:
         raise UnhealthyError(
-            "; ".join(found.problems) or "the master calls the cluster unhealthy",
-            action="see `psctl nodes`; start the daemon of a dead node again (`psctl up` on this machine), "
-            "or `psctl drain NODE` if it is gone for good",
+            "; ".join(found.problems) or "the master reports the cluster as unhealthy",
+            action="see `psctl nodes`; restart the daemon of a lost node (`psctl up` on this machine), "
+            "or remove the node with `psctl drain NODE`",
         )
 
 
@@ -161,11 +161,11 @@ def nodes_table(found: list[Node], wide: bool, now_s: float) -> str:
 
 
 @click.command("version", cls=Verb)
-@click.option("--client", is_flag=True, help="do not ask the master")
+@click.option("--client", is_flag=True, help="do not contact the master")
 @output_option("table", "json", "yaml")
 @pass_session
 def version(session: Session, client: bool, form: str) -> None:
-    """Print psctl's version and, when a cluster answers, the master's."""
+    """Print the version of psctl and, when a cluster answers, of its master."""
     body: dict[str, Any] = {"client": __version__, "master": None, "protocol": None}
     if not client:
         try:
@@ -173,26 +173,26 @@ def version(session: Session, client: bool, form: str) -> None:
                 health = cluster.health()
             body.update(master=health.version, protocol=health.protocol)
         except PsError as error:
-            say(f"no master: {error.cause}")
+            print_info(f"no master: {error.cause}")
     if form != "table":
         print_document(document("Version", body), form)
         return
-    answer(f"psctl {__version__}")
+    print_answer(f"psctl {__version__}")
     if body["master"]:
-        answer(f"psmaster {body['master']} (protocol {body['protocol']})")
+        print_answer(f"psmaster {body['master']} (protocol {body['protocol']})")
 
 
 @click.group("config")
 def config() -> None:
-    """What psctl's settings are."""
+    """Show psctl's settings."""
 
 
 @config.command("show", cls=Verb)
-@click.option("--origin", is_flag=True, help="tell where each value comes from")
+@click.option("--origin", is_flag=True, help="also print where each value comes from")
 @output_option("table", "json", "yaml")
 @pass_session
 def show(session: Session, origin: bool, form: str) -> None:
-    """Print the settings in force: flag beats environment beats file beats default."""
+    """Print the settings in effect. A flag overrides the environment, then the file, then the default."""
     resolved = session.resolved()
     located = resolved.settings.located(os.environ)
     rows = []
@@ -202,7 +202,7 @@ def show(session: Session, origin: bool, form: str) -> None:
         rows.append([field.name, value, f"{source.kind} {source.name}".strip()])
     if form == "table":
         columns = ("KEY", "VALUE", "ORIGIN") if origin else ("KEY", "VALUE")
-        answer(fmt.table(columns, [row[: len(columns)] for row in rows]))
+        print_answer(fmt.table(columns, [row[: len(columns)] for row in rows]))
         return
     body: dict[str, Any] = {"values": {key: value for key, value, _ in rows}}
     if origin:

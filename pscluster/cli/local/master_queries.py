@@ -1,4 +1,4 @@
-"""Waiting until the master answers and every node is ready."""
+"""Queries to a local cluster's master: which nodes are ready, which jobs are unfinished."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ if TYPE_CHECKING:
 
 
 _POLL_S = 0.05
-_TELL_AFTER_S = 3.0
+_PRINT_AFTER_S = 3.0
 DEADLINE_S = 2.0
-"""For each question: nobody is kept waiting for a remark."""
+"""For each query about jobs: an informational line must not delay the command."""
 
 
 def wait_ready(
     located: LocatedCluster,
     names: Sequence[str],
     check: Callable[[], None],
-    say: Callable[[str], None],
+    print_info: Callable[[str], None],
     deadline_s: float,
 ) -> None:
-    """Block until the master answers and exactly-named nodes are ready and no others are.
+    """Block until the master answers and all nodes in `names` are ready.
 
-    `check` is called between looks and raises when a daemon has ended. Says after 3 seconds, and when it changes,
-    what is waited for. Raises UnhealthyError after `deadline_s`.
+    `check` is called between polls and raises when a daemon has ended. Prints what is waited for after 3 seconds, and
+    when it changes. Raises UnhealthyError after `deadline_s`.
     """
     started = time.monotonic()
-    told = ""
+    printed = ""
     with contextlib.ExitStack() as stack:
-        for missing in _looks(located, names, stack):
+        for missing in _poll(located, names, stack):
             if not missing:
                 return
             check()
@@ -44,14 +44,14 @@ def wait_ready(
             waits = f"waiting for {', '.join(missing)}"
             if elapsed > deadline_s:
                 raise UnhealthyError(f"not ready after {deadline_s:g} s: {waits}")
-            if elapsed > _TELL_AFTER_S and waits != told:
-                say(waits)
-                told = waits
+            if elapsed > _PRINT_AFTER_S and waits != printed:
+                print_info(waits)
+                printed = waits
             time.sleep(_POLL_S)
 
 
-def _looks(located: LocatedCluster, names: Sequence[str], stack: contextlib.ExitStack) -> Iterator[list[str]]:
-    """What is missing, at each look; ["master"] while it does not answer."""
+def _poll(located: LocatedCluster, names: Sequence[str], stack: contextlib.ExitStack) -> Iterator[list[str]]:
+    """What is missing, at each poll; ["master"] while it does not answer."""
     from pscluster.client import Cluster
 
     cluster: Cluster | None = None
@@ -64,23 +64,23 @@ def _looks(located: LocatedCluster, names: Sequence[str], stack: contextlib.Exit
             yield ["master"]
 
 
-def left_by_down(located: LocatedCluster) -> list[str]:
-    """One line for each unfinished job, to be asked for before the cluster is ended and said afterwards. None when
-    the master does not answer: that keeps no cluster from being ended."""
+def unfinished_jobs(located: LocatedCluster) -> list[str]:
+    """One line for each unfinished job, to be requested before the cluster is stopped and printed afterwards. No lines
+    when the master does not answer: that must not keep the cluster from being stopped."""
     from pscluster.client import Cluster
 
     with suppress(PsError), Cluster.connect_to(located, deadline_s=DEADLINE_S) as cluster:
         return [
-            f"{job.job_id} was {f'at step {job.step}' if job.step else job.state}; it goes on after the next psctl up"
+            f"{job.job_id} was {f'at step {job.step}' if job.step else job.state}; it continues after the next psctl up"
             for job in reversed(cluster.jobs(DEADLINE_S))
             if not job.ended
         ]
     return []
 
 
-def taken_up(located: LocatedCluster, anew: bool) -> list[str]:
-    """One line for each job that goes on under a master that was started. `anew`: so was everything else, and each
-    begins at its newest snapshot. None when the master does not answer any more."""
+def continued_jobs(located: LocatedCluster, anew: bool) -> list[str]:
+    """One line for each job that continues under a started master. `anew`: everything else was started, too, and each
+    job begins at its newest snapshot. No lines when the master does not answer."""
     from pscluster.client import Cluster
 
     lines = []
@@ -88,5 +88,5 @@ def taken_up(located: LocatedCluster, anew: bool) -> list[str]:
         for job in reversed(cluster.jobs(DEADLINE_S)):
             if not job.ended:
                 steps = [snapshot.step for snapshot in cluster.snapshots(job.job_id)] if anew else []
-                lines.append(f"goes on: {job.job_id}" + (f" (from step {steps[-1]})" if steps else ""))
+                lines.append(f"continuing: {job.job_id}" + (f" (from step {steps[-1]})" if steps else ""))
     return lines

@@ -30,7 +30,7 @@ def test_local_workers_share_no_cuda_device() -> None:
     assert "CUDA_VISIBLE_DEVICES" not in variables("worker-0", [])
 
 
-def test_the_lock_makes_others_wait_and_say_so(tmp_path: Path) -> None:
+def test_the_lock_makes_others_wait(tmp_path: Path) -> None:
     held, release, told = threading.Event(), threading.Event(), []
 
     def holder() -> None:
@@ -41,11 +41,11 @@ def test_the_lock_makes_others_wait_and_say_so(tmp_path: Path) -> None:
     thread = threading.Thread(target=holder)
     thread.start()
     held.wait(30)
-    with pytest.raises(StateError, match="another psctl"), locked(tmp_path, told.append, patience_s=0):
+    with pytest.raises(StateError, match="another psctl"), locked(tmp_path, told.append, timeout_s=0):
         pass
     release.set()
     thread.join()
-    with locked(tmp_path, told.append, patience_s=0):
+    with locked(tmp_path, told.append, timeout_s=0):
         pass
     assert told == []
 
@@ -83,7 +83,7 @@ def test_a_log_without_a_named_error_is_shown(tmp_path: Path) -> None:
     error = exit_error("worker-0", tmp_path / "x.log", 0)
     assert isinstance(error, UnhealthyError)
     assert "KeyError: 3" in error.cause
-    assert "wrote nothing" in exit_error("worker-0", tmp_path / "absent.log", 0).cause
+    assert "no output" in exit_error("worker-0", tmp_path / "absent.log", 0).cause
 
 
 def test_down_removes_the_sockets_of_nodes_that_were_killed(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_down_removes_the_sockets_of_nodes_that_were_killed(tmp_path: Path) -> N
     (left[0] / "job.trainer-0.1" / "s").touch()
     stranger = make_runtime_dir(tmp_path / "worker-0")
     try:
-        cluster = LocalCluster(located=ClientSettings(state_dir=state_dir).located({}), say=lambda _: None)
+        cluster = LocalCluster(located=ClientSettings(state_dir=state_dir).located({}), print_info=lambda _: None)
         assert cluster.down() is False
         assert [path.exists() for path in left] == [False, False, False]
         assert stranger.is_dir()
