@@ -1,11 +1,11 @@
-"""gRPC between our processes: errors mapped once, both ways; the token; channels with sane options.
+"""gRPC between our processes: errors mapped in one place, both ways; the token; channels and their options.
 
 Server side, for grpc.aio:
 
     grpc.aio.server(interceptors=[ErrorInterceptor(), TokenInterceptor(token)], options=SERVER_OPTIONS)
 
-Handlers are coroutine functions or asynchronous generators and raise PsError; callers pass what they catch to
-`error_of` and get an equal PsError back.
+Handlers are coroutine functions or asynchronous generators and raise PsError; callers pass the grpc error to
+`error_of` and get an equal PsError.
 """
 
 from pscluster.rpc.channel import (
