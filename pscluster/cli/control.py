@@ -45,7 +45,7 @@ def duration_option(flag: str, default: str | None, text: str) -> Callable[[F], 
 @duration_option("--timeout", None, "give up after this long (90s, 5m), with exit code 101")
 @pass_session
 def wait(session: Session, job: str, goal: str, timeout: float | None) -> None:
-    """Wait until JOB has succeeded, or until the state or step given by --for.
+    """Wait until JOB has succeeded or reached --for.
 
     Exits 100 when it failed instead, 103 when it was stopped, 101 after --timeout.
     """
@@ -63,7 +63,10 @@ def wait(session: Session, job: str, goal: str, timeout: float | None) -> None:
 @duration_option("--timeout", "120s", "how long to wait")
 @pass_session
 def stop(session: Session, job: str, no_wait: bool, timeout: float) -> None:
-    """Stop JOB at its next step boundary, with a snapshot, and wait for it. `psctl resume` continues from there."""
+    """Stop JOB at its next step boundary, and wait for that.
+
+    It writes a snapshot, from which `psctl resume` continues.
+    """
     with session.connect() as cluster:
         found = cluster.stop(job)
         if not no_wait:
@@ -77,7 +80,7 @@ def stop(session: Session, job: str, no_wait: bool, timeout: float) -> None:
 @click.option("--follow", is_flag=True, help="follow it as `psctl submit --follow` does")
 @pass_session
 def resume(session: Session, job: str, follow: bool) -> None:
-    """Continue a stopped or failed JOB from its newest complete snapshot."""
+    """Continue a stopped or failed JOB. It starts from its newest complete snapshot."""
     with session.connect() as cluster:
         found = cluster.resume(job)
         print_answer(found.job_id)
@@ -93,7 +96,10 @@ def resume(session: Session, job: str, follow: bool) -> None:
 @click.argument("jobs", metavar="JOB...", nargs=-1, required=True)
 @pass_session
 def delete(session: Session, jobs: tuple[str, ...]) -> None:
-    """Delete jobs that have ended, with their snapshots, logs and metrics. Refused while a job runs."""
+    """Delete ended jobs and all their files.
+
+    Removes their snapshots, logs and metrics. Refused while a job runs.
+    """
     with session.connect() as cluster:
         for job in jobs:
             print_answer(cluster.delete(job))
@@ -108,9 +114,9 @@ def delete(session: Session, jobs: tuple[str, ...]) -> None:
 )
 @pass_session
 def drain(session: Session, node: str, undo: bool, no_wait: bool, timeout: float | None) -> None:
-    """Move all processes off NODE, place no new ones there, and wait until it is empty.
+    """Move all processes off NODE, and wait until it is empty.
 
-    Shards move to other workers first; partitions move with a snapshot, from which their job continues. A job that
+    No new ones are placed there. Shards move to other workers first; partitions move with a snapshot, from which their job continues. A job that
     cannot run without the node stays there, and is printed. The node stays drained, across restarts, until --undo.
     """
     with session.connect() as cluster:

@@ -40,7 +40,7 @@ def logs(
     since: str | None,
     timestamps: bool,
 ) -> None:
-    """Print the output of JOB's processes, each line after its role and rank."""
+    """Print the output of JOB's processes. Each line begins with the role and rank."""
     if trainer is not None and partition is not None:
         raise click.UsageError("--worker and --server cannot be combined")
     kind = "trainer" if trainer is not None else "partition" if partition is not None else ""

@@ -55,7 +55,7 @@ _step = click.option(
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=None, metavar="PATH", help="file to write")
 @pass_session
 def export(session: Session, job: str, step: int | str, form: str | None, output: Path | None) -> None:
-    """Write the parameters of one of JOB's snapshots to a file, and print its path."""
+    """Write the parameters of JOB to a file. Prints its path."""
     form = form or ("pth" if output is not None and output.suffix in (".pth", ".pt") else "safetensors")
     path = (output or Path(f"{job}.{form}")).absolute()
     if path.is_dir():
@@ -75,7 +75,10 @@ def export(session: Session, job: str, step: int | str, form: str | None, output
 @output_option("table", "json", "yaml")
 @pass_session
 def evaluate(session: Session, job: str, step: int | str, data_uri: str | None, form: str) -> None:
-    """Evaluate one of JOB's snapshots on its held-out data, exactly as training did."""
+    """Evaluate a snapshot of JOB, exactly as training did.
+
+    It uses the job's held-out data, or that of --data-uri.
+    """
     request: dict[str, Any] = {"command": "eval"}
     if data_uri is not None:
         request["data_uri"] = data_uri
@@ -99,7 +102,10 @@ def evaluate(session: Session, job: str, step: int | str, data_uri: str | None, 
 def generate(
     session: Session, job: str, prompt: str, max_new_tokens: int, temperature: float, seed: int, step: int | str
 ) -> None:
-    """Continue a prompt with one of JOB's snapshots, if its task supports that."""
+    """Continue a prompt with the model of JOB.
+
+    The job's task must support it.
+    """
     request = {
         "command": "generate",
         "prompt": prompt,

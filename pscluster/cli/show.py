@@ -77,7 +77,10 @@ def status(session: Session, job: str, form: str) -> None:
 @output_option("text", "json", "yaml")
 @pass_session
 def describe(session: Session, job: str, form: str) -> None:
-    """Show all details of JOB: conditions, plan, transports, events, the last error and its traceback."""
+    """Show all details of JOB.
+
+    These are its conditions, plan, transports, checks, events, and the last error with its traceback.
+    """
     with session.connect() as cluster:
         found = cluster.job(job)
     if form in ("json", "yaml"):
@@ -165,7 +168,7 @@ def nodes_table(found: list[Node], wide: bool, now_s: float) -> str:
 @output_option("table", "json", "yaml")
 @pass_session
 def version(session: Session, client: bool, form: str) -> None:
-    """Print the version of psctl and, when a cluster answers, of its master."""
+    """Print the versions of psctl and, if it answers, the master."""
     body: dict[str, Any] = {"client": __version__, "master": None, "protocol": None}
     if not client:
         try:

@@ -58,9 +58,9 @@ def submit(
     form: str,
     tied: bool,
 ) -> None:
-    """Submit the job that SPEC describes (a YAML or TOML file, or a directory with a spec.yaml).
+    """Submit the job that SPEC describes.
 
-    Prints the new job's id, alone, on stdout. A task that is not built in is uploaded: the spec's directory, without
+    SPEC is a YAML or TOML file, or a directory with a spec.yaml. Prints the new job's id, alone, on stdout. A task that is not built in is uploaded: the spec's directory, without
     what its .gitignore names. Ctrl-C during --follow detaches; the job continues.
     """
     parsed, bundle = prepare(spec, overrides, name)
@@ -141,9 +141,9 @@ def _spec_file(path: Path) -> Path:
 @click.command("init", cls=Verb)
 @click.argument("directory", type=click.Path(path_type=Path))
 def init(directory: Path) -> None:
-    """Write a small job that runs unchanged into DIRECTORY: a spec, a task, a text to learn.
+    """Write an example job into DIRECTORY.
 
-    DIRECTORY must be empty or missing. Prints the path of the spec.
+    It runs unchanged: a spec, a task, a text to learn. DIRECTORY must be empty or missing. Prints the path of the spec.
     """
     written = write_job(directory)
     print_info(f"wrote {', '.join(_FILES.values())} to {directory}; next:")

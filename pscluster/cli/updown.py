@@ -23,9 +23,9 @@ _LOOK_S = 0.5
 @click.option("--foreground", is_flag=True, help="stay in the foreground; end the cluster on Ctrl-C or SIGTERM")
 @pass_session
 def up(session: Session, workers: int | None, servers: int | None, foreground: bool) -> None:
-    """Start a cluster on this machine, or complete a running one; return when it is ready.
+    """Start or complete a cluster on this machine.
 
-    Safe to repeat: it restarts what has ended, and with other counts it adds or removes nodes. Prints the master's
+    Returns when it is ready. Safe to repeat: it restarts what has ended, and with other counts it adds or removes nodes. Prints the master's
     address.
     """
     cluster = _local(session)
