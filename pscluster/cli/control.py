@@ -116,8 +116,9 @@ def delete(session: Session, jobs: tuple[str, ...]) -> None:
 def drain(session: Session, node: str, undo: bool, no_wait: bool, timeout: float | None) -> None:
     """Move all processes off NODE, and wait until it is empty.
 
-    No new ones are placed there. Shards move to other workers first; partitions move with a snapshot, from which their job continues. A job that
-    cannot run without the node stays there, and is printed. The node stays drained, across restarts, until --undo.
+    No new ones are placed there. Shards move to other workers first; partitions move with a snapshot, from which their
+    job continues. A job that cannot run without the node stays there, and is printed. The node stays drained, across
+    restarts, until --undo.
     """
     with session.connect() as cluster:
         if undo:

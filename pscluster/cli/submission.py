@@ -60,8 +60,9 @@ def submit(
 ) -> None:
     """Submit the job that SPEC describes.
 
-    SPEC is a YAML or TOML file, or a directory with a spec.yaml. Prints the new job's id, alone, on stdout. A task that is not built in is uploaded: the spec's directory, without
-    what its .gitignore names. Ctrl-C during --follow detaches; the job continues.
+    SPEC is a YAML or TOML file, or a directory with a spec.yaml. Prints the new job's id, alone, on stdout. A task that
+    is not built in is uploaded: the spec's directory, without what its .gitignore names. Ctrl-C during --follow
+    detaches; the job continues.
     """
     parsed, bundle = prepare(spec, overrides, name)
     if dry_run:

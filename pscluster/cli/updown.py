@@ -25,8 +25,8 @@ _LOOK_S = 0.5
 def up(session: Session, workers: int | None, servers: int | None, foreground: bool) -> None:
     """Start or complete a cluster on this machine.
 
-    Returns when it is ready. Safe to repeat: it restarts what has ended, and with other counts it adds or removes nodes. Prints the master's
-    address.
+    Returns when it is ready. Safe to repeat: it restarts what has ended, and with other counts it adds or removes
+    nodes. Prints the master's address.
     """
     cluster = _local(session)
     with interruptible_once():

@@ -18,6 +18,7 @@ from pscluster.wire.backoff import delay_s
 
 STREAM_DEADLINE_S = 3600.0
 """A stream is reopened after this long, so that every call has a deadline."""
+MAX_DELAY_S = 5.0
 OVERLAP_S = 30.0
 """A reopened log stream is read again from this far back: agents send late what they queued during an outage."""
 _Key = tuple[str, float, str, str]
@@ -33,13 +34,13 @@ class Outage:
     def next_delay_s(self, now_s: float, max_outage_s: float, draw: float) -> float | None:
         """Count a retry; seconds to wait before it, or None when the outage has lasted `max_outage_s`.
 
-        Grows with jitter as `backoff.delay_s`, and never ends after the limit.
+        It grows with jitter up to MAX_DELAY_S, and ends at the limit at the latest.
         """
         left_s = self.since_s + max_outage_s - now_s
         if left_s <= 0:
             return None
         self.attempts += 1
-        return min(left_s, delay_s(self.attempts, draw))
+        return min(left_s, delay_s(self.attempts, draw, cap_s=MAX_DELAY_S))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -464,8 +464,8 @@ def test_a_downloaded_bundle_is_verified(cluster: Cluster, serving: Serving, tmp
 
 def test_delays_grow_with_jitter_and_end() -> None:
     outage = Outage(since_s=0)
-    assert [outage.next_delay_s(0.0, 600.0, 0.0) for _ in range(7)] == [0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0]
-    assert outage.attempts == 7
+    assert [outage.next_delay_s(0.0, 600.0, 0.0) for _ in range(8)] == [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.5, 2.5]
+    assert outage.attempts == 8
     assert Outage(since_s=0).next_delay_s(0.0, 600.0, 0.999) == pytest.approx(0.1, rel=0.01)
     assert Outage(since_s=0, attempts=9).next_delay_s(599.9, 600.0, 0.5) == pytest.approx(0.1)
     assert Outage(since_s=0).next_delay_s(600.0, 600.0, 0.5) is None
