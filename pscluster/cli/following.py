@@ -99,8 +99,8 @@ class BarView:
         self.progress.console.print(line, markup=False, highlight=False)
 
     def update(self, job: Job) -> None:
-        room = self.progress.console.width - len(job.name) - _NARROWEST - 2
-        self._shown = bar_text(job, room)
+        columns = self.progress.console.width - len(job.name) - _NARROWEST - 2
+        self._shown = bar_text(job, columns)
         self.progress.update(
             self._task,
             description=job.name,
@@ -113,13 +113,13 @@ class BarView:
         self.progress.update(self._task, line=_literal((text and f"{text} ({since})") or self._shown))
 
 
-def bar_text(job: Job, room: int) -> str:
-    """The text beside the bar, if possible in at most `room` columns: progress while the job runs, before that only the
-    state. The reason is printed above, and would leave no room for the bar."""
+def bar_text(job: Job, columns: int) -> str:
+    """The text beside the bar, if possible in at most `columns` characters: progress while the job runs, before that
+    only the state. The reason is printed above, and would leave no space for the bar."""
     if job.state != "RUNNING" or not job.step:
         return job.state
     parts = progress_parts(job)
-    while len(parts) > 1 and len("  ".join(parts)) > room:
+    while len(parts) > 1 and len("  ".join(parts)) > columns:
         del parts[min(2, len(parts) - 1)]  # the speed first, the step never
     return "  ".join(parts)
 

@@ -176,12 +176,12 @@ def _show_traceback() -> None:
     click.echo(traceback.format_exc(), err=True, nl=False)
 
 
-def _refuse_verb(ctx: click.Context, word: str, verbs: Sequence[str]) -> None:
+def _refuse_verb(ctx: click.Context, name: str, verbs: Sequence[str]) -> None:
     import difflib
 
-    near = difflib.get_close_matches(word, verbs, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, verbs, n=1, cutoff=0.5)
     suggestion = f" Did you mean {near[0]}?" if near else ""
-    raise click.UsageError(f"No such verb {word!r}.{suggestion}", ctx)
+    raise click.UsageError(f"No such verb {name!r}.{suggestion}", ctx)
 
 
 def output_option(*formats: str) -> Callable[[F], F]:

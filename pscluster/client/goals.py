@@ -40,11 +40,11 @@ class Goal:
 
 def parse_goal(text: str) -> Goal:
     """Read "succeeded", "running", "step=100", ... Raises SettingsError for anything else."""
-    word, _, number = text.strip().lower().partition("=")
-    if word == "step" and number.isdecimal():
+    keyword, _, number = text.strip().lower().partition("=")
+    if keyword == "step" and number.isdecimal():
         return Goal(state="step", step=int(number))
     if text.strip().lower() in _STATES:
-        return Goal(state=word)
+        return Goal(state=keyword)
     raise SettingsError(f"cannot wait for {text!r}", action=f"one of {', '.join(_STATES)}, step=N")
 
 

@@ -237,11 +237,11 @@ def test_watch_goes_on_after_the_master_was_away(cluster: Cluster, serving: Serv
         yield ended_message()
 
     serving.fake.watches = [breaks, comes_back]
-    told: list[str] = []
-    stream = quick_stream(on_outage=lambda e, _s: told.append(e.cause), on_reconnect=lambda: told.append("back"))
+    lines: list[str] = []
+    stream = quick_stream(on_outage=lambda e, _s: lines.append(e.cause), on_reconnect=lambda: lines.append("back"))
     steps = [(job.state, job.step) for job in cluster.watch("lm", stream)]
     assert steps == [("RUNNING", 20), ("RUNNING", 60), ("SUCCEEDED", 100)]
-    assert told == ["the master ends", "back"]
+    assert lines == ["the master ends", "back"]
     assert serving.fake.watched == ["lm", "lm-abc123"]
 
 

@@ -78,7 +78,7 @@ def test_no_two_ever_share_one(wanted: str, present: set[str], held: set[str], l
 
 
 def test_words_for_a_device() -> None:
-    assert all(is_valid_device(word) for word in ("auto", "cpu", "cuda", "cuda:0", "cuda:17"))
+    assert all(is_valid_device(name) for name in ("auto", "cpu", "cuda", "cuda:0", "cuda:17"))
     assert not any(
-        is_valid_device(word) for word in ("", "gpu", "cuda:", "cuda:01", "cuda:-1", "cuda:0\n", "CUDA", "cuda:1٣")
+        is_valid_device(name) for name in ("", "gpu", "cuda:", "cuda:01", "cuda:-1", "cuda:0\n", "CUDA", "cuda:1٣")
     )

@@ -101,13 +101,13 @@ def test_reports_of_many_threads_arrive_whole(pair: Pair) -> None:
     for thread in threads:
         thread.start()
     splitter = FrameSplitter()
-    heard: list[int] = []
-    while len(heard) < 800:
-        heard += [ProcessReport.FromString(m).beat.progress for m in splitter.feed(agent.recv(100))]
+    received: list[int] = []
+    while len(received) < 800:
+        received += [ProcessReport.FromString(m).beat.progress for m in splitter.feed(agent.recv(100))]
     for thread in threads:
         thread.join()
     for base in (1000, 2000, 3000, 4000):
-        assert [number for number in heard if base <= number < base + 1000] == [base + n for n in range(200)]
+        assert [number for number in received if base <= number < base + 1000] == [base + n for n in range(200)]
 
 
 def test_adopts_the_socket_named_by_the_environment(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,23 +31,23 @@ def test_local_workers_share_no_cuda_device() -> None:
 
 
 def test_the_lock_makes_others_wait(tmp_path: Path) -> None:
-    held, release, told = threading.Event(), threading.Event(), []
+    held, release, lines = threading.Event(), threading.Event(), []
 
     def holder() -> None:
-        with locked(tmp_path, told.append):
+        with locked(tmp_path, lines.append):
             held.set()
             release.wait(30)
 
     thread = threading.Thread(target=holder)
     thread.start()
     held.wait(30)
-    with pytest.raises(StateError, match="another psctl"), locked(tmp_path, told.append, timeout_s=0):
+    with pytest.raises(StateError, match="another psctl"), locked(tmp_path, lines.append, timeout_s=0):
         pass
     release.set()
     thread.join()
-    with locked(tmp_path, told.append, timeout_s=0):
+    with locked(tmp_path, lines.append, timeout_s=0):
         pass
-    assert told == []
+    assert lines == []
 
 
 def test_daemons_are_known_by_their_command_line(tmp_path: Path) -> None:

@@ -96,12 +96,12 @@ def test_an_address_that_nobody_answers_says_who_gave_it(
     monkeypatch.setenv("PS_TOKEN_FILE", str(serving.token_file))
 
     def hints(*arguments: str) -> list[str]:
-        told = [run_alone(*arguments, verb).stderr.splitlines()[-1] for verb in ("list", "up", "down")]
-        assert told[0].startswith("hint: ") and address in told[0]
-        assert told[1] == told[2]
+        lines = [run_alone(*arguments, verb).stderr.splitlines()[-1] for verb in ("list", "up", "down")]
+        assert lines[0].startswith("hint: ") and address in lines[0]
+        assert lines[1] == lines[2]
         return [
-            told[0].partition("(")[2].rstrip(")").partition(":")[0],
-            told[1].removeprefix("hint: ").partition(":")[0],
+            lines[0].partition("(")[2].rstrip(")").partition(":")[0],
+            lines[1].removeprefix("hint: ").partition(":")[0],
         ]
 
     assert hints("--address", address) == ["--address sets it"] * 2
