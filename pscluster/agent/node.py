@@ -15,11 +15,10 @@ from prometheus_client import REGISTRY
 
 import pscluster
 from pscluster.agent import metrics, resources
-from pscluster.agent.bundles import BundleCache
 from pscluster.agent.child import GracePeriods
 from pscluster.agent.copies import Copies
 from pscluster.agent.depot import serving
-from pscluster.agent.directories import AgentDirectories
+from pscluster.agent.directories import AgentDirectories, BundleCache
 from pscluster.agent.master_connection import MasterConnection
 from pscluster.agent.process import AgentContext
 from pscluster.agent.resources import DeviceLedger

@@ -15,10 +15,9 @@ from typing import Any
 import structlog
 
 from pscluster.agent import metrics, resources
-from pscluster.agent.bundles import BundleCache
 from pscluster.agent.child import Child, Ended, GracePeriods
 from pscluster.agent.copies import Copies
-from pscluster.agent.directories import AgentDirectories
+from pscluster.agent.directories import AgentDirectories, BundleCache
 from pscluster.agent.launch import BUNDLE_DIR, SOCKET_DIR
 from pscluster.agent.output import Backlog
 from pscluster.agent.resources import DeviceLedger

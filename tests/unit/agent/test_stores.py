@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from pscluster.agent import bundles
-from pscluster.agent.bundles import BundleCache
-from pscluster.agent.directories import AgentDirectories, remove_runtime
+from pscluster.agent import directories
+from pscluster.agent.directories import AgentDirectories, BundleCache, remove_runtime
 from pscluster.errors import BundleError, StorageError
 from pscluster.job.bundle import pack
 from pscluster.settings import make_runtime_dir, runtime_dir
@@ -84,7 +83,7 @@ def test_what_is_no_archive_is_refused(store: Path, shelf: Shelf) -> None:
 
 
 def test_an_endless_bundle_is_cut_off(store: Path, monkeypatch: pytest.MonkeyPatch, shelf: Shelf) -> None:
-    monkeypatch.setattr(bundles, "CAP_BYTES", 1000)
+    monkeypatch.setattr(directories, "CAP_BYTES", 1000)
     shelf.held["0" * 64] = bytes(5000)
     with pytest.raises(BundleError, match="longer than 1000"):
         asyncio.run(BundleCache(store, shelf.fetch).ensure("0" * 64))
@@ -94,7 +93,7 @@ def test_an_endless_bundle_is_cut_off(store: Path, monkeypatch: pytest.MonkeyPat
 def test_the_least_recently_used_goes_first_and_never_one_in_use(
     tmp_path: Path, store: Path, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bundles, "KEPT", 2)
+    monkeypatch.setattr(directories, "KEPT", 2)
     names = [shelf.put(tmp_path, f"b{number}") for number in range(5)]
 
     async def body() -> None:

@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 
 from pscluster.agent import metrics
-from pscluster.agent.bundles import BundleCache
 from pscluster.agent.child import GracePeriods
 from pscluster.agent.copies import Copies
-from pscluster.agent.directories import AgentDirectories
+from pscluster.agent.directories import AgentDirectories, BundleCache
 from pscluster.agent.process import AgentContext
 from pscluster.agent.resources import DeviceLedger
 from pscluster.agent.status import NONE, SILENT
