@@ -66,11 +66,6 @@ class Copies:
                 if depot.is_job(job_id) and (self.directory / job_id).is_dir():
                     self._spawn(asyncio.to_thread(DirectoryStore(self.directory / job_id).remove))
 
-    async def wait_idle(self) -> None:
-        """Wait until no transfer is running."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
-
     def use_own_store(self, spec: ProcessSpec) -> bool:
         """Make a partition keep its snapshots on this node, unless its job has a shared store; returns whether it does.
 

@@ -323,7 +323,7 @@ def test_nobody_waits_for_a_part_that_is_no_longer_asked_for(ends: str, tmp_path
                 held.fetch(process_spec, plan(write(tmp_path / "server-0", step=2), 3), reported.put_nowait, nothing)
             else:
                 held.cancel_fetch(process_spec.process_id)
-            await held.wait_idle()
+            await asyncio.wait(held._tasks)
             assert reported.qsize() == (ends == "newer plan")
 
     run(test())
@@ -418,7 +418,7 @@ def test_what_is_left_of_deleted_jobs_goes(tmp_path: Path) -> None:
             write(tmp_path / "server-0")
             open_store(tmp_path / "server-0" / "job-b").write("x", [b"x"])
             held.forget(["job-a", "job-never", "../server-0"])
-            await held.wait_idle()
+            await asyncio.wait(held._tasks)
             assert [path.name for path in (tmp_path / "server-0").iterdir()] == ["job-b"]
 
     run(test())
