@@ -10,8 +10,7 @@ import time
 from collections import deque
 from typing import assert_never
 
-from pscluster.agent.heartbeat import UNREACHED_S
-from pscluster.agent.link import ProcessLink
+from pscluster.agent.link import UNREACHED_S, ProcessLink
 from pscluster.errors import InternalError, PsError
 from pscluster.job.spec import JobSpec
 from pscluster.step.layout import Layout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 
-from pscluster.agent.exits import detail_of
+from pscluster.agent.status import detail_of
 from pscluster.errors import DamagedError, PsError, StorageError
 from pscluster.job.spec import JobSpec
 from pscluster.storage import Written, below
