@@ -1,4 +1,4 @@
-"""A partition's line to its standby breaks, also while something is sent over it: nothing is lost, and nobody waits."""
+"""A connection from a primary to its standby breaks, also within a send: nothing is lost, and nobody waits."""
 
 from __future__ import annotations
 
