@@ -28,13 +28,13 @@ class Staging(Protocol):
     def pin(self, memory: torch.Tensor) -> None:
         """Make copies to and from this host memory fast, while it is mapped. From any thread; may do nothing."""
 
-    def take_out(self, source: torch.Tensor, target: torch.Tensor) -> None:
+    def copy_out(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Begin to copy a gradient to host memory. `target` is complete when what follows in `after` is called."""
 
     def after(self, call: Callable[[], None], kept: object) -> None:
         """Have `call` run when all that was taken out is there, in order, soon; until then `kept` is kept alive."""
 
-    def bring_in(self, source: torch.Tensor, target: torch.Tensor) -> None:
+    def copy_in(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy values from host memory to where the model is; what is computed from now on sees them."""
 
     def close(self) -> None:
@@ -49,13 +49,13 @@ class HostStaging:
     def pin(self, memory: torch.Tensor) -> None:
         """All host memory is alike."""
 
-    def take_out(self, source: torch.Tensor, target: torch.Tensor) -> None:
+    def copy_out(self, source: torch.Tensor, target: torch.Tensor) -> None:
         target.copy_(source)
 
     def after(self, call: Callable[[], None], kept: object) -> None:  # noqa: ARG002 - done before it returns
         call()
 
-    def bring_in(self, source: torch.Tensor, target: torch.Tensor) -> None:
+    def copy_in(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """The model reads `source` itself: both are the same memory."""
 
     def close(self) -> None:
@@ -81,7 +81,7 @@ class CudaStaging:
         if memory.numel():  # where the driver refuses, copies are slower and as right
             self._cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, _READ_WRITE)
 
-    def take_out(self, source: torch.Tensor, target: torch.Tensor) -> None:
+    def copy_out(self, source: torch.Tensor, target: torch.Tensor) -> None:
         self._out.wait_stream(self._cuda.current_stream(self._device))
         with self._cuda.stream(self._out):
             target.copy_(source, non_blocking=True)
@@ -93,7 +93,7 @@ class CudaStaging:
         event.record(self._out)
         self._waiting.put((event, call, kept))
 
-    def bring_in(self, source: torch.Tensor, target: torch.Tensor) -> None:
+    def copy_in(self, source: torch.Tensor, target: torch.Tensor) -> None:
         computing = self._cuda.current_stream(self._device)
         self._in.wait_stream(computing)  # what still reads the old values
         with self._cuda.stream(self._in):

@@ -19,8 +19,8 @@ from pscluster.step.layout import Layout
 from pscluster.step.summary import Summary
 from pscluster.step.tree import Tree, TreeNode, tree_of
 from psworker.replica import layout_of
-from psworker.trainer.gradients.accumulate import Accumulator, Counter, SummaryCounter
-from psworker.trainer.gradients.gather import Gradients, gather
+from psworker.trainer.gradients.accumulate import Accumulator, Counter, Gradients, SummaryCounter
+from psworker.trainer.gradients.push import gather
 
 Loss = Callable[[nn.Module, int], torch.Tensor]
 Flat = dict[int, torch.Tensor]  # bucket -> words

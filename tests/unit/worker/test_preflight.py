@@ -64,7 +64,7 @@ def test_an_honest_task_passes_every_check(make_spec: Any, entrypoint: str) -> N
     assert all(check.ok for check in table.values())
     assert set(table) >= {"imports", "task", "data", "versions", "fingerprint", "loss", "halving", "metrics"}
     assert set(table) >= {"parameters", "layout", "canary"}
-    assert prepared.preflight.num_samples == 512
+    assert table["data"].detail.startswith("512 training samples")
     assert "accuracy" in table["metrics"].detail
     assert prepared.preflight.numerics_class[:12] in table["canary"].detail
 

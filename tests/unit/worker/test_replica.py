@@ -15,6 +15,7 @@ from pscluster.job.spec import OptimizerSection
 from pscluster.step.digest import parameters_sha256
 from pscluster.step.layout import Layout
 from psworker.replica import (
+    BucketMemory,
     Replica,
     layout_of,
     load_words,
@@ -22,7 +23,6 @@ from psworker.replica import (
     state_tensors,
     tensor_view,
 )
-from psworker.trainer.values.bucket_memory import BucketMemory
 
 SGD = OptimizerSection(name="sgd")
 

@@ -14,14 +14,13 @@ from pscluster.step.summary import Statistics, Summary, add_statistics, touched_
 from pscluster.step.tree import TreeNode, tree_of
 from pscluster.task import Task
 from pscluster.wire.protocol import Outcome
-from psworker.precision import precision
+from psworker.numerics import precision
 from psworker.replica import Replica
 from psworker.trainer.data.batches import Batches, EvalBatches, seed_step, to_device
 from psworker.trainer.data.evaluation import Shapes, check_metric, loss_of, shard_statistics, unpack_metrics
 from psworker.trainer.data.loading import user_code
 from psworker.trainer.exchange import Exchange, SupersededError
-from psworker.trainer.gradients.accumulate import Accumulator, Counter, SummaryCounter
-from psworker.trainer.gradients.buffers import BufferSums
+from psworker.trainer.gradients.accumulate import Accumulator, BufferSums, Counter, SummaryCounter
 from psworker.trainer.telemetry import TrainerCounters
 from psworker.trainer.values.pull_guard import PullGuard, sees_everything
 from psworker.trainer.work import Work, WorkKey
@@ -59,7 +58,7 @@ class Trainer:
         self._buffers = BufferSums(replica, self._tree)
         self._shapes: Shapes = ()  # of the task's statistics, learnt from the first evaluated batch
         self._done: dict[WorkKey, set[int]] = {}
-        self._brought: set[int] = set()  # buckets of the current version that the model sees
+        self._loaded: set[int] = set()  # buckets of the current version that the model sees
         self._bucket_of = {id(p): replica.layout.bucket_of[number][0] for number, p in replica.parameters.items()}
         self._may_overlap = sees_everything(replica.model) and not spec.train.compile
 
@@ -67,7 +66,7 @@ class Trainer:
         """Work until the agent ends this process. Raises what user code raised, as a TaskError."""
         while True:
             with self._counters.phase("wait"):
-                work = self._exchange.next_work(self._done)
+                work = self._exchange.agenda.next_work(self._done)
             if work is None:
                 return
             self._done = {work.key: self._done.get(work.key, set())} | self._finalised(work)
@@ -104,7 +103,7 @@ class Trainer:
 
     def _wait_for_start(self, work: Work) -> None:
         """Block until the work may start: training as soon as the buffers are here, the rest when everything is."""
-        self._brought.clear()
+        self._loaded.clear()
         if work.action != "train" or not self._may_overlap:
             self._need_all(work)
             return
@@ -115,13 +114,13 @@ class Trainer:
     def _need(self, work: Work, bucket: int) -> None:
         """Block until a bucket has landed; from here on the model sees it."""
         self._exchange.wait_bucket(work, bucket)
-        if bucket not in self._brought:
-            self._brought.add(bucket)
-            self._replica.bring_in(bucket)
+        if bucket not in self._loaded:
+            self._loaded.add(bucket)
+            self._replica.load_bucket(bucket)
 
     def _need_all(self, work: Work) -> None:
         self._exchange.wait_values(work)
-        if len(self._brought) < len(self._replica.layout.buckets):
+        if len(self._loaded) < len(self._replica.layout.buckets):
             for bucket in self._replica.layout.buckets:
                 self._need(work, bucket.index)
 
@@ -134,9 +133,9 @@ class Trainer:
         self._buffers.begin_run(roots)
         self._replica.model.train()
         for shard in work.shards:
-            if not self._exchange.is_current(work):
+            if not self._exchange.agenda.is_current(work):
                 break
-            with self._counters.pace.computing("train"):
+            with self._counters.timer.computing("train"):
                 is_full = self._microbatch(work, shard)
             if is_full:
                 self._counters.measure(work.version)
@@ -144,7 +143,7 @@ class Trainer:
             self._exchange.progress += 1
         self._accumulator.flush()
         for node, summary in self._summaries.flush():
-            self._exchange.pushing.summary(work, node, summary)
+            self._exchange.pusher.summary(work, node, summary)
         self._push_buffers(work, self._buffers.flush())
         if self._done[work.key].issuperset(work.shards):
             self._exchange.want(work, work.version + 1)
@@ -202,18 +201,18 @@ class Trainer:
         )
         self._push_buffers(work, self._buffers.carry(shard, weight, moved))
         for node, value in self._summaries.carry(TreeNode(shard, 1), summary):
-            self._exchange.pushing.summary(work, node, value)
+            self._exchange.pusher.summary(work, node, value)
 
     def _push_gradients(self, bucket: int, node: TreeNode, gradients: list[torch.Tensor | None]) -> None:
         assert self._work is not None
-        self._exchange.pushing.gradients(self._work, bucket, node, gradients)
+        self._exchange.pusher.gradients(self._work, bucket, node, gradients)
 
     def _push_buffers(self, work: Work, ready: list[tuple[int, TreeNode, float, torch.Tensor | None]]) -> None:
         for bucket, node, weight, words in ready:
             if words is None:
-                self._exchange.pushing.unchanged(work, bucket, node, weight)
+                self._exchange.pusher.unchanged(work, bucket, node, weight)
             else:
-                self._exchange.pushing.words(work, bucket, node, words)
+                self._exchange.pusher.words(work, bucket, node, words)
 
     # ---- evaluation and the end ----
 
@@ -222,15 +221,15 @@ class Trainer:
         counter.begin(self._tree.cover(work.shards))
         self._replica.restore_buffers()
         for shard in work.shards:
-            if not self._exchange.is_current(work):
+            if not self._exchange.agenda.is_current(work):
                 break
-            with self._counters.phase("evaluate"), self._counters.pace.computing("evaluate"):
+            with self._counters.phase("evaluate"), self._counters.timer.computing("evaluate"):
                 statistics = self._shard_statistics(shard)
             self._done[work.key].add(shard)
             for node, value in counter.carry(TreeNode(shard, 1), statistics):
-                self._exchange.pushing.statistics(work, node, value)
+                self._exchange.pusher.statistics(work, node, value)
         for node, value in counter.flush():
-            self._exchange.pushing.statistics(work, node, value)
+            self._exchange.pusher.statistics(work, node, value)
 
     def _shard_statistics(self, shard: int) -> Statistics:
         """The sum over a shard's evaluation batches, in order; empty when it has none."""
@@ -253,9 +252,9 @@ class Trainer:
                 self._shard_statistics(0)  # another trainer evaluated shard 0: learn what the numbers are
             metrics = unpack_metrics(self._task, work.statistics, self._shapes)
             check_metric(metrics, self._spec.evaluate.metric)
-        self._exchange.pushing.outcome(work, Outcome(metrics=metrics))
+        self._exchange.pusher.outcome(work, Outcome(metrics=metrics))
         self._done[work.key].update(work.shards)
 
     def _finish(self, work: Work) -> None:
-        self._exchange.pushing.outcome(work, Outcome(sha256=self._replica.sha256()))
+        self._exchange.pusher.outcome(work, Outcome(sha256=self._replica.sha256()))
         self._done[work.key].update(work.shards)

@@ -12,6 +12,7 @@ returned, and one that fires after its bucket was pushed fails the step by name 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -19,13 +20,15 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from pscluster.errors import TaskError
-from pscluster.step.codec import add_optional
+from pscluster.step.codec import BufferNode, add_optional
 from pscluster.step.layout import Layout
 from pscluster.step.summary import Summary
 from pscluster.step.tree import Tree, TreeNode
-from psworker.trainer.gradients.gather import Gradients
+from psworker.replica import Replica
 
+Gradients = list[torch.Tensor | None]  # of a bucket's tensors in order; None: no microbatch of the node touched it
 PushGradients = Callable[[int, TreeNode, Gradients], None]
+Ready = list[tuple[int, TreeNode, float, torch.Tensor | None]]  # bucket, node, weight, words (None: unchanged)
 
 
 def add_gradients(left: Gradients, right: Gradients) -> Gradients:
@@ -189,3 +192,55 @@ class SummaryCounter(Counter[Summary]):
 
     def __init__(self, tree: Tree) -> None:
         super().__init__(tree, lambda left, right: left.plus(right))
+
+
+class BufferSums:
+    """Carries the buffers of a run of microbatches up the tree."""
+
+    def __init__(self, replica: Replica, tree: Tree) -> None:
+        self._replica = replica
+        buckets = replica.layout.buckets
+        self._averaged = {
+            b.index: Counter[BufferNode](tree, partial(_plus, replica.flats[b.index]))
+            for b in buckets
+            if b.kind == "averaged"
+        }
+        self._carried = [b.index for b in buckets if b.kind == "carried"]
+
+    def begin_run(self, roots: list[TreeNode]) -> None:
+        """The next microbatches are the leaves of these nodes."""
+        for counter in self._averaged.values():
+            counter.begin(roots)
+
+    def carry(self, shard: int, weight: float, moved: list[int]) -> Ready:
+        """Take the live buffers after a microbatch of `weight` that moved the tensors numbered; give what is whole."""
+        ready: Ready = []
+        buckets_moved = {self._replica.layout.bucket_of[number][0] for number in moved}
+        for bucket, counter in self._averaged.items():
+            words = self._replica.weighted_buffers(bucket, weight) if bucket in buckets_moved else None
+            leaf = BufferNode(weight, words)
+            ready += [
+                (bucket, node, whole.weight, whole.words) for node, whole in counter.carry(TreeNode(shard, 1), leaf)
+            ]
+        if shard == 0:
+            for bucket in self._carried:
+                words = self._replica.carried_words(bucket)
+                same = torch.equal(words, self._replica.flats[bucket])
+                ready.append((bucket, TreeNode(0, 1), weight, None if same else words))
+        return ready
+
+    def flush(self) -> Ready:
+        """Give up what is held, as nodes of their own."""
+        return [
+            (bucket, node, value.weight, value.words)
+            for bucket, counter in self._averaged.items()
+            for node, value in counter.flush()
+        ]
+
+    def abandon(self) -> None:
+        """Forget what is held."""
+        self.flush()
+
+
+def _plus(committed: torch.Tensor, left: BufferNode, right: BufferNode) -> BufferNode:
+    return left.plus(right, committed)

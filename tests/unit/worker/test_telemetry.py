@@ -1,11 +1,81 @@
-"""How a trainer tells its speed from the microbatches that it has timed."""
+"""How long microbatches take, waiting left out, and the speed that a trainer reports from that."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from psworker.trainer.speed import Speedometer
-from psworker.trainer.telemetry import TrainerCounters
+import pytest
+
+from psworker.trainer.telemetry import NUM_REMEMBERED, ComputeTimer, Speedometer, TrainerCounters
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def timer(clock: Clock) -> ComputeTimer:
+    return ComputeTimer(clock)
+
+
+def take(timer: ComputeTimer, clock: Clock, seconds: float, kind: str = "train") -> None:
+    with timer.computing(kind):
+        clock.now_s += seconds
+
+
+def test_the_median_of_its_kind_is_typical(timer: ComputeTimer, clock: Clock) -> None:
+    assert timer.now() == (0.0, 0.0)
+    for seconds in (1.0, 2.0, 30.0):
+        take(timer, clock, seconds)
+    take(timer, clock, 7.0, "evaluate")
+    with timer.computing("train"):
+        clock.now_s += 4.0
+        assert timer.now() == (4.0, 2.0)
+    assert timer.now() == (0.0, 0.0)
+    assert (timer.typical_s("train"), timer.typical_s("evaluate")) == (3.0, 7.0)
+
+
+def test_waiting_for_others_is_not_computing(timer: ComputeTimer, clock: Clock) -> None:
+    with timer.computing("train"):
+        clock.now_s += 1.0
+        with timer.waiting():
+            clock.now_s += 50.0
+            assert timer.now() == (0.0, 0.0)
+        clock.now_s += 1.0
+        assert timer.now() == (2.0, 0.0)
+    assert timer.typical_s("train") == 2.0
+
+
+def test_what_was_broken_off_is_not_remembered(timer: ComputeTimer, clock: Clock) -> None:
+    def broken() -> None:
+        with timer.computing("train"):
+            clock.now_s += 9.0
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        broken()
+    assert timer.typical_s("train") == 0.0
+    assert timer.now() == (0.0, 0.0)
+
+
+def test_only_the_latest_count(timer: ComputeTimer, clock: Clock) -> None:
+    for _ in range(NUM_REMEMBERED):
+        take(timer, clock, 1.0)
+    for _ in range(NUM_REMEMBERED):
+        take(timer, clock, 5.0)
+    assert timer.typical_s("train") == 5.0
+
+
+# ---- speed ----
 
 
 class Clocked:
@@ -69,7 +139,7 @@ def test_the_counters_tell_it_with_the_beat() -> None:
     counters = TrainerCounters()
     assert counters.speed() is None
     for version in (3, 3):
-        with counters.pace.computing("train"):
+        with counters.timer.computing("train"):
             pass
         counters.measure(version)
     speed = counters.speed()
