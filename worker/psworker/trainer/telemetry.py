@@ -149,7 +149,7 @@ class TrainerCounters:
                 Speed(microbatch_s=microbatch_s, microbatches=self._speedometer.num_measured) if microbatch_s else None
             )
 
-    def sample(self, reconnects: int) -> Counters:
+    def sample(self, reconnects: int = 0) -> Counters:
         """Every counter as the agent exports it, prefix `ps_` and label `job` left out; `reconnects`: of all peers."""
         with self._lock:
             found = [
