@@ -65,23 +65,25 @@ class _Replica:
 class _Accumulation:
     """Stands in for `Accumulator`, whose hooks need autograd: the same counters, fed by hand."""
 
-    def __init__(self, tree: Tree, push: Callable[[int, TreeNode, Gradients], None]) -> None:
+    def __init__(self, tree: Tree, push: Callable[[Work, int, TreeNode, Gradients], None]) -> None:
         self._push = push
+        self._work: Any = None
         trained = (bucket.index for bucket in LAYOUT.buckets if bucket.kind == "trained")
         self._counters = {index: Counter[Gradients](tree, add_gradients) for index in trained}
 
-    def begin_run(self, roots: list[TreeNode]) -> None:
+    def begin_run(self, work: Work, roots: list[TreeNode]) -> None:
+        self._work = work
         for counter in self._counters.values():
             counter.begin(roots)
 
     def carry(self, bucket: int, shard: int, gradients: Gradients) -> None:
         for node, value in self._counters[bucket].carry(model.leaf(shard), gradients):
-            self._push(bucket, node, value)
+            self._push(self._work, bucket, node, value)
 
     def flush(self) -> None:
         for index, counter in self._counters.items():
             for node, value in counter.flush():
-                self._push(index, node, value)
+                self._push(self._work, index, node, value)
 
     def abandon(self) -> None:
         for counter in self._counters.values():
@@ -119,8 +121,7 @@ class ArithmeticTrainer(Trainer):
         self._rebuild = replica.rebuild
         self._pristine = True
         self._tree = tree_of(spec.train.num_shards)
-        self._work: Work | None = None
-        self._accumulator: Any = _Accumulation(self._tree, self._push_gradients)
+        self._accumulator: Any = _Accumulation(self._tree, exchange.pusher.gradients)
         self._summaries = SummaryCounter(self._tree)
         self._buffers: Any = _NoBuffers()
         self._done: dict[tuple[int, int, str], set[int]] = {}

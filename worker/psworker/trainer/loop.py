@@ -51,9 +51,9 @@ class Trainer:
         self._rebuild = rebuild  # sets the replica's memory to the seeded first values
         self._pristine = True
         self._tree = tree_of(spec.train.num_shards)
-        self._work: Work | None = None
         dtype = DTYPES[spec.network.push_codec]
-        self._accumulator = Accumulator(replica.layout, replica.parameters, self._tree, self._push_gradients, dtype)
+        push = exchange.pusher.gradients
+        self._accumulator = Accumulator(replica.layout, replica.parameters, self._tree, push, dtype)
         self._summaries = SummaryCounter(self._tree)
         self._buffers = BufferSums(replica, self._tree)
         self._shapes: Shapes = ()  # of the task's statistics, learnt from the first evaluated batch
@@ -70,7 +70,6 @@ class Trainer:
             if work is None:
                 return
             self._done = {work.key: self._done.get(work.key, set())} | self._finalised(work)
-            self._work = work
             self._exchange.progress += 1
             try:
                 self._carry_out(work)
@@ -128,7 +127,7 @@ class Trainer:
 
     def _train(self, work: Work) -> None:
         roots = self._tree.cover(work.shards)
-        self._accumulator.begin_run(roots)
+        self._accumulator.begin_run(work, roots)
         self._summaries.begin(roots)
         self._buffers.begin_run(roots)
         self._replica.model.train()
@@ -202,10 +201,6 @@ class Trainer:
         self._push_buffers(work, self._buffers.carry(shard, weight, moved))
         for node, value in self._summaries.carry(TreeNode(shard, 1), summary):
             self._exchange.pusher.summary(work, node, value)
-
-    def _push_gradients(self, bucket: int, node: TreeNode, gradients: list[torch.Tensor | None]) -> None:
-        assert self._work is not None
-        self._exchange.pusher.gradients(self._work, bucket, node, gradients)
 
     def _push_buffers(self, work: Work, ready: list[tuple[int, TreeNode, float, torch.Tensor | None]]) -> None:
         for bucket, node, weight, words in ready:

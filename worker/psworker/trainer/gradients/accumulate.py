@@ -25,9 +25,10 @@ from pscluster.step.layout import Layout
 from pscluster.step.summary import Summary
 from pscluster.step.tree import Tree, TreeNode
 from psworker.replica import Replica
+from psworker.trainer.work import Work
 
 Gradients = list[torch.Tensor | None]  # of a bucket's tensors in order; None: no microbatch of the node touched it
-PushGradients = Callable[[int, TreeNode, Gradients], None]
+PushGradients = Callable[[Work, int, TreeNode, Gradients], None]  # as Pusher.gradients
 Ready = list[tuple[int, TreeNode, float, torch.Tensor | None]]  # bucket, node, weight, words (None: unchanged)
 
 
@@ -98,15 +99,16 @@ class Accumulator:
         self._open: dict[int, Gradients] = {}
         self._storages: dict[int, StorageWeakRef] = {}  # memory of the gradients taken in this backward, by address
         self._leaf: TreeNode | None = None
+        self._work: Work | None = None
         self._handles = [
             parameter.register_post_accumulate_grad_hook(self._hook(number))  # type: ignore[no-untyped-call]
             for number, parameter in parameters.items()
             if number in self._place  # one without elements may have no place
         ]
 
-    def begin_run(self, roots: Iterable[TreeNode]) -> None:
-        """The next microbatches are the leaves of these nodes."""
-        wanted = list(roots)
+    def begin_run(self, work: Work, roots: Iterable[TreeNode]) -> None:
+        """The next microbatches are the leaves of these nodes, which are pushed as a part of `work`."""
+        wanted, self._work = list(roots), work
         for counter in self._counters.values():
             counter.begin(wanted)
 
@@ -137,8 +139,7 @@ class Accumulator:
     def flush(self) -> None:
         """Push what is held although its root is not whole: the shards beside it went to another worker."""
         for index, counter in self._counters.items():
-            for node, gradients in counter.flush():
-                self._push(index, node, gradients)
+            self._push_all(index, counter.flush())
 
     def close(self) -> None:
         """Unhook the model."""
@@ -183,8 +184,12 @@ class Accumulator:
     def _close(self, bucket: int) -> None:
         gradients = [None if g is None else g.to(self._dtype) for g in self._open.pop(bucket)]
         assert self._leaf is not None
-        for node, value in self._counters[bucket].carry(self._leaf, gradients):
-            self._push(bucket, node, value)
+        self._push_all(bucket, self._counters[bucket].carry(self._leaf, gradients))
+
+    def _push_all(self, bucket: int, nodes: Iterable[tuple[TreeNode, Gradients]]) -> None:
+        for node, gradients in nodes:
+            assert self._work is not None
+            self._push(self._work, bucket, node, gradients)
 
 
 class SummaryCounter(Counter[Summary]):
