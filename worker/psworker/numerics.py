@@ -29,8 +29,8 @@ def settle_numerics(threads: int, device: str) -> None:
     work.
 
     Thread counts, TensorFloat-32 and cuDNN's search for the fastest kernel all change bits. Repeating the
-    call with the same arguments is harmless. Raises InternalError when another part of the process was
-    faster.
+    call with the same arguments is harmless. Raises InternalError when torch has already run
+    parallel work.
     """
     if device.startswith("cuda"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

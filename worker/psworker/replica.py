@@ -1,6 +1,6 @@
 """A trainer's replica of the model: the module's tensors bound to flat bucket memory that values land in.
 
-Parameters are views of their bucket, so that a bucket received is parameters set. Buffers stay the module's own; the
+Parameters are views of their bucket, so that receiving a bucket sets them. Buffers stay the module's own; the
 committed ones lie in their bucket and are copied in before each microbatch, since every shard starts from them.
 """
 
@@ -94,8 +94,8 @@ class Replica:
     """`flats[b]` is bucket b where the model is: fp32 for trained and averaged buckets, int32 words for the raw ones.
 
     In host memory it is the bucket's part of `memory`, else a copy of it, which `load_bucket` makes.
-    Whoever fills the flats of trained and frozen buckets sets the module's parameters. What is written there while a
-    forward or backward runs goes unnoticed by autograd: its result must then be one that nobody takes."""
+    Whoever fills the flats of trained and frozen buckets sets the module's parameters. Autograd does
+    not notice what is written there while a forward or backward runs: its result must then be dropped."""
 
     def __init__(self, model: nn.Module, optimizer: OptimizerSection, staging: Staging | None = None) -> None:
         self.model = model
@@ -124,7 +124,7 @@ class Replica:
                     self.parameters[number] = parameter
 
     def load_bucket(self, bucket: int) -> None:
-        """Let the model see what landed in a bucket of `memory`."""
+        """Make what landed in a bucket of `memory` visible to the model."""
         self._staging.copy_in(self.memory.flats[bucket], self.flats[bucket])
 
     def restore_buffers(self) -> None:

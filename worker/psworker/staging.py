@@ -1,7 +1,7 @@
 """Between a model's device and host memory: gradients on their way out, values on their way in.
 
 On the CPU both are the same memory or one copy away. A CUDA device copies on streams of its own, behind backward and
-before forward, from and to pinned memory; a thread waits for what was copied out and sees it off.
+before forward, from and to pinned memory; a thread waits for what was copied out and sends it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Staging(Protocol):
         """Begin to copy a gradient to host memory. `target` is complete when what follows in `after` is called."""
 
     def after(self, call: Callable[[], None], kept: object) -> None:
-        """Have `call` run when all that was taken out is there, in order, soon; until then `kept` is kept alive."""
+        """Have `call` run when all that was copied out is there, in order, soon; until then `kept` is kept alive."""
 
     def copy_in(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy values from host memory to where the model is; what is computed from now on sees them."""
@@ -47,7 +47,7 @@ class HostStaging:
     is_host = True
 
     def pin(self, memory: torch.Tensor) -> None:
-        """All host memory is alike."""
+        """Nothing to do: all host memory is alike."""
 
     def copy_out(self, source: torch.Tensor, target: torch.Tensor) -> None:
         target.copy_(source)
@@ -74,11 +74,11 @@ class CudaStaging:
         self._in = cuda.Stream(device)
         self._waiting: Queue[tuple[Any, Callable[[], None], object] | None] = Queue()
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._see_off, name="staging", daemon=True)
+        self._thread = threading.Thread(target=self._send_copied, name="staging", daemon=True)
         self._thread.start()
 
     def pin(self, memory: torch.Tensor) -> None:
-        if memory.numel():  # where the driver refuses, copies are slower and as right
+        if memory.numel():  # where the driver refuses, copies are slower, and as correct
             self._cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, _READ_WRITE)
 
     def copy_out(self, source: torch.Tensor, target: torch.Tensor) -> None:
@@ -104,7 +104,7 @@ class CudaStaging:
         self._waiting.put(None)
         self._thread.join(timeout=10)
 
-    def _see_off(self) -> None:
+    def _send_copied(self) -> None:
         while (item := self._waiting.get()) is not None:
             event, call, _ = item
             try:

@@ -119,7 +119,7 @@ class ArithmeticTrainer(Trainer):
         self._exchange = exchange
         self._counters = counters
         self._rebuild = replica.rebuild
-        self._pristine = True
+        self._has_first_values = True
         self._tree = tree_of(spec.train.num_shards)
         self._accumulator: Any = _Accumulation(self._tree, exchange.pusher.gradients)
         self._summaries = SummaryCounter(self._tree)

@@ -148,8 +148,8 @@ class PlayedJob:
                 self.trainers[rank].compute()
         self.network.settle()
         self.network.settle()
-        owed = {rank: len(self.trainers[rank].peer.pushes.queue) for rank in self.alive}
-        assert self.partition.version == before + 1, f"stuck at {before}: owed {owed}"
+        pending = {rank: len(self.trainers[rank].peer.pushes.queue) for rank in self.alive}
+        assert self.partition.version == before + 1, f"stuck at {before}: owed {pending}"
         assert self.network.refusals == []
         for rank in self.alive:
             self.trainers[rank].enter(before + 1)
@@ -164,9 +164,7 @@ class PlayedJob:
 
 @settings(max_examples=60)
 @given(data=st.data())
-def test_trainers_and_a_partition_with_a_tiny_budget_never_wait_for_each_other(
-    layout: Layout, data: st.DataObject
-) -> None:
+def test_trainers_and_a_partition_with_a_tiny_budget_never_deadlock(layout: Layout, data: st.DataObject) -> None:
     num_shards = data.draw(st.integers(1, 6), label="shards")
     transports = data.draw(st.lists(st.sampled_from(TRANSPORTS), min_size=1, max_size=4), label="trainers")
     job = PlayedJob(layout, num_shards, transports)
@@ -195,7 +193,7 @@ def _play(job: PlayedJob, choice: int) -> None:
 
 
 @WAYS
-def test_a_trainer_without_credit_hears_that_another_opened_its_bucket(transport: str, layout: Layout) -> None:
+def test_a_trainer_without_credit_learns_that_another_opened_its_bucket(transport: str, layout: Layout) -> None:
     """One trainer is a whole step ahead of the other: all its credit lies in nodes that wait for theirs."""
     job = PlayedJob(layout, 2, [transport] * 2)
     job.deal()
@@ -236,11 +234,11 @@ def test_nothing_is_in_flight_twice(transport: str, layout: Layout, monkeypatch:
 
     def watched(self: SendQueue) -> object:
         in_flight = set(self._in_flight)
-        owed = take(self)
-        if owed is not None:
-            assert key_of(owed.header) not in in_flight
-            seen.append(key_of(owed.header))
-        return owed
+        pending = take(self)
+        if pending is not None:
+            assert key_of(pending.header) not in in_flight
+            seen.append(key_of(pending.header))
+        return pending
 
     monkeypatch.setattr(SendQueue, "next", watched)
     job.deal()

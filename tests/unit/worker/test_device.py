@@ -87,7 +87,7 @@ def test_memory_that_was_freed_is_used_again_without_page_faults() -> None:
         assert reused < fresh / 2, "by default each time begins with pages from the kernel, small or huge ones"
 
 
-def test_a_c_library_without_the_call_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_c_library_without_the_call_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
 
     assert keep_freed_memory() is False

@@ -15,7 +15,7 @@ def made() -> Exchange:
     return exchange
 
 
-def test_once_the_coordinator_speaks_no_partition_waits_for_first_values() -> None:
+def test_after_a_directive_no_partition_waits_for_first_values() -> None:
     """Else a trainer that did not make them would make them when the coordinator is another one, over what it computes
     on."""
     exchange = made()
@@ -29,7 +29,7 @@ def test_once_the_coordinator_speaks_no_partition_waits_for_first_values() -> No
     assert exchange.agenda.find_work({}) is None
 
 
-def test_who_makes_first_values_again_holds_no_version() -> None:
+def test_a_trainer_that_makes_first_values_again_holds_no_version() -> None:
     exchange = made()
     landing = exchange.values.landing
     landing.want(2)

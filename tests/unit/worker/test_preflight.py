@@ -120,7 +120,7 @@ def test_a_loss_that_breaks_its_contract_is_named(make_spec: Any, loss: Any, exp
         raise error
 
 
-def test_a_loss_that_is_not_finite_stops_the_job_unless_told_to_skip(make_spec: Any) -> None:
+def test_a_loss_that_is_not_finite_stops_the_job_unless_the_spec_skips_it(make_spec: Any) -> None:
     def infinite(squares: Tensor) -> tuple[Tensor, int]:
         return squares.sum() * float("inf"), len(squares)
 

@@ -93,7 +93,7 @@ def test_two_builds_of_one_model_have_one_layout() -> None:
     ],
     ids=["matrices", "all", "no biases", "by an alias"],
 )
-def test_decay_is_for_matrices_unless_told(section: dict[str, Any], decayed: set[str]) -> None:
+def test_decay_is_for_matrices_by_default(section: dict[str, Any], decayed: set[str]) -> None:
     layout = layout_of(Model(), OptimizerSection(weight_decay=0.1, **section))
 
     assert {t.name for t in layout.tensors if t.decay} == decayed

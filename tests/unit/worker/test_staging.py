@@ -105,7 +105,7 @@ def test_values_wait_for_their_readers_and_readers_for_values() -> None:
     staging.close()
 
 
-def test_a_copy_that_failed_is_told_to_who_computes() -> None:
+def test_a_failed_copy_is_raised_on_the_computing_thread() -> None:
     cuda, called = FakeCuda(), []
     cuda.failure = RuntimeError("device gone")
     cuda.may_pass.set()

@@ -135,7 +135,7 @@ def test_what_was_measured_before_standing_by_is_forgotten() -> None:
     assert clocked.found_s == 2.0, "the job went back"
 
 
-def test_the_counters_tell_it_with_the_beat() -> None:
+def test_the_counters_report_it_with_the_heartbeat() -> None:
     counters = TrainerCounters()
     assert counters.speed() is None
     for version in (3, 3):

@@ -258,9 +258,9 @@ def test_a_version_that_is_not_wanted_changes_nothing(version: int, codec: Codec
 
 
 def refused(played: Played, header: Header, index: int = 0) -> str:
-    hear = played.values.shown if header.flags & IN_MEMORY else played.values.target
+    receive = played.values.shown if header.flags & IN_MEMORY else played.values.target
     with pytest.raises(FrameError) as error:
-        hear(index, header)
+        receive(index, header)
     return error.value.details["field"]
 
 

@@ -29,7 +29,7 @@ EXIT_FAILED = 1
 
 
 def main() -> int:
-    """Be the trainer that the agent's start order describes; returns the exit code."""
+    """Run the trainer that the agent's start order describes; returns the exit code."""
     faulthandler.enable()
     link = ProcessLink.from_environment()
     loading = HeartbeatThread(link, Beat)
@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def _train(link: ProcessLink, loading: HeartbeatThread) -> None:
-    """`loading` beats until there is more to tell than that the process lives."""
+    """`loading` sends heartbeats until the exchange does."""
     start = link.start
     spec = parse_spec(json.loads(start.spec_json))
     device = usable_device(start.device, spec.workers.device)

@@ -49,7 +49,7 @@ class Trainer:
         self._exchange = exchange
         self._counters = counters
         self._rebuild = rebuild  # sets the replica's memory to the seeded first values
-        self._pristine = True
+        self._has_first_values = True
         self._tree = tree_of(spec.train.num_shards)
         dtype = DTYPES[spec.network.push_codec]
         push = exchange.pusher.gradients
@@ -69,7 +69,7 @@ class Trainer:
                 work = self._exchange.agenda.next_work(self._done)
             if work is None:
                 return
-            self._done = {work.key: self._done.get(work.key, set())} | self._finalised(work)
+            self._done = {work.key: self._done.get(work.key, set())} | self._repeatable(work)
             self._exchange.progress += 1
             try:
                 self._carry_out(work)
@@ -79,19 +79,19 @@ class Trainer:
                 self._buffers.abandon()
                 self._done[work.key].update(work.shards)  # a newer directive is on its way
 
-    def _finalised(self, work: Work) -> dict[WorkKey, set[int]]:
-        """Of the past only what can still be asked for again at this version is remembered."""
+    def _repeatable(self, work: Work) -> dict[WorkKey, set[int]]:
+        """Past work that can still be asked for again at this version."""
         return {key: shards for key, shards in self._done.items() if key[:2] == work.key[:2] and key != work.key}
 
     def _carry_out(self, work: Work) -> None:
         if work.action == "initialise":
-            if not self._pristine:
+            if not self._has_first_values:
                 self._rebuild()
-                self._exchange.forget_values()  # also when this was not needed: a word of a partition came late
+                self._exchange.forget_values()  # also when this was not needed: a partition's WELCOME came late
             self._exchange.send_initial(work)
             self._done[work.key].update(work.shards)
             return
-        self._pristine = False
+        self._has_first_values = False
         if not self._exchange.want(work, work.version, exact=work.action != "train"):
             raise SupersededError(f"version {work.version} is gone")
         with self._counters.phase("pull"):
@@ -157,7 +157,7 @@ class Trainer:
         self._accumulator.begin(shard)
         loss_sum, weight = self._forward_backward(work, batch) if num_samples else (0.0, 0.0)
         with self._counters.phase("pull"):
-            self._exchange.wait_values(work)  # nothing is pushed before every partition has given its values
+            self._exchange.wait_values(work)  # nothing is pushed before every partition has sent its values
         touched = self._accumulator.finish()
         with self._counters.phase("push"):
             self._push_rest(work, shard, loss_sum, weight, num_samples, touched)

@@ -93,7 +93,7 @@ class Speedometer:
         self.num_measured = 0
 
     def take(self, version: int, seconds: float, now_s: float) -> None:
-        """A microbatch of `version` took so long and ended now. The very first one is not counted: it warms up.
+        """A microbatch of `version` took so long and ended now. The first one is not counted: it is the warm-up.
 
         After a step in which this trainer had nothing to do, what it measured before is forgotten: the machine may have
         changed meanwhile."""
@@ -130,7 +130,7 @@ class TrainerCounters:
         return self._phases.measure(name)
 
     def measure(self, version: int) -> None:
-        """The microbatch of `version` that `timer` has just timed tells how fast this trainer is."""
+        """Take the microbatch of `version` that `timer` has just timed for the trainer's speed."""
         with self._lock:
             self._speedometer.take(version, self.timer.last_s("train"), time.monotonic())
 

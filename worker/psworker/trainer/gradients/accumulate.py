@@ -175,7 +175,7 @@ class Accumulator:
         gives the parameters of `a.view(-1) + b.view(-1)` two views of one tensor."""
         storage = gradient.untyped_storage()
         known = self._storages.get(storage.data_ptr())
-        # One that was sent and freed may come again at its address.
+        # The address of one that was sent and freed may be used again.
         if known is not None and not known.expired():  # type: ignore[no-untyped-call]
             return gradient.clone()
         self._storages[storage.data_ptr()] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]

@@ -32,7 +32,7 @@ class CheckResult:
 
 
 class Table:
-    """Runs checks one after another, keeps what each said, and raises at the end."""
+    """Runs checks one after another, keeps each result, and raises at the end."""
 
     def __init__(self) -> None:
         self.checks: list[CheckResult] = []
@@ -80,10 +80,10 @@ def checks_of(error: PsError) -> tuple[CheckResult, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """What a write to a parameter changes. Keeps the parameter alive, so that no other can pass for it.
+    """What a write to a parameter changes. Keeps the parameter alive, so that another cannot take its address.
 
-    `version` also tells a write of the very bytes that were there, as clamping within bounds is; `checksum` tells a
-    write through `.data`, which torch does not count.
+    `version` also shows a write of the same bytes, as clamping within bounds is; `checksum` shows a write through
+    `.data`, which torch does not count.
     """
 
     parameter: nn.Parameter

@@ -122,7 +122,7 @@ def _check_loss(
     if ran:
         table.run("metrics", lambda: _metrics(probe, held_out, spec))
     steady = table.run("parameters", lambda: (True, check_unwritten(before, traces(probe.model))))
-    if ran and steady:  # else the halves would meet other parameters than the whole, and nothing would follow
+    if ran and steady:  # else the halves would be computed with other parameters than the whole
         table.run("halving", lambda: _halving(probe, samples))
 
 

@@ -3,7 +3,7 @@
 `Landing` keeps which may land, and which have; `Values` moves their bytes. A window shows whatever its
 partition holds, also when that moves on while a forward or backward still runs. That does no harm: a partition
 overwrites the values of step t only after every gradient of step t is in, everywhere, and so whatever is computed from
-torn values is a duplicate that no gate takes.
+torn values is a duplicate that every gate drops.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Landing:
         return self.has_bucket(place[1])
 
     def restart(self) -> None:
-        """Another timeline: versions count anew. What never changes is still there."""
+        """A restore: versions count anew. Buckets that never change are still there."""
         self.wanted, self.ahead, self._missing = -1, -1, {}
         self.exact = self._exact_before = self._holds_before = False
 
@@ -129,7 +129,7 @@ class Shared(NamedTuple):
 
 
 class Values:
-    """`landing` is guarded by `changed`, which is told when a bucket is there; the rest is the reactor thread's."""
+    """`landing` is guarded by `changed`, which is notified when a bucket is there; the rest is the reactor thread's."""
 
     def __init__(self, spec: JobSpec, layout: Layout, memory: BucketMemory, changed: threading.Condition) -> None:
         self.memory = memory
@@ -160,11 +160,11 @@ class Values:
             return landing.wanted, (WITH_FROZEN if landing.needs_frozen else 0) | (EXACT if landing.exact else 0)
 
     def restart(self) -> None:
-        """Another plan of partitions: what they share is theirs no more."""
+        """Drop what all partitions shared: they are dialed anew."""
         self._shared.clear()
 
     def forget(self, index: int) -> None:
-        """Another process holds a partition: what the one before shared is not read any more."""
+        """Drop what a partition shared: another process has taken over."""
         self._shared.pop(index, None)
         self._narrow.pop(index, None)
 
@@ -176,7 +176,7 @@ class Values:
         self._shared[index] = Shared(segment, view)
 
     def target(self, index: int, header: Header) -> memoryview | None:
-        """Memory for the body of a VALUES frame; None: nobody wants it. Raises FrameError."""
+        """Memory for the body of a VALUES frame; None: it is not wanted. Raises FrameError."""
         span = self._arriving(index, header)
         self._narrow.pop(index, None)  # of a connection that broke
         expected = self._layout.wire_bytes(span, "fp32" if header.codec is Codec.FP32 else self._codec)
