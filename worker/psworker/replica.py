@@ -15,8 +15,16 @@ from torch import nn
 
 from pscluster.errors import LayoutError
 from pscluster.job.spec import OptimizerSection
-from pscluster.step.digest import NamedBytes, parameters_sha256
-from pscluster.step.layout import ITEM_BYTES, WORD_BYTES, BucketKind, Layout, Span, TensorSpec
+from pscluster.step.layout import (
+    ITEM_BYTES,
+    WORD_BYTES,
+    BucketKind,
+    Layout,
+    NamedBytes,
+    Span,
+    TensorSpec,
+    parameters_sha256,
+)
 from pscluster.wire.memory import Arena, Segment, page_offsets
 from psworker.staging import HostStaging, Staging
 

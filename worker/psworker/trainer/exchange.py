@@ -11,9 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from pscluster.agent.heartbeat import UNREACHED_S, HeartbeatThread
-from pscluster.agent.link import ProcessLink
-from pscluster.errors import FencedError
+from pscluster.agent.link import UNREACHED_S, HeartbeatThread, ProcessLink
 from pscluster.job.spec import JobSpec
 from pscluster.step.layout import Layout
 from pscluster.v1.plan_pb2 import (
@@ -41,7 +39,7 @@ from psworker.trainer.work import Agenda, Work
 COUNTERS_S = 1.0
 
 
-class SupersededError(FencedError):
+class SupersededError(Exception):
     """The step being computed is no longer wanted: it was committed without this trainer, or undone."""
 
 
