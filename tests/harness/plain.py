@@ -18,7 +18,7 @@ from torch import nn
 from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.step.layout import parameters_sha256
 from pscluster.step.sampling import ShardSampler
-from psworker.canary import settle_numerics
+from psworker.numerics import settle_numerics
 from psworker.replica import named_bytes
 from psworker.trainer.data.batches import Batches, EvalBatches, seed_step
 from psworker.trainer.data.evaluation import evaluate

@@ -189,8 +189,9 @@ class Monitor:
             early = len(watched.process.service.handler.early)
             require(early <= 64, f"{watched.process.process_id} holds {early} early frames")
         for trainer in self._trainers:
-            for peer in trainer.exchange._peers:
-                require(len(peer.outbox) <= 64, f"{trainer.process_id} owes partition {peer.index} {len(peer.outbox)}")
+            for peer in trainer.exchange.pusher.peers:
+                pending = len(peer.pushes.queue)
+                require(pending <= 64, f"{trainer.process_id} has {pending} frames for partition {peer.index}")
         if self._core is not None:
             require(len(self._core._inputs) < MAX_WAITING, "the master's inputs pile up")
 

@@ -24,7 +24,7 @@ from psserver.partition.step import commit
 from psserver.partition.step.commit import CommitDecision, CoordinatorState, Decide, Member, Vote
 from psserver.partition.step.sums import Entry, Sums
 from psworker.trainer.exchange import Exchange
-from psworker.trainer.values.landing import Landing
+from psworker.trainer.values.values import Landing
 
 Patch = AbstractContextManager[Any]
 
@@ -250,7 +250,8 @@ def versions_are_asked_for_across_timelines() -> Iterable[Patch]:
     want = Exchange.want
 
     def want_anyway(self: Exchange, work: Any, version: int, exact: bool = False) -> bool:
-        with self._changed:
-            return want(self, replace(work, timeline=self._timeline()), version, exact)
+        with self.agenda.changed:
+            newer = replace(work, restore_generation=self.agenda.restore_generation)
+            return want(self, newer, version, exact)
 
     yield patch.object(Exchange, "want", want_anyway)

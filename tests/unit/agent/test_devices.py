@@ -10,7 +10,7 @@ from pscluster.agent.resources import DeviceLedger
 from pscluster.agent.role import AgentRole
 from pscluster.errors import DeviceError
 from psserver.daemon import SERVER
-from psworker.agent import WORKER
+from psworker.daemon import WORKER
 
 
 def test_what_is_released_is_given_to_who_waits() -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from harness.played import Network, played_plan, played_spec
 from harness.played_job import LAYOUT, PlayedTrainer
-from pscluster.wire.protocol import Directive, Welcome
+from pscluster.wire.protocol import Directive
 from psworker.trainer.exchange import Exchange
-from psworker.trainer.work import find_work
 
 
 def made() -> Exchange:
@@ -16,23 +15,23 @@ def made() -> Exchange:
     return exchange
 
 
-def test_once_the_coordinator_speaks_no_partition_waits_for_first_values() -> None:
+def test_after_a_directive_no_partition_waits_for_first_values() -> None:
     """Else a trainer that did not make them would make them when the coordinator is another one, over what it computes
     on."""
     exchange = made()
-    exchange.welcomed(0, Welcome(granted_bytes=0, open_bucket=-1, needs_values=True, num_lanes=0))
-    assert exchange._plan is not None
-    work = find_work(exchange._plan, None, None, exchange._needs_values, 0, {})
+    exchange.agenda.welcomed(0, needs_values=True)
+    work = exchange.agenda.find_work({})
     assert work is not None and work.action == "initialise"
 
     exchange._direct(Directive(1, 1, "train"))
 
-    assert find_work(exchange._plan, None, None, exchange._needs_values, 0, {}) is None
+    exchange.agenda.directive = None  # as another coordinator's plan has it
+    assert exchange.agenda.find_work({}) is None
 
 
-def test_who_makes_first_values_again_holds_no_version() -> None:
+def test_a_trainer_that_makes_first_values_again_holds_no_version() -> None:
     exchange = made()
-    landing = exchange._landing
+    landing = exchange.values.landing
     landing.want(2)
     landing._missing.clear()
     assert landing.want(2) == "held"

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from pscluster.step.codec import as_bytes
 from pscluster.step.layout import BLOCK_WORDS, Layout, Span, TensorSpec
-from psworker.trainer.gradients.gather import Gradients, cut, gather, write
+from psworker.trainer.gradients.accumulate import Gradients
+from psworker.trainer.gradients.push import cut, gather, write
 
 SHAPES = ((5,), (4, 8), (), (0, 3), (1,), (16,), (3, 1, 11), (0,), (2,))
 LAYOUT = Layout(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from psworker.canary import numerics_class, settle_numerics
+from psworker.numerics import numerics_class, settle_numerics
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from pscluster.job.spec import OptimizerSection
 from pscluster.step.codec import BufferNode
 from pscluster.step.tree import TreeNode, tree_of
 from psworker.replica import Replica
-from psworker.trainer.gradients.buffers import BufferSums
+from psworker.trainer.gradients.accumulate import BufferSums
 
 BatchFor = dict[int, tuple[float, bool]]  # shard -> (weight, whether it moves the buffers)
 

@@ -1,4 +1,4 @@
-"""Numerics classes: which machines compute the same bits.
+"""Numerics: what a job computes in, and which machines compute the same bits.
 
 A small gradient through the kernels that models use most is computed and hashed. Machines whose hashes
 agree are in one class; the detail string names what usually makes them differ.
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pscluster.errors import InternalError
+from pscluster.job.spec import JobSpec
 from psworker.trainer.data.batches import preserved_generators, seed_step
 
 _FLOAT32: AbstractContextManager[None] = nullcontext()
@@ -28,8 +29,8 @@ def settle_numerics(threads: int, device: str) -> None:
     work.
 
     Thread counts, TensorFloat-32 and cuDNN's search for the fastest kernel all change bits. Repeating the
-    call with the same arguments is harmless. Raises InternalError when another part of the process was
-    faster.
+    call with the same arguments is harmless. Raises InternalError when torch has already run
+    parallel work.
     """
     if device.startswith("cuda"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -44,6 +45,21 @@ def settle_numerics(threads: int, device: str) -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
+
+
+def precision(spec: JobSpec, device: str) -> AbstractContextManager[None]:
+    """A context for everything that calls the task's model: torch.autocast when the spec asks for it.
+
+    Backward follows the types of its forward by itself."""
+    if spec.train.autocast is None:
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
+
+
+def arithmetic(spec: JobSpec) -> str:
+    """What a job computes in, for people."""
+    narrow = f"float32 with {spec.train.autocast} autocast" if spec.train.autocast else "float32"
+    return f"{narrow}, compiled" if spec.train.compile else narrow
 
 
 def numerics_class(
