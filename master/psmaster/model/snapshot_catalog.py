@@ -10,29 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from psmaster.model.plan import Part, RestorePoint
+
 NEWEST_KEPT = 2  # complete snapshots kept beside the best
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """One partition's file of one snapshot. `checksum` is over the whole file. `nodes`: who holds it, each for itself;
-    none: it lies in the job's store, which all share."""
-
-    step: int
-    partition: int
-    generation: int
-    path: str
-    size_bytes: int
-    checksum: str
-    nodes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RestorePoint:
-    """A complete snapshot, its parts ordered by partition."""
-
-    step: int
-    parts: tuple[Part, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ to, another is started first. A partition moves with the whole job at rest: the 
 written and for a rest there; once that snapshot is complete, the partition's replacement starts from it and so does
 everyone. A partition with a standby in sync elsewhere needs no rest: the standby takes over. A standby is ended, and
 another one begins on another node.
-What has no other place goes on where it is, and says so.
+What has no other place stays; `psctl drain` and `psctl nodes` say so.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from collections.abc import Mapping, Sequence
 from pscluster.devices import CPU
 from psmaster.model import membership
 from psmaster.model.job import Instant, Job
-from psmaster.model.membership import Health, Node, Role
-from psmaster.model.plan import Placement, ProcessKind, counted_on
+from psmaster.model.membership import Health, Node, NodeView, Role, is_draining
+from psmaster.model.plan import Placement, ProcessKind
 from psmaster.model.state import State, node_views
 from psmaster.scheduling import standbys
-from psmaster.scheduling.admission import NodeView, choose_node, max_trainers
+from psmaster.scheduling.admission import choose_node, max_trainers
 from psmaster.scheduling.draft import Draft, View
 
 DRAINING = "draining"
@@ -31,13 +31,7 @@ RETRY_S = 120.0  # ... so long
 Nodes = Mapping[str, NodeView]
 
 
-def sharing(job: Job, nodes: Nodes) -> list[Placement]:
-    """The trainers that may have shards: those counted on, but on draining nodes only if there are no others."""
-    counted = list(counted_on(job.trainers))
-    return [placement for placement in counted if not _drains(placement, nodes)] or counted
-
-
-def move_away(draft: Draft, view: View) -> None:
+def move_off_draining(draft: Draft, view: View) -> None:
     """Take a job's next step away from the nodes that drain. Nothing for a job that is about to end."""
     job = draft.job
     if job.stopping or job.finished is not None:
@@ -46,7 +40,7 @@ def move_away(draft: Draft, view: View) -> None:
         leaving = [
             placement
             for placement in job.placements
-            if placement.kind is kind and placement.placed and _drains(placement, view.nodes)
+            if placement.kind is kind and placement.placed and is_draining(view.nodes, placement.node_id)
         ]
         if job.plan is None:
             _start_elsewhere(draft, view, leaving)
@@ -56,19 +50,19 @@ def move_away(draft: Draft, view: View) -> None:
             _move_partitions(draft, view, leaving)
 
 
-def _drains(placement: Placement, nodes: Nodes) -> bool:
-    return placement.node_id in nodes and nodes[placement.node_id].draining
-
-
 def _start_elsewhere(draft: Draft, view: View, leaving: Sequence[Placement]) -> None:
     """What has not done anything yet is simply started on another node, if there is room."""
     for placement in leaving:
         if _room(draft.job, view.nodes, draft.excluded(view.nodes), [placement]):
-            draft.unseat(placement)
+            draft.vacate(placement)
 
 
 def _move_trainers(draft: Draft, view: View, leaving: Sequence[Placement]) -> None:
-    staying = [placement for placement in draft.job.trainers if placement.placed and not _drains(placement, view.nodes)]
+    staying = [
+        placement
+        for placement in draft.job.trainers
+        if placement.placed and not is_draining(view.nodes, placement.node_id)
+    ]
     if any(placement.active for placement in staying):
         for placement in leaving:
             if _has_handed_over(draft.job, placement):
@@ -77,22 +71,27 @@ def _move_trainers(draft: Draft, view: View, leaving: Sequence[Placement]) -> No
         _start_another(draft, view, leaving)
     if not leaving:
         for placement in draft.job.trainers[max_trainers(draft.job.spec) :]:
-            draft.drop(placement)  # it was to take over from one that stays after all
+            draft.remove_trainer(placement)  # it was to take over from one that stays after all
+
+
+def _staying(job: Job, nodes: Nodes) -> list[Placement]:
+    """The trainers on nodes that do not drain."""
+    return [own for own in job.trainers if own.placed and not is_draining(nodes, own.node_id)]
 
 
 def _has_handed_over(job: Job, placement: Placement) -> bool:
     """A step was committed since it has no shards: nobody waits for what it computes."""
-    has_rested = job.dealing is None or job.step > job.dealing.step
+    has_rested = job.assignment is None or job.step > job.assignment.step
     return not placement.active or (not placement.shards and has_rested)
 
 
 def _release(draft: Draft, placement: Placement) -> None:
     """Its process may end; the placement stays where the job may have as many, and goes to another node with room."""
-    draft.say("TrainerMoved", f"{placement.name} leaves {placement.node_id}, which drains; the others have its shards")
+    draft.emit("TrainerMoved", f"{placement.name} leaves {placement.node_id}, which drains; the others have its shards")
     if len(draft.job.trainers) > max_trainers(draft.job.spec):
-        draft.drop(placement)
+        draft.remove_trainer(placement)
     else:
-        draft.unseat(placement)
+        draft.vacate(placement)
 
 
 def _start_another(draft: Draft, view: View, leaving: Sequence[Placement]) -> None:
@@ -101,9 +100,9 @@ def _start_another(draft: Draft, view: View, leaving: Sequence[Placement]) -> No
     if node is None:
         return
     placement = Placement(kind=ProcessKind.TRAINER, rank=max(own.rank for own in draft.job.trainers) + 1)
-    draft.place(placement.kind, placement.rank, node)
+    draft.assign_node(placement.kind, placement.rank, node)
     where = f"{leaving[0].name} on {leaving[0].node_id}, which drains"
-    draft.say("TrainerAdded", f"{placement.name} starts on {node.node_id}, to take over from {where}")
+    draft.emit("TrainerAdded", f"{placement.name} starts on {node.node_id}, to take over from {where}")
 
 
 def _move_partitions(draft: Draft, view: View, held: Sequence[Placement]) -> None:
@@ -111,8 +110,8 @@ def _move_partitions(draft: Draft, view: View, held: Sequence[Placement]) -> Non
         placement for placement in held if not placement.standby and not _handed_to_standby(draft, view, placement)
     ]
     for placement in draft.job.standbys:
-        if placement.placed and _drains(placement, view.nodes):
-            draft.unseat(placement)
+        if placement.placed and is_draining(view.nodes, placement.node_id):
+            draft.vacate(placement)
     job = draft.job
     whole = all(placement.active for placement in job.partitions)
     may_move = whole and leaving and _room(job, view.nodes, draft.excluded(view.nodes), leaving)
@@ -124,21 +123,21 @@ def _move_partitions(draft: Draft, view: View, held: Sequence[Placement]) -> Non
     elif not job.saving:
         draft.update(saving=True, held=-1, held_s=None)
         nodes = ", ".join(dict.fromkeys(placement.node_id for placement in leaving))
-        draft.say("PartitionMoves", f"rests after the next step, to move {_names(leaving)} away from {nodes}")
+        draft.emit("PartitionMoves", f"rests after the next step, to move {_names(leaving)} away from {nodes}")
     elif job.held >= 0 and draft.snapshots.complete(job.held):
         draft.update(saving=False, held=-1, held_s=None)
         for placement in leaving:
-            draft.unseat(placement)
+            draft.vacate(placement)
 
 
 def _handed_to_standby(draft: Draft, view: View, placement: Placement) -> bool:
     """Whether a standby in sync, on a node that stays, takes over from a partition that would have to move."""
     standby = draft.job.standby(placement.rank)
-    if standby is None or not standby.synced or not placement.active or _drains(standby, view.nodes):
+    if standby is None or not standby.synced or not placement.active or is_draining(view.nodes, standby.node_id):
         return False
-    draft.say("PartitionMoves", f"{placement.name} leaves {placement.node_id}, which drains; its standby takes over")
-    draft.unseat(placement)
-    standbys.succeed(draft, placement, placement.losses)
+    draft.emit("PartitionMoves", f"{placement.name} leaves {placement.node_id}, which drains; its standby takes over")
+    draft.vacate(placement)
+    standbys.take_over(draft, placement, placement.losses)
     return True
 
 
@@ -151,7 +150,7 @@ def _waits_in_vain(draft: Draft) -> bool:
         return False
     waited_s = now_s - draft.job.held_s
     if job.saving and job.held >= 0 and waited_s >= SAVE_S and not draft.snapshots.complete(job.held):
-        draft.say("PartitionStays", f"the snapshot of step {job.held} does not come; steps go on", warning=True)
+        draft.emit("PartitionStays", f"the snapshot of step {job.held} does not come; steps go on", warning=True)
         return True
     return not job.saving and waited_s < SAVE_S + RETRY_S
 
@@ -176,7 +175,7 @@ def _choose(
     return choose_node(nodes, Role.of(kind), taken, excluded, "", device)
 
 
-# ---- what people are told ----
+# ---- for clients ----
 
 
 def status(state: State, node: Node) -> str:
@@ -217,7 +216,9 @@ def _waits(job: Job, nodes: Nodes, leaving: Sequence[Placement]) -> str:
         return "is about to end"
     if any(placement.kind is ProcessKind.PARTITION for placement in leaving):
         return _partitions_wait(job, nodes, leaving)
-    staying = [placement for placement in job.trainers if placement.placed and not _drains(placement, nodes)]
+    staying = [
+        placement for placement in job.trainers if placement.placed and not is_draining(nodes, placement.node_id)
+    ]
     if any(placement.active for placement in staying) and job.plan is not None:
         return f"{_names(leaving)} hands its shards over"
     if staying:

@@ -10,9 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from psmaster.model.deletions import Deletion, Deletions
 from psmaster.model.job import Event, Job
-from psmaster.model.snapshot_catalog import Part
+from psmaster.model.plan import Part
+from psmaster.model.state import Deletion, Deletions
 
 SCHEMA_VERSION = 5
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 
 from pscluster.devices import choose_device, device_priority
-from psmaster.api import to_proto
+from psmaster.api import proto
 from psmaster.model.job import ErrorInfo, JobState
 from psmaster.model.plan import ProcessKind
 from psmaster.model.state import node_views
 from psmaster.scheduling.reconcile import desired
-from tests.unit.master.world import PARTITION, TRAINER, World
+from tests.harness.master_world import PARTITION, TRAINER, World
 
 ONE = {"min": 1, "max": 1}
 
@@ -75,7 +75,7 @@ def test_the_jobs_placements_are_shown_with_their_devices(world: World) -> None:
     for rank, device in enumerate(("cuda:0", "cuda:1", "cpu")):
         world.report(f"trainer-{rank}", replace(TRAINER, device=device))
     world.ready()
-    message = to_proto.job(world.job(), (), world.now, full=True)
+    message = proto.job(world.job(), (), world.now, full=True)
     assert [placement.device for placement in message.plan.trainers] == ["cuda:0", "cuda:1", "cpu"]
 
 
@@ -84,7 +84,7 @@ def test_a_placement_without_a_node_says_which_worker_it_waits_for(world: World)
     world.ready()
     world.snapshot(0)
     world.commit(1)
-    world.take(lambda turn: turn.detach("worker-0", world.lives["worker-0"], for_good=True))
+    world.take(lambda tx: tx.detach("worker-0", world.lives["worker-0"], for_good=True))
     world.join("worker-1", slots=3)
     assert world.job().reason == "waits for a trainer: a free worker slot with a CUDA device for trainer-0"
 
@@ -151,7 +151,7 @@ def act(world: World, chance: random.Random, number: int, agents: dict[str, dict
     if placements and chance.random() < 0.3:
         world.exit(chance.choice(placements).name, job.job_id, signal=9)
     elif chance.random() < 0.2:
-        world.take(lambda turn: turn.stop(job.job_id))
+        world.take(lambda tx: tx.stop(job.job_id))
     else:
         for name, process in world.wanted(job.job_id).items():
             if name not in world.wanted(job.job_id) or process.placement.active:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from psmaster.model.membership import Role
-from psmaster.scheduling.admission import NodeView, admit, choose_node, max_trainers
-from tests.unit.master.world import make_spec
+from psmaster.model.membership import NodeView, Role
+from psmaster.scheduling.admission import admit, choose_node, max_trainers
+from tests.harness.master_world import make_spec
 
 
 def view(

@@ -13,15 +13,15 @@ from pscluster.errors import DamagedError, StateError
 from pscluster.storage import open_store
 from psmaster import daemon
 from psmaster.model.job import Best, Job, JobState
-from psmaster.model.snapshot_catalog import Part, RestorePoint
+from psmaster.model.plan import Part, RestorePoint
 from psmaster.storage import manifest, rebuild
 from psmaster.storage.manifest import Manifest
 from psmaster.storage.orphans import refuse_unclaimed
 from psmaster.storage.rebuild import LEAP, Found
 from psmaster.storage.sqlite import DATABASE, SqliteStore
 from psmaster.storage.store import Batch
+from tests.harness.master_world import make_job
 from tests.unit.master.test_publisher import BUNDLE, SHA256
-from tests.unit.master.world import make_job
 
 NOW_S = 5000.0
 

@@ -29,10 +29,9 @@ from pscluster.v1 import agents_pb2, agents_pb2_grpc, jobs_pb2, jobs_pb2_grpc, p
 from psmaster.control.agent_stream import AgentStream
 from psmaster.control.loop import Core
 from psmaster.model.job import Instant
-from psmaster.server import assembled, run_transactions
-from psmaster.settings import MasterSettings
+from psmaster.server import MasterSettings, assembled, run_transactions
+from tests.harness.master_world import make_spec
 from tests.unit.master.fake_agent import DEADLINE_S, FakeAgent
-from tests.unit.master.world import make_spec
 
 TOKEN = "a-token"
 
@@ -331,7 +330,7 @@ def test_other_protocols_and_older_lives_are_refused(site: MasterSettings) -> No
         await newer.until(lambda _: bool(newer.revisions))
         with pytest.raises(StateError):
             await _as_error(FakeAgent(site.listen[0], TOKEN, "worker-0", life="1").attend())
-        assert core.state.nodes["worker-0"].attended
+        assert core.state.nodes["worker-0"].connected
         await newer.leave()
 
     with_master(site, test)
@@ -423,7 +422,7 @@ def test_a_master_that_was_stopped_hears_what_was_said_meanwhile_before_it_judge
     turns: list[object] = []
 
     async def said(core: Core) -> None:
-        await core.tell(AgentStream("server-0", "its life"), 0, turns.append)
+        await core.submit(AgentStream("server-0", "its life"), 0, turns.append)
 
     async def test(_client: Client, core: Core) -> None:
         clock = core.now
@@ -433,6 +432,6 @@ def test_a_master_that_was_stopped_hears_what_was_said_meanwhile_before_it_judge
             await asyncio.sleep(0)
         await said(core)
         await core.ask(turns.append)
-        assert len({id(turn) for turn in turns}) == 1
+        assert len({id(tx) for tx in turns}) == 1
 
     with_master(site, test)

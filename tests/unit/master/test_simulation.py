@@ -16,7 +16,7 @@ from psmaster.model.job import VOLATILE, Job, JobState
 from psmaster.model.plan import Placement, ProcessKind
 from psmaster.model.reports import Progress, StandbyState
 from psmaster.scheduling.reconcile import reconcile
-from tests.unit.master.world import PARTITION, TRAINER, World, failure
+from tests.harness.master_world import PARTITION, TRAINER, World, failure
 
 JOBS = ("one-aaaaaa", "two-aaaaaa")
 NODES = ("worker-0", "worker-1", "worker-2", "server-0", "server-1", "server-2")
@@ -91,7 +91,7 @@ class Simulation:
         self.world.join(node_id, slots=2, life=f"again{self.lives}")
 
     def stream_breaks(self, _job: str, node_id: str, _placement: str) -> None:
-        self.world.take(lambda turn: turn.detach(node_id, self.world.lives[node_id]))
+        self.world.take(lambda tx: tx.detach(node_id, self.world.lives[node_id]))
 
     def stream_is_back(self, _job: str, node_id: str, _placement: str) -> None:
         facts = tuple(p for p in self.world.state.processes.values() if p.node_id == node_id)
@@ -103,7 +103,7 @@ class Simulation:
 
     def master_restarts(self, _job: str, _node: str, _placement: str) -> None:
         facts = self.world.state.processes
-        attended = [node_id for node_id, node in self.world.state.nodes.items() if node.attended]
+        attended = [node_id for node_id, node in self.world.state.nodes.items() if node.connected]
         self.world.restart()
         for node_id in attended:
             self.world.rejoin(node_id, *(p for p in facts.values() if p.node_id == node_id), slots=2)
@@ -158,11 +158,11 @@ class Simulation:
 
     def node_drains(self, _job: str, node_id: str, _placement: str) -> None:
         if node_id in self.world.state.nodes:
-            self.world.take(lambda turn: turn.drain(node_id))
+            self.world.take(lambda tx: tx.drain(node_id))
 
     def node_is_used_again(self, _job: str, node_id: str, _placement: str) -> None:
         if node_id in self.world.state.drains:
-            self.world.take(lambda turn: turn.undrain(node_id))
+            self.world.take(lambda tx: tx.undrain(node_id))
 
     def coordinator_rests(self, job_id: str, _node: str, _placement: str) -> None:
         job = self.world.job(job_id)
@@ -179,7 +179,7 @@ class Simulation:
                 self.measured += 1
                 told = {process.process_id: (self.random.choice((0.1, 0.1, 0.5)), self.measured)}
                 node_id, life = process.placement.node_id, process.placement.incarnation
-                self.world.take(lambda turn, node_id=node_id, life=life, told=told: turn.beat(node_id, life, told))
+                self.world.take(lambda tx, node_id=node_id, life=life, told=told: tx.beat(node_id, life, told))
 
     def coordinator_finishes(self, job_id: str, _node: str, _placement: str) -> None:
         job = self.world.job(job_id)
@@ -188,11 +188,11 @@ class Simulation:
 
     def stop(self, job_id: str, _node: str, _placement: str) -> None:
         if not self.world.job(job_id).state.ended:
-            self.world.take(lambda turn: turn.stop(job_id))
+            self.world.take(lambda tx: tx.stop(job_id))
 
     def resume(self, job_id: str, _node: str, _placement: str) -> None:
         if self.world.job(job_id).state in (JobState.STOPPED, JobState.FAILED):
-            self.world.take(lambda turn: turn.resume(job_id))
+            self.world.take(lambda tx: tx.resume(job_id))
 
     # what must always hold
 
@@ -211,9 +211,9 @@ class Simulation:
         assert all(count <= 2 for count in held.values()), "slots are oversold"
 
     def _settling_again_changes_nothing(self) -> None:
-        turn = Transaction(self.world.state, self.world.now, self.world.limits)
-        turn.tick()
-        changes = turn.finish()
+        tx = Transaction(self.world.state, self.world.now, self.world.limits)
+        tx.tick()
+        changes = tx.finish()
         assert changes.state.jobs == self.world.state.jobs
         assert changes.state.catalogues == self.world.state.catalogues
         assert changes.events == ()

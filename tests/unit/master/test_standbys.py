@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from psmaster.api import to_proto
+from psmaster.api import proto
 from psmaster.model.job import JobState
 from psmaster.model.plan import Plan
 from psmaster.model.process import Exit, Process
 from psmaster.model.reports import StandbyState
-from tests.unit.master.world import PARTITION, TRAINER, World, failure
+from tests.harness.master_world import PARTITION, TRAINER, World, failure
 
 REPLICA = {"durability": {"tier": "replica"}}
 
@@ -77,7 +77,7 @@ def test_the_first_plan_waits_for_none_and_the_next_names_them() -> None:
     assert [(placement.rank, placement.attempt) for placement in plan_of(world).standbys] == [(0, 2)]
     assert (plan_of(world).generation, plan_of(world).restore_generation) == (2, 1)
     assert world.wanted()["standby-0"].plan == plan_of(world)
-    message = to_proto.plan(world.job(), plan_of(world))
+    message = proto.plan(world.job(), plan_of(world))
     assert message.partitions[0].standby.attempt == 2
     assert list(message.partitions[0].standby.addresses) == list(PARTITION.addresses)
     assert not message.partitions[1].HasField("standby")
@@ -134,7 +134,7 @@ def test_a_standby_not_in_sync_is_at_least_a_process_that_is_there(world: World)
     there = world.wanted()["standby-1"].process_id
     world.exit("partition-1", signal=9)
     assert world.wanted()["partition-1"].process_id == there
-    assert "Seated" in world.reasons()
+    assert "Placed" in world.reasons()
 
 
 def test_partition_and_standby_lost_at_once_go_back(world: World) -> None:
@@ -161,7 +161,7 @@ def test_all_go_back_when_one_of_two_lost_partitions_has_no_standby(world: World
     world.exit("standby-0", signal=9)
     taking_over = world.wanted()["standby-1"].process_id
     dead = [world.wanted()[name] for name in ("partition-0", "partition-1")]
-    world.take(*(lambda turn, p=p: turn.exited(p.placement.node_id, p.process_id, Exit(signal=9)) for p in dead))  # type: ignore[misc]
+    world.take(*(lambda tx, p=p: tx.exited(p.placement.node_id, p.process_id, Exit(signal=9)) for p in dead))  # type: ignore[misc]
     world.ready()
     assert plan_of(world).restore_generation > 1
     assert world.wanted()["partition-1"].process_id == taking_over
@@ -292,7 +292,7 @@ def test_from_a_draining_server_its_partition_goes_to_the_standby_without_a_rest
     before = nodes_of(world)
     node, heir = before["partition-0"], world.wanted()["standby-0"].process_id
     moves = [name for name, where in before.items() if name.startswith("partition") and where == node]
-    world.take(lambda turn: turn.drain(node))
+    world.take(lambda tx: tx.drain(node))
     plan = plan_of(world)
     assert world.wanted()["partition-0"].process_id == heir
     assert (plan.restore_generation, plan.save) == (1, False), "nobody goes back, nobody rests"
@@ -307,7 +307,7 @@ def test_from_a_draining_server_a_standby_is_ended_and_another_one_begins(world:
     node = before["standby-0"]
     held = {name: world.wanted()[name].process_id for name in ("partition-0", "partition-1")}
     stays = [name for name in held if before[name] != node]
-    world.take(lambda turn: turn.drain(node))
+    world.take(lambda tx: tx.drain(node))
     assert all(world.wanted()[name].process_id == held[name] for name in stays)
     assert node not in nodes_of(world).values()
     assert plan_of(world).restore_generation == 1
