@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pscluster.errors import OutOfMemoryError, ProcessLostError
+from pscluster.wire.backoff import delay_s
 from psmaster.model.job import ErrorInfo, Instant, Job
 from psmaster.model.plan import Placement, ProcessKind
 from psmaster.model.process import Exit, Process, Processes
@@ -210,4 +211,4 @@ def _lost_to_voters(voters: Mapping[Placement, frozenset[int]], ripe: set[Placem
 
 def retry_delay_s(losses: int) -> float:
     """How long the process after the `losses`th loss (from 1) waits; five waits together are 15.5 s."""
-    return min(MAX_RETRY_S, FIRST_RETRY_S * 2.0 ** (losses - 1))
+    return delay_s(losses, 0.0, first_s=FIRST_RETRY_S, cap_s=MAX_RETRY_S, jitter=0.0)
