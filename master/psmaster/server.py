@@ -203,7 +203,7 @@ def claim(state_dir: Path) -> IO[str]:
 def bind(server: grpc.aio.Server, address: str) -> int:
     """Listen on an address; its port. A socket file that a killed master left is replaced.
 
-    Raises AddressInUseError when somebody serves there.
+    Raises AddressInUseError when another process serves there.
     """
     if address.startswith("unix:"):
         _replace_stale(Path(address.removeprefix("unix:")))

@@ -66,7 +66,6 @@ def make_job(job_id: str = "job-aaaaaa", created_s: float = 1.0, **changes: Any)
 
 def full_job() -> Job:
     """A running job with something other than the default in every field that is stored, nested ones included."""
-    part = Part(step=10, partition=1, generation=2, path="p", size_bytes=7, checksum="crc32c:1", nodes=("s", "s2"))
     trainer = Placement(
         kind=ProcessKind.TRAINER,
         rank=1,
@@ -106,21 +105,7 @@ def full_job() -> Job:
         attempts=(("trainer-0", 2),),
         excluded=(("w9", "i9", "why"),),
         generation=7,
-        plan=Plan(
-            generation=7,
-            trainers=(trainer,),
-            partitions=(partition,),
-            standbys=(standby,),
-            restore_generation=2,
-            resume_step=10,
-            restore=RestorePoint(step=10, parts=(part,)),
-            stop=True,
-            save=True,
-            kept_steps=(10, 20),
-            final_step=100,
-            moved_generation=5,
-            coordinator_generation=4,
-        ),
+        plan=_full_plan(trainer, partition, standby),
         layout_json=b"\x00layout",
         layout_sha256="L",
         data_fingerprint="D",
@@ -149,6 +134,25 @@ def full_job() -> Job:
         connections=(DataConnection(trainer=1, partition=2, transport="unix"),),
         conditions=(Condition(type="Ready", status=True, reason="R", message="m", since_s=1.0),),
         revision=17,
+    )
+
+
+def _full_plan(trainer: Placement, partition: Placement, standby: Placement) -> Plan:
+    part = Part(step=10, partition=1, generation=2, path="p", size_bytes=7, checksum="crc32c:1", nodes=("s", "s2"))
+    return Plan(
+        generation=7,
+        trainers=(trainer,),
+        partitions=(partition,),
+        standbys=(standby,),
+        restore_generation=2,
+        resume_step=10,
+        restore=RestorePoint(step=10, parts=(part,)),
+        stop=True,
+        save=True,
+        kept_steps=(10, 20),
+        final_step=100,
+        moved_generation=5,
+        coordinator_generation=4,
     )
 
 
@@ -214,8 +218,8 @@ class World:
     def measure(self, name: str, microbatch_s: float) -> None:
         """A trainer's agent tells how long a microbatch took it."""
         placement = self.wanted()[name].placement
-        told = {placement.process_id(self.job().job_id): (microbatch_s, 1)}
-        self.take(lambda tx: tx.beat(placement.node_id, self.lives[placement.node_id], told))
+        received = {placement.process_id(self.job().job_id): (microbatch_s, 1)}
+        self.take(lambda tx: tx.beat(placement.node_id, self.lives[placement.node_id], received))
 
     def restart(self) -> None:
         """The master dies and starts again: what was stored is all it knows."""
@@ -302,10 +306,10 @@ class World:
     def unreached(self, placement: str, *partitions: int, generation: int | None = None) -> Changes:
         """The agent of the process now in a placement says which partitions that cannot reach; none: it reaches all."""
         process = self.wanted()[placement]
-        told = Unreached(
+        received = Unreached(
             generation=self.job().generation if generation is None else generation, partitions=frozenset(partitions)
         )
-        return self.take(lambda tx: tx.suspected(process.placement.node_id, process.process_id, "", told))
+        return self.take(lambda tx: tx.suspected(process.placement.node_id, process.process_id, "", received))
 
     def ready(self, job_id: str = "job-aaaaaa") -> None:
         """Every process that has not said anything yet reports ready."""
@@ -335,10 +339,10 @@ class World:
         for rank in ranks:
             standby = self.job(job_id).standby(rank)
             assert standby is not None
-            said = StandbyState(
+            statement = StandbyState(
                 generation=self.job(job_id).generation, attempt=standby.attempt, in_sync=in_sync, detail="so it is"
             )
-            self.report(f"partition-{rank}", said, job_id)
+            self.report(f"partition-{rank}", statement, job_id)
 
     def part(self, step: int, index: int, job_id: str = "job-aaaaaa", generation: int | None = None) -> Part:
         current = self.job(job_id).generation if generation is None else generation

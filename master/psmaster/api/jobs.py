@@ -22,7 +22,7 @@ from psmaster.scheduling import drain
 from psmaster.storage.bundles import BundleShelf
 from psmaster.storage.store import Batch, BundleRecord
 
-PROGRESS_INTERVAL_S = 1.0  # how often a watcher hears of mere progress
+PROGRESS_INTERVAL_S = 1.0  # how often a watcher receives mere progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         self._core = core
         self._shelf = shelf
         self._identity = identity
-        # Held from a look at who has a bundle to what follows from it: a job that was taken in must find its code.
+        # Held from the check for a bundle to its use: an accepted job must find its code.
         self._claiming = asyncio.Lock()
 
     async def Submit(self, request: jobs_pb2.SubmitRequest, context: Any) -> jobs_pb2.SubmitReply:  # noqa: ARG002, N802

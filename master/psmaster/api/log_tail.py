@@ -14,8 +14,8 @@ from psmaster.storage.logs import LogEntry, LogReader
 from psmaster.storage.metrics_file import FILE_NAME, step_and_kind
 
 _LINES_PER_MESSAGE = 500
-_MIN_PAUSE_S = 0.2  # between two looks at growing files, however busy the cluster
-_LINGER_S = 1.0  # after a job's end, for the last words of its processes
+_MIN_PAUSE_S = 0.2  # between two reads of growing files, however busy the cluster
+_LINGER_S = 1.0  # after a job's end, for the last output of its processes
 
 
 async def wait(news: asyncio.Event, seconds: float | None) -> None:

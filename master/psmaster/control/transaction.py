@@ -300,7 +300,7 @@ class Transaction:
             self._reconcile(job.job_id, ahead=ahead)
             waits = self.jobs[job.job_id].state is JobState.QUEUED
             if waits and not ahead and admit(job.spec, self._views(job.job_id)).possible:
-                ahead = job.job_id  # it gets the next slots that come free; what can never run blocks nobody
+                ahead = job.job_id  # it gets the next free slots; a job that can never run does not block others
         if not ahead:
             for job in sorted(self.jobs.values(), key=queue_key):
                 if job.state in (JobState.STARTING, JobState.RUNNING):

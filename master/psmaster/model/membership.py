@@ -17,7 +17,7 @@ from psmaster.model.job import Instant, Job
 from psmaster.model.plan import ProcessKind
 
 FORMER = 16  # incarnations of a node that are remembered: they may still be running somewhere
-FORGET_S = 3600.0  # a dead node that holds no placement is forgotten after this long
+FORGET_S = 3600.0  # a dead node without placements is removed after this long
 
 
 class Role(StrEnum):
@@ -132,7 +132,7 @@ def announce_leave(nodes: Nodes, node_id: str, incarnation: str) -> Nodes:
 
 
 def forget(nodes: Nodes, now: Instant) -> Nodes:
-    """Without the nodes that have been silent for an hour: what is remembered stays bounded."""
+    """Without the nodes that have been silent for an hour, so that their number stays bounded."""
     kept = {node_id: node for node_id, node in nodes.items() if now.mono_s - node.seen_s <= FORGET_S}
     return nodes if len(kept) == len(nodes) else kept
 
@@ -184,7 +184,7 @@ class NodeView:
     held: frozenset[str] = frozenset()
     undecided: int = 0
 
-    def room(self, device: str, *, of_all: bool = False) -> int:
+    def free_slots(self, device: str, *, of_all: bool = False) -> int:
         """How many processes of one job fit, each on a device of its own where `device` is a CUDA device. `of_all`: if
         no other job held anything."""
         slots = max(0, self.slots if of_all else self.available)

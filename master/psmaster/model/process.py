@@ -110,7 +110,7 @@ class Exit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
-    """Why a process cannot go on, as it reported."""
+    """Why a process cannot continue, as it reported."""
 
     error: ErrorInfo
     traceback: str = ""

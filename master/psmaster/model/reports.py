@@ -232,7 +232,7 @@ def snapshot_part(job: Job, snapshots: Catalogue, part: Part, now: Instant) -> t
 
 
 def warning(job: Job, report: JobWarning, source: str, now: Instant) -> Applied:
-    """Something went wrong that training survives: told, and remembered if it is a part that could not be written: the
+    """An error that training survives becomes an event, and is kept if it is a part that could not be written: the
     last step may be one with such a part. What a rollback has made void since then is written anew.
 
     A best step whose snapshot is not written is not waited for: a later one may be the best of those there are."""

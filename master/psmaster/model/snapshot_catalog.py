@@ -1,7 +1,7 @@
 """Which snapshots of a job exist. Pure: a catalogue is a value, every change gives a new one.
 
 A snapshot exists only when every partition's part of that step has been reported. Parts of an older generation than the
-job's newest restore are refused by whoever calls `add` (see `jobs.Job.counts`); a restore drops the half-reported rest.
+job's newest restore are refused by the caller of `add` (see `jobs.Job.counts`); a restore drops the half-reported rest.
 """
 
 from __future__ import annotations

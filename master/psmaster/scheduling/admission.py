@@ -62,7 +62,7 @@ def choose_node(
 
     `taken` counts the slots that the job itself holds on each node."""
     free = {
-        node.node_id: node.room(device) - taken.get(node.node_id, 0)
+        node.node_id: node.free_slots(device) - taken.get(node.node_id, 0)
         for node in nodes.values()
         if node.role is role and node.ready and node.node_id not in excluded
     }
@@ -81,7 +81,7 @@ def with_device(device: str) -> str:
 
 def _rooms(nodes: Mapping[str, NodeView], role: Role, device: str, of_all: bool = False) -> dict[str, int]:
     return {
-        node.node_id: node.room(device, of_all=of_all)
+        node.node_id: node.free_slots(device, of_all=of_all)
         for node in sorted(nodes.values(), key=lambda node: _natural(node.node_id))
         if node.role is role and node.ready
     }

@@ -1,4 +1,4 @@
-"""The working copy of one job during reconciliation, and what a reconciliation looks at.
+"""The working copy of one job during reconciliation, and the inputs of a reconciliation.
 
 A `Draft` covers one job; `control.transaction.Transaction` covers the whole state of the master."""
 
@@ -98,7 +98,7 @@ class Draft:
         )
 
     def vacate(self, placement: Placement, *, losses: int | None = None) -> None:
-        """Take a placement's node away; its process, if it lives, is ended."""
+        """Take a placement's node away; its process, if alive, is ended."""
         self.set_placement(
             replace(
                 placement,
@@ -116,7 +116,7 @@ class Draft:
         )
 
     def remove_trainer(self, placement: Placement) -> None:
-        """Remove a trainer's placement; its process, if it lives, is ended and not replaced."""
+        """Remove a trainer's placement; its process, if alive, is ended and not replaced."""
         self.update(
             trainers=tuple(own for own in self.job.trainers if own.rank != placement.rank),
             connections=tuple(held for held in self.job.connections if held.trainer != placement.rank),

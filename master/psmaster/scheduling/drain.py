@@ -1,11 +1,10 @@
-"""Draining a node: what jobs run there moves elsewhere first, and nothing is lost or computed again for it. Pure.
+"""Draining a node: its processes move elsewhere first, and no step is lost or computed again. Pure.
 
-A trainer hands its shards over in a plan that leaves it out, finishes what it is at, and goes. With nobody to hand them
-to, another is started first. A partition moves with the whole job at rest: the plan asks for the next step to be
-written and for a rest there; once that snapshot is complete, the partition's replacement starts from it and so does
-everyone. A partition with a standby in sync elsewhere needs no rest: the standby takes over. A standby is ended, and
-another one begins on another node.
-What has no other place stays; `psctl drain` and `psctl nodes` say so.
+A plan assigns the shards of a trainer on the node to others; it finishes its work and ends. Without others, another
+trainer is started first. A partition moves while the whole job rests: the plan asks to write the next step and to
+compute nothing beyond it; once that snapshot is complete, all processes restore it, the partition's replacement
+included. With a standby in sync elsewhere, the standby takes over instead, without a rest. A standby is replaced on
+another node. What has no other place stays; `psctl drain` and `psctl nodes` say so.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from psmaster.scheduling.draft import Draft, View
 
 DRAINING = "draining"
 DRAINED = "drained"
-SAVE_S = 60.0  # how long a job rests for a snapshot that does not come; then it goes on, and rests again after ...
+SAVE_S = 60.0  # how long a job waits for its snapshot; then it continues, and waits again after ...
 RETRY_S = 120.0  # ... so long
 
 Nodes = Mapping[str, NodeView]
@@ -53,7 +52,7 @@ def move_off_draining(draft: Draft, view: View) -> None:
 def _start_elsewhere(draft: Draft, view: View, leaving: Sequence[Placement]) -> None:
     """What has not done anything yet is simply started on another node, if there is room."""
     for placement in leaving:
-        if _room(draft.job, view.nodes, draft.excluded(view.nodes), [placement]):
+        if _have_room(draft.job, view.nodes, draft.excluded(view.nodes), [placement]):
             draft.vacate(placement)
 
 
@@ -80,7 +79,7 @@ def _staying(job: Job, nodes: Nodes) -> list[Placement]:
 
 
 def _has_handed_over(job: Job, placement: Placement) -> bool:
-    """A step was committed since it has no shards: nobody waits for what it computes."""
+    """Whether a step was committed since it has no shards: no step waits for it."""
     has_rested = job.assignment is None or job.step > job.assignment.step
     return not placement.active or (not placement.shards and has_rested)
 
@@ -114,7 +113,7 @@ def _move_partitions(draft: Draft, view: View, held: Sequence[Placement]) -> Non
             draft.vacate(placement)
     job = draft.job
     whole = all(placement.active for placement in job.partitions)
-    may_move = whole and leaving and _room(job, view.nodes, draft.excluded(view.nodes), leaving)
+    may_move = whole and leaving and _have_room(job, view.nodes, draft.excluded(view.nodes), leaving)
     if not may_move or _waits_in_vain(draft):
         if job.saving:
             draft.update(saving=False, held=-1)
@@ -155,7 +154,7 @@ def _waits_in_vain(draft: Draft) -> bool:
     return not job.saving and waited_s < SAVE_S + RETRY_S
 
 
-def _room(job: Job, nodes: Nodes, excluded: frozenset[str], placements: Sequence[Placement]) -> bool:
+def _have_room(job: Job, nodes: Nodes, excluded: frozenset[str], placements: Sequence[Placement]) -> bool:
     """Whether all of these have another place."""
     planned: list[str] = []
     for placement in placements:
@@ -187,8 +186,7 @@ def status(state: State, node: Node) -> str:
 
 
 def problems(state: State, now: Instant, suspicion_s: float) -> list[str]:
-    """What is wrong with the nodes, one line each. A drained node may be away: it holds nothing, and nobody waits for
-    it."""
+    """What is wrong with the nodes, one line each. A drained node may be away, since it holds nothing."""
     found = []
     for node in state.nodes.values():
         health = membership.health(node, now.mono_s, suspicion_s)
@@ -235,7 +233,7 @@ def _partitions_wait(job: Job, nodes: Nodes, leaving: Sequence[Placement]) -> st
     if away and job.plan is not None:
         return f"waits for {_names(away)}"
     excluded = frozenset(node_id for node_id, _, _ in job.excluded)
-    if not _room(job, nodes, excluded, leaving):
+    if not _have_room(job, nodes, excluded, leaving):
         return f"no other server has room for {_names(leaving)}, without which it cannot go on"
     return f"{_names(leaving)} moves"
 

@@ -192,7 +192,7 @@ def _lost_to_trainers(
     trainers: Mapping[Placement, frozenset[int]], ripe: set[Placement], num_partitions: int
 ) -> frozenset[int]:
     """The partitions that no trainer reaches. None when that is all of them, since the trainers' network may be at
-    fault; several trainers are believed about the only partition."""
+    fault; of the only partition, several trainers must report it."""
     if not trainers or not any(placement in ripe for placement in trainers):
         return frozenset()
     by_all = frozenset.intersection(*trainers.values())

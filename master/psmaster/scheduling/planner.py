@@ -16,7 +16,7 @@ def replan(draft: Draft, view: View) -> None:
     sake; new kept steps in the same one.
 
     While a partition is away there is no new plan: nothing can be committed, and the next one restores. Where a standby
-    in sync has the placement, the partition is not away, and the next plan goes on."""
+    in sync has the placement, the partition is not away, and the next plan restores nothing."""
     job, plan = draft.job, draft.job.plan
     if plan is None or any(not placement.active for placement in job.partitions):
         return

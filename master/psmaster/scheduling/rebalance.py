@@ -47,7 +47,7 @@ def measured_speeds(placements: Iterable[Placement], job_id: str, processes: Pro
 
 
 def microbatch_seconds(speeds: Mapping[int, MeasuredSpeed]) -> dict[int, float]:
-    """Seconds a microbatch, by rank; who was not measured yet is taken for the median one. Empty: nobody was."""
+    """Seconds a microbatch, by rank; the median for a trainer without measurements. Empty when none has any."""
     known = [speed.microbatch_s for speed in speeds.values() if speed.is_known]
     if not known:
         return {}

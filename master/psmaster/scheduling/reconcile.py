@@ -1,6 +1,6 @@
-"""What should be, given what is: one pure function, called after every change.
+"""The desired state of a job, given its actual state: one pure function, called after every change.
 
-`reconcile` compares a job with its nodes, processes and snapshots and returns the job as it should go on, the processes
+`reconcile` compares a job with its nodes, processes and snapshots and returns its next state, the processes
 that should run, and the events that say why. Applying it again to its own outcome changes nothing. The stages are in
 the order in which they matter: what ends the job, what was lost, where it goes, what joins, what the plan becomes.
 """
@@ -48,7 +48,7 @@ class Desired:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """`snapshots`: the catalogue as it goes on. `cut_to`: metrics after this step are void; None: none are."""
+    """`snapshots`: the next catalogue. `cut_to`: metrics after this step are void; None: none are."""
 
     job: Job
     processes: tuple[Desired, ...]

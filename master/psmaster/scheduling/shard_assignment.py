@@ -103,7 +103,7 @@ def _bounds(num_shards: int, speeds: tuple[float, ...]) -> tuple[list[int], list
 
 
 def _fitting(limit_s: float, speed: float) -> int:
-    """How many microbatches of `speed` seconds fit into the limit, which is a whole number of somebody's."""
+    """How many microbatches of `speed` seconds fit into the limit, which is a multiple of one rank's."""
     count = int(limit_s / speed)
     while (count + 1) * speed <= limit_s:
         count += 1

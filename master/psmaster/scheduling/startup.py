@@ -141,7 +141,7 @@ def _reports(ready_placements: ReadyTrainers | ReadyPartitions) -> list[numerics
 
 
 def _adopt(draft: Draft, trainers: ReadyTrainers, partitions: ReadyPartitions) -> None:
-    """Make what the first trainer reported the job's, and count on everyone."""
+    """Store what the first trainer reported with the job, and activate all placements."""
     first = trainers[0][1]
     draft.update(
         layout_json=first.layout_json,

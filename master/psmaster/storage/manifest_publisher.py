@@ -1,6 +1,6 @@
 """Keeps the manifests in each job's store as its catalogue is: one for each complete snapshot, none for any other.
 
-One thread, because a store may be far away, or full, or hang: the master waits for it a moment and then goes on. What
+One thread, because a store may be far away, or full, or hang: the master waits for it a moment and continues. What
 could not be written is reported and tried again. A job's code bundle is copied before its first manifest, so that no
 manifest names what is not there.
 """
@@ -28,7 +28,7 @@ from psmaster.storage.manifest import Manifest
 
 PATIENCE_S = 5.0  # how long a transaction waits for its manifests
 RETRY_S = 5.0
-MAX_RETRY_S = 600.0  # of a removal, which nobody waits for: a store that hangs must not hold up what others write
+MAX_RETRY_S = 600.0  # of a removal, which is not urgent: a store that hangs must not delay other writes
 _log = structlog.get_logger(__name__)
 
 BundleFile = Callable[[str], Path]
@@ -105,10 +105,10 @@ class Publisher:
             try:
                 self._carry_out(job_id, request)
                 error: PsError | None = None
-            except PsError as problem:
-                error = problem
-            except Exception as problem:  # this thread must live: without it no snapshot is findable
-                error = InternalError(f"publishing the snapshots of {job_id} failed: {problem!r}")
+            except PsError as failure:
+                error = failure
+            except Exception as failure:  # this thread must live: without it no snapshot is findable
+                error = InternalError(f"publishing the snapshots of {job_id} failed: {failure!r}")
             self._settle(job_id, request, error)
 
     def _next(self) -> tuple[str, _ManifestRequest] | None:
@@ -210,4 +210,4 @@ def _only_log(job_id: str, step: int, error: PsError) -> None:
 
 
 def _only_forget(_job_id: str) -> None:
-    """Nobody remembers it."""
+    """Nothing to report."""

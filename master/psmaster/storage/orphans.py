@@ -61,7 +61,7 @@ def refuse_older(state_dir: Path, jobs: Mapping[str, Job], deletions: Deletions)
 
 
 def may_go(directory: Path, jobs: Mapping[str, Job], deletions: Deletions) -> bool:
-    """Whether nobody needs the directory of a job: it was deleted, or is unknown and has no manifest, sound or not.
+    """Whether the directory of a job is not needed: it was deleted, or is unknown and has no manifest, sound or not.
 
     False while the publisher is still at it."""
     if directory.name in jobs:

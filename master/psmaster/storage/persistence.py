@@ -1,8 +1,8 @@
 """The store and the files beside it, written as one: the changes of a transaction are durable when `save` returns.
 
 Used from one thread (the master's disk thread); everything blocks. Order matters: metrics and logs first, because
-repeating them is harmless; then the store, which decides; then the manifests of what is complete, before anyone hears
-of it; cuts last, because only a stored rollback voids metrics.
+repeating them is harmless; then the store, which decides; then the manifests of what is complete, before that is
+published; cuts last, because only a stored rollback voids metrics.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class Archive:
         return self._logs[job_id, source]
 
     def _release(self, jobs: Mapping[str, Job]) -> None:
-        """Forget what is remembered about the files of jobs that have ended or are gone."""
+        """Drop what is cached about the files of jobs that have ended or are gone."""
         live = {job_id for job_id, job in jobs.items() if not job.state.ended}
         self._metrics = {job_id: file for job_id, file in self._metrics.items() if job_id in live}
         self._logs = {key: file for key, file in self._logs.items() if key[0] in live}

@@ -103,7 +103,7 @@ def read_job(store: SnapshotStore, now_s: float) -> Found | None:
 
 
 def _verify(store: SnapshotStore, part: Part) -> None:
-    """Read a part that lies in the store; what nodes keep for themselves is verified by whoever restores it."""
+    """Read a part that lies in the store; a part on nodes is verified by the partition that restores it."""
     if not part.nodes:
         verify_file(store, part.path, part.size_bytes, part.checksum)
 
@@ -114,7 +114,7 @@ def _catalogue(job: Job, points: dict[int, RestorePoint]) -> Catalogue:
 
 
 def _come_back(record: Job, points: dict[int, RestorePoint], store: SnapshotStore, now_s: float) -> Job:
-    """The job as it goes on: as it ended, or STOPPED; nothing in it speaks of what is not there."""
+    """The job to store: as it ended, or STOPPED; it refers to nothing that is missing."""
     newest = max(points)
     ended = record.state.ended and record.step <= newest
     best = record.best if record.best is not None and record.best.step in points else None
@@ -236,5 +236,5 @@ def report(found: Iterable[Found]) -> str:
     lines = []
     for one in found:
         lines.append(f"{one.job.job_id}  {one.job.state}  step {one.job.step}")
-        lines += [f"  {problem}" for problem in one.problems]
+        lines += [f"  {line}" for line in one.problems]
     return "\n".join(lines) or "no snapshots were found: give the durability.store of the jobs with --store"

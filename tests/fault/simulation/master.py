@@ -193,29 +193,29 @@ class Master:
         if isinstance(message, RegisterRequest):
             drive(self.service.Register(message, None), end.send, end.send)
         elif message.HasField("hello"):
-            self._attend(end, message)
+            self._open_stream(end, message)
         else:
             raise AssertionError(f"a stream begins with {message.WhichOneof('body')}")
 
-    def _attend(self, end: End, message: AgentMessage) -> None:
+    def _open_stream(self, end: End, message: AgentMessage) -> None:
         """AgentsService.Attend, without its tasks."""
         hello = message.hello
         processes = proto.processes(hello.node_id, hello.processes)
         waiting: list[AgentMessage] = []
         end.receive = waiting.append  # until the hello was taken in
 
-        def attended(stream: AgentStream) -> None:
+        def opened(stream: AgentStream) -> None:
             if not end.is_open:
                 self.core.close_stream(stream)
                 return
             self._streams[stream] = end
-            end.receive = lambda told: self._take(stream, end, told)
+            end.receive = lambda received: self._take(stream, end, received)
             end.lost = lambda: self._leave(stream)
-            for told in waiting:
-                self._take(stream, end, told)
+            for received in waiting:
+                self._take(stream, end, received)
             self._flush(stream, end)
 
-        drive(self.core.open_stream(hello.node_id, hello.incarnation, processes), attended, end.send)
+        drive(self.core.open_stream(hello.node_id, hello.incarnation, processes), opened, end.send)
 
     def _take(self, stream: AgentStream, end: End, message: AgentMessage) -> None:
         if stream.closed:

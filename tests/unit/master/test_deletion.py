@@ -148,8 +148,8 @@ def test_nodes_are_told_of_the_newest_ones() -> None:
     many = {
         f"job-{number}": deletion(f"job-{number}", deleted_s=float(number)) for number in range(MAX_DELETED_SENT + 7)
     }
-    told = newest_deleted(many)
-    assert (len(told), told[0], told[-1]) == (MAX_DELETED_SENT, f"job-{MAX_DELETED_SENT + 6}", "job-7")
+    received = newest_deleted(many)
+    assert (len(received), received[0], received[-1]) == (MAX_DELETED_SENT, f"job-{MAX_DELETED_SENT + 6}", "job-7")
 
 
 def deletion(job_id: str, deleted_s: float, store: str = "/store") -> Deletion:
@@ -169,7 +169,7 @@ def test_a_node_that_was_away_hears_from_another_master_of_all_that_was_deleted(
         await client.call("Delete", jobs_pb2.GetRequest(job=job_id))
         agent = FakeAgent(site.listen[0], TOKEN, "server-0")
         agent.node.depot_address = "127.0.0.1:1"
-        await agent.attend()
+        await agent.open_stream()
         await agent.until(lambda _: bool(agent.deleted))
         assert agent.deleted == [job_id, *(one.job_id for one in reversed(gone))]
         await agent.leave()

@@ -22,7 +22,7 @@ def rooms(world: World, node_id: str = "worker-0") -> tuple[int, int, int]:
     """How many trainers of a job that is not there yet a node has room for: "cuda", "cuda:0", "cuda:1"."""
     state = world.state
     node = node_views(state.jobs, state.nodes, "", world.now, world.limits.suspicion_s)[node_id]
-    return node.room("cuda"), node.room("cuda:0"), node.room("cuda:1")
+    return node.free_slots("cuda"), node.free_slots("cuda:0"), node.free_slots("cuda:1")
 
 
 @pytest.fixture
@@ -49,16 +49,16 @@ def test_a_starting_trainer_may_take_any_that_fits(world: World, device: str, le
     assert rooms(world) == left
 
 
-@pytest.mark.parametrize(("told", "left"), [("cpu", (2, 1, 1)), ("cuda:1", (1, 1, 0))])
-def test_what_a_ready_trainer_told_is_what_it_holds(world: World, told: str, left: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(("received", "left"), [("cpu", (2, 1, 1)), ("cuda:1", (1, 1, 0))])
+def test_what_a_ready_trainer_told_is_what_it_holds(world: World, received: str, left: tuple[int, int, int]) -> None:
     world.submit(workers=ONE)
-    world.report("trainer-0", replace(TRAINER, device=told))
+    world.report("trainer-0", replace(TRAINER, device=received))
     assert rooms(world) == (1, 0, 0), "not counted on yet"
     world.ready()
     assert rooms(world) == left
-    assert [placement.device for placement in world.job().trainers] == [told]
+    assert [placement.device for placement in world.job().trainers] == [received]
     world.restart()
-    assert [placement.device for placement in world.job().trainers] == [told]
+    assert [placement.device for placement in world.job().trainers] == [received]
 
 
 def test_a_device_is_free_again_when_its_trainer_is_lost(world: World) -> None:
@@ -92,15 +92,17 @@ def test_a_placement_without_a_node_says_which_worker_it_waits_for(world: World)
 def test_an_agent_that_had_none_is_quoted(world: World) -> None:
     world.submit(workers=ONE | {"device": "cuda"})
     for _ in range(6):
-        problem = ErrorInfo(code="PS-4004", cause="all 2 CUDA devices here are taken by other trainers")
-        world.exit("trainer-0", exit_code=127, error=problem)
+        info = ErrorInfo(code="PS-4004", cause="all 2 CUDA devices here are taken by other trainers")
+        world.exit("trainer-0", exit_code=127, error=info)
         world.wait(8)
     job = world.job()
     assert job.state is JobState.FAILED
     assert job.error is not None
     assert job.error.code == "PS-4004"
-    told = [event.message for event in world.events if event.reason == "TrainerLost"]
-    assert told[0].startswith("trainer-0 on worker-0 could not be started: PS-4004: all 2 CUDA devices here are taken")
+    received = [event.message for event in world.events if event.reason == "TrainerLost"]
+    assert received[0].startswith(
+        "trainer-0 on worker-0 could not be started: PS-4004: all 2 CUDA devices here are taken"
+    )
 
 
 @pytest.mark.parametrize("seed", range(60))

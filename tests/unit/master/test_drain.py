@@ -189,8 +189,8 @@ def test_a_partition_moves_from_the_step_at_which_the_job_rests(site: Site) -> N
     assert (site.plan.resume_step, site.plan.save, site.job().step) == (7, False, 7)
     assert site.plan.restore_generation == site.plan.generation
     assert site.wanted()["partition-0"].process_id == other
-    told = [event for event in site.events if event.reason in ("Moved", "RolledBack", "PartitionLost")]
-    assert [(event.reason, event.warning) for event in told] == [("Moved", False)]
+    received = [event for event in site.events if event.reason in ("Moved", "RolledBack", "PartitionLost")]
+    assert [(event.reason, event.warning) for event in received] == [("Moved", False)]
     site.commit(8)
     site.wait(60)
     assert not site.plan.save
@@ -267,8 +267,8 @@ def test_a_snapshot_that_does_not_come_holds_nobody_for_ever(site: Site) -> None
     site.join("server-2")
     site.drain("server-1")
     site.hold(6)
-    problem = ErrorInfo(code="PS-4001", cause="the disk is full")
-    site.report("partition-1", JobWarning(step=6, error=problem))
+    info = ErrorInfo(code="PS-4001", cause="the disk is full")
+    site.report("partition-1", JobWarning(step=6, error=info))
     site.wait(drain.SAVE_S - 1)
     assert site.plan.save
     site.wait(2)

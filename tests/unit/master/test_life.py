@@ -137,8 +137,8 @@ def test_what_could_not_be_written_before_a_rollback_may_be_written_after_it(wor
 def test_a_word_of_no_known_generation_is_told_and_nothing_more(world: World, generation: str) -> None:
     world.running()
     details = (("generation", generation), ("unwritten", "100"))
-    problem = ErrorInfo(code="PS-4002", cause="no space left", details=details)
-    world.report("partition-1", JobWarning(step=100, error=problem))
+    info = ErrorInfo(code="PS-4002", cause="no space left", details=details)
+    world.report("partition-1", JobWarning(step=100, error=info))
     assert "Warning" in world.reasons()
     world.finish()
     assert world.job().state is JobState.RUNNING

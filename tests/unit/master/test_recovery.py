@@ -397,8 +397,8 @@ def test_an_unreadable_snapshot_falls_back_to_the_one_before(world: World) -> No
 
 def test_trouble_is_told_and_explains_the_end(world: World) -> None:
     details = (("generation", "1"), ("unwritten", "100"))
-    problem = ErrorInfo(code="PS-4002", cause="no space left", action="free space", details=details)
-    full = JobWarning(step=100, error=problem)
+    info = ErrorInfo(code="PS-4002", cause="no space left", action="free space", details=details)
+    full = JobWarning(step=100, error=info)
     world.report("partition-1", full)
     world.report("partition-1", full)
     assert world.reasons().count("Warning") == 1
@@ -475,8 +475,8 @@ def test_a_plan_that_is_made_while_all_are_suspected_still_counts_on_them(world:
     world.report("partition-1", PARTITION)
     job = world.job()
     assert job.plan is not None and job.plan.restore_generation == job.generation
-    told = proto.plan(job, job.plan)
-    assert [placement.active for placement in told.trainers] == [True, True]
+    received = proto.plan(job, job.plan)
+    assert [placement.active for placement in received.trainers] == [True, True]
     world.suspect("trainer-1", "")
     job = world.job()
     assert job.plan is not None

@@ -128,13 +128,13 @@ class Simulation:
         named = [own.attempt for own in job.plan.standbys if own.rank == rank]
         attempt = self.random.choice([*named, *named, *named, standby.attempt - 1])
         generation = max(0, job.generation - self.random.choice((0, 0, 0, 1)))
-        said = StandbyState(generation=generation, attempt=attempt, in_sync=self.random.random() < 0.9)
+        statement = StandbyState(generation=generation, attempt=attempt, in_sync=self.random.random() < 0.9)
         partition = job.placement(ProcessKind.PARTITION, rank)
         assert partition is not None
-        if said.in_sync and attempt == standby.attempt and job.counts(generation) and job.plan.holds(partition):
+        if statement.in_sync and attempt == standby.attempt and job.counts(generation) and job.plan.holds(partition):
             self.relied_on[standby.process_id(job_id)] = job.restore_generation
         if job.plan.holds(partition):  # nobody else would say so
-            self.world.report(f"partition-{rank}", said, job_id)
+            self.world.report(f"partition-{rank}", statement, job_id)
 
     def process_dies(self, job_id: str, _node: str, placement: str) -> None:
         if placement in self.world.wanted(job_id):
@@ -177,9 +177,11 @@ class Simulation:
         for process in self.world.wanted(job_id).values():
             if process.placement.kind is ProcessKind.TRAINER:
                 self.measured += 1
-                told = {process.process_id: (self.random.choice((0.1, 0.1, 0.5)), self.measured)}
+                received = {process.process_id: (self.random.choice((0.1, 0.1, 0.5)), self.measured)}
                 node_id, life = process.placement.node_id, process.placement.incarnation
-                self.world.take(lambda tx, node_id=node_id, life=life, told=told: tx.beat(node_id, life, told))
+                self.world.take(
+                    lambda tx, node_id=node_id, life=life, received=received: tx.beat(node_id, life, received)
+                )
 
     def coordinator_finishes(self, job_id: str, _node: str, _placement: str) -> None:
         job = self.world.job(job_id)
@@ -245,12 +247,12 @@ class Simulation:
         plan = job.plan
         if plan is None:
             return
-        holders = [placement.process_id(job.job_id) for placement in plan.partitions]
+        moved = [placement.process_id(job.job_id) for placement in plan.partitions]
         timeline, before = self.held.get(job.job_id, (-1, []))
         if timeline == plan.restore_generation:
-            for own, former in zip(holders, before, strict=True):
+            for own, former in zip(moved, before, strict=True):
                 assert own == former or self.relied_on.get(own) == timeline, f"{own} lost what {former} voted on"
-        self.held[job.job_id] = (plan.restore_generation, holders)
+        self.held[job.job_id] = (plan.restore_generation, moved)
 
 
 def _check_standbys(job: Job) -> None:

@@ -192,12 +192,12 @@ def test_stale_words_about_standbys_change_nothing(world: World) -> None:
     generation = world.job().generation
     attempt = world.wanted()["standby-0"].placement.attempt
     before = world.job().standbys
-    for said in (
+    for reported in (
         StandbyState(generation=generation, attempt=attempt - 1, in_sync=True),
         StandbyState(generation=0, attempt=attempt, in_sync=True),
         StandbyState(generation=generation, attempt=attempt - 1, in_sync=False),
     ):
-        world.report("partition-0", said)
+        world.report("partition-0", reported)
     assert world.job().standbys == before
     process = world.wanted()["standby-0"]
     world.report_as(
@@ -213,8 +213,8 @@ def test_a_restore_voids_what_was_in_sync(world: World) -> None:
     world.exit("partition-1", signal=9)
     world.ready()
     assert [placement.synced for placement in world.job().standbys] == [False, False]
-    said = StandbyState(generation=plan_of(world).restore_generation - 1, attempt=2, in_sync=True)
-    world.report("partition-0", said)
+    reported = StandbyState(generation=plan_of(world).restore_generation - 1, attempt=2, in_sync=True)
+    world.report("partition-0", reported)
     assert [placement.synced for placement in world.job().standbys] == [False, False], "from before the restore"
 
 
@@ -245,9 +245,9 @@ def test_a_standby_makes_room_for_a_partition_that_has_none() -> None:
     alone = next(rank for rank in (0, 1) if not world.wanted().get(f"standby-{rank}"))
     with_standby = 1 - alone
     lost = nodes_of(world)[f"partition-{alone}"]
-    room = nodes_of(world)[f"standby-{with_standby}"]
+    space = nodes_of(world)[f"standby-{with_standby}"]
     world.wait(5.0, silent=frozenset({lost}))
-    assert nodes_of(world)[f"partition-{alone}"] == room
+    assert nodes_of(world)[f"partition-{alone}"] == space
     assert f"standby-{with_standby}" not in world.wanted()
 
 
@@ -274,8 +274,8 @@ def test_a_master_restart_keeps_what_it_was_told(world: World) -> None:
     for node_id in list(world.lives):
         facts = {"trainer": TRAINER} if node_id.startswith("worker") else {"partition": PARTITION}
         running = [p for p in wanted.values() if p.placement.node_id == node_id]
-        told = tuple(Process(process_id=p.process_id, node_id=node_id, **facts) for p in running)  # type: ignore[arg-type]
-        world.rejoin(node_id, *told)
+        received = tuple(Process(process_id=p.process_id, node_id=node_id, **facts) for p in running)  # type: ignore[arg-type]
+        world.rejoin(node_id, *received)
     world.exit("partition-1", signal=9)
     assert "TookOver" in world.reasons()
     assert "RolledBack" not in world.reasons()

@@ -23,7 +23,7 @@ from psmaster.storage.sqlite import DATABASE, SqliteStore
 from psmaster.storage.store import Batch
 from tests.harness.master_world import make_record
 from tests.unit.master.test_deletion import parts_of
-from tests.unit.master.test_publisher import complete
+from tests.unit.master.test_manifest_publisher import complete
 from tests.unit.master.test_rebuild import NOW_S, at_home, running, save
 from tests.unit.master.test_service import Client, with_master
 

@@ -145,6 +145,6 @@ def test_a_restarted_master_hears_of_it_again(world: World) -> None:
 
 def test_only_so_many_reports_are_told() -> None:
     reports = {f"trainer-{rank}": frozenset({2, 10}) for rank in range(6)}
-    told = losses.describe_reports(reports)
-    assert told.startswith("trainer-0 cannot reach partition-2, partition-10; ") and told.endswith("; ...")
-    assert told.count("cannot") == 4
+    received = losses.describe_reports(reports)
+    assert received.startswith("trainer-0 cannot reach partition-2, partition-10; ") and received.endswith("; ...")
+    assert received.count("cannot") == 4

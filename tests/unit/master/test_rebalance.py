@@ -50,8 +50,8 @@ class Shop:
 
     def beat(self, node_id: str, process_id: str, microbatch_s: float) -> None:
         self.measured[process_id] = self.measured.get(process_id, 0) + 2
-        told = {process_id: (microbatch_s, self.measured[process_id])}
-        self.world.take(lambda tx: tx.beat(node_id, self.world.lives[node_id], told))
+        received = {process_id: (microbatch_s, self.measured[process_id])}
+        self.world.take(lambda tx: tx.beat(node_id, self.world.lives[node_id], received))
 
 
 def test_before_anything_is_measured_the_deal_is_even() -> None:
@@ -68,10 +68,10 @@ def test_shards_move_from_a_trainer_at_half_the_speed_and_back_when_it_recovers(
     shop.go_on(30, 0.1, 0.2)
     assert shop.sizes() == [8, 4]
     assert len(shop.moves()) <= 2
-    told = shop.moves()[-1]
-    assert told.warning
-    assert "trainer-1 on worker-1 takes 2.0 times as long" in told.message
-    assert "it has 4 of 12 shards now" in told.message
+    received = shop.moves()[-1]
+    assert received.warning
+    assert "trainer-1 on worker-1 takes 2.0 times as long" in received.message
+    assert "it has 4 of 12 shards now" in received.message
     shop.go_on(60, 0.1, 0.1)
     assert shop.sizes() == [6, 6]
     assert shop.moves()[-1].message.startswith("no trainer is slow")
@@ -138,12 +138,12 @@ class Bench:
             self.job = replace(self.job, step=self.job.step + 1)
             move = rebalance.due(self.job, self.job.trainers, self.processes, self.now)
             if move is not None:
-                self.deal(move)
+                self.assign(move)
 
-    def deal(self, move: rebalance.Move) -> None:
+    def assign(self, move: rebalance.Move) -> None:
         self.num_moves += 1
         speeds = rebalance.measured_speeds(self.job.trainers, self.job.job_id, self.processes)
-        runs = rebalance.deal(self.job.num_shards, speeds, move.probe)
+        runs = rebalance.assign_shards(self.job.num_shards, speeds, move.probe)
         assignment = replace(move.assignment, since_s=self.now.mono_s, step=self.job.step, probe=move.probe)
         placements = tuple(replace(placement, shards=runs[placement.rank]) for placement in self.job.trainers)
         self.job = replace(self.job, trainers=placements, assignment=assignment)

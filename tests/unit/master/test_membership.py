@@ -120,7 +120,7 @@ def test_a_job_goes_on_without_a_node_that_said_goodbye() -> None:
 
 
 def test_silence_that_nobody_could_hear_does_not_count() -> None:
-    nodes = membership.excuse(attended(), 10)
+    nodes = membership.shift_last_seen(attended(), 10)
     assert health(nodes, 11) is Health.READY
     assert health(nodes, 13.1) is Health.DEAD
 
