@@ -18,11 +18,11 @@ class ProcessKind(StrEnum):
 class Placement:
     """A place in a job for one trainer or partition. Its process may be replaced; kind and rank stay.
 
-    `node_id` is empty while no node has room. `incarnation` is the node's when it was assigned: in another one the process
-    is gone. `attempt` counts the processes of this placement from 1; 0 before the first. `active`: it is ready.
-    `suspect`: it is alive but makes no progress; shards go to others, if there are any, until it recovers. `shards` are
-    (first, count) runs, trainers only; `addresses` are where a partition listens; `device` is where a trainer computes,
-    once it is active. `losses`: processes lost here since the job last reached a new step.
+    `node_id` is empty while no node has room. `incarnation` is the node's when it was assigned: in another one the
+    process is gone. `attempt` counts the processes of this placement from 1; 0 before the first. `active`: it is
+    ready. `suspect`: it is alive but makes no progress; shards go to others, if there are any, until it recovers.
+    `shards` are (first, count) runs, trainers only; `addresses` are where a partition listens; `device` is where a
+    trainer computes, once it is active. `losses`: processes lost here since the job last reached a new step.
 
     `failed_on`: the nodes where processes of it were lost before they became ready, oldest first, since one last was.
     `not_before_s`: when the next one may start, on the master's monotonic clock; 0: at once. See `recovery`.
