@@ -69,7 +69,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "truth for a number": ({"servers": {"partitions": True}}, [], "servers.partitions"),
     "not divisible": ({}, ["--set", "train.global_batch=15"], "15 is not divisible by microbatch 2"),
     "more workers than shards": ({"workers": {"min": 8}}, [], "workers.min 8 exceeds the 7 shards"),
-    "no end": ({}, ["--set", "train.max_steps=null"], "nothing says when training ends"),
+    "no end": ({}, ["--set", "train.max_steps=null"], "one of epochs and max_steps"),
     "--set without a value": ({}, ["--set", "train.max_steps"], "not of the form key=value"),
     "--set below a number": ({}, ["--set", "name.first=x"], "name is not a section"),
     "--set that does not parse": ({}, ["--set", "train={"], "does not parse"),

@@ -8,7 +8,7 @@ import pytest
 
 from psmaster.model.membership import Health, health
 from psmaster.model.reports import rates
-from tests.unit.master.world import World
+from tests.harness.master_world import World
 
 HOUR_S = 3600.0
 

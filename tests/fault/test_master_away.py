@@ -17,8 +17,8 @@ from harness.plain import train_plainly
 from pscluster.agent.report_queue import ReportQueue
 from pscluster.v1.agents_pb2 import AgentMessage, LogLine, LogLines, ProcessEvent
 from pscluster.v1.plan_pb2 import ProcessReport, Progress, SnapshotPart, StepRecord
-from psmaster.api import from_proto
-from tests.unit.master.world import PARTITION, World
+from psmaster.api import proto
+from tests.harness.master_world import PARTITION, World
 
 AWAY_S = float(os.environ.get("PSCLUSTER_MASTER_AWAY_S", "60"))
 STEPS = 400
@@ -106,7 +106,7 @@ def test_ten_minutes_of_reports_wait_and_a_new_master_takes_them_in_order() -> N
         world.rejoin(node_id, *(_process(id_, node) for id_, node in facts.values() if node == node_id))
     lines = 0
     for message in outbox.after(0, 10_000):
-        report = from_proto.report(message.event.report) if message.HasField("event") else None
+        report = proto.report(message.event.report) if message.HasField("event") else None
         if report is not None:
             lines += len(world.report_as(coordinator.placement.node_id, coordinator.process_id, report).lines)
     assert (world.job().step, lines) == (step, 6_000)
@@ -119,7 +119,7 @@ def test_ten_minutes_of_reports_wait_and_a_new_master_takes_them_in_order() -> N
 
 def _process(process_id: str, node_id: str) -> object:
     from psmaster.model.process import Process
-    from tests.unit.master.world import TRAINER
+    from tests.harness.master_world import TRAINER
 
     facts = {"trainer": TRAINER} if "trainer" in process_id else {"partition": PARTITION}
     return Process(process_id=process_id, node_id=node_id, **facts)  # type: ignore[arg-type]
