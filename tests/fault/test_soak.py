@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from harness.commits import Commit, Commits, recovery_s
-from harness.faults import KINDS, storm
+from harness.faults import KINDS, draw_faults
 from harness.growth import Growth, Look
 from harness.jobs import lm_spec
 from harness.plain import train_plainly
 from harness.soak import Run, Soak, compared, soak
 
-SEED = 45  # meets every kind and both actions in eight faults
+SEED = 45  # has every kind and both actions within eight faults
 KILLS = int(os.environ.get("KILLS", "8"))
 
 
@@ -34,18 +34,18 @@ def test_faults_change_no_bit_and_leave_nothing(tmp_path: Path) -> None:
 
 
 def test_the_short_form_meets_every_kind() -> None:
-    faults = storm(SEED, 8, gap=8)
+    faults = draw_faults(SEED, 8, gap=8)
     assert {fault.kind for fault in faults} == set(KINDS)
     assert {fault.action for fault in faults} == {"kill", "stop"}
 
 
 def test_a_seed_decides_the_storm() -> None:
-    assert storm(3, 200) == storm(3, 200)
-    assert storm(3, 200) != storm(4, 200)
-    assert storm(3, 200)[:50] == storm(3, 50)
-    counts = Counter(fault.kind for fault in storm(3, 1_000))
+    assert draw_faults(3, 200) == draw_faults(3, 200)
+    assert draw_faults(3, 200) != draw_faults(4, 200)
+    assert draw_faults(3, 200)[:50] == draw_faults(3, 50)
+    counts = Counter(fault.kind for fault in draw_faults(3, 1_000))
     assert all(150 < counts[kind] < 250 for kind in KINDS), counts
-    steps = [fault.step for fault in storm(3, 200)]
+    steps = [fault.step for fault in draw_faults(3, 200)]
     assert all(8 <= later - earlier <= 24 for earlier, later in itertools.pairwise(steps))
 
 
