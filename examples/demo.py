@@ -86,6 +86,10 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parse(argv)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # Started in the background of a shell, which ignores SIGINT. The commands must not inherit that: SIGINT is how
+        # they are ended when SIGTERM comes. Unlike SIG_IGN, a handler is not inherited.
+        signal.signal(signal.SIGINT, lambda *_: None)
     try:
         with _own_directory() as directory:
             return _with_cluster(directory / "cluster", arguments.overrides, arguments.output.absolute())
