@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Say that golden hashes were not compared: among hundreds of passed tests a skip is easily overlooked."""
