@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import psutil
+import pytest
 
 from harness.cluster import LocalCluster, local_cluster
 from harness.jobs import lm_spec
@@ -23,6 +24,7 @@ def everyone(cluster: LocalCluster) -> dict[str, psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_two_thousand_steps_are_flat(tmp_path: Path) -> None:
     spec = lm_spec(partitions=2, steps=LATE + 100, layers=1, d_model=16, heads=2, context=8, vocabulary=32)
     spec["train"] |= {"global_batch": 4, "microbatch": 1}

@@ -20,14 +20,15 @@ def check(device: str, directory: Path) -> None:
     done = subprocess.run([*command, "--results", str(directory)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the same bits with one and two trainers: yes" in done.stdout
-    told = json.loads((directory / "gpu_step.json").read_text())
-    assert told["keys"]["gpu_tokens_over_plain"] > 0
-    ours = told["samples"]["ours"]
+    result = json.loads((directory / "gpu_step.json").read_text())
+    assert result["keys"]["gpu_tokens_over_plain"] > 0
+    ours = result["samples"]["ours"]
     assert all(ours[f"trainer_{phase}_ms"] for phase in TRAINER_PHASES)
     assert ours["trainer_forward_ms"][0] > 0
     assert ours["partition_update_ms"][0] > 0
 
 
+@pytest.mark.slow
 def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
     check("cpu", tmp_path)
 

@@ -107,6 +107,7 @@ def test_after_down_in_the_middle_of_a_job(site: Site, tmp_path: Path) -> None:
     assert site.left() == []
 
 
+@pytest.mark.slow
 def test_after_kill_9_of_everything_and_a_new_start_that_finishes_the_job(site: Site, tmp_path: Path) -> None:
     site.up(1, 1)
     held = hold_a_job(site, tmp_path)
