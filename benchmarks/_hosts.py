@@ -1,7 +1,7 @@
-"""Two hosts on one machine, joined by a slow cable: network and mount namespaces, a veth pair, and `tc`.
+"""Two hosts on one machine with a slow link between them: network and mount namespaces, a veth pair, and `tc`.
 
-A host is a process that holds its namespaces open and waits. Nothing is named in the machine's own namespaces, so that
-the kernel removes everything with the last process inside, however this one ends.
+A host is a process that keeps its namespaces open and waits. The machine's own namespaces have no name of them, so the
+kernel removes everything with the last process inside, however this one ends.
 """
 
 from __future__ import annotations

@@ -81,13 +81,13 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str], str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_spec_that_is_wrong_is_refused_with_what_to_change(case: str, cluster: LocalCluster, tmp_path: Path) -> None:
-    changes, options, told = REFUSED[case]
+    changes, options, expected_text = REFUSED[case]
     path = tmp_path / "spec.json"
     path.write_text(json.dumps(spec(**changes)))
     done = cluster.psctl("submit", str(path), *options, expect=2)
     assert done.stdout == ""
     assert done.stderr.startswith("error: PS-1001: ")
-    assert told in done.stderr
+    assert expected_text in done.stderr
 
 
 def test_a_spec_that_is_no_file(cluster: LocalCluster, tmp_path: Path) -> None:

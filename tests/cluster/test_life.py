@@ -55,7 +55,7 @@ class Results(NamedTuple):
     """What psctl made of a finished job."""
 
     job: str
-    told: dict[str, Any]
+    described: dict[str, Any]
     files: dict[str, Path]
     evaluation: dict[str, Any]
     text: str
@@ -96,7 +96,7 @@ def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def test_the_job_its_files_and_a_plain_loop_agree_to_the_bit(results: Results, plain: Plain) -> None:
     assert JOB_ID.fullmatch(results.job)
-    assert results.told["parameters_sha256"] == plain.digest
+    assert results.described["parameters_sha256"] == plain.digest
     for name in ("last.safetensors", "last.pth"):
         tensors = tensors_of(results.files[name])
         assert digest_of(tensors) == plain.digest, name
@@ -107,7 +107,7 @@ def test_the_job_its_files_and_a_plain_loop_agree_to_the_bit(results: Results, p
 
 
 def test_evaluation_is_the_jobs_own(results: Results, plain: Plain) -> None:
-    assert results.told["metrics"] == plain.evaluations[STEPS]
+    assert results.described["metrics"] == plain.evaluations[STEPS]
     assert results.evaluation["metrics"] == plain.evaluations[STEPS]
     assert (results.evaluation["kind"], results.evaluation["step"]) == ("Evaluation", STEPS)
     assert results.evaluation["parameters_sha256"] == plain.digest
@@ -115,7 +115,7 @@ def test_evaluation_is_the_jobs_own(results: Results, plain: Plain) -> None:
 
 def test_the_best_is_the_step_with_the_lowest_loss(results: Results, plain: Plain) -> None:
     best = min(plain.evaluations, key=lambda step: plain.evaluations[step]["loss"])
-    assert results.told["best"] == {"step": best, "value": plain.evaluations[best]["loss"]}
+    assert results.described["best"] == {"step": best, "value": plain.evaluations[best]["loss"]}
     same = digest_of(tensors_of(results.files["best.safetensors"])) == plain.digest
     assert same == (best == STEPS)
 
@@ -134,7 +134,7 @@ def test_answers_are_versioned_and_agree(cluster: LocalCluster, results: Results
         return json.loads(cluster.psctl(*arguments, "-o", "json").stdout)
 
     job = results.job
-    assert (results.told["apiVersion"], results.told["kind"]) == ("ps/v1", "Job")
+    assert (results.described["apiVersion"], results.described["kind"]) == ("ps/v1", "Job")
     status = ask("status", job)
     assert (status["state"], status["step"], status["final_step"]) == ("SUCCEEDED", STEPS, STEPS)
     listed = ask("list")
@@ -151,18 +151,18 @@ def test_answers_are_versioned_and_agree(cluster: LocalCluster, results: Results
 
 
 def test_metrics_are_every_step_and_evaluation_in_order(cluster: LocalCluster, results: Results, plain: Plain) -> None:
-    told = json.loads(cluster.psctl("metrics", results.job, "-o", "json").stdout)
-    steps = [item for item in told["items"] if "loss" in item]
+    listed = json.loads(cluster.psctl("metrics", results.job, "-o", "json").stdout)
+    steps = [item for item in listed["items"] if "loss" in item]
     assert [item["step"] for item in steps] == list(range(1, STEPS + 1))
     assert [item["loss"] for item in steps] == pytest.approx(plain.losses, rel=1e-12)
-    assert {item["step"]: item["eval"] for item in told["items"] if "eval" in item} == plain.evaluations
+    assert {item["step"]: item["eval"] for item in listed["items"] if "eval" in item} == plain.evaluations
     table = list(csv.DictReader(io.StringIO(cluster.psctl("metrics", results.job, "-o", "csv").stdout)))
-    assert [row["step"] for row in table] == [str(item["step"]) for item in told["items"]]
+    assert [row["step"] for row in table] == [str(item["step"]) for item in listed["items"]]
 
 
 def test_describe_names_the_nodes_of_its_checks(cluster: LocalCluster, results: Results) -> None:
     by_node: dict[str, list[str]] = {"worker-0": [], "worker-1": []}
-    for check in results.told["checks"]:
+    for check in results.described["checks"]:
         by_node[check["node_id"]].append(check["name"])
     assert by_node["worker-0"] == by_node["worker-1"] != []
     text = cluster.psctl("describe", results.job).stdout
@@ -235,9 +235,9 @@ def test_ctrl_c_detaches_a_follower_and_the_job_goes_on(wide: Wide, cluster: Loc
     while "RUNNING" not in (line := follower.stderr.readline()):
         assert line.startswith("!"), line  # what happened before, such as that all trainers are held up
     follower.send_signal(signal.SIGINT)
-    out, told = follower.communicate(timeout=60)
+    out, shown = follower.communicate(timeout=60)
     assert (follower.returncode, out) == (130, "")
-    assert f"detached; {wide.job} goes on" in told
+    assert f"detached; {wide.job} goes on" in shown
     assert cluster.describe(wide.job)["state"] == "RUNNING"
 
 
@@ -255,8 +255,8 @@ def test_the_next_job_waits_its_turn_and_a_stopped_one_resumes_with_the_same_bit
     stopping = cluster.start("stop", wide.job)
     cluster.until(wide.job, lambda found: "stops" in found.reason)
     wide.gate.unlink()
-    stopped, told = stopping.communicate(timeout=60)
-    assert (stopping.returncode, stopped) == (0, f"{wide.job}\n"), told
+    stopped, shown = stopping.communicate(timeout=60)
+    assert (stopping.returncode, stopped) == (0, f"{wide.job}\n"), shown
     at = cluster.describe(wide.job)
     assert at["state"] == "STOPPED"
     assert 1 <= at["step"] < STEPS
@@ -274,7 +274,7 @@ def test_the_next_job_waits_its_turn_and_a_stopped_one_resumes_with_the_same_bit
 
 
 def test_delete_forgets_an_ended_job_and_its_files(cluster: LocalCluster, results: Results) -> None:
-    places = [Path(results.told["store"]), Path(results.told["directory"])]
+    places = [Path(results.described["store"]), Path(results.described["directory"])]
     assert all(place.is_dir() for place in places)
     assert cluster.psctl("delete", results.job).stdout == f"{results.job}\n"
     assert not any(place.exists() for place in places)

@@ -166,9 +166,9 @@ def test_after_ctrl_c_of_a_cluster_in_the_foreground(site: Site, tmp_path: Path)
         assert line, "psctl ended without a word"
     for _ in range(3):
         os.killpg(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 0, told
-    assert "Traceback" not in told
+    _, answer = process.communicate(timeout=60)
+    assert process.returncode == 0, answer
+    assert "Traceback" not in answer
     assert site.left() == []
 
 
@@ -177,6 +177,6 @@ def test_after_ctrl_c_while_it_starts(site: Site) -> None:
     while not (site.state_dir / "cluster.json").exists():  # written before anyone is ready
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
-    out, told = process.communicate(timeout=60)
-    assert (process.returncode, out) == (130, ""), told
+    out, answer = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, ""), answer
     assert site.left() == []

@@ -173,12 +173,12 @@ def test_init_writes_a_job_that_runs_from_any_directory(cluster: LocalCluster, t
     cluster.psctl("init", "first", cwd=tmp_path)
     options = ["--set", "train.max_steps=3", "--set", "task.args={width: 16, layers: 1}", "--wait"]
     job = cluster.psctl("submit", "../first", *options, cwd=tmp_path / "elsewhere").stdout.strip()
-    told = cluster.describe(job)
-    assert (told["state"], told["step"]) == ("SUCCEEDED", 3)
-    assert set(told["metrics"]) == {"bits_per_character", "loss"}
+    answer = cluster.describe(job)
+    assert (answer["state"], answer["step"]) == ("SUCCEEDED", 3)
+    assert set(answer["metrics"]) == {"bits_per_character", "loss"}
     assert list((tmp_path / "elsewhere").iterdir()) == []
     evaluated = json.loads(cluster.psctl("eval", job, "-o", "json").stdout)  # its code and data come from the bundle
-    assert evaluated["metrics"] == told["metrics"]
+    assert evaluated["metrics"] == answer["metrics"]
 
 
 def test_the_bundle_is_the_directory_without_what_git_ignores(cluster: LocalCluster, jobs: dict[str, str]) -> None:
@@ -276,8 +276,8 @@ def test_each_way_to_die_is_told_and_there_is_an_end_to_trying(cluster: LocalClu
     losses = [event.message for event in found.events if event.reason == "TrainerLost"]
     assert len(losses) == MAX_LOSSES + 1
     ways = ["exit code 7", "SIGSEGV", "exit code 0", "exit code 1", "SIGKILL", "memory"]
-    for told, wanted in zip(losses, ways, strict=True):
-        assert wanted in told
+    for answer, wanted in zip(losses, ways, strict=True):
+        assert wanted in answer
     assert found.error is not None
     assert f"lost {MAX_LOSSES + 1} times" in found.error.cause
     assert "the cat is out" in cluster.psctl("logs", found.job_id).stdout

@@ -122,12 +122,12 @@ def is_within(expected: Any, found: Any) -> bool:
 
 def assert_same(expected: dict[str, Any], found: dict[str, Any]) -> None:
     """Every recorded fact; of a live job there may be more events and plans by now."""
-    name, told = expected["name"], found["events"]
+    name, events = expected["name"], found["events"]
     if expected["state"] not in ENDED:
-        told = told[: len(expected["events"])]
+        events = events[: len(expected["events"])]
         assert found["generation"] >= expected["generation"], name
         found = found | {"generation": expected["generation"]}
-    assert told == expected["events"], name
+    assert events == expected["events"], name
     compared = {key: value for key, value in expected.items() if key != "events"}
     different = {key: (value, found[key]) for key, value in compared.items() if not is_within(value, found[key])}
     assert not different, f"{name}: {different}"

@@ -57,8 +57,8 @@ def main():
         parser.add_argument(flag)
     flags = parser.parse_args()
     root = Path(flags.token_file).parent
-    told = (root / "misbehave").read_text().split() if (root / "misbehave").exists() else []
-    if "refuse" in told and flags.node_id == "worker-1":
+    modes = (root / "misbehave").read_text().split() if (root / "misbehave").exists() else []
+    if "refuse" in modes and flags.node_id == "worker-1":
         sys.exit("PS-4001: 127.0.0.1:9 is taken (choose another)")
     file = root / "ready" / flags.node_id
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
@@ -67,7 +67,7 @@ def main():
     file.touch()
     signal.sigwait([signal.SIGTERM])
     file.unlink()
-    if "linger" in told:
+    if "linger" in modes:
         return
     child.terminate()
     child.wait()
@@ -140,8 +140,8 @@ def local(tmp_path: Path) -> Iterator[Local]:
 
 
 def test_up_is_ready_idempotent_and_down_leaves_nothing(local: Local) -> None:
-    told = local.up("--workers", "2", "--servers", "1")
-    assert "the cluster is up: 2 workers, 1 server" in told
+    answer = local.up("--workers", "2", "--servers", "1")
+    assert "the cluster is up: 2 workers, 1 server" in answer
     pids = local.pids()
     assert sorted(pids) == ["master", "server-0", "worker-0", "worker-1"]
     assert {d["name"]: d["pid"] for d in local.record()["daemons"]} == pids
@@ -178,8 +178,8 @@ def test_up_with_other_counts_adds_and_removes_nodes(local: Local) -> None:
     first = local.pids()
     local.up("--workers", "3")
     assert sorted(local.pids()) == ["master", "server-0", "worker-0", "worker-1", "worker-2"]
-    told = local.up("--workers", "1", "--servers", "2")
-    assert "ending worker-1, worker-2" in told
+    answer = local.up("--workers", "1", "--servers", "2")
+    assert "ending worker-1, worker-2" in answer
     last = local.pids()
     assert sorted(last) == ["master", "server-0", "server-1", "worker-0"]
     assert {name: last[name] for name in first} == first

@@ -45,17 +45,17 @@ def frame(
     sender: int = 5,
 ) -> bytes:
     """A frame from the wire's description alone; what is not given is right."""
-    told = _FIELDS.pack(
+    fields_bytes = _FIELDS.pack(
         magic, protocol, kind, codec, 0, sender, job_number(job), 1, step, bucket, *node,
         len(body) if length is None else length, crc32c.crc32c(body) if checksum is None else checksum,
     )  # fmt: skip
-    own = crc32c.crc32c(told) if header_checksum is None else header_checksum
-    return told + struct.pack("<I", own) + body
+    own = crc32c.crc32c(fields_bytes) if header_checksum is None else header_checksum
+    return fields_bytes + struct.pack("<I", own) + body
 
 
 def hello(channel: str = "push", token: object = TOKEN.hex(), **fields: object) -> bytes:
-    told = {"token": token, "channel": channel, "restore_generation": 1, "attempt": 1, **fields}
-    return frame(HELLO, json.dumps(told).encode(), sender=0 if channel == "vote" else 5)  # there is one partition
+    fields = {"token": token, "channel": channel, "restore_generation": 1, "attempt": 1, **fields}
+    return frame(HELLO, json.dumps(fields).encode(), sender=0 if channel == "vote" else 5)  # there is one partition
 
 
 class Target:

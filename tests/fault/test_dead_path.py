@@ -39,14 +39,14 @@ def hosts(tmp_path: Path) -> Iterator[list[Any]]:
 def misdirect(hosts: list[Any]) -> None:
     """Send what each host has for the other to nobody: it is lost, and neither is told."""
     for host, other in (hosts, hosts[::-1]):
-        told = f"neighbour replace {other.address} lladdr {_NOBODY} nud permanent dev {host.interface}"
-        subprocess.run([*host.enter, "ip", *told.split()], check=True)
+        answer = f"neighbour replace {other.address} lladdr {_NOBODY} nud permanent dev {host.interface}"
+        subprocess.run([*host.enter, "ip", *answer.split()], check=True)
 
 
 def heal(hosts: list[Any]) -> None:
     for host, other in (hosts, hosts[::-1]):
-        told = f"neighbour delete {other.address} dev {host.interface}"
-        subprocess.run([*host.enter, "ip", *told.split()], check=True)
+        answer = f"neighbour delete {other.address} dev {host.interface}"
+        subprocess.run([*host.enter, "ip", *answer.split()], check=True)
 
 
 def established(pid: int) -> int:

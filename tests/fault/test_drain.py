@@ -46,13 +46,13 @@ def finish(cluster: LocalCluster, job: str, pace: Path, digest: str) -> list[str
     reason."""
     pace.unlink()
     cluster.wait(job, "succeeded")
-    told = cluster.describe(job)
-    assert told["parameters_sha256"] == digest
+    answer = cluster.describe(job)
+    assert answer["parameters_sha256"] == digest
     with cluster.client() as client:
         steps = [line["step"] for line in client.metrics(job) if "grad_norm" in line]
     assert steps == list(range(1, STEPS + 1))
-    reasons = [event["reason"] for event in told["events"]]
-    assert not {"RolledBack", "TrainerLost", "PartitionLost", "Recovered"} & set(reasons), told["events"]
+    reasons = [event["reason"] for event in answer["events"]]
+    assert not {"RolledBack", "TrainerLost", "PartitionLost", "Recovered"} & set(reasons), answer["events"]
     return reasons
 
 
@@ -78,8 +78,8 @@ def test_the_only_worker_is_drained_once_another_has_taken_over(digest: str, tmp
         assert "no other worker has room for trainer-0" in refused.stderr
         cluster.psctl("drain", "worker-1", "--undo")
         cluster.psctl("drain", "worker-0")
-        told = cluster.describe(job)
-        assert [placement["node_id"] for placement in told["plan"]["trainers"]] == ["worker-1"]
+        answer = cluster.describe(job)
+        assert [placement["node_id"] for placement in answer["plan"]["trainers"]] == ["worker-1"]
         assert {"TrainerAdded", "TrainerMoved"} <= set(finish(cluster, job, pace, digest))
 
 
@@ -136,6 +136,6 @@ def test_the_last_worker_leaves_and_the_job_waits_for_one(tmp_path: Path) -> Non
         gate.unlink()
         cluster.up(1, 2)
         cluster.wait(job, "succeeded")
-        told = cluster.describe(job)
-        assert told["parameters_sha256"] == digest
-        assert "RolledBack" not in [event["reason"] for event in told["events"]]
+        answer = cluster.describe(job)
+        assert answer["parameters_sha256"] == digest
+        assert "RolledBack" not in [event["reason"] for event in answer["events"]]

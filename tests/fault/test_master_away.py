@@ -41,9 +41,9 @@ def test_steps_go_on_for_a_minute_and_a_follower_sees_the_end(tmp_path: Path) ->
         back_s = time.time()
         pace.unlink()
         cluster.wait(job, "succeeded")
-        told = cluster.describe(job)
-        assert told["parameters_sha256"] == digest
-        assert told["generation"] == 1  # nobody was lost, moved or started again
+        answer = cluster.describe(job)
+        assert answer["parameters_sha256"] == digest
+        assert answer["generation"] == 1  # nobody was lost, moved or started again
         out, lines = follower.communicate(timeout=60)
         assert (follower.returncode, out) == (0, ""), lines
         assert f"{job} SUCCEEDED at step {STEPS}" in lines
@@ -64,12 +64,12 @@ def test_a_partition_that_was_silent_meanwhile_and_got_on_again_is_no_loss(
     with local_cluster(tmp_path, workers=2, servers=2) as cluster:
         job = cluster.submit(spec, tmp_path)
         cluster.wait(job, "step=3")
-        partition, told = cluster.child("server-1"), cluster.state_dir / "logs" / "server-1.log"
+        partition, answer = cluster.child("server-1"), cluster.state_dir / "logs" / "server-1.log"
         cluster.kill(cluster.daemon("master"))
         partition.send_signal(signal.SIGSTOP)
         for said in ("a process is silent", "a process gets on again"):
             deadline_s = time.monotonic() + 30
-            while said not in told.read_text():
+            while said not in answer.read_text():
                 assert time.monotonic() < deadline_s, f"its agent does not say: {said}"
             partition.send_signal(signal.SIGCONT)
         cluster.up(2, 2)

@@ -70,8 +70,8 @@ def test_a_submission_is_there_once_or_was_never_acknowledged(cluster: LocalClus
         submitting = cluster.start("submit", str(_written(spec, tmp_path, name)))
         struck(process, tmp_path, point)
         cluster.up(2, 2)
-        out, told = submitting.communicate(timeout=DEADLINE_S)
-        assert submitting.returncode == 0, told
+        out, answer = submitting.communicate(timeout=DEADLINE_S)
+        assert submitting.returncode == 0, answer
         found = [line for line in cluster.psctl("list", "-o", "name").stdout.split() if line.startswith(f"{name}-")]
         assert found == [out.strip()]
         cluster.psctl("stop", out.strip())
@@ -95,8 +95,8 @@ def test_a_running_job_does_not_notice_and_a_rollback_is_whole(
     pace.unlink()
     cluster.up(2, 2)
     cluster.wait(job, "succeeded")
-    told = cluster.describe(job)
-    assert told["parameters_sha256"] == digest
+    answer = cluster.describe(job)
+    assert answer["parameters_sha256"] == digest
     lines = cluster.psctl("metrics", job, "-o", "csv").stdout.splitlines()
     steps = [int(line.split(",")[0]) for line in lines if line[:1].isdigit()]
     assert sorted(set(steps)) == list(range(1, STEPS + 1))

@@ -103,9 +103,9 @@ def test_a_slow_link_to_the_master_is_no_death(
     assert worker.children and server.children
     pace.unlink()
     cluster.wait(job, "succeeded")
-    told = cluster.describe(job)
-    assert told["parameters_sha256"] == digest
-    assert [event["message"] for event in told["events"] if event["warning"]] == []
+    message = cluster.describe(job)
+    assert message["parameters_sha256"] == digest
+    assert [event["message"] for event in message["events"] if event["warning"]] == []
 
 
 def test_a_payload_that_is_damaged_on_the_way_is_refused_and_sent_again(tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ def test_the_coordinator_tells_its_steps_before_its_snapshot(tmp_path: Path) -> 
         job.publish(even_split(7, 2))
         job.wait_finished()
         job.wait(lambda: 12 in job.complete_steps(), "the last snapshot")
-        told: set[int] = set()
+        answer: set[int] = set()
         written = []
         for report in job.children["partition-0"].reports:
-            told |= {record.step for record in report.progress.records}
+            answer |= {record.step for record in report.progress.records}
             if report.WhichOneof("body") == "snapshot_part":
                 written.append(report.snapshot_part.step)
-                assert told >= set(range(1, report.snapshot_part.step + 1))
+                assert answer >= set(range(1, report.snapshot_part.step + 1))
     assert {4, 8, 12} <= set(written)

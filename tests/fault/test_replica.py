@@ -74,17 +74,17 @@ def standby(cluster: LocalCluster, job: Job, index: int) -> psutil.Process:
 def finish(cluster: LocalCluster, job: str, digest: str) -> dict[str, Any]:
     """Wait for the end, and check the bits, and that every step is in the record once."""
     cluster.wait(job, "succeeded")
-    told = cluster.describe(job)
-    assert told["parameters_sha256"] == digest
-    path = Path(told["directory"]) / "metrics.jsonl"
+    answer = cluster.describe(job)
+    assert answer["parameters_sha256"] == digest
+    path = Path(answer["directory"]) / "metrics.jsonl"
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     steps = [entry["step"] for entry in entries if "grad_norm" in entry]
     assert steps == list(range(1, STEPS + 1))
-    return told
+    return answer
 
 
-def reasons(told: dict[str, Any]) -> list[str]:
-    return [event["reason"] for event in told["events"]]
+def reasons(answer: dict[str, Any]) -> list[str]:
+    return [event["reason"] for event in answer["events"]]
 
 
 def test_undisturbed_it_is_the_same(digest: str, tmp_path: Path) -> None:
@@ -96,8 +96,8 @@ def test_undisturbed_it_is_the_same(digest: str, tmp_path: Path) -> None:
             assert placement.standby is not None and placement.standby.node_id != placement.node_id
         text = cluster.psctl("describe", job).stdout
         assert text.count("standby, in sync") == 2
-        told = finish(cluster, job, digest)
-        assert not {"RolledBack", "TookOver", "StandbyLost", "PartitionLost"} & set(reasons(told))
+        answer = finish(cluster, job, digest)
+        assert not {"RolledBack", "TookOver", "StandbyLost", "PartitionLost"} & set(reasons(answer))
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -109,9 +109,9 @@ def test_a_partition_is_killed_and_its_standby_goes_on(index: int, digest: str, 
         again = until_in_sync(cluster, job, after_step=found.step + 1)  # a new standby is placed, and comes into sync
         assert again.step < STEPS - 3, "too late to disturb anything"
         cluster.kill(partition(cluster, again, index))
-        told = finish(cluster, job, digest)
-        assert reasons(told).count("TookOver") == 2
-        assert "RolledBack" not in reasons(told)
+        answer = finish(cluster, job, digest)
+        assert reasons(answer).count("TookOver") == 2
+        assert "RolledBack" not in reasons(answer)
 
 
 def test_every_server_agent_is_killed_in_turn(digest: str, tmp_path: Path) -> None:
@@ -125,9 +125,9 @@ def test_every_server_agent_is_killed_in_turn(digest: str, tmp_path: Path) -> No
             name = found.plan.partitions[number % 2].node_id
             cluster.kill(cluster.daemon(name))
             cluster.up(2, 3)
-        told = finish(cluster, job, digest)
-        assert reasons(told).count("TookOver") >= 3
-        assert "RolledBack" not in reasons(told)
+        answer = finish(cluster, job, digest)
+        assert reasons(answer).count("TookOver") >= 3
+        assert "RolledBack" not in reasons(answer)
 
 
 def test_a_standby_is_killed_and_training_goes_on(digest: str, tmp_path: Path) -> None:
@@ -137,9 +137,9 @@ def test_a_standby_is_killed_and_training_goes_on(digest: str, tmp_path: Path) -
         for index in (0, 1):
             cluster.kill(standby(cluster, found, index))
         until_in_sync(cluster, job, after_step=found.step + 1)
-        told = finish(cluster, job, digest)
-        assert reasons(told).count("StandbyLost") == 2
-        assert not {"RolledBack", "TookOver", "PartitionLost"} & set(reasons(told))
+        answer = finish(cluster, job, digest)
+        assert reasons(answer).count("StandbyLost") == 2
+        assert not {"RolledBack", "TookOver", "PartitionLost"} & set(reasons(answer))
 
 
 def test_partition_and_standby_die_together_and_the_job_goes_back(digest: str, tmp_path: Path) -> None:
@@ -151,8 +151,8 @@ def test_partition_and_standby_die_together_and_the_job_goes_back(digest: str, t
             process.send_signal(signal.SIGSTOP)  # neither is noticed before the other
         for process in both:
             os.kill(process.pid, signal.SIGKILL)
-        told = finish(cluster, job, digest)
-        assert {"PartitionLost", "RolledBack"} <= set(reasons(told))
+        answer = finish(cluster, job, digest)
+        assert {"PartitionLost", "RolledBack"} <= set(reasons(answer))
 
 
 def test_without_a_second_server_it_says_so_until_one_comes(digest: str, tmp_path: Path) -> None:
@@ -166,8 +166,8 @@ def test_without_a_second_server_it_says_so_until_one_comes(digest: str, tmp_pat
         assert [c.status for c in found.conditions if c.type == "Replicated"] == [True]
         assert "without standby" not in found.reason
         cluster.kill(partition(cluster, found, 0))
-        told = finish(cluster, job, digest)
-        assert "RolledBack" not in reasons(told)
+        answer = finish(cluster, job, digest)
+        assert "RolledBack" not in reasons(answer)
 
 
 def hold(process: psutil.Process, until: Callable[[], object]) -> None:
@@ -190,8 +190,8 @@ def test_a_stopped_standby_is_given_up(digest: str, tmp_path: Path) -> None:
             cluster.until(job, lambda now: any(event.reason == "StandbyLost" for event in now.events))
 
         hold(stopped, given_up)
-        told = finish(cluster, job, digest)
-        assert not {"RolledBack", "TookOver", "PartitionLost"} & set(reasons(told))
+        answer = finish(cluster, job, digest)
+        assert not {"RolledBack", "TookOver", "PartitionLost"} & set(reasons(answer))
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -206,7 +206,7 @@ def test_a_stopped_partition_is_replaced_and_wakes_up_to_nothing(index: int, dig
             cluster.until(job, lambda now: any(event.reason == "TookOver" for event in now.events))
 
         hold(stopped, taken_over)
-        told = finish(cluster, job, digest)
+        answer = finish(cluster, job, digest)
         wait_gone([stopped])
-        assert reasons(told).count("TookOver") == 1
-        assert "RolledBack" not in reasons(told)
+        assert reasons(answer).count("TookOver") == 1
+        assert "RolledBack" not in reasons(answer)

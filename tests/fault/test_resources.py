@@ -54,12 +54,12 @@ def test_memory_that_runs_out_each_time_is_tried_again_and_fails_with_the_reason
     spec |= {"task": {"entrypoint": "hungry:Hungry", "args": spec["task"]["args"]}, "workers": {"max": 1}}
     job = cluster.submit(spec, tmp_path)
     cluster.psctl("wait", job, "--timeout=120", expect=100)
-    told = cluster.describe(job)
-    losses = [event["message"] for event in told["events"] if event["reason"] == "TrainerLost"]
+    answer = cluster.describe(job)
+    losses = [event["message"] for event in answer["events"] if event["reason"] == "TrainerLost"]
     assert len(losses) == Limits().max_losses + 1
     assert all("out of memory" in message for message in losses), losses
-    assert (told["state"], told["error"]["code"]) == ("FAILED", "PS-3006"), told["error"]
-    assert "out of memory" in told["error"]["cause"]
+    assert (answer["state"], answer["error"]["code"]) == ("FAILED", "PS-3006"), answer["error"]
+    assert "out of memory" in answer["error"]["cause"]
     with cluster.client() as client:
         assert client.health().problems == ()
 

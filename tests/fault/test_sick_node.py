@@ -28,8 +28,8 @@ def sick(cluster: LocalCluster, node_id: str) -> Iterator[None]:
 
 
 def failed_starts(cluster: LocalCluster, job: str, node_id: str) -> int:
-    told = [event["message"] for event in cluster.describe(job)["events"] if event["reason"].endswith("Lost")]
-    return sum(f"on {node_id} could not be started: PS-4002" in message for message in told)
+    answer = [event["message"] for event in cluster.describe(job)["events"] if event["reason"].endswith("Lost")]
+    return sum(f"on {node_id} could not be started: PS-4002" in message for message in answer)
 
 
 def test_a_server_that_can_start_nothing_is_left_for_another(tmp_path: Path) -> None:

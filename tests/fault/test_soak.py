@@ -71,8 +71,8 @@ def test_growth_is_told_from_noise() -> None:
     )
     assert growth.violations() == []
     growth.looks[(7, 1.0)] = looks([100, 120, 140, 160, 180, 200, 220, 240, 260], 5)
-    (told,) = growth.violations()[:1]
-    assert "master (pid 7): resident_bytes grew from" in told
+    (message,) = growth.violations()[:1]
+    assert "master (pid 7): resident_bytes grew from" in message
 
 
 def test_a_record_with_a_hole_is_told() -> None:
@@ -80,5 +80,5 @@ def test_a_record_with_a_hole_is_told() -> None:
     lines = [{"step": step, "loss": 0.5, "grad_norm": 1.0, "lr": 0.1} for step in (1, 2)]
     whole = Run(job, Commits(Path(), "job-a"), lines)
     assert compared(whole, whole) == []
-    (told,) = compared(whole, Run(job, whole.commits, lines[:1]))
-    assert told == "job-a: 1 steps were committed and are not in the record: [2]"
+    (message,) = compared(whole, Run(job, whole.commits, lines[:1]))
+    assert message == "job-a: 1 steps were committed and are not in the record: [2]"

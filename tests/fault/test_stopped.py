@@ -57,12 +57,12 @@ def stopped(process: psutil.Process) -> psutil.Process:
 def finish(cluster: LocalCluster, job: str, pace: Path, digest: str) -> dict[str, Any]:
     pace.unlink()
     cluster.wait(job, "succeeded")
-    told = cluster.describe(job)
-    assert told["parameters_sha256"] == digest
+    answer = cluster.describe(job)
+    assert answer["parameters_sha256"] == digest
     with cluster.client() as client:
         recorded = [line["step"] for line in client.metrics(job) if "loss" in line]
     assert recorded == sorted(set(recorded)), "a step was recorded twice"
-    return told
+    return answer
 
 
 def test_an_agent_past_suspicion(cluster: LocalCluster, running: Running, digest: str) -> None:
@@ -88,9 +88,9 @@ def test_a_master_past_every_patience_costs_nothing(cluster: LocalCluster, runni
     for _ in instants(6.0):
         assert master.status() == psutil.STATUS_STOPPED
     master.send_signal(signal.SIGCONT)
-    told = finish(cluster, job, pace, digest)
+    answer = finish(cluster, job, pace, digest)
     # It took nobody's silence for death: it had not listened. (Shards may have moved for speed's sake.)
-    assert told["plan"]["restore_generation"] == 1
+    assert answer["plan"]["restore_generation"] == 1
     assert events(cluster, job, "TrainerLost") + events(cluster, job, "PartitionLost") == []
     commits = Commits(cluster.state_dir, job)
     commits.look()
@@ -111,9 +111,9 @@ def test_one_of_many_short_stops_is_no_death(cluster: LocalCluster, running: Run
             process.send_signal(signal.SIGCONT)
         stops += 1
     assert stops > 6
-    told = finish(cluster, job, pace, digest)
+    answer = finish(cluster, job, pace, digest)
     assert events(cluster, job, "TrainerLost") + events(cluster, job, "PartitionLost") == []
-    assert told["plan"]["restore_generation"] == 1  # shards may have moved for speed's sake
+    assert answer["plan"]["restore_generation"] == 1  # shards may have moved for speed's sake
 
 
 def instants(duration_s: float, every_s: float = 0.1) -> Iterator[None]:

@@ -54,10 +54,10 @@ def test_the_database_is_lost_with_the_master_while_a_job_runs(shared: bool, dig
         done = rebuild(cluster, *(["--store", str(store)] if shared else []))
         assert done.returncode == 0 and job in done.stdout, done.stderr
         cluster.up(2, 2)
-        told = cluster.describe(job)
-        assert told["state"] == "STOPPED"
-        assert 4 <= told["step"] < STEPS
-        assert "Rebuilt" in [event["reason"] for event in told["events"]]
+        answer = cluster.describe(job)
+        assert answer["state"] == "STOPPED"
+        assert 4 <= answer["step"] < STEPS
+        assert "Rebuilt" in [event["reason"] for event in answer["events"]]
         cluster.psctl("resume", job)
         cluster.wait(job, "succeeded")
         assert cluster.describe(job)["parameters_sha256"] == digest
@@ -82,5 +82,5 @@ def test_the_database_is_damaged_and_the_master_says_what_to_do(digest: str, tmp
 
         assert rebuild(cluster).returncode == 0
         cluster.up(1, 1)
-        told = cluster.describe(job)
-        assert (told["state"], told["parameters_sha256"]) == ("SUCCEEDED", digest)
+        answer = cluster.describe(job)
+        assert (answer["state"], answer["parameters_sha256"]) == ("SUCCEEDED", digest)

@@ -38,9 +38,9 @@ def told_of(reason: str, words: str = "") -> Callable[[Job], bool]:
 
 def finish(cluster: LocalCluster, job: str, digest: str) -> list[str]:
     cluster.wait(job, "succeeded")
-    told = cluster.describe(job)
-    assert told["parameters_sha256"] == digest
-    return [event["reason"] for event in told["events"]]
+    answer = cluster.describe(job)
+    assert answer["parameters_sha256"] == digest
+    return [event["reason"] for event in answer["events"]]
 
 
 def test_a_stopped_trainer_is_done_without_and_taken_back(digest: str, tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_a_second_demo_at_the_same_time_is_refused(demo: Demo, tmp_path: Path) -
     _, errors = second.communicate(timeout=60)
 
     assert second.returncode == 1
-    assert "another demo runs already" in errors
+    assert "another demo is running" in errors
     assert not other.calls_file.exists()
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
