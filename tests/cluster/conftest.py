@@ -1,4 +1,4 @@
-"""What the cluster tests report beside their results."""
+"""The summary of the cluster tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Say that golden hashes were not compared: among hundreds of passed tests a skip is easily overlooked."""
+    """Report that golden hashes were not compared: a skip among hundreds of tests is easily overlooked."""
     skipped = [report for report in terminalreporter.stats.get("skipped", []) if "test_golden.py" in report.nodeid]
     if skipped:
         terminalreporter.section("golden hashes NOT compared", red=True)

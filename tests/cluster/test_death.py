@@ -1,4 +1,4 @@
-"""Death: whoever is killed in mid-run, the job ends SUCCEEDED with the bits of the undisturbed plain loop."""
+"""Any process is killed in mid-run: the job ends SUCCEEDED with the bits of the undisturbed plain loop."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def slow_spec(**changes: object) -> dict[str, object]:
 
 
 def finish(cluster: LocalCluster, job: str, digest: str) -> dict[str, object]:
-    """Wait for the end and check that it is the undisturbed one."""
+    """Wait for the end, and check that the result is that of the undisturbed job."""
     cluster.wait(job, "succeeded")
     answer = cluster.describe(job)
     assert answer["parameters_sha256"] == digest
@@ -82,12 +82,12 @@ def test_the_master_is_killed_and_steps_go_on_meanwhile(digest: str, tmp_path: P
         store = next((cluster.state_dir / "master" / "jobs").iterdir()) / "snapshots"
         wait_for_file(store, f"step-{STEPS:010d}*")  # the last step was reached while no master ran
         still = {cluster.child(name).pid for name in ("worker-0", "worker-1", "server-0", "server-1")}
-        assert still == running  # looked at before the master is back: with it the job soon ends, and they go
+        assert still == running  # read before the master is back: then the job soon ends, and they end too
         cluster.up(2, 2)
         answer = finish(cluster, job, digest)
-        assert answer["generation"] == 1  # nobody was restarted or moved
+        assert answer["generation"] == 1  # no process was restarted or moved
         steps = [line for line in cluster.psctl("metrics", job, "-o", "csv").stdout.splitlines() if line[:1].isdigit()]
-        assert len(steps) >= STEPS  # what was committed meanwhile is in the record
+        assert len(steps) >= STEPS  # the record has what was committed meanwhile
 
 
 def wait_for_file(directory: Path, pattern: str) -> None:

@@ -1,4 +1,4 @@
-"""A job's life as its owner sees it: submit, wait in the queue, stop, resume, look, use the result, delete."""
+"""The life of a job as its owner sees it: submit, queue, stop, resume, inspect, use the result, delete."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def cluster(root: Path) -> Iterator[LocalCluster]:
 
 @pytest.fixture(scope="module")
 def plain() -> Plain:
-    """What a plain single-process loop makes of the same spec."""
+    """The result of a plain single-process loop on the same spec."""
     return train_plainly(spec())
 
 
 class Results(NamedTuple):
-    """What psctl made of a finished job."""
+    """What psctl reported and wrote for a finished job."""
 
     job: str
     described: dict[str, Any]
@@ -84,7 +84,7 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
 
 
 def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
-    """The digest as its docstring defines it, from nothing but the tensors."""
+    """The digest as its docstring defines it, from the tensors alone."""
     return parameters_sha256(
         NamedBytes(name, str(t.dtype).removeprefix("torch."), tuple(t.shape), t.contiguous().numpy().tobytes())
         for name, t in tensors.items()
@@ -175,7 +175,7 @@ def test_an_unknown_job_and_a_goal_that_is_not_met(cluster: LocalCluster, result
     assert "PS-1004" in cluster.psctl("wait", results.job, "--for=failed", expect=1).stderr
 
 
-def test_following_a_job_that_fails_exits_100_and_says_why(cluster: LocalCluster, root: Path) -> None:
+def test_following_a_job_that_fails_exits_100_with_the_reason(cluster: LocalCluster, root: Path) -> None:
     path = root / "wrong.json"
     path.write_text(json.dumps(spec(name="wrong", task={**spec()["task"], "args": {"layer": 1}})))
     done = cluster.psctl("submit", str(path), "--follow", expect=100)
@@ -209,7 +209,7 @@ def wide(cluster: LocalCluster, root: Path) -> Wide:
     return Wide(job, gate, waited_for)
 
 
-def test_a_job_that_wants_more_workers_says_so_and_starts_when_one_comes(wide: Wide, cluster: LocalCluster) -> None:
+def test_a_job_that_needs_more_workers_names_them_and_starts_when_one_joins(wide: Wide, cluster: LocalCluster) -> None:
     assert "3 workers" in wide.waited_for
     assert "2" in wide.waited_for
     assert cluster.describe(wide.job)["workers_active"] == 3
@@ -229,19 +229,19 @@ def test_a_live_job_cannot_be_deleted_and_waiting_for_it_has_a_limit(wide: Wide,
     assert cluster.describe(wide.job)["state"] == "RUNNING"
 
 
-def test_ctrl_c_detaches_a_follower_and_the_job_goes_on(wide: Wide, cluster: LocalCluster) -> None:
+def test_ctrl_c_detaches_a_follower_and_the_job_continues(wide: Wide, cluster: LocalCluster) -> None:
     follower = cluster.start("follow", wide.job)
     assert follower.stderr is not None
     while "RUNNING" not in (line := follower.stderr.readline()):
-        assert line.startswith("!"), line  # what happened before, such as that all trainers are held up
+        assert line.startswith("!"), line  # earlier warnings, such as that all trainers are stuck
     follower.send_signal(signal.SIGINT)
     out, shown = follower.communicate(timeout=60)
     assert (follower.returncode, out) == (130, "")
-    assert f"detached; {wide.job} goes on" in shown
+    assert "detached" in shown and wide.job in shown
     assert cluster.describe(wide.job)["state"] == "RUNNING"
 
 
-def test_the_next_job_waits_its_turn_and_a_stopped_one_resumes_with_the_same_bits(
+def test_the_next_job_is_queued_and_a_stopped_one_resumes_with_the_same_bits(
     wide: Wide, cluster: LocalCluster, root: Path, plain: Plain
 ) -> None:
     path = root / "next.json"
@@ -273,7 +273,7 @@ def test_the_next_job_waits_its_turn_and_a_stopped_one_resumes_with_the_same_bit
     assert "PS-1004" in cluster.psctl("resume", wide.job, expect=1).stderr
 
 
-def test_delete_forgets_an_ended_job_and_its_files(cluster: LocalCluster, results: Results) -> None:
+def test_delete_removes_an_ended_job_and_its_files(cluster: LocalCluster, results: Results) -> None:
     places = [Path(results.described["store"]), Path(results.described["directory"])]
     assert all(place.is_dir() for place in places)
     assert cluster.psctl("delete", results.job).stdout == f"{results.job}\n"

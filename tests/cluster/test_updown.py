@@ -1,4 +1,4 @@
-"""up and down with real processes: stand-ins for the daemons that start fast and can be told to misbehave."""
+"""up and down with real processes: stand-ins for the daemons that start fast and misbehave on request."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def ignore():
 
 
 def has_ended(process: psutil.Process) -> bool:
-    """Gone, or a zombie that its new parent has yet to collect."""
+    """Whether it is gone, or a zombie that its parent has not yet reaped."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -196,7 +196,7 @@ def test_up_over_the_state_of_a_killed_run(local: Local) -> None:
     assert "the cluster is up" in local.up("--workers", "1", "--servers", "1")
 
 
-def test_a_stale_record_never_costs_a_stranger_its_life(local: Local) -> None:
+def test_a_stale_record_never_ends_a_foreign_process(local: Local) -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as stranger:
         try:
             local.state_dir.mkdir(mode=0o700)

@@ -1,4 +1,4 @@
-"""A wall clock that jumps, by an hour either way: nobody is taken for dead, nothing is lost, speeds stay sensible."""
+"""A wall clock that jumps by an hour either way: no process is suspected, nothing is lost, speeds stay plausible."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_suspicion_is_of_the_monotonic_clock(jump_s: float) -> None:
 
 @pytest.mark.parametrize("jump_s", [HOUR_S, -HOUR_S])
 def test_a_node_that_starts_again_after_a_jump_takes_its_place_at_once(jump_s: float) -> None:
-    """Which of two lives is the newer is told by who was heard of later, not by a clock."""
+    """The newer of two incarnations is the one that the master learned of later, not the one with the later clock."""
     world = World()
     world.running()
     world.now = replace(world.now, unix_s=world.now.unix_s + jump_s)

@@ -1,4 +1,4 @@
-"""Training without a master: a minute for real, ten by the clock; whoever waits for it finds it again by itself."""
+"""Training without a master: a real minute, and ten by an injected clock; followers and agents reconnect."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_steps_go_on_for_a_minute_and_a_follower_sees_the_end(tmp_path: Path) ->
         running = {cluster.child(name).pid for name in names}
         cluster.kill(cluster.daemon("master"))
         killed_s = time.time()
-        threading.Event().wait(AWAY_S)  # how long it is away is what the test is about
+        threading.Event().wait(AWAY_S)  # the time without a master is what is tested
         assert {cluster.child(name).pid for name in names} == running
         cluster.up(2, 2)
         back_s = time.time()
@@ -43,23 +43,23 @@ def test_steps_go_on_for_a_minute_and_a_follower_sees_the_end(tmp_path: Path) ->
         cluster.wait(job, "succeeded")
         answer = cluster.describe(job)
         assert answer["parameters_sha256"] == digest
-        assert answer["generation"] == 1  # nobody was lost, moved or started again
+        assert answer["generation"] == 1  # no process was lost, moved or restarted
         out, lines = follower.communicate(timeout=60)
         assert (follower.returncode, out) == (0, ""), lines
         assert f"{job} SUCCEEDED at step {STEPS}" in lines
         text = (cluster.state_dir / "master" / "jobs" / job / "metrics.jsonl").read_text()
     times = {line["step"]: line["time_s"] for line in map(json.loads, text.splitlines()) if "time_s" in line}
-    assert sorted(times) == list(range(1, STEPS + 1))  # what happened meanwhile was told afterwards
+    assert sorted(times) == list(range(1, STEPS + 1))  # later reports include what happened meanwhile
     meanwhile = sorted(time_s for time_s in times.values() if killed_s < time_s < back_s)
     assert len(meanwhile) > AWAY_S  # steps of a third of a second
     pauses = [later - earlier for earlier, later in zip([killed_s, *meanwhile], [*meanwhile, back_s], strict=True)]
     assert max(pauses) < 5.0  # it never stalled
 
 
-def test_a_partition_that_was_silent_meanwhile_and_got_on_again_is_no_loss(
+def test_a_partition_that_was_silent_meanwhile_and_recovered_is_no_loss(
     paced: tuple[dict[str, Any], Path], digest: str, tmp_path: Path
 ) -> None:
-    """What its agent would have told is over before there is a master to tell."""
+    """The silence that its agent would have reported is over before a master runs."""
     spec, pace = paced
     with local_cluster(tmp_path, workers=2, servers=2) as cluster:
         job = cluster.submit(spec, tmp_path)

@@ -1,4 +1,4 @@
-"""A snapshot that a job may go back to comes after the record of every step before it: none is missing afterwards."""
+"""A snapshot is reported after the record of every step before it, so that no step is missing after a rollback."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from harness.jobs import even_split, lm_spec
 from harness.static_job import StaticJob
 
 
-def test_the_coordinator_tells_its_steps_before_its_snapshot(tmp_path: Path) -> None:
+def test_the_coordinator_reports_its_steps_before_its_snapshot(tmp_path: Path) -> None:
     with StaticJob(lm_spec(partitions=2, steps=12, d_model=64), 2, tmp_path) as job:
         job.wait_ready()
         job.publish(even_split(7, 2))

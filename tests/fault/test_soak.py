@@ -1,4 +1,4 @@
-"""The short form of `make soak`, the storm it is made of, and what its instruments see."""
+"""The short form of `make soak`, its storm, and what its instruments detect."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_faults_change_no_bit_and_leave_nothing(tmp_path: Path) -> None:
     assert all(struck["next_commit_after_s"] is not None for struck in result["struck"])
 
 
-def test_the_short_form_meets_every_kind() -> None:
+def test_the_short_form_has_every_kind() -> None:
     faults = draw_faults(SEED, 8, gap=8)
     assert {fault.kind for fault in faults} == set(KINDS)
     assert {fault.action for fault in faults} == {"kill", "stop"}
@@ -59,7 +59,7 @@ def test_a_recovery_is_measured_to_the_step_that_needed_it() -> None:
         recovery_s(steps, 0.95, 0.1)
 
 
-def test_growth_is_told_from_noise() -> None:
+def test_growth_is_distinguished_from_noise() -> None:
     def looks(resident: list[int], files: int) -> list[Look]:
         return [
             Look(at_s=10.0 * n, resident_bytes=size << 20, files=files + n * 4, threads=3, mappings=2)
@@ -75,7 +75,7 @@ def test_growth_is_told_from_noise() -> None:
     assert "master (pid 7): resident_bytes grew from" in message
 
 
-def test_a_record_with_a_hole_is_told() -> None:
+def test_a_missing_record_is_reported() -> None:
     job: Any = SimpleNamespace(job_id="job-a", parameters_sha256="f00d", step=2, metrics={})
     lines = [{"step": step, "loss": 0.5, "grad_norm": 1.0, "lr": 0.1} for step in (1, 2)]
     whole = Run(job, Commits(Path(), "job-a"), lines)

@@ -1,4 +1,4 @@
-"""A full disk: nothing is acknowledged that was not written, the error has a name, and all goes on with new space."""
+"""A full disk: nothing is acknowledged that was not written, the error is named, and work continues with new space."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_store_of_the_snapshots_is_full_for_a_while(digest: str, tmp_path: P
     with small_disk(tmp_path / "store") as store, local_cluster(tmp_path, workers=2, servers=2) as cluster:
         job = cluster.submit(slow_spec(store=str(store)), tmp_path)
         cluster.until(job, lambda answer: bool(events(answer, "Snapshot")) and answer.step >= 4)
-        ballast = fill(store)  # asserts that the disk said ENOSPC
+        ballast = fill(store)  # asserts that the disk returned ENOSPC
         answer = cluster.until(job, lambda answer: any("No space left" in text for text in events(answer, "Warning")))
         (warning, *_) = [text for text in events(answer, "Warning") if "No space left" in text]
         assert "PS-4002" in warning and "free space" in warning
@@ -59,7 +59,7 @@ def test_the_masters_disk_is_full_for_a_while(digest: str, tmp_path: Path) -> No
             assert refused.returncode == 1
             assert "PS-4002" in refused.stderr and "free space" in refused.stderr
             assert refused.stdout == "", "no id of a job that was not stored"
-            cluster.kill(cluster.daemon("master"))  # what it had not written it has not promised either
+            cluster.kill(cluster.daemon("master"))  # what it had not written it has not acknowledged
             ballast.unlink()
             cluster.up(2, 2)
             assert [found["job_id"] for found in listed(cluster)] == [job]

@@ -1,5 +1,5 @@
-"""Snapshots in an object store: a job loses a partition, is stopped, resumed, exported and deleted, all through S3; and
-goes on while S3 hangs or fails."""
+"""Snapshots in an object store: a job loses a partition, is stopped, resumed, exported and deleted with S3; it
+continues while S3 hangs or fails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from harness.s3 import BUCKET, s3_server
 STEPS = 24
 
 
-def test_a_job_lives_by_its_snapshots_in_s3(tmp_path: Path) -> None:
+def test_a_job_uses_its_snapshots_in_s3(tmp_path: Path) -> None:
     spec = lm_spec(steps=STEPS, d_model=64, pause_s=0.1, partitions=2) | {
         "workers": {"min": 1, "max": 2},
         "durability": {"every_steps": 4, "store": f"s3://{BUCKET}/prefix"},
@@ -44,7 +44,7 @@ def test_a_job_lives_by_its_snapshots_in_s3(tmp_path: Path) -> None:
         assert s3.file_system().find(f"{BUCKET}/prefix") == []
 
 
-def test_training_goes_on_while_the_store_hangs_and_while_it_fails(tmp_path: Path) -> None:
+def test_training_continues_while_the_store_hangs_and_while_it_fails(tmp_path: Path) -> None:
     steps = 80
     spec = lm_spec(steps=steps, d_model=64, pause_s=0.1, partitions=2) | {
         "workers": {"min": 1, "max": 2},

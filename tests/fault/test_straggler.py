@@ -1,4 +1,4 @@
-"""A slow machine: its shards move to the others and back, it is named, and no bit changes."""
+"""A slow machine: its shards move to the others and back, it is reported, and no bit changes."""
 
 from __future__ import annotations
 

@@ -27,10 +27,10 @@ def test_a_trainer_killed_in_each_phase_changes_no_bit(tmp_path: Path) -> None:
     assert answer["parameters_sha256"] == digest
 
 
-def test_everything_killed_at_once_goes_on_without_a_word(
+def test_jobs_continue_after_everything_is_killed_without_a_command(
     paced: tuple[dict[str, Any], Path], digest: str, tmp_path: Path
 ) -> None:
-    """One job in mid-run and one in the queue; the daemons are started again, and nobody resumes anything."""
+    """One job runs and one is queued; the daemons are restarted, and no job is resumed by a command."""
     spec, pace = paced
     spec |= {"workers": {"min": 2, "max": 2}}
     with local_cluster(tmp_path, workers=2, servers=2) as cluster:
