@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pscluster.wire.backoff import delay_s
+
 FIRST_DELAY_S = 0.1
 LONGEST_DELAY_S = 5.0
 
@@ -25,5 +27,4 @@ def next_delay_s(outage: Outage, now_s: float, patience_s: float, chance: float)
     left = outage.since_s + patience_s - now_s
     if left <= 0:
         return None
-    delay = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2.0 ** min(outage.attempts, 16))
-    return min(left, delay * (0.5 + chance / 2))
+    return min(left, delay_s(outage.attempts + 1, chance, first_s=FIRST_DELAY_S, cap_s=LONGEST_DELAY_S))

@@ -76,10 +76,3 @@ def add_statistics(left: Statistics, right: Statistics) -> Statistics:
     if left.shape != right.shape:
         raise FrameError(f"evaluation statistics of {left.size} and {right.size} numbers do not add")
     return left + right
-
-
-def unpack_statistics(data: bytes | memoryview) -> Statistics:
-    """A private copy of the vector in a frame's body. Raises FrameError for a length that is no multiple of 8."""
-    if len(data) % 8:
-        raise FrameError(f"evaluation statistics of {len(data)} bytes", details={"field": "length"})
-    return np.frombuffer(bytes(data), dtype="<f8")

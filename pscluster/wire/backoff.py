@@ -6,11 +6,18 @@ FIRST_S = 0.1
 CAP_S = 2.0
 
 
-def delay_s(failures: int, draw: float) -> float:
-    """The wait after so many failures in a row (from 1): exponential from 0.1 s, never above 2 s.
+def delay_s(
+    failures: int,
+    draw: float,
+    *,
+    first_s: float = FIRST_S,
+    cap_s: float = CAP_S,
+    factor: float = 2.0,
+    jitter: float = 0.5,
+) -> float:
+    """The wait after so many failures in a row (from 1): `first_s`, growing by `factor` up to `cap_s`.
 
-    `draw` is uniform in [0, 1): the wait lies between half and all of the bound, so that the nodes of a
-    cluster do not come back in one instant.
-    """
-    bound = min(CAP_S, FIRST_S * 2.0 ** min(failures - 1, 16))
-    return bound * (0.5 + 0.5 * draw)
+    `draw` is uniform in [0, 1). It takes up to the fraction `jitter` off the wait, so that the processes of a cluster
+    do not all retry at the same instant."""
+    bound = min(cap_s, first_s * factor ** min(failures - 1, 64))
+    return bound * (1.0 - jitter * (1.0 - draw))

@@ -21,7 +21,7 @@ from pscluster.errors import FrameError, VersionSkewError
 from pscluster.step.tree import TreeNode
 
 MAGIC = b"PSDP"
-PROTOCOL = 1
+PROTOCOL = 2
 SUMMARY = 0xFFFF_FFFF  # the bucket number of a step's summary: loss, weight, touched bits
 MAX_SMALL_BYTES = 1 << 20  # of the kinds whose size the layout does not fix
 _HEADER = struct.Struct("<4sHBBHHQQQIIIQI")
@@ -46,11 +46,11 @@ class FrameKind(IntEnum):
     STATISTICS = 12  # a node of an evaluation's tree, to the coordinator
     MERGED = 13  # coordinator to the trainer of shard 0: an evaluation's root
     OUTCOME = 14  # trainer of shard 0 to lead: finalised metrics, or the digest
-    FENCED = 15  # the sender's generation is out of date; body: the newer one
+    FENCED = 15  # the generation of who receives it is out of date; the header has the newer one
     SYNC = 16  # partition to standby: its state at version `step` follows, in PIECEs; body: what goes with it
     PIECE = 17  # words of a bucket of that state: its values, or the moment whose number is in the flags, from 1
     HELD = 18  # standby to partition: it can make version `step` of what it holds
-    NOTE = 19  # coordinator to its standby: an evaluation that was finalised
+    METADATA = 19  # partition to standby: what it must know beyond the state, when an evaluation was finalised
 
 
 class Codec(IntEnum):

@@ -17,6 +17,10 @@ GOLDEN = {
         "lm": "ccdaaa9a85c02fa34768bcc0eafeeebfebd8fc45b13152770edd74deb2b2fdbe",
         "norm": "00015ef9689761fb1592df9fe2ceee5bd329ddb754b41f390118ea5426a6a4b7",
     },
+    "101c5a35cfbd": {
+        "lm": "ae55d49b843d316a496243d49e8764be024cf14a3408acec223ae4551bf1addc",
+        "norm": "57bee54c4cdfc3418ca5529f1b16cedbfb500db1c6a9028610b9efbcc3e76e25",
+    },
 }
 
 

@@ -33,7 +33,7 @@ def frame(
     body: bytes = b"",
     *,
     magic: bytes = b"PSDP",
-    protocol: int = 1,
+    protocol: int = 2,
     codec: int = 0,
     job: str = JOB,
     step: int = 0,
@@ -54,7 +54,7 @@ def frame(
 
 
 def hello(channel: str = "push", token: object = TOKEN.hex(), **fields: object) -> bytes:
-    fields = {"token": token, "channel": channel, "restore_generation": 1, "attempt": 1, **fields}
+    fields = {"token": token, "role": "trainer", "channel": channel, "restore_generation": 1, "attempt": 1, **fields}
     return frame(HELLO, json.dumps(fields).encode(), sender=0 if channel == "vote" else 5)  # there is one partition
 
 
@@ -148,7 +148,7 @@ STRANGERS = {
     "garbage": (bytes(range(1, 256)), FRAME),
     "wrong magic": (frame(HELLO, b"{}", magic=b"HTTP"), FRAME),
     "damaged header": (frame(HELLO, b"{}", header_checksum=1), FRAME),
-    "another protocol": (frame(HELLO, b"{}", protocol=2), PEER_SKEW),
+    "another protocol": (frame(HELLO, b"{}", protocol=1), PEER_SKEW),
     "another job": (frame(HELLO, b"{}", job="job-other1"), FRAME),
     "unknown kind": (frame(99, b"{}"), FRAME),
     "unknown codec": (frame(HELLO, b"{}", codec=9), FRAME),

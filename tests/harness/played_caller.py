@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from harness.played import TOKEN, Network, PlayedConnection, job_header
 from pscluster.step.tree import TreeNode
 from pscluster.wire.frame import IN_MEMORY, AckResult, FrameKind, Header, in_lane
 from pscluster.wire.memory import Lanes, Segment
+from pscluster.wire.protocol import Hello, Welcome
 from psserver.partition.process import PartitionService
 
 LEAF = TreeNode(0, 1)
@@ -40,9 +40,9 @@ class Caller:
             self.greet(channel)
 
     def greet(self, channel: str, **fields: Any) -> None:
-        told = {"token": TOKEN.hex(), "role": "trainer", "channel": channel, "restore_generation": 1, **fields}
-        told = {"share": self.local, "num_lanes": NUM_LANES, **told}
-        self.say(job_header(FrameKind.HELLO, generation=1, sender=self.index), json.dumps(told).encode())
+        made: dict[str, Any] = {"channel": channel, "attempt": 0, "restore_generation": 1, **fields}
+        hello = Hello(token=TOKEN.hex(), role="trainer", **{"share": self.local, "num_lanes": NUM_LANES, **made})
+        self.say(job_header(FrameKind.HELLO, generation=1, sender=self.index), hello.pack())
 
     def say(self, header: Header, body: bytes = b"") -> None:
         self.near.send(header, [body])
@@ -78,7 +78,7 @@ class Caller:
             run = header.node if header.flags & IN_MEMORY else TreeNode(header.bucket, 1)
             self.values |= {bucket: (header, bytes(body)) for bucket in range(run.first, run.first + run.leaves)}
         if header.kind is FrameKind.WELCOME:
-            self._welcomed(connection.take_fds(), json.loads(bytes(body)))
+            self._welcomed(connection.take_fds(), Welcome.unpack(body))
 
     def closed(self, connection: PlayedConnection, error: object) -> None:
         """Seen in `near.is_open`."""
@@ -86,7 +86,7 @@ class Caller:
     @property
     def granted(self) -> int:
         """The credit that it was welcomed with."""
-        return int(next(json.loads(body)["granted_bytes"] for h, body in self.told if h.kind is FrameKind.WELCOME))
+        return next(Welcome.unpack(body).granted_bytes for h, body in self.told if h.kind is FrameKind.WELCOME)
 
     def kinds(self) -> list[FrameKind]:
         return [header.kind for header, _ in self.told]
@@ -95,11 +95,11 @@ class Caller:
         """What became of what was sent."""
         return [AckResult(header.flags) for header, body in self.told if header.kind is FrameKind.ACK and body[0]]
 
-    def _welcomed(self, fds: list[int], told: dict[str, Any]) -> None:
+    def _welcomed(self, fds: list[int], welcome: Welcome) -> None:
         state, network = self.service.state, self.service.spec.network
         assert state is not None
         if fds and self.channel == "pull":
             self.segment = Segment.open(fds[0], 1, writable=False)
         elif fds:
             sizes = state.layout.gradient_bytes(state.spans, network.push_codec)
-            self.lanes = Lanes.open(fds[0], sizes, told["num_lanes"])
+            self.lanes = Lanes.open(fds[0], sizes, welcome.num_lanes)

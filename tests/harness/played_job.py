@@ -25,6 +25,7 @@ from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
 from pscluster.step.summary import Statistics, Summary, add_statistics, touched_bits
 from pscluster.step.tree import TreeNode, tree_of
 from pscluster.v1.plan_pb2 import Plan, ProcessSpec
+from pscluster.wire.protocol import Outcome
 from psserver.partition.process import PartitionService
 from psworker.trainer.exchange import Exchange
 from psworker.trainer.gradients.accumulate import Counter, add_gradients
@@ -186,13 +187,13 @@ class PlayedTrainer:
     def _finalise(self, work: Work) -> None:
         assert work.statistics is not None
         self._run = None
-        self.exchange.pushing.outcome(work, {"metrics": {"loss": float(work.statistics.sum())}})
+        self.exchange.pushing.outcome(work, Outcome(metrics={"loss": float(work.statistics.sum())}))
         self._done[work.key].update(work.shards)
 
     def _finish(self, work: Work) -> None:
         self._run = None
         digest = hashlib.sha256(b"".join(bytes(as_bytes(flat)) for flat in self.memory.flats)).hexdigest()
-        self.exchange.pushing.outcome(work, {"sha256": digest})
+        self.exchange.pushing.outcome(work, Outcome(sha256=digest))
         self._done[work.key].update(work.shards)
 
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pscluster.errors import FrameError
-from pscluster.step.summary import Summary, add_statistics, summary_bytes, touched_bits, unpack_statistics
+from pscluster.step.summary import Summary, add_statistics, summary_bytes, touched_bits
+from pscluster.wire.protocol import pack_statistics, unpack_statistics
 
 NUMBERS = st.floats(allow_nan=False)
 
@@ -66,7 +67,7 @@ def test_statistics_of_two_shapes_are_refused() -> None:
 
 
 def test_statistics_read_back_into_memory_of_their_own() -> None:
-    data = bytearray(np.array([1.5, -2.0]).tobytes())
+    data = bytearray(pack_statistics(np.array([1.5, -2.0])))
     vector = unpack_statistics(memoryview(data))
     data[:] = bytes(16)
 

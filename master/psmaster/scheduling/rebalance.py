@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from pscluster.wire.backoff import delay_s
 from psmaster.model.job import Dealing, Instant, Job
 from psmaster.model.plan import Placement
 from psmaster.model.process import Processes
@@ -154,4 +155,4 @@ def _probe(
 
 def probe_wait_s(tried: int) -> float:
     """How long after its last measurement a trainer without shards is tried again, after so many tries in vain."""
-    return float(min(MAX_PROBE_S, PROBE_S * 2 ** min(tried, 16)))
+    return delay_s(tried + 1, 0.0, first_s=PROBE_S, cap_s=MAX_PROBE_S, jitter=0.0)

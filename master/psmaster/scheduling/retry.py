@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from pscluster.wire import backoff
 from psmaster.model.plan import Placement
 from psmaster.model.process import Loss, was_ready
 from psmaster.scheduling.draft import Draft, View
@@ -20,7 +21,7 @@ MAX_S = 30.0
 
 def delay_s(losses: int) -> float:
     """The wait after so many losses, from 1. With the five that a placement may have, all waits together are 15.5 s."""
-    return min(MAX_S, FIRST_S * 2.0 ** (losses - 1))
+    return backoff.delay_s(losses, 0.0, first_s=FIRST_S, cap_s=MAX_S, jitter=0.0)
 
 
 def unseat(draft: Draft, view: View, placement: Placement, loss: Loss, losses: int) -> None:

@@ -18,6 +18,7 @@ import structlog
 from pscluster.errors import InternalError, PsError, StorageError
 from pscluster.storage import SnapshotStore, open_store
 from pscluster.storage.directory import DirectoryStore
+from pscluster.wire.backoff import delay_s
 from psmaster.model.deletions import Deletion
 from psmaster.model.job import Job
 from psmaster.model.snapshot_catalog import Catalogue, RestorePoint
@@ -178,7 +179,9 @@ def _complete(catalogue: Catalogue | None) -> list[RestorePoint]:
 
 def _pause_s(wish: _ManifestRequest) -> float:
     """Until it is tried again."""
-    return RETRY_S if wish.job is not None else min(RETRY_S * 2.0 ** min(wish.failures, 16), MAX_RETRY_S)
+    if wish.job is not None:
+        return RETRY_S
+    return delay_s(wish.failures + 1, 0.0, first_s=RETRY_S, cap_s=MAX_RETRY_S, jitter=0.0)
 
 
 def _remove(wish: _ManifestRequest) -> None:

@@ -16,8 +16,9 @@ from pscluster.step.summary import Summary
 from pscluster.v1.plan_pb2 import Counters, Plan, PlanAdopted, ProcessReport, Unreached
 from pscluster.wire.connection import Connection
 from pscluster.wire.frame import FrameKind, Header, job_number
+from pscluster.wire.partition_protocol import CommitDecision, Evaluation, Join, Vote
+from pscluster.wire.protocol import Channel, Hello
 from pscluster.wire.reactor import Reactor
-from psserver.partition import messages
 from psserver.partition.agent_connection import AgentConnection
 from psserver.partition.checkpoint.restoring import Restoring
 from psserver.partition.checkpoint.saving import Saving
@@ -27,11 +28,11 @@ from psserver.partition.coordinator.transport import CoordinatorTransport
 from psserver.partition.ingress.clients import Client, Clients
 from psserver.partition.ingress.frame_handler import FrameHandler
 from psserver.partition.ingress.handshake import greet
-from psserver.partition.replication.metadata import Evaluation, ReplicatedMetadata
+from psserver.partition.replication.metadata import ReplicatedMetadata
 from psserver.partition.replication.primary import Replication
 from psserver.partition.replication.standby import Standby
 from psserver.partition.step import commit
-from psserver.partition.step.commit import CommitDecision, Member
+from psserver.partition.step.commit import Member
 from psserver.partition.step.cycle import StepCycle
 from psserver.partition.step.open_step import OpenStep
 from psserver.partition.step.optimizer import moments_of
@@ -338,9 +339,9 @@ class PartitionService(AgentConnection):
 
     # ---- callers ----
 
-    def greet(self, client: Client, header: Header, told: dict[str, object]) -> None:
+    def greet(self, client: Client, header: Header, hello: Hello) -> None:
         """A HELLO."""
-        greet(self, client, header, told)
+        greet(self, client, header, hello)
 
     def handle_coordinator_frame(self, client: Client, header: Header, body: memoryview) -> None:
         """What only the coordinator hears: votes, joins, evaluations, outcomes."""
@@ -349,10 +350,9 @@ class PartitionService(AgentConnection):
                 f"{header.kind.name} sent to a partition that does not coordinator", details={"field": "kind"}
             )
         if header.kind is FrameKind.VOTE:
-            self.coordinator_transport.coordinator.vote(messages.unpack_vote(header, body))
+            self.coordinator_transport.coordinator.vote(Vote.unpack(header, body))
         elif header.kind is FrameKind.JOIN:
-            last = messages.unpack_decision(body) if header.length else None
-            self.coordinator_transport.coordinator.join(client.index, header.step, last)
+            self.coordinator_transport.coordinator.join(client.index, header.step, Join.unpack(body).last)
         else:
             self.coordinator_transport.hear(client, header, body)
 
@@ -394,6 +394,18 @@ class PartitionService(AgentConnection):
         """A header of this job, generation and sender."""
         generation = self.plan.generation if self.plan else 0
         return Header(job=self._job, generation=generation, sender=self.index, **fields)  # type: ignore[arg-type]
+
+    def make_hello(self, channel: Channel) -> tuple[Header, Hello]:
+        """The HELLO to open a connection with."""
+        assert self.plan is not None
+        hello = Hello(
+            token=self.plan.data_token.hex(),
+            role="partition",
+            channel=channel,
+            attempt=self.attempt,
+            restore_generation=self.plan.restore_generation,
+        )
+        return self.header(kind=FrameKind.HELLO), hello
 
     @property
     def job(self) -> int:

@@ -28,7 +28,7 @@ from psserver.partition.checkpoint.snapshots import SnapshotWriter
 from tests.fault.simulation import dataplane, model
 from tests.fault.simulation.disk import ImmediatePublisher
 
-_HOMES = ("psserver.partition.", "psworker.trainer.")
+_HOMES = ("psserver.partition.", "psworker.trainer.", "pscluster.wire.dialer")
 
 
 @contextmanager

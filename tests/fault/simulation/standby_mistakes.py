@@ -34,8 +34,8 @@ def a_standby_is_relied_on_before_it_is_in_sync() -> Iterable[Patch]:
 def a_standby_begins_without_the_ages() -> Iterable[Patch]:
     begin = Standby._begin
 
-    def begin_young(self: Standby, header: Any, told: Any) -> None:
-        begin(self, header, {**told, "update_counts": [0 for _ in told["update_counts"]]})
+    def begin_young(self: Standby, header: Any, sync: Any) -> None:
+        begin(self, header, replace(sync, update_counts=[0 for _ in sync.update_counts]))
 
     yield patch.object(Standby, "_begin", begin_young)
 

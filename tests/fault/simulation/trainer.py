@@ -16,6 +16,7 @@ from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.step.summary import Statistics
 from pscluster.step.tree import Tree, TreeNode, tree_of
 from pscluster.v1.plan_pb2 import ProcessReport, ProcessSpec, TrainerReady
+from pscluster.wire.protocol import Outcome
 from psworker.trainer.exchange import Exchange
 from psworker.trainer.gradients.accumulate import Counter, SummaryCounter, add_gradients
 from psworker.trainer.gradients.gather import Gradients
@@ -163,7 +164,7 @@ class ArithmeticTrainer(Trainer):
 
     def _finalise(self, work: Work) -> None:
         assert work.statistics is not None
-        self._exchange.pushing.outcome(work, {"metrics": {"loss": float(work.statistics.sum())}})
+        self._exchange.pushing.outcome(work, Outcome(metrics={"loss": float(work.statistics.sum())}))
         self._done[work.key].update(work.shards)
 
 

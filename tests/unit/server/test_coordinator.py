@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from typing import Any
@@ -16,6 +15,7 @@ from pscluster.step.layout import Layout, TensorSpec
 from pscluster.step.summary import Summary
 from pscluster.step.tree import TreeNode
 from pscluster.v1.plan_pb2 import ProcessReport
+from pscluster.wire.protocol import Outcome
 from psserver.partition.coordinator.coordinator import REPORT_INTERVAL_S, Coordinator, Outputs
 from psserver.partition.step.commit import CommitDecision, Vote
 
@@ -37,9 +37,7 @@ class Played:
         return Outputs(
             send_decision=lambda index, decision: self.log.append(("decision", index, decision)),
             send_vote_request=lambda index: self.log.append(("call", index)),
-            direct=lambda: self.log.append(
-                ("direct", self.coordinator.version, json.loads(self.coordinator.directive)["action"])
-            ),
+            direct=lambda: self.log.append(("direct", self.coordinator.version, self.coordinator.directive.action)),
             send_merged=lambda: self.log.append(("merged",)),
             report=self.reports.append,
         )
@@ -66,7 +64,7 @@ class Played:
         """Both shards send their statistics, and shard 0's trainer the finalised metrics."""
         for shard in (0, 1):
             self.coordinator.statistics(self.coordinator.version, TreeNode(shard, 1), np.array([1.0, 2.0]))
-        self.coordinator.outcome(self.coordinator.version, {"metrics": {"loss": 0.5}})
+        self.coordinator.outcome(self.coordinator.version, Outcome(metrics={"loss": 0.5}))
 
     def directives(self) -> list[str]:
         return [f"{said[2]} {said[1]}" for said in self.log if said[0] == "direct"]
@@ -141,7 +139,7 @@ def test_a_whole_job_in_order() -> None:
     played = Played().open()
     while played.coordinator.action != "finish":
         played.evaluate() if played.coordinator.action == "evaluate" else played.vote()
-    played.coordinator.outcome(FINAL_STEP, {"sha256": "abc"})
+    played.coordinator.outcome(FINAL_STEP, Outcome(sha256="abc"))
 
     said = "train 1,evaluate 2,train 2,train 3,evaluate 4,train 4,train 5,evaluate 6,finish 6"
     assert played.directives() == said.split(",")
@@ -209,14 +207,14 @@ def test_an_evaluation_takes_each_node_once_and_only_of_its_version() -> None:
 
 def test_outcomes_are_taken_once_and_in_their_place() -> None:
     played = Played().open()
-    played.coordinator.outcome(0, {"metrics": {"loss": 1.0}})
-    played.coordinator.outcome(0, {"sha256": "x"})
+    played.coordinator.outcome(0, Outcome(metrics={"loss": 1.0}))
+    played.coordinator.outcome(0, Outcome(sha256="x"))
     assert played.reported("evaluated") == played.reported("finished") == []
     played.vote()
     played.vote()
-    played.coordinator.outcome(1, {"metrics": {"loss": 1.0}})
-    played.coordinator.outcome(2, {"metrics": {"loss": 1.0}})
-    played.coordinator.outcome(2, {"metrics": {"loss": 1.0}})
+    played.coordinator.outcome(1, Outcome(metrics={"loss": 1.0}))
+    played.coordinator.outcome(2, Outcome(metrics={"loss": 1.0}))
+    played.coordinator.outcome(2, Outcome(metrics={"loss": 1.0}))
 
     assert [(e.step, dict(e.metrics)) for e in played.reported("evaluated")] == [(2, {"loss": 1.0})]
 
@@ -226,7 +224,7 @@ def test_the_end_is_reported_once() -> None:
     while played.coordinator.action != "finish":
         played.evaluate() if played.coordinator.action == "evaluate" else played.vote()
     for _ in range(3):
-        played.coordinator.outcome(FINAL_STEP, {"sha256": "abc"})
+        played.coordinator.outcome(FINAL_STEP, Outcome(sha256="abc"))
 
     assert len(played.reported("finished")) == 1
 
@@ -291,7 +289,7 @@ def test_a_stop_waits_for_a_version_that_is_written() -> None:
     assert played.directives()[-1] == "finish 2"
     assert played.log[-1][2].snapshot and played.log[-1][2].last
 
-    played.coordinator.outcome(2, {"sha256": "abc"})
+    played.coordinator.outcome(2, Outcome(sha256="abc"))
 
     ((finished),) = played.reported("finished")
     assert (finished.step, finished.stopped, finished.generation) == (2, True, 2)
@@ -388,7 +386,7 @@ def test_a_step_that_completes_after_the_end_was_called_is_not_made() -> None:
     played.vote(generation=2)
     assert played.coordinator.version == 3
 
-    played.coordinator.outcome(3, {"sha256": "abc"})
+    played.coordinator.outcome(3, Outcome(sha256="abc"))
     played.vote(generation=2)
 
     assert played.coordinator.version == 3

@@ -18,7 +18,6 @@ from pscluster.job.spec import ScheduleSection
 from pscluster.step.summary import Summary
 from pscluster.wire.frame import FrameKind, Header
 from psserver.partition.coordinator.decisions import decide, evaluates_at, next_action, snapshots_at
-from psserver.partition.messages import pack_decision, pack_vote, unpack_decision, unpack_vote, vote_bytes
 from psserver.partition.step.commit import (
     CommitDecision,
     CoordinatorState,
@@ -198,10 +197,10 @@ def test_a_stop_is_written() -> None:
 @given(st.dictionaries(st.integers(0, 2**32 - 1), st.floats(allow_nan=False), max_size=9), st.booleans())
 def test_a_vote_reads_back(squares: dict[int, float], finite: bool) -> None:
     cast = Vote(generation=3, step=8, partition=2, squares=squares, finite=finite)
-    body = pack_vote(cast)
+    body = cast.pack()
 
-    assert unpack_vote(Header(kind=FrameKind.VOTE, job=1, generation=3, step=8, sender=2), memoryview(body)) == cast
-    assert len(body) == vote_bytes(len(squares))
+    assert Vote.unpack(Header(kind=FrameKind.VOTE, job=1, generation=3, step=8, sender=2), memoryview(body)) == cast
+    assert len(body) == Vote.max_bytes(len(squares))
 
 
 @given(
@@ -210,11 +209,11 @@ def test_a_vote_reads_back(squares: dict[int, float], finite: bool) -> None:
 def test_a_decision_reads_back_to_the_bit(scale: float, norm: float, flag: bool, kind: Any) -> None:
     told = CommitDecision(generation=1, step=2, kind=kind, scale=scale, norm=norm, snapshot=flag, last=not flag)
 
-    assert unpack_decision(memoryview(pack_decision(told))) == told
+    assert CommitDecision.unpack(memoryview(told.pack())) == told
 
 
 def test_a_decision_without_a_norm_reads_back() -> None:
-    told = unpack_decision(memoryview(pack_decision(CommitDecision(generation=1, step=2, kind="skip", norm=math.nan))))
+    told = CommitDecision.unpack(CommitDecision(generation=1, step=2, kind="skip", norm=math.nan).pack())
 
     assert math.isnan(told.norm)
 
@@ -222,13 +221,13 @@ def test_a_decision_without_a_norm_reads_back() -> None:
 @pytest.mark.parametrize("body", [b"", b"\1\2", bytes(12)])
 def test_a_vote_of_no_fitting_length_is_refused(body: bytes) -> None:
     with pytest.raises(FrameError, match="a vote"):
-        unpack_vote(Header(kind=FrameKind.VOTE, job=1), memoryview(body))
+        Vote.unpack(Header(kind=FrameKind.VOTE, job=1), memoryview(body))
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b'{"kind": 1}', b'{"generation": 1, "step": 1, "kind": "skip", "x": 1}'])
 def test_what_is_no_decision_is_refused(body: bytes) -> None:
-    with pytest.raises(FrameError, match="a decision"):
-        unpack_decision(memoryview(body))
+    with pytest.raises(FrameError, match="CommitDecision"):
+        CommitDecision.unpack(memoryview(body))
 
 
 # ---- what comes next ----

@@ -25,7 +25,7 @@ from pscluster.step.layout import Layout, TensorSpec
 from pscluster.step.summary import Summary
 from pscluster.step.tree import TreeNode
 from pscluster.wire.frame import SUMMARY, UNCHANGED, AckResult, Codec, FrameKind, Header, job_number
-from psserver.partition.ingress.clients import ACK_BODY
+from pscluster.wire.protocol import Ack, Directive
 from psserver.partition.process import PartitionService
 
 LAYOUT = Layout(
@@ -244,8 +244,8 @@ def test_a_job_of_narrow_gradients_takes_no_others(network: Network) -> None:
 
 def told_credit(caller: Caller) -> list[tuple[int, int]]:
     """What it was told of its credit beside answers: bytes granted, and the open bucket."""
-    bodies = [ACK_BODY.unpack(body) for header, body in caller.told if header.kind is FrameKind.ACK]
-    return [(granted, bucket) for kind, granted, bucket in bodies if kind == 0]
+    bodies = [Ack.unpack(body) for header, body in caller.told if header.kind is FrameKind.ACK]
+    return [(granted, bucket) for kind, granted, bucket in bodies if kind is None]
 
 
 def test_who_may_wait_for_credit_is_told_when_memory_is_free_again_and_nobody_else(
@@ -264,8 +264,7 @@ def test_who_may_wait_for_credit_is_told_when_memory_is_free_again_and_nobody_el
     assert told_credit(poor) == []
     rich.say(push(TRAINED, TreeNode(1, 1), sender=1), ONES)
 
-    nothing_open = 0xFFFF_FFFF
-    assert told_credit(poor) == [(3 * len(ONES), nothing_open)], "of its node, and which bucket is open now"
+    assert told_credit(poor) == [(3 * len(ONES), -1)], "of its node, and which bucket is open now"
     assert told_credit(rich) == [], "it is told with its next answer"
     assert service.clients.of(rich.far).granted_bytes == rich.granted + 2 * len(ONES)  # type: ignore[arg-type]
 
@@ -288,7 +287,7 @@ def test_a_whole_step_by_frames(local: bool, network: Network, service: Partitio
     values = {bucket: header.step for bucket, (header, _) in puller.values.items()}
     assert values == {TRAINED: 1, AVERAGED: 1, CARRIED: 1}, "the frozen bucket was not asked for"
     assert [len(body) for _, body in puller.values.values()] == ([0, 0, 0] if local else [64, 64, 64])
-    told = [json.loads(body)["action"] for header, body in puller.told if header.kind is FrameKind.DIRECTIVE]
+    told = [Directive.unpack(header, body).action for header, body in puller.told if header.kind is FrameKind.DIRECTIVE]
     assert told[-1] == "train"
 
 

@@ -131,7 +131,7 @@ def test_an_evaluation_finalised_while_the_line_was_down_is_told_over_the_next(m
         to_its_standby(job, 0).takes = 0
     job.evaluate()
     assert coordinator.notes.evaluated == 2
-    assert _resumed(job) == [FrameKind.NOTE]
+    assert _resumed(job) == [FrameKind.METADATA]
     job.make_steps(1)
     job.lose_partition(0)
     job.everybody_adopts()
@@ -157,7 +157,7 @@ def test_it_is_told_after_the_decision_that_made_its_version_and_before_the_sums
     job.evaluate()
     for index in range(2):
         job.push(index)
-    assert _resumed(job) == [FrameKind.DECISION, FrameKind.NOTE] + [FrameKind.PUSH] * num_sums
+    assert _resumed(job) == [FrameKind.DECISION, FrameKind.METADATA] + [FrameKind.PUSH] * num_sums
     job.settle()
     assert (coordinator.version, standby.version) == (4, 4)
     assert standby.notes.evaluated == 3

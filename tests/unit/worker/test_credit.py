@@ -20,6 +20,7 @@ from pscluster.step.summary import Summary, touched_bits
 from pscluster.step.tree import TreeNode
 from pscluster.wire.frame import SUMMARY, UNCHANGED, Buffer, FrameKind, Header
 from pscluster.wire.memory import Lanes
+from pscluster.wire.protocol import Channel, Hello, Welcome
 from psserver.partition.process import PartitionService
 from psworker.trainer.gradients.send_queue import Lane, SendQueue, key_of
 from psworker.trainer.peer import Peer
@@ -101,13 +102,16 @@ class PlayedTrainer:
 
     def cut(self) -> None:
         """The push connection breaks; the peer dials again."""
-        connection = self.peer._connections.get("push")
+        connection = self.peer._push_line.connection
         if connection is not None:
             connection.close(None)
 
-    def greeting(self, channel: str) -> tuple[Header, dict[str, object]]:
-        told = {"token": TOKEN.hex(), "role": "trainer", "channel": channel, "restore_generation": 1}
-        return job_header(FrameKind.HELLO, generation=1, sender=self.rank), {**told, "num_lanes": NUM_LANES}
+    def make_hello(self, channel: Channel, *, share: bool) -> tuple[Header, Hello]:
+        hello = Hello(
+            token=TOKEN.hex(), role="trainer", channel=channel, attempt=0, restore_generation=1,
+            share=share, num_lanes=NUM_LANES,
+        )  # fmt: skip
+        return job_header(FrameKind.HELLO, generation=1, sender=self.rank), hello
 
     def map_lanes(self, index: int, fd: int, num_lanes: int) -> Lanes:  # noqa: ARG002 - there is one partition
         sizes = self.layout.gradient_bytes(self.layout.spans(0, 1), "fp32")
@@ -117,7 +121,9 @@ class PlayedTrainer:
     def unmap_lanes(self, index: int) -> None:  # noqa: ARG002
         self.lanes = None
 
-    def heard(self, index: int, header: Header, body: memoryview) -> None: ...
+    def welcomed(self, index: int, welcome: Welcome) -> None: ...
+
+    def receive(self, index: int, header: Header, body: memoryview) -> None: ...
 
 
 class PlayedJob:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from harness.played import Network, played_plan, played_spec
 from harness.played_job import LAYOUT, PlayedTrainer
+from pscluster.wire.protocol import Directive, Welcome
 from psworker.trainer.exchange import Exchange
-from psworker.trainer.work import Directive, find_work
+from psworker.trainer.work import find_work
 
 
 def made() -> Exchange:
@@ -19,7 +20,7 @@ def test_once_the_coordinator_speaks_no_partition_waits_for_first_values() -> No
     """Else a trainer that did not make them would make them when the coordinator is another one, over what it computes
     on."""
     exchange = made()
-    exchange._welcomed(0, {"needs_values": True})
+    exchange.welcomed(0, Welcome(granted_bytes=0, open_bucket=-1, needs_values=True, num_lanes=0))
     assert exchange._plan is not None
     work = find_work(exchange._plan, None, None, exchange._needs_values, 0, {})
     assert work is not None and work.action == "initialise"

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,6 +17,7 @@ from pscluster.step.layout import Layout, TensorSpec
 from pscluster.step.tree import TreeNode
 from pscluster.wire.frame import IN_MEMORY, FrameKind, Header
 from pscluster.wire.memory import PAGE_BYTES, Lanes, Segment
+from pscluster.wire.protocol import Channel, Hello, Welcome
 from psworker.trainer.peer import Peer
 from psworker.trainer.values.bucket_memory import BucketMemory
 from psworker.trainer.values.values import Values
@@ -35,9 +34,9 @@ class Partition:
     """The other side, said by hand: welcomes each caller with `welcome` and the descriptors of its channel."""
 
     def __init__(self) -> None:
-        self.welcome: dict[str, object] = {"granted_bytes": 100, "open_bucket": -1, "num_lanes": 2}
+        self.welcome = Welcome(granted_bytes=100, open_bucket=-1, needs_values=False, num_lanes=2)
         self.fds: dict[str, list[int]] = {}
-        self.greetings: list[dict[str, Any]] = []
+        self.hellos: list[Hello] = []
         self.callers: dict[str, PlayedConnection] = {}
 
     def share(self) -> tuple[Lanes, Segment]:
@@ -52,11 +51,11 @@ class Partition:
 
     def frame(self, connection: PlayedConnection, header: Header, body: memoryview) -> None:
         if header.kind is FrameKind.HELLO:
-            told = json.loads(bytes(body))
-            self.greetings.append(told)
-            self.callers[told["channel"]] = connection
-            fds = self.fds.get(told["channel"], [])
-            connection.send(job_header(FrameKind.WELCOME), [json.dumps(self.welcome).encode()], fds=fds)
+            hello = Hello.unpack(body)
+            self.hellos.append(hello)
+            self.callers[hello.channel] = connection
+            fds = self.fds.get(hello.channel, [])
+            connection.send(job_header(FrameKind.WELCOME), [self.welcome.pack()], fds=fds)
 
     def closed(self, connection: PlayedConnection, error: object) -> None: ...
 
@@ -66,7 +65,6 @@ class Trainer:
 
     def __init__(self, network: Network, address: str, transport: str) -> None:
         self.lanes: dict[int, Lanes] = {}
-        self.heard_of: list[FrameKind] = []
         self.memory = BucketMemory(LAYOUT)
         self.values = Values(played_spec(1), LAYOUT, self.memory, threading.Condition())
         self.peer = Peer(network, self, 0, [address], transport)  # type: ignore[arg-type]
@@ -78,8 +76,9 @@ class Trainer:
         self.lanes.clear()
         self.values.restart()
 
-    def greeting(self, channel: str) -> tuple[Header, dict[str, object]]:
-        return job_header(FrameKind.HELLO), {"channel": channel}
+    def make_hello(self, channel: Channel, *, share: bool) -> tuple[Header, Hello]:
+        hello = Hello(token="t", role="trainer", channel=channel, attempt=1, restore_generation=1, share=share)
+        return job_header(FrameKind.HELLO), hello
 
     def map_lanes(self, index: int, fd: int, num_lanes: int) -> Lanes:
         self.lanes[index] = Lanes.open(fd, [64], num_lanes)
@@ -88,8 +87,9 @@ class Trainer:
     def unmap_lanes(self, index: int) -> None:
         self.lanes.pop(index, None)
 
-    def heard(self, index: int, header: Header, body: memoryview) -> None:  # noqa: ARG002
-        self.heard_of.append(header.kind)
+    def welcomed(self, index: int, welcome: Welcome) -> None: ...
+
+    def receive(self, index: int, header: Header, body: memoryview) -> None: ...
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +126,7 @@ def test_to_share_memory_is_asked_for_where_it_is_wanted_and_can_be(
 ) -> None:
     trainer = met(network, tmp_path, transport)
 
-    assert [told["share"] for told in partition.greetings] == [asks, asks]
+    assert [hello.share for hello in partition.hellos] == [asks, asks]
     assert trainer.peer.is_connected and trainer.lanes == {} and trainer.peer.outbox.lanes is None
     assert trainer.peer.transport == ("tcp" if transport == "tcp" else "unix"), "the partition did not share"
 

@@ -9,7 +9,6 @@ is decided in `work`. What is sent is made in `pushing`.
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from pscluster.agent.link import ProcessLink
 from pscluster.errors import FencedError
 from pscluster.job.spec import JobSpec
 from pscluster.step.layout import Layout
-from pscluster.step.summary import Statistics, unpack_statistics
+from pscluster.step.summary import Statistics
 from pscluster.v1.plan_pb2 import (
     Beat,
     Connected,
@@ -32,6 +31,7 @@ from pscluster.v1.plan_pb2 import (
 )
 from pscluster.wire.frame import FrameKind, Header, job_number
 from pscluster.wire.memory import Lanes
+from pscluster.wire.protocol import Channel, Directive, Hello, Welcome, unpack_statistics
 from pscluster.wire.reactor import Reactor
 from psworker.staging import HostStaging, Staging
 from psworker.trainer.gradients.pushing import Pushing, Send
@@ -39,7 +39,7 @@ from psworker.trainer.peer import Peer
 from psworker.trainer.telemetry import TrainerCounters
 from psworker.trainer.values.bucket_memory import BucketMemory
 from psworker.trainer.values.values import Values
-from psworker.trainer.work import Directive, Done, Work, find_work
+from psworker.trainer.work import Done, Work, find_work
 
 COUNTERS_S = 1.0
 
@@ -304,18 +304,19 @@ class Exchange:
     def _peer(self, placement: PartitionPlacement) -> Peer:
         return Peer(self._reactor, self, placement.index, list(placement.addresses), self._spec.network.transport)
 
-    def greeting(self, channel: str) -> tuple[Header, dict[str, object]]:
+    def make_hello(self, channel: Channel, *, share: bool) -> tuple[Header, Hello]:
         assert self._plan is not None
         header = Header(kind=FrameKind.HELLO, job=self._job, generation=self._plan.generation, sender=self._rank)
-        told = {
-            "token": self._plan.data_token.hex(),
-            "role": "trainer",
-            "attempt": self._link.start.attempt,
-            "channel": channel,
-            "restore_generation": self._plan.restore_generation,
-            "num_lanes": self.pushing.num_lanes,
-        }
-        return header, told
+        hello = Hello(
+            token=self._plan.data_token.hex(),
+            role="trainer",
+            channel=channel,
+            attempt=self._link.start.attempt,
+            restore_generation=self._plan.restore_generation,
+            share=share,
+            num_lanes=self.pushing.num_lanes,
+        )
+        return header, hello
 
     # ---- what peers hear (`Receiver`) ----
 
@@ -325,20 +326,17 @@ class Exchange:
     def unmap_lanes(self, index: int) -> None:
         self.pushing.unmap_lanes(index)
 
-    def heard(self, index: int, header: Header, body: memoryview) -> None:
-        told = None if header.kind is FrameKind.MERGED else json.loads(bytes(body)) if body else {}
-        if header.kind is FrameKind.WELCOME:
-            self._welcomed(index, dict(told or {}))
-        elif header.kind is FrameKind.DIRECTIVE:
-            self._direct(Directive(header.generation, header.step, str((told or {})["action"])))
+    def receive(self, index: int, header: Header, body: memoryview) -> None:  # noqa: ARG002 - the coordinator's
+        if header.kind is FrameKind.DIRECTIVE:
+            self._direct(Directive.unpack(header, body))
         elif header.kind is FrameKind.MERGED:
             with self._changed:
                 self._merged = (header.step, unpack_statistics(body))
                 self._changed.notify_all()
 
-    def _welcomed(self, index: int, told: dict[str, object]) -> None:
+    def welcomed(self, index: int, welcome: Welcome) -> None:
         with self._changed:
-            if told.get("needs_values"):
+            if welcome.needs_values:
                 self._needs_values.add(index)
             self._changed.notify_all()
         self._pull(index)

@@ -13,6 +13,7 @@ from pscluster.step.codec import DTYPES
 from pscluster.step.summary import Statistics, Summary, add_statistics, touched_bits
 from pscluster.step.tree import TreeNode, tree_of
 from pscluster.task import Task
+from pscluster.wire.protocol import Outcome
 from psworker.precision import precision
 from psworker.replica import Replica
 from psworker.trainer.data.batches import Batches, EvalBatches, seed_step, to_device
@@ -252,9 +253,9 @@ class Trainer:
                 self._shard_statistics(0)  # another trainer evaluated shard 0: learn what the numbers are
             metrics = unpack_metrics(self._task, work.statistics, self._shapes)
             check_metric(metrics, self._spec.evaluate.metric)
-        self._exchange.pushing.outcome(work, {"metrics": metrics})
+        self._exchange.pushing.outcome(work, Outcome(metrics=metrics))
         self._done[work.key].update(work.shards)
 
     def _finish(self, work: Work) -> None:
-        self._exchange.pushing.outcome(work, {"sha256": self._replica.sha256()})
+        self._exchange.pushing.outcome(work, Outcome(sha256=self._replica.sha256()))
         self._done[work.key].update(work.shards)

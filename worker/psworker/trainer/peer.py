@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
-import random
-import struct
-import time
 from dataclasses import replace
 from typing import Protocol
 
 from pscluster.errors import FrameError, PsError
-from pscluster.step.tree import TreeNode
 from pscluster.wire.connection import Connection
-from pscluster.wire.frame import IN_MEMORY, MAX_SMALL_BYTES, FrameKind, Header, in_lane
+from pscluster.wire.dialer import ReconnectingConnection
+from pscluster.wire.frame import IN_MEMORY, FrameKind, Header, in_lane
 from pscluster.wire.memory import Lanes
+from pscluster.wire.protocol import Ack, Channel, Hello, Welcome
 from pscluster.wire.reactor import Reactor
-from pscluster.wire.transport import choose_address, transport_of
+from pscluster.wire.transport import transport_of
 from psworker.trainer.gradients.send_queue import SendQueue
 from psworker.trainer.values.values import Values
 
-ACK_BODY = struct.Struct("<BQI")  # kind acknowledged (0: credit alone), granted bytes, open bucket
-NO_BUCKET = 0xFFFF_FFFF
 _RETRY_S = (0.02, 1.0)
 
 
@@ -30,8 +25,8 @@ class Receiver(Protocol):
 
     values: Values
 
-    def greeting(self, channel: str) -> tuple[Header, dict[str, object]]:
-        """The HELLO to open a connection with."""
+    def make_hello(self, channel: Channel, *, share: bool) -> tuple[Header, Hello]:
+        """The HELLO to open a connection with; `share`: memory can be shared over it."""
 
     def map_lanes(self, index: int, fd: int, num_lanes: int) -> Lanes:
         """The partition shares lanes for gradients; takes over `fd`."""
@@ -39,56 +34,75 @@ class Receiver(Protocol):
     def unmap_lanes(self, index: int) -> None:
         """The connection over which lanes were shared is gone."""
 
-    def heard(self, index: int, header: Header, body: memoryview) -> None:
-        """A WELCOME of the pull connection, a DIRECTIVE, MERGED or FENCED."""
+    def welcomed(self, index: int, welcome: Welcome) -> None:
+        """Values can be pulled."""
+
+    def receive(self, index: int, header: Header, body: memoryview) -> None:
+        """A DIRECTIVE or MERGED."""
 
 
 class Peer:
-    """Dials partition `index` at its plan's address until it is closed; keeps what is owed over reconnects."""
+    """Connects to partition `index` at its plan's address until it is closed; keeps pending frames over reconnects."""
 
     def __init__(self, reactor: Reactor, receiver: Receiver, index: int, addresses: list[str], transport: str) -> None:
         self.index = index
         self.addresses = list(addresses)
         self.outbox = SendQueue()
+        self.receiver = receiver
         self.reconnects = 0
         self._reactor = reactor
-        self._receiver = receiver
-        self._wanted_transport = transport
-        self.transport = ""
-        self._connections: dict[str, Connection] = {}  # those that were welcomed, by channel
-        self._failures = {"push": 0, "pull": 0}
-        self._unreached_since_s: dict[str, float] = {}  # by channel that has no connection; monotonic
-        self._closed = False
-        self._scratch = bytearray()
         self._pushing = False
-        for channel in ("push", "pull"):
-            self._unreached_since_s[channel] = time.monotonic()
-            self._dial(channel)
+        self._scratch = bytearray()
+        wants_memory = transport in ("auto", "shm")
+
+        def hello(channel: Channel, connection: Connection) -> tuple[Header, Hello]:
+            return receiver.make_hello(channel, share=connection.is_local and wants_memory)
+
+        self._pushes, self._pulls = _Pushes(self), _Pulls(self)
+        self._push_line = ReconnectingConnection(
+            reactor, self._pushes, lambda connection: hello("push", connection), channel="push",
+            kinds=frozenset({FrameKind.ACK}), transport=transport, retry_s=_RETRY_S,
+        )  # fmt: skip
+        self._pull_line = ReconnectingConnection(
+            reactor, self._pulls, lambda connection: hello("pull", connection), channel="pull",
+            kinds=frozenset({FrameKind.VALUES, FrameKind.DIRECTIVE, FrameKind.MERGED}),
+            transport=transport, retry_s=_RETRY_S, body_target=self._values_target,
+        )  # fmt: skip
+        for line in self._lines:
+            line.follow(self.addresses)
+
+    @property
+    def _lines(self) -> tuple[ReconnectingConnection, ReconnectingConnection]:
+        return self._push_line, self._pull_line
 
     @property
     def is_connected(self) -> bool:
-        return len(self._connections) == 2
+        return all(line.connection is not None for line in self._lines)
+
+    @property
+    def transport(self) -> str:
+        """As `network.transport` spells it; "shm" when the partition shares memory."""
+        return "shm" if self._pushes.shares or self._pulls.shares else transport_of(self._pull_line.dialed)
 
     def unreached_s(self, now_s: float) -> float:
         """For how long nothing at the partition's addresses has taken a connection, by the monotonic clock; 0: there is
         one of each kind. From any thread."""
-        return max((now_s - since_s for since_s in list(self._unreached_since_s.values())), default=0.0)
+        return max(line.unreached_s(now_s) for line in self._lines)
 
     def close(self) -> None:
         """Drop the connections and stop dialling."""
-        self._closed = True
-        for connection in list(self._connections.values()):
-            connection.close()
+        for line in self._lines:
+            line.close()
 
     def pull(self, header: Header) -> None:
-        """Ask for values, if connected; `Receiver.heard` of the WELCOME asks again after a reconnect."""
-        connection = self._connections.get("pull")
+        """Ask for values, if connected; `Receiver.welcomed` asks again after a reconnect."""
+        connection = self._pull_line.connection
         if connection is not None:
             connection.send(header)
 
     def push(self) -> None:
-        """Send what is owed as far as the credit goes."""
-        connection = self._connections.get("push")
+        """Send what is pending as far as the credit goes."""
+        connection = self._push_line.connection
         if connection is None or self._pushing:
             return
         self._pushing = True
@@ -105,110 +119,90 @@ class Peer:
     def _push_soon(self) -> None:
         self._reactor.post(self.push)
 
-    def _dial(self, channel: str) -> None:
-        if self._closed:
-            return
-        try:
-            address = choose_address(self.addresses, self._wanted_transport)
-        except FrameError:
-            self._retry(channel)
-            return
-        self.transport = transport_of(address)
-        self._reactor.dial(address, self, lambda connection, _: self._dialled(channel, connection))
-
-    def _dialled(self, channel: str, connection: Connection | None) -> None:
-        if connection is None:
-            self._retry(channel)
-        elif self._closed:
-            connection.close()
-        else:
-            connection.context = channel
-            self._unreached_since_s.pop(channel, None)
-            header, told = self._receiver.greeting(channel)
-            told["share"] = connection.is_local and self._wanted_transport in ("auto", "shm")
-            connection.send(header, [json.dumps(told).encode()])
-
-    def _retry(self, channel: str) -> None:
-        self._failures[channel] += 1
-        low, high = _RETRY_S
-        delay = min(high, low * 1.5 ** min(self._failures[channel], 20)) * random.uniform(0.5, 1.5)
-        self._reactor.call_later(delay, lambda: self._dial(channel))
-
-    def body_target(self, connection: Connection, header: Header) -> memoryview:
-        """Connection's `Handler`: values land in the model's memory, the rest is small."""
-        if header.kind is FrameKind.VALUES and connection.context == "pull" and not header.flags & IN_MEMORY:
-            target = self._receiver.values.target(self.index, header)
-            return self._discard(header.length) if target is None else target
-        if header.kind in (FrameKind.VALUES, FrameKind.PUSH) or header.length > MAX_SMALL_BYTES:
-            raise FrameError(f"{header.kind.name} of {header.length} bytes from a partition")
-        return memoryview(bytearray(header.length))
-
-    def frame(self, connection: Connection, header: Header, body: memoryview) -> None:
-        if header.kind is FrameKind.ACK:
-            self._acknowledged(header, body)
-        elif header.kind is FrameKind.VALUES:
-            self._values(connection, header)
-        elif header.kind is FrameKind.WELCOME:
-            self._welcomed(connection, header, body)
-        else:
-            self._receiver.heard(self.index, header, body)
-
-    def _values(self, connection: Connection, header: Header) -> None:
-        in_memory = bool(header.flags & IN_MEMORY)
-        if connection.context != "pull" or in_memory == bool(header.length):
-            where = "in memory" if in_memory else f"of {header.length} bytes"
-            raise FrameError(f"values {where} on a {connection.context} connection", details={"field": "flags"})
-        if in_memory:
-            self._receiver.values.shown(self.index, header)
-        else:
-            self._receiver.values.landed(self.index, header)
-
-    def closed(self, connection: Connection, error: PsError | None) -> None:  # noqa: ARG002 - redialled whatever it was
-        channel = str(connection.context)
-        self._unreached_since_s[channel] = time.monotonic()
-        if self._connections.get(channel) is connection:
-            del self._connections[channel]
-            if channel == "push":
-                self._receiver.unmap_lanes(self.index)
-            self.reconnects += 1
-            self._failures[channel] = 0
-        if not self._closed:
-            self._retry(channel)
-
-    def _welcomed(self, connection: Connection, header: Header, body: memoryview) -> None:
-        channel = str(connection.context)
-        if self._closed:  # meanwhile
-            connection.close()
-            return
-        self._connections[channel] = connection
-        self._failures[channel] = 0
-        told, fds = json.loads(bytes(body)), connection.take_fds()
-        for surplus in fds[1:]:
-            os.close(surplus)
-        if fds:
-            self.transport = "shm"
-        if channel == "push":
-            lanes = self._receiver.map_lanes(self.index, fds[0], int(told["num_lanes"])) if fds else None
-            self.outbox.reconnected(int(told["granted_bytes"]), int(told["open_bucket"]), lanes)
-            self.push()
-        else:
-            if fds:
-                self._receiver.values.map(self.index, fds[0])
-            self._receiver.heard(self.index, header, body)
-
-    def _acknowledged(self, header: Header, body: memoryview) -> None:
-        if len(body) != ACK_BODY.size:
-            raise FrameError(f"an ACK of {len(body)} bytes", details={"field": "length"})
-        kind, self.outbox.granted_bytes, told = ACK_BODY.unpack(body)
-        if kind in (0, FrameKind.PUSH):  # others do not know
-            self.outbox.open_bucket = -1 if told == NO_BUCKET else told
-        if header.node != TreeNode(0, 0) or header.bucket or kind:
-            self.outbox.acknowledged(
-                (FrameKind(kind), header.step, header.bucket, header.node.first, header.node.leaves)
-            )
-        self.push()
+    def _values_target(self, header: Header) -> memoryview | None:
+        """Values land in the model's memory; other bodies are small."""
+        if header.kind is not FrameKind.VALUES or header.flags & IN_MEMORY:
+            return None
+        target = self.receiver.values.target(self.index, header)
+        return self._discard(header.length) if target is None else target
 
     def _discard(self, length: int) -> memoryview:
         if len(self._scratch) < length:
             self._scratch = bytearray(length)
         return memoryview(self._scratch)[:length]
+
+    def take_fd(self, line: ReconnectingConnection) -> int | None:
+        """The descriptor of the memory that came with a WELCOME; the caller's to close."""
+        assert line.connection is not None
+        fds = line.connection.take_fds()
+        for surplus in fds[1:]:
+            os.close(surplus)
+        return fds[0] if fds else None
+
+
+class _Pushes:
+    """Receives on the push connection: its WELCOME and ACKs."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.shares = False
+        self._peer = peer
+        self._is_welcome = False
+
+    def welcomed(self, header: Header, body: memoryview) -> None:  # noqa: ARG002 - Receiver's signature
+        peer, welcome = self._peer, Welcome.unpack(body)
+        fd = peer.take_fd(peer._push_line)
+        self._is_welcome, self.shares = True, fd is not None
+        lanes = peer.receiver.map_lanes(peer.index, fd, welcome.num_lanes) if fd is not None else None
+        peer.outbox.reconnected(welcome.granted_bytes, welcome.open_bucket, lanes)
+        peer.push()
+
+    def frame(self, header: Header, body: memoryview) -> None:
+        queue, ack = self._peer.outbox, Ack.unpack(body)
+        queue.granted_bytes = ack.granted_bytes
+        if ack.kind in (None, FrameKind.PUSH):  # others do not know
+            queue.open_bucket = ack.open_bucket
+        if ack.kind is not None:
+            queue.acknowledged((ack.kind, header.step, header.bucket, header.node.first, header.node.leaves))
+        self._peer.push()
+
+    def lost(self, error: PsError | None) -> None:  # noqa: ARG002 - it is dialed again whatever it was
+        if self._is_welcome:
+            self._is_welcome = self.shares = False
+            self._peer.reconnects += 1
+            self._peer.receiver.unmap_lanes(self._peer.index)
+
+
+class _Pulls:
+    """Receives on the pull connection: its WELCOME, values, and what the coordinator says."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.shares = False
+        self._peer = peer
+        self._is_welcome = False
+
+    def welcomed(self, header: Header, body: memoryview) -> None:  # noqa: ARG002 - Receiver's signature
+        peer, welcome = self._peer, Welcome.unpack(body)
+        fd = peer.take_fd(peer._pull_line)
+        self._is_welcome, self.shares = True, fd is not None
+        if fd is not None:
+            peer.receiver.values.map(peer.index, fd)
+        peer.receiver.welcomed(peer.index, welcome)
+
+    def frame(self, header: Header, body: memoryview) -> None:
+        peer = self._peer
+        if header.kind is not FrameKind.VALUES:
+            peer.receiver.receive(peer.index, header, body)
+            return
+        in_memory = bool(header.flags & IN_MEMORY)
+        if in_memory == bool(header.length):
+            where = "in memory" if in_memory else f"of {header.length} bytes"
+            raise FrameError(f"values {where} on a pull connection", details={"field": "flags"})
+        if in_memory:
+            peer.receiver.values.shown(peer.index, header)
+        else:
+            peer.receiver.values.landed(peer.index, header)
+
+    def lost(self, error: PsError | None) -> None:  # noqa: ARG002 - it is dialed again whatever it was
+        if self._is_welcome:
+            self._is_welcome = self.shares = False
+            self._peer.reconnects += 1

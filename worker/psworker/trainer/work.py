@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from pscluster.step.summary import Statistics
 from pscluster.v1.plan_pb2 import Plan
+from pscluster.wire.protocol import Directive
 
 WorkKey = tuple[int, int, int, str]  # timeline, version, holders, action
 Done = Mapping[WorkKey, Set[int]]  # shards that were computed, by what they were computed for
@@ -33,15 +34,6 @@ class Work:
     @property
     def key(self) -> WorkKey:
         return (self.timeline, self.version, self.holders, self.action)
-
-
-@dataclass(frozen=True)
-class Directive:
-    """The coordinator's word: what happens at `version`."""
-
-    generation: int
-    version: int
-    action: str
 
 
 def shards_of(plan: Plan, rank: int) -> list[int]:

@@ -3,7 +3,6 @@ reports."""
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -25,7 +24,8 @@ from pscluster.v1.plan_pb2 import (
     Progress,
     StepRecord,
 )
-from psserver.partition.coordinator.decisions import Action, decide, next_action
+from pscluster.wire.protocol import Action, Directive, Outcome
+from psserver.partition.coordinator.decisions import decide, next_action
 from psserver.partition.replication.metadata import MAX_RECORDS, ReplicatedMetadata
 from psserver.partition.step import commit
 from psserver.partition.step.commit import CommitDecision, Vote
@@ -123,8 +123,10 @@ class Coordinator:
         return self.action is not None
 
     @property
-    def directive(self) -> bytes:
-        return json.dumps({"action": self.action}).encode()
+    def directive(self) -> Directive:
+        """What happens at the committed version; once that is open."""
+        assert self.action is not None
+        return Directive(self.plan.generation, self.version, self.action)
 
     def adopt(self, plan: Plan) -> None:
         """A new generation without a restore: votes are called for anew; a stop may take effect."""
@@ -198,20 +200,20 @@ class Coordinator:
             self.out.send_merged()
         return fresh
 
-    def outcome(self, step: int, told: dict[str, object]) -> None:
+    def outcome(self, step: int, outcome: Outcome) -> None:
         """The trainer of shard 0 finalised an evaluation, or digested the final values. Repeats change nothing."""
         if step != self.version or self._is_over:
             return
-        if self.action == "evaluate" and "metrics" in told:
-            self._evaluated(told["metrics"])
-        elif self.action == "finish" and "sha256" in told:
+        if self.action == "evaluate" and outcome.metrics is not None:
+            self._evaluated(outcome.metrics)
+        elif self.action == "finish" and outcome.sha256:
             self._is_over = True
             self.report_progress(time.monotonic(), force=True)
             finished = Finished(
                 generation=self.plan.generation,
                 step=self.version,
                 stopped=self.version < self.plan.final_step,
-                parameters_sha256=str(told["sha256"]),
+                parameters_sha256=outcome.sha256,
             )
             self.out.report(ProcessReport(finished=finished))
 
@@ -285,13 +287,12 @@ class Coordinator:
             # Before its snapshot's parts: the master moves upon both.
             self.report_progress(time.monotonic(), force=True)
 
-    def _evaluated(self, metrics: object) -> None:
+    def _evaluated(self, metrics: Mapping[str, float]) -> None:
         self.evaluated = self.version
         self.merged = None
         self.report_progress(time.monotonic(), force=True)
-        found = {str(name): float(value) for name, value in metrics.items()} if isinstance(metrics, dict) else {}
-        self.out.evaluated(self.version, found)
-        self._report_evaluated(self.version, found)
+        self.out.evaluated(self.version, metrics)
+        self._report_evaluated(self.version, metrics)
         self._choose_action()
 
     def _report_evaluated(self, version: int, metrics: Mapping[str, float]) -> None:

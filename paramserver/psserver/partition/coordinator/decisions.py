@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
 
 from pscluster.job.spec import JobSpec
 from pscluster.step.summary import Summary
+from pscluster.wire.partition_protocol import DecisionKind
+from pscluster.wire.protocol import Action
 from psserver.partition.step.commit import CommitDecision, Vote, clip_coefficient, global_norm
-
-Action = Literal["train", "evaluate", "finish", "hold"]
 
 
 def evaluates_at(version: int, spec: JobSpec, final_step: int) -> bool:
@@ -55,7 +54,7 @@ def decide(
     made = step + 1
     snapshot = stop or save or snapshots_at(made, spec, final_step)
     if not finite:
-        kind: Literal["skip", "stop"] = "skip" if spec.on_nonfinite == "skip" else "stop"
+        kind: DecisionKind = "skip" if spec.on_nonfinite == "skip" else "stop"
         return CommitDecision(
             generation=generation, step=step, kind=kind, norm=norm, snapshot=snapshot and kind == "skip", last=stop
         )

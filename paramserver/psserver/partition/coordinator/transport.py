@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from pscluster.job.spec import JobSpec
-from pscluster.step.summary import unpack_statistics
 from pscluster.v1.plan_pb2 import Plan, ProcessReport
 from pscluster.wire.frame import AckResult, FrameKind, Header
-from psserver.partition import messages
+from pscluster.wire.partition_protocol import CommitDecision, Join
+from pscluster.wire.protocol import Outcome, pack_statistics, unpack_statistics
 from psserver.partition.coordinator.coordinator import Coordinator, Outputs
 from psserver.partition.ingress.clients import Client, Clients
 from psserver.partition.replication.metadata import ReplicatedMetadata
-from psserver.partition.step.commit import CommitDecision, Member
+from psserver.partition.step.commit import Member
 
 
 class CoordinatorTransport:
@@ -46,7 +46,7 @@ class CoordinatorTransport:
     def welcome(self, client: Client) -> None:
         """Tell a trainer that has just connected what is going on."""
         if self.coordinator.is_open:
-            self._clients.broadcast([client], FrameKind.DIRECTIVE, self.coordinator.version, self.coordinator.directive)
+            self._send_directive([client])
             self._send_merged()
 
     def hear(self, client: Client, header: Header, body: memoryview) -> None:
@@ -54,7 +54,7 @@ class CoordinatorTransport:
         if header.kind is FrameKind.STATISTICS:
             self.coordinator.statistics(header.step, header.node, unpack_statistics(body))
         else:
-            self.coordinator.outcome(header.step, messages.json_mapping(body))
+            self.coordinator.outcome(header.step, Outcome.unpack(body))
         self._clients.acknowledge(client, header, AckResult.APPLIED, -1)
 
     def report_progress(self, now_s: float) -> None:
@@ -66,20 +66,22 @@ class CoordinatorTransport:
         if index == 0:
             self._hear_decision(decision)
         else:
-            self._to_partition(index, FrameKind.DECISION, decision.step, messages.pack_decision(decision))
+            self._to_partition(index, FrameKind.DECISION, decision.step, decision.pack())
 
     def _send_call(self, index: int) -> None:
         if index != 0:  # its own vote is cast again when the partition adopts the plan
-            self._to_partition(index, FrameKind.JOIN, self.coordinator.version, b"")
+            self._to_partition(index, FrameKind.JOIN, self.coordinator.version, Join().pack())
 
     def _to_partition(self, index: int, kind: FrameKind, step: int, body: bytes) -> None:
         members = [client for client in self._clients.on("vote") if client.index == index]
         self._clients.broadcast(members, kind, step, body)
 
     def _direct(self) -> None:
-        self._clients.broadcast(
-            self._clients.on("pull"), FrameKind.DIRECTIVE, self.coordinator.version, self.coordinator.directive
-        )
+        self._send_directive(self._clients.on("pull"))
+
+    def _send_directive(self, trainers: list[Client]) -> None:
+        directive = self.coordinator.directive
+        self._clients.broadcast(trainers, FrameKind.DIRECTIVE, directive.version, directive.pack())
 
     def _send_merged(self) -> None:
         coordinator = self.coordinator
@@ -91,4 +93,4 @@ class CoordinatorTransport:
             if any(r.first <= 0 < r.first + r.count for r in placement.shards)
         }
         owners = [client for client in self._clients.on("pull") if client.index in holders]
-        self._clients.broadcast(owners, FrameKind.MERGED, coordinator.version, coordinator.merged.tobytes())
+        self._clients.broadcast(owners, FrameKind.MERGED, coordinator.version, pack_statistics(coordinator.merged))

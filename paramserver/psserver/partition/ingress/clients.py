@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -11,12 +10,10 @@ import torch
 from pscluster.step.codec import as_bytes
 from pscluster.step.tree import TreeNode
 from pscluster.wire.connection import Connection
-from pscluster.wire.frame import EXACT, IN_MEMORY, WITH_FROZEN, AckResult, Codec, FrameKind, Header, checksum
+from pscluster.wire.frame import EXACT, IN_MEMORY, NO_NODE, WITH_FROZEN, AckResult, Codec, FrameKind, Header, checksum
 from pscluster.wire.memory import Lanes
+from pscluster.wire.protocol import Ack
 from psserver.partition.step.state import PartitionState
-
-ACK_BODY = struct.Struct("<BQI")  # kind acknowledged (0: credit alone), granted bytes, open bucket
-NO_BUCKET = 0xFFFF_FFFF
 
 
 @dataclass(eq=False)
@@ -102,7 +99,7 @@ class Clients:
         return client.told_bytes - client.pushed_bytes < self.largest_bytes
 
     def _tell_credit(self, client: Client, open_bucket: int) -> None:
-        self._send_ack(client, 0, 0, 0, TreeNode(0, 0), AckResult.APPLIED, open_bucket)
+        self._send_ack(client, None, 0, 0, NO_NODE, AckResult.APPLIED, open_bucket)
 
     def serve_pulls(self, state: PartitionState, version_of: Callable[[int], int]) -> None:
         """Send every owed bucket whose version is new enough, first-needed first."""
@@ -158,12 +155,18 @@ class Clients:
         client.connection.send(header, [body], tag=("values", bucket), body_checksum=body_checksum)
 
     def _send_ack(
-        self, client: Client, kind: int, step: int, bucket: int, node: TreeNode, result: AckResult, open_bucket: int
+        self,
+        client: Client,
+        kind: FrameKind | None,
+        step: int,
+        bucket: int,
+        node: TreeNode,
+        result: AckResult,
+        open_bucket: int,
     ) -> None:
         header = self._header(kind=FrameKind.ACK, step=step, bucket=bucket, node=node, flags=int(result))
         client.told_bytes = client.granted_bytes
-        told = open_bucket if open_bucket >= 0 else NO_BUCKET
-        client.connection.send(header, [ACK_BODY.pack(kind, client.granted_bytes, told)])
+        client.connection.send(header, [Ack(kind, client.granted_bytes, open_bucket).pack()])
 
 
 def _codec(words: torch.Tensor) -> Codec:

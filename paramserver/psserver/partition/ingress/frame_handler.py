@@ -25,7 +25,8 @@ from pscluster.wire.frame import (
     Header,
     lane_of,
 )
-from psserver.partition import messages
+from pscluster.wire.partition_protocol import Sync, Vote
+from pscluster.wire.protocol import MAX_HELLO_BYTES, WEIGHT_BYTES, Hello, unpack_weight
 from psserver.partition.ingress.clients import Client, Clients
 from psserver.partition.step.commit import Member
 from psserver.partition.step.open_step import OpenStep
@@ -36,11 +37,9 @@ _FITTING = {
     "push": frozenset({FrameKind.INIT, FrameKind.PUSH, FrameKind.STATISTICS, FrameKind.OUTCOME}),
     "pull": frozenset({FrameKind.PULL}),
     "vote": frozenset({FrameKind.VOTE, FrameKind.JOIN}),
-    "replica": frozenset({FrameKind.SYNC, FrameKind.PIECE, FrameKind.PUSH, FrameKind.DECISION, FrameKind.NOTE}),
+    "replica": frozenset({FrameKind.SYNC, FrameKind.PIECE, FrameKind.PUSH, FrameKind.DECISION, FrameKind.METADATA}),
 }
 _TO_STANDBY = _FITTING["replica"] - {FrameKind.PUSH}
-_MAX_HELLO_BYTES = 4096
-_AGE_BYTES = 24  # of JSON, at most, for each tensor
 
 
 class Receiver(Protocol):
@@ -58,7 +57,7 @@ class Receiver(Protocol):
     def job(self) -> int:
         """The job's number in frames."""
 
-    def greet(self, client: Client, header: Header, told: dict[str, object]) -> None:
+    def greet(self, client: Client, header: Header, hello: Hello) -> None:
         """A HELLO."""
 
     def take_initial(self, bucket: int) -> None:
@@ -104,18 +103,24 @@ class FrameHandler:
         client = self._service.clients.of(connection)
         self._check_sender(client, header)
         if header.kind is FrameKind.HELLO:
-            return _small(header, _MAX_HELLO_BYTES)
+            return _small(header, MAX_HELLO_BYTES)
         if header.kind is FrameKind.VOTE:
             blocks = sum(b.num_blocks for b in self._service.state.layout.buckets) if self._service.state else 0
-            return _small(header, messages.vote_bytes(blocks))
+            return _small(header, Vote.max_bytes(blocks))
         if header.kind is FrameKind.STATISTICS:
             self._check_tree_node(header)
         if header.kind is FrameKind.PIECE:
             return self._service.piece_target(header)
         if header.kind is FrameKind.SYNC:
             tensors = len(self._service.state.layout.tensors) if self._service.state else 0
-            return _small(header, MAX_SMALL_BYTES + _AGE_BYTES * tensors)
-        if header.kind in (FrameKind.STATISTICS, FrameKind.OUTCOME, FrameKind.JOIN, FrameKind.DECISION, FrameKind.NOTE):
+            return _small(header, Sync.max_bytes(tensors))
+        if header.kind in (
+            FrameKind.STATISTICS,
+            FrameKind.OUTCOME,
+            FrameKind.JOIN,
+            FrameKind.DECISION,
+            FrameKind.METADATA,
+        ):
             return _small(header, MAX_SMALL_BYTES)
         if header.kind in (FrameKind.PUSH, FrameKind.INIT):
             return self._bucket_target(client, header)
@@ -128,7 +133,7 @@ class FrameHandler:
         if not header.length and header.kind is not FrameKind.PULL:
             self.body_target(connection, header)  # asked for no memory: refused now what would have been refused then
         if header.kind is FrameKind.HELLO:
-            service.greet(client, header, messages.json_mapping(body))
+            service.greet(client, header, Hello.unpack(body))
         elif header.kind is FrameKind.PUSH:
             self._push(client, header, body)
         elif header.kind is FrameKind.INIT:
@@ -177,7 +182,7 @@ class FrameHandler:
             raise FrameError(f"bucket {header.bucket}, of which there is nothing here", details={"field": "bucket"})
         self._check_node(header, state.layout.buckets[header.bucket].kind)
         if header.flags & UNCHANGED:
-            _expect(header, messages.WEIGHT_BYTES)
+            _expect(header, WEIGHT_BYTES)
             return memoryview(bytearray(header.length))
         trained = header.kind is FrameKind.PUSH and header.bucket in step.trained
         network = self._service.spec.network
@@ -292,7 +297,7 @@ class FrameHandler:
         state = self._service.state
         assert state is not None
         if header.flags & UNCHANGED:
-            return BufferNode(messages.unpack_weight(body), None)
+            return BufferNode(unpack_weight(body), None)
         return BufferNode(0.0, torch.frombuffer(body, dtype=state.values[header.bucket].dtype))
 
     def _initial(self, client: Client, header: Header, body: memoryview) -> None:

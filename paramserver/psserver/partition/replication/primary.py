@@ -9,25 +9,27 @@ standby, and when the two are in sync, is decided in `bond`.
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Protocol
 
-from pscluster.errors import FrameError
+from pscluster.errors import PsError
+from pscluster.job.spec import JobSpec
 from pscluster.step.codec import BufferNode, as_bytes
 from pscluster.step.layout import WORD_BYTES
 from pscluster.v1.plan_pb2 import Plan, ProcessReport, StandbyState
 from pscluster.wire.connection import Connection
+from pscluster.wire.dialer import ReconnectingConnection
 from pscluster.wire.frame import SUMMARY, UNCHANGED, Codec, FrameKind, Header
+from pscluster.wire.partition_protocol import CommitDecision, Sync
+from pscluster.wire.protocol import Channel, Hello, StandbyWelcome, pack_weight
 from pscluster.wire.reactor import Reactor
-from psserver.partition import messages
-from psserver.partition.reconnecting_connection import Caller, ReconnectingConnection
 from psserver.partition.replication import in_sync as bond
 from psserver.partition.replication.in_sync import InSyncState
 from psserver.partition.replication.metadata import ReplicatedMetadata
-from psserver.partition.step.commit import CommitDecision, Member
+from psserver.partition.step.commit import Member
 from psserver.partition.step.open_step import OpenStep
 from psserver.partition.step.state import PartitionState
+from psserver.partition.telemetry import PartitionCounters
 
 PATIENCE_S = 5.0  # in which a standby that votes wait for must do something
 QUEUE_BYTES = 64 << 20  # of sums on their way to a standby that is not in sync, or those of two steps if that is more
@@ -35,10 +37,13 @@ _RETRY_S = (0.05, 1.0)
 _WATCH_S = 0.5
 
 
-class Primary(Caller, Protocol):
+class Primary(Protocol):
     """What the replication asks of its partition. Everything on the partition's thread."""
 
     index: int
+    spec: JobSpec
+    plan: Plan | None
+    counters: PartitionCounters
     state: PartitionState | None
     step: OpenStep | None
     member: Member
@@ -48,6 +53,12 @@ class Primary(Caller, Protocol):
     @property
     def is_updating(self) -> bool:
         """Whether a decision is being carried out: the state is of no step."""
+
+    def header(self, **fields: object) -> Header:
+        """A header of this job, generation and sender."""
+
+    def make_hello(self, channel: Channel) -> tuple[Header, Hello]:
+        """The HELLO to open a connection with."""
 
     def report(self, report: ProcessReport) -> None:
         """Tell the master."""
@@ -66,8 +77,11 @@ class Replication:
         self.bond = InSyncState()
         self._reactor = reactor
         self._primary = primary
-        kinds = frozenset({FrameKind.ACK})
-        self._line = ReconnectingConnection(reactor, primary, self, channel="replica", kinds=kinds, retry_s=_RETRY_S)
+        kinds = frozenset({FrameKind.ACK, FrameKind.HELD})
+        self._line = ReconnectingConnection(
+            reactor, self, self._make_hello, channel="replica", kinds=kinds,
+            transport=primary.spec.network.transport, retry_s=_RETRY_S,
+        )  # fmt: skip
         self._streams = False  # the standby was sent a state, or has one: steps follow
         self._sent: set[int] = set()  # buckets of the open step that were sent over this connection
         self._queued_bytes = 0  # of sums
@@ -129,13 +143,12 @@ class Replication:
         if connection is None or self._streams or state is None or not state.is_filled or primary.is_updating:
             return
         self._stream()
-        told = {
-            "update_counts": state.update_counts,
-            "decision": messages.decision_json(primary.member.last_decision),
-            "notes": primary.notes.to_json(),
-        }
-        header = primary.header(kind=FrameKind.SYNC, step=primary.member.step)
-        connection.send(header, [json.dumps(told).encode()])
+        sync = Sync(
+            update_counts=state.update_counts,
+            decision=primary.member.last_decision,
+            metadata=primary.notes.to_wire(),
+        )
+        connection.send(primary.header(kind=FrameKind.SYNC, step=primary.member.step), [sync.pack()])
         with primary.counters.phase("snapshot"):
             pieces = state.pieces()
         for (bucket, what), data in pieces.items():
@@ -148,8 +161,8 @@ class Replication:
     def note(self) -> None:
         """The coordinator's notes have changed."""
         if self._line.connection is not None and self._streams:
-            header = self._primary.header(kind=FrameKind.NOTE, step=self._primary.member.step)
-            self._line.connection.send(header, [json.dumps(self._primary.notes.to_json()).encode()])
+            header = self._primary.header(kind=FrameKind.METADATA, step=self._primary.member.step)
+            self._line.connection.send(header, [self._primary.notes.to_wire().pack()])
 
     @property
     def lag_steps(self) -> int | None:
@@ -167,7 +180,7 @@ class Replication:
         sums = step.sums(bucket)
         root, node = sums.root, sums.tree.root
         if isinstance(root, BufferNode) and root.words is None:
-            body = messages.pack_weight(root.weight)
+            body = pack_weight(root.weight)
             self._send(header(kind=FrameKind.PUSH, step=at, bucket=bucket, node=node, flags=UNCHANGED), body)
             return
         words = root.words if isinstance(root, BufferNode) else root
@@ -202,7 +215,7 @@ class Replication:
 
     def _send_decision(self, decision: CommitDecision) -> None:
         header = self._primary.header(kind=FrameKind.DECISION, step=decision.step)
-        self._send(header, messages.pack_decision(decision))
+        self._send(header, decision.pack())
 
     def _limit_bytes(self) -> int:
         state = self._primary.state
@@ -213,15 +226,17 @@ class Replication:
 
     def welcomed(self, header: Header, body: memoryview) -> None:  # noqa: ARG002 - Listener's signature
         self._heard += 1
-        self._begin(messages.json_mapping(body))
+        self._begin(StandbyWelcome.unpack(body))
 
-    def heard(self, header: Header, body: memoryview) -> None:  # noqa: ARG002 - Listener's signature
+    def frame(self, header: Header, body: memoryview) -> None:  # noqa: ARG002 - Listener's signature
         self._heard += 1
         if header.kind is FrameKind.HELD:
             self._held(header.step)
 
-    def lost(self) -> None:
+    def lost(self, error: PsError | None) -> None:
         """Maybe within a send, whose caller relies on the open step: a vote, and what follows from it, comes later."""
+        if error is not None:
+            self._primary.counters.refused(error)
         self._forget_connection()
         self._reactor.post(self._primary.try_vote)  # a queue that was too long is no more
 
@@ -233,11 +248,12 @@ class Replication:
     def _forget_connection(self) -> None:
         self._streams, self._queued_bytes = False, 0
 
-    def _begin(self, told: dict[str, object]) -> None:
+    def _make_hello(self, _connection: Connection) -> tuple[Header, Hello]:
+        return self._primary.make_hello("replica")
+
+    def _begin(self, welcome: StandbyWelcome) -> None:
         """The standby says what it holds: go on from there, or give it the whole state."""
-        reach, applied = told.get("reach"), told.get("applied")
-        if not isinstance(reach, int) or not isinstance(applied, int):
-            raise FrameError("a welcome that does not say what is held", details={"field": "body"})
+        reach, applied = welcome.reach, welcome.applied
         member = self._primary.member
         if bond.resumes(self.bond, reach, applied, member.step):
             self._stream()

@@ -7,17 +7,17 @@ and taking over is beginning to speak.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Protocol
 
 from pscluster.errors import FrameError
 from pscluster.storage.snapshot import PieceKey
 from pscluster.wire.frame import Codec, FrameKind, Header
-from psserver.partition import messages
+from pscluster.wire.partition_protocol import CommitDecision, Metadata, Sync
+from pscluster.wire.protocol import StandbyWelcome
 from psserver.partition.ingress.clients import Clients
 from psserver.partition.replication.metadata import ReplicatedMetadata
-from psserver.partition.step.commit import CommitDecision, Member
+from psserver.partition.step.commit import Member
 from psserver.partition.step.state import PartitionState
 
 
@@ -59,9 +59,9 @@ class Standby:
         member = self._listener.member
         return member.step + (member.vote is not None) if self.is_synced else -1
 
-    def welcome(self) -> dict[str, object]:
+    def welcome(self) -> StandbyWelcome:
         """What a partition is told that greets its standby."""
-        return {"reach": self.reach, "applied": self._listener.member.step}
+        return StandbyWelcome(reach=self.reach, applied=self._listener.member.step)
 
     def say_held(self) -> None:
         """Tell the partition what is held; repeating it is harmless."""
@@ -69,20 +69,18 @@ class Standby:
             client.connection.send(self._listener.header(kind=FrameKind.HELD, step=self.reach))
 
     def hear(self, header: Header, body: memoryview) -> None:
-        """A SYNC, a PIECE that has landed, a DECISION or a NOTE."""
+        """A SYNC, a PIECE that has landed, a DECISION or METADATA."""
         if header.kind is FrameKind.SYNC:
-            self._begin(header, messages.json_mapping(body))
+            self._begin(header, Sync.unpack(body))
         elif header.kind is FrameKind.PIECE:
             self._missing.discard(_key(header))
             self._end_if_whole()
         elif not self.is_synced:
             raise FrameError(f"a {header.kind.name} before the state", details={"field": "kind"})
         elif header.kind is FrameKind.DECISION:
-            self._decide(messages.unpack_decision(body))
+            self._decide(CommitDecision.unpack(body))
         else:
-            told = _notes(messages.json_mapping(body))
-            told.records = self._listener.notes.records
-            self._listener.notes = told
+            self._listener.notes.receive(Metadata.unpack(body))
 
     def target(self, header: Header) -> memoryview:
         """Where a PIECE belongs. Raises FrameError for one that is not expected."""
@@ -100,25 +98,20 @@ class Standby:
         for client in self._listener.clients.on("replica"):
             client.connection.resume_reading()
 
-    def _begin(self, header: Header, told: Mapping[str, object]) -> None:
+    def _begin(self, header: Header, sync: Sync) -> None:
         """A state is on its way: what was held until now is worth nothing."""
         listener = self._listener
         state = listener.state
         assert state is not None  # greeted only then
-        update_counts = told.get("update_counts")
-        if (
-            not isinstance(update_counts, list)
-            or len(update_counts) != len(state.layout.tensors)
-            or any(type(a) is not int for a in update_counts)
-        ):
-            raise FrameError("a state without its ages", details={"field": "body"})
-        notes, decision = _notes(told.get("notes")), messages.decision_of(told.get("decision"))
+        if len(sync.update_counts) != len(state.layout.tensors):
+            raise FrameError(f"{len(sync.update_counts)} update counts of a state", details={"field": "body"})
         self.is_synced = False
         state.reset()
-        state.update_counts = list(update_counts)
+        state.update_counts = sync.update_counts
         listener.begin_at(header.step)
-        listener.member = replace(listener.member, last_decision=decision)
-        listener.notes = notes
+        listener.member = replace(listener.member, last_decision=sync.decision)
+        listener.notes = ReplicatedMetadata()
+        listener.notes.receive(sync.metadata)
         self._targets = state.places()
         self._missing = set(self._targets)
         self._end_if_whole()
@@ -145,12 +138,3 @@ class Standby:
 
 def _key(header: Header) -> PieceKey:
     return header.bucket, "values" if header.flags == 0 else f"moment{header.flags - 1}"
-
-
-def _notes(told: object) -> ReplicatedMetadata:
-    try:
-        if not isinstance(told, dict):
-            raise TypeError("notes are no mapping")
-        return ReplicatedMetadata.from_json(told)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise FrameError(f"notes do not parse: {error!r}", details={"field": "body"}) from None

@@ -10,37 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
-DecisionKind = Literal["commit", "skip", "stop"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Vote:
-    """One partition's word on the open step. `squares`: the sum of squares of each of its blocks of trained buckets,
-    keyed by global block number; `finite`: every sum in them, and in its averaged buffers, is a finite number."""
-
-    generation: int
-    step: int
-    partition: int
-    squares: Mapping[int, float] = field(default_factory=dict)
-    finite: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class CommitDecision:
-    """What becomes of a step. `scale` multiplies the summed gradient; `norm` is the mean gradient's, before clipping.
-
-    `snapshot`: the version it makes is to be written; `last`: training ends with it.
-    """
-
-    generation: int
-    step: int
-    kind: DecisionKind
-    scale: float = 1.0
-    norm: float = 0.0
-    snapshot: bool = False
-    last: bool = False
+from pscluster.wire.partition_protocol import CommitDecision as CommitDecision
+from pscluster.wire.partition_protocol import Vote as Vote
 
 
 @dataclass(frozen=True, kw_only=True)

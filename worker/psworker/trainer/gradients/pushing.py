@@ -7,12 +7,10 @@ it is sent from where autograd left it otherwise; `staging` takes it from a devi
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from pscluster.job.spec import JobSpec
@@ -22,6 +20,7 @@ from pscluster.step.summary import Statistics, Summary
 from pscluster.step.tree import TreeNode
 from pscluster.wire.frame import SUMMARY, UNCHANGED, Buffer, Codec, FrameKind, Header
 from pscluster.wire.memory import Lanes
+from pscluster.wire.protocol import Outcome, pack_statistics, pack_weight
 from psworker.staging import Staging
 from psworker.trainer.gradients.gather import Gradients, Pieces, cut, gather, write
 from psworker.trainer.gradients.send_queue import Lane
@@ -79,7 +78,7 @@ class Pushing:
     def unchanged(self, work: Work, bucket: int, node: TreeNode, weight: float) -> None:
         """Owe every partition the word that a bucket of buffers did not move in this node of `weight`."""
         header = self._header(work, FrameKind.PUSH, bucket=bucket, node=node, flags=UNCHANGED)
-        body = np.array([weight], dtype="<f8").tobytes()
+        body = pack_weight(weight)
         self._owe(self._order(bucket), header, [Send(index, [body]) for index, _ in self._holders(bucket)])
 
     def summary(self, work: Work, node: TreeNode, summary: Summary) -> None:
@@ -91,12 +90,12 @@ class Pushing:
     def statistics(self, work: Work, node: TreeNode, statistics: Statistics) -> None:
         """Owe the coordinator a node of an evaluation."""
         header = self._header(work, FrameKind.STATISTICS, bucket=SUMMARY, node=node)
-        self._owe(0, header, [Send(0, [statistics.tobytes()])])
+        self._owe(0, header, [Send(0, [pack_statistics(statistics)])])
 
-    def outcome(self, work: Work, outcome: dict[str, object]) -> None:
+    def outcome(self, work: Work, outcome: Outcome) -> None:
         """Owe the coordinator the finalised metrics, or the digest."""
         header = self._header(work, FrameKind.OUTCOME, bucket=SUMMARY, node=TreeNode(0, 1))
-        self._owe(1, header, [Send(0, [json.dumps(outcome).encode()])])
+        self._owe(1, header, [Send(0, [outcome.pack()])])
 
     def initial(self, work: Work, partitions: Sequence[int], memory: BucketMemory) -> None:
         """Owe these partitions their first values, which are copied out of `memory`."""
