@@ -86,7 +86,7 @@ def test_ten_minutes_of_reports_wait_and_a_new_master_takes_them_in_order() -> N
     world = World()
     world.running(durability={"every_steps": 100}, train={"max_steps": 10_000})
     coordinator = world.wanted()["partition-0"]
-    before, outbox = world.job(), ReportQueue()
+    before, queue = world.job(), ReportQueue()
     step = before.step
     for second in range(600):
         records = [StepRecord(step=step + n, loss=0.5, time_s=2_000 + second + n / 10) for n in range(1, 11)]
@@ -95,17 +95,17 @@ def test_ten_minutes_of_reports_wait_and_a_new_master_takes_them_in_order() -> N
         if step % 100 < 10:
             reports += [ProcessReport(snapshot_part=SnapshotPart(step=step, partition=0, generation=1, path="p"))]
         for report in reports:
-            outbox.add(AgentMessage(event=ProcessEvent(process_id=coordinator.process_id, report=report)))
+            queue.add(AgentMessage(event=ProcessEvent(process_id=coordinator.process_id, report=report)))
         line = LogLine(time_s=2_000 + second, stream="stdout", text="x" * 200)
-        outbox.add(AgentMessage(log=LogLines(process_id=coordinator.process_id, lines=[line] * 5)))
-    assert outbox.num_dropped == 0
+        queue.add(AgentMessage(log=LogLines(process_id=coordinator.process_id, lines=[line] * 5)))
+    assert queue.num_dropped == 0
     world.now = type(world.now)(mono_s=world.now.mono_s + 600, unix_s=world.now.unix_s + 600)
     world.restart()
     facts = {name: (process.process_id, process.placement.node_id) for name, process in world.wanted().items()}
     for node_id in {node for _, node in facts.values()}:
         world.rejoin(node_id, *(_process(id_, node) for id_, node in facts.values() if node == node_id))
     lines = 0
-    for message in outbox.after(0, 10_000):
+    for message in queue.after(0, 10_000):
         report = from_proto.report(message.event.report) if message.HasField("event") else None
         if report is not None:
             lines += len(world.report_as(coordinator.placement.node_id, coordinator.process_id, report).lines)

@@ -134,7 +134,7 @@ class LocalCluster:
         process.send_signal(signal.SIGKILL)
         wait_gone([process])
 
-    def leftovers(self) -> list[str]:
+    def remaining(self) -> list[str]:
         """What of the cluster still exists after `psctl down`: processes, sockets, shared memory, temporary files."""
         alive = [f"process {p.pid} {' '.join(p.cmdline())}" for p in self.seen.values() if _is_alive(p)]
         found = [str(path) for path in [runtime_dir(self.state_dir)] if path.exists()]
@@ -168,7 +168,7 @@ def local_cluster(
         cluster.note_processes()
     finally:
         cluster.psctl("down")
-    assert cluster.leftovers() == []
+    assert cluster.remaining() == []
 
 
 def wait_gone(processes: Sequence[psutil.Process]) -> None:

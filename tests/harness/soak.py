@@ -142,7 +142,7 @@ def soak(plan: Soak, root: Path, evidence: Path, log: Log, digest: str | None = 
         raise
     _resume_stopped(cluster)
     cluster.psctl("down")
-    left = cluster.leftovers()
+    left = cluster.remaining()
     if left:
         raise Violation(f"{len(left)} things are left after `psctl down`, first {left[0]}", "\n".join(left))
     return result

@@ -171,13 +171,13 @@ class StaticJob:
             try:
                 child, report = self._arrived.get(timeout=max(0.01, deadline - time.monotonic()))
             except queue.Empty:
-                raise AssertionError(f"timed out waiting for {what or condition}: {self.tails()}") from None
+                raise AssertionError(f"timed out waiting for {what or condition}: {self.log_ends()}") from None
             if report is not None:
                 self._take(child, report)
             elif self.children.get(child.name) is child:
                 raise AssertionError(f"{child.name} ended: {child.log.read_text()[-2000:]}")
 
-    def tails(self) -> str:
+    def log_ends(self) -> str:
         return " | ".join(f"{c.name}: {c.log.read_text()[-500:]}" for c in self.children.values())
 
     def reported(self, name: str, body: str) -> list[Any]:
