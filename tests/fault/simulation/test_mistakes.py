@@ -23,6 +23,7 @@ def _references() -> None:
 
 
 @pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.slow
 def test_a_planted_mistake_is_found(name: str) -> None:
     mistake = MISTAKES[name]
     with ExitStack() as stack:
