@@ -1,11 +1,11 @@
-"""Every error a person or a peer can meet, split by who must act.
+"""Every error that a person or a peer can get, split by who must act.
 
     PsError
-    |-- CallerError        the request is wrong: whoever asked must change it
+    |-- CallerError        the request is wrong: the caller must change it
     |   |-- SpecError          PS-1001  a job spec that cannot be accepted
     |   |-- BundleError        PS-1002  a code bundle that cannot be packed or extracted safely
     |   |-- NotFoundError      PS-1003  no such job, node, snapshot
-    |   |-- StateError         PS-1004  the thing exists but cannot do this now (delete a running job)
+    |   |-- StateError         PS-1004  the object exists but cannot do this now (delete a running job)
     |   |-- AuthError          PS-1005  no token, or a wrong one
     |   |-- SettingsError      PS-1006  a daemon's or psctl's own settings
     |   |-- TaskError          PS-2001  the user's task: does not import, raises, returns a wrong shape
@@ -13,28 +13,28 @@
     |   |-- DataError          PS-2003  data missing, unreadable, or differing between nodes
     |   |-- LayoutError        PS-2004  a model that cannot be laid out, or differs between trainers
     |   |-- NonFiniteError     PS-2005  NaN or infinity in loss or gradient
-    |   `-- PreflightError     PS-2006  one table of what is wrong on which node
-    |-- PeerError            the other side is at fault or away: it must act, or come back
-    |   |-- UnreachableError   PS-3001  nobody answers (no cluster, master away)
+    |   `-- PreflightError     PS-2006  failed checks: one table of what is wrong on which node
+    |-- PeerError            the peer is at fault or unreachable: it must act, or recover
+    |   |-- UnreachableError   PS-3001  nobody answers (no cluster, master down)
     |   |-- FrameError         PS-3002  a data-plane frame that breaks the protocol
-    |   |-- FencedError        PS-3003  a newer generation exists: ask for the plan
-    |   |-- VersionSkewError   PS-3004  the peer speaks another protocol version
-    |   |-- ProcessLostError   PS-3005  a trainer or partition ended by a signal or vanished
-    |   `-- OutOfMemoryError   PS-3006  a process ended for want of memory
+    |   |-- VersionSkewError   PS-3004  the peer has another protocol version
+    |   |-- ProcessLostError   PS-3005  a trainer or partition was ended by a signal, or is gone
+    |   `-- OutOfMemoryError   PS-3006  a process ran out of memory
     `-- LocalError           this machine or this program is at fault
         |-- AddressInUseError  PS-4001  a port or socket is taken
         |-- StorageError       PS-4002  a directory is not writable, a disk is full, a file is torn
-        |-- UnhealthyError     PS-4003  a member of the cluster is sick
-        |-- DeviceError        PS-4004  a CUDA device that is not there, is taken, or that torch cannot use
-        |-- DamagedError       PS-4005  what is read is not what was written: torn, bit-flipped, gone
+        |-- UnhealthyError     PS-4003  a daemon of the cluster is unhealthy
+        |-- DeviceError        PS-4004  a CUDA device that does not exist, is taken, or that torch cannot use
+        |-- DamagedError       PS-4005  data read differs from data written: torn, bit-flipped, gone
         |-- JobFailedError     PS-4100  the job awaited ended FAILED
         |-- JobStoppedError    PS-4103  the job awaited ended STOPPED
-        |-- WaitTimeoutError   PS-4101  the job awaited did not get there in time
-        `-- InternalError      PS-9001  a bug of ours
+        |-- WaitTimeoutError   PS-4101  the job awaited did not reach its goal in time
+        `-- InternalError      PS-9001  a bug of pscluster
 
-An error carries fields, not prose: `cause` says what happened, `action` what to do next, `details` the
-machine-readable rest (strings only, so that every error crosses a process boundary unchanged).
-`to_dict` and `from_dict` are that crossing; `pscluster.rpc` maps it to gRPC status and back.
+An error carries fields: `cause` says what happened, `action` what to do next, `details` is machine-readable (strings
+only, so that every error crosses a process boundary unchanged). `to_dict` and `from_dict` are the one mapping to and
+from plain data; ErrorDetail messages use it, and `pscluster.rpc.status` maps it to gRPC status and back. PS-3003 is
+retired: do not reuse it.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ class PsError(Exception):
         return f"{self.code}: {self.cause}" + (f" ({self.action})" if self.action else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """The error as plain JSON types; `from_dict` gives an equal error in another process."""
+        """The error as plain JSON types; `from_dict` returns an equal error in another process."""
         return {"code": self.code, "cause": self.cause, "action": self.action, "details": self.details}
 
 
 def from_dict(data: Mapping[str, Any]) -> PsError:
-    """The error that `to_dict` described. An unknown code (a newer peer's) gives a PsError that keeps it."""
+    """The inverse of `to_dict`. An unknown code (of a newer peer) becomes a PsError that keeps it."""
     kind = _by_code().get(str(data.get("code", "")))
     error = (kind or PsError)(
         str(data.get("cause", "")),
@@ -82,13 +82,13 @@ def _by_code() -> dict[str, type[PsError]]:
     waiting: list[type[PsError]] = [PsError]
     while waiting:
         kind = waiting.pop(0)
-        found.setdefault(kind.code, kind)  # one without a code of its own is known by its parent's
+        found.setdefault(kind.code, kind)  # a subclass without its own code maps to its parent
         waiting.extend(kind.__subclasses__())
     return found
 
 
 class CallerError(PsError):
-    """Whoever asked must change the request."""
+    """The caller must change the request."""
 
     code = "PS-1000"
 
@@ -132,7 +132,7 @@ class TaskError(CallerError):
 
 class LossContractError(TaskError):
     code = "PS-2002"
-    default_action = "return (sum of the losses, how many were summed), not their mean"
+    default_action = "return (sum of the losses, number of losses), not their mean"
 
 
 class DataError(TaskError):
@@ -152,11 +152,11 @@ class NonFiniteError(TaskError):
 
 class PreflightError(TaskError):
     code = "PS-2006"
-    default_action = "mend what the table names on each node"
+    default_action = "fix the failing checks on each node"
 
 
 class PeerError(PsError):
-    """The other side must act, or come back."""
+    """The peer must act, or recover."""
 
     code = "PS-3000"
 
@@ -169,10 +169,6 @@ class UnreachableError(PeerError):
 
 class FrameError(PeerError):
     code = "PS-3002"
-
-
-class FencedError(PeerError):
-    code = "PS-3003"
 
 
 class VersionSkewError(PeerError):
@@ -212,14 +208,14 @@ class UnhealthyError(LocalError):
 
 class DeviceError(LocalError):
     code = "PS-4004"
-    default_action = "see what each node has with `psctl nodes -o wide`, or set workers.device"
+    default_action = "see the devices of each node with `psctl nodes -o wide`, or set workers.device"
 
 
 class DamagedError(StorageError):
-    """Not for want of a disk or a network: the file was read, and is not what was written. Trying again is in vain."""
+    """The file was read and differs from what was written, so a retry does not help."""
 
     code = "PS-4005"
-    default_action = "an older copy is used where there is one; look at the disk that held it"
+    default_action = "an older copy is used if there is one; check the disk that held this one"
 
 
 class JobFailedError(LocalError):

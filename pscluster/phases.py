@@ -1,4 +1,4 @@
-"""Where a process's time goes, by phase: what trainers and partitions export as ps_phase_seconds_total."""
+"""Wall-clock time by phase, which trainers and partitions export as ps_phase_seconds_total."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Phases:
 
     def __init__(self, names: Iterable[str]) -> None:
         self.seconds = dict.fromkeys(names, 0.0)
-        self._inner_s = 0.0  # spent in phases within the one that runs
+        self._inner_s = 0.0  # spent in phases inside the running one
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:

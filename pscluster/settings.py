@@ -1,13 +1,12 @@
 """Settings: a frozen, keyword-only dataclass beside what it configures, resolved once at start.
 
 `resolve(cls, flags, environ, file)` fills such a dataclass: a flag beats the `PS_<FIELD>` environment
-variable, which beats the TOML file, which beats the field's default. `resolve_with_origins` tells where each
+variable, which beats the TOML file, which beats the field's default. `resolve_with_origins` also returns where each
 value came from. Fields may be str, int, float, bool, Path, tuple[str, ...] (comma-separated in the
-environment) and each of them `| None`. Keys of flags and file that the dataclass has not are
-`SettingsError`s; environment variables are shared by all processes, so those of others pass unread.
+environment) and each of them `| None`. Unknown keys of flags and file are
+`SettingsError`s; environment variables are shared by all processes, so unknown ones are ignored.
 
-The second half says where a local cluster keeps its things: `default_state_dir`, `runtime_dir`,
-`master_address`.
+The second half defines the paths of a local cluster: `default_state_dir`, `runtime_dir`, `master_address`.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ def resolve(cls: type[S], flags: Mapping[str, Any], environ: Mapping[str, str], 
 def resolve_with_origins(
     cls: type[S], flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None = None
 ) -> Resolved[S]:
-    """Fill dataclass `cls` and say where each value came from.
+    """Fill dataclass `cls` and return where each value came from.
 
     `flags` maps field names to parsed values; None means "not given". `file` is a TOML file that must exist
     when named. Raises SettingsError for an unknown or missing key, a value of the wrong type, or one that
@@ -161,7 +160,7 @@ def _without_none(hint: Any) -> Any:
 
 def _convert_plain(raw: Any, hint: Any) -> Any:
     if hint is Path and isinstance(raw, str | Path):
-        return Path(raw).expanduser().absolute()  # it is handed to processes that run in other directories
+        return Path(raw).expanduser().absolute()  # it is passed to processes that run in other directories
     if typing.get_origin(hint) is tuple:
         parts = [part.strip() for part in raw.split(",")] if isinstance(raw, str) else list(raw)
         if not all(isinstance(part, str) for part in parts):
@@ -185,7 +184,7 @@ def _truth(raw: Any) -> bool:
 
 
 def default_state_dir(environ: Mapping[str, str]) -> Path:
-    """The local cluster's state when nobody says where: $PS_STATE_DIR, else ~/.local/state/pscluster."""
+    """The default state directory of the local cluster: $PS_STATE_DIR, else ~/.local/state/pscluster."""
     if environ.get("PS_STATE_DIR"):
         return Path(environ["PS_STATE_DIR"]).expanduser().absolute()
     base = environ.get("XDG_STATE_HOME") or "~/.local/state"
@@ -193,7 +192,7 @@ def default_state_dir(environ: Mapping[str, str]) -> Path:
 
 
 def runtime_dir(state_dir: Path) -> Path:
-    """The directory of a local cluster's sockets: short whatever the state directory's length, one for each.
+    """The directory of a local cluster's sockets, derived from the state directory but always short.
 
     Only the path; `make_runtime_dir` creates it. Raises SettingsError when no temporary directory is short
     enough.
@@ -208,9 +207,9 @@ def runtime_dir(state_dir: Path) -> Path:
 
 
 def make_runtime_dir(state_dir: Path) -> Path:
-    """Create `runtime_dir(state_dir)` with mode 0700, or check that the one there is ours. Idempotent.
+    """Create `runtime_dir(state_dir)` with mode 0700, or check that an existing one is safe. Idempotent.
 
-    Raises StorageError when somebody else made it, or it is a link, or others may enter it.
+    Raises StorageError when another user owns it, it is a link, or others may enter it.
     """
     path = runtime_dir(state_dir)
     try:
@@ -235,7 +234,7 @@ def token_file(state_dir: Path) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientSettings:
-    """Which cluster a client talks to. With no address and no token file: the local one of `state_dir`."""
+    """The cluster that a client uses. Without address and token file: the local one of `state_dir`."""
 
     state_dir: Path | None = None
     address: str | None = None
@@ -246,7 +245,7 @@ class ClientSettings:
             raise ValueError(f"address {self.address!r} is neither host:port nor unix:/path")
 
     def located(self, environ: Mapping[str, str]) -> LocatedCluster:
-        """The settings with everything left open filled in."""
+        """The settings with defaults filled in."""
         state_dir = (self.state_dir or default_state_dir(environ)).expanduser().absolute()
         return LocatedCluster(
             state_dir=state_dir,

@@ -1,4 +1,4 @@
-"""The user's side: one class says what is trained, on which data, with which loss.
+"""The user's interface: one class defines the model, the data and the loss.
 
     class MyTask(Task):
         def __init__(self, width: int = 64) -> None:   # the spec's task.args, by keyword

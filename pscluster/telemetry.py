@@ -1,7 +1,8 @@
-"""What a daemon says about itself: log lines on stderr, metrics over HTTP.
+"""A daemon's log lines on stderr and its metrics over HTTP.
 
-Every metric here is in prometheus_client's default registry, which also tells the process's own CPU, memory
-and descriptors; a daemon serves it with one MetricsEndpoint.
+Every metric here is in prometheus_client's default registry, which also has the process's CPU, memory and descriptors.
+A daemon serves it with one MetricsEndpoint, which unlike prometheus_client's own HTTP server resolves no host names,
+limits the time of a scrape and serves no other path.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ LEVELS = ("debug", "info", "warning", "error", "critical")
 _SCRAPE_TIMEOUT_S = 10.0
 _POLL_S = 0.2
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # half of the series for nothing
+disable_created_metrics()  # type: ignore[no-untyped-call]  # half of the series, without use
 
-BUILD_INFO = Gauge("ps_build_info", "Always 1; the labels say what runs.", ["version", "role", "python"])
+BUILD_INFO = Gauge("ps_build_info", "Always 1; the labels identify the build.", ["version", "role", "python"])
 LOG_MESSAGES = Counter("ps_log_messages_total", "Log lines written.", ["level"])
 RPC_SECONDS = Histogram("ps_rpc_seconds", "Duration of answered calls that are not streams.", ["method"])
 RPC_ERRORS = Counter("ps_rpc_errors_total", "Calls that ended in an error.", ["method", "code"])
@@ -121,7 +122,7 @@ class MetricsEndpoint:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop serving and free the port. Blocks until a running scrape has its answer. Safe to repeat."""
+        """Stop serving and free the port. Blocks until a running scrape is answered. Safe to repeat."""
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -155,7 +156,7 @@ class _Quiet(WSGIRequestHandler):
     timeout = _SCRAPE_TIMEOUT_S
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
-        """Scrapes are not news."""
+        """Do not log scrapes."""
 
 
 class _ToStructlog(logging.Handler):

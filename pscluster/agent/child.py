@@ -1,6 +1,6 @@
 """One process of an agent: its start, its socket, its output, its end.
 
-Start children from the loop's own thread and keep that thread alive: the kernel ends them when it ends.
+Start children from the loop's thread: the kernel kills them when that thread ends.
 """
 
 from __future__ import annotations
@@ -12,42 +12,38 @@ import socket
 import subprocess
 import threading
 from collections import deque
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 from google.protobuf.message import DecodeError
 
-from pscluster.agent import frames
 from pscluster.agent.launch import AGENT_PID, CONTROL_FD
-from pscluster.agent.output import LineCutter
+from pscluster.agent.link import FrameSplitter, encode_frame
+from pscluster.agent.output import LineSplitter
 from pscluster.errors import FrameError
 from pscluster.v1.plan_pb2 import PartSettled, Plan, ProcessOrder, ProcessReport, ProcessSpec, Shutdown
 
 _READ_BYTES = 1 << 16
-_NUM_LAST_WORDS = 40
+_STDERR_TAIL_LINES = 40
 _DRAIN_S = 1.0
+OnReport = Callable[[ProcessReport], None]
+OnLine = Callable[[str, str], None]
+"""Called with the stream, "stdout" or "stderr", and the line. Both run on the loop's thread and must not block."""
+
 _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patience:
-    """Seconds from the shutdown order until SIGTERM, and until SIGKILL. `leave_s`: before those, how long an agent that
-    was told to end lets the master move its processes elsewhere."""
+class GracePeriods:
+    """Seconds from the shutdown order until SIGTERM, and until SIGKILL. `leave_s`: how long an agent that ends first
+    waits for the master to move its processes to other nodes."""
 
     terminate_s: float = 3.0
     kill_s: float = 5.0
     leave_s: float = 0.0
-
-
-class ChildListener(Protocol):
-    """Who hears a child. Called on the loop's thread; must not block."""
-
-    def reported(self, report: ProcessReport) -> None: ...
-
-    def wrote(self, stream: str, text: str) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,21 +52,24 @@ class Ended:
 
     returncode: int
     expected: bool
-    last_words: tuple[str, ...]
+    stderr_tail: tuple[str, ...]
 
 
 class Child:
-    """A running process in a session of its own. Belongs to the loop it was started on."""
+    """A running process in its own session. Used from the loop it was started on."""
 
-    def __init__(self, process: subprocess.Popen[bytes], control: socket.socket, listener: ChildListener) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], control: socket.socket, on_report: OnReport, on_line: OnLine
+    ) -> None:
         self._process = process
         self._control = control
-        self._listener = listener
+        self._on_report = on_report
+        self._on_line = on_line
         self._loop = asyncio.get_running_loop()
         self._exited = asyncio.Event()
         self._reaped = False
         self._expected = False
-        self._last_words: deque[str] = deque(maxlen=_NUM_LAST_WORDS)
+        self._last_words: deque[str] = deque(maxlen=_STDERR_TAIL_LINES)
         self._wake = asyncio.Event()
         self._start: ProcessSpec | None = None
         self._plan: Plan | None = None
@@ -85,9 +84,10 @@ class Child:
         command: Sequence[str],
         directory: Path,
         environment: Mapping[str, str],
-        listener: ChildListener,
+        on_report: OnReport,
+        on_line: OnLine,
     ) -> Child:
-        """Start `command` in `directory` with `environment` and hand it `spec`. Blocks for milliseconds.
+        """Start `command` in `directory` with `environment` and send it `spec`. Blocks for milliseconds.
 
         Raises OSError when the process cannot be started. The caller must await `wait` afterwards.
         """
@@ -109,7 +109,7 @@ class Child:
             except OSError:
                 ours.close()
                 raise
-        child = cls(process, ours, listener)
+        child = cls(process, ours, on_report, on_line)
         child._start = spec
         child._wake.set()
         child._begin()
@@ -120,38 +120,38 @@ class Child:
         return self._process.pid
 
     def forward(self, plan: Plan) -> None:
-        """Hand over a newer plan; never blocks. Only the newest of those not yet sent is sent."""
+        """Send a newer plan; never blocks. Of the plans not sent yet only the newest is sent."""
         self._plan = plan
         self._wake.set()
 
     def settle(self, path: str) -> None:
-        """Tell a partition that nothing is under way for a part any more; never blocks."""
+        """Send a partition that the transfer of a part is over; never blocks."""
         self._settled.append(path)
         self._wake.set()
 
     async def wait(self) -> Ended:
-        """Wait until the process is gone and everything it said was heard. Call once.
+        """Wait until the process has exited and its reports and output are read. Call once.
 
-        Whatever it left in its process group is killed first.
+        What it left in its process group is killed first.
         """
         await self._exited.wait()
-        # The leader is still a zombie: its group's number cannot belong to anyone else yet.
+        # The leader is still a zombie: the number of its group cannot be reused yet.
         self._signal(signal.SIGKILL)
         self._reaped = True
         returncode = self._process.wait()
         await asyncio.wait(self._pumps, timeout=_DRAIN_S)
         await self._close()
-        return Ended(returncode=returncode, expected=self._expected, last_words=tuple(self._last_words))
+        return Ended(returncode=returncode, expected=self._expected, stderr_tail=tuple(self._last_words))
 
-    async def end(self, patience: Patience) -> None:
-        """Order it to shut down, then SIGTERM, then SIGKILL to its whole group; returns when it is gone."""
+    async def end(self, grace: GracePeriods) -> None:
+        """Send the shutdown order, then SIGTERM, then SIGKILL to the whole group; returns when it has exited."""
         self._expected = True
         self._shutdown = True
         self._wake.set()
-        if await self._gone_within(patience.terminate_s):
+        if await self._gone_within(grace.terminate_s):
             return
         self._signal(signal.SIGTERM)
-        if await self._gone_within(patience.kill_s - patience.terminate_s):
+        if await self._gone_within(grace.kill_s - grace.terminate_s):
             return
         self._signal(signal.SIGKILL)
         await self._exited.wait()
@@ -185,7 +185,7 @@ class Child:
             self._writer = task
 
     def _await_exit(self) -> None:
-        """On a thread of its own: see the exit without reaping, so that the number stays taken."""
+        """Run on a separate thread: wait for the exit without reaping, so that the pid is not reused."""
         os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
         try:
             self._loop.call_soon_threadsafe(self._exited.set)
@@ -193,32 +193,32 @@ class Child:
             _log.debug("the loop ended before its child", pid=self.pid)
 
     async def _read_output(self, name: str, pipe: Any) -> None:
-        cutter = LineCutter()
+        cutter = LineSplitter()
         reader = asyncio.StreamReader(limit=_READ_BYTES)
         transport, _ = await self._loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
         try:
             while data := await reader.read(_READ_BYTES):
-                self._heard(name, cutter.feed(data))
+                self._take_lines(name, cutter.feed(data))
         finally:
-            self._heard(name, cutter.flush())
+            self._take_lines(name, cutter.flush())
             transport.close()
 
-    def _heard(self, name: str, lines: list[str]) -> None:
+    def _take_lines(self, name: str, lines: list[str]) -> None:
         for line in lines:
             if name == "stderr":
                 self._last_words.append(line)
-            self._listener.wrote(name, line)
+            self._on_line(name, line)
 
     async def _read_reports(self) -> None:
-        splitter = frames.Splitter()
+        splitter = FrameSplitter()
         try:
             while data := await self._loop.sock_recv(self._control, _READ_BYTES):
                 for message in splitter.feed(data):
-                    self._listener.reported(ProcessReport.FromString(message))
+                    self._on_report(ProcessReport.FromString(message))
         except ConnectionError:
             return
         except (FrameError, DecodeError) as error:
-            _log.error("a process speaks nonsense and is ended", pid=self.pid, error=str(error))
+            _log.error("a process sent an invalid frame and is killed", pid=self.pid, error=str(error))
             self._signal(signal.SIGKILL)
 
     async def _write_orders(self) -> None:
@@ -227,7 +227,7 @@ class Child:
                 await self._wake.wait()
                 self._wake.clear()
                 for order in self._take_orders():
-                    await self._loop.sock_sendall(self._control, frames.encode(order.SerializeToString()))
+                    await self._loop.sock_sendall(self._control, encode_frame(order.SerializeToString()))
         except ConnectionError:
             return
 

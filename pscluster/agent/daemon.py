@@ -1,4 +1,4 @@
-"""The process of an agent: flags, settings, signals, exit code. psworker and psserver differ by their role only."""
+"""The process of an agent: flags, settings, signals, exit code. psworker and psserver differ only in their role."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pscluster.agent.role import AgentRole, AgentSettings
 from pscluster.errors import InternalError, PsError
 
 LEAVE_S = 4.0
-"""How long the end of an agent may wait for the master to move its processes: a step or two, or a snapshot."""
+"""How long an agent that ends waits for the master to move its processes: a step or two, or a snapshot."""
 
 
 def run(role: AgentRole, argv: Sequence[str]) -> int:
-    """Be the agent that `argv` describes; returns the exit code. Must be called on the main thread.
+    """Run the agent that `argv` describes; returns the exit code. Must be called on the main thread.
 
-    What keeps it from starting is one line on stderr.
+    An error that keeps it from starting is printed on stderr, in one line.
     """
     arguments = vars(parse(role, argv))
-    # Read when grpc is imported: its core tells every broken connection, which we do ourselves.
+    # Read when grpc is imported: its core logs every broken connection, which we do ourselves.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         # Late, so that --help answers without loading grpc.
@@ -33,22 +33,22 @@ def run(role: AgentRole, argv: Sequence[str]) -> int:
         settings = resolve(AgentSettings, arguments, os.environ, file)
         own = {environment_name(field.name) for field in fields(AgentSettings)}
         inherited = {name: value for name, value in os.environ.items() if name not in own}
-        return _attend(role, settings, inherited)
+        return _run_agent(role, settings, inherited)
     except PsError as error:
         print(error, file=sys.stderr)
         return error.exit_code
 
 
-def _attend(role: AgentRole, settings: AgentSettings, environ: Mapping[str, str]) -> int:
+def _run_agent(role: AgentRole, settings: AgentSettings, environ: Mapping[str, str]) -> int:
     import pscluster
     from pscluster import telemetry
-    from pscluster.agent.child import Patience
-    from pscluster.agent.node import attend
+    from pscluster.agent.child import GracePeriods
+    from pscluster.agent.node import run_agent
 
     telemetry.configure_logging(role.name, settings.log_level)
     telemetry.record_build(role.name, pscluster.__version__)
     try:
-        asyncio.run(attend(role, settings, environ, Patience(leave_s=LEAVE_S)))
+        asyncio.run(run_agent(role, settings, environ, GracePeriods(leave_s=LEAVE_S)))
     except OSError as error:
         raise InternalError(f"the {role.name}'s agent failed: {error}") from error
     return 0
@@ -59,12 +59,12 @@ def parse(role: AgentRole, argv: Sequence[str]) -> argparse.Namespace:
     program = f"ps{role.name}"
     parser = argparse.ArgumentParser(
         prog=program,
-        description=f"Runs {role.runs} on this node, as the master says. Settings come from flags, "
+        description=f"Runs {role.runs} on this node, as the master assigns. Settings come from flags, "
         "PS_* environment variables and a TOML file, in this order.",
     )
     parser.add_argument("--node-id", help="name of this node, unique in the cluster: worker-0")
     parser.add_argument("--master", metavar="ADDR", help="where the master listens: unix:/path or host:port")
-    parser.add_argument("--state-dir", type=Path, metavar="DIR", help="what this agent keeps on disk")
+    parser.add_argument("--state-dir", type=Path, metavar="DIR", help="where this agent keeps its files")
     parser.add_argument("--token-file", type=Path, metavar="FILE", help="the cluster's token, mode 0600")
     parser.add_argument("--metrics-listen", metavar="HOST:PORT", help="where to serve /metrics (default 127.0.0.1:0)")
     default = f"one for each CUDA device, at least {role.default_slots}" if role.one_per_device else role.default_slots
@@ -74,10 +74,10 @@ def parse(role: AgentRole, argv: Sequence[str]) -> argparse.Namespace:
             "--own-store",
             action="store_true",
             default=None,
-            help="no disk is shared with the master: keep snapshots here, each copied to a second server",
+            help="no disk is shared with the master: keep snapshots on this node, each copied to a second server",
         )
         parser.add_argument(
-            "--depot-listen", metavar="HOST:PORT", help="where to take such copies (default 127.0.0.1:0)"
+            "--depot-listen", metavar="HOST:PORT", help="where to accept such copies (default 127.0.0.1:0)"
         )
     parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning, error or critical (default info)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of the same settings")

@@ -1,7 +1,7 @@
-"""The Depot service of a server node: gets copies of snapshot parts from other nodes when told to, and gives them back.
+"""The Depot service of a server node: fetches copies of snapshot parts from other nodes on request, and serves them.
 
-A copy is fetched by the node that will keep it, not sent to it: whoever ends a call that the other side still writes to
-may be misunderstood (grpc.aio loses the status), and a part that is refused is not sent in vain.
+A copy is fetched by the node that keeps it rather than pushed to it: when a server ends a call to which the client
+still writes, grpc.aio may lose the status; and a part that is refused is not transferred in vain.
 """
 
 from __future__ import annotations
@@ -20,21 +20,20 @@ from pscluster.errors import AddressInUseError, DamagedError, FrameError, NotFou
 from pscluster.rpc import error_of, open_aio_channel
 from pscluster.storage import Written
 from pscluster.storage.directory import DirectoryStore, Incoming
-from pscluster.storage.snapshot import verify_file
+from pscluster.storage.snapshot import parse_part_name, verify_file
 from pscluster.telemetry import observe_rpc
 from pscluster.v1 import depot_pb2, depot_pb2_grpc
 from pscluster.v1.plan_pb2 import SnapshotPart
 
 CHUNK_BYTES = 1 << 20
 MIN_DEADLINE_S = 30.0
-SLOWEST_BYTES_PER_S = 4 << 20  # a transfer that is slower than this is given up
+SLOWEST_BYTES_PER_S = 4 << 20  # a slower transfer exceeds its deadline
 _STOP_GRACE_S = 0.5
 _JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_PART = re.compile(r"^step-(\d+)\.part-(\d+)\.generation-\d+\.snapshot$")
 
 
 class DepotService(depot_pb2_grpc.DepotServicer):
-    """Keeps files in `directory`/JOB, where this node's own partitions keep theirs. Memory is one chunk a transfer."""
+    """Keeps files in `directory`/JOB, beside those of this node's partitions. A transfer holds one chunk in memory."""
 
     def __init__(self, directory: Path, token: str) -> None:
         self._directory = directory
@@ -49,7 +48,7 @@ class DepotService(depot_pb2_grpc.DepotServicer):
         job, name = job_directory(self._directory, request.job_id), written_of(request.part).name
         key = (request.job_id, name)
         if key in self._arriving:
-            raise StateError(f"{name} is arriving already", action="try again in a moment")
+            raise StateError(f"{name} is being transferred already", action="try again in a moment")
         self._arriving.add(key)
         try:
             await asyncio.to_thread(tidy, job, request.part.partition, list(request.kept_steps))
@@ -72,7 +71,7 @@ class DepotService(depot_pb2_grpc.DepotServicer):
 
 @asynccontextmanager
 async def serving(directory: Path, listen: str, token: str) -> AsyncIterator[str]:
-    """Serve the depot of `directory` while the context lasts; its address. Raises AddressInUseError."""
+    """Serve the depot of `directory` while the context lasts; yields its address. Raises AddressInUseError."""
     server = grpc.aio.server(
         interceptors=[rpc.ErrorInterceptor(observe_rpc), rpc.TokenInterceptor(token)], options=rpc.SERVER_OPTIONS
     )
@@ -80,7 +79,7 @@ async def serving(directory: Path, listen: str, token: str) -> AsyncIterator[str
     try:
         port = server.add_insecure_port(listen)
     except RuntimeError as error:
-        raise AddressInUseError(f"cannot listen on {listen}: it is taken, or not ours") from error
+        raise AddressInUseError(f"cannot listen on {listen}: it is taken, or no address of this machine") from error
     await server.start()
     try:
         yield f"{listen.rpartition(':')[0]}:{port}"
@@ -89,7 +88,7 @@ async def serving(directory: Path, listen: str, token: str) -> AsyncIterator[str
 
 
 async def give(address: str, token: str, request: depot_pb2.TakePartRequest) -> None:
-    """Have the depot at `address` get a copy of a part; it is durable there on return. Raises PsError."""
+    """Have the depot at `address` fetch a copy of a part; it is durable there on return. Raises PsError."""
     async with open_aio_channel(address, token) as channel:
         stub: Any = depot_pb2_grpc.DepotStub(channel)  # type: ignore[no-untyped-call]
         try:
@@ -99,7 +98,7 @@ async def give(address: str, token: str, request: depot_pb2.TakePartRequest) -> 
 
 
 async def get(address: str, token: str, job_id: str, part: SnapshotPart, directory: Path) -> None:
-    """Copy a part from another node into `directory`, whole and verified. Raises PsError."""
+    """Copy a part from another node into `directory`, complete and verified. Raises PsError."""
     async with open_aio_channel(address, token) as channel:
         stub: Any = depot_pb2_grpc.DepotStub(channel)  # type: ignore[no-untyped-call]
         call = stub.GetPart(depot_pb2.GetPartRequest(job_id=job_id, part=part), timeout=_deadline_s(part))
@@ -110,7 +109,7 @@ async def get(address: str, token: str, job_id: str, part: SnapshotPart, directo
 
 
 def is_sound(directory: Path, part: SnapshotPart) -> bool:
-    """Whether the part is in a directory, whole. Blocks. Raises StorageError when it cannot be read."""
+    """Whether the directory holds the complete part. Blocks. Raises StorageError when it cannot be read."""
     try:
         verify_file(DirectoryStore(directory), part.path, part.size_bytes, part.checksum)
     except DamagedError:
@@ -123,21 +122,21 @@ def is_sound(directory: Path, part: SnapshotPart) -> bool:
 
 
 def is_job(text: str) -> bool:
-    """Whether a text can be the id of a job, and so the name of a directory."""
+    """Whether a text is a valid job id, and so safe as the name of a directory."""
     return _JOB.fullmatch(text) is not None
 
 
 def job_directory(directory: Path, job_id: str) -> Path:
-    """Where a job's parts are kept. Raises FrameError for what is no id of a job."""
+    """Where a job's parts are kept. Raises FrameError for an invalid job id."""
     if not is_job(job_id):
-        raise FrameError(f"{job_id[:80]!r} is no id of a job", details={"field": "job_id"})
+        raise FrameError(f"{job_id[:80]!r} is not a job id", details={"field": "job_id"})
     return directory / job_id
 
 
 def written_of(part: SnapshotPart) -> Written:
-    """The file that a part is. Raises FrameError for another name: it could lead anywhere."""
-    if not _PART.fullmatch(part.path):
-        raise FrameError(f"{part.path[:80]!r} is no name of a part", details={"field": "path"})
+    """The file of a part. Raises FrameError for another name, which could be any path."""
+    if parse_part_name(part.path) is None:
+        raise FrameError(f"{part.path[:80]!r} is not the name of a part", details={"field": "path"})
     return Written(name=part.path, size_bytes=part.size_bytes, checksum=part.checksum)
 
 
@@ -145,8 +144,8 @@ def tidy(job: Path, partition: int, kept_steps: list[int]) -> None:
     """Delete copies of a partition's parts that are older than the newest kept step and not kept. Blocks."""
     store = DirectoryStore(job)
     for name in store.names() if kept_steps else ():
-        match = _PART.match(name)
-        if match and int(match[2]) == partition and int(match[1]) < max(kept_steps) and int(match[1]) not in kept_steps:
+        part = parse_part_name(name)
+        if part and part.partition == partition and part.step < max(kept_steps) and part.step not in kept_steps:
             store.delete(name)
 
 

@@ -1,10 +1,10 @@
-"""How an agent's process begins: bound to the agent's life first, then the module it is to run.
+"""The first code of a process that an agent starts: it ties its life to the agent's, then runs the given module.
 
     python -P -m pscluster.agent.launch psworker.trainer
 
-Between the fork and the module's slow imports (torch) nothing else happens, so an agent that is killed at
-that moment leaves no orphan. The code bundle goes first on the path only after our own packages were found: a
-bundle with a `pscluster` directory of its own does not replace ours.
+Nothing else happens before the module's slow imports (torch), so an agent that is killed at that moment leaves no
+orphan. The code bundle is put first on the path only after our own packages are imported: a bundle with a directory
+named `pscluster` does not replace ours.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PR_SET_PDEATHSIG = 1
 def end_with_agent() -> None:
     """Ask the kernel to SIGKILL this process when the agent's thread that started it ends. Safe to repeat.
 
-    Exits at once when that agent is already gone (the kernel would never tell). Without PS_AGENT_PID (a
+    Exits at once when that agent is already gone, since the kernel then sends no signal. Without PS_AGENT_PID (a
     process that no agent started) it does nothing.
     """
     agent = os.environ.get(AGENT_PID, "")

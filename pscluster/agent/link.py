@@ -1,21 +1,30 @@
-"""A trainer's or partition's line to its agent: orders in, reports out."""
+"""A trainer's or partition's connection to its agent: orders in, reports out, heartbeats from a separate thread.
+
+Frames on it are 4 bytes of little-endian length, then a protobuf message.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
+import struct
 import threading
 from collections import deque
+from collections.abc import Callable
 
 from google.protobuf.message import DecodeError
 
-from pscluster.agent import frames
 from pscluster.agent.launch import CONTROL_FD, end_with_agent
 from pscluster.errors import FrameError, SettingsError, UnreachableError
-from pscluster.v1.plan_pb2 import ProcessOrder, ProcessReport, ProcessSpec
+from pscluster.v1.plan_pb2 import Beat, ProcessOrder, ProcessReport, ProcessSpec
 
 START_DEADLINE_S = 30.0
 _READ_BYTES = 1 << 16
+LENGTH = struct.Struct("<I")
+MAX_FRAME_BYTES = 64 * 1024 * 1024
+BEAT_S = 0.5
+UNREACHED_S = 2.0
+"""A partition that cannot be connected to for this long is reported as unreached."""
 
 
 class ProcessLink:
@@ -28,13 +37,13 @@ class ProcessLink:
     start: ProcessSpec
 
     def __init__(self, control: socket.socket, deadline_s: float = START_DEADLINE_S) -> None:
-        """Take ownership of `control` and block until the start order is here.
+        """Take ownership of `control` and block until the start order arrives.
 
-        Raises UnreachableError when it does not come within `deadline_s` or the agent goes away first,
-        FrameError when something else comes first.
+        Raises UnreachableError when it does not arrive within `deadline_s` or the agent ends first, FrameError when
+        something else arrives first.
         """
         self._socket = control
-        self._splitter = frames.Splitter()
+        self._splitter = FrameSplitter()
         self._orders: deque[ProcessOrder] = deque()
         self._sending = threading.Lock()
         control.settimeout(deadline_s)
@@ -43,7 +52,7 @@ class ProcessLink:
         except TimeoutError:
             raise UnreachableError(f"no start order from the agent within {deadline_s} s") from None
         if first is None:
-            raise UnreachableError("the agent went away before it sent the start order")
+            raise UnreachableError("the agent ended before it sent the start order")
         if first.WhichOneof("body") != "start":
             raise FrameError(f"the first order is {first.WhichOneof('body')!r}, not 'start'")
         control.settimeout(None)
@@ -51,7 +60,7 @@ class ProcessLink:
 
     @classmethod
     def from_environment(cls) -> ProcessLink:
-        """Adopt the agent's socket, bind this process's life to the agent's, and read the start order.
+        """Take the agent's socket, tie this process's life to the agent's, and read the start order.
 
         Blocks for at most 30 s. The number is taken out of the environment and the socket is not inherited by
         processes started from here. Raises SettingsError when no agent started this process.
@@ -59,7 +68,7 @@ class ProcessLink:
         number = os.environ.pop(CONTROL_FD, "")
         if not number.isdigit():
             raise SettingsError(
-                f"{CONTROL_FD} names no socket", action="this module is started by an agent, not by hand"
+                f"{CONTROL_FD} names no socket", action="an agent starts this module; it is not started by hand"
             )
         end_with_agent()
         control = socket.socket(fileno=int(number))
@@ -67,7 +76,7 @@ class ProcessLink:
         return cls(control)
 
     def fileno(self) -> int:
-        """For a selector: readable means that `receive_nowait` has something, or the agent is gone."""
+        """For a selector: readable means that `receive_nowait` returns orders, or that the agent is gone."""
         return self._socket.fileno()
 
     def receive(self) -> ProcessOrder | None:
@@ -83,7 +92,7 @@ class ProcessLink:
         return self._orders.popleft()
 
     def receive_nowait(self) -> list[ProcessOrder]:
-        """Every order that is here, oldest first; never blocks. Raises EOFError when the agent is gone.
+        """Every order that has arrived, oldest first; never blocks. Raises EOFError when the agent is gone.
 
         Orders that arrived before the end are returned first; the call after that raises.
         """
@@ -104,11 +113,11 @@ class ProcessLink:
         return orders
 
     def report(self, report: ProcessReport) -> None:
-        """Hand one report to the agent; thread-safe. Blocks while the agent does not read.
+        """Send one report to the agent; thread-safe. Blocks while the agent does not read.
 
         Raises EOFError when the agent is gone, FrameError above 64 MiB.
         """
-        frame = frames.encode(report.SerializeToString())
+        frame = encode_frame(report.SerializeToString())
         with self._sending:
             try:
                 self._socket.sendall(frame)
@@ -124,3 +133,65 @@ class ProcessLink:
                 self._orders.append(ProcessOrder.FromString(message))
             except DecodeError as error:
                 raise FrameError(f"an order from the agent does not decode: {error}") from None
+
+
+def encode_frame(message: bytes) -> bytes:
+    """One frame around a serialized message. Raises FrameError above 64 MiB."""
+    if len(message) > MAX_FRAME_BYTES:
+        raise FrameError(f"a control frame of {len(message)} bytes exceeds {MAX_FRAME_BYTES}")
+    return LENGTH.pack(len(message)) + message
+
+
+class FrameSplitter:
+    """Splits a byte stream into messages. Buffers at most one unfinished frame."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The messages that `data` completes, in order. Raises FrameError on a length above 64 MiB."""
+        self._buffer += data
+        messages = []
+        start = 0
+        while (end := self._end_of_frame(start)) is not None:
+            messages.append(bytes(self._buffer[start + LENGTH.size : end]))
+            start = end
+        del self._buffer[:start]
+        return messages
+
+    def _end_of_frame(self, start: int) -> int | None:
+        if len(self._buffer) - start < LENGTH.size:
+            return None
+        (size,) = LENGTH.unpack_from(self._buffer, start)
+        if size > MAX_FRAME_BYTES:
+            raise FrameError(f"a control frame announces {size} bytes, more than {MAX_FRAME_BYTES}")
+        end = start + LENGTH.size + int(size)
+        return end if end <= len(self._buffer) else None
+
+
+class HeartbeatThread:
+    """Reports what `beat` returns twice a second, whatever other threads do, until `close` or the agent's end."""
+
+    def __init__(self, link: ProcessLink, beat: Callable[[], Beat]) -> None:
+        """`beat` is called on this thread and must not block."""
+        self._link = link
+        self._beat = beat
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; the first heartbeat is sent at once. Called once."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Send no more heartbeats. Safe to repeat, also before `start`."""
+        self._ended.set()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._link.report(ProcessReport(beat=self._beat()))
+                if self._ended.wait(BEAT_S):
+                    return
+        except EOFError:
+            return  # the agent is gone, and this process ends with it

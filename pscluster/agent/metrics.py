@@ -1,4 +1,4 @@
-"""The node's /metrics: what the agent counts, and the newest counters of its living processes."""
+"""The node's /metrics: the agent's own counters, and the newest counters of its running processes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from prometheus_client.registry import Collector
 from pscluster.v1.plan_pb2 import Counters, ProcessSpec
 
 MAX_SAMPLES = 1_000
-"""Samples taken of one process; more would be a label without bound."""
+"""Samples exported of one process: the number of series is bounded."""
 
 _NAME = re.compile(r"[a-z_][a-z0-9_]*")
 
 PROCESSES = Gauge("ps_processes", "Processes of jobs that run on this node.")
 STARTED = Counter("ps_processes_started_total", "Processes started.")
 EXITS = Counter("ps_process_exits_total", "Processes that ended, by cause.", ["cause"])
-SUSPICIONS = Counter("ps_process_suspicions_total", "Times a living process did not get on.", ["kind"])
-LINES_DROPPED = Counter("ps_log_lines_dropped_total", "Lines of output given up for want of room.")
-OUTBOX_MESSAGES = Gauge("ps_outbox_messages", "Messages that the master has not acknowledged.")
-OUTBOX_DROPPED = Gauge("ps_outbox_dropped", "Messages given up for want of room since the start.")
+SUSPICIONS = Counter("ps_process_suspicions_total", "Times a running process was silent, stalled or cut off.", ["kind"])
+LINES_DROPPED = Counter("ps_log_lines_dropped_total", "Lines of output dropped because the backlog was full.")
+QUEUED_MESSAGES = Gauge("ps_outbox_messages", "Messages that the master has not acknowledged.")
+DROPPED_MESSAGES = Gauge("ps_outbox_dropped", "Messages dropped because the queue was full, since the start.")
 MASTER_CONNECTED = Gauge("ps_master_connected", "1 while the stream to the master is open.")
 
 EXIT_CAUSES = ("clean", "expected", "code", "signal", "memory", "not_started")
@@ -39,16 +39,16 @@ class ProcessMetrics(Collector):
         self._held: dict[str, tuple[dict[str, str], Counters]] = {}
 
     def keep(self, spec: ProcessSpec, counters: Counters) -> None:
-        """Replace what is exported for the process of `spec`."""
+        """Export these counters for the process of `spec`."""
         placement = "rank" if spec.kind == ProcessSpec.KIND_TRAINER else "partition"
         self._held[spec.process_id] = ({"job": spec.job_id, placement: str(spec.rank)}, counters)
 
     def drop(self, process_id: str) -> None:
-        """Export nothing of it any more. Safe to repeat."""
+        """Stop exporting a process. Safe to repeat."""
         self._held.pop(process_id, None)
 
     def collect(self) -> Iterable[Metric]:
-        """Called by a scrape, on its thread."""
+        """Called on the scrape's thread."""
         families: dict[str, Metric] = {}
         for labels, counters in list(self._held.values()):
             for sample in counters.samples[:MAX_SAMPLES]:

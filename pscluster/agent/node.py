@@ -1,4 +1,4 @@
-"""An agent put together: its directories, its processes, its stream to the master. Runs on the main thread's loop."""
+"""Assembles an agent: directories, processes, stream to the master. Runs on the main thread's loop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 
 import structlog
@@ -15,14 +15,13 @@ from prometheus_client import REGISTRY
 
 import pscluster
 from pscluster.agent import metrics, resources
-from pscluster.agent.bundles import BundleCache
-from pscluster.agent.child import Patience
+from pscluster.agent.child import GracePeriods
 from pscluster.agent.copies import Copies
 from pscluster.agent.depot import serving
-from pscluster.agent.devices import DeviceLedger
-from pscluster.agent.directories import AgentDirectories
+from pscluster.agent.directories import AgentDirectories, BundleCache
 from pscluster.agent.master_connection import MasterConnection
-from pscluster.agent.process import Site
+from pscluster.agent.process import AgentContext
+from pscluster.agent.resources import DeviceLedger
 from pscluster.agent.role import AgentRole, AgentSettings
 from pscluster.agent.supervisor import Supervisor
 from pscluster.rpc import PROTOCOL, read_token
@@ -30,43 +29,43 @@ from pscluster.telemetry import MetricsEndpoint
 from pscluster.v1.agents_pb2 import AgentMessage, Goodbye, Leaving, RegisterRequest, Role
 
 FLUSH_S = 5.0
-"""How long the end of an agent may wait for the master to take the last messages."""
+"""How long an agent that ends waits for the master to acknowledge the last messages."""
 
 ROLES = {"worker": Role.ROLE_WORKER, "server": Role.ROLE_SERVER}
 _log = structlog.get_logger(__name__)
 
 
-async def attend(role: AgentRole, settings: AgentSettings, environ: Mapping[str, str], patience: Patience) -> None:
-    """Be an agent until SIGTERM or SIGINT, then end its processes and return.
+async def run_agent(role: AgentRole, settings: AgentSettings, environ: Mapping[str, str], grace: GracePeriods) -> None:
+    """Run an agent until SIGTERM or SIGINT, then end its processes and return.
 
-    Raises PsError when it cannot start, or when a newer incarnation of the node has taken its place. `environ`
-    is what its processes inherit.
+    Raises PsError when it cannot start, or when a newer incarnation of the node has registered. `environ` is what its
+    processes inherit.
     """
-    ending = asyncio.Event()
+    stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ending.set)
+        loop.add_signal_handler(number, stop.set)
     token = read_token(settings.token_file)
     directories = AgentDirectories.claim(settings.state_dir)
     try:
         endpoint = MetricsEndpoint(settings.metrics_listen)
         try:
-            node = describe(role, settings, environ, endpoint.address)
+            node = registration(role, settings, environ, endpoint.address)
             async with AsyncExitStack() as stack:
                 if role.keeps_snapshots and settings.own_store:
                     depot = serving(directories.snapshots, settings.depot_listen, token)
                     node.depot_address = await stack.enter_async_context(depot)
-                await _Agent(role, settings, token, node, directories, environ, patience).live(ending)
+                await _Agent(role, settings, token, node, directories, environ, grace).run(stop)
         finally:
             endpoint.close()
     finally:
         directories.release()
 
 
-def describe(
+def registration(
     role: AgentRole, settings: AgentSettings, environ: Mapping[str, str], metrics_address: str
 ) -> RegisterRequest:
-    """This node, as it registers; the incarnation is new with every call."""
+    """The registration of this node, with a new incarnation."""
     devices = resources.cuda_devices(environ)
     return RegisterRequest(
         node_id=settings.node_id,
@@ -89,73 +88,65 @@ class _Agent:
         node: RegisterRequest,
         directories: AgentDirectories,
         environ: Mapping[str, str],
-        patience: Patience,
+        grace: GracePeriods,
     ) -> None:
-        self._attendant = MasterConnection(
-            settings.master,
-            token,
-            node,
-            states=lambda: self._supervisor.states(),
-            assigned=lambda assignment: self._supervisor.apply(assignment),
-            speeds=lambda: self._supervisor.speeds(),
-        )
+        self._master = MasterConnection(settings.master, token, node)
         self._metrics = metrics.ProcessMetrics()
         own_store = directories.snapshots if node.depot_address else None
         self._copies = Copies(node.node_id, token, own_store, node.depot_address)
-        site = Site(
+        context = AgentContext(
             command=(sys.executable, "-P", "-m", "pscluster.agent.launch", role.module),
             environ=environ,
             directories=directories,
-            bundles=BundleCache(directories.bundles, self._fetch),
+            bundles=BundleCache(directories.bundles, self._master.download_bundle),
             devices=DeviceLedger(node.resources.devices),
             copies=self._copies,
             metrics=self._metrics,
-            emit=self._attendant.emit,
-            log_bytes=self._attendant.log_bytes,
+            emit=self._master.emit,
+            log_bytes=self._master.log_bytes,
         )
-        self._supervisor = Supervisor(site, patience)
-        self._patience = patience
+        self._supervisor = Supervisor(context, grace)
+        self._grace = grace
 
-    async def live(self, ending: asyncio.Event) -> None:
-        """Attend and supervise until `ending`, or until something fails; then end every process."""
+    async def run(self, stop: asyncio.Event) -> None:
+        """Supervise until `stop`, or until something fails; then end every process."""
         REGISTRY.register(self._metrics)
-        attending = asyncio.create_task(self._attendant.run())
+        connection = asyncio.create_task(self._master.run(self._supervisor))
         watching = asyncio.create_task(self._supervisor.watch())
-        told = asyncio.create_task(ending.wait())
+        stopping = asyncio.create_task(stop.wait())
         try:
-            done, _ = await asyncio.wait({attending, watching, told}, return_when=asyncio.FIRST_COMPLETED)
-            _log.info("ends")
-            if told in done:
-                await self._hand_over()
+            done, _ = await asyncio.wait({connection, watching, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            _log.info("agent ends")
+            if stopping in done:
+                await self._wait_drained()
             await self._supervisor.close()
-            if told in done and self._attendant.connected:
-                self._attendant.emit(AgentMessage(goodbye=Goodbye()))  # after all that its processes had to say
+            if stopping in done and self._master.connected:
+                self._master.emit(AgentMessage(goodbye=Goodbye()))  # after all reports of its processes
                 await self._flush()
             for task in done:
                 task.result()
         finally:
             await self._copies.close()
-            for task in (attending, watching, told):
+            for task in (connection, watching, stopping):
                 task.cancel()
-            await asyncio.gather(attending, watching, told, return_exceptions=True)
+            await asyncio.gather(connection, watching, stopping, return_exceptions=True)
             REGISTRY.unregister(self._metrics)
 
-    def _fetch(self, sha256: str) -> AsyncIterator[bytes]:
-        return self._attendant.fetch(sha256)
-
-    async def _hand_over(self) -> None:
-        """Let the master move what runs here to other nodes, for as long as patience lasts and it is there to do so."""
-        if self._supervisor.is_empty or not self._attendant.connected or not self._patience.leave_s:
+    async def _wait_drained(self) -> None:
+        """Let the master move processes to other nodes, within the grace period and while it is connected."""
+        if self._supervisor.is_empty or not self._master.connected or not self._grace.leave_s:
             return
-        self._attendant.emit(AgentMessage(leaving=Leaving()))
-        waits = [asyncio.create_task(wait) for wait in (self._supervisor.emptied(), self._attendant.disconnected())]
-        await asyncio.wait(waits, timeout=self._patience.leave_s, return_when=asyncio.FIRST_COMPLETED)
+        self._master.emit(AgentMessage(leaving=Leaving()))
+        waits = [
+            asyncio.create_task(wait) for wait in (self._supervisor.wait_empty(), self._master.wait_disconnected())
+        ]
+        await asyncio.wait(waits, timeout=self._grace.leave_s, return_when=asyncio.FIRST_COMPLETED)
         for task in waits:
             task.cancel()
         await asyncio.gather(*waits, return_exceptions=True)
 
     async def _flush(self) -> None:
         try:
-            await asyncio.wait_for(self._attendant.flushed(), FLUSH_S)
+            await asyncio.wait_for(self._master.wait_flushed(), FLUSH_S)
         except TimeoutError:
-            _log.warning("the master did not take the last messages in time")
+            _log.warning("the master did not acknowledge the last messages in time")

@@ -1,4 +1,4 @@
-"""A process's output on its way to the master: cut into lines, bounded, the loss counted."""
+"""A process's output on its way to the master: split into lines, bounded, losses counted."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ MAX_BATCH_BYTES = 256 * 1024
 _LINE_OVERHEAD_BYTES = 64
 
 
-class LineCutter:
-    """Cuts a stream of bytes into lines of at most 16 KiB; holds at most one unfinished line.
+class LineSplitter:
+    """Splits a stream of bytes into lines of at most 16 KiB; holds at most one unfinished line.
 
     The rest of a longer line is dropped. Of a line that was overwritten by carriage returns (a progress bar)
-    only the last state counts, as on a terminal.
+    only the last state is kept, as on a terminal.
     """
 
     def __init__(self, max_bytes: int = MAX_LINE_BYTES) -> None:
@@ -54,7 +54,7 @@ class LineCutter:
 
 
 class Backlog:
-    """Lines of one process that wait to be sent; the oldest give way when it is full."""
+    """Lines of one process that wait to be sent; the oldest are dropped when it is full."""
 
     def __init__(self, max_bytes: int = MAX_BACKLOG_BYTES, max_lines: int = MAX_BACKLOG_LINES) -> None:
         self._max_bytes = max_bytes
@@ -67,7 +67,7 @@ class Backlog:
         return bool(self._lines or self._dropped)
 
     def add(self, line: LogLine) -> int:
-        """Keep `line`. Returns how many older ones had to go for it."""
+        """Append `line`. Returns how many older lines were dropped for it."""
         self._lines.append(line)
         self._size_bytes += _size(line)
         before = self._dropped

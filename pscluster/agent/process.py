@@ -1,5 +1,4 @@
-"""One process's whole life on a node: what it needs fetched, the process started, what it says relayed, its exit
-told."""
+"""One process's life on a node: its inputs fetched, the process started, its reports relayed, its exit reported."""
 
 from __future__ import annotations
 
@@ -15,16 +14,14 @@ from typing import Any
 
 import structlog
 
-from pscluster.agent import cgroup, metrics
-from pscluster.agent.bundles import BundleCache
-from pscluster.agent.child import Child, Ended, Patience
+from pscluster.agent import metrics, resources
+from pscluster.agent.child import Child, Ended, GracePeriods
 from pscluster.agent.copies import Copies
-from pscluster.agent.devices import DeviceLedger
-from pscluster.agent.directories import AgentDirectories
-from pscluster.agent.exits import NOT_STARTED, Exit, classify, detail_of
+from pscluster.agent.directories import AgentDirectories, BundleCache
 from pscluster.agent.launch import BUNDLE_DIR, SOCKET_DIR
 from pscluster.agent.output import Backlog
-from pscluster.agent.suspicion import LOADING_SILENCE_S, SILENCE_S, LastHeartbeat
+from pscluster.agent.resources import DeviceLedger
+from pscluster.agent.status import LOADING_SILENCE_S, NOT_STARTED, SILENCE_S, Exit, LastHeartbeat, classify, detail_of
 from pscluster.devices import AUTO
 from pscluster.errors import InternalError, PsError, StorageError, UnreachableError
 from pscluster.v1.agents_pb2 import AgentMessage, LogLine, ProcessEvent, ProcessState, ProcessStatus
@@ -32,17 +29,17 @@ from pscluster.v1.plan_pb2 import Failure, Plan, ProcessReport, ProcessSpec, Spe
 from pscluster.wire.backoff import delay_s
 
 FLUSH_S = 0.2
-"""How long a line may wait for others to travel with."""
+"""How long a line may wait for others to be sent with."""
 MAX_UNACKED_LOG_BYTES = 4 * 1024 * 1024
-"""While more than this waits for the master, lines stay in the process's own backlog and age there."""
+"""While more than this waits for the master, lines stay in the process's backlog, where the oldest are dropped."""
 
 _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Site:
-    """What all processes of an agent share. `emit` takes a message for the master; `log_bytes` is how much
-    output it has not taken yet."""
+class AgentContext:
+    """What all processes of an agent share. `emit` queues a message for the master; `log_bytes` returns the bytes of
+    output that the master has not acknowledged."""
 
     command: tuple[str, ...]
     environ: Mapping[str, str]
@@ -56,17 +53,17 @@ class Site:
 
 
 class Process:
-    """Named by a ProcessSpec; started by `run`, once. Belongs to the agent's loop."""
+    """The process of one ProcessSpec; started by `run`, once. Used from the agent's loop."""
 
-    def __init__(self, spec: ProcessSpec, number: int, site: Site) -> None:
-        """`number` is unique within the agent's life: it names the process's directories."""
+    def __init__(self, spec: ProcessSpec, number: int, context: AgentContext) -> None:
+        """`number` is unique within the agent's life, and names the process's directories."""
         self.spec = spec
         self.plan: Plan | None = spec.plan if spec.HasField("plan") else None
-        self.heard: LastHeartbeat | None = None
-        """Its last beat; before the first, its start."""
+        self.last_heartbeat: LastHeartbeat | None = None
+        """The last heartbeat; before the first, the start."""
         self.speed: Speed | None = None
-        """How fast a trainer computes, as its last beat said."""
-        self._site = site
+        """How fast a trainer computes, by its last heartbeat."""
+        self._context = context
         self._log = _log.bind(process_id=spec.process_id)
         self._status = ProcessStatus(process_id=spec.process_id)
         self._ready: ProcessReport | None = None
@@ -74,136 +71,138 @@ class Process:
         self._child: Child | None = None
         self._preparation: asyncio.Task[Path] | None = None
         self._ending = False
-        self._copies = False  # its snapshots are this node's own, and are copied to a second one
+        self._copies = False  # its snapshots are in this node's own store, and are copied to a second node
         self._backlog = Backlog()
         self._flush: asyncio.TimerHandle | None = None
-        self._sockets = site.directories.runtime / f"p{number}"
-        self._scratch = site.directories.jobs / f"p{number}"
+        self._sockets = context.directories.runtime / f"p{number}"
+        self._scratch = context.directories.jobs / f"p{number}"
 
     @property
-    def living(self) -> bool:
-        """It runs, or is about to."""
+    def is_active(self) -> bool:
+        """Whether it runs, or is about to."""
         return self._status.phase != ProcessStatus.PHASE_EXITED
 
     def state(self) -> ProcessState:
-        """What a restarted master learns of it."""
+        """What a Hello reports of it to a restarted master."""
         generation = self.plan.generation if self.plan is not None else 0
         return ProcessState(status=self._status, ready=self._ready, generation=generation)
 
     async def run(self) -> None:
-        """Fetch, start, wait and tell the exit. Whatever fails becomes an exited status."""
-        kills_before = cgroup.oom_kills()
+        """Fetch, start, wait and report the exit. Every failure becomes an exited status."""
+        kills_before = resources.oom_kills()
         problem: PsError | None = None
         try:
             self._child = await self._started()
-        except Exception as error:  # whatever it is: nobody else would tell what became of this process
-            problem = _named(error)
+        except Exception as error:  # of any kind: nothing else reports what became of this process
+            problem = _start_error(error)
         if self._child is None:
-            self._conclude(self._not_started(problem))
+            self._report_exit(self._not_started(problem))
         else:
-            self._tell_running(self._child)
+            self._report_running(self._child)
             ended = await self._child.wait()
-            self._conclude(self._classify(self._child.pid, ended, cgroup.oom_kills() - kills_before))
+            self._report_exit(self._classify(self._child.pid, ended, resources.oom_kills() - kills_before))
         await asyncio.to_thread(self._remove_directories)
 
     async def _started(self) -> Child | None:
-        """None: it was told to end before it could start."""
+        """None: it was ended before it could start."""
         self._preparation = asyncio.create_task(self._prepare())
         await asyncio.wait({self._preparation})
         if self._preparation.cancelled():
             return None
         directory = self._preparation.result()
-        # Also when the order came after the preparation was done, but before we were woken.
+        # Also when it was ended after the preparation, but before this task resumed.
         return None if self._ending else self._start(directory)
 
-    async def end(self, patience: Patience) -> None:
-        """Make it go; returns when the process is gone. `run` ends soon after. Safe to repeat."""
+    async def end(self, grace: GracePeriods) -> None:
+        """End it; returns when the process has exited. `run` returns soon after. Safe to repeat."""
         self._ending = True
-        self._site.devices.leaving(self.spec.process_id)
+        self._context.devices.leaving(self.spec.process_id)
         if self._child is not None:
-            await self._child.end(patience)
+            await self._child.end(grace)
         elif self._preparation is not None:
             self._preparation.cancel()
 
     def forward(self, plan: Plan) -> None:
-        """Hand over a newer plan; one that comes before the start goes with it."""
+        """Send a newer plan; one that arrives before the start is sent with it."""
         before, self.plan = self.plan, plan
         if self._child is None:
             self.spec.plan.CopyFrom(plan)
-        elif self._copies and self._site.copies.must_bring(self.spec, before, plan):
-            self._site.copies.bring(self.spec, plan, self._child.forward, self._say)
+        elif self._copies and self._context.copies.must_fetch(self.spec, before, plan):
+            self._context.copies.fetch(self.spec, plan, self._child.forward, self._emit_event)
         else:
             self._child.forward(plan)
 
     @property
     def silence_s(self) -> float:
-        """How long nothing may be heard of it."""
+        """How long it may send no heartbeat."""
         return LOADING_SILENCE_S if self._ready is None else SILENCE_S[self.spec.kind]
 
     @property
     def suspicion(self) -> ProcessStatus.Suspicion:
-        """What the master was last told of it."""
+        """The suspicion reported to the master last."""
         return self._status.suspicion
 
     @property
     def unreached(self) -> Unreached | None:
-        """What the master was last told that it cannot reach."""
+        """The unreached partitions reported to the master last."""
         return self._status.unreached if self._status.HasField("unreached") else None
 
-    def suspect(self, suspicion: ProcessStatus.Suspicion, unreached: Unreached | None) -> None:
-        """Tell the master how the living process looks, and whom it cannot reach."""
+    def report_suspicion(self, suspicion: ProcessStatus.Suspicion, unreached: Unreached | None) -> None:
+        """Report to the master whether the running process is suspected, and which partitions it cannot reach."""
         self._status.suspicion = suspicion
         self._status.ClearField("unreached")
         if unreached is not None:
             self._status.unreached.CopyFrom(unreached)
-        self._site.emit(AgentMessage(status=self._status))
+        self._context.emit(AgentMessage(status=self._status))
 
-    # What the child says (Listener).
+    # Reports and output of the child.
 
-    def reported(self, report: ProcessReport) -> None:
+    def _handle_report(self, report: ProcessReport) -> None:
         body = report.WhichOneof("body")
         if body == "counters":
-            self._site.metrics.keep(self.spec, report.counters)
+            self._context.metrics.keep(self.spec, report.counters)
             return
         if body == "beat":
             now_s = asyncio.get_running_loop().time()
             beat = report.beat
             unreached = beat.unreached if beat.HasField("unreached") else None
-            self.heard = LastHeartbeat(at_s=now_s, busy_s=beat.busy_s, typical_s=beat.typical_s, unreached=unreached)
+            self.last_heartbeat = LastHeartbeat(
+                at_s=now_s, busy_s=beat.busy_s, typical_s=beat.typical_s, unreached=unreached
+            )
             self.speed = beat.speed if beat.HasField("speed") else None
             return
         if body == "snapshot_part" and self._copies:
-            self._site.copies.copy(self.spec, self.plan, report, self._say, self._settled)
+            self._context.copies.copy(self.spec, self.plan, report, self._emit_event, self._part_settled)
             return
         if body in ("trainer_ready", "partition_ready"):
             self._ready = report
-            if self.heard is not None:  # this is a sign of life, too: beats may have yet to begin
-                self.heard = replace(self.heard, at_s=asyncio.get_running_loop().time())
+            if self.last_heartbeat is not None:  # also a sign of life: heartbeats may not have begun
+                self.last_heartbeat = replace(self.last_heartbeat, at_s=asyncio.get_running_loop().time())
         if body == "failure":
             self._failure = report.failure
         self._send_lines(final=True)
-        self._say(report)
+        self._emit_event(report)
 
-    def _say(self, report: ProcessReport) -> None:
-        self._site.emit(AgentMessage(event=ProcessEvent(process_id=self.spec.process_id, report=report)))
+    def _emit_event(self, report: ProcessReport) -> None:
+        self._context.emit(AgentMessage(event=ProcessEvent(process_id=self.spec.process_id, report=report)))
 
-    def _settled(self, path: str) -> None:
+    def _part_settled(self, path: str) -> None:
         if self._child is not None:
             self._child.settle(path)
 
-    def wrote(self, stream: str, text: str) -> None:
+    def _handle_line(self, stream: str, text: str) -> None:
         dropped = self._backlog.add(LogLine(time_s=time.time(), stream=stream, text=text))
         metrics.LINES_DROPPED.inc(dropped)
         if self._flush is None:
             self._flush = asyncio.get_running_loop().call_later(FLUSH_S, self._send_lines)
 
     def _send_lines(self, final: bool = False) -> None:
-        """`final`: something that must come after these lines follows, so they cannot wait."""
+        """`final`: a message that must come after these lines follows, so send all."""
         if self._flush is not None:
             self._flush.cancel()
             self._flush = None
-        while self._backlog and (final or self._site.log_bytes() < MAX_UNACKED_LOG_BYTES):
-            self._site.emit(AgentMessage(log=self._backlog.take(self.spec.process_id)))
+        while self._backlog and (final or self._context.log_bytes() < MAX_UNACKED_LOG_BYTES):
+            self._context.emit(AgentMessage(log=self._backlog.take(self.spec.process_id)))
         if self._backlog:
             self._flush = asyncio.get_running_loop().call_later(FLUSH_S, self._send_lines)
 
@@ -216,28 +215,28 @@ class Process:
             except OSError as error:
                 raise StorageError(f"cannot create {directory}: {error.strerror}") from None
         if self.spec.kind == ProcessSpec.KIND_TRAINER:
-            self.spec.device = await self._site.devices.claim(self.spec.process_id, wanted_device(self.spec))
-        self._copies = self._site.copies.settle(self.spec)
+            self.spec.device = await self._context.devices.claim(self.spec.process_id, wanted_device(self.spec))
+        self._copies = self._context.copies.use_own_store(self.spec)
         if self._copies:
-            await self._site.copies.obtain(self.spec, lambda: self.spec.plan, self._say)
+            await self._context.copies.wait_for_part(self.spec, lambda: self.spec.plan, self._emit_event)
         return await self._bundle() if self.spec.bundle_sha256 else self._scratch
 
     async def _bundle(self) -> Path:
-        """Where the job's code is, once it is there."""
+        """The directory of the job's code, once it is downloaded."""
         failures = 0
         while True:
             try:
-                return await self._site.bundles.obtain(self.spec.bundle_sha256)
+                return await self._context.bundles.ensure(self.spec.bundle_sha256)
             except UnreachableError as error:
                 failures += 1
                 if failures == 1:
-                    self._log.warning("waits for its code bundle", cause=error.cause)
+                    self._log.warning("waiting for the code bundle", cause=error.cause)
             await asyncio.sleep(delay_s(failures, random.random()))
 
     def _start(self, directory: Path) -> Child:
         threads = str(num_threads(self.spec))
         environment = {
-            **self._site.environ,
+            **self._context.environ,
             SOCKET_DIR: str(self._sockets),
             BUNDLE_DIR: str(directory),
             "OMP_NUM_THREADS": threads,
@@ -246,14 +245,16 @@ class Process:
             "PYTHONUNBUFFERED": "1",
             "PYTHONFAULTHANDLER": "1",
         }
-        return Child.start(self.spec, self._site.command, directory, environment, self)
+        return Child.start(
+            self.spec, self._context.command, directory, environment, self._handle_report, self._handle_line
+        )
 
-    def _tell_running(self, child: Child) -> None:
+    def _report_running(self, child: Child) -> None:
         metrics.STARTED.inc()
         self._status.phase = ProcessStatus.PHASE_RUNNING
         self._status.pid = child.pid
-        self.heard = LastHeartbeat(at_s=asyncio.get_running_loop().time())
-        self._site.emit(AgentMessage(status=self._status))
+        self.last_heartbeat = LastHeartbeat(at_s=asyncio.get_running_loop().time())
+        self._context.emit(AgentMessage(status=self._status))
         self._log.info("process started", pid=child.pid)
 
     # End.
@@ -275,18 +276,18 @@ class Process:
             expected=ended.expected,
             oom_kills=oom_kills,
             failure=self._failure,
-            last_words=ended.last_words,
+            stderr_tail=ended.stderr_tail,
         )
         return classify(self.spec.process_id, pid, facts)
 
-    def _conclude(self, status: ProcessStatus) -> None:
+    def _report_exit(self, status: ProcessStatus) -> None:
         self._status = status
         self._send_lines(final=True)
-        self._site.devices.release(self.spec.process_id)
-        self._site.copies.leave(self.spec.process_id)
-        self._site.metrics.drop(self.spec.process_id)
+        self._context.devices.release(self.spec.process_id)
+        self._context.copies.cancel_fetch(self.spec.process_id)
+        self._context.metrics.drop(self.spec.process_id)
         metrics.EXITS.labels(cause=_cause(status)).inc()
-        self._site.emit(AgentMessage(status=status))
+        self._context.emit(AgentMessage(status=status))
         self._log.info(
             "process ended",
             exit_code=status.exit_code,
@@ -312,15 +313,15 @@ def wanted_device(spec: ProcessSpec) -> str:
 
 
 def _workers(spec: ProcessSpec) -> Mapping[str, Any]:
-    """The section of the job's spec that concerns trainers; empty for a partition. Raises ValueError."""
+    """The `workers` section of a trainer's job spec; empty for a partition. Raises ValueError."""
     if spec.kind != ProcessSpec.KIND_TRAINER or not spec.spec_json:
         return {}
     section: Mapping[str, Any] = json.loads(spec.spec_json).get("workers", {})
     return section
 
 
-def _named(error: Exception) -> PsError:
-    """Why a process could not be started."""
+def _start_error(error: Exception) -> PsError:
+    """The error of a process that could not be started."""
     if isinstance(error, PsError):
         return error
     if isinstance(error, OSError):

@@ -1,11 +1,11 @@
-"""What the master must learn, kept until it says that it has.
+"""Messages for the master, kept until it acknowledges them.
 
-Durable messages get a sequence that rises by 1. They wait here, over any number of broken streams, until an
-acknowledgement covers them. The memory they take is bounded: when the master stays away for too long, the oldest
-progress reports and log lines go first, and the loss is counted.
+Durable messages get a sequence number that rises by 1. They stay here, across any number of broken streams, until an
+acknowledgement covers them. Memory is bounded: in a long outage the oldest progress reports and log lines are dropped
+first, and the loss is counted.
 
-Most of it is history, of which all must arrive. How a process looks while it runs is not: only the newest word on it is
-kept, for a master that was away and hears an old one first would act on what is over. Sequences so have gaps.
+Every message must arrive, except the status of a running process: only the newest one is kept, so that a master that
+returns from an outage does not act on a stale one. Sequences therefore have gaps.
 """
 
 from __future__ import annotations
@@ -20,87 +20,87 @@ MAX_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Kept:
+class _Queued:
     message: AgentMessage
     size_bytes: int
 
 
 class ReportQueue:
-    """Not thread-safe; belongs to the agent's loop. Nothing here blocks."""
+    """Not thread-safe; used from the agent's loop. Never blocks."""
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes = max_bytes
-        self._kept: dict[int, _Kept] = {}
-        self._running: dict[str, int] = {}  # by process id: the kept message that says how it looks while it runs
+        self._queued: dict[int, _Queued] = {}
+        self._latest_status: dict[str, int] = {}  # by process id: the queued status of the running process
         self._size_bytes = 0
         self._log_bytes = 0
         self.last_sequence = 0
-        """Of the newest message ever added; 0: none."""
+        """The sequence of the newest message ever added; 0: none."""
         self.num_dropped = 0
-        """Messages given up for want of room."""
+        """Messages dropped because the queue was full."""
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._queued)
 
     @property
     def log_bytes(self) -> int:
-        """How much of it is log lines: whoever adds them should wait while this is high."""
+        """Bytes of queued log lines: callers hold back further lines while this is high."""
         return self._log_bytes
 
     def add(self, message: AgentMessage) -> int:
-        """Take ownership of `message`, number it and keep it, instead of what it makes void. Returns its sequence."""
+        """Take ownership of `message` and queue it in place of the one it supersedes. Returns its sequence."""
         self.last_sequence += 1
         message.sequence = self.last_sequence
         if message.WhichOneof("body") == "status":
-            self._replace(message.status)
-        kept = _Kept(message=message, size_bytes=message.ByteSize())
-        self._kept[self.last_sequence] = kept
-        self._account(kept, 1)
-        while self._size_bytes > self._max_bytes and len(self._kept) > 1:
-            self._forget(next(self._least_needed()))
+            self._remove_superseded(message.status)
+        queued = _Queued(message=message, size_bytes=message.ByteSize())
+        self._queued[self.last_sequence] = queued
+        self._account(queued, 1)
+        while self._size_bytes > self._max_bytes and len(self._queued) > 1:
+            self._remove(next(self._drop_order()))
             self.num_dropped += 1
         return self.last_sequence
 
     def acknowledge(self, sequence: int) -> None:
-        """Forget everything up to `sequence`. Safe to repeat."""
-        while self._kept and (oldest := next(iter(self._kept))) <= sequence:
-            self._forget(oldest)
+        """Remove everything up to `sequence`. Safe to repeat."""
+        while self._queued and (oldest := next(iter(self._queued))) <= sequence:
+            self._remove(oldest)
 
     def after(self, sequence: int, limit: int) -> list[AgentMessage]:
-        """At most `limit` messages above `sequence`, oldest first. They stay here and must not be changed."""
-        start = max(sequence + 1, next(iter(self._kept), self.last_sequence + 1))
-        found = (self._kept.get(number) for number in range(start, self.last_sequence + 1))
-        return [kept.message for kept in islice(filter(None, found), limit)]
+        """At most `limit` messages above `sequence`, oldest first. They stay queued and must not be changed."""
+        start = max(sequence + 1, next(iter(self._queued), self.last_sequence + 1))
+        found = (self._queued.get(number) for number in range(start, self.last_sequence + 1))
+        return [queued.message for queued in islice(filter(None, found), limit)]
 
-    def _replace(self, status: ProcessStatus) -> None:
-        """Forget what an earlier status said of the process while it ran. An exit is never followed by another word."""
-        earlier = self._running.get(status.process_id)
+    def _remove_superseded(self, status: ProcessStatus) -> None:
+        """Remove the status that this one supersedes. An exit is the last status of a process."""
+        earlier = self._latest_status.get(status.process_id)
         if earlier is not None:
-            self._forget(earlier)
+            self._remove(earlier)
         if status.phase == ProcessStatus.PHASE_RUNNING:
-            self._running[status.process_id] = self.last_sequence
+            self._latest_status[status.process_id] = self.last_sequence
 
-    def _least_needed(self) -> Iterator[int]:
-        """Sequences in the order in which to give them up; never the newest."""
-        older = list(self._kept.items())[:-1]
-        yield from (number for number, kept in older if _expendable(kept.message))
-        yield from (number for number, kept in older if not _expendable(kept.message))
+    def _drop_order(self) -> Iterator[int]:
+        """Sequences in the order in which they are dropped; never the newest."""
+        older = list(self._queued.items())[:-1]
+        yield from (number for number, queued in older if _is_droppable(queued.message))
+        yield from (number for number, queued in older if not _is_droppable(queued.message))
 
-    def _forget(self, sequence: int) -> None:
-        kept = self._kept.pop(sequence)
-        self._account(kept, -1)
-        process_id = kept.message.status.process_id
-        if self._running.get(process_id) == sequence:
-            del self._running[process_id]
+    def _remove(self, sequence: int) -> None:
+        queued = self._queued.pop(sequence)
+        self._account(queued, -1)
+        process_id = queued.message.status.process_id
+        if self._latest_status.get(process_id) == sequence:
+            del self._latest_status[process_id]
 
-    def _account(self, kept: _Kept, sign: int) -> None:
-        self._size_bytes += sign * kept.size_bytes
-        if kept.message.WhichOneof("body") == "log":
-            self._log_bytes += sign * kept.size_bytes
+    def _account(self, queued: _Queued, sign: int) -> None:
+        self._size_bytes += sign * queued.size_bytes
+        if queued.message.WhichOneof("body") == "log":
+            self._log_bytes += sign * queued.size_bytes
 
 
-def _expendable(message: AgentMessage) -> bool:
-    """Progress and output: a gap in them costs a curve or a log, never the job."""
+def _is_droppable(message: AgentMessage) -> bool:
+    """Progress and output: losing them leaves a gap in a curve or log, and never harms the job."""
     if message.WhichOneof("body") == "log":
         return True
     return message.HasField("event") and message.event.report.WhichOneof("body") == "progress"

@@ -1,4 +1,4 @@
-"""What makes a worker's agent differ from a server's. Imports nothing slow."""
+"""How a worker's agent and a server's differ, and their settings. Imports nothing slow."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class AgentRole:
-    """`name` is "worker" or "server"; `module` is what its processes run; `runs` is what they are called.
+    """`name` is "worker" or "server"; `module` is what its processes run; `runs` names them in the plural.
 
-    `default_slots`: how many of them at once, the least; with `one_per_device`, one for each CUDA device if there are
-    more.
+    `default_slots`: how many run at once; with `one_per_device`, one for each CUDA device if there are more.
     """
 
     name: str
@@ -22,14 +21,14 @@ class AgentRole:
     keeps_snapshots: bool = False
 
     def slots(self, num_devices: int) -> int:
-        """How many processes at once on a node with so many CUDA devices, when no setting says."""
+        """How many processes run at once on a node with this many CUDA devices, unless a setting says otherwise."""
         return max(self.default_slots, num_devices) if self.one_per_device else self.default_slots
 
 
 @dataclass(frozen=True, kw_only=True)
 class AgentSettings:
-    """Settings of psworker and psserver. `slots: None` takes the role's default. `own_store`: a server's disk is its
-    own; it keeps snapshots of jobs without a durability.store there, and copies each to a second node."""
+    """Settings of psworker and psserver. `slots: None` takes the role's default. `own_store`: a server's disk is not
+    shared; it keeps snapshots of jobs without a durability.store there, and copies each to a second node."""
 
     node_id: str
     master: str

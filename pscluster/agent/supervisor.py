@@ -1,27 +1,26 @@
-"""The processes of a node: made what the newest assignment says, watched, ended with the agent."""
+"""The processes of a node: reconciled with the newest assignment, watched, and ended with the agent."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Coroutine
+from collections.abc import Container, Coroutine, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
 
 from pscluster.agent import metrics
-from pscluster.agent.child import Patience
-from pscluster.agent.exits import NOT_STARTED
-from pscluster.agent.process import Process, Site, wanted_device
-from pscluster.agent.reconcile import reconcile
-from pscluster.agent.suspicion import NONE, WORDS, suspicion_of
+from pscluster.agent.child import GracePeriods
+from pscluster.agent.process import AgentContext, Process, wanted_device
+from pscluster.agent.status import NONE, NOT_STARTED, SUSPICION_NAMES, suspicion_of
 from pscluster.devices import device_priority
 from pscluster.v1.agents_pb2 import AgentMessage, Assignment, ProcessState, ProcessStatus
-from pscluster.v1.plan_pb2 import ProcessSpec, Speed, Unreached
+from pscluster.v1.plan_pb2 import Plan, ProcessSpec, Speed, Unreached
 
 WATCH_S = 0.25
-AT_ONCE = Patience(terminate_s=0.0, kill_s=0.0)
-"""For a process that does not listen any more."""
+AT_ONCE = GracePeriods(terminate_s=0.0, kill_s=0.0)
+"""For a suspected process, which may not read orders any more."""
 MAX_REMEMBERED = 10_000
 """Ids of processes that ran here and are never started again."""
 
@@ -29,11 +28,11 @@ _log = structlog.get_logger(__name__)
 
 
 class Supervisor:
-    """Belongs to one loop, whose thread must outlive the processes."""
+    """Used from one loop, whose thread must outlive the processes."""
 
-    def __init__(self, site: Site, patience: Patience | None = None) -> None:
-        self._site = site
-        self._patience = patience or Patience()
+    def __init__(self, context: AgentContext, grace: GracePeriods | None = None) -> None:
+        self._context = context
+        self._grace = grace or GracePeriods()
         self._processes: dict[str, Process] = {}
         self._ever_ran: OrderedDict[str, None] = OrderedDict()
         self._num_started = 0
@@ -41,81 +40,81 @@ class Supervisor:
         self._closing = False
 
     def apply(self, assignment: Assignment) -> None:
-        """Start, end and inform processes until they are what `assignment` names; returns at once. Idempotent."""
+        """Start, end and update processes to match `assignment`; returns at once. Idempotent."""
         if self._closing:
             return
-        self._site.copies.meet(assignment.depots)
-        self._site.copies.forget(assignment.deleted_jobs)
-        living = {id_: process.plan for id_, process in self._processes.items() if process.living}
-        actions = reconcile(assignment.processes, living, self._ever_ran)
+        self._context.copies.update_peers(assignment.depots)
+        self._context.copies.forget(assignment.deleted_jobs)
+        running = {id_: process.plan for id_, process in self._processes.items() if process.is_active}
+        actions = reconcile(assignment.processes, running, self._ever_ran)
         for process_id in actions.stop:
             process = self._processes[process_id]
-            self._spawn(process.end(AT_ONCE if process.suspicion else self._patience))
+            self._spawn(process.end(AT_ONCE if process.suspicion else self._grace))
         for spec in sorted(actions.start, key=_device_priority):
             self._num_started += 1
             self._remember(spec.process_id)
-            process = Process(spec, self._num_started, self._site)
+            process = Process(spec, self._num_started, self._context)
             self._processes[spec.process_id] = process
             self._spawn(self._run(process))
         for process_id, plan in actions.forward:
             self._processes[process_id].forward(plan)
         for spec in assignment.processes:
             if spec.process_id not in self._processes:
-                self._site.emit(AgentMessage(status=_over(spec.process_id)))
+                self._context.emit(AgentMessage(status=_already_exited(spec.process_id)))
         self._forget_ended({spec.process_id for spec in assignment.processes})
 
     def states(self) -> list[ProcessState]:
-        """Every process that lives, or ended and is still named by the newest assignment."""
+        """Every process that runs, or has exited and is still in the newest assignment."""
         return [process.state() for process in self._processes.values()]
 
     @property
     def is_empty(self) -> bool:
-        """No process runs, or is about to."""
-        return not any(process.living for process in self._processes.values())
+        """Whether no process runs or is about to."""
+        return not any(process.is_active for process in self._processes.values())
 
-    async def emptied(self) -> None:
-        """Wait until no process runs any more because none is wanted here."""
+    async def wait_empty(self) -> None:
+        """Wait until no process runs because the newest assignment names none."""
         while not self.is_empty:
             await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
 
     def speeds(self) -> dict[str, Speed]:
-        """How fast the living trainers compute that have measured it, by process id."""
-        return {id_: p.speed for id_, p in self._processes.items() if p.living and p.speed is not None}
+        """How fast the running trainers compute, by process id, as far as they have measured it."""
+        return {id_: p.speed for id_, p in self._processes.items() if p.is_active and p.speed is not None}
 
     async def watch(self) -> None:
-        """Look for processes that live and do not get on, for ever."""
+        """Report suspected processes; never returns."""
         loop = asyncio.get_running_loop()
         looked_s = loop.time()
         while True:
             await asyncio.sleep(WATCH_S)
             now_s = loop.time()
-            # An agent that was itself stopped first reads what was said meanwhile.
+            # An agent that was itself stopped first reads the heartbeats that arrived meanwhile.
             if now_s - looked_s < 2 * WATCH_S:
-                self.check_beats(now_s)
+                self.check_heartbeats(now_s)
             looked_s = now_s
 
-    def check_beats(self, now_s: float) -> None:
-        """Tell the master of each process that is suspected since the last check, or is no longer; it decides."""
-        living = [process for process in self._processes.values() if process.living]
-        metrics.PROCESSES.set(len(living))
-        for process in living:
-            found = suspicion_of(now_s, process.heard, process.silence_s)
-            unreached = process.heard.unreached if process.heard is not None else None
+    def check_heartbeats(self, now_s: float) -> None:
+        """Report to the master each running process that has become suspected, or recovered, since the last check."""
+        active = [process for process in self._processes.values() if process.is_active]
+        metrics.PROCESSES.set(len(active))
+        for process in active:
+            found = suspicion_of(now_s, process.last_heartbeat, process.silence_s)
+            unreached = process.last_heartbeat.unreached if process.last_heartbeat is not None else None
             if (found, unreached) != (process.suspicion, process.unreached):
-                _note(process, found, unreached)
-                process.suspect(found, unreached)
+                _log_suspicion(process, found, unreached)
+                process.report_suspicion(found, unreached)
 
     async def close(self) -> None:
-        """End every process and wait until each exit was told. No assignment counts any more."""
+        """End every process and wait until each exit is reported. Later assignments are ignored."""
         self._closing = True
-        await asyncio.gather(*(p.end(self._patience) for p in self._processes.values() if p.living))
+        await asyncio.gather(*(p.end(self._grace) for p in self._processes.values() if p.is_active))
         while self._tasks:
             await asyncio.wait(self._tasks)
 
     async def _run(self, process: Process) -> None:
         await process.run()
-        in_use = {p.spec.bundle_sha256 for p in self._processes.values() if p.living}
-        await self._site.bundles.trim(in_use)
+        in_use = {p.spec.bundle_sha256 for p in self._processes.values() if p.is_active}
+        await self._context.bundles.trim(in_use)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -133,32 +132,67 @@ class Supervisor:
             self._ever_ran.popitem(last=False)
 
     def _forget_ended(self, named: set[str]) -> None:
-        for process_id in [id_ for id_, p in self._processes.items() if not p.living and id_ not in named]:
+        for process_id in [id_ for id_, p in self._processes.items() if not p.is_active and id_ not in named]:
             del self._processes[process_id]
 
 
-def _over(process_id: str) -> ProcessStatus:
-    """Of a process that ended here and was forgotten: a master whose database is an older one asks for it again."""
+def _already_exited(process_id: str) -> ProcessStatus:
+    """The status of a forgotten process, which a master with an older database assigns again."""
     return ProcessStatus(process_id=process_id, phase=ProcessStatus.PHASE_EXITED, exit_code=NOT_STARTED, expected=True)
 
 
-def _note(process: Process, suspicion: ProcessStatus.Suspicion, unreached: Unreached | None) -> None:
-    """Say, and count, what has changed about a living process."""
+def _log_suspicion(process: Process, suspicion: ProcessStatus.Suspicion, unreached: Unreached | None) -> None:
+    """Log, and count, a change in a running process."""
     log = _log.bind(process_id=process.spec.process_id)
     if suspicion not in (process.suspicion, NONE):
-        metrics.SUSPICIONS.labels(kind=WORDS[suspicion]).inc()
-        log.warning(f"a process is {WORDS[suspicion]}")
+        metrics.SUSPICIONS.labels(kind=SUSPICION_NAMES[suspicion]).inc()
+        log.warning(f"a process is {SUSPICION_NAMES[suspicion]}")
     elif suspicion != process.suspicion:
-        log.info("a process gets on again")
+        log.info("a process recovered")
     if unreached is not None and process.unreached is None:
         metrics.SUSPICIONS.labels(kind="cut off").inc()
         log.warning("a process cannot reach partitions", partitions=list(unreached.partitions))
     elif unreached is None and process.unreached is not None:
-        log.info("a process reaches every partition again")
+        log.info("a process reaches all partitions again")
 
 
 def _device_priority(spec: ProcessSpec) -> int:
     try:
         return device_priority(wanted_device(spec))
     except ValueError:
-        return 0  # it will not start, and say why
+        return 0  # its start fails with the reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Actions:
+    """What an agent does to match an assignment; the three lists name disjoint processes."""
+
+    start: tuple[ProcessSpec, ...] = ()
+    stop: tuple[str, ...] = ()
+    forward: tuple[tuple[str, Plan], ...] = ()
+
+
+def reconcile(desired: Iterable[ProcessSpec], running: Mapping[str, Plan | None], ever_ran: Container[str]) -> Actions:
+    """The actions that turn `running` into `desired`. Pure; after applying them there are none left.
+
+    `running` maps the ids of processes that run, or are being started, to the newest plan sent to each, None before the
+    first. `ever_ran` holds every id started here before: none is started twice, because the master decides on a new
+    attempt.
+    """
+    wanted: dict[str, ProcessSpec] = {}
+    for spec in desired:
+        wanted.setdefault(spec.process_id, spec)
+    return Actions(
+        start=tuple(spec for id_, spec in wanted.items() if id_ not in running and id_ not in ever_ran),
+        stop=tuple(id_ for id_ in running if id_ not in wanted),
+        forward=tuple(
+            (id_, wanted[id_].plan) for id_, held in running.items() if id_ in wanted and _is_news(wanted[id_], held)
+        ),
+    )
+
+
+def _is_news(spec: ProcessSpec, held: Plan | None) -> bool:
+    """Whether a plan is newer. It never goes back a generation: a late message must not undo a newer plan."""
+    if not spec.HasField("plan"):
+        return False
+    return held is None or (spec.plan.generation >= held.generation and spec.plan != held)

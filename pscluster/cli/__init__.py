@@ -1,1 +1,1 @@
-"""psctl. Only click and the standard library are imported until a verb needs more: `psctl --help` is instant."""
+"""psctl. Imports only click and the standard library until a verb needs more: `psctl --help` is instant."""

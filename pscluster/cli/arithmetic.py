@@ -1,4 +1,4 @@
-"""What can be said of a job before it runs: shards, microbatches per worker, snapshots, evaluations. Pure."""
+"""What follows from a spec before the job runs: shards, microbatches a worker, snapshots, evaluations. Pure."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 _MOST_ROWS = 16
 
 
-def summarize(spec: JobSpec, bundle: Bundle | None, *, evaluates: bool = True) -> dict[str, Any]:
-    """The arithmetic as plain data; `text` prints it. `evaluates`: the task may have data to be evaluated on."""
+def calculate(spec: JobSpec, bundle: Bundle | None, *, evaluates: bool = True) -> dict[str, Any]:
+    """The arithmetic as plain data; `text` formats it. `evaluates`: the task may have evaluation data."""
     train, steps = spec.train, spec.train.max_steps
     found: dict[str, Any] = {
         "name": spec.name,
@@ -42,7 +42,7 @@ def summarize(spec: JobSpec, bundle: Bundle | None, *, evaluates: bool = True) -
 
 
 def _worker_counts(spec: JobSpec) -> list[int]:
-    """The worker counts worth a row: from min to max, never more than there are shards, thinned to doublings."""
+    """The worker counts that get a row: from min to max, at most one for each shard, many thinned to powers of two."""
     low, high = spec.workers.min, min(spec.workers.max or spec.train.num_shards, spec.train.num_shards)
     counts = list(range(low, high + 1))
     if len(counts) > _MOST_ROWS:
@@ -84,7 +84,7 @@ def _length(found: dict[str, Any]) -> str:
     if found["max_steps"]:
         parts.append(f"{found['max_steps']} steps ({found['samples']:,} samples)")
     if found["epochs"]:
-        parts.append(f"{found['epochs']} epochs (steps known once the data are)")
+        parts.append(f"{found['epochs']} epochs (steps are known once the data is loaded)")
     return "length: " + ", or ".join(parts) + (", whichever ends first" if len(parts) > 1 else "")
 
 
@@ -97,7 +97,7 @@ def _evaluation(found: dict[str, Any]) -> str:
 
 def _code(bundle: dict[str, Any] | None) -> str:
     if bundle is None:
-        return "code: built in, nothing to send"
+        return "code: built in, nothing to upload"
     return f"code: {bundle['files']} files, {fmt.size(bundle['size_bytes'])} packed, sha256 {bundle['sha256'][:12]}"
 
 

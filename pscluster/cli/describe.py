@@ -7,22 +7,22 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pscluster.cli import formatting as fmt
-from pscluster.client.frames import last_frame
+from pscluster.client.goals import last_frame
 
 if TYPE_CHECKING:
     from pscluster.client import Job, PartitionPlacement, TrainerPlacement
 
 _EVENTS_SHOWN = 40
-_SLOW = 1.15  # times the median trainer's microbatch: what is told of a trainer
+_SLOW = 1.15  # times the median trainer's microbatch: a ratio worth showing
 
 
 def summary(job: Job, now_s: float) -> str:
-    """What `psctl status` prints: where the job is, in a few aligned lines."""
+    """What `psctl status` prints: state and progress in a few aligned lines."""
     return _aligned(list(_summary(job, now_s)))
 
 
 def description(job: Job, now_s: float) -> str:
-    """What `psctl describe` prints: the summary, then a section for whatever there is to say."""
+    """What `psctl describe` prints: the summary, then a section for each kind of detail there is."""
     sections = [_aligned([*_summary(job, now_s), *_identity(job)])]
     for title, body in (
         ("Last error", _error(job)),
@@ -57,7 +57,7 @@ def _summary(job: Job, now_s: float) -> Iterator[tuple[str, str]]:
 
 
 def speed(job: Job) -> str:
-    """Rates over the last seconds. Tokens (what the task counts) only where they are not the samples themselves."""
+    """Rates over the last seconds. Tokens (the task's weight) only where they differ from samples."""
     parts = [f"{fmt.count(job.steps_per_s)} steps/s", f"{fmt.count(job.samples_per_s)} samples/s"]
     if counts_tokens(job):
         parts.append(f"{fmt.count(job.weight_per_s)} tokens/s")
@@ -65,7 +65,7 @@ def speed(job: Job) -> str:
 
 
 def counts_tokens(job: Job) -> bool:
-    """Whether the task's weight is something else than samples."""
+    """Whether the task's weight is not the number of samples."""
     return job.weight_per_s > 0 and abs(job.weight_per_s - job.samples_per_s) > 0.01 * job.samples_per_s
 
 
@@ -139,26 +139,26 @@ def _plan(job: Job) -> str:
 
 
 def _median_s(placements: Sequence[TrainerPlacement]) -> float:
-    """What a microbatch takes the median trainer; 0 before any was measured."""
+    """Seconds of the median trainer's microbatch; 0 before any is measured."""
     known = [placement.microbatch_s for placement in placements if placement.active and placement.microbatch_s]
     return statistics.median_low(known) if known else 0.0
 
 
 def _trainer(placement: TrainerPlacement, median_s: float) -> list[str]:
     role = "active" if placement.active else "standing by"
-    pace = _pace(placement.microbatch_s, median_s) if placement.active and placement.microbatch_s else ""
+    time = _microbatch_time(placement.microbatch_s, median_s) if placement.active and placement.microbatch_s else ""
     return [
         f"trainer-{placement.rank}",
         placement.node_id,
         str(placement.attempt),
         role,
         placement.device or "",
-        pace,
+        time,
         _shards(placement),
     ]
 
 
-def _pace(microbatch_s: float, median_s: float) -> str:
+def _microbatch_time(microbatch_s: float, median_s: float) -> str:
     """Seconds a microbatch, and for a slow trainer how many times the median one's: "0.21 s, 2.0x"."""
     ratio = microbatch_s / median_s if median_s else 1.0
     return f"{microbatch_s:.3g} s" + (f", {ratio:.1f}x" if ratio >= _SLOW else "")

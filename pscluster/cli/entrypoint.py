@@ -1,4 +1,4 @@
-"""Whether a task's entrypoint can be found in the directory that is to be bundled, before anything is sent."""
+"""Checks a task's entrypoint in the directory to bundle, before anything is uploaded."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _BUILT_IN = "psworker.tasks."
 
 
 def is_built_in(entrypoint: str) -> bool:
-    """Whether the task comes with pscluster, so that no code needs to travel."""
+    """Whether the task comes with pscluster, so that no code is uploaded."""
     return entrypoint.startswith(_BUILT_IN)
 
 
 def check_entrypoint(entrypoint: str, directory: Path, packed: Collection[str] | None = None) -> None:
-    """Raise SpecError unless `directory` holds the module (and, as far as reading tells, the class).
+    """Raise SpecError unless `directory` holds the module and, as far as its source shows, the class.
 
     With `packed`, the relative paths of a bundle, also unless the module's file is among them. Runs no user code.
     """
@@ -40,8 +40,8 @@ def check_entrypoint(entrypoint: str, directory: Path, packed: Collection[str] |
 
 
 def never_evaluates(entrypoint: str, directory: Path) -> bool:
-    """Whether the task surely has no held-out data: its class derives from pscluster's Task alone, and its file does
-    not speak of eval_data. False where reading does not tell, and for a task that is built in. Runs no user code."""
+    """Whether the task certainly has no evaluation data: its class derives from pscluster's Task alone, and its file
+    does not contain eval_data. False when the source does not show it, and for a built-in task. Runs no user code."""
     module, _, name = entrypoint.partition(":")
     found = None if is_built_in(entrypoint) else _module_file(module, directory)
     if found is None:
@@ -59,7 +59,7 @@ def never_evaluates(entrypoint: str, directory: Path) -> bool:
 
 
 def _where(module: str) -> str:
-    return f"the spec's directory is what is sent: put {module.replace('.', '/')}.py there"
+    return f"the spec's directory is what is uploaded: put {module.replace('.', '/')}.py there"
 
 
 def _module_file(module: str, directory: Path) -> Path | None:
@@ -71,7 +71,7 @@ def _module_file(module: str, directory: Path) -> Path | None:
 
 
 def _modules(directory: Path) -> list[str]:
-    """Modules at the top of a directory and one package down: enough for a suggestion."""
+    """Modules at the top of a directory and one package down, for suggestions."""
     names = [path.stem for path in directory.glob("*.py")]
     names += [f"{path.parent.name}.{path.stem}" for path in directory.glob("*/*.py") if path.stem != "__init__"]
     return sorted(names)
@@ -92,7 +92,7 @@ def _check_name(entrypoint: str, name: str, file: Path, relative: str) -> None:
 
 
 def _bound_names(tree: ast.Module) -> tuple[set[str], bool]:
-    """Names that the module binds, and whether that is surely all (no star import, no module __getattr__)."""
+    """Names that the module binds, and whether these are all (no star import, no module __getattr__)."""
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

@@ -1,4 +1,4 @@
-"""Numbers, times and tables as people read them. Pure: `now_s` is passed in."""
+"""Formats numbers, times and tables for people. Pure: `now_s` is an argument."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def duration(seconds: float | None) -> str:
 
 
 def age(then_s: float | None, now_s: float) -> str:
-    """How long ago a Unix time is; "-" when it is not known."""
+    """How long ago a Unix time is; "-" when unknown."""
     return duration(now_s - then_s) if then_s else "-"
 
 
@@ -62,7 +62,7 @@ def clock(time_s: float) -> str:
 
 
 def one_line(text: str) -> str:
-    """Text of others without anything that would move the cursor or forge a line."""
+    """Foreign text without characters that would move the cursor or forge a line."""
     return _CONTROL.sub(" ", text)
 
 
@@ -83,15 +83,15 @@ def parse_duration(text: str) -> float:
     except ValueError:
         parts = _DURATION.findall(stripped)
         if not parts or "".join(amount + unit for amount, unit in parts) != stripped:
-            raise SettingsError(f"{text!r} is no duration", action="write 90s, 5m or 1h30m") from None
+            raise SettingsError(f"{text!r} is not a duration", action="write 90s, 5m or 1h30m") from None
         value = sum(float(amount) * _UNITS[unit] for amount, unit in parts)
     if not math.isfinite(value) or value < 0:
-        raise SettingsError(f"{text!r} is no duration", action="write 90s, 5m or 1h30m")
+        raise SettingsError(f"{text!r} is not a duration", action="write 90s, 5m or 1h30m")
     return value
 
 
 def parse_since(text: str, now_s: float) -> float:
-    """The Unix time meant by "10m" (ago) or by "2026-01-31 08:00" (local, or with its own zone)."""
+    """The Unix time of "10m" (ago) or of "2026-01-31 08:00" (local, or with its own zone)."""
     try:
         return datetime.fromisoformat(text).astimezone().timestamp()
     except ValueError:

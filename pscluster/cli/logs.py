@@ -1,4 +1,4 @@
-"""Verbs that read what a job wrote: logs, metrics."""
+"""Verbs that read the output of a job: logs, metrics."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pscluster.cli import formatting as fmt
-from pscluster.cli.output import document, output_option, print_document
-from pscluster.cli.session import Session, Verb, answer, pass_session
+from pscluster.cli.session import Session, Verb, document, output_option, pass_session, print_answer, print_document
 from pscluster.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -24,10 +23,10 @@ _COLOURS = ("cyan", "green", "yellow", "blue", "magenta", "bright_cyan", "bright
 
 @click.command("logs", cls=Verb)
 @click.argument("job")
-@click.option("-f", "--follow", is_flag=True, help="go on until the job has ended")
+@click.option("-f", "--follow", is_flag=True, help="continue until the job has ended")
 @click.option("--worker", "trainer", type=click.IntRange(min=0), default=None, help="only the trainer of this rank")
 @click.option("--server", "partition", type=click.IntRange(min=0), default=None, help="only this partition")
-@click.option("--tail", type=click.IntRange(min=0), default=0, help="only the last so many lines; 0: all that is kept")
+@click.option("--tail", type=click.IntRange(min=0), default=0, help="only this many last lines; 0: all that are kept")
 @click.option("--since", default=None, metavar="T", help="only newer lines: 10m, 2h, or a time like 2026-01-31T08:00")
 @click.option("--timestamps", is_flag=True, help="begin each line with its time")
 @pass_session
@@ -41,9 +40,9 @@ def logs(
     since: str | None,
     timestamps: bool,
 ) -> None:
-    """Print what JOB's processes wrote, each line after its role and rank."""
+    """Print the output of JOB's processes. Each line begins with the role and rank."""
     if trainer is not None and partition is not None:
-        raise click.UsageError("--worker and --server exclude each other")
+        raise click.UsageError("--worker and --server cannot be combined")
     kind = "trainer" if trainer is not None else "partition" if partition is not None else ""
     rank = trainer if trainer is not None else partition if partition is not None else -1
     since_s = _since(since)
@@ -84,7 +83,7 @@ def metrics(session: Session, job: str, from_step: int, form: str) -> None:
     elif form == "csv":
         click.echo(metrics_csv(records), nl=False)
     elif records:
-        answer(metrics_table(records))
+        print_answer(metrics_table(records))
     else:
         click.echo(f"{job} has committed no step yet", err=True)
 

@@ -1,4 +1,4 @@
-"""psctl's verbs in the order people meet them."""
+"""psctl: all verbs in one group."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import click
 
 from pscluster import __version__
-from pscluster.cli import configuration, control, initialise, logs, results, show, submission, updown
+from pscluster.cli import control, logs, results, show, submission, updown
 from pscluster.cli.session import Psctl
 
 
@@ -21,28 +21,27 @@ from pscluster.cli.session import Psctl
 )
 @click.version_option(__version__, prog_name="psctl", message="%(prog)s %(version)s")
 def psctl() -> None:
-    """Train on a pscluster: start one, submit jobs, look at them, use what they trained.
+    """Train models on a pscluster: start a cluster, submit jobs, watch them, use the trained models.
 
-    Without --address, the local cluster of --state-dir (default ~/.local/state/pscluster), which `psctl up` starts.
+    Without --address it uses the local cluster of --state-dir (default ~/.local/state/pscluster), which `psctl up`
+    starts.
     """
 
 
 for _command in (
     *updown.COMMANDS,
-    *initialise.COMMANDS,
     *submission.COMMANDS,
     *show.COMMANDS,
     *logs.COMMANDS,
     *control.COMMANDS,
     *results.COMMANDS,
-    *configuration.COMMANDS,
 ):
     psctl.add_command(_command)
 
 
 def main() -> None:
     """The console script."""
-    # A master that restarts is told by us, in words; grpc's own log would tear the progress bar.
+    # psctl itself reports a restarting master; grpc's own log would tear the progress bar.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     psctl.main(prog_name="psctl")
 

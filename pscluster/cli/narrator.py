@@ -1,4 +1,4 @@
-"""What is new about a job, as lines for a person. Pure: states in, lines out; time is passed in."""
+"""Changes of a job as lines for a person. Pure: states in, lines out; time is an argument."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 LINE_INTERVAL_S = 2.0
 _FRESH_S = 5.0
-"""A warning older than this when a job is first looked at is told with its age."""
-# What the states, the bar and the last lines say already; `psctl describe` has them all.
+"""A warning older than this when following begins is printed with its age."""
+# States, bar and last lines show these already; `psctl describe` has them all.
 _ROUTINE = frozenset({"Submitted", "Admitted", "Running", "Snapshot", "Finished", "Succeeded", "Failed", "Stopped"})
 
 
 class Narrator:
-    """Tells each change of state or reason, each new event and each evaluation once, in order."""
+    """Prints each change of state or reason, each new event and each evaluation once, in order."""
 
     def __init__(self) -> None:
         self._state = ""
@@ -28,12 +28,12 @@ class Narrator:
         self._seen_any = False
 
     def news(self, job: Job, now_s: float) -> list[str]:
-        """The lines to print now that the job is like this."""
+        """The lines to print for this state of the job."""
         lines = self._events(job) if self._seen_any else self._first_events(job, now_s)
         if job.events:
             self._last_event = job.events[-1]
         if (job.state, job.reason) != (self._state, self._reason):
-            # A reason that changes while a job waits or recovers is news; the end has a line of its own.
+            # A reason may change while a job waits or recovers; the end has its own line.
             if not job.ended and (job.state != self._state or job.reason):
                 lines.append(f"{job.state}{': ' + fmt.one_line(job.reason) if job.reason else ''}")
             self._state, self._reason = job.state, job.reason
@@ -45,22 +45,22 @@ class Narrator:
         return lines
 
     def _events(self, job: Job) -> list[str]:
-        """Those after the last one told."""
+        """Events after the last printed one."""
         fresh = list(job.events)
         if self._last_event in fresh:
             fresh = fresh[len(fresh) - fresh[::-1].index(self._last_event) :]
         return [event_line(event) for event in fresh if _is_warning(event) or not _is_routine(event, job)]
 
     def _first_events(self, job: Job, now_s: float) -> list[str]:
-        """Only warnings, and those since the job was last resumed; what led here is in `psctl describe`. One that is
-        not fresh is told with its age, lest it pass for news."""
+        """Only warnings since the job was last resumed; the history is in `psctl describe`. An old one is printed with
+        its age, so that it does not look new."""
         resumed = max((n for n, event in enumerate(job.events) if event.reason == "Resumed"), default=-1)
         warnings = [event for event in job.events[resumed + 1 :] if _is_warning(event)]
         return [event_line(e, now_s - e.time_s if now_s - e.time_s > _FRESH_S else None) for e in warnings]
 
 
 def _is_warning(event: Event) -> bool:
-    """Whether it must be told whatever the rest says. The error that ends the job is: it is the very last line."""
+    """Whether it must be printed in any case. The error that ends the job is not: it is the last line anyway."""
     return event.warning and event.reason != "Failed"
 
 
@@ -69,7 +69,7 @@ def _is_routine(event: Event, job: Job) -> bool:
 
 
 def event_line(event: Event, age_s: float | None = None) -> str:
-    """One event; with its age where that is given."""
+    """One event; with its age if that is given."""
     when = f"{fmt.duration(age_s)} ago: " if age_s is not None else ""
     return f"{'! ' if event.warning else ''}{when}{event.reason}: {fmt.one_line(event.message)}"
 
@@ -86,7 +86,7 @@ def progress_line(job: Job) -> str:
 
 
 def progress_parts(job: Job) -> list[str]:
-    """Its pieces: step, loss, speed, time left, workers."""
+    """Its parts: step, loss, speed, time left, workers."""
     parts = [f"step {job.step}/{job.final_step}" if job.final_step else f"step {job.step}"]
     parts.append(f"loss {fmt.number(job.loss)}")
     parts += rates(job)
@@ -104,7 +104,7 @@ def rates(job: Job) -> list[str]:
 
 
 def ending_line(job: Job) -> str:
-    """How it ended."""
+    """The line about how the job ended."""
     ran = fmt.duration((job.ended_s or 0) - job.started_s) if job.started_s else "0s"
     parts = [f"{job.job_id} {job.state} at step {job.step} after {ran}"]
     if job.loss is not None:
@@ -121,7 +121,7 @@ class ProgressRate:
         self._last_s = float("-inf")
         self._step = -1
 
-    def lets(self, step: int, now_s: float) -> bool:
+    def allows(self, step: int, now_s: float) -> bool:
         if step == self._step or now_s - self._last_s < LINE_INTERVAL_S:
             return False
         self._last_s, self._step = now_s, step

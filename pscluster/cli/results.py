@@ -1,7 +1,10 @@
-"""Verbs that use what was trained: export, eval, generate. They run `psworker.tools`: psctl has no torch."""
+"""Verbs that use a trained model: export, eval, generate. They run `psworker.tools` in a process, which loads torch."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,8 +12,20 @@ from typing import Any
 import click
 
 from pscluster.cli import formatting as fmt
-from pscluster.cli.output import document, output_option, print_document
-from pscluster.cli.session import Session, Verb, answer, pass_session, say
+from pscluster.cli.session import (
+    Session,
+    Verb,
+    document,
+    output_option,
+    pass_session,
+    print_answer,
+    print_document,
+    print_info,
+)
+from pscluster.errors import InternalError, from_dict
+
+COMMAND = (sys.executable, "-P", "-m", "psworker.tools")
+_LINES = 12
 
 
 def _read_step(_ctx: click.Context, param: click.Parameter, value: str) -> int | str:
@@ -35,22 +50,22 @@ _step = click.option(
     "form",
     type=click.Choice(("safetensors", "pth")),
     default=None,
-    help="by default what PATH ends in, else safetensors; pth is a plain state_dict",
+    help="by default the suffix of PATH, else safetensors; pth is a plain state_dict",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=None, metavar="PATH", help="file to write")
 @pass_session
 def export(session: Session, job: str, step: int | str, form: str | None, output: Path | None) -> None:
-    """Write the parameters of one of JOB's snapshots to a file, and print its path."""
+    """Write the parameters of JOB to a file. Prints its path."""
     form = form or ("pth" if output is not None and output.suffix in (".pth", ".pt") else "safetensors")
     path = (output or Path(f"{job}.{form}")).absolute()
     if path.is_dir():
         path = path / f"model.{form}"
     found = _run(session, job, step, {"command": "export", "format": form, "output": str(path)})
-    say(
+    print_info(
         f"step {found['step']}: {found.get('tensors', '?')} tensors, {fmt.size(found.get('size_bytes', 0))}, "
         f"parameters_sha256 {found['parameters_sha256']}"
     )
-    answer(str(found.get("path", path)))
+    print_answer(str(found.get("path", path)))
 
 
 @click.command("eval", cls=Verb)
@@ -60,7 +75,10 @@ def export(session: Session, job: str, step: int | str, form: str | None, output
 @output_option("table", "json", "yaml")
 @pass_session
 def evaluate(session: Session, job: str, step: int | str, data_uri: str | None, form: str) -> None:
-    """Evaluate one of JOB's snapshots on its held-out data, exactly as training did."""
+    """Evaluate a snapshot of JOB, exactly as training did.
+
+    It uses the job's held-out data, or that of --data-uri.
+    """
     request: dict[str, Any] = {"command": "eval"}
     if data_uri is not None:
         request["data_uri"] = data_uri
@@ -68,14 +86,14 @@ def evaluate(session: Session, job: str, step: int | str, data_uri: str | None, 
     if form != "table":
         print_document(document("Evaluation", {"job": job, **found}), form)
         return
-    say(f"step {found['step']}, {found.get('num_samples', '?')} samples")
+    print_info(f"step {found['step']}, {found.get('num_samples', '?')} samples")
     rows = [[name, fmt.number(value)] for name, value in sorted(found["metrics"].items())]
-    answer(fmt.table(("METRIC", "VALUE"), rows))
+    print_answer(fmt.table(("METRIC", "VALUE"), rows))
 
 
 @click.command("generate", cls=Verb)
 @click.argument("job")
-@click.option("--prompt", required=True, help="what to continue")
+@click.option("--prompt", required=True, help="text to continue")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=200, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0 is greedy")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
@@ -84,7 +102,10 @@ def evaluate(session: Session, job: str, step: int | str, data_uri: str | None, 
 def generate(
     session: Session, job: str, prompt: str, max_new_tokens: int, temperature: float, seed: int, step: int | str
 ) -> None:
-    """Let one of JOB's snapshots continue a prompt, where its task can."""
+    """Continue a prompt with the model of JOB.
+
+    The job's task must support it.
+    """
     request = {
         "command": "generate",
         "prompt": prompt,
@@ -92,13 +113,11 @@ def generate(
         "temperature": temperature,
         "seed": seed,
     }
-    answer(str(_run(session, job, step, request)["text"]))
+    print_answer(str(_run(session, job, step, request)["text"]))
 
 
 def _run(session: Session, job: str, step: int | str, request: dict[str, Any]) -> dict[str, Any]:
-    """Add the job's spec, bundle and the snapshot's files to a request, and run it. Blocks."""
-    from pscluster.cli.toolrun import run_tool
-
+    """Add the job's spec, bundle and the snapshot's files to a request and run it. Blocks."""
     with tempfile.TemporaryDirectory(prefix="psctl-") as temporary:
         with session.connect() as cluster:
             found = cluster.job(job)
@@ -117,6 +136,32 @@ def _run(session: Session, job: str, step: int | str, request: dict[str, Any]) -
         }
         result = run_tool(complete)
     return {"step": snapshot.step, **result}
+
+
+def run_tool(request: dict[str, Any], command: tuple[str, ...] = COMMAND) -> dict[str, Any]:
+    """Send a request to `psworker.tools`; its reply, without "ok". Blocks until it is done; Ctrl-C ends it, too.
+
+    Raises the error in the reply; InternalError with its last output when there is no reply.
+    """
+    process = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True, check=False)
+    stderr = process.stderr.decode("utf-8", "replace").splitlines()[-_LINES:]
+    reply = _parsed(process.stdout)
+    if reply is None:
+        raise InternalError(
+            f"psworker.tools ended with status {process.returncode} and no reply; its last output:\n  "
+            + "\n  ".join(stderr or ["(none)"])
+        )
+    if not reply.pop("ok"):
+        raise from_dict(reply.get("error") or {})
+    return reply
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    try:
+        reply = json.loads(text)
+    except ValueError:
+        return None
+    return reply if isinstance(reply, dict) and "ok" in reply else None
 
 
 COMMANDS = (export, evaluate, generate)

@@ -1,10 +1,14 @@
-"""What every verb shares: which cluster is meant, how to reach it, and how an error becomes an exit code."""
+"""What every verb shares: the cluster it is for, the forms of its answer, and how an error becomes an exit code.
+
+An answer is a table for people, versioned JSON or YAML for programs, or names for pipes.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,7 +21,6 @@ from pscluster.settings import ClientSettings, LocatedCluster, Origin, Resolved,
 if TYPE_CHECKING:
     from pscluster.client import Cluster
 
-F = TypeVar("F")
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -28,6 +31,9 @@ _GLOBALS: tuple[tuple[str, str, str], ...] = (
     ("--address", "ADDR", "master of another cluster: host:port or unix:/path [PS_ADDRESS]"),
     ("--token-file", "FILE", "its token [PS_TOKEN_FILE]"),
 )
+F = TypeVar("F", bound=Callable[..., Any])
+API_VERSION = "ps/v1"
+FORMATS = ("table", "wide", "json", "yaml", "name")
 
 
 class Session:
@@ -41,21 +47,21 @@ class Session:
         return resolve_with_origins(ClientSettings, self.flags, os.environ, self.config_file())
 
     def config_file(self) -> Path | None:
-        """The file that PS_CONFIG names, which must exist, or the user's, if there is one."""
+        """The file in PS_CONFIG, which must exist, or the user's default file, if there is one."""
         named = os.environ.get("PS_CONFIG")
         usual = _DEFAULT_CONFIG.expanduser()
         return Path(named) if named else (usual if usual.is_file() else None)
 
     def located(self) -> LocatedCluster:
-        """The cluster that is meant."""
+        """The cluster to use."""
         return self.resolved().settings.located(os.environ)
 
-    def address_given(self) -> str:
-        """Who named another cluster than the local one, and how to be rid of it; empty if nobody did."""
-        return _given(self.resolved().origins["address"])
+    def address_undo_hint(self) -> str:
+        """What selects another cluster than the local one, and how to undo that; empty for the local one."""
+        return _undo_hint(self.resolved().origins["address"])
 
     def connect(self) -> Cluster:
-        """A connection to it; the caller closes it. Raises UnreachableError, AuthError, VersionSkewError."""
+        """Connect to the cluster; the caller closes it. Raises UnreachableError, AuthError, VersionSkewError."""
         from pscluster.client import Cluster
 
         return Cluster.connect_to(self.located())
@@ -70,7 +76,7 @@ def _remember(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 
 
 def global_options(hidden: bool) -> list[click.Option]:
-    """The options that name a cluster. Verbs take them too (hidden), since people write them last."""
+    """The options that select a cluster. Verbs accept them too (hidden), since people write them last."""
     return [
         click.Option([flag], metavar=metavar, help=text, expose_value=False, callback=_remember, hidden=hidden)
         for flag, metavar, text in _GLOBALS
@@ -78,7 +84,7 @@ def global_options(hidden: bool) -> list[click.Option]:
 
 
 class Verb(click.Command):
-    """A command that takes the global options as well."""
+    """A command that also accepts the global options."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -86,7 +92,7 @@ class Verb(click.Command):
 
 
 class Psctl(click.Group):
-    """The root group: the one place where an error becomes words on stderr and an exit code."""
+    """The root group, which turns an error into a message on stderr and an exit code."""
 
     command_class = Verb
 
@@ -98,7 +104,7 @@ class Psctl(click.Group):
         try:
             return super().invoke(ctx)
         except PsError as error:
-            report(_advised(error, ctx.ensure_object(Session)))
+            print_error(_with_origin(error, ctx.ensure_object(Session)))
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
@@ -108,7 +114,7 @@ class Psctl(click.Group):
         except Exception as error:
             _show_traceback()
             wrapped = InternalError(f"{type(error).__name__}: {error}")
-            report(wrapped)
+            print_error(wrapped)
             ctx.exit(wrapped.exit_code)
 
     def resolve_command(
@@ -119,8 +125,8 @@ class Psctl(click.Group):
         return super().resolve_command(ctx, args)
 
 
-def report(error: PsError) -> None:
-    """An error for a person, on stderr: its code and cause, where the user's code raised, then what to do."""
+def print_error(error: PsError) -> None:
+    """Print an error on stderr: code and cause, where the user's code raised, then what to do."""
     click.echo(f"{click.style('error:', fg='red', bold=True)} {error.code}: {error.cause}", err=True)
     if frame := error.details.get("frame"):
         click.echo(f"{click.style('at:', fg='red')} {fmt.one_line(frame)}", err=True)
@@ -128,34 +134,34 @@ def report(error: PsError) -> None:
         click.echo(f"{click.style('hint:', fg='cyan')} {error.action}", err=True)
 
 
-def _advised(error: PsError, session: Session) -> PsError:
-    """The error; one that says to start a local cluster says instead why psctl looks elsewhere, if it does."""
+def _with_origin(error: PsError, session: Session) -> PsError:
+    """The error. When another cluster is selected, the hint to start a local one becomes what selected the other."""
     if isinstance(error, UnreachableError) and error.action == UnreachableError.default_action:
         resolved = session.resolved()
-        given = _given(resolved.origins["address"])
+        given = _undo_hint(resolved.origins["address"])
         if given:
-            error.action = f"see that a master listens at {resolved.settings.address} ({given})"
+            error.action = f"check that a master listens at {resolved.settings.address} ({given})"
     return error
 
 
-def _given(origin: Origin) -> str:
+def _undo_hint(origin: Origin) -> str:
     match origin.kind:
         case "environment":
-            return f"{origin.name} is set: unset it for the local cluster"
+            return f"{origin.name} is set: unset it to use the local cluster"
         case "file":
-            return f"{origin.name} names it: take `address` out for the local cluster"
+            return f"{origin.name} sets it: remove `address` to use the local cluster"
         case "flag":
-            return f"{origin.name} names it: leave it out for the local cluster"
+            return f"{origin.name} sets it: omit it to use the local cluster"
     return ""
 
 
-def say(text: str) -> None:
-    """A line for a person, on stderr: stdout is for answers."""
+def print_info(text: str) -> None:
+    """Print a line for a person on stderr; stdout is for answers."""
     click.echo(text, err=True)
 
 
-def answer(text: str) -> None:
-    """The answer, on stdout."""
+def print_answer(text: str) -> None:
+    """Print the answer on stdout."""
     click.echo(text)
 
 
@@ -170,9 +176,36 @@ def _show_traceback() -> None:
     click.echo(traceback.format_exc(), err=True, nl=False)
 
 
-def _refuse_verb(ctx: click.Context, word: str, verbs: Sequence[str]) -> None:
+def _refuse_verb(ctx: click.Context, name: str, verbs: Sequence[str]) -> None:
     import difflib
 
-    near = difflib.get_close_matches(word, verbs, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, verbs, n=1, cutoff=0.5)
     suggestion = f" Did you mean {near[0]}?" if near else ""
-    raise click.UsageError(f"No such verb {word!r}.{suggestion}", ctx)
+    raise click.UsageError(f"No such verb {name!r}.{suggestion}", ctx)
+
+
+def output_option(*formats: str) -> Callable[[F], F]:
+    """-o/--output with the given formats; the first is the default."""
+    choice = click.Choice(formats or FORMATS)
+    default = (formats or FORMATS)[0]
+    return click.option("-o", "--output", "form", type=choice, default=default, help="form of the answer")
+
+
+def document(kind: str, body: dict[str, Any]) -> dict[str, Any]:
+    """A versioned object: keys are only ever added within an apiVersion."""
+    return {"apiVersion": API_VERSION, "kind": kind, **body}
+
+
+def list_document(kind: str, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A versioned list of objects of one kind."""
+    return document(f"{kind}List", {"items": [document(kind, item) for item in items]})
+
+
+def print_document(body: dict[str, Any], form: str) -> None:
+    """Print as "json" or "yaml" on stdout."""
+    if form == "json":
+        print_answer(json.dumps(body, indent=2, allow_nan=False))
+        return
+    import yaml
+
+    print_answer(yaml.safe_dump(body, sort_keys=False, allow_unicode=True).rstrip())

@@ -1,19 +1,32 @@
-"""Verbs that look: list, status, describe, nodes, health."""
+"""Verbs that show the state of jobs, nodes and psctl: list, status, describe, nodes, health, version, config."""
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from pscluster import __version__
 from pscluster.cli import formatting as fmt
-from pscluster.cli.output import document, list_document, output_option, print_document
-from pscluster.cli.session import Session, Verb, answer, pass_session
-from pscluster.errors import UnhealthyError
+from pscluster.cli.session import (
+    Session,
+    Verb,
+    document,
+    list_document,
+    output_option,
+    pass_session,
+    print_answer,
+    print_document,
+    print_info,
+)
+from pscluster.errors import PsError, UnhealthyError
 
 if TYPE_CHECKING:
     from pscluster.client import Job, Node
+
 
 _JOB_COLUMNS = ("NAME", "STATE", "STEP", "LOSS", "AGE")
 _JOB_COLUMNS_WIDE = (*_JOB_COLUMNS, "WORKERS", "SAMPLES/S", "GENERATION", "NUMERICS", "REASON")
@@ -30,13 +43,13 @@ def list_jobs(session: Session, form: str) -> None:
         jobs = cluster.jobs()
     if form == "name":
         for job in jobs:
-            answer(job.job_id)
+            print_answer(job.job_id)
     elif form in ("json", "yaml"):
         print_document(list_document("Job", [job.to_dict() for job in jobs]), form)
     elif jobs:
-        answer(jobs_table(jobs, form == "wide", time.time()))
+        print_answer(jobs_table(jobs, form == "wide", time.time()))
     else:
-        click.echo("no jobs; `psctl submit SPEC` makes one", err=True)
+        click.echo("no jobs; submit one with `psctl submit SPEC`", err=True)
 
 
 @click.command("status", cls=Verb)
@@ -44,19 +57,19 @@ def list_jobs(session: Session, form: str) -> None:
 @output_option()
 @pass_session
 def status(session: Session, job: str, form: str) -> None:
-    """Show where one JOB is, in a few lines."""
+    """Show the state and progress of JOB in a few lines."""
     with session.connect() as cluster:
         found = cluster.job(job)
     if form == "name":
-        answer(found.job_id)
+        print_answer(found.job_id)
     elif form in ("json", "yaml"):
         print_document(document("Job", found.to_dict()), form)
     elif form == "wide":
-        answer(jobs_table([found], True, time.time()))
+        print_answer(jobs_table([found], True, time.time()))
     else:
         from pscluster.cli.describe import summary
 
-        answer(summary(found, time.time()))
+        print_answer(summary(found, time.time()))
 
 
 @click.command("describe", cls=Verb)
@@ -64,7 +77,10 @@ def status(session: Session, job: str, form: str) -> None:
 @output_option("text", "json", "yaml")
 @pass_session
 def describe(session: Session, job: str, form: str) -> None:
-    """Show everything known of one JOB: conditions, plan, transports, events, the last error and its traceback."""
+    """Show all details of JOB.
+
+    These are its conditions, plan, transports, checks, events, and the last error with its traceback.
+    """
     with session.connect() as cluster:
         found = cluster.job(job)
     if form in ("json", "yaml"):
@@ -72,7 +88,7 @@ def describe(session: Session, job: str, form: str) -> None:
         return
     from pscluster.cli.describe import description
 
-    answer(description(found, time.time()))
+    print_answer(description(found, time.time()))
 
 
 @click.command("nodes", cls=Verb)
@@ -84,11 +100,11 @@ def nodes(session: Session, form: str) -> None:
         found = cluster.nodes()
     if form == "name":
         for node in found:
-            answer(node.node_id)
+            print_answer(node.node_id)
     elif form in ("json", "yaml"):
         print_document(list_document("Node", [node.to_dict() for node in found]), form)
     elif found:
-        answer(nodes_table(found, form == "wide", time.time()))
+        print_answer(nodes_table(found, form == "wide", time.time()))
     else:
         click.echo("no nodes have registered", err=True)
 
@@ -97,18 +113,18 @@ def nodes(session: Session, form: str) -> None:
 @output_option("table", "json", "yaml")
 @pass_session
 def health(session: Session, form: str) -> None:
-    """Tell whether master and members are well; exit 5 when any is not."""
+    """Check the master and all nodes; exit 5 when any is unhealthy."""
     with session.connect() as cluster:
         found = cluster.health()
     if form in ("json", "yaml"):
         print_document(document("Health", found.to_dict()), form)
     elif found.healthy:
-        answer("healthy")
+        print_answer("healthy")
     if not found.healthy:
         raise UnhealthyError(
-            "; ".join(found.problems) or "the master calls the cluster unhealthy",
-            action="see `psctl nodes`; start the daemon of a dead node again (`psctl up` on this machine), "
-            "or `psctl drain NODE` if it is gone for good",
+            "; ".join(found.problems) or "the master reports the cluster as unhealthy",
+            action="see `psctl nodes`; restart the daemon of a lost node (`psctl up` on this machine), "
+            "or remove the node with `psctl drain NODE`",
         )
 
 
@@ -147,4 +163,54 @@ def nodes_table(found: list[Node], wide: bool, now_s: float) -> str:
     return fmt.table(_NODE_COLUMNS_WIDE if wide else _NODE_COLUMNS, rows)
 
 
-COMMANDS = (list_jobs, status, describe, nodes, health)
+@click.command("version", cls=Verb)
+@click.option("--client", is_flag=True, help="do not contact the master")
+@output_option("table", "json", "yaml")
+@pass_session
+def version(session: Session, client: bool, form: str) -> None:
+    """Print the versions of psctl and, if it answers, the master."""
+    body: dict[str, Any] = {"client": __version__, "master": None, "protocol": None}
+    if not client:
+        try:
+            with session.connect() as cluster:
+                health = cluster.health()
+            body.update(master=health.version, protocol=health.protocol)
+        except PsError as error:
+            print_info(f"no master: {error.cause}")
+    if form != "table":
+        print_document(document("Version", body), form)
+        return
+    print_answer(f"psctl {__version__}")
+    if body["master"]:
+        print_answer(f"psmaster {body['master']} (protocol {body['protocol']})")
+
+
+@click.group("config")
+def config() -> None:
+    """Show psctl's settings."""
+
+
+@config.command("show", cls=Verb)
+@click.option("--origin", is_flag=True, help="also print where each value comes from")
+@output_option("table", "json", "yaml")
+@pass_session
+def show(session: Session, origin: bool, form: str) -> None:
+    """Print the settings in effect. A flag overrides the environment, then the file, then the default."""
+    resolved = session.resolved()
+    located = resolved.settings.located(os.environ)
+    rows = []
+    for field in dataclasses.fields(resolved.settings):
+        source = resolved.origins[field.name]
+        value = str(getattr(located, field.name))
+        rows.append([field.name, value, f"{source.kind} {source.name}".strip()])
+    if form == "table":
+        columns = ("KEY", "VALUE", "ORIGIN") if origin else ("KEY", "VALUE")
+        print_answer(fmt.table(columns, [row[: len(columns)] for row in rows]))
+        return
+    body: dict[str, Any] = {"values": {key: value for key, value, _ in rows}}
+    if origin:
+        body["origins"] = {key: source for key, _, source in rows}
+    print_document(document("Config", body), form)
+
+
+COMMANDS = (list_jobs, status, describe, nodes, health, version, config)

@@ -1,11 +1,11 @@
-"""The public client library: what psctl is made of, and what a notebook imports.
+"""The public client library, used by psctl and notebooks.
 
     with Cluster.connect() as cluster:
         job_id = cluster.submit(load_spec(Path("spec.yaml")), pack(Path(".")))
         for job in cluster.watch(job_id):
             print(job.state, job.step, job.loss)
 
-Everything raises `pscluster.errors.PsError` kinds only.
+All errors are `pscluster.errors.PsError`s.
 """
 
 from pscluster.client.cluster import Cluster

@@ -1,4 +1,4 @@
-"""How the client calls the master: with a deadline, errors mapped, idempotent calls repeated for a while."""
+"""How the client calls the master: with a deadline, errors mapped, idempotent calls retried."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import grpc
 
 from pscluster import rpc
-from pscluster.client.patience import Outage, next_delay_s
+from pscluster.client.reconnecting_stream import Outage
 from pscluster.errors import UnreachableError
 from pscluster.job.bundle import Bundle
 from pscluster.v1 import jobs_pb2
@@ -21,7 +21,7 @@ CHUNK_BYTES = 1 << 20
 
 
 def unary(method: Any, request: Any, deadline_s: float = rpc.DEADLINE_S) -> Any:
-    """One answer of a stub's method. Blocks up to `deadline_s`; raises PsError."""
+    """Call a stub's method for one reply. Blocks up to `deadline_s`; raises PsError."""
     try:
         return method(request, timeout=deadline_s)
     except grpc.RpcError as failure:
@@ -31,7 +31,7 @@ def unary(method: Any, request: Any, deadline_s: float = rpc.DEADLINE_S) -> Any:
 def stream(
     method: Any, request: Any, deadline_s: float = rpc.TRANSFER_DEADLINE_S, *, server: str = "the master"
 ) -> Iterator[Any]:
-    """All answers of a stub's streaming method, within `deadline_s`. Closing it ends the call.
+    """All replies of a stub's streaming method, within `deadline_s`. Closing the iterator ends the call.
 
     Raises PsError, which names `server` when nobody answers.
     """
@@ -45,7 +45,7 @@ def stream(
 
 
 def open_stream(method: Any, request: Any, deadline_s: float) -> Any:
-    """A call as grpc has it: an iterator that raises grpc.RpcError, with `cancel()`."""
+    """A grpc call: an iterator that raises grpc.RpcError and has `cancel()`."""
     return method(request, timeout=deadline_s)
 
 
@@ -58,17 +58,16 @@ def upload_messages(bundle: Bundle) -> Iterator[jobs_pb2.UploadBundleRequest]:
         yield jobs_pb2.UploadBundleRequest(data=bytes(view[start : start + CHUNK_BYTES]))
 
 
-def patiently(attempt: Callable[[], T], patience_s: float) -> T:
-    """Repeat an idempotent call while nobody answers, with growing jittered pauses, for `patience_s`. Blocks."""
+def retry_unreachable(attempt: Callable[[], T], max_outage_s: float) -> T:
+    """Retry an idempotent call while nobody answers, with growing jittered pauses, for `max_outage_s`. Blocks."""
     outage: Outage | None = None
     while True:
         try:
             return attempt()
         except UnreachableError:
-            now = time.monotonic()
-            outage = outage or Outage(since_s=now)
-            delay = next_delay_s(outage, now, patience_s, random.random())
-            if delay is None:
+            now_s = time.monotonic()
+            outage = outage or Outage(since_s=now_s)
+            wait_s = outage.next_delay_s(now_s, max_outage_s, random.random())
+            if wait_s is None:
                 raise
-            time.sleep(delay)
-            outage = Outage(since_s=outage.since_s, attempts=outage.attempts + 1)
+            time.sleep(wait_s)

@@ -1,4 +1,4 @@
-"""One cluster as a client sees it: submit, look, wait, stop. What psctl and notebooks use."""
+"""A connection to one cluster: submit, inspect, wait, stop. Used by psctl and notebooks."""
 
 from __future__ import annotations
 
@@ -15,13 +15,10 @@ import grpc
 
 from pscluster import rpc
 from pscluster.client import calls, decode
-from pscluster.client.draining import wait_drained
-from pscluster.client.goals import Goal, parse_goal, reached
-from pscluster.client.logcursor import LogCursor
-from pscluster.client.parts import fetch
-from pscluster.client.reconnecting_stream import STREAM_DEADLINE_S, ReconnectingStream
+from pscluster.client.goals import Goal, parse_goal, reached, wait_drained
+from pscluster.client.reconnecting_stream import STREAM_DEADLINE_S, LogCursor, ReconnectingStream
 from pscluster.client.records import Health, Job, LogLine, Node, Snapshot
-from pscluster.client.snapshots import choose
+from pscluster.client.snapshots import choose, fetch
 from pscluster.errors import (
     BundleError,
     InternalError,
@@ -39,8 +36,8 @@ from pscluster.storage import below
 from pscluster.v1 import agents_pb2, agents_pb2_grpc, jobs_pb2, jobs_pb2_grpc
 
 _CONNECT_DEADLINE_S = 5.0
-_SUBMIT_PATIENCE_S = 15.0
-_MAX_UPLOADS = 3  # of one bundle that is gone again each time
+_SUBMIT_OUTAGE_S = 15.0
+_MAX_UPLOADS = 3  # of one bundle that is deleted after each upload
 
 
 class Cluster:
@@ -69,8 +66,8 @@ class Cluster:
     ) -> Cluster:
         """Connect to a master and check that it speaks our protocol. Blocks up to 5 seconds.
 
-        What is not given comes from PS_ADDRESS, PS_TOKEN_FILE and PS_STATE_DIR; with nothing given, the local
-        cluster. Raises UnreachableError, AuthError or VersionSkewError.
+        Missing arguments come from PS_ADDRESS, PS_TOKEN_FILE and PS_STATE_DIR; without any, the
+        local cluster. Raises UnreachableError, AuthError or VersionSkewError.
         """
         flags = {"address": address, "state_dir": state_dir, "token_file": token_file}
         located = resolve(ClientSettings, flags, os.environ).located(os.environ)
@@ -106,7 +103,7 @@ class Cluster:
         if health.protocol != rpc.PROTOCOL:
             raise VersionSkewError(
                 f"the master at {located.address} is pscluster {health.version} with protocol "
-                f"{health.protocol}; this one speaks protocol {rpc.PROTOCOL}"
+                f"{health.protocol}; this client needs protocol {rpc.PROTOCOL}"
             )
 
     def close(self) -> None:
@@ -122,10 +119,9 @@ class Cluster:
     # --- jobs ---
 
     def submit(self, spec: JobSpec, bundle: Bundle | None = None, *, request_id: str = "") -> str:
-        """Submit a job and return its id; it is stored durably by then. `bundle`: the task's code, if not
-        built in.
+        """Submit a job and return its id; the job is then stored durably. `bundle`: the task's code, if not built in.
 
-        A master that is away for a moment is asked again; the request id makes that harmless. Blocks.
+        Retried while the master is unreachable for a moment; the request id makes that harmless. Blocks.
         """
         request = jobs_pb2.SubmitRequest(
             spec_json=spec.canonical_json(),
@@ -138,12 +134,12 @@ class Cluster:
                 self._upload(bundle)
             try:
                 return str(calls.unary(self._jobs.Submit, request).job_id)
-            except NotFoundError:  # the last job with this bundle was deleted in between, and the bundle with it
+            except NotFoundError:  # meanwhile the last job with this bundle was deleted, and with it the bundle
                 if bundle is None or uploads == 1:
                     raise
                 return attempt(uploads - 1)
 
-        return calls.patiently(attempt, _SUBMIT_PATIENCE_S)
+        return calls.retry_unreachable(attempt, _SUBMIT_OUTAGE_S)
 
     def _upload(self, bundle: Bundle) -> None:
         asked = jobs_pb2.HasBundleRequest(sha256=bundle.sha256)
@@ -151,7 +147,7 @@ class Cluster:
             calls.unary(self._jobs.UploadBundle, calls.upload_messages(bundle), rpc.TRANSFER_DEADLINE_S)
 
     def job(self, job: str) -> Job:
-        """One job as it is now, with its plan."""
+        """One job in its current state, with its plan."""
         return decode.job_of(calls.unary(self._jobs.Get, jobs_pb2.GetRequest(job=job)))
 
     def jobs(self, deadline_s: float = rpc.DEADLINE_S) -> list[Job]:
@@ -159,14 +155,13 @@ class Cluster:
         return [decode.job_of(m) for m in calls.unary(self._jobs.List, jobs_pb2.ListRequest(), deadline_s).jobs]
 
     def watch(
-        self, job: str, tether: ReconnectingStream | None = None, timeout_s: float | None = None
+        self, job: str, stream: ReconnectingStream | None = None, timeout_s: float | None = None
     ) -> Iterator[Job]:
-        """The job now, then after each change, until it has ended or `timeout_s` has passed. Blocks in
-        between.
+        """The job now, then after each change, until it has ended or `timeout_s` has passed. Blocks in between.
 
-        A master that is away is waited for, as `tether` says (ten minutes by default).
+        An unreachable master is waited for as `stream` sets (ten minutes by default).
         """
-        keep = tether or ReconnectingStream()
+        keep = stream or ReconnectingStream()
         deadline = math.inf if timeout_s is None else keep.monotonic() + timeout_s
         newest: Job | None = None
 
@@ -193,9 +188,9 @@ class Cluster:
         Raises JobFailedError or JobStoppedError when it ended otherwise, WaitTimeoutError after `timeout_s`.
         """
         goal = parse_goal(until) if isinstance(until, str) else until
-        patience_s = 600.0 if timeout_s is None else min(600.0, timeout_s)
+        max_outage_s = 600.0 if timeout_s is None else min(600.0, timeout_s)
         last = ""
-        for found in self.watch(job, ReconnectingStream(patience_s=patience_s), timeout_s):
+        for found in self.watch(job, ReconnectingStream(max_outage_s=max_outage_s), timeout_s):
             if reached(found, goal):
                 return found
             last = f": it is {found.state} at step {found.step}"
@@ -203,9 +198,7 @@ class Cluster:
         raise WaitTimeoutError(f"{job} did not reach {goal}{within}{last}")
 
     def stop(self, job: str) -> Job:
-        """Ask a job to stop at its next step boundary. Returns at once; `wait(job, "stopped")` waits.
-        Idempotent.
-        """
+        """Stop a job at its next step boundary. Returns at once; `wait(job, "stopped")` waits. Idempotent."""
         return decode.job_of(calls.unary(self._jobs.Stop, jobs_pb2.GetRequest(job=job)))
 
     def resume(self, job: str) -> Job:
@@ -216,7 +209,7 @@ class Cluster:
         """Forget an ended job and remove its files; returns its id. StateError while it runs."""
         return str(calls.unary(self._jobs.Delete, jobs_pb2.GetRequest(job=job)).job_id)
 
-    # --- what a job left ---
+    # --- output of a job ---
 
     def logs(
         self,
@@ -227,12 +220,11 @@ class Cluster:
         rank: int = -1,
         tail: int = 0,
         since_s: float = 0.0,
-        tether: ReconnectingStream | None = None,
+        stream: ReconnectingStream | None = None,
     ) -> Iterator[LogLine]:
-        """A job's output, oldest first. `kind`: trainer, partition or "" for both; `rank` -1: all; `tail` 0:
-        all kept.
+        """A job's output, oldest first. `kind`: trainer, partition or "" for both; `rank` -1: all; `tail` 0: all kept.
 
-        With `follow` it goes on until the job has ended, over restarts of the master. Blocks between lines.
+        With `follow` it continues until the job has ended, across restarts of the master. Blocks between lines.
         """
         cursor = LogCursor(since_s)
 
@@ -242,7 +234,7 @@ class Cluster:
             request.tail = tail if cursor.opened == 1 else 0
             return calls.open_stream(self._jobs.ReadLogs, request, STREAM_DEADLINE_S)
 
-        keep = tether or ReconnectingStream(patience_s=600.0 if follow else 0.0)
+        keep = stream or ReconnectingStream(max_outage_s=600.0 if follow else 0.0)
         for message in keep.follow(open_stream, lambda: not follow or self.job(job).ended):
             line = decode.log_line_of(message)
             if cursor.is_new(line):
@@ -256,7 +248,7 @@ class Cluster:
                 try:
                     yield json.loads(line)
                 except ValueError:
-                    raise InternalError(f"a line of {job}'s metrics is no JSON: {line[:80]!r}") from None
+                    raise InternalError(f"a line of {job}'s metrics is not JSON: {line[:80]!r}") from None
 
     def snapshots(self, job: str) -> list[Snapshot]:
         """The complete snapshots, oldest first."""
@@ -264,12 +256,12 @@ class Cluster:
         return [decode.snapshot_of(m) for m in reply.snapshots]
 
     def snapshot(self, job: str, which: int | str = "last") -> Snapshot:
-        """One complete snapshot: "last", "best" or a step. NotFoundError names those there are."""
+        """One complete snapshot: "last", "best" or a step. NotFoundError names the existing ones."""
         return choose(self.snapshots(job), which, job)
 
     def locate_parts(self, job: Job, snapshot: Snapshot, directory: Path) -> list[str]:
-        """Where this machine can read the snapshot's parts, by partition: in the job's store, or fetched into
-        `directory` from the nodes that keep them. Blocks. Raises NotFoundError when none of these answers.
+        """Where this machine can read the snapshot's parts, by partition: in the job's store, or fetched
+        into `directory` from the nodes that keep them. Blocks. Raises NotFoundError when no node delivers a part.
         """
         if not any(part.nodes for part in snapshot.parts):
             return [below(job.store, part.path) for part in snapshot.parts]
@@ -277,7 +269,7 @@ class Cluster:
         return [str(fetch(depots, self._token, job.job_id, part, directory)) for part in snapshot.parts]
 
     def download_bundle(self, sha256: str, path: Path) -> None:
-        """Write a code bundle to `path`. Raises BundleError when what came is not what the digest names."""
+        """Write a code bundle to `path`. Raises BundleError when it does not match the digest."""
         digest = hashlib.sha256()
         request = agents_pb2.DownloadBundleRequest(sha256=sha256)
         try:
@@ -288,7 +280,7 @@ class Cluster:
         except OSError as error:
             raise StorageError(f"cannot write {path}: {error.strerror}") from None
         if digest.hexdigest() != sha256:
-            raise BundleError(f"the bundle {sha256[:12]} arrived damaged")
+            raise BundleError(f"the bundle {sha256[:12]} does not match its digest")
 
     # --- the cluster ---
 
@@ -298,23 +290,23 @@ class Cluster:
         return [decode.node_of(m) for m in reply.nodes]
 
     def drain(self, node_id: str) -> Node:
-        """Have everything moved away from a node and nothing new placed there; returns at once, and `drained` waits.
+        """Move everything away from a node and place nothing new there; returns at once, and `drained` waits.
 
-        It holds until `undrain`, over restarts of the node and the master. Idempotent. NotFoundError."""
+        Holds until `undrain`, across restarts of the node and the master. Idempotent. Raises NotFoundError."""
         return decode.node_of(calls.unary(self._jobs.Drain, jobs_pb2.DrainRequest(node_id=node_id)))
 
     def undrain(self, node_id: str) -> Node:
-        """Let a node be given processes again. Idempotent. NotFoundError."""
+        """End a drain: the node gets processes again. Idempotent. Raises NotFoundError."""
         return decode.node_of(calls.unary(self._jobs.Drain, jobs_pb2.DrainRequest(node_id=node_id, undo=True)))
 
     def drained(self, asked: Node, timeout_s: float | None = None) -> Iterator[Node]:
-        """What `drain` returned, and then the node whenever something has changed, until it is drained; the last one
-        is. Blocks in between.
+        """Yield `asked`, which `drain` returned, then the node after each change, until it is drained; the last one is.
+        Blocks in between.
 
-        A node that has left holds nothing any more. Raises WaitTimeoutError after `timeout_s`, StateError when it is
-        not, or no longer, to be drained."""
+        A node that has left counts as drained. Raises WaitTimeoutError after `timeout_s`, StateError when it is not, or
+        no longer, being drained."""
         return wait_drained(self.nodes, asked, timeout_s)
 
     def health(self, deadline_s: float = rpc.DEADLINE_S) -> Health:
-        """Whether master and members are well, and which version runs."""
+        """Whether the master and the nodes are healthy, and which version runs."""
         return decode.health_of(calls.unary(self._jobs.GetCluster, jobs_pb2.GetClusterRequest(), deadline_s))

@@ -1,14 +1,30 @@
-"""What a client can wait for, and whether a job has got there. Pure."""
+"""What a client can wait for: a state or step of a job, a drained node. Pure; time is an argument."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import PurePath
 
-from pscluster.client.frames import last_frame
-from pscluster.client.records import Job
-from pscluster.errors import JobFailedError, JobStoppedError, PsError, SettingsError, StateError
+from pscluster.client.records import Job, Node
+from pscluster.errors import (
+    JobFailedError,
+    JobStoppedError,
+    PsError,
+    SettingsError,
+    StateError,
+    UnreachableError,
+    WaitTimeoutError,
+)
 
 _STATES = ("running", "succeeded", "failed", "stopped", "ended")
+_FRAME = re.compile(r'^\s*File "(?P<file>.+)", line (?P<line>\d+)(?:, in (?P<name>.+))?$', re.MULTILINE)
+DRAINED = "drained"
+POLL_S = 0.25
+MAX_OUTAGE_S = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,16 +40,16 @@ class Goal:
 
 def parse_goal(text: str) -> Goal:
     """Read "succeeded", "running", "step=100", ... Raises SettingsError for anything else."""
-    word, _, number = text.strip().lower().partition("=")
-    if word == "step" and number.isdecimal():
+    keyword, _, number = text.strip().lower().partition("=")
+    if keyword == "step" and number.isdecimal():
         return Goal(state="step", step=int(number))
     if text.strip().lower() in _STATES:
-        return Goal(state=word)
+        return Goal(state=keyword)
     raise SettingsError(f"cannot wait for {text!r}", action=f"one of {', '.join(_STATES)}, step=N")
 
 
 def reached(job: Job, goal: Goal) -> bool:
-    """Whether `job` is there. Raises the error that says why it never will be."""
+    """Whether `job` has reached `goal`. Raises the reason when it never will."""
     if goal.state == "step" and job.step >= goal.step:
         return True
     if goal.state == "running" and (job.state in ("RUNNING", "SUCCEEDED")):
@@ -51,9 +67,9 @@ def reached(job: Job, goal: Goal) -> bool:
 
 
 def end_error(job: Job) -> PsError | None:
-    """What an ended job's end means to whoever waited for its success; None: it succeeded.
+    """The error of a job that has ended without success; None: it succeeded.
 
-    details["frame"] of a failed job is where the user's code raised, if that is known."""
+    details["frame"] of a failed job is where the user's code raised, if known."""
     details = {"job_id": job.job_id, "state": job.state, "step": str(job.step)}
     if job.state == "FAILED":
         why = f"{job.error.code}: {job.error.cause}" if job.error else job.reason
@@ -65,7 +81,71 @@ def end_error(job: Job) -> PsError | None:
     if job.state == "STOPPED":
         return JobStoppedError(
             f"{job.job_id} was stopped at step {job.step}",
-            action=f"`psctl resume {job.job_id}` goes on from its newest snapshot",
+            action=f"`psctl resume {job.job_id}` continues from its newest snapshot",
             details=details,
         )
     return None
+
+
+def last_frame(traceback: str) -> str:
+    """The last frame of a job's traceback in the user's own files, as "task.py:16 in loss"; empty when there is none.
+
+    A job's traceback begins with the user's first frame: files in that file's directory are the user's. Of chained
+    errors the last one counts."""
+    *_, last = traceback.rpartition("Traceback (most recent call last):")
+    frames = list(_FRAME.finditer(last))
+    if not frames:
+        return ""
+    directory = PurePath(frames[0]["file"]).parent
+    own = [frame for frame in frames if PurePath(frame["file"]).is_relative_to(directory)]
+    file = PurePath(own[-1]["file"]).relative_to(directory)
+    name = own[-1]["name"]
+    return f"{file}:{own[-1]['line']}" + (f" in {name}" if name else "")
+
+
+def wait_drained(
+    nodes: Callable[[], Sequence[Node]],
+    asked: Node,
+    timeout_s: float | None = None,
+    *,
+    monotonic: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[Node]:
+    """Yield `asked`, the master's reply to the drain request, then the node after each change, until it is drained; the
+    last one is.
+
+    The master lists every node on which a job has a placement: one that it does not list holds nothing. An unreachable
+    master is waited for, up to ten minutes. Raises WaitTimeoutError, StateError, PsError of `nodes`."""
+    deadline = math.inf if timeout_s is None else monotonic() + timeout_s
+    shown = asked
+    answered_s = monotonic()
+    yield shown
+    while shown.drain != DRAINED:
+        if shown.drain is None:
+            raise StateError(f"node {shown.node_id} is no longer being drained", action="somebody has undone the drain")
+        if monotonic() >= deadline:
+            why = "; ".join(shown.waits_for)
+            raise WaitTimeoutError(
+                f"{shown.node_id} is not drained within {timeout_s:g} s" + (f": {why}" if why else ""),
+                action=f"the drain continues; `psctl drain {shown.node_id} --undo` ends it",
+            )
+        sleep(POLL_S)
+        try:
+            found = next((node for node in nodes() if node.node_id == shown.node_id), None) or _after_leaving(shown)
+            answered_s = monotonic()
+        except UnreachableError:
+            if monotonic() - answered_s >= MAX_OUTAGE_S or monotonic() >= deadline:
+                raise
+            continue
+        if _shown_fields(found) != _shown_fields(shown):
+            shown = found
+            yield shown
+
+
+def _after_leaving(node: Node) -> Node:
+    """The node once it is no longer listed, as the master shows a drained node that has left."""
+    return replace(node, drain=DRAINED, waits_for=(), processes=(), ready=False, incarnation="")
+
+
+def _shown_fields(node: Node) -> tuple[object, ...]:
+    return node.drain, node.waits_for, node.processes

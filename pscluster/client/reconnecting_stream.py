@@ -1,34 +1,59 @@
-"""A stream from the master that outlives the master: reopened, with growing pauses, until patience ends."""
+"""A stream from the master that survives the master's outages: reopened, after growing pauses, until a limit."""
 
 from __future__ import annotations
 
 import random
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
-from pscluster.client.patience import Outage, next_delay_s
+from pscluster.client.records import LogLine
 from pscluster.errors import UnreachableError
 from pscluster.rpc import error_of
+from pscluster.wire.backoff import delay_s
 
 STREAM_DEADLINE_S = 3600.0
-"""A stream is reopened after this long, so that no call is without a deadline."""
+"""A stream is reopened after this long, so that every call has a deadline."""
+MAX_DELAY_S = 5.0
+OVERLAP_S = 30.0
+"""A reopened log stream is read again from this far back: agents send late what they queued during an outage."""
+_Key = tuple[str, float, str, str]
+
+
+@dataclass(kw_only=True)
+class Outage:
+    """A master that has not answered since `since_s` (monotonic), after `attempts` retries."""
+
+    since_s: float
+    attempts: int = 0
+
+    def next_delay_s(self, now_s: float, max_outage_s: float, draw: float) -> float | None:
+        """Count a retry; seconds to wait before it, or None when the outage has lasted `max_outage_s`.
+
+        It grows with jitter up to MAX_DELAY_S, and ends at the limit at the latest.
+        """
+        left_s = self.since_s + max_outage_s - now_s
+        if left_s <= 0:
+            return None
+        self.attempts += 1
+        return min(left_s, delay_s(self.attempts, draw, cap_s=MAX_DELAY_S))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReconnectingStream:
-    """How a stream is kept. `on_absence(error, seconds)` is told of each try that failed and for how long the
-    master has been away; `on_return()` once it answers again. Both run in the caller's thread."""
+    """How a stream is kept open. `on_outage(error, seconds)` is called after each failed try, with how long the master
+    has not answered; `on_reconnect()` once it answers again. Both run in the caller's thread."""
 
-    patience_s: float = 600.0
-    on_absence: Callable[[UnreachableError, float], None] = lambda _error, _seconds: None
-    on_return: Callable[[], None] = lambda: None
+    max_outage_s: float = 600.0
+    on_outage: Callable[[UnreachableError, float], None] = lambda _error, _seconds: None
+    on_reconnect: Callable[[], None] = lambda: None
     monotonic: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
-    chance: Callable[[], float] = random.random
+    draw: Callable[[], float] = random.random
 
     def follow(
         self,
@@ -36,10 +61,10 @@ class ReconnectingStream:
         finished: Callable[[], bool],
         expired: Callable[[], bool] = lambda: False,
     ) -> Iterator[Any]:
-        """The messages of a stream, opened again whenever it breaks, or ends before `finished()` says so.
+        """The messages of a stream, reopened whenever it breaks, or ends before `finished()` is true.
 
-        Blocks between messages. A break after `expired()` ends it quietly. Raises UnreachableError once the
-        master was away for `patience_s`, and at once whatever else the master answers.
+        Blocks between messages. A break after `expired()` ends it without an error. Raises UnreachableError once the
+        master has not answered for `max_outage_s`, and any other error of the master at once.
         """
         outage: Outage | None = None
         while True:
@@ -47,7 +72,7 @@ class ReconnectingStream:
                 for message in self._messages(open_stream):
                     if outage is not None:
                         outage = None
-                        self.on_return()
+                        self.on_reconnect()
                     yield message
                 if finished():
                     return
@@ -56,7 +81,7 @@ class ReconnectingStream:
                 error = broken
             if expired():
                 return
-            outage = self._bear(outage, error)
+            outage = self._wait_retry(outage, error)
 
     def _messages(self, open_stream: Callable[[], Any]) -> Iterator[Any]:
         call = open_stream()
@@ -67,14 +92,47 @@ class ReconnectingStream:
         finally:
             call.cancel()
 
-    def _bear(self, outage: Outage | None, error: UnreachableError) -> Outage:
-        """Wait for the next try. A stream that only came to its own deadline is no absence worth telling."""
-        now = self.monotonic()
-        outage = outage or Outage(since_s=now)
-        delay = next_delay_s(outage, now, self.patience_s, self.chance())
-        if delay is None:
+    def _wait_retry(self, outage: Outage | None, error: UnreachableError) -> Outage:
+        """Wait for the next try, or raise `error`. A stream that reached its own deadline is not reported."""
+        now_s = self.monotonic()
+        outage = outage or Outage(since_s=now_s)
+        wait_s = outage.next_delay_s(now_s, self.max_outage_s, self.draw())
+        if wait_s is None:
             raise error
         if error.details.get("grpc_code") != "DEADLINE_EXCEEDED":
-            self.on_absence(error, now - outage.since_s)
-        self.sleep(delay)
-        return Outage(since_s=outage.since_s, attempts=outage.attempts + 1)
+            self.on_outage(error, now_s - outage.since_s)
+        self.sleep(wait_s)
+        return outage
+
+
+class LogCursor:
+    """Where a reader of a job's log is, so that a reopened stream repeats no line and loses none.
+
+    Remembers the lines of the last OVERLAP_S seconds (of log time) and drops repetitions. Bounded."""
+
+    def __init__(self, since_s: float, max_lines: int = 100_000) -> None:
+        self._since_s = since_s
+        self._newest_s = 0.0
+        self._recent: deque[_Key] = deque(maxlen=max_lines)
+        self._repeats: Counter[_Key] = Counter()
+        self.opened = 0
+
+    def open(self) -> float:
+        """Count a stream that is opened; the Unix time from which to request lines."""
+        self.opened += 1
+        if self.opened > 1:
+            self._repeats = Counter(self._recent)
+            return max(self._since_s, self._newest_s - OVERLAP_S)
+        return self._since_s
+
+    def is_new(self, line: LogLine) -> bool:
+        """Whether `line` was not returned before the last `open`."""
+        key = (line.source, line.time_s, line.stream, line.text)
+        if self._repeats[key] > 0:
+            self._repeats[key] -= 1
+            return False
+        self._newest_s = max(self._newest_s, line.time_s)
+        self._recent.append(key)
+        while self._recent and self._recent[0][1] < self._newest_s - 2 * OVERLAP_S:
+            self._recent.popleft()
+        return True

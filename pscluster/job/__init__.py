@@ -1,1 +1,1 @@
-"""What a job is: its spec and its code bundle."""
+"""A job's spec and its code bundle."""

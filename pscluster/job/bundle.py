@@ -1,9 +1,8 @@
 """Code bundles: a user's directory as one content-addressed archive, and its safe extraction elsewhere.
 
 A bundle is a gzipped tar of regular files, sorted, with times and owners zeroed, so that equal directories
-give equal bytes and one sha256. `.gitignore` files (nested ones too) say what stays out; version control,
-caches and virtual environments always do. Neither side follows or makes a link, and neither goes past
-`CAP_BYTES`.
+give equal bytes and one sha256. `.gitignore` files (nested ones, too) exclude files; version control,
+caches and virtual environments are always excluded. Neither side follows or makes a link, or exceeds `CAP_BYTES`.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import pathspec
 from pscluster.errors import BundleError, StorageError
 
 CAP_BYTES = 64 << 20
-"""No bundle unpacks to more than this, and none is longer."""
+"""The limit of a bundle, packed and unpacked."""
 
 MAX_FILES = 20_000
 ALWAYS_SKIPPED = frozenset(
@@ -46,10 +45,9 @@ class Bundle:
 
 
 def pack(directory: Path) -> Bundle:
-    """Pack `directory`. Blocks for as long as its files take to read; deterministic.
+    """Pack `directory`. Blocks while its files are read; deterministic.
 
-    Raises BundleError for a link, a special file, an unreadable one, or more than CAP_BYTES (naming the
-    biggest).
+    Raises BundleError for a link, a special file, an unreadable one, or more than CAP_BYTES (naming the biggest).
     """
     if not directory.is_dir():
         raise BundleError(f"{directory} is not a directory")
@@ -65,11 +63,11 @@ def pack(directory: Path) -> Bundle:
 
 
 def extract(data_path: Path, directory: Path) -> None:
-    """Unpack the bundle at `data_path` into `directory`, which appears whole or not at all. Idempotent.
+    """Unpack the bundle at `data_path` into `directory` atomically. Idempotent.
 
     Only regular files with plain relative names are accepted: anything else (absolute paths, `..`, links,
     devices, a name twice, more than CAP_BYTES unpacked) is a BundleError and leaves nothing behind. Raises
-    StorageError when the disk refuses. Does nothing when `directory` exists. Blocks.
+    StorageError when it cannot be written. Does nothing when `directory` exists. Blocks.
     """
     if directory.exists():
         return
@@ -110,7 +108,7 @@ def _collect(root: Path) -> Iterator[tuple[str, int]]:
             yield relative, _size_of_regular(entry, relative)
 
 
-_LEAVE_OUT = "list what is not code in a .gitignore, and name data by data.uri"
+_LEAVE_OUT = "exclude what is not code with a .gitignore, and refer to data with data.uri"
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 def _size_of_regular(entry: os.DirEntry[str], relative: str) -> int:
     if entry.is_symlink():
-        raise BundleError(f"{relative} is a link", action="put the file itself there, or list it in .gitignore")
+        raise BundleError(f"{relative} is a link", action="replace it with the file, or list it in .gitignore")
     found = entry.stat(follow_symlinks=False)
     if not stat.S_ISREG(found.st_mode):
         raise BundleError(f"{relative} is not a regular file", action="list it in .gitignore")
@@ -176,7 +174,7 @@ def _refuse_too_big(sizes: dict[str, int], directory: Path) -> None:
 def _add(archive: tarfile.TarFile, path: Path, name: str) -> None:
     info = tarfile.TarInfo(name)
     try:
-        # O_NOFOLLOW: the file may have become a link since it was listed.
+        # O_NOFOLLOW: the file may have been replaced by a link since it was listed.
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as source:
             found = os.fstat(source.fileno())
             info.size = found.st_size
@@ -201,13 +199,13 @@ def _extract_into(data_path: Path, root: Path) -> None:
                 if left < 0:
                     raise BundleError(f"the bundle unpacks to more than {CAP_BYTES >> 20} MiB")
                 _write(archive, member, target)
-        # To the very end: only there does gzip compare its checksum.
+        # To the end: only there does gzip compare its checksum.
         while capped.read(_COPY_BYTES):
             pass
 
 
 class _Capped(io.RawIOBase):
-    """Reads up to what a lawful bundle can hold: headers and padding can be a bomb as well as contents."""
+    """Reads at most what a valid bundle can hold: headers and padding can be a bomb as well as contents."""
 
     def __init__(self, stream: gzip.GzipFile) -> None:
         super().__init__()
@@ -231,7 +229,7 @@ def _safe_parts(member: tarfile.TarInfo) -> tuple[str, ...]:
         raise BundleError(f"the bundle holds {name!r}, which is not a regular file")
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\x00" in name:
-        raise BundleError(f"the bundle holds {name!r}, which leads out of its directory")
+        raise BundleError(f"the bundle holds {name!r}, which leads outside its directory")
     return parts
 
 
@@ -253,6 +251,6 @@ def _publish(temporary: Path, directory: Path) -> None:
     try:
         temporary.rename(directory)
     except OSError:
-        # Somebody extracted the same content-addressed bundle meanwhile: theirs is as good.
+        # Another process has extracted the same content-addressed bundle meanwhile.
         if not directory.is_dir():
             raise

@@ -1,15 +1,16 @@
-"""The job spec: what a user may ask for, checked once, before anything starts.
+"""The job spec: what a user may request, validated once, before anything starts.
 
-`load_spec(path, overrides)` reads YAML or TOML, applies `--set key=value` pairs and validates. Every refusal
-is a `SpecError` that names the key and, for a misspelt one, the nearest key there is. A `JobSpec` is
+`load_spec(path, overrides)` reads YAML or TOML, applies `--set key=value` pairs and validates. Every problem
+is a `SpecError` that names the key and, for an unknown one, the nearest known key. A `JobSpec` is
 immutable; `canonical_json` is what is stored, hashed and sent.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,14 +19,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from pscluster.devices import AUTO, is_valid_device
 from pscluster.errors import SpecError
-from pscluster.job.validation_messages import explain
-from pscluster.storage.location import check_location
+from pscluster.storage import check_location
 
-# Strict: `true` is no number of steps. Floats stay lax, since YAML reads 1e-3 as text.
+# Strict: `true` is not a number of steps. Floats stay lax, since YAML reads 1e-3 as text.
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 
 
-_MOST_NESTED = 64  # of a task's arguments: far below what json and pydantic can recurse into
+_MOST_NESTED = 64  # of a task's arguments: far below the recursion limits of json and pydantic
+_LONGEST_SHOWN = 80
 
 
 class _Section(BaseModel):
@@ -41,7 +42,7 @@ class TaskSection(_Section):
     @field_validator("args")
     @classmethod
     def _plain(cls, args: dict[str, Any]) -> dict[str, Any]:
-        """Arguments travel as JSON: what JSON would change (dates, sets, NaN) is refused rather than changed."""
+        """Arguments are sent as JSON: what JSON would change (dates, sets, NaN) is refused."""
         for key, value in args.items():
             if _is_deeper_than(_MOST_NESTED, value):
                 raise ValueError(f"{key} is nested more than {_MOST_NESTED} levels deep")
@@ -50,12 +51,14 @@ class TaskSection(_Section):
             except (TypeError, ValueError):
                 same = False
             if not same:
-                raise ValueError(f"{key} is {value!r}: only text, finite numbers, booleans, lists and mappings travel")
+                raise ValueError(
+                    f"{key} is {value!r}: only text, finite numbers, booleans, lists and mappings are allowed"
+                )
         return args
 
 
 class DataSection(_Section):
-    """`uri` is handed to the task unread. `mode: global` deals one permutation of the data to all shards."""
+    """`uri` is passed to the task as it is. `mode: global`: all shards share one permutation of the data."""
 
     uri: str = ""
     mode: Literal["global"] = "global"
@@ -92,7 +95,7 @@ class ScheduleSection(_Section):
 
 
 class TrainSection(_Section):
-    """One of `max_steps` and `epochs` says when training ends; with both, whichever comes first.
+    """`max_steps` or `epochs` defines when training ends; with both, whichever comes first.
 
     `autocast`: forward and backward run under torch.autocast in that type; parameters stay float32. `compile`: the
     model goes through torch.compile."""
@@ -119,7 +122,7 @@ class TrainSection(_Section):
                 f"(the nearest that is: {near})"
             )
         if self.epochs is None and self.max_steps is None:
-            raise ValueError("one of epochs and max_steps is needed: nothing says when training ends")
+            raise ValueError("one of epochs and max_steps is needed")
         return self
 
     @property
@@ -129,7 +132,7 @@ class TrainSection(_Section):
 
 
 class WorkersSection(_Section):
-    """`device`: where trainers compute; what each word means is told in `pscluster.devices`."""
+    """`device`: where trainers compute; `pscluster.devices` defines the values."""
 
     min: PositiveInt = 1
     max: PositiveInt | None = None
@@ -155,7 +158,7 @@ class ServersSection(_Section):
 
 
 class DurabilitySection(_Section):
-    """`store: null` is the cluster's own state directory; else an absolute directory, file:///... or s3://...
+    """`store: null` is the cluster's state directory; else an absolute directory, file:///... or s3://...
     `tier: replica` gives every partition a standby."""
 
     tier: Literal["snapshot", "replica"] = "snapshot"
@@ -164,7 +167,7 @@ class DurabilitySection(_Section):
 
 
 class EvaluateSection(_Section):
-    """`every_steps: null`: at the end only. `metric` and `goal` say which evaluated step is the best."""
+    """`every_steps: null`: at the end only. `metric` and `goal` define the best evaluated step."""
 
     every_steps: PositiveInt | None = None
     metric: str = "loss"
@@ -172,7 +175,7 @@ class EvaluateSection(_Section):
 
 
 class NetworkSection(_Section):
-    """`transport`: between trainer and partition. `auto` takes the best that a pair has: shm, else tcp.
+    """`transport`: between trainer and partition. `auto` takes the best available to a pair: shm, else tcp.
 
     `congestion_control`: of TCP, by the kernel's name; null is the host's default."""
 
@@ -185,7 +188,7 @@ class NetworkSection(_Section):
 class JobSpec(_Section):
     """One validated job spec."""
 
-    apiVersion: Literal["ps/v1"] = "ps/v1"  # noqa: N815 - the key users know from other specs
+    apiVersion: Literal["ps/v1"] = "ps/v1"  # noqa: N815 - as in other specs
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31, strict=True)] = 0
     task: TaskSection
@@ -203,7 +206,7 @@ class JobSpec(_Section):
         if self.workers.min > self.train.num_shards:
             raise ValueError(
                 f"workers.min {self.workers.min} exceeds the {self.train.num_shards} shards of a step "
-                "(global_batch / microbatch): the surplus would never have work"
+                "(global_batch / microbatch): the surplus would have no work"
             )
         return self
 
@@ -213,7 +216,7 @@ class JobSpec(_Section):
 
 
 def parse_spec(data: object) -> JobSpec:
-    """Validate plain data (as YAML, TOML or JSON gave it). Raises SpecError naming every offending key."""
+    """Validate plain data, as read from YAML, TOML or JSON. Raises SpecError naming every offending key."""
     if not isinstance(data, Mapping):
         raise SpecError(f"a job spec is a mapping, not {type(data).__name__}")
     try:
@@ -288,6 +291,47 @@ def apply_override(data: dict[str, Any], pair: str) -> None:
 def _is_deeper_than(levels: int, value: object) -> bool:
     layer: list[Any] = [value]
     for _ in range(levels):
-        held = {id(item): item for item in layer if isinstance(item, list | tuple | dict)}  # YAML can name one often
+        held = {
+            id(item): item for item in layer if isinstance(item, list | tuple | dict)
+        }  # YAML can refer to one repeatedly
         layer = [inner for item in held.values() for inner in (item.values() if isinstance(item, dict) else item)]
     return any(isinstance(item, list | tuple | dict) for item in layer)
+
+
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """All problems of `error`, raised by validating `root`, each with its key and similar known keys."""
+    return "; ".join(_explain_one(problem, root) for problem in error.errors())
+
+
+def _explain_one(problem: Mapping[str, Any], root: type[BaseModel]) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        near = _near(problem["loc"], root)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        return f"unknown key {where}{hint}"
+    if problem["type"] == "missing":
+        return f"{where} is missing"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    given = repr(problem["input"])
+    return f"{where}: {message}, not {given if len(given) <= _LONGEST_SHOWN else given[:_LONGEST_SHOWN] + '...'}"
+
+
+def _near(location: Sequence[int | str], root: type[BaseModel]) -> list[str]:
+    """The most similar key of the same section, then the keys of the same name in other sections, since users often
+    put a key in the wrong section."""
+    *section, key = map(str, location)
+    model: Any = root
+    for part in section:
+        model = model.model_fields[part].annotation
+    elsewhere = [path for path in _paths(root) if path.rpartition(".")[2] == key]
+    return difflib.get_close_matches(key, list(model.model_fields), n=1, cutoff=0.5) + elsewhere
+
+
+def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key of a model and of the sections in it, as "train.optimizer.lr"."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _paths(field.annotation, f"{prefix}{name}.")

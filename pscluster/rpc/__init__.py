@@ -1,21 +1,23 @@
-"""gRPC between our processes: errors mapped once, both ways; the token; channels with sane options.
+"""gRPC between our processes: errors mapped in one place, both ways; the token; channels and their options.
 
 Server side, for grpc.aio:
 
     grpc.aio.server(interceptors=[ErrorInterceptor(), TokenInterceptor(token)], options=SERVER_OPTIONS)
 
-Handlers are coroutine functions or asynchronous generators and raise PsError; callers pass what they catch to
-`error_of` and get an equal PsError back.
+Handlers are coroutine functions or asynchronous generators and raise PsError; callers pass the grpc error to
+`error_of` and get an equal PsError.
 """
 
-from pscluster.rpc.channel import open_aio_channel, open_channel, read_token
-from pscluster.rpc.options import (
+from pscluster.rpc.channel import (
     CHANNEL_OPTIONS,
     DEADLINE_S,
     MAX_MESSAGE_BYTES,
     PROTOCOL,
     SERVER_OPTIONS,
     TRANSFER_DEADLINE_S,
+    open_aio_channel,
+    open_channel,
+    read_token,
 )
 from pscluster.rpc.server import ErrorInterceptor, Observer, TokenInterceptor
 from pscluster.rpc.status import error_of, status_of

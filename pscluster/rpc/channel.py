@@ -1,4 +1,4 @@
-"""Channels that carry the cluster's token, and the file it is read from."""
+"""Channels with the cluster's token and our options, and the numbers that both ends of a call agree on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,38 @@ from typing import Any, NamedTuple
 import grpc
 
 from pscluster import errors
-from pscluster.rpc.options import CHANNEL_OPTIONS
+
+PROTOCOL = 1
+"""Number of the control and data protocol; two processes work together only if theirs are equal."""
+DEADLINE_S = 10.0
+"""For a call that reads or changes a record."""
+TRANSFER_DEADLINE_S = 300.0
+"""For a call that moves a bundle."""
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+_SIZES: list[tuple[str, Any]] = [
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", 64 * 1024),
+    ("grpc.absolute_max_metadata_size", 128 * 1024),
+]
+SERVER_OPTIONS: list[tuple[str, Any]] = [
+    *_SIZES,
+    ("grpc.so_reuseport", 0),  # else two masters could share a port unnoticed
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+]
+CHANNEL_OPTIONS: list[tuple[str, Any]] = [
+    *_SIZES,
+    ("grpc.enable_http_proxy", 0),  # never use a proxy from the environment
+    ("grpc.use_local_subchannel_pool", 1),  # a new channel does not inherit the backoff of an old one
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 5_000),  # in fact the longest duration of an attempt: distant hosts need it
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+]
 
 
 def open_channel(address: str, token: str) -> grpc.Channel:
@@ -43,7 +74,7 @@ def read_token(path: Path) -> str:
 
 
 class _CallDetails(NamedTuple):
-    """What grpc's client interceptors may change of a call."""
+    """What a grpc client interceptor may change of a call."""
 
     method: str
     timeout: float | None
@@ -90,8 +121,8 @@ class _Bearer(
 class _AioBearer(grpc.aio.Channel):
     """A channel whose every call carries the token.
 
-    Not an interceptor: grpc.aio runs an intercepted stream through tasks of its own, which it leaves behind, with
-    errors in the log, when the connection breaks.
+    Not an interceptor: grpc.aio runs an intercepted stream in additional tasks, and leaves them behind, with errors in
+    the log, when the connection breaks.
     """
 
     def __init__(self, channel: grpc.aio.Channel, token: str) -> None:

@@ -19,14 +19,14 @@ _HEALTH = "/grpc.health.v1.Health/"
 _log = structlog.get_logger(__name__)
 
 Observer = Callable[[str, float | None, str], None]
-"""Told of each served call: method, seconds (None for a stream), status code by name."""
+"""Called after each served call: method, seconds (None for a stream), name of the status code."""
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Turns what a handler raises into a status: PsError as itself, anything else as a logged InternalError."""
 
     def __init__(self, observe: Observer | None = None) -> None:
-        """`observe` is told of every call that ended, for metrics."""
+        """`observe` is called after every call, for metrics."""
         self._observe = observe or (lambda _method, _seconds, _code: None)
 
     async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
@@ -82,7 +82,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):
-    """Lets a call through only with the cluster's token as bearer; gRPC health is open to everyone."""
+    """Admits only calls with the cluster's token as bearer; gRPC health is open to everyone."""
 
     def __init__(self, token: str) -> None:
         self._expected = f"Bearer {token}".encode()
@@ -102,7 +102,7 @@ async def _refuse(_requests: Any, context: Any) -> None:
     await _abort("", errors.AuthError("the call carries no token, or a wrong one"), context)
 
 
-# A stream of both kinds, because such a handler answers without waiting for a first message of the caller.
+# A bidirectional stream, because such a handler replies without waiting for a message of the caller.
 _REFUSE: Any = grpc.stream_stream_rpc_method_handler(_refuse)
 
 

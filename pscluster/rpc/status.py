@@ -1,4 +1,4 @@
-"""PsError to gRPC status and back: the one place."""
+"""Maps PsError to gRPC status and back, in one place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DOMAIN = "pscluster"
 _MAX_TEXT = 4096
 _DETAILS_KEY = "grpc-status-details-bin"
 _CUT_SHORT = "Internal error from Core"
-"""grpc.aio's word for a call that the other side ended while a message was on its way there. Why it ended is lost."""
+"""grpc.aio's text for a call that the peer ended while a message was in flight. The reason is lost."""
 
 _STATUS: dict[type[PsError], grpc.StatusCode] = {
     errors.NotFoundError: grpc.StatusCode.NOT_FOUND,
@@ -25,7 +25,6 @@ _STATUS: dict[type[PsError], grpc.StatusCode] = {
     errors.TaskError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.CallerError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.UnreachableError: grpc.StatusCode.UNAVAILABLE,
-    errors.FencedError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.VersionSkewError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.PeerError: grpc.StatusCode.ABORTED,
     errors.StorageError: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -47,11 +46,10 @@ _KINDS: dict[grpc.StatusCode, type[PsError]] = {
 
 
 def error_of(failure: grpc.RpcError, server: str = "the master") -> PsError:
-    """The PsError that a failed call stands for: the very one the server raised, or one named for its status.
+    """The PsError of a failed call: the one that the server raised, or one that matches the status.
 
-    `server`: whom to name where nobody answered.
-    Works for grpc's and grpc.aio's errors. Not every UNAVAILABLE comes from the server: nobody listening gives
-    UnreachableError too.
+    Accepts errors of grpc and grpc.aio. `server`: whom to name when nobody answered; UNAVAILABLE without a listener is
+    an UnreachableError, too.
     """
     status = _rich_status(failure)
     if status is not None:
@@ -84,7 +82,7 @@ def status_of(error: PsError) -> Any:
 
 
 def code_for(error: PsError) -> grpc.StatusCode:
-    """The status that an error travels under."""
+    """The gRPC status code of an error."""
     return next(_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS)
 
 

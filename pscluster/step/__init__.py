@@ -1,1 +1,1 @@
-"""What a step is, to every process: tree, layout, sampling, codec, summary."""
+"""The definition of a step, shared by all processes: tree, layout, sampling, codec, summary."""

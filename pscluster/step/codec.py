@@ -1,7 +1,7 @@
-"""How nodes of the gradient tree are represented and combine, whoever does it: part of the job's numerics.
+"""How nodes of the gradient tree are represented and added, in every process: part of the job's numerics.
 
 With push codec bf16 every node of a trained bucket, leaves included, is a bf16 tensor: rounded to nearest even where it
-comes into being, whether or not it crosses the wire. Adding two of them rounds their exact fp32 sum once.
+is computed, whether or not it is sent. Adding two of them rounds their exact fp32 sum once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DTYPES: dict[Codec, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat1
 class BufferNode:
     """A node of an averaged bucket: fp32 words (weight * value, summed), or None while no microbatch moved a buffer.
 
-    `weight` (float64) is kept while the node is unchanged; of a changed one nobody needs it any more."""
+    `weight` (float64) is needed only while the node is unchanged."""
 
     weight: float
     words: torch.Tensor | None
@@ -28,7 +28,7 @@ class BufferNode:
         """The parent of this node and `right`; reuses this node's memory.
 
         Unchanged + unchanged is unchanged, the weights added; otherwise the unchanged side becomes weight * committed
-        value. That follows the tree alone, so it does not matter where two nodes meet."""
+        value. This depends on the tree alone, not on where two nodes are added."""
         weight = self.weight + right.weight
         if self.words is None and right.words is None:
             return BufferNode(weight, None)
@@ -45,7 +45,7 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 def add_optional(left: torch.Tensor | None, right: torch.Tensor | None) -> torch.Tensor | None:
     """left + right, in left's memory; None stands for zeros.
 
-    x + 0.0 turns -0.0 into 0.0, and must: whoever adds the same two nodes as words adds real zeros."""
+    x + 0.0 turns -0.0 into 0.0, as required: another process may add the same nodes as words, with real zeros."""
     if left is not None and right is not None:
         return left.add_(right)
     only = left if left is not None else right

@@ -1,14 +1,14 @@
-"""Where each tensor of a model lives: tensors -> padded buckets -> blocks -> partitions, as pure functions.
+"""The layout of a model: tensors -> padded buckets -> blocks -> partitions, as pure functions.
 
-A bucket is a contiguous run of 4-byte words that holds tensors of one kind, each padded to 16 words. The kind says
-how the step treats it:
+A bucket is a contiguous run of 4-byte words that holds tensors of one kind, each padded to 16 words. The kind defines
+how a step treats it:
 
     trained    parameters (fp32): gradients are summed in the tree, the optimizer updates them
     averaged   floating-point buffers (fp32): the tree sums weight * value, the commit divides by the weight
     carried    integer and boolean buffers (raw bytes): shard 0's value is committed
-    frozen     parameters without gradient and buffers the step must not touch (raw bytes): never change
+    frozen     parameters without gradient and buffers that a step must not change (raw bytes)
 
-A bucket is cut into blocks of 32 Ki words, the unit of norms, and the blocks are dealt to the partitions in even
+A bucket is cut into blocks of 32 Ki words, the unit of norms, and the blocks are assigned to the partitions in even
 runs. Every trainer and partition computes the same layout from the same model; `sha256` compares them.
 """
 
@@ -16,16 +16,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import zip_longest
 from math import prod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pscluster.errors import LayoutError
 
-PAD_WORDS = 16  # vector lanes: a tensor on a multiple of 16 words gives the same bits wherever a chunk starts
+PAD_WORDS = 16  # vector lanes: on multiples of 16 words results are the same bits wherever a chunk starts
 BLOCK_WORDS = 32 * 1024
 BUCKET_WORDS = 1024 * 1024  # a bucket is closed once it holds this many words (4 MiB)
 WORD_BYTES = 4
@@ -72,7 +71,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Placed:
-    """Tensor number `tensor` of the layout, at `offset` words from the start of its bucket."""
+    """Tensor number `tensor` of the layout, `offset` words from the start of its bucket."""
 
     tensor: int
     offset: int
@@ -113,13 +112,13 @@ class Span:
 
 @dataclass(frozen=True)
 class Layout:
-    """The tensors of a model in order, and everything that follows from them."""
+    """The tensors of a model in order, and what is derived from them."""
 
     tensors: tuple[TensorSpec, ...]
 
     @cached_property
     def buckets(self) -> tuple[Bucket, ...]:
-        """Trained buckets first, in the order of the model (about the order in which forward needs them)."""
+        """Trained buckets first, in the order of the model (roughly the order in which forward needs them)."""
         buckets: list[Bucket] = []
         first_block = 0
         for kind in KINDS:
@@ -131,17 +130,13 @@ class Layout:
         return tuple(buckets)
 
     @cached_property
-    def num_parameters(self) -> int:
-        return sum(t.num_elements for t in self.tensors if t.kind == "trained")
-
-    @cached_property
     def bucket_of(self) -> dict[int, tuple[int, int]]:
         """Tensor number -> (bucket index, offset in words)."""
         return {p.tensor: (b.index, p.offset) for b in self.buckets for p in b.placed}
 
     def span(self, bucket: int, partition: int, num_partitions: int) -> Span:
-        """The words of a bucket that a partition holds; may be empty. Runs of whole blocks, turned by one partition
-        from bucket to bucket, so that small buckets do not all fall to the same one."""
+        """The words of a bucket that a partition holds; may be empty. Runs of whole blocks, rotated by one
+        partition from bucket to bucket, so that small buckets are not all assigned to the same one."""
         b = self.buckets[bucket]
         place = (partition + bucket) % num_partitions
         first = place * b.num_blocks // num_partitions
@@ -150,11 +145,11 @@ class Layout:
         return Span(bucket, start, stop, b.first_block + first)
 
     def spans(self, partition: int, num_partitions: int) -> tuple[Span, ...]:
-        """What one partition holds: one span for each bucket, in order."""
+        """The spans of one partition: one for each bucket, in order."""
         return tuple(self.span(b.index, partition, num_partitions) for b in self.buckets)
 
     def wire_bytes(self, span: Span, codec: Codec) -> int:
-        """Length of a span on the wire: trained words travel in the codec, the others as they are."""
+        """Length of a span on the wire: trained words are sent in the codec, others unchanged."""
         trained = self.buckets[span.bucket].kind == "trained"
         return span.num_words * (CODEC_BYTES[codec] if trained else WORD_BYTES)
 
@@ -168,7 +163,7 @@ class Layout:
 
     @cached_property
     def _json(self) -> bytes:
-        """Every snapshot begins with it."""
+        """Cached, since every snapshot begins with it."""
         tensors = [asdict(tensor) for tensor in self.tensors]
         return json.dumps({"format": 1, "tensors": tensors}, sort_keys=True, separators=(",", ":")).encode()
 
@@ -178,30 +173,14 @@ class Layout:
 
     @classmethod
     def from_json(cls, data: bytes) -> Layout:
-        """Raises LayoutError for what `to_json` did not write."""
+        """The inverse of `to_json`. Raises LayoutError for any other data."""
         try:
             parsed = json.loads(data)
             if parsed["format"] != 1:
-                raise LayoutError(f"layout format {parsed['format']} is not known here")
+                raise LayoutError(f"layout format {parsed['format']} is unknown")
             return cls(tuple(_tensor_from(entry) for entry in parsed["tensors"]))
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise LayoutError(f"a layout does not parse: {error!r}") from None
-
-
-def difference(ours: Layout, theirs: Layout) -> str:
-    """One line naming the first tensor in which two layouts differ, for the person who must mend the model."""
-    for mine, other in zip_longest(ours.tensors, theirs.tensors):
-        if mine != other:
-            return f"{_describe(mine)} against {_describe(other)}"
-    return "no difference"
-
-
-def _describe(tensor: TensorSpec | None) -> str:
-    if tensor is None:
-        return "nothing"
-    decay = "" if tensor.decay else ", no decay"
-    kept = "" if tensor.persistent else ", not in the state dict"
-    return f"{' = '.join(tensor.names)} {tensor.dtype}{list(tensor.shape)} {tensor.kind}{decay}{kept}"
 
 
 def _fill(tensors: Sequence[TensorSpec], members: Sequence[int]) -> list[tuple[tuple[Placed, ...], int]]:
@@ -227,8 +206,33 @@ def _tensor_from(entry: dict[str, object]) -> TensorSpec:
         if not isinstance(value, list) or any(type(item) is not of for item in value):
             raise TypeError(f"{key} is no list of {of.__name__}")
         fields[key] = tuple(value)
-    spec = TensorSpec(**fields)  # type: ignore[arg-type]  # a wrong key raises TypeError, which the caller names
+    spec = TensorSpec(**fields)  # type: ignore[arg-type]  # a wrong key raises TypeError, which the caller reports
     known = spec.names and spec.kind in KINDS and spec.dtype in ITEM_BYTES and all(n >= 0 for n in spec.shape)
     if not known or type(spec.decay) is not bool or type(spec.persistent) is not bool:
         raise ValueError(f"tensor {spec.names} is not of a known kind, dtype or shape")
     return spec
+
+
+class NamedBytes(NamedTuple):
+    """A tensor as input of the digest: `dtype` is torch's name without "torch.", `data` its C-order bytes."""
+
+    name: str
+    dtype: str
+    shape: Sequence[int]
+    data: bytes | bytearray | memoryview
+
+
+def parameters_sha256(tensors: Iterable[NamedBytes]) -> str:
+    """SHA-256 over name, dtype, shape and bytes of each tensor, in name order, hex: `parameters_sha256` everywhere.
+
+    Each of name, dtype and shape is preceded by its length, so that no two models share an encoding.
+    """
+    digest = hashlib.sha256()
+    for tensor in sorted(tensors, key=lambda t: t.name):
+        shape = ",".join(str(n) for n in tensor.shape)
+        for text in (tensor.name, tensor.dtype, shape):
+            encoded = text.encode()
+            digest.update(len(encoded).to_bytes(8, "little") + encoded)
+        digest.update(memoryview(tensor.data).nbytes.to_bytes(8, "little"))
+        digest.update(tensor.data)
+    return digest.hexdigest()

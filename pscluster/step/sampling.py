@@ -1,8 +1,8 @@
 """Which samples a shard takes in a step: a pure function of (seed, data set length, D, microbatch).
 
-An epoch is a seeded permutation of the data set, cut into runs of `microbatch` samples that are dealt to
-the shards of successive steps. Nothing is stored and nothing is asked of anybody: any worker can name the
-samples of any (step, shard), in constant memory, whatever the number of workers.
+An epoch is a seeded permutation of the data set, cut into runs of `microbatch` samples that are assigned to
+the shards of successive steps. Nothing is stored or requested: any worker can compute the samples of any
+(step, shard), in constant memory, for any number of workers.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Permutation:
     """A keyed bijection of range(n), n >= 1, one index at a time: `permutation[i]`.
 
     A generalised Feistel network (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002) over
-    Z_a x Z_b with a * b the smallest such product not below n and a near its root; the fewer than a points
-    above n are walked through. `key` is 48 bytes.
+    Z_a x Z_b with a * b the smallest such product not below n and a near its root; values above n, fewer than a, are
+    mapped again. `key` is 48 bytes.
     """
 
     __slots__ = ("_columns", "_keys", "_rows", "n")
@@ -68,16 +68,16 @@ def _mix(value: int, key: int) -> int:
 
 
 def epoch_permutation(num_samples: int, seed: int, epoch: int) -> Permutation:
-    """The order of the samples in one epoch. The key is a hash that no Python version or machine changes."""
+    """The order of the samples in one epoch. The key is a hash that is the same on every Python version and machine."""
     packed = struct.pack("<QQ", seed, epoch)
     return Permutation(num_samples, blake2b(packed, digest_size=8 * _NUM_KEYS, person=b"ps-epoch-order").digest())
 
 
 class ShardSampler:
-    """Deals the samples of each epoch to (step, shard).
+    """Assigns the samples of each epoch to (step, shard).
 
     Every sample of an epoch is in exactly one (step, shard) of it. The last step of an epoch may be short:
-    its later shards then get shorter or empty lists. Not for use by several threads at once.
+    its later shards then get shorter or empty lists. Not thread-safe.
     """
 
     def __init__(self, num_samples: int, num_shards: int, microbatch: int, seed: int) -> None:
@@ -92,7 +92,7 @@ class ShardSampler:
 
     @property
     def steps_per_epoch(self) -> int:
-        """How many steps consume every sample once."""
+        """How many steps use every sample once."""
         return -(-self.num_samples // (self.num_shards * self.microbatch))
 
     def indices(self, step: int, shard: int) -> list[int]:

@@ -1,7 +1,7 @@
-"""The small things that travel in the gradient tree beside the gradients, exact in float64. Free of torch.
+"""The small values that are summed in the gradient tree beside the gradients, in float64. Imports no torch.
 
 A step's summary: loss, weight, samples, and which tensors a microbatch touched. An evaluation's statistics: a vector
-whose entries add. Both combine left + right in the tree's order, wherever that happens.
+of sums. Both are added left + right in the order of the tree, in any process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NUMBERS = struct.Struct("<ddd")
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Of one node of a step's tree. `touched`: one bit a tensor of the layout, lowest bit first."""
+    """The summary of one node of a step's tree. `touched`: one bit a tensor of the layout, lowest bit first."""
 
     loss_sum: float
     weight: float
@@ -32,7 +32,7 @@ class Summary:
 
     @classmethod
     def unpack(cls, data: bytes | memoryview, num_tensors: int) -> Summary:
-        """Raises FrameError when the length does not fit."""
+        """The inverse of `pack`. Raises FrameError for a wrong length."""
         if len(data) != summary_bytes(num_tensors):
             raise FrameError(f"a summary of {len(data)} bytes for {num_tensors} tensors", details={"field": "length"})
         loss_sum, weight, samples = _NUMBERS.unpack_from(data)

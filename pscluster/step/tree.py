@@ -1,8 +1,8 @@
-"""The gradient tree: in which order a step's D microbatch gradients are added.
+"""The gradient tree: the order in which a step's D microbatch gradients are added.
 
 The tree is binary and left-balanced (the shape of RFC 6962's Merkle tree): over n leaves the left child takes the
 largest power of two below n. A node is named by its first leaf and its number of leaves. The tree depends on D
-alone, so whoever adds, and wherever, the order of every floating-point addition is the same.
+alone, so the order of every floating-point addition is the same in every process.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ class Tree:
         return node == self.root or node in self._merge_of
 
     def merge_of(self, node: TreeNode) -> Merge | None:
-        """The addition that consumes `node`; None for the root. Raises KeyError for what is no node of the tree."""
+        """The addition that consumes `node`; None for the root. Raises KeyError for what is not a node of the tree."""
         return None if node == self.root else self._merge_of[node]
 
     def cover(self, leaves: Iterable[int]) -> list[TreeNode]:
-        """The fewest nodes that together have exactly these leaves, by first leaf: what a worker pushes."""
+        """The fewest nodes that together have exactly these leaves, by first leaf: the nodes that a worker pushes."""
         wanted = set(leaves)
         found: list[TreeNode] = []
         waiting = [self.root] if wanted else []

@@ -1,7 +1,8 @@
-"""Where snapshots live: one interface over directories and object stores. Free of torch.
+"""Stores of snapshots: one interface over directories and object stores. Imports no torch.
 
-`tests/contract/test_snapshot_store.py` is what every store passes. All calls block on disk or network and raise
-StorageError naming the place; DamagedError when a file that should be there is gone though its store is not.
+A location is an absolute directory, or the URL of a store that every node reaches. Every store passes
+`tests/contract/test_snapshot_store.py`. All calls block on disk or network and raise StorageError naming the place, or
+DamagedError when a file is missing in a store that exists.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
+from urllib.parse import urlsplit
 
 from pscluster.errors import StorageError
-from pscluster.storage.location import below, check_location
 
 __all__ = ["Buffer", "Live", "SnapshotStore", "Written", "below", "check_location", "open_store", "split"]
 
@@ -24,15 +25,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Live:
-    """Memory whose owner may overwrite it while it is read, but copies it first: nobody waits for anybody.
+    """Memory whose owner may overwrite it while it is read, after copying it: neither side waits.
 
-    `instead`: the copy, once there is one; while it answers None, all that was read of `memory` was still right."""
+    `instead`: the copy, once there is one; while it returns None, everything read of `memory` is valid."""
 
     memory: memoryview
     instead: Callable[[], Buffer | None]
 
     def read(self, use: Callable[[Buffer], T]) -> T:
-        """What `use` makes of the bytes. Called a second time, with the copy, when what it read was overwritten."""
+        """The result of `use` on the bytes. Calls it again, with the copy, if the memory was overwritten meanwhile."""
         result = use(self.memory)
         copy = self.instead()
         return result if copy is None else use(copy)
@@ -40,7 +41,7 @@ class Live:
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What was written, as the catalogue keeps it. `checksum`: "crc32c:<8 hex digits>" over the whole file."""
+    """A written file, as stored in the catalogue. `checksum`: "crc32c:<8 hex digits>" over the whole file."""
 
     name: str
     size_bytes: int
@@ -60,23 +61,22 @@ class SnapshotStore(ABC):
         *,
         size_bytes: int | None = None,
         checksum: Callable[[], int] | None = None,
-        room: str = "",
+        recycled_file: str = "",
     ) -> Written:
-        """Make a file of the buffers, one after the other. On return it is durable and replaces an older one. `room`:
-        what `set_aside` gave; on return it is used up, and to give it again does no harm.
+        """Write the buffers, one after the other, as a file. On return it is durable and replaces an older one.
 
-        Each buffer is done with when the next is asked for; those that are `Live` need `size_bytes` and `checksum`.
-        `size_bytes`: of all of them; None: they are a sequence. `checksum`: tells the CRC-32C of them all, once the
-        last was asked for; None: it is computed here.
-        Whoever looks sees all of it or nothing; after an error nothing is left behind."""
+        A buffer is no longer used when the next is requested; `Live` ones need `size_bytes` and `checksum`.
+        `size_bytes`: of all buffers; None: they are a sequence. `checksum`: returns the CRC-32C of all of them after
+        the last; None: it is computed here. `recycled_file`: the result of `set_aside`, consumed on return; passing it
+        again is harmless. Readers see the complete file or none; after an error nothing is left behind."""
 
     @abstractmethod
     def reading(self, name: str) -> AbstractContextManager[BinaryIO]:
-        """The file, seekable, while the context lasts; what its reads raise there becomes a StorageError."""
+        """The file, seekable, while the context lasts; errors of reads in it become StorageError."""
 
     @abstractmethod
     def names(self) -> list[str]:
-        """The whole files there are, in order of name; none where nothing was written yet."""
+        """The complete files, in order of name; none where nothing was written yet."""
 
     @abstractmethod
     def below(self) -> list[str]:
@@ -87,16 +87,16 @@ class SnapshotStore(ABC):
         """Safe to repeat."""
 
     def set_aside(self, name: str) -> str:
-        """Delete a file and keep its room for a `write`; what to give that; empty: nothing is kept.
+        """Delete a file but keep its blocks for a later `write`; returns its `recycled_file`, empty if nothing is kept.
 
-        `sweep` gives the room back. Who reads the file as it is deleted fares no worse than with `delete`, unless on
-        another machine that the kernel here knows nothing of: its checksums tell."""
+        `sweep` frees the blocks. A concurrent reader is affected as by `delete`; one on another machine, which the
+        kernel does not know of, may read new data, and detects it by the checksums."""
         self.delete(name)
         return ""
 
     @abstractmethod
     def sweep(self, wanted: Callable[[str], bool]) -> None:
-        """Remove what killed processes had begun to write, or had set aside, of the names that are `wanted`."""
+        """Remove incomplete files and files set aside, left by killed processes, whose names are `wanted`."""
 
     @abstractmethod
     def remove(self) -> None:
@@ -104,7 +104,7 @@ class SnapshotStore(ABC):
 
 
 def open_store(location: str | Path) -> SnapshotStore:
-    """The store at a directory or URL; nothing is created or asked yet.
+    """The store at a directory or URL; nothing is created or contacted yet.
 
     Raises StorageError for a location that `check_location` refuses, or whose client is not installed."""
     from pscluster.storage.directory import DirectoryStore
@@ -125,3 +125,34 @@ def split(location: str | Path) -> tuple[SnapshotStore, str]:
     """The store and the name of one file given by its whole location."""
     parent, _, name = str(location).rpartition("/")
     return open_store(parent or "/"), name
+
+
+def check_location(text: str) -> str:
+    """Return `text` if it is a valid location of a shared store. Raises ValueError with the reason otherwise."""
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        if not text.startswith("/"):
+            raise ValueError(f"{text!r} is not an absolute directory, nor a URL like s3://bucket/prefix")
+        return text
+    if scheme == "memory":
+        raise ValueError("memory:// is the memory of one process, which others cannot read")
+    if scheme not in ("file", "s3"):
+        raise ValueError(f"{scheme}:// is not supported: give a directory, file:///directory or s3://bucket/prefix")
+    if scheme == "file" and not rest.startswith("/"):
+        raise ValueError(f"{text!r} names a host: write file:///directory")
+    if scheme == "s3":
+        _check_bucket(text)
+    return text
+
+
+def below(location: str, name: str) -> str:
+    """The location of `name` under `location`."""
+    return f"{location.rstrip('/')}/{name}"
+
+
+def _check_bucket(text: str) -> None:
+    parts = urlsplit(text)
+    if "@" in parts.netloc:
+        raise ValueError("a spec must not hold credentials: daemons take them from their environment")
+    if not parts.netloc or parts.query or parts.fragment:
+        raise ValueError("write s3://bucket/prefix")

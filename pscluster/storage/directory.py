@@ -1,4 +1,4 @@
-"""Snapshots in a directory, on this machine or on a file system that several share."""
+"""Snapshots in a directory, local or on a shared file system."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ _WRITING = ".writing"
 
 
 class DirectoryStore(SnapshotStore):
-    """A file is written aside, synced and renamed, and the directory synced: it is there whole or not at all."""
+    """Files appear atomically: written under a temporary name, synced and renamed, then the directory synced."""
 
     def __init__(self, directory: Path) -> None:
         self.location = str(directory)
         self._directory = directory
 
     def create(self) -> None:
-        """Make the directory, durably. Safe to repeat. Raises StorageError."""
+        """Create the directory durably. Safe to repeat. Raises StorageError."""
         try:
             _make_durably(self._directory)
         except OSError as error:
-            raise _named(error, f"cannot make {self._directory}") from None
+            raise _named(error, f"cannot create {self._directory}") from None
 
     def write(
         self,
         name: str,
         buffers: Iterable[Buffer | Live],
         *,
-        size_bytes: int | None = None,  # noqa: ARG002 - it need not be known
+        size_bytes: int | None = None,  # noqa: ARG002 - not needed
         checksum: Callable[[], int] | None = None,
-        room: str = "",
+        recycled_file: str = "",
     ) -> Written:
-        incoming = Incoming(self._directory, name, checksum, room)
+        incoming = Incoming(self._directory, name, checksum, recycled_file)
         try:
             for buffer in buffers:
                 incoming.add(buffer)
@@ -80,14 +80,14 @@ class DirectoryStore(SnapshotStore):
         try:
             path.unlink(missing_ok=True)
         except NotADirectoryError:
-            return  # there is no such store, and so no such file
+            return  # no such store, so no such file
         except OSError as error:
             raise _named(error, f"cannot delete {path}") from None
 
     def set_aside(self, name: str) -> str:
         try:
             (self._directory / name).rename(_temporary(self._directory, name))
-            _sync_directory(self._directory)  # before other bytes are written there
+            _sync_directory(self._directory)  # before its blocks are overwritten
         except (FileNotFoundError, NotADirectoryError):
             return ""
         except OSError as error:
@@ -105,7 +105,7 @@ class DirectoryStore(SnapshotStore):
     def remove(self) -> None:
         try:
             while self._directory.exists():
-                with contextlib.suppress(FileNotFoundError):  # maybe but of a file that was just being renamed
+                with contextlib.suppress(FileNotFoundError):  # a file may be renamed meanwhile
                     shutil.rmtree(self._directory)
         except OSError as error:
             raise _named(error, f"cannot remove {self._directory}") from None
@@ -119,7 +119,7 @@ class DirectoryStore(SnapshotStore):
 
     @contextlib.contextmanager
     def _listing(self) -> Iterator[None]:
-        """To look at an entry, too, may mean to ask the disk."""
+        """Inspecting an entry can fail like listing."""
         try:
             yield
         except OSError as error:
@@ -127,23 +127,25 @@ class DirectoryStore(SnapshotStore):
 
 
 class Incoming:
-    """One file on its way into a directory. `commit` makes it durable under its name; always `abort` at the end.
+    """A file being written to a directory. `commit` makes it durable under its name; always `abort` at the end.
 
-    Blocks on the disk. Raises StorageError. Two of one name at a time are not for one directory. `checksum`: tells
-    the CRC-32C of everything at the end, where it need not be computed here."""
+    Blocks on the disk. Raises StorageError. At most one of each name at a time in a directory. `checksum`: returns the
+    CRC-32C of everything at the end, so that it need not be computed here."""
 
-    def __init__(self, directory: Path, name: str, checksum: Callable[[], int] | None = None, room: str = "") -> None:
-        """`room`: of a file of the directory that was set aside."""
+    def __init__(
+        self, directory: Path, name: str, checksum: Callable[[], int] | None = None, recycled_file: str = ""
+    ) -> None:
+        """`recycled_file`: a file of the directory that was set aside."""
         self._path = directory / name
         self._temporary = _temporary(directory, name)
         self._size = self._total = 0
         self._checksum = checksum
         with self._named():
             _make_durably(directory)
-            self._file = DirectFile(self._temporary, _temporary(directory, room) if room else None)
+            self._file = DirectFile(self._temporary, _temporary(directory, recycled_file) if recycled_file else None)
 
     def add(self, buffer: Buffer | Live) -> None:
-        """Take what comes next."""
+        """Append a buffer."""
         view = memoryview(buffer.memory if isinstance(buffer, Live) else buffer).cast("B")
         with self._named():
             self._size += view.nbytes
@@ -155,11 +157,11 @@ class Incoming:
                 self._total = crc32c.crc32c(view, self._total)
 
     def commit(self, expected: Written | None = None) -> Written:
-        """Publish it. Raises DamagedError for other content than is `expected`."""
+        """Publish the file. Raises DamagedError when the content is not as `expected`."""
         total = self._total if self._checksum is None else self._checksum()
         written = Written(name=self._path.name, size_bytes=self._size, checksum=f"crc32c:{total:08x}")
         if expected is not None and written != expected:
-            raise DamagedError(f"{self._path} did not arrive whole: {written}, not {expected}")
+            raise DamagedError(f"{self._path} is not as expected: {written}, not {expected}")
         with self._named():
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -169,8 +171,8 @@ class Incoming:
         return written
 
     def abort(self) -> None:
-        """Leave nothing that was not committed behind. Safe to repeat, and after `commit`."""
-        with contextlib.suppress(OSError):  # where it could not be written, it may not be removed either
+        """Remove what is not committed. Safe to repeat, and after `commit`."""
+        with contextlib.suppress(OSError):  # what cannot be written may not be removable either
             self._file.close()
             self._temporary.unlink(missing_ok=True)
 
@@ -183,12 +185,12 @@ class Incoming:
 
 
 def _temporary(directory: Path, name: str) -> Path:
-    """Where a file is before it has its name, and when it no longer has it."""
+    """The path of a file while it is written, or set aside."""
     return directory / f".{name}{_WRITING}"
 
 
 def _make_durably(directory: Path) -> None:
-    """The directory and those above it; a new one's name is synced too, or a power loss could take it."""
+    """Create the directory and its parents, and sync each parent, so that the names survive a power loss."""
     if directory.is_dir():
         return
     _make_durably(directory.parent)
@@ -205,5 +207,5 @@ def _sync_directory(directory: Path) -> None:
 
 
 def _named(error: OSError, what: str) -> StorageError:
-    action = "free space; training goes on, and the next snapshot is tried" if error.errno == errno.ENOSPC else ""
+    action = "free space; training continues, and the next snapshot is tried" if error.errno == errno.ENOSPC else ""
     return StorageError(f"{what}: {error.strerror or error}", action=action, details={"errno": str(error.errno)})

@@ -18,7 +18,7 @@ MIN_UPLOAD_BYTES = 16 << 20  # of one part of a multi-part upload
 MAX_UPLOAD_PARTS = 9_000  # S3 takes 10,000
 _PIECE_BYTES = 4 << 20
 _READ_BYTES = 8 << 20
-# Every request ends: after these, tried this often. The partition goes on meanwhile.
+# Every request ends after these timeouts and retries. The partition continues meanwhile.
 _CLIENT = {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 3, "mode": "standard"}}
 
 
@@ -30,7 +30,7 @@ def s3_file_system(location: str) -> Any:
         raise StorageError(
             f"{location} needs a client that is not installed here: {error}", action="pip install 'pscluster[s3]'"
         ) from None
-    # Other processes write too: what was listed a moment ago says nothing.
+    # Other processes write, too: a cached listing is outdated.
     return S3FileSystem(config_kwargs=_CLIENT, use_listings_cache=False)
 
 
@@ -49,7 +49,7 @@ class ObjectStore(SnapshotStore):
         *,
         size_bytes: int | None = None,
         checksum: Callable[[], int] | None = None,
-        room: str = "",  # noqa: ARG002 - there is none
+        recycled_file: str = "",  # noqa: ARG002 - not supported
     ) -> Written:
         path = f"{self._root}/{name}"
         settled: Iterable[Buffer] = (buffer.read(bytes) if isinstance(buffer, Live) else buffer for buffer in buffers)
@@ -74,7 +74,7 @@ class ObjectStore(SnapshotStore):
 
     @contextlib.contextmanager
     def _upload(self, path: str, size_bytes: int) -> Iterator[Any]:
-        """A file that appears when all of it was taken, and never otherwise."""
+        """A file that appears only when it is complete."""
         block_bytes = max(MIN_UPLOAD_BYTES, -(-size_bytes // MAX_UPLOAD_PARTS))
         file = self._fs.open(path, "wb", block_size=block_bytes, autocommit=False)
         try:
@@ -82,8 +82,8 @@ class ObjectStore(SnapshotStore):
             file.close()
             file.commit()
         except BaseException:
-            file.closed = True  # or its end would upload the rest
-            with contextlib.suppress(Exception):  # the first error is the one to tell; `sweep` gets what remains
+            file.closed = True  # else its finaliser would upload the rest
+            with contextlib.suppress(Exception):  # the first error is reported; `sweep` removes the rest
                 file.discard()
             raise
 
@@ -105,7 +105,7 @@ class ObjectStore(SnapshotStore):
             self._fs.rm_file(f"{self._root}/{name}")
 
     def sweep(self, wanted: Callable[[str], bool]) -> None:
-        """Uploads that were begun and never completed: nobody sees them, but they are stored and paid for."""
+        """Abort incomplete uploads, which are invisible but stored and billed."""
         if not hasattr(self._fs, "list_multipart_uploads"):
             return
         bucket, _, prefix = self._root.partition("/")
@@ -140,17 +140,17 @@ class ObjectStore(SnapshotStore):
         except FileNotFoundError as error:
             if doing == "read" and self._is_there():
                 raise DamagedError(f"{where} is gone") from None
-            raise StorageError(f"cannot {doing} {where}: {error}", action="see that the bucket exists") from None
-        except Exception as error:  # each client has error trees of its own, not below OSError
-            told = str(error) or type(error).__name__
+            raise StorageError(f"cannot {doing} {where}: {error}", action="check that the bucket exists") from None
+        except Exception as error:  # each client has its own error classes, not below OSError
+            text = str(error) or type(error).__name__
             raise StorageError(
-                f"cannot {doing} {where}: {told}", action="check the store, and the credentials of the daemons"
+                f"cannot {doing} {where}: {text}", action="check the store, and the credentials of the daemons"
             ) from error
 
     def _is_there(self) -> bool:
-        """Whether the bucket answers: only then is a file that is not found lost."""
+        """Whether the bucket answers: only then is a missing file lost."""
         try:
             self._fs.ls(self._root.partition("/")[0], detail=False, refresh=True)
-        except Exception:  # whatever it was, nothing says that the bucket is there
+        except Exception:  # of any kind: then it is unknown whether the bucket exists
             return False
         return True

@@ -1,32 +1,33 @@
-"""A snapshot part: one partition's slice of one committed step, as a file. Free of torch.
+"""A snapshot part: one partition's slice of one committed step, as a file. Imports no torch.
 
     "PSSNAP02" | header length u32 | header JSON | header CRC-32C u32 | the pieces | footer
 
 The header names the job, step, partition, the whole layout, and the bucket, kind (its values or one of its moments) and
-length of each piece. The footer is each piece's CRC-32C as u32, and one of these: checksums come last, so that whoever
-writes reads each byte once. Zeros come before each large piece, which begins at a multiple of 4096: a disk can take it
-from where it lies. Where the file lies is `pscluster.storage`'s business: whole there, or not at all.
+length of each piece. The footer is each piece's CRC-32C as u32, then the CRC-32C of these: checksums come last, so that
+the writer reads each byte once. Zeros pad each large piece to a multiple of 4096, so that it can be written without a
+copy. `pscluster.storage` makes the file appear atomically.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import crc32c
 
 from pscluster.errors import DamagedError, LayoutError, StorageError
 from pscluster.step.layout import WORD_BYTES, Layout
 from pscluster.storage import Buffer, Live, SnapshotStore, Written, split
-from pscluster.storage.checksum import combined
 from pscluster.storage.direct import ALIGNMENT
 
 _MAGIC = b"PSSNAP02"
+_PART_NAME = re.compile(r"step-([0-9]{1,20})\.part-([0-9]{1,20})\.generation-([0-9]{1,20})\.snapshot")
 _U32 = struct.Struct("<I")
 _MAX_HEADER_BYTES = 256 << 20
 _READ_BYTES = 8 << 20
@@ -34,11 +35,15 @@ _LARGE_BYTES = 1 << 20
 
 PieceKey = tuple[int, str]  # bucket index; "values", "moment0" or "moment1"
 Location = str | Path  # of one file: a path, or a URL
+_POLYNOMIAL = 0x82F6_3B78  # Castagnoli's, without x^32
+_WORD = 0xFFFF_FFFF
+_ONE = 1 << 31
+_X8 = 1 << 23
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartMeta:
-    """Whose slice it is. `update_counts`: updates applied to each tensor of the layout."""
+    """What slice it is. `update_counts`: updates applied to each tensor of the layout."""
 
     job: str
     step: int
@@ -50,7 +55,7 @@ class PartMeta:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A part as read and verified. `pieces`: words of each piece, little-endian."""
+    """A part, read and verified. `pieces`: words of each piece, little-endian."""
 
     meta: PartMeta
     layout: Layout
@@ -58,21 +63,20 @@ class Part:
 
 
 class Pieces(Protocol):
-    """Where the data of a part come from, read once, piece by piece."""
+    """The source of a part's data, read once, piece by piece."""
 
     def sizes(self) -> Mapping[PieceKey, int]:
         """The bytes of every piece, in the order in which they are written."""
 
     def chunks(self, key: PieceKey) -> Iterator[Live]:
-        """The piece, in order; a chunk is done with when the next is asked for. After the last the piece is no longer
-        needed."""
+        """The piece, in order. A chunk is no longer used when the next is requested, the piece not after the last."""
 
     def end(self) -> None:
-        """Nothing is needed any more. Safe to repeat."""
+        """No data is needed any more. Safe to repeat."""
 
 
 class Held:
-    """`Pieces` that lie in memory which nobody changes."""
+    """`Pieces` in memory that does not change."""
 
     def __init__(self, pieces: Mapping[PieceKey, Buffer]) -> None:
         self._pieces = pieces
@@ -84,24 +88,44 @@ class Held:
         yield Live(memoryview(self._pieces[key]), instead=lambda: None)
 
     def end(self) -> None:
-        """They are whoever's they were."""
+        """Nothing to release."""
 
 
 def part_name(step: int, partition: int, generation: int) -> str:
-    """A part's file name; the generation is in it, so that a file of the past is never overwritten or mistaken."""
+    """A part's file name; with the generation, so that an old file is never overwritten or mistaken for a new one."""
     return f"step-{step:010d}.part-{partition:04d}.generation-{generation}.snapshot"
 
 
+class PartName(NamedTuple):
+    """The fields of a part's file name."""
+
+    step: int
+    partition: int
+    generation: int
+
+
+def parse_part_name(name: str) -> PartName | None:
+    """The inverse of `part_name`; None for any other file's name."""
+    match = _PART_NAME.fullmatch(name)
+    return PartName(*map(int, match.groups())) if match else None
+
+
 def write_part(
-    location: Location, meta: PartMeta, layout: Layout, pieces: Pieces | Mapping[PieceKey, Buffer], room: str = ""
+    location: Location,
+    meta: PartMeta,
+    layout: Layout,
+    pieces: Pieces | Mapping[PieceKey, Buffer],
+    recycled_file: str = "",
 ) -> Written:
-    """Write a part durably. `room`: what was set aside in its store, used up on return. Blocks on the store. Raises
-    StorageError, and then leaves nothing behind."""
+    """Write a part durably. `recycled_file`: a file set aside in its store, consumed on return. Blocks on the store.
+    Raises StorageError, and then leaves nothing behind."""
     source = Held(pieces) if isinstance(pieces, Mapping) else pieces
     sizes = source.sizes()
     store, name = split(location)
     content = _Content(_head(meta, layout, sizes), source)
-    return store.write(name, content, size_bytes=content.size_bytes, checksum=content.checksum, room=room)
+    return store.write(
+        name, content, size_bytes=content.size_bytes, checksum=content.checksum, recycled_file=recycled_file
+    )
 
 
 def _head(meta: PartMeta, layout: Layout, sizes: Mapping[PieceKey, int]) -> bytes:
@@ -111,7 +135,7 @@ def _head(meta: PartMeta, layout: Layout, sizes: Mapping[PieceKey, int]) -> byte
 
 
 class _Content:
-    """The bytes of a part, to be gone through once, and the CRC-32C of what was gone through."""
+    """The bytes of a part, iterated once, and the CRC-32C of what was iterated."""
 
     def __init__(self, head: bytes, pieces: Pieces) -> None:
         self._head = head
@@ -134,7 +158,7 @@ class _Content:
             for chunk in self._pieces.chunks(key):
                 total = chunk.read(partial(crc32c.crc32c, value=total))
                 yield chunk
-            self._checksum = combined(self._checksum, total, size)
+            self._checksum = combine_crc32c(self._checksum, total, size)
             checksums += _U32.pack(total)
         yield self._with(checksums + _U32.pack(crc32c.crc32c(checksums)))
 
@@ -144,7 +168,7 @@ class _Content:
 
 
 def _gap(at: int, size: int) -> int:
-    """The zeros between offset `at` and a piece of that size."""
+    """The padding between offset `at` and a piece of that size."""
     return -at % ALIGNMENT if size >= _LARGE_BYTES else 0
 
 
@@ -156,18 +180,18 @@ def _end(at: int, sizes: Collection[int]) -> int:
 
 
 def read_part(location: Location) -> Part:
-    """Read and verify a part. Raises DamagedError naming the file for one that is gone, torn or changed, and
-    StorageError when it cannot be read at all."""
+    """Read and verify a part. Raises DamagedError naming the file if it is missing, torn or changed, and StorageError
+    when it cannot be read."""
     store, name = split(location)
     with store.reading(name) as file:
         try:
             return _read(file)
         except (AttributeError, KeyError, TypeError, ValueError, struct.error, LayoutError) as error:
-            raise DamagedError(f"{location} is no snapshot part, or is torn: {error!r}") from None
+            raise DamagedError(f"{location} is not a snapshot part, or is torn: {error!r}") from None
 
 
 def verify_file(store: SnapshotStore, name: str, size_bytes: int, checksum: str) -> None:
-    """Read a whole file and compare it with what its writer told. Raises DamagedError, StorageError."""
+    """Read a whole file and compare its size and checksum. Raises DamagedError, StorageError."""
     size = total = 0
     with store.reading(name) as file:
         while data := file.read(_READ_BYTES):
@@ -208,22 +232,22 @@ def _read(file: Any) -> Part:
         raise ValueError(f"a header of {length} bytes")
     raw = file.read(length)
     if _U32.unpack(file.read(_U32.size))[0] != crc32c.crc32c(raw):
-        raise ValueError("the header does not fit its checksum")
+        raise ValueError("the header does not match its checksum")
     header = json.loads(raw)
     meta = header["meta"]
-    counts = meta.pop("ages") if "ages" in meta else meta["update_counts"]  # version 0.1 named them so
+    counts = meta.pop("ages") if "ages" in meta else meta["update_counts"]  # the name in version 0.1
     meta["update_counts"] = tuple(counts)
     pieces = _read_pieces(file, header["pieces"])
     return Part(meta=PartMeta(**meta), layout=Layout.from_json(header["layout"].encode()), pieces=pieces)
 
 
 def _read_pieces(file: Any, index: Sequence[Mapping[str, Any]]) -> dict[PieceKey, bytearray]:
-    """From where the header ends; nothing is made room for that the file is too short to fill."""
+    """Read the pieces after the header; allocate nothing that the file is too short to fill."""
     at = file.tell()
     sizes = [entry["size_bytes"] for entry in index]
     left = file.seek(0, 2) - _end(at, sizes)
     if left or min(sizes, default=0) < 0:
-        raise ValueError(f"{left:+} bytes against what its header says")
+        raise ValueError(f"{left:+} bytes compared with the header")
     file.seek(at)
     pieces = {}
     checksums = bytearray()
@@ -231,9 +255,41 @@ def _read_pieces(file: Any, index: Sequence[Mapping[str, Any]]) -> dict[PieceKey
         gap = _gap(at, size)
         pieces[(entry["bucket"], entry["what"])] = data = bytearray(size)
         if any(file.read(gap)) or file.readinto(data) != size:
-            raise ValueError("it is not what its header says")
+            raise ValueError("the pieces do not match the header")
         checksums += _U32.pack(crc32c.crc32c(data))
         at += gap + size
     if file.read() != checksums + _U32.pack(crc32c.crc32c(checksums)):
-        raise ValueError("a piece does not fit its checksum")
+        raise ValueError("a piece does not match its checksum")
     return pieces
+
+
+def combine_crc32c(first: int, second: int, second_bytes: int) -> int:
+    """The CRC-32C of two byte strings in sequence, from that of each and the length of the second.
+
+    A CRC is a remainder of polynomials over GF(2), whose coefficients are bits; appending n bytes multiplies by x^(8n).
+    The bits are reversed: the coefficient of x^0 is the highest of 32.
+    """
+    return _times(_shift(second_bytes), first) ^ second
+
+
+@lru_cache(maxsize=1024)
+def _shift(num_bytes: int) -> int:
+    """x^(8 num_bytes), by squaring."""
+    power, square = _ONE, _X8
+    while num_bytes:
+        if num_bytes & 1:
+            power = _times(power, square)
+        square = _times(square, square)
+        num_bytes >>= 1
+    return power
+
+
+def _times(left: int, right: int) -> int:
+    """The product modulo the polynomial."""
+    product = 0
+    while left:
+        if left & _ONE:
+            product ^= right
+        left = left << 1 & _WORD
+        right = right >> 1 ^ (_POLYNOMIAL if right & 1 else 0)
+    return product

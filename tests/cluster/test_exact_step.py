@@ -12,7 +12,7 @@ from harness.jobs import crossed_split, even_split, lm_spec, norm_spec
 from harness.plain import train_in_large_batches, train_plainly
 from harness.proxy import CuttingProxy
 from harness.static_job import StaticJob, final_tensors
-from pscluster.step.digest import parameters_sha256
+from pscluster.step.layout import parameters_sha256
 from psworker.replica import named_bytes
 
 NUM_SHARDS = 7

@@ -22,7 +22,7 @@ from harness.held_task import held_spec
 from harness.jobs import lm_spec
 from harness.plain import Plain, train_plainly
 from pscluster.job.spec import parse_spec
-from pscluster.step.digest import NamedBytes, parameters_sha256
+from pscluster.step.layout import NamedBytes, parameters_sha256
 from psworker.trainer.data.loading import build_model, load_task
 
 STEPS = 6

@@ -18,7 +18,7 @@ import pytest
 from harness.cluster import LocalCluster, wait_gone
 from harness.held_task import held_spec
 from harness.jobs import lm_spec
-from pscluster.cli.local.commands import command
+from pscluster.cli.local.processes import command
 from pscluster.settings import make_runtime_dir, runtime_dir
 
 TORCHS_OWN = "torchinductor_"  # a directory that torch makes for its user, and keeps
@@ -162,7 +162,7 @@ def test_after_ctrl_c_of_a_cluster_in_the_foreground(site: Site, tmp_path: Path)
     hold_a_job(site, tmp_path)
     assert started(site) == 6
     os.killpg(process.pid, signal.SIGINT)
-    while "ending the cluster" not in (line := process.stderr.readline()):
+    while "stopping the cluster" not in (line := process.stderr.readline()):
         assert line, "psctl ended without a message"
     for _ in range(3):
         os.killpg(process.pid, signal.SIGINT)

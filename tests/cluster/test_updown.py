@@ -179,7 +179,7 @@ def test_up_with_other_counts_adds_and_removes_nodes(local: Local) -> None:
     local.up("--workers", "3")
     assert sorted(local.pids()) == ["master", "server-0", "worker-0", "worker-1", "worker-2"]
     answer = local.up("--workers", "1", "--servers", "2")
-    assert "ending worker-1, worker-2" in answer
+    assert "stopping worker-1, worker-2" in answer
     last = local.pids()
     assert sorted(last) == ["master", "server-0", "server-1", "worker-0"]
     assert {name: last[name] for name in first} == first
@@ -247,7 +247,7 @@ def test_foreground_takes_the_cluster_down(local: Local, number: signal.Signals)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
-    assert "ending the cluster" in stderr
+    assert "stopping the cluster" in stderr
     assert local.pids() == {}
     assert not runtime_dir(local.state_dir).exists()
 

@@ -67,7 +67,7 @@ def test_a_partition_that_was_silent_meanwhile_and_recovered_is_no_loss(
         partition, answer = cluster.child("server-1"), cluster.state_dir / "logs" / "server-1.log"
         cluster.kill(cluster.daemon("master"))
         partition.send_signal(signal.SIGSTOP)
-        for said in ("a process is silent", "a process gets on again"):
+        for said in ("a process is silent", "a process recovered"):
             deadline_s = time.monotonic() + 30
             while said not in answer.read_text():
                 assert time.monotonic() < deadline_s, f"its agent does not say: {said}"

@@ -17,7 +17,7 @@ from harness.jobs import even_split, lm_spec
 from harness.plain import train_plainly
 from harness.proxy import BitFlips, CuttingProxy, Direction
 from harness.static_job import StaticJob
-from pscluster.cli.local.commands import command, daemon_dir
+from pscluster.cli.local.processes import command, daemon_dir
 from pscluster.settings import master_address, token_file
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from harness.cluster import LocalCluster, local_cluster
 from harness.jobs import lm_spec
-from pscluster.cli.local.commands import command, daemon_dir
+from pscluster.cli.local.processes import command, daemon_dir
 from pscluster.rpc import PROTOCOL
 from pscluster.settings import master_address, token_file
 from psmaster.scheduling.draft import Limits

@@ -9,7 +9,7 @@ from pathlib import Path
 from harness.cluster import LocalCluster, local_cluster
 from harness.jobs import lm_spec
 from harness.plain import train_plainly
-from pscluster.cli.local.commands import daemon_dir
+from pscluster.cli.local.processes import daemon_dir
 
 SMALL = {"steps": 4, "layers": 1, "d_model": 32, "heads": 2}
 

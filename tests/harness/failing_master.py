@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.cluster import LocalCluster
-from pscluster.cli.local.commands import command, daemon_dir
+from pscluster.cli.local.processes import command, daemon_dir
 from pscluster.settings import master_address, token_file
 from psmaster import daemon
 from psmaster.storage.logs import ProcessLog

@@ -11,7 +11,7 @@ import psutil
 
 from harness.cluster import LocalCluster
 from pscluster.cli.local import record
-from pscluster.cli.local.commands import command, daemon_dir, variables
+from pscluster.cli.local.processes import command, daemon_dir, variables
 from pscluster.cli.local.record import Daemon
 from pscluster.settings import master_address, token_file
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from pscluster.job.spec import JobSpec, parse_spec
-from pscluster.step.digest import parameters_sha256
+from pscluster.step.layout import parameters_sha256
 from pscluster.step.sampling import ShardSampler
 from psworker.canary import settle_numerics
 from psworker.replica import named_bytes

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from harness import zygote
-from pscluster.agent import frames
+from pscluster.agent.link import FrameSplitter, encode_frame
 from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.storage.snapshot import read_parts
 from pscluster.v1.plan_pb2 import (
@@ -73,7 +73,7 @@ class Child:
 
     def order(self, order: ProcessOrder) -> None:
         with contextlib.suppress(ConnectionError):
-            self.control.sendall(frames.encode(order.SerializeToString()))
+            self.control.sendall(encode_frame(order.SerializeToString()))
 
 
 def _fork(name: str, environment: Mapping[str, str], control: int, output: int) -> Process:
@@ -238,7 +238,7 @@ class StaticJob:
         return str(self.reported("partition-0", "finished")[-1].parameters_sha256)
 
     def _read(self, child: Child) -> None:
-        splitter = frames.Splitter()
+        splitter = FrameSplitter()
         with contextlib.suppress(OSError):
             while data := child.control.recv(1 << 16):
                 for message in splitter.feed(data):

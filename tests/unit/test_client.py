@@ -13,9 +13,8 @@ import pytest
 
 from pscluster.client import Cluster, Goal, LogLine, ReconnectingStream, Snapshot, end_error, parse_goal, reached
 from pscluster.client.decode import job_of
-from pscluster.client.frames import last_frame
-from pscluster.client.logcursor import OVERLAP_S, LogCursor
-from pscluster.client.patience import Outage, next_delay_s
+from pscluster.client.goals import last_frame
+from pscluster.client.reconnecting_stream import OVERLAP_S, LogCursor, Outage
 from pscluster.client.snapshots import choose
 from pscluster.errors import (
     AuthError,
@@ -65,8 +64,8 @@ def cluster(serving: Serving) -> Iterator[Cluster]:
         yield connected
 
 
-def quick_tether(**changes: object) -> ReconnectingStream:
-    """A tether that asks again without waiting."""
+def quick_stream(**changes: object) -> ReconnectingStream:
+    """A stream that reconnects without waiting."""
     return ReconnectingStream(**{"sleep": lambda _s: None, **changes})  # type: ignore[arg-type]
 
 
@@ -238,11 +237,11 @@ def test_watch_goes_on_after_the_master_was_away(cluster: Cluster, serving: Serv
         yield ended_message()
 
     serving.fake.watches = [breaks, comes_back]
-    told: list[str] = []
-    tether = quick_tether(on_absence=lambda e, _s: told.append(e.cause), on_return=lambda: told.append("back"))
-    steps = [(job.state, job.step) for job in cluster.watch("lm", tether)]
+    lines: list[str] = []
+    stream = quick_stream(on_outage=lambda e, _s: lines.append(e.cause), on_reconnect=lambda: lines.append("back"))
+    steps = [(job.state, job.step) for job in cluster.watch("lm", stream)]
     assert steps == [("RUNNING", 20), ("RUNNING", 60), ("SUCCEEDED", 100)]
-    assert told == ["the master ends", "back"]
+    assert lines == ["the master ends", "back"]
     assert serving.fake.watched == ["lm", "lm-abc123"]
 
 
@@ -264,19 +263,19 @@ def test_watch_survives_a_restart_of_the_master(cluster: Cluster, serving: Servi
     assert states == ["RUNNING", "SUCCEEDED"]
 
 
-def test_watch_gives_up_when_patience_ends(cluster: Cluster, serving: Serving) -> None:
+def test_watch_gives_up_after_the_longest_outage(cluster: Cluster, serving: Serving) -> None:
     def broken() -> Iterator[jobs_pb2.Job]:
         raise UnreachableError("away")
         yield
 
     serving.fake.watches = [broken]
     clock = iter(float(n) for n in range(1000))
-    tether = quick_tether(patience_s=20, monotonic=lambda: next(clock))
+    stream = quick_stream(max_outage_s=20, monotonic=lambda: next(clock))
     with pytest.raises(UnreachableError, match="away"):
-        list(cluster.watch("lm", tether))
+        list(cluster.watch("lm", stream))
 
 
-def test_watch_passes_on_what_is_no_absence(cluster: Cluster) -> None:
+def test_watch_raises_other_errors_at_once(cluster: Cluster) -> None:
     with pytest.raises(NotFoundError):
         list(cluster.watch("nope"))
 
@@ -400,7 +399,7 @@ def test_followed_logs_lose_and_repeat_nothing_over_a_break(cluster: Cluster, se
     later = [*lines, log_record("trainer-1", 99.0, "late"), log_record("t", 102.0, "c")]
     serving.fake.log_streams = [[*lines, UnreachableError("away")], later]
     serving.fake.jobs["x"] = ended_message()
-    found = [line.text for line in cluster.logs("lm", follow=True, tail=3, tether=quick_tether())]
+    found = [line.text for line in cluster.logs("lm", follow=True, tail=3, stream=quick_stream())]
     assert found == ["a", "a", "b", "late", "c"]
     first, second = serving.fake.log_requests
     assert (first.tail, first.since_s, first.rank) == (3, 0.0, -1)
@@ -456,16 +455,17 @@ def test_a_downloaded_bundle_is_verified(cluster: Cluster, serving: Serving, tmp
     cluster.download_bundle(digest, tmp_path / "b")
     assert (tmp_path / "b").read_bytes() == b"code"
     serving.fake.bundles[digest] = b"evil"
-    with pytest.raises(BundleError, match="damaged"):
+    with pytest.raises(BundleError, match="digest"):
         cluster.download_bundle(digest, tmp_path / "b")
 
 
-# --- patience ---
+# --- retries ---
 
 
 def test_delays_grow_with_jitter_and_end() -> None:
-    delays = [next_delay_s(Outage(since_s=0, attempts=n), 0.0, 600.0, 0.0) for n in range(8)]
-    assert delays == [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.5, 2.5]
-    assert next_delay_s(Outage(since_s=0), 0.0, 600.0, 0.999) == pytest.approx(0.1, rel=0.01)
-    assert next_delay_s(Outage(since_s=0, attempts=9), 599.9, 600.0, 0.5) == pytest.approx(0.1)
-    assert next_delay_s(Outage(since_s=0), 600.0, 600.0, 0.5) is None
+    outage = Outage(since_s=0)
+    assert [outage.next_delay_s(0.0, 600.0, 0.0) for _ in range(8)] == [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.5, 2.5]
+    assert outage.attempts == 8
+    assert Outage(since_s=0).next_delay_s(0.0, 600.0, 0.999) == pytest.approx(0.1, rel=0.01)
+    assert Outage(since_s=0, attempts=9).next_delay_s(599.9, 600.0, 0.5) == pytest.approx(0.1)
+    assert Outage(since_s=0).next_delay_s(600.0, 600.0, 0.5) is None

@@ -8,7 +8,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pscluster.step.digest import NamedBytes, parameters_sha256
+from pscluster.step.layout import NamedBytes, parameters_sha256
 
 A = NamedBytes("a", "float32", (2,), b"\0" * 8)
 B = NamedBytes("b", "int64", (), b"\1" + b"\0" * 7)

@@ -48,8 +48,8 @@ def test_what_is_written_is_there(sizes: list[tuple[int, bool]], tmp_path_factor
     parts = [(draw.randbytes(size), aligned) for size, aligned in sizes]
     path = tmp_path_factory.getbasetemp() / "direct"
     path.write_bytes(b"an older and longer file" * 1000)
-    told = [on_a_page(data) if aligned else data for data, aligned in parts]
-    assert write(path, told) == b"".join(data for data, _ in parts)
+    signals = [on_a_page(data) if aligned else data for data, aligned in parts]
+    assert write(path, signals) == b"".join(data for data, _ in parts)
 
 
 @given(sizes=SIZES, again=st.sets(st.integers(0, 4)))
@@ -160,35 +160,35 @@ def test_only_a_directory_that_is_there_takes_files(tmp_path: Path) -> None:
 
 def test_who_opens_a_file_as_it_is_taken_over_ends_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A backup may come by at any time; the kernel's signal that tells of it would end a process."""
-    room, met = tmp_path / "room", []
-    room.write_bytes(b"old")
+    recycled, met = tmp_path / "room", []
+    recycled.write_bytes(b"old")
     plain = direct.fcntl.fcntl
 
     def fcntl(descriptor: int, command: int, argument: int = 0) -> int:
         result = plain(descriptor, command, argument)
         if (command, argument) == (direct.fcntl.F_SETLEASE, direct.fcntl.F_WRLCK):
             with pytest.raises(BlockingIOError):
-                os.open(room, os.O_RDONLY | os.O_NONBLOCK)
+                os.open(recycled, os.O_RDONLY | os.O_NONBLOCK)
             met.append("the lease")
         return result
 
     monkeypatch.setattr(direct.fcntl, "fcntl", fcntl)
     before = signal.signal(signal.SIGIO, lambda *_: met.append("the signal"))
     try:
-        file = DirectFile(tmp_path / "new", room)
+        file = DirectFile(tmp_path / "new", recycled)
         file.write(memoryview(b"new and longer"))
         file.flush()
         file.close()
     finally:
         signal.signal(signal.SIGIO, before)
     assert (tmp_path / "new").read_bytes() == b"new and longer"
-    assert met == ["the lease"] and not room.exists()
+    assert met == ["the lease"] and not recycled.exists()
 
 
 @pytest.mark.parametrize("broken", ["rename", "unlink", "lease", "another's"])
 def test_room_that_cannot_be_had_costs_no_file(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    room, failed = tmp_path / "room", []
-    room.write_bytes(b"an old file")
+    recycled, failed = tmp_path / "room", []
+    recycled.write_bytes(b"an old file")
 
     def refuse(*_: object, **__: object) -> int:
         failed.append(broken)
@@ -205,8 +205,8 @@ def test_room_that_cannot_be_had_costs_no_file(broken: str, tmp_path: Path, monk
             patch.setattr(Path, "rename", refuse)
             if broken == "unlink":
                 patch.setattr(Path, "unlink", refuse)
-        file = DirectFile(tmp_path / "new", room)
-    assert failed and room.exists() == (broken == "unlink")
+        file = DirectFile(tmp_path / "new", recycled)
+    assert failed and recycled.exists() == (broken == "unlink")
     file.write(memoryview(b"new"))
     file.flush()
     file.close()

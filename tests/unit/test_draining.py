@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from pscluster.client.draining import PATIENCE_S, wait_drained
+from pscluster.client.goals import MAX_OUTAGE_S, wait_drained
 from pscluster.client.records import Node
 from pscluster.errors import StateError, UnreachableError, WaitTimeoutError
 
@@ -29,7 +29,7 @@ class Clock:
         self.now_s += seconds
 
 
-def told(*answers: list[Node] | Exception) -> Callable[[], list[Node]]:
+def replies(*answers: list[Node] | Exception) -> Callable[[], list[Node]]:
     """These answers in turn, the last one for ever."""
     left = list(answers)
 
@@ -50,39 +50,39 @@ def waiting(nodes: Callable[[], list[Node]], timeout_s: float | None = None, ask
 def test_each_change_is_told_until_it_is_drained() -> None:
     moved = replace(NODE, waits_for=("job: rests",))
     empty = replace(NODE, drain="drained", waits_for=(), processes=())
-    assert list(waiting(told([NODE], [NODE], [moved], [empty]))) == [NODE, moved, empty]
+    assert list(waiting(replies([NODE], [NODE], [moved], [empty]))) == [NODE, moved, empty]
 
 
 def test_one_that_left_holds_nothing() -> None:
-    assert [node.drain for node in waiting(told([NODE], []))] == ["draining", "drained"]
+    assert [node.drain for node in waiting(replies([NODE], []))] == ["draining", "drained"]
 
 
 def test_one_that_left_before_it_was_ever_listed_holds_nothing() -> None:
-    shown, left = waiting(told([]), 5.0)
+    shown, left = waiting(replies([]), 5.0)
     assert shown == NODE
     assert (left.drain, left.waits_for, left.processes, left.incarnation) == ("drained", (), (), "")
 
 
 def test_one_that_was_drained_and_is_away_is_not_waited_for() -> None:
     away = replace(NODE, drain="drained", waits_for=(), processes=(), ready=False, incarnation="")
-    assert list(waiting(told([]), 5.0, away)) == [away]
+    assert list(waiting(replies([]), 5.0, away)) == [away]
 
 
 def test_time_runs_out_with_what_it_waits_for() -> None:
     with pytest.raises(WaitTimeoutError, match="worker-0 is not drained within 5 s: job: moves") as raised:
-        list(waiting(told([NODE]), 5.0))
+        list(waiting(replies([NODE]), 5.0))
     assert "psctl drain worker-0 --undo" in raised.value.action
 
 
 def test_undone_meanwhile() -> None:
     with pytest.raises(StateError):
-        list(waiting(told([NODE], [replace(NODE, drain=None)])))
+        list(waiting(replies([NODE], [replace(NODE, drain=None)])))
 
 
 def test_a_master_that_is_away_is_waited_for() -> None:
     away = UnreachableError("nobody")
     empty = replace(NODE, drain="drained", waits_for=())
-    assert [node.drain for node in waiting(told([NODE], *[away] * 50, [empty]))] == ["draining", "drained"]
+    assert [node.drain for node in waiting(replies([NODE], *[away] * 50, [empty]))] == ["draining", "drained"]
     with pytest.raises(UnreachableError):
-        list(waiting(told([NODE], away)))
-    assert PATIENCE_S == 600
+        list(waiting(replies([NODE], away)))
+    assert MAX_OUTAGE_S == 600

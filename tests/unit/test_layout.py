@@ -20,7 +20,6 @@ from pscluster.step.layout import (
     PAD_WORDS,
     Layout,
     TensorSpec,
-    difference,
 )
 
 
@@ -168,36 +167,10 @@ def test_what_is_no_layout_is_refused_by_name(data: bytes) -> None:
 OURS = Layout((tensor("a"), tensor("b", (2, 3), decay=True)))
 
 
-@pytest.mark.parametrize(
-    ("theirs", "said"),
-    [
-        (replace(OURS.tensors[1], shape=(3, 2)), "b float32[2, 3] trained against b float32[3, 2] trained"),
-        (replace(OURS.tensors[1], names=("c",)), "b float32[2, 3] trained against c float32[2, 3] trained"),
-        (replace(OURS.tensors[1], kind="frozen"), "trained against b float32[2, 3] frozen"),
-        (replace(OURS.tensors[1], dtype="float64"), "against b float64[2, 3] trained"),
-        (replace(OURS.tensors[1], decay=False), "against b float32[2, 3] trained, no decay"),
-        (replace(OURS.tensors[1], persistent=False), "against b float32[2, 3] trained, not in the state dict"),
-        (replace(OURS.tensors[1], names=("b", "head")), "against b = head float32[2, 3] trained"),
-    ],
-)
-def test_a_difference_names_the_tensor_and_what_differs(theirs: TensorSpec, said: str) -> None:
-    assert said in difference(OURS, Layout((OURS.tensors[0], theirs)))
-
-
-def test_a_tensor_too_many_is_named_from_either_side() -> None:
-    fewer = Layout(OURS.tensors[:1])
-
-    assert difference(OURS, fewer) == "b float32[2, 3] trained against nothing"
-    assert difference(fewer, OURS) == "nothing against b float32[2, 3] trained"
-
-
 @settings(max_examples=60)
 @given(ours=layouts(), theirs=layouts())
-def test_layouts_that_differ_never_look_alike(ours: Layout, theirs: Layout) -> None:
-    if ours != theirs:
-        left, _, right = difference(ours, theirs).partition(" against ")
-        assert left != right
-        assert ours.sha256 != theirs.sha256
+def test_layouts_that_differ_have_different_digests(ours: Layout, theirs: Layout) -> None:
+    assert (ours.sha256 == theirs.sha256) == (ours == theirs)
 
 
 def test_the_digest_of_a_layout_does_not_change_by_accident() -> None:
@@ -208,7 +181,3 @@ def test_the_digest_of_a_layout_does_not_change_by_accident() -> None:
 @pytest.mark.parametrize(("dtype", "elements", "words"), [("bool", 5, 2), ("int64", 3, 6), ("bfloat16", 3, 2)])
 def test_raw_tensors_fill_whole_words(dtype: str, elements: int, words: int) -> None:
     assert replace(tensor(shape=(elements,)), dtype=dtype, kind="frozen").num_words == words
-
-
-def test_only_trained_tensors_are_parameters() -> None:
-    assert Layout((tensor("a", (2, 3)), replace(tensor("b", (7,)), kind="frozen"))).num_parameters == 6

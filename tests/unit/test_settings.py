@@ -66,7 +66,7 @@ def test_a_relative_path_becomes_absolute(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_bad_value_names_its_key_and_origin(environ: dict[str, str], words: list[str]) -> None:
     with pytest.raises(SettingsError) as caught:
         resolve(Sample, {"state_dir": "/x"}, environ)
-    assert all(word in caught.value.cause for word in words)
+    assert all(text in caught.value.cause for text in words)
 
 
 @pytest.mark.parametrize("text", ["slots = 1.5", "slots = true", "eager = 1", "note = 3", "listen = [1]"])

@@ -103,7 +103,7 @@ def test_transports_and_codecs_go_together_as_one_likes(transport: str, codec: s
         ({"train__max_steps": "many"}, "train.max_steps: Input should be a valid integer, not 'many'"),
         ({"train__max_steps": True}, "train.max_steps"),
         ({"train__max_steps": 2.5}, "train.max_steps"),
-        ({"train__max_steps": None}, "nothing says when training ends"),
+        ({"train__max_steps": None}, "epochs and max_steps"),
         ({"train__clip_norm": -1}, "train.clip_norm"),
         ({"train__clip_norm": math.inf}, "train.clip_norm"),
         ({"train__optimizer": {"lr": math.nan}}, "train.optimizer.lr"),

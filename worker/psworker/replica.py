@@ -15,8 +15,7 @@ from torch import nn
 
 from pscluster.errors import LayoutError
 from pscluster.job.spec import OptimizerSection
-from pscluster.step.digest import NamedBytes, parameters_sha256
-from pscluster.step.layout import ITEM_BYTES, BucketKind, Layout, TensorSpec
+from pscluster.step.layout import ITEM_BYTES, BucketKind, Layout, NamedBytes, TensorSpec, parameters_sha256
 from psworker.staging import HostStaging, Staging
 from psworker.trainer.values.bucket_memory import BucketMemory
 

@@ -33,8 +33,7 @@ from torch import nn
 from pscluster.errors import InternalError, PsError, StateError, TaskError
 from pscluster.job.bundle import extract
 from pscluster.job.spec import JobSpec, parse_spec
-from pscluster.step.digest import parameters_sha256
-from pscluster.step.layout import Layout
+from pscluster.step.layout import Layout, parameters_sha256
 from pscluster.storage.snapshot import read_part, read_parts
 from pscluster.task import Task
 from psworker.canary import settle_numerics

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pscluster.agent.exits import detail_of
-from pscluster.agent.heartbeat import HeartbeatThread
-from pscluster.agent.link import ProcessLink
+from pscluster.agent.link import HeartbeatThread, ProcessLink
+from pscluster.agent.status import detail_of
 from pscluster.errors import PsError
 from pscluster.v1.plan_pb2 import Beat, Counters, Failure, Plan, ProcessReport, Unreached
 from pscluster.wire.reactor import Reactor

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from pscluster.agent.heartbeat import UNREACHED_S
-from pscluster.agent.link import ProcessLink
+from pscluster.agent.link import UNREACHED_S, ProcessLink
 from pscluster.errors import FrameError, InternalError, PsError
 from pscluster.job.spec import JobSpec
 from pscluster.step.layout import Layout

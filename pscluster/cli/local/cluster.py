@@ -1,4 +1,4 @@
-"""Bringing a local cluster up and taking it down, both idempotent."""
+"""Starts and stops a local cluster; both are idempotent."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from pathlib import Path
 
 from pscluster.agent.resources import visible_devices
 from pscluster.cli.local import processes, record
-from pscluster.cli.local.commands import command, count_of, daemon_dir, node_names, variables
-from pscluster.cli.local.interruptions import held_back
-from pscluster.cli.local.last_words import exit_error, size_of
-from pscluster.cli.local.lock import locked
-from pscluster.cli.local.readiness import wait_ready
-from pscluster.cli.local.record import Daemon
+from pscluster.cli.local.interruptions import deferred
+from pscluster.cli.local.master_queries import wait_ready
+from pscluster.cli.local.processes import command, count_of, daemon_dir, exit_error, node_names, size_of, variables
+from pscluster.cli.local.record import Daemon, locked
 from pscluster.errors import StorageError
 from pscluster.settings import LocatedCluster, make_runtime_dir, runtime_dir
 
@@ -24,15 +22,15 @@ READY_DEADLINE_S = 60.0
 DEFAULT_WORKERS = 2
 DEFAULT_SERVERS = 1
 
-Say = Callable[[str], None]
+PrintInfo = Callable[[str], None]
 
 
 @dataclass(kw_only=True)
 class LocalCluster:
-    """The local cluster of one state directory. Methods block; `say` gets lines for a person."""
+    """The local cluster of one state directory. Methods block; `print_info` prints a line for a person."""
 
     located: LocatedCluster
-    say: Say
+    print_info: PrintInfo
     running: tuple[Daemon, ...] = ()
     _started: list[Daemon] = field(default_factory=list)
     _log_offsets: dict[str, int] = field(default_factory=dict)
@@ -56,30 +54,30 @@ class LocalCluster:
         return self.state_dir / "logs" / f"{name}.log"
 
     def up(self, workers: int | None, servers: int | None) -> bool:
-        """Start what is missing, end what is too much, and return when all is ready; whether anything was started.
+        """Start missing daemons, end surplus ones, and return when all are ready; returns whether anything was started.
 
-        None keeps a running cluster's count. Whatever this call started is ended again when it fails or is
-        interrupted. Raises StorageError, UnhealthyError, or the error that a daemon ended with.
+        None keeps a running cluster's count. What this call started is ended again when it fails or is interrupted.
+        Raises StorageError, UnhealthyError, or the error that a daemon ended with.
         """
         prepare(self.state_dir, self.located.token_file)
-        with locked(self.state_dir, self.say):
+        with locked(self.state_dir, self.print_info):
             self.running = processes.find(self.state_dir)
             names = self._wanted(workers, servers)
             try:
                 self._reconcile(names)
-                wait_ready(self.located, names, self.check, self.say, READY_DEADLINE_S)
+                wait_ready(self.located, names, self.check, self.print_info, READY_DEADLINE_S)
             except BaseException:
                 self._undo()
                 raise
             return bool(self._started)
 
     def down(self) -> bool:
-        """End every daemon and remove the sockets; jobs' state stays. Whether anything ran."""
+        """End every daemon and remove the sockets; the state of jobs is kept. Returns whether anything ran."""
         if not self.state_dir.is_dir():
             return False
-        with locked(self.state_dir, self.say):
+        with locked(self.state_dir, self.print_info):
             found = processes.find(self.state_dir)
-            # The master first: it must not take the nodes' orderly end for their loss.
+            # The master first: it must not treat the end of the nodes as their loss.
             self._end([daemon for daemon in found if daemon.role == "master"])
             self._end([daemon for daemon in found if daemon.role != "master"])
             self.running = ()
@@ -88,14 +86,14 @@ class LocalCluster:
             return bool(found)
 
     def check(self) -> None:
-        """Raise the error that tells why, if a daemon of this cluster has ended."""
+        """If a daemon of this cluster has ended, raise an error with the reason."""
         for daemon in self.running:
             if not processes.is_alive(daemon, self.state_dir):
                 log = self.log_of(daemon.name)
                 raise exit_error(daemon.name, log, self._log_offsets.get(daemon.name, 0))
 
     def _wanted(self, workers: int | None, servers: int | None) -> tuple[str, ...]:
-        # Recorded ones too: a node that was killed is to come back.
+        # Recorded ones, too: a killed node is restarted.
         names = [daemon.name for daemon in (*self.running, *record.load(self.state_dir))]
         return node_names(
             workers if workers is not None else count_of(names, "worker") or DEFAULT_WORKERS,
@@ -105,7 +103,7 @@ class LocalCluster:
     def _reconcile(self, names: Sequence[str]) -> None:
         surplus = [daemon for daemon in self.running if daemon.name not in (*names, "master")]
         if surplus:
-            self.say(f"ending {', '.join(daemon.name for daemon in surplus)}")
+            self.print_info(f"stopping {', '.join(daemon.name for daemon in surplus)}")
         self._end([*surplus, *self._unreachable_master()])
         here = {daemon.name for daemon in self.running}
         for name in ("master", *names):
@@ -114,7 +112,7 @@ class LocalCluster:
         record.save(self.state_dir, self.located.address, self.running)
 
     def _unreachable_master(self) -> list[Daemon]:
-        """A master whose socket is gone (a cleaned /tmp) runs, but nobody can reach it ever again."""
+        """A running master whose socket is gone (a cleaned /tmp), so that it cannot be reached any more."""
         if Path(self.located.address.removeprefix("unix:")).exists():
             return []
         return [daemon for daemon in self.running if daemon.role == "master"]
@@ -123,7 +121,7 @@ class LocalCluster:
         log = self.log_of(name)
         self._log_offsets[name] = size_of(log)
         words = command(name, self.state_dir, self.located.address, self.located.token_file)
-        with held_back():  # a process that was started and not noted would never be ended
+        with deferred():  # a process that is started but not recorded would never be ended
             own = variables(name, visible_devices(os.environ))
             daemon = processes.start(name, words, own, daemon_dir(name, self.state_dir), log)
             self._started.append(daemon)
@@ -133,7 +131,7 @@ class LocalCluster:
     def _end(self, daemons: Sequence[Daemon]) -> None:
         killed = processes.end(daemons, self.state_dir)
         if killed:
-            self.say(f"{', '.join(killed)} did not end by itself and was killed")
+            self.print_info(f"{', '.join(killed)} did not stop in time and was killed")
         for daemon in daemons:
             _remove_runtime_dir(daemon_dir(daemon.name, self.state_dir))
         self.running = tuple(daemon for daemon in self.running if daemon not in daemons)
@@ -149,10 +147,7 @@ class LocalCluster:
 
 
 def prepare(state_dir: Path, token_file: Path) -> None:
-    """Make the state directory, its token and the runtime directory, as far as they are missing.
-
-    Raises StorageError when that cannot be written.
-    """
+    """Create the state directory, its token and the runtime directory, where missing. Raises StorageError."""
     try:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not token_file.exists():
@@ -165,7 +160,7 @@ def prepare(state_dir: Path, token_file: Path) -> None:
 
 
 def _write_token(token_file: Path) -> None:
-    """Written aside and linked into place: nobody reads half a token, and two writers agree on one."""
+    """Written to a temporary file and linked: nobody reads half a token, and two writers agree on one."""
     temporary = token_file.with_name(f".{token_file.name}.{secrets.token_hex(4)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -189,7 +184,7 @@ def remove_runtime_dirs(state_dir: Path) -> None:
 
 
 def _remove_runtime_dir(state_dir: Path) -> None:
-    """Remove one directory of sockets, if it is ours. Idempotent."""
+    """Remove one directory of sockets, if it belongs to this user. Idempotent."""
     path = runtime_dir(state_dir)
     try:
         if path.lstat().st_uid == os.getuid() and not path.is_symlink():

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while processes are started and ended: an interrupted psctl leaves nothing half-done."""
+"""Ctrl-C and SIGTERM while processes are started and ended: an interrupted psctl leaves nothing half done."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 @contextmanager
 def interruptible_once() -> Iterator[None]:
     """The first SIGINT or SIGTERM raises KeyboardInterrupt; from then on both are ignored until the block is left, so
-    that what ends the block's doings is not interrupted in turn. On the main thread."""
+    that the cleanup is not interrupted. Call on the main thread."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         for number in _NUMBERS:
@@ -30,8 +30,8 @@ def interruptible_once() -> Iterator[None]:
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
-    """Deliver SIGINT and SIGTERM only when the block is done. On another than the main thread it does nothing."""
+def deferred() -> Iterator[None]:
+    """Defer SIGINT and SIGTERM until the block is done. Does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,22 +1,28 @@
-"""`cluster.json`: which daemons of a local cluster were started, and how to know them again."""
+"""The state directory of a local cluster: `cluster.json`, which identifies its daemons, and the lock."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pscluster.errors import StorageError
+from pscluster.errors import StateError, StorageError
 
 _VERSION = 1
+_LOCK_TIMEOUT_S = 120.0
+_RETRY_S = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Daemon:
     """One started daemon. `name`: "master", "worker-0", "server-1"; pid and `created_s` (Unix time of the process's
-    start) together name one process for ever."""
+    start) together identify one process for ever."""
 
     name: str
     pid: int
@@ -44,12 +50,12 @@ def load(state_dir: Path) -> tuple[Daemon, ...]:
     except OSError as error:
         raise StorageError(f"cannot read {record_path(state_dir)}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
-        # Nothing is lost: running daemons are found without it, and the next `up` writes it anew.
+        # Nothing is lost: running daemons are found without it, and the next `up` writes it again.
         return ()
 
 
 def save(state_dir: Path, address: str, daemons: tuple[Daemon, ...]) -> None:
-    """Replace the record, whole or not at all."""
+    """Replace the record atomically."""
     body = {
         "version": _VERSION,
         "address": address,
@@ -64,3 +70,35 @@ def save(state_dir: Path, address: str, daemons: tuple[Daemon, ...]) -> None:
         raise StorageError(f"cannot write {path}: {error.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(state_dir: Path, print_info: Callable[[str], None], timeout_s: float = _LOCK_TIMEOUT_S) -> Iterator[None]:
+    """Hold the directory's lock. Waits for another holder, and prints that; raises StateError after `timeout_s`.
+
+    The kernel releases the lock when its holder dies, so that it is never stale.
+    """
+    try:
+        descriptor = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StorageError(f"cannot write in {state_dir}: {error.strerror}") from None
+    try:
+        _acquire(descriptor, state_dir, print_info, time.monotonic() + timeout_s)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _acquire(descriptor: int, state_dir: Path, print_info: Callable[[str], None], deadline: float) -> None:
+    printed = False
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise StateError(f"another psctl up or down holds {state_dir}", action="try again") from None
+        if not printed:
+            print_info(f"waiting for another psctl up or down on {state_dir}")
+            printed = True
+        time.sleep(_RETRY_S)

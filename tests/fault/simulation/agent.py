@@ -7,9 +7,8 @@ from collections import OrderedDict
 from typing import Any
 
 from pscluster.agent.master_connection import SILENCE_S
-from pscluster.agent.reconcile import reconcile
 from pscluster.agent.report_queue import ReportQueue
-from pscluster.agent.supervisor import WATCH_S
+from pscluster.agent.supervisor import WATCH_S, reconcile
 from pscluster.errors import PsError, StateError
 from pscluster.rpc import DEADLINE_S, PROTOCOL
 from pscluster.v1.agents_pb2 import (

@@ -1,13 +1,12 @@
-"""One process as its agent has it: started, told plans, listened to, ended. After pscluster.agent.process."""
+"""One process of a simulated agent: started, sent plans, read from, ended. Models pscluster.agent.process."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pscluster.agent.child import Patience
-from pscluster.agent.exits import Exit, classify
+from pscluster.agent.child import GracePeriods
+from pscluster.agent.status import LOADING_SILENCE_S, SILENCE_S, Exit, LastHeartbeat, classify, suspicion_of
 from pscluster.agent.supervisor import AT_ONCE
-from pscluster.agent.suspicion import LOADING_SILENCE_S, SILENCE_S, LastHeartbeat, suspicion_of
 from pscluster.v1.agents_pb2 import AgentMessage, ProcessEvent, ProcessState, ProcessStatus
 from pscluster.v1.plan_pb2 import Failure, Plan, ProcessReport, ProcessSpec, Speed
 from tests.fault.simulation.partition import PartitionProcess
@@ -15,11 +14,11 @@ from tests.fault.simulation.schedule import SOON_S, Life
 from tests.fault.simulation.trainer import TrainerProcess
 
 SIGKILL = 9
-_PATIENCE = Patience()
+_GRACE = GracePeriods()
 
 
 class Child:
-    """Named by a ProcessSpec; started once."""
+    """The process of one ProcessSpec; started once."""
 
     def __init__(self, agent: Any, spec: ProcessSpec) -> None:
         self.spec = spec
@@ -32,7 +31,7 @@ class Child:
         self._failure: Failure | None = None
         self._ending = False
         self._begun = False
-        self.heard: LastHeartbeat | None = None
+        self.last_heartbeat: LastHeartbeat | None = None
         self.speed: Speed | None = None
 
     @property
@@ -54,7 +53,7 @@ class Child:
         kind = TrainerProcess if self.spec.kind == ProcessSpec.KIND_TRAINER else PartitionProcess
         self.process = kind(sim, self.life, agent.host, self.spec, self._report, self._ended)
         self._status.phase = ProcessStatus.PHASE_RUNNING
-        self.heard = LastHeartbeat(at_s=sim.schedule.now_s)
+        self.last_heartbeat = LastHeartbeat(at_s=sim.schedule.now_s)
         agent.emit(AgentMessage(status=self._status))
         loads_s = sim.schedule.between(0.05, 0.8 if kind is TrainerProcess else 0.2)
         self.life.after(loads_s, "has loaded", self._begin)
@@ -73,16 +72,16 @@ class Child:
         self._ending = True
         if self.process is not None:
             self._order(None)
-            patience = AT_ONCE if self._status.suspicion else _PATIENCE
-            self._agent.life.after(patience.kill_s, "", self.kill)
+            grace = AT_ONCE if self._status.suspicion else _GRACE
+            self._agent.life.after(grace.kill_s, "", self.kill)
 
     def look(self, now_s: float) -> None:
-        """Tell the master when the process falls silent or stalls, or is heard again, and what it cannot reach."""
+        """Report to the master when the process becomes silent or stalled, or recovers, and what it cannot reach."""
         silence_s = LOADING_SILENCE_S if self._ready is None else SILENCE_S[self.spec.kind]
-        found = suspicion_of(now_s, self.heard, silence_s)
-        unreached = self.heard.unreached if self.heard is not None else None
-        told = self._status.unreached if self._status.HasField("unreached") else None
-        if (found, unreached) != (self._status.suspicion, told):
+        found = suspicion_of(now_s, self.last_heartbeat, silence_s)
+        unreached = self.last_heartbeat.unreached if self.last_heartbeat is not None else None
+        reported = self._status.unreached if self._status.HasField("unreached") else None
+        if (found, unreached) != (self._status.suspicion, reported):
             self._status.suspicion = found
             self._status.ClearField("unreached")
             if unreached is not None:
@@ -90,7 +89,7 @@ class Child:
             self._agent.emit(AgentMessage(status=self._status))
 
     def kill(self) -> None:
-        """SIGKILL, by whomever. Repeating it changes nothing."""
+        """SIGKILL, by anyone. Safe to repeat."""
         if self.life is not None and self.life.alive:
             self._ended(-SIGKILL)
 
@@ -115,7 +114,9 @@ class Child:
         if body == "beat":
             now_s, beat = self._agent.sim.schedule.now_s, report.beat
             unreached = beat.unreached if beat.HasField("unreached") else None
-            self.heard = LastHeartbeat(at_s=now_s, busy_s=beat.busy_s, typical_s=beat.typical_s, unreached=unreached)
+            self.last_heartbeat = LastHeartbeat(
+                at_s=now_s, busy_s=beat.busy_s, typical_s=beat.typical_s, unreached=unreached
+            )
             self.speed = beat.speed if beat.HasField("speed") else None
         if body in ("counters", "beat"):
             return
@@ -126,7 +127,7 @@ class Child:
         self._agent.emit(AgentMessage(event=ProcessEvent(process_id=self.spec.process_id, report=report)))
 
     def _ended(self, returncode: int) -> None:
-        """The process is gone; its agent hears of it, after all that it said."""
+        """The process is gone; its agent sees that after all its reports."""
         assert self.life is not None
         self._agent.sim.schedule.tell(f"{self.life.name} ends ({returncode})")
         self.life.end()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pscluster.agent.heartbeat import BEAT_S
+from pscluster.agent.link import BEAT_S
 from pscluster.errors import PsError
 from pscluster.v1.plan_pb2 import Beat, Plan, ProcessOrder, ProcessReport, ProcessSpec, Shutdown
 from pscluster.wire.frame import HEADER_BYTES, Buffer, FrameKind, Header
@@ -198,7 +198,7 @@ class Link:
 
 
 class HeartbeatThread:
-    """Stands in for `pscluster.agent.heartbeat.HeartbeatThread`: beats until the process ends, and not while it is
+    """Stands in for `pscluster.agent.link.HeartbeatThread`: beats until the process ends, and not while it is
     stopped."""
 
     def __init__(self, link: Link, beat: Callable[[], Beat]) -> None:

@@ -20,7 +20,7 @@ import psmaster.storage.persistence
 import psserver.partition.process
 import psserver.partition.step.sums
 import psworker.trainer.loop  # noqa: F401 - with all that belongs to a trainer
-from pscluster.agent.heartbeat import HeartbeatThread
+from pscluster.agent.link import HeartbeatThread
 from pscluster.step import layout
 from pscluster.storage import directory, snapshot
 from pscluster.wire.memory import Segment

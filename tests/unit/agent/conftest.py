@@ -17,8 +17,8 @@ from typing import Any
 import grpc
 import pytest
 
-from pscluster.agent.child import Patience
-from pscluster.agent.node import attend
+from pscluster.agent.child import GracePeriods
+from pscluster.agent.node import run_agent
 from pscluster.agent.role import AgentRole, AgentSettings
 from pscluster.errors import NotFoundError, StateError
 from pscluster.rpc import SERVER_OPTIONS, ErrorInterceptor, TokenInterceptor
@@ -179,11 +179,13 @@ class Bench:
         """From now on the master knows a newer incarnation."""
         master.refusal = StateError("node worker-0 is held by a newer incarnation")
 
-    def run(self, body: Callable[[FakeMaster], Any], patience: Patience | None = None, signal_end: bool = True) -> None:
+    def run(
+        self, body: Callable[[FakeMaster], Any], grace: GracePeriods | None = None, signal_end: bool = True
+    ) -> None:
         """Run `body(master)` beside an agent on this loop; the agent ends by SIGTERM afterwards (or, without
         `signal_end`, by itself), and leaves nothing."""
         try:
-            asyncio.run(self._run(body, patience or Patience(), signal_end))
+            asyncio.run(self._run(body, grace or GracePeriods(), signal_end))
         finally:
             assert not self.runtime_dir.exists()
 
@@ -214,10 +216,10 @@ class Bench:
         path = os.pathsep.join([str(CHILD.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         return {**os.environ, "PYTHONPATH": path}
 
-    async def _run(self, body: Callable[[FakeMaster], Any], patience: Patience, signal_end: bool) -> None:
+    async def _run(self, body: Callable[[FakeMaster], Any], grace: GracePeriods, signal_end: bool) -> None:
         master = self.master()
         await master.start()
-        agent = asyncio.create_task(attend(ROLE, self.settings(master), self.environ(), patience))
+        agent = asyncio.create_task(run_agent(ROLE, self.settings(master), self.environ(), grace))
         try:
             await _beside(agent, body(master))
             if signal_end:

@@ -8,8 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from pscluster.agent.heartbeat import HeartbeatThread
-from pscluster.agent.link import ProcessLink
+from pscluster.agent.link import HeartbeatThread, ProcessLink
 from pscluster.v1 import plan_pb2 as plan
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pscluster.agent import master_connection
-from pscluster.agent.child import Patience
+from pscluster.agent.child import GracePeriods
 from pscluster.errors import PsError, StateError
 from pscluster.job.bundle import pack
 
@@ -100,7 +100,7 @@ def test_a_stubborn_process_is_killed_with_its_group(bench: Any) -> None:
         assert not status.HasField("error")
         assert await bench.gone(below)
 
-    bench.run(body, Patience(terminate_s=0.1, kill_s=0.3))
+    bench.run(body, GracePeriods(terminate_s=0.1, kill_s=0.3))
 
 
 def test_a_bundle_is_fetched_once_and_first_on_the_path(bench: Any) -> None:
@@ -284,7 +284,7 @@ def test_told_to_end_it_waits_until_its_processes_were_moved(bench: Any) -> None
         status = await master.until(lambda: master.exit_of("job/trainer-0/1"))
         assert (status.exit_code, status.expected) == (0, True)
 
-    bench.run(body, Patience(leave_s=30.0), signal_end=False)
+    bench.run(body, GracePeriods(leave_s=30.0), signal_end=False)
 
 
 def test_told_to_end_it_does_not_wait_for_ever(bench: Any) -> None:
@@ -295,7 +295,7 @@ def test_told_to_end_it_does_not_wait_for_ever(bench: Any) -> None:
         await master.assign(bench.trainer("trainer-0", "serve"))
         await master.until(lambda: master.reports("trainer_ready"))
 
-    bench.run(body, Patience(leave_s=0.1))
+    bench.run(body, GracePeriods(leave_s=0.1))
     said = [message.WhichOneof("body") for _, message in sorted(masters[0].durable.items())]
     assert said[said.index("leaving") :] == ["leaving", "status", "goodbye"]
     assert masters[0].exit_of("job/trainer-0/1").expected

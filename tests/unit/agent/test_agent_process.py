@@ -96,10 +96,10 @@ def test_sigterm_without_a_master_does_not_wait_for_one(bench: Any) -> None:
         await master.until(lambda: master.reports("trainer_ready"))
         await master.stop()
         agent.send_signal(signal.SIGTERM)
-        _, said = await asyncio.to_thread(agent.communicate, timeout=DEADLINE_S)
+        _, stderr = await asyncio.to_thread(agent.communicate, timeout=DEADLINE_S)
         assert agent.returncode == 0
-        assert "waits for the master" in said
-        assert "did not take the last messages" not in said
+        assert "waiting for the master" in stderr
+        assert "did not acknowledge the last messages" not in stderr
 
     run(bench, body)
 
@@ -142,12 +142,12 @@ def test_an_agent_that_cannot_start_says_why_in_one_line(
 ) -> None:
     agents = Agents(bench)
     try:
-        _, said = (agent := agents.start(**flags)).communicate(timeout=DEADLINE_S)
+        _, stderr = (agent := agents.start(**flags)).communicate(timeout=DEADLINE_S)
     finally:
         agents.close()
     assert agent.returncode == exit_code
-    assert said.startswith(message)
-    assert len(said.splitlines()) == 1
+    assert stderr.startswith(message)
+    assert len(stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("program", ["psworker", "psserver"])

@@ -1,4 +1,4 @@
-"""Copies of snapshot parts between nodes: whole or refused, on a second node before they are told, back when needed."""
+"""Copies of snapshot parts: complete or refused, on a second node before they are reported, fetched when missing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from pscluster.agent import copies, depot
 from pscluster.agent.copies import Copies
-from pscluster.client import parts
+from pscluster.client import snapshots
 from pscluster.client.records import SnapshotPart as PartRecord
 from pscluster.errors import AuthError, DamagedError, FrameError, NotFoundError, UnreachableError
 from pscluster.storage import open_store
@@ -71,7 +71,7 @@ class Nodes:
 
     def copies(self, node_id: str) -> Copies:
         made = Copies(node_id, TOKEN, self.root / node_id, self.addresses[node_id])
-        made.meet(DepotAddress(node_id=name, address=address) for name, address in self.addresses.items())
+        made.update_peers(DepotAddress(node_id=name, address=address) for name, address in self.addresses.items())
         return made
 
 
@@ -105,11 +105,13 @@ def plan(part: SnapshotPart, generation: int = 2, **fields: Any) -> Plan:
     return Plan(generation=generation, restore_generation=generation, restore=restore, partitions=placements, **fields)
 
 
-async def copied(held: Copies, settled: ProcessSpec, part: SnapshotPart, newest: Plan | None = None) -> ProcessReport:
-    said: asyncio.Queue[ProcessReport] = asyncio.Queue()
+async def copied(
+    held: Copies, process_spec: ProcessSpec, part: SnapshotPart, newest: Plan | None = None
+) -> ProcessReport:
+    reports: asyncio.Queue[ProcessReport] = asyncio.Queue()
     done: asyncio.Queue[str] = asyncio.Queue()
-    held.copy(settled, newest, ProcessReport(snapshot_part=part), said.put_nowait, done.put_nowait)
-    report = await said.get()
+    held.copy(process_spec, newest, ProcessReport(snapshot_part=part), reports.put_nowait, done.put_nowait)
+    report = await reports.get()
     assert await done.get() == part.path
     return report
 
@@ -121,19 +123,19 @@ def nothing(_report: ProcessReport) -> None:
 def test_only_partitions_of_jobs_without_a_store_keep_their_own(tmp_path: Path) -> None:
     held = Copies("server-0", TOKEN, tmp_path)
     mine = spec()
-    assert held.settle(mine) and mine.own_store and mine.store == str(tmp_path / "job-a")
+    assert held.use_own_store(mine) and mine.own_store and mine.store == str(tmp_path / "job-a")
     for other in (spec("s3://bucket/x"), ProcessSpec(kind=ProcessSpec.KIND_TRAINER, job_id="job-a", spec_json="{}")):
         before = other.store
-        assert not held.settle(other) and not other.own_store and other.store == before
-    assert not Copies("server-0", TOKEN, None).settle(spec())
+        assert not held.use_own_store(other) and not other.own_store and other.store == before
+    assert not Copies("server-0", TOKEN, None).use_own_store(spec())
 
 
-def test_a_part_is_told_once_it_is_on_a_second_node(tmp_path: Path) -> None:
+def test_a_part_is_reported_once_a_second_node_has_it(tmp_path: Path) -> None:
     async def test() -> None:
         async with nodes(tmp_path, "server-0", "server-1", "server-2") as made:
-            held, settled, part = made.copies("server-1"), spec(), write(tmp_path / "server-1")
-            held.settle(settled)
-            report = await copied(held, settled, part)
+            held, process_spec, part = made.copies("server-1"), spec(), write(tmp_path / "server-1")
+            held.use_own_store(process_spec)
+            report = await copied(held, process_spec, part)
             assert list(report.snapshot_part.nodes) == ["server-1", "server-2"], "the next in the ring"
             assert (tmp_path / "server-2" / "job-a" / part.path).read_bytes() == DATA
 
@@ -143,10 +145,10 @@ def test_a_part_is_told_once_it_is_on_a_second_node(tmp_path: Path) -> None:
 def test_a_node_that_is_away_is_passed_over(tmp_path: Path) -> None:
     async def test() -> None:
         async with nodes(tmp_path, "server-0", "server-1", "server-2") as made:
-            held, settled, part = made.copies("server-1"), spec(), write(tmp_path / "server-1")
-            held.settle(settled)
+            held, process_spec, part = made.copies("server-1"), spec(), write(tmp_path / "server-1")
+            held.use_own_store(process_spec)
             await made.stop("server-2")
-            report = await copied(held, settled, part)
+            report = await copied(held, process_spec, part)
             assert list(report.snapshot_part.nodes) == ["server-1", "server-0"]
 
     run(test())
@@ -155,30 +157,30 @@ def test_a_node_that_is_away_is_passed_over(tmp_path: Path) -> None:
 def test_a_part_that_nobody_takes_is_a_warning_and_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copies, "COPY_PATIENCE_S", 0.0)
+    monkeypatch.setattr(copies, "COPY_TIMEOUT_S", 0.0)
 
     async def test() -> None:
         async with nodes(tmp_path, "server-0") as made:
-            held, settled, part = made.copies("server-0"), spec(), write(tmp_path / "server-0")
-            held.settle(settled)
-            report = await copied(held, settled, part)
+            held, process_spec, part = made.copies("server-0"), spec(), write(tmp_path / "server-0")
+            held.use_own_store(process_spec)
+            report = await copied(held, process_spec, part)
             assert report.WhichOneof("body") == "warning"
             assert report.warning.error.code == "PS-4002"
             assert report.warning.error.details == {"unwritten": "4", "generation": "1"}
-            assert "on server-0 alone" in report.warning.error.cause
+            assert "server-0" in report.warning.error.cause
 
     run(test())
 
 
-def test_copies_that_are_done_with_go_with_the_next_one(tmp_path: Path) -> None:
+def test_heldthat_are_done_with_go_with_the_next_one(tmp_path: Path) -> None:
     async def test() -> None:
         async with nodes(tmp_path, "server-0", "server-1") as made:
-            held, settled = made.copies("server-0"), spec()
-            held.settle(settled)
+            held, process_spec = made.copies("server-0"), spec()
+            held.use_own_store(process_spec)
             for step in (4, 8, 12):
-                await copied(held, settled, write(tmp_path / "server-0", step, data=b"x"), Plan(kept_steps=[8]))
+                await copied(held, process_spec, write(tmp_path / "server-0", step, data=b"x"), Plan(kept_steps=[8]))
             write(tmp_path / "server-1", 4, partition=1, data=b"its own")
-            await copied(held, settled, write(tmp_path / "server-0", 16, data=b"x"), Plan(kept_steps=[8, 12]))
+            await copied(held, process_spec, write(tmp_path / "server-0", 16, data=b"x"), Plan(kept_steps=[8, 12]))
             left = open_store(tmp_path / "server-1" / "job-a").names()
             assert left == sorted([part_name(4, 1, 1), *(part_name(step, 0, 1) for step in (8, 12, 16))])
 
@@ -189,119 +191,120 @@ def test_copies_that_are_done_with_go_with_the_next_one(tmp_path: Path) -> None:
 def test_a_part_comes_back_from_whichever_node_has_it(damage: str, tmp_path: Path) -> None:
     async def test() -> None:
         async with nodes(tmp_path, "server-0", "server-1") as made:
-            held, settled, part = made.copies("server-0"), spec(), write(tmp_path / "server-1")
-            held.settle(settled)
+            held, process_spec, part = made.copies("server-0"), spec(), write(tmp_path / "server-1")
+            held.use_own_store(process_spec)
             part.nodes.extend(["server-9", "server-0", "server-1"])
             if damage == "flipped":
                 write(tmp_path / "server-0", data=b"\1" + DATA[1:])
             order = plan(part)
-            assert held.must_bring(settled, None, order)
-            told: asyncio.Queue[Plan] = asyncio.Queue()
-            held.bring(settled, order, told.put_nowait, nothing)
+            assert held.must_fetch(process_spec, None, order)
+            reported: asyncio.Queue[Plan] = asyncio.Queue()
+            held.fetch(process_spec, order, reported.put_nowait, nothing)
             newer = plan(part, kept_steps=[4])
-            assert held.must_bring(settled, order, newer), "plans keep their order"
-            held.bring(settled, newer, told.put_nowait, nothing)
-            assert await told.get() == newer and told.empty()
+            assert held.must_fetch(process_spec, order, newer), "plans keep their order"
+            held.fetch(process_spec, newer, reported.put_nowait, nothing)
+            assert await reported.get() == newer and reported.empty()
             assert (tmp_path / "server-0" / "job-a" / part.path).read_bytes() == DATA
-            assert not held.must_bring(settled, newer, plan(part, kept_steps=[4, 8]))
+            assert not held.must_fetch(process_spec, newer, plan(part, kept_steps=[4, 8]))
 
     run(test())
 
 
-def test_a_part_that_every_node_says_it_has_no_more_is_left_to_the_partition(tmp_path: Path) -> None:
+def test_a_part_that_every_node_has_lost_is_left_to_the_partition(tmp_path: Path) -> None:
     async def test() -> None:
         async with nodes(tmp_path, "server-0", "server-1", "server-2") as made:
-            held, settled, part = made.copies("server-0"), spec(), write(tmp_path / "elsewhere")
-            held.settle(settled)
+            held, process_spec, part = made.copies("server-0"), spec(), write(tmp_path / "elsewhere")
+            held.use_own_store(process_spec)
             write(tmp_path / "server-1", data=b"\1" + DATA[1:])
             part.nodes.extend(["server-1", "server-2"])
-            assert await held.obtain(settled, lambda: plan(part), nothing) == part
+            assert await held.wait_for_part(process_spec, lambda: plan(part), nothing) == part
             with pytest.raises(DamagedError, match="is gone"):  # and so the job falls back to an older snapshot
                 read_part(tmp_path / "server-0" / "job-a" / part.path)
 
     run(test())
 
 
-def test_nodes_that_are_away_are_waited_for_and_that_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "AWAY_SILENCE_S", 0.0)
+def test_waiting_for_unreachable_nodes_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "AWAY_REPORT_AFTER_S", 0.0)
 
     async def test() -> None:
         async with nodes(tmp_path, "server-0", "server-1", "server-2") as made:
-            held, settled, part = made.copies("server-0"), spec(), write(tmp_path / "server-2")
-            held.settle(settled)
+            held, process_spec, part = made.copies("server-0"), spec(), write(tmp_path / "server-2")
+            held.use_own_store(process_spec)
             part.nodes.extend(["server-1", "server-2", "server-9"])  # the first has it no more
             await made.stop("server-2")
-            told: asyncio.Queue[Plan] = asyncio.Queue()
-            said: asyncio.Queue[ProcessReport] = asyncio.Queue()
-            held.bring(settled, plan(part), told.put_nowait, said.put_nowait)
-            warning = (await said.get()).warning
+            reported: asyncio.Queue[Plan] = asyncio.Queue()
+            reports: asyncio.Queue[ProcessReport] = asyncio.Queue()
+            held.fetch(process_spec, plan(part), reported.put_nowait, reports.put_nowait)
+            warning = (await reports.get()).warning
             assert warning.step == 4 and not warning.error.details
-            assert "waits for its part of partition-0: server-2: the depot at" in warning.error.cause
-            assert warning.error.cause.endswith("server-9: it is away")
-            assert told.empty()
+            assert warning.error.code == "PS-3001"
+            assert all(name in warning.error.cause for name in ("partition-0", "server-2", "server-9"))
+            assert "server-1" not in warning.error.cause
+            assert reported.empty()
             await made.start("server-2")
-            held.meet(DepotAddress(node_id=name, address=address) for name, address in made.addresses.items())
-            assert (await told.get()).restore.parts[0] == part
+            held.update_peers(DepotAddress(node_id=name, address=address) for name, address in made.addresses.items())
+            assert (await reported.get()).restore.parts[0] == part
             assert (tmp_path / "server-0" / "job-a" / part.path).read_bytes() == DATA
-            assert said.empty()
+            assert reports.empty()
 
     run(test())
 
 
 def test_nodes_that_are_away_for_an_hour_count_as_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "AWAY_PATIENCE_S", 0.0)
+    monkeypatch.setattr(copies, "AWAY_TIMEOUT_S", 0.0)
 
     async def test() -> None:
         async with nodes(tmp_path, "server-0") as made:
-            held, settled, part = made.copies("server-0"), spec(), write(tmp_path / "elsewhere")
-            held.settle(settled)
+            held, process_spec, part = made.copies("server-0"), spec(), write(tmp_path / "elsewhere")
+            held.use_own_store(process_spec)
             part.nodes.extend(["server-1", "server-2"])
-            await held.obtain(settled, lambda: plan(part), nothing)
+            await held.wait_for_part(process_spec, lambda: plan(part), nothing)
             with pytest.raises(DamagedError, match="is gone"):
                 read_part(tmp_path / "server-0" / "job-a" / part.path)
 
     run(test())
 
 
-def test_who_has_no_plan_yet_needs_no_part(tmp_path: Path) -> None:
-    settled, held = spec(), Copies("server-0", TOKEN, tmp_path)
-    held.settle(settled)
-    run(_nothing_obtained(held, settled))
+def test_a_process_without_a_plan_needs_no_part(tmp_path: Path) -> None:
+    process_spec, held = spec(), Copies("server-0", TOKEN, tmp_path)
+    held.use_own_store(process_spec)
+    run(_nothing_to_wait_for(held, process_spec))
 
 
-async def _nothing_obtained(held: Copies, settled: ProcessSpec) -> None:
-    assert await held.obtain(settled, lambda: settled.plan, nothing) is None
+async def _nothing_to_wait_for(held: Copies, process_spec: ProcessSpec) -> None:
+    assert await held.wait_for_part(process_spec, lambda: process_spec.plan, nothing) is None
 
 
 def test_a_standby_needs_no_part(tmp_path: Path) -> None:
     part = write(tmp_path / "server-0")
     part.nodes.extend(["server-1", "server-2"])
-    settled, held = spec(), Copies("server-0", TOKEN, tmp_path)
-    held.settle(settled)
-    assert held.must_bring(settled, None, plan(part))
-    assert not held.must_bring(settled, None, plan(part, partitions=[PartitionPlacement(attempt=2)]))
+    process_spec, held = spec(), Copies("server-0", TOKEN, tmp_path)
+    held.use_own_store(process_spec)
+    assert held.must_fetch(process_spec, None, plan(part))
+    assert not held.must_fetch(process_spec, None, plan(part, partitions=[PartitionPlacement(attempt=2)]))
 
 
-def test_a_copy_that_fails_in_whatever_way_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_that_fails_in_any_way_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         async with nodes(tmp_path, "server-0", "server-1", "server-2") as made:
-            held, settled, part = made.copies("server-0"), spec(), write(tmp_path / "server-0")
-            held.settle(settled)
+            held, process_spec, part = made.copies("server-0"), spec(), write(tmp_path / "server-0")
+            held.use_own_store(process_spec)
 
             async def leaves(*_: object) -> None:
-                held.meet([])  # nobody is there any more
+                held.update_peers([])  # no other node is left
                 raise UnreachableError("it is gone")
 
-            monkeypatch.setattr(copies, "COPY_PATIENCE_S", 0.0)
+            monkeypatch.setattr(copies, "COPY_TIMEOUT_S", 0.0)
             monkeypatch.setattr(depot, "give", leaves)
-            assert "server-2: it is gone" in (await copied(held, settled, part)).warning.error.cause
+            assert "server-2" in (await copied(held, process_spec, part)).warning.error.cause
 
             async def breaks(*_: object) -> None:
                 raise KeyError("a bug")
 
             held = made.copies("server-0")
             monkeypatch.setattr(depot, "give", breaks)
-            warning = (await copied(held, settled, part)).warning
+            warning = (await copied(held, process_spec, part)).warning
             assert (warning.error.code, warning.error.details["unwritten"]) == ("PS-9001", "4"), warning
 
     run(test())
@@ -311,17 +314,17 @@ def test_a_copy_that_fails_in_whatever_way_is_told(tmp_path: Path, monkeypatch: 
 def test_nobody_waits_for_a_part_that_is_no_longer_asked_for(ends: str, tmp_path: Path) -> None:
     async def test() -> None:
         async with nodes(tmp_path, "server-0") as made:
-            held, settled, part = made.copies("server-0"), spec(), write(tmp_path / "elsewhere")
-            held.settle(settled)
+            held, process_spec, part = made.copies("server-0"), spec(), write(tmp_path / "elsewhere")
+            held.use_own_store(process_spec)
             part.nodes.extend(["server-1"])
-            told: asyncio.Queue[Plan] = asyncio.Queue()
-            held.bring(settled, plan(part), told.put_nowait, nothing)
+            reported: asyncio.Queue[Plan] = asyncio.Queue()
+            held.fetch(process_spec, plan(part), reported.put_nowait, nothing)
             if ends == "newer plan":
-                held.bring(settled, plan(write(tmp_path / "server-0", step=2), 3), told.put_nowait, nothing)
+                held.fetch(process_spec, plan(write(tmp_path / "server-0", step=2), 3), reported.put_nowait, nothing)
             else:
-                held.leave(settled.process_id)
-            await held.settled()
-            assert told.qsize() == (ends == "newer plan")
+                held.cancel_fetch(process_spec.process_id)
+            await asyncio.wait(held._tasks)
+            assert reported.qsize() == (ends == "newer plan")
 
     run(test())
 
@@ -400,10 +403,10 @@ def test_psctl_gets_a_part_from_whichever_node_answers(tmp_path: Path) -> None:
                 partition=0, path=part.path, size_bytes=part.size_bytes, checksum=part.checksum,
                 nodes=("server-0", "server-1"),
             )  # fmt: skip
-            found = await asyncio.to_thread(parts.fetch, made.addresses, TOKEN, "job-a", record, tmp_path / "here")
+            found = await asyncio.to_thread(snapshots.fetch, made.addresses, TOKEN, "job-a", record, tmp_path / "here")
             assert found.read_bytes() == DATA
             with pytest.raises(NotFoundError, match="is on server-0, server-1"):
-                await asyncio.to_thread(parts.fetch, {}, TOKEN, "job-a", record, tmp_path / "here")
+                await asyncio.to_thread(snapshots.fetch, {}, TOKEN, "job-a", record, tmp_path / "here")
 
     run(test())
 
@@ -415,7 +418,7 @@ def test_what_is_left_of_deleted_jobs_goes(tmp_path: Path) -> None:
             write(tmp_path / "server-0")
             open_store(tmp_path / "server-0" / "job-b").write("x", [b"x"])
             held.forget(["job-a", "job-never", "../server-0"])
-            await held.settled()
+            await asyncio.wait(held._tasks)
             assert [path.name for path in (tmp_path / "server-0").iterdir()] == ["job-b"]
 
     run(test())

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from pscluster.agent.devices import DeviceLedger
+from pscluster.agent.resources import DeviceLedger
 from pscluster.agent.role import AgentRole
 from pscluster.errors import DeviceError
 from psserver.agent import SERVER

@@ -6,24 +6,24 @@ import signal
 
 import pytest
 
-from pscluster.agent.exits import Exit, classify
+from pscluster.agent.status import Exit, classify
 from pscluster.v1.agents_pb2 import ProcessStatus
 from pscluster.v1.plan_pb2 import ErrorDetail, Failure
 
 
-def told(returncode: int, **facts: object) -> ProcessStatus:
+def status_of(returncode: int, **facts: object) -> ProcessStatus:
     seen = Exit(**{"returncode": returncode, "expected": False, **facts})  # type: ignore[arg-type]
     return classify("job-1/trainer-0/2", 77, seen)
 
 
 def test_a_clean_exit_carries_no_error() -> None:
-    status = told(0)
+    status = status_of(0)
     assert (status.exit_code, status.signal, status.out_of_memory, status.pid) == (0, 0, False, 77)
     assert not status.HasField("error")
 
 
 def test_an_exit_code_carries_the_last_words() -> None:
-    status = told(3, last_words=["first", "ValueError: no", "  "])
+    status = status_of(3, stderr_tail=["first", "ValueError: no", "  "])
     assert status.exit_code == 3
     assert status.error.code == "PS-3005"
     assert status.error.cause == 'trainer-0 exited with code 3: "ValueError: no"'
@@ -31,7 +31,7 @@ def test_an_exit_code_carries_the_last_words() -> None:
 
 
 def test_a_signal_is_named() -> None:
-    status = told(-signal.SIGSEGV)
+    status = status_of(-signal.SIGSEGV)
     assert (status.exit_code, status.signal) == (0, signal.SIGSEGV)
     assert status.error.cause == "trainer-0 ended by SIGSEGV"
     assert "shared memory" in status.error.action  # a write to a parameter is the likeliest fault
@@ -39,15 +39,15 @@ def test_a_signal_is_named() -> None:
 
 def test_an_expected_end_is_no_error_whatever_ended_it() -> None:
     for returncode in (0, 1, -signal.SIGTERM, -signal.SIGKILL):
-        status = told(returncode, expected=True, oom_kills=1)
+        status = status_of(returncode, expected=True, oom_kills=1)
         assert status.expected
         assert not status.HasField("error")
         assert not status.out_of_memory
 
 
 def test_sigkill_is_out_of_memory_only_with_the_kernels_word() -> None:
-    assert told(-signal.SIGKILL).error.code == "PS-3005"
-    status = told(-signal.SIGKILL, oom_kills=1)
+    assert status_of(-signal.SIGKILL).error.code == "PS-3005"
+    status = status_of(-signal.SIGKILL, oom_kills=1)
     assert status.out_of_memory
     assert status.error.code == "PS-3006"
 
@@ -64,18 +64,18 @@ def test_sigkill_is_out_of_memory_only_with_the_kernels_word() -> None:
     ],
 )
 def test_out_of_memory_is_read_from_the_last_words_or_the_failure(words: str) -> None:
-    assert told(1, last_words=["Traceback", words]).out_of_memory
+    assert status_of(1, stderr_tail=["Traceback", words]).out_of_memory
     failure = Failure(error=ErrorDetail(code="PS-2001", cause="the task raised"), traceback=f"Trace\n{words}\n")
-    assert told(1, failure=failure).error.code == "PS-3006"
+    assert status_of(1, failure=failure).error.code == "PS-3006"
 
 
 def test_out_of_memory_is_read_from_the_failures_code() -> None:
-    assert told(1, failure=Failure(error=ErrorDetail(code="PS-3006"))).out_of_memory
+    assert status_of(1, failure=Failure(error=ErrorDetail(code="PS-3006"))).out_of_memory
 
 
 def test_a_clean_exit_that_mentions_memory_is_clean() -> None:
-    assert not told(0, last_words=["MemoryError"]).out_of_memory
+    assert not status_of(0, stderr_tail=["MemoryError"]).out_of_memory
 
 
 def test_long_last_words_are_bounded() -> None:
-    assert len(told(1, last_words=["x" * 16_000] * 40).error.details["stderr"]) <= 4096
+    assert len(status_of(1, stderr_tail=["x" * 16_000] * 40).error.details["stderr"]) <= 4096

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from pscluster.agent import cgroup, resources
+from pscluster.agent import resources
 from pscluster.agent.metrics import ProcessMetrics
 from pscluster.agent.process import num_threads, wanted_device
 from pscluster.v1.plan_pb2 import Counters, ProcessSpec
@@ -40,8 +40,8 @@ def test_control_groups(tmp_path: Path, groups: str, files: dict[str, str], limi
     proc, root = tmp_path / "proc", tmp_path / "cgroup"
     make(proc, {"self/cgroup": groups, "vmstat": "nr_free 1\noom_kill 9\n"})
     make(root, files)
-    assert cgroup.memory_limit_bytes(proc, root) == limit
-    assert cgroup.oom_kills(proc, root) == kills
+    assert resources.memory_limit_bytes(proc, root) == limit
+    assert resources.oom_kills(proc, root) == kills
 
 
 def test_devices_are_counted_and_hidden(tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pscluster.agent.output import Backlog, LineCutter
+from pscluster.agent.output import Backlog, LineSplitter
 from pscluster.v1.agents_pb2 import LogLine
 
 
 def cut(*pieces: bytes, max_bytes: int = 16) -> list[str]:
-    cutter = LineCutter(max_bytes)
+    cutter = LineSplitter(max_bytes)
     return [line for piece in pieces for line in cutter.feed(piece)] + cutter.flush()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pscluster.agent.reconcile import Actions, reconcile
+from pscluster.agent.supervisor import Actions, reconcile
 from pscluster.v1.plan_pb2 import Plan, ProcessSpec
 
 

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from pscluster.agent import bundles
-from pscluster.agent.bundles import BundleCache
-from pscluster.agent.directories import AgentDirectories, remove_runtime
+from pscluster.agent import directories
+from pscluster.agent.directories import AgentDirectories, BundleCache, remove_runtime
 from pscluster.errors import BundleError, StorageError
 from pscluster.job.bundle import pack
 from pscluster.settings import make_runtime_dir, runtime_dir
@@ -57,10 +56,10 @@ def test_is_fetched_once_however_many_ask(tmp_path: Path, store: Path, shelf: Sh
 
     async def body() -> None:
         cache = BundleCache(store, shelf.fetch)
-        found = await asyncio.gather(*(cache.obtain(sha256) for _ in range(5)))
+        found = await asyncio.gather(*(cache.ensure(sha256) for _ in range(5)))
         assert {path.name for path in found} == {sha256}
         assert (found[0] / "task.py").read_text() == "NAME = 'one'\n"
-        assert await BundleCache(store, shelf.fetch).obtain(sha256) == found[0]
+        assert await BundleCache(store, shelf.fetch).ensure(sha256) == found[0]
 
     asyncio.run(body())
     assert shelf.fetched == [sha256]
@@ -69,8 +68,8 @@ def test_is_fetched_once_however_many_ask(tmp_path: Path, store: Path, shelf: Sh
 
 def test_other_content_than_the_name_says_leaves_nothing(store: Path, shelf: Shelf) -> None:
     shelf.held["0" * 64] = b"other"
-    with pytest.raises(BundleError, match="other content"):
-        asyncio.run(BundleCache(store, shelf.fetch).obtain("0" * 64))
+    with pytest.raises(BundleError, match="digest"):
+        asyncio.run(BundleCache(store, shelf.fetch).ensure("0" * 64))
     assert list(store.iterdir()) == []
 
 
@@ -79,29 +78,29 @@ def test_what_is_no_archive_is_refused(store: Path, shelf: Shelf) -> None:
     sha256 = hashlib.sha256(data).hexdigest()
     shelf.held[sha256] = data
     with pytest.raises(BundleError):
-        asyncio.run(BundleCache(store, shelf.fetch).obtain(sha256))
+        asyncio.run(BundleCache(store, shelf.fetch).ensure(sha256))
     assert list(store.iterdir()) == []
 
 
 def test_an_endless_bundle_is_cut_off(store: Path, monkeypatch: pytest.MonkeyPatch, shelf: Shelf) -> None:
-    monkeypatch.setattr(bundles, "CAP_BYTES", 1000)
+    monkeypatch.setattr(directories, "CAP_BYTES", 1000)
     shelf.held["0" * 64] = bytes(5000)
     with pytest.raises(BundleError, match="longer than 1000"):
-        asyncio.run(BundleCache(store, shelf.fetch).obtain("0" * 64))
+        asyncio.run(BundleCache(store, shelf.fetch).ensure("0" * 64))
     assert list(store.iterdir()) == []
 
 
 def test_the_least_recently_used_goes_first_and_never_one_in_use(
     tmp_path: Path, store: Path, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bundles, "KEPT", 2)
+    monkeypatch.setattr(directories, "KEPT", 2)
     names = [shelf.put(tmp_path, f"b{number}") for number in range(5)]
 
     async def body() -> None:
         cache = BundleCache(store, shelf.fetch)
         for sha256 in names:
-            await cache.obtain(sha256)
-        await cache.obtain(names[1])
+            await cache.ensure(sha256)
+        await cache.ensure(names[1])
         await cache.trim(in_use={names[0]})
 
     asyncio.run(body())

@@ -13,36 +13,35 @@ from typing import Any
 import pytest
 
 from pscluster.agent import metrics
-from pscluster.agent.bundles import BundleCache
-from pscluster.agent.child import Patience
+from pscluster.agent.child import GracePeriods
 from pscluster.agent.copies import Copies
-from pscluster.agent.devices import DeviceLedger
-from pscluster.agent.directories import AgentDirectories
-from pscluster.agent.process import Site
+from pscluster.agent.directories import AgentDirectories, BundleCache
+from pscluster.agent.process import AgentContext
+from pscluster.agent.resources import DeviceLedger
+from pscluster.agent.status import NONE, SILENT
 from pscluster.agent.supervisor import Supervisor
-from pscluster.agent.suspicion import NONE, SILENT
 from pscluster.v1.agents_pb2 import AgentMessage, Assignment, ProcessStatus
 from pscluster.v1.plan_pb2 import ProcessReport, ProcessSpec, TrainerReady
 
 pytestmark = pytest.mark.timeout(60)
 
 
-class LastHeartbeat:
+class Received:
     """Messages that were emitted, and a way to wait for one."""
 
     def __init__(self) -> None:
         self.messages: list[AgentMessage] = []
-        self._news = asyncio.Event()
+        self._arrived = asyncio.Event()
 
     def emit(self, message: AgentMessage) -> None:
         self.messages.append(message)
-        self._news.set()
+        self._arrived.set()
 
     async def until(self, seen: Callable[[], bool]) -> None:
         async with asyncio.timeout(20):
             while not seen():
-                self._news.clear()
-                await self._news.wait()
+                self._arrived.clear()
+                await self._arrived.wait()
 
     def bodies(self) -> list[str]:
         return [
@@ -51,7 +50,7 @@ class LastHeartbeat:
         ]
 
 
-def run(bench: Any, body: Callable[[Supervisor, LastHeartbeat], Awaitable[None]], devices: Sequence[str] = ()) -> None:
+def run(bench: Any, body: Callable[[Supervisor, Received], Awaitable[None]], devices: Sequence[str] = ()) -> None:
     """Run `body` with the supervisor of a node that has these CUDA devices."""
 
     async def nothing(_sha256: str) -> AsyncIterator[bytes]:
@@ -59,9 +58,9 @@ def run(bench: Any, body: Callable[[Supervisor, LastHeartbeat], Awaitable[None]]
         yield b""
 
     async def everything() -> None:
-        heard = LastHeartbeat()
+        received = Received()
         directories = AgentDirectories.claim(bench.state_dir)
-        site = Site(
+        context = AgentContext(
             command=(sys.executable, "-P", "-m", "pscluster.agent.launch", "played_process"),
             environ=bench.environ(),
             directories=directories,
@@ -69,12 +68,12 @@ def run(bench: Any, body: Callable[[Supervisor, LastHeartbeat], Awaitable[None]]
             devices=DeviceLedger(devices),
             copies=Copies("server-0", "", None),
             metrics=metrics.ProcessMetrics(),
-            emit=heard.emit,
+            emit=received.emit,
             log_bytes=lambda: 0,
         )
-        supervisor = Supervisor(site, Patience(terminate_s=0.2, kill_s=0.4))
+        supervisor = Supervisor(context, GracePeriods(terminate_s=0.2, kill_s=0.4))
         try:
-            await body(supervisor, heard)
+            await body(supervisor, received)
         finally:
             await supervisor.close()
             directories.release()
@@ -83,118 +82,124 @@ def run(bench: Any, body: Callable[[Supervisor, LastHeartbeat], Awaitable[None]]
 
 
 def test_a_stopped_process_is_noticed_once(bench: Any) -> None:
-    async def body(supervisor: Supervisor, heard: LastHeartbeat) -> None:
+    async def body(supervisor: Supervisor, received: Received) -> None:
         supervisor.apply(Assignment(processes=[bench.trainer("trainer-0", "count")]))
-        await heard.until(lambda: "trainer_ready" in heard.bodies())
+        await received.until(lambda: "trainer_ready" in received.bodies())
         os.kill(supervisor.states()[0].status.pid, signal.SIGSTOP)
         now = asyncio.get_running_loop().time()
         counter = metrics.SUSPICIONS.labels(kind="silent")._value
         before = counter.get()
-        supervisor.check_beats(now + 1.5)
+        supervisor.check_heartbeats(now + 1.5)
         assert counter.get() == before
-        supervisor.check_beats(now + 20)
-        supervisor.check_beats(now + 30)
+        supervisor.check_heartbeats(now + 20)
+        supervisor.check_heartbeats(now + 30)
         assert counter.get() == before + 1
-        told = [message.status for message in heard.messages if message.HasField("status")]
-        assert [status.suspicion for status in told] == [NONE, SILENT]
-        assert told[-1].phase == ProcessStatus.PHASE_RUNNING
+        statuses = [message.status for message in received.messages if message.HasField("status")]
+        assert [status.suspicion for status in statuses] == [NONE, SILENT]
+        assert statuses[-1].phase == ProcessStatus.PHASE_RUNNING
         assert supervisor.states()[0].status.suspicion == SILENT
 
     run(bench, body)
 
 
 def test_a_process_that_stops_before_it_is_ready_is_noticed_later(bench: Any) -> None:
-    async def body(supervisor: Supervisor, heard: LastHeartbeat) -> None:
+    async def body(supervisor: Supervisor, received: Received) -> None:
         supervisor.apply(Assignment(processes=[bench.trainer("trainer-0", "mute")]))
-        await heard.until(lambda: bool(heard.messages))
+        await received.until(lambda: bool(received.messages))
         (process,) = supervisor._processes.values()
-        assert process.heard is not None
-        supervisor.check_beats(process.heard.at_s + 119)
+        assert process.last_heartbeat is not None
+        supervisor.check_heartbeats(process.last_heartbeat.at_s + 119)
         assert supervisor.states()[0].status.suspicion == NONE
-        supervisor.check_beats(process.heard.at_s + 121)
+        supervisor.check_heartbeats(process.last_heartbeat.at_s + 121)
         assert supervisor.states()[0].status.suspicion == SILENT
 
     run(bench, body)
 
 
-def test_who_took_long_to_be_ready_has_time_for_a_first_beat(bench: Any) -> None:
-    async def body(supervisor: Supervisor, heard: LastHeartbeat) -> None:
+def test_a_process_slow_to_load_has_time_for_its_first_heartbeat(bench: Any) -> None:
+    async def body(supervisor: Supervisor, received: Received) -> None:
         supervisor.apply(Assignment(processes=[bench.trainer("trainer-0", "mute")]))
-        await heard.until(lambda: bool(heard.messages))
+        await received.until(lambda: bool(received.messages))
         (process,) = supervisor._processes.values()
-        assert process.heard is not None
-        process.heard = replace(process.heard, at_s=process.heard.at_s - 60)  # so long it has loaded
-        process.reported(ProcessReport(trainer_ready=TrainerReady()))
-        supervisor.check_beats(asyncio.get_running_loop().time())
+        assert process.last_heartbeat is not None
+        process.last_heartbeat = replace(
+            process.last_heartbeat, at_s=process.last_heartbeat.at_s - 60
+        )  # so long it has loaded
+        process._handle_report(ProcessReport(trainer_ready=TrainerReady()))
+        supervisor.check_heartbeats(asyncio.get_running_loop().time())
         assert supervisor.states()[0].status.suspicion == NONE
 
     run(bench, body)
 
 
-def test_a_process_that_beats_again_is_no_longer_suspected(bench: Any) -> None:
-    async def body(supervisor: Supervisor, heard: LastHeartbeat) -> None:
+def test_a_process_that_sends_heartbeats_again_is_no_longer_suspected(bench: Any) -> None:
+    async def body(supervisor: Supervisor, received: Received) -> None:
         supervisor.apply(Assignment(processes=[bench.trainer("trainer-0", "beating")]))
-        await heard.until(lambda: "trainer_ready" in heard.bodies())
-        supervisor.check_beats(asyncio.get_running_loop().time() + 20)
+        await received.until(lambda: "trainer_ready" in received.bodies())
+        supervisor.check_heartbeats(asyncio.get_running_loop().time() + 20)
         assert supervisor.states()[0].status.suspicion == SILENT
         watching = asyncio.create_task(supervisor.watch())
-        await heard.until(lambda: heard.messages[-1].HasField("status") and not heard.messages[-1].status.suspicion)
+        await received.until(
+            lambda: received.messages[-1].HasField("status") and not received.messages[-1].status.suspicion
+        )
         watching.cancel()
 
     run(bench, body)
 
 
-def test_what_a_process_cannot_reach_is_told_once_and_when_it_is_over(bench: Any) -> None:
-    async def body(supervisor: Supervisor, heard: LastHeartbeat) -> None:
+def test_unreached_partitions_are_reported_once_and_when_reached_again(bench: Any) -> None:
+    async def body(supervisor: Supervisor, received: Received) -> None:
         supervisor.apply(Assignment(processes=[bench.trainer("trainer-0", "cut_off")]))
-        await heard.until(lambda: "trainer_ready" in heard.bodies())
+        await received.until(lambda: "trainer_ready" in received.bodies())
         (process,) = supervisor._processes.values()
-        assert process.heard is not None
-        now = process.heard.at_s
+        assert process.last_heartbeat is not None
+        now = process.last_heartbeat.at_s
         for _ in range(2):
-            supervisor.check_beats(now)
-        process.heard = replace(process.heard, unreached=None)
-        supervisor.check_beats(now)
-        told = [message.status.unreached for message in heard.messages if message.HasField("status")]
-        assert [(status.generation, list(status.partitions)) for status in told] == [(0, []), (3, [1]), (0, [])]
-        assert not any(message.status.suspicion for message in heard.messages)
+            supervisor.check_heartbeats(now)
+        process.last_heartbeat = replace(process.last_heartbeat, unreached=None)
+        supervisor.check_heartbeats(now)
+        statuses = [message.status.unreached for message in received.messages if message.HasField("status")]
+        assert [(status.generation, list(status.partitions)) for status in statuses] == [(0, []), (3, [1]), (0, [])]
+        assert not any(message.status.suspicion for message in received.messages)
 
     run(bench, body)
 
 
-def test_a_suspected_process_is_ended_without_patience(bench: Any) -> None:
-    async def body(supervisor: Supervisor, heard: LastHeartbeat) -> None:
-        supervisor._patience = Patience(terminate_s=1000, kill_s=1000)
+def test_a_suspected_process_is_killed_at_once(bench: Any) -> None:
+    async def body(supervisor: Supervisor, received: Received) -> None:
+        supervisor._grace = GracePeriods(terminate_s=1000, kill_s=1000)
         supervisor.apply(Assignment(processes=[bench.trainer("trainer-0", "count")]))
-        await heard.until(lambda: "trainer_ready" in heard.bodies())
+        await received.until(lambda: "trainer_ready" in received.bodies())
         os.kill(supervisor.states()[0].status.pid, signal.SIGSTOP)
-        supervisor.check_beats(asyncio.get_running_loop().time() + 20)
+        supervisor.check_heartbeats(asyncio.get_running_loop().time() + 20)
         supervisor.apply(Assignment())
-        await heard.until(lambda: heard.messages[-1].status.phase == ProcessStatus.PHASE_EXITED)
-        assert heard.messages[-1].status.signal == signal.SIGKILL
+        await received.until(lambda: received.messages[-1].status.phase == ProcessStatus.PHASE_EXITED)
+        assert received.messages[-1].status.signal == signal.SIGKILL
 
     run(bench, body)
 
 
 def test_close_waits_for_every_exit_and_starts_nothing_more(bench: Any) -> None:
-    async def body(supervisor: Supervisor, heard: LastHeartbeat) -> None:
+    async def body(supervisor: Supervisor, received: Received) -> None:
         named = Assignment(processes=[bench.trainer("trainer-0", "serve"), bench.trainer("trainer-1", "be_stubborn")])
         supervisor.apply(named)
-        await heard.until(lambda: heard.bodies().count("trainer_ready") == 2)
+        await received.until(lambda: received.bodies().count("trainer_ready") == 2)
         await supervisor.close()
-        assert [m.status.phase for m in heard.messages if m.HasField("status")][-2:] == [ProcessStatus.PHASE_EXITED] * 2
+        assert [m.status.phase for m in received.messages if m.HasField("status")][-2:] == [
+            ProcessStatus.PHASE_EXITED
+        ] * 2
         supervisor.apply(Assignment(processes=[bench.trainer("trainer-2", "serve")]))
         assert len(supervisor.states()) == 2
 
     run(bench, body)
 
 
-def test_a_process_ended_before_it_could_start_is_told(bench: Any) -> None:
-    async def body(supervisor: Supervisor, heard: LastHeartbeat) -> None:
+def test_a_process_ended_before_its_start_is_reported(bench: Any) -> None:
+    async def body(supervisor: Supervisor, received: Received) -> None:
         supervisor.apply(Assignment(processes=[bench.trainer("trainer-0", "serve", bundle_sha256="0" * 64)]))
         supervisor.apply(Assignment())
-        await heard.until(lambda: "status" in heard.bodies())
-        status = heard.messages[-1].status
+        await received.until(lambda: "status" in received.bodies())
+        status = received.messages[-1].status
         assert (status.phase, status.expected, status.exit_code) == (ProcessStatus.PHASE_EXITED, True, 127)
         supervisor.apply(Assignment())
         assert supervisor.states() == []
@@ -203,29 +208,29 @@ def test_a_process_ended_before_it_could_start_is_told(bench: Any) -> None:
 
 
 def test_a_master_with_an_older_database_hears_that_what_it_asks_for_is_over(bench: Any) -> None:
-    async def body(supervisor: Supervisor, heard: LastHeartbeat) -> None:
+    async def body(supervisor: Supervisor, received: Received) -> None:
         named = Assignment(processes=[bench.trainer("trainer-0", "fail")])
         supervisor.apply(named)
-        await heard.until(lambda: "status" in heard.bodies() and heard.messages[-1].status.exit_code == 3)
-        told = len(heard.messages)
+        await received.until(lambda: "status" in received.bodies() and received.messages[-1].status.exit_code == 3)
+        statuses = len(received.messages)
         supervisor.apply(named)
-        assert len(heard.messages) == told, "it was told, and waits to be taken in"
+        assert len(received.messages) == statuses, "it was reported, and waits to be acknowledged"
         supervisor.apply(Assignment())
         supervisor.apply(named)
-        status = heard.messages[-1].status
+        status = received.messages[-1].status
         assert (status.phase, status.expected, status.exit_code) == (ProcessStatus.PHASE_EXITED, True, 127)
         assert supervisor.states() == []
 
     run(bench, body)
 
 
-def test_a_spec_that_cannot_be_read_is_told(bench: Any) -> None:
-    async def body(supervisor: Supervisor, heard: LastHeartbeat) -> None:
+def test_an_unreadable_spec_is_reported(bench: Any) -> None:
+    async def body(supervisor: Supervisor, received: Received) -> None:
         spec = bench.trainer("trainer-0", "serve")
         spec.spec_json = "{"
         supervisor.apply(Assignment(processes=[spec]))
-        await heard.until(lambda: "status" in heard.bodies())
-        assert heard.messages[-1].status.error.code == "PS-9001"
+        await received.until(lambda: "status" in received.bodies())
+        assert received.messages[-1].status.error.code == "PS-9001"
 
     run(bench, body)
 
@@ -239,30 +244,30 @@ def on_device(bench: Any, name: str, device: str, mode: str = "serve") -> Proces
     return spec
 
 
-def reported(heard: LastHeartbeat) -> dict[str, str]:
+def reported(received: Received) -> dict[str, str]:
     """Where each trainer that is ready computes, as it was told."""
-    events = [message.event for message in heard.messages if message.HasField("event")]
+    events = [message.event for message in received.messages if message.HasField("event")]
     return {event.process_id.split("/")[1]: event.report.trainer_ready.device for event in events}
 
 
-def test_each_trainer_is_told_a_device_of_its_own(bench: Any) -> None:
-    async def body(supervisor: Supervisor, heard: LastHeartbeat) -> None:
+def test_each_trainer_gets_a_device_of_its_own(bench: Any) -> None:
+    async def body(supervisor: Supervisor, received: Received) -> None:
         wanted = {"trainer-0": "auto", "trainer-1": "auto", "trainer-2": "cpu", "trainer-3": "cuda:0"}
         supervisor.apply(Assignment(processes=[on_device(bench, name, device) for name, device in wanted.items()]))
-        await heard.until(lambda: len(reported(heard)) == 4)
+        await received.until(lambda: len(reported(received)) == 4)
         given = {"trainer-0": "cuda:1", "trainer-1": "cpu", "trainer-2": "cpu", "trainer-3": "cuda:0"}
-        assert reported(heard) == given
+        assert reported(received) == given
 
     run(bench, body, ["cuda:0", "cuda:1"])
 
 
-def test_a_partition_is_told_none(bench: Any) -> None:
-    async def body(supervisor: Supervisor, heard: LastHeartbeat) -> None:
+def test_a_partition_gets_no_device(bench: Any) -> None:
+    async def body(supervisor: Supervisor, received: Received) -> None:
         partition = on_device(bench, "partition-0", "cuda")
         partition.kind = ProcessSpec.KIND_PARTITION
         supervisor.apply(Assignment(processes=[partition]))
-        await heard.until(lambda: bool(reported(heard)))
-        assert reported(heard) == {"partition-0": ""}
+        await received.until(lambda: bool(reported(received)))
+        assert reported(received) == {"partition-0": ""}
 
     run(bench, body, ["cuda:0"])
 
@@ -270,17 +275,17 @@ def test_a_partition_is_told_none(bench: Any) -> None:
 @pytest.mark.parametrize(
     ("device", "present", "cause"),
     [
-        ("cuda", [], "there is no CUDA device here"),
-        ("cuda:3", ["cuda:0", "cuda:1"], "cuda:3 does not exist here: this node has cuda:0..1"),
+        ("cuda", [], "no CUDA device"),
+        ("cuda:3", ["cuda:0", "cuda:1"], "cuda:0..1"),
     ],
 )
 def test_a_trainer_without_its_device_is_not_started_and_says_why(
     bench: Any, device: str, present: list[str], cause: str
 ) -> None:
-    async def body(supervisor: Supervisor, heard: LastHeartbeat) -> None:
+    async def body(supervisor: Supervisor, received: Received) -> None:
         supervisor.apply(Assignment(processes=[on_device(bench, "trainer-0", device)]))
-        await heard.until(lambda: "status" in heard.bodies())
-        status = heard.messages[-1].status
+        await received.until(lambda: "status" in received.bodies())
+        status = received.messages[-1].status
         assert (status.exit_code, status.pid, status.error.code) == (127, 0, "PS-4004")
         assert cause in status.error.cause
 
@@ -288,14 +293,16 @@ def test_a_trainer_without_its_device_is_not_started_and_says_why(
 
 
 def test_the_next_trainer_waits_until_the_former_one_is_gone(bench: Any) -> None:
-    async def body(supervisor: Supervisor, heard: LastHeartbeat) -> None:
+    async def body(supervisor: Supervisor, received: Received) -> None:
         supervisor.apply(Assignment(processes=[on_device(bench, "trainer-0", "cuda", "be_stubborn")]))
-        await heard.until(lambda: "trainer_ready" in heard.bodies())
+        await received.until(lambda: "trainer_ready" in received.bodies())
         supervisor.apply(Assignment(processes=[on_device(bench, "trainer-1", "cuda")]))
-        await heard.until(lambda: len(reported(heard)) == 2)
-        assert reported(heard)["trainer-1"] == "cuda:0"
-        told = [(m.status.process_id.split("/")[1], m.status.phase) for m in heard.messages if m.HasField("status")]
-        assert told.index(("trainer-0", ProcessStatus.PHASE_EXITED)) < told.index(
+        await received.until(lambda: len(reported(received)) == 2)
+        assert reported(received)["trainer-1"] == "cuda:0"
+        statuses = [
+            (m.status.process_id.split("/")[1], m.status.phase) for m in received.messages if m.HasField("status")
+        ]
+        assert statuses.index(("trainer-0", ProcessStatus.PHASE_EXITED)) < statuses.index(
             ("trainer-1", ProcessStatus.PHASE_RUNNING)
         )
 

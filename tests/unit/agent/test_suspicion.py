@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pscluster.agent.suspicion import NONE, SILENT, STALLED, LastHeartbeat, suspicion_of
+from pscluster.agent.status import NONE, SILENT, STALLED, LastHeartbeat, suspicion_of
 
 SILENCE_S = 2.0
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pscluster.cli.initialise import job_name
+from pscluster.cli.submission import job_name
 from pscluster.job.spec import load_spec
 from tests.unit.cli.conftest import Psctl
 

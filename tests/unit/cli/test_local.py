@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from pscluster.cli.local.cluster import LocalCluster
-from pscluster.cli.local.commands import command, count_of, name_of, variables
-from pscluster.cli.local.last_words import exit_error
-from pscluster.cli.local.lock import locked
+from pscluster.cli.local.processes import command, count_of, exit_error, name_of, variables
+from pscluster.cli.local.record import locked
 from pscluster.errors import StateError, UnhealthyError
 from pscluster.settings import ClientSettings, make_runtime_dir
 
@@ -31,24 +30,24 @@ def test_local_workers_share_no_cuda_device() -> None:
     assert "CUDA_VISIBLE_DEVICES" not in variables("worker-0", [])
 
 
-def test_the_lock_makes_others_wait_and_say_so(tmp_path: Path) -> None:
-    held, release, told = threading.Event(), threading.Event(), []
+def test_the_lock_makes_others_wait(tmp_path: Path) -> None:
+    held, release, lines = threading.Event(), threading.Event(), []
 
     def holder() -> None:
-        with locked(tmp_path, told.append):
+        with locked(tmp_path, lines.append):
             held.set()
             release.wait(30)
 
     thread = threading.Thread(target=holder)
     thread.start()
     held.wait(30)
-    with pytest.raises(StateError, match="another psctl"), locked(tmp_path, told.append, patience_s=0):
+    with pytest.raises(StateError, match="another psctl"), locked(tmp_path, lines.append, timeout_s=0):
         pass
     release.set()
     thread.join()
-    with locked(tmp_path, told.append, patience_s=0):
+    with locked(tmp_path, lines.append, timeout_s=0):
         pass
-    assert told == []
+    assert lines == []
 
 
 def test_daemons_are_known_by_their_command_line(tmp_path: Path) -> None:
@@ -84,7 +83,7 @@ def test_a_log_without_a_named_error_is_shown(tmp_path: Path) -> None:
     error = exit_error("worker-0", tmp_path / "x.log", 0)
     assert isinstance(error, UnhealthyError)
     assert "KeyError: 3" in error.cause
-    assert "wrote nothing" in exit_error("worker-0", tmp_path / "absent.log", 0).cause
+    assert "no output" in exit_error("worker-0", tmp_path / "absent.log", 0).cause
 
 
 def test_down_removes_the_sockets_of_nodes_that_were_killed(tmp_path: Path) -> None:
@@ -96,7 +95,7 @@ def test_down_removes_the_sockets_of_nodes_that_were_killed(tmp_path: Path) -> N
     (left[0] / "job.trainer-0.1" / "s").touch()
     stranger = make_runtime_dir(tmp_path / "worker-0")
     try:
-        cluster = LocalCluster(located=ClientSettings(state_dir=state_dir).located({}), say=lambda _: None)
+        cluster = LocalCluster(located=ClientSettings(state_dir=state_dir).located({}), print_info=lambda _: None)
         assert cluster.down() is False
         assert [path.exists() for path in left] == [False, False, False]
         assert stranger.is_dir()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pscluster.cli import toolrun
+from pscluster.cli import results
 from pscluster.errors import InternalError, TaskError
 from tests.unit.cli.conftest import Psctl
 from tests.unit.cli.fake_master import FakeMaster, ended_message, snapshot_message
@@ -37,7 +37,7 @@ def asked(fake: FakeMaster, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, A
         requests.append(request)
         return ANSWERS[request["command"]]
 
-    monkeypatch.setattr(toolrun, "run_tool", run_tool)
+    monkeypatch.setattr(results, "run_tool", run_tool)
     return requests
 
 
@@ -111,14 +111,14 @@ def program(text: str) -> tuple[str, ...]:
 
 def test_the_tool_gets_the_request_and_its_answer_comes_back() -> None:
     echo = program("import json, sys; print(json.dumps({'ok': True, 'got': json.load(sys.stdin)}))")
-    assert toolrun.run_tool({"command": "x"}, echo) == {"got": {"command": "x"}}
+    assert results.run_tool({"command": "x"}, echo) == {"got": {"command": "x"}}
 
 
 def test_the_tools_error_is_raised_as_itself() -> None:
     error = TaskError("no generate()", action="write one").to_dict()
     failing = program(f"import json, sys; print(json.dumps({{'ok': False, 'error': {error!r}}})); sys.exit(100)")
     with pytest.raises(TaskError, match="no generate") as caught:
-        toolrun.run_tool({}, failing)
+        results.run_tool({}, failing)
     assert caught.value.action == "write one"
 
 
@@ -126,5 +126,5 @@ def test_the_tools_error_is_raised_as_itself() -> None:
 def test_a_tool_without_an_answer_shows_its_last_words(text: str) -> None:
     dying = program(f"import sys; {text or 'pass'}; sys.stderr.write('the last word\\n'); sys.exit(7)")
     with pytest.raises(InternalError, match="status 7") as caught:
-        toolrun.run_tool({}, dying)
+        results.run_tool({}, dying)
     assert "the last word" in caught.value.cause

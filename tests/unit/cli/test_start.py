@@ -96,16 +96,19 @@ def test_an_address_that_nobody_answers_says_who_gave_it(
     monkeypatch.setenv("PS_TOKEN_FILE", str(serving.token_file))
 
     def hints(*arguments: str) -> list[str]:
-        told = [run_alone(*arguments, verb).stderr.splitlines()[-1] for verb in ("list", "up", "down")]
-        assert told[0].startswith(f"hint: see that a master listens at {address} (")
-        assert told[1] == told[2]
-        return [told[0].partition("(")[2].rstrip(")"), told[1].removeprefix("hint: ")]
+        lines = [run_alone(*arguments, verb).stderr.splitlines()[-1] for verb in ("list", "up", "down")]
+        assert lines[0].startswith("hint: ") and address in lines[0]
+        assert lines[1] == lines[2]
+        return [
+            lines[0].partition("(")[2].rstrip(")").partition(":")[0],
+            lines[1].removeprefix("hint: ").partition(":")[0],
+        ]
 
-    assert hints("--address", address) == ["--address names it: leave it out for the local cluster"] * 2
+    assert hints("--address", address) == ["--address sets it"] * 2
     monkeypatch.setenv("PS_CONFIG", str(config))
-    assert hints() == [f"{config} names it: take `address` out for the local cluster"] * 2
+    assert hints() == [f"{config} sets it"] * 2
     monkeypatch.setenv("PS_ADDRESS", address)
-    assert hints() == ["PS_ADDRESS is set: unset it for the local cluster"] * 2
+    assert hints() == ["PS_ADDRESS is set"] * 2
 
 
 def test_a_wrong_token_exits_4(run_alone: Psctl, serving: Serving, tmp_path: Path) -> None:

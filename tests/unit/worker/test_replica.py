@@ -12,8 +12,7 @@ from torch import nn
 
 from pscluster.errors import LayoutError
 from pscluster.job.spec import OptimizerSection
-from pscluster.step.digest import parameters_sha256
-from pscluster.step.layout import Layout
+from pscluster.step.layout import Layout, parameters_sha256
 from psworker.replica import (
     Replica,
     layout_of,

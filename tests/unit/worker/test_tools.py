@@ -19,7 +19,7 @@ from torch import nn
 from pscluster.errors import DamagedError, InternalError, SpecError, StateError, StorageError, TaskError
 from pscluster.job.bundle import pack
 from pscluster.job.spec import JobSpec
-from pscluster.step.digest import parameters_sha256
+from pscluster.step.layout import parameters_sha256
 from pscluster.storage.snapshot import PartMeta, write_part
 from psworker.export import write_weights
 from psworker.replica import Replica, named_bytes

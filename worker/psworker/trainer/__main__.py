@@ -7,8 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from pscluster.agent.heartbeat import HeartbeatThread
-from pscluster.agent.link import ProcessLink
+from pscluster.agent.link import HeartbeatThread, ProcessLink
 from pscluster.errors import OutOfMemoryError, PsError
 from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.step.sampling import ShardSampler

@@ -13,9 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from pscluster.agent.heartbeat import UNREACHED_S, HeartbeatThread
-from pscluster.agent.link import ProcessLink
-from pscluster.errors import FencedError
+from pscluster.agent.link import UNREACHED_S, HeartbeatThread, ProcessLink
 from pscluster.job.spec import JobSpec
 from pscluster.step.layout import Layout
 from pscluster.step.summary import Statistics
@@ -44,7 +42,7 @@ from psworker.trainer.work import Done, Work, find_work
 COUNTERS_S = 1.0
 
 
-class SupersededError(FencedError):
+class SupersededError(Exception):
     """The step being computed is no longer wanted: it was committed without this trainer, or undone."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from pscluster.agent.exits import detail_of
+from pscluster.agent.status import detail_of
 from pscluster.errors import DamagedError, PsError, StorageError
 from pscluster.storage import below
 from pscluster.v1.plan_pb2 import Plan, ProcessReport, ProcessSpec

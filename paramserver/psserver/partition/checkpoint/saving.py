@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from pscluster.agent.exits import detail_of
+from pscluster.agent.status import detail_of
 from pscluster.errors import PsError
 from pscluster.job.spec import JobSpec
 from pscluster.storage import Written

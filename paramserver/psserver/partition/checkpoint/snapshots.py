@@ -8,7 +8,6 @@ Where the node's own disk is the store, a snapshot is being written until a seco
 from __future__ import annotations
 
 import functools
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -20,12 +19,11 @@ import structlog
 from pscluster.errors import InternalError, PsError, StorageError
 from pscluster.step.layout import Layout
 from pscluster.storage import Written, below, open_store
-from pscluster.storage.snapshot import PartMeta, Pieces, part_name, write_part
+from pscluster.storage.snapshot import PartMeta, Pieces, parse_part_name, part_name, write_part
 from psserver.partition.checkpoint.shared_store_check import SharedStoreCheck
 
 Done = Callable[[Written | None, PsError | None], None]
 ALWAYS = 64  # above the roundness of every step but 0
-_PART = re.compile(r"^step-(\d+)\.part-(\d+)\.generation-\d+\.snapshot$")
 _log = structlog.get_logger(__name__)
 
 
@@ -195,7 +193,7 @@ class SnapshotWriter:
     def _look(self, names: Iterable[str]) -> None:
         """The catalogue has a snapshot of all: are the others' files here?"""
         if self._sharing is not None:
-            seen = {int(match[2]) for match in map(_PART.match, names) if match}
+            seen = {part.partition for part in map(parse_part_name, names) if part}
             if error := self._sharing.look(self._location, seen, time.monotonic()):
                 self._post(functools.partial(self._warn, error))
 
@@ -209,8 +207,8 @@ class SnapshotWriter:
 
     def _step_of(self, name: str) -> int | None:
         """The step of one of this partition's files; None for any other file."""
-        match = _PART.match(name)
-        return int(match[1]) if match and int(match[2]) == self._partition else None
+        part = parse_part_name(name)
+        return part.step if part and part.partition == self._partition else None
 
 
 def _left_out(step: int, other: int) -> StorageError:

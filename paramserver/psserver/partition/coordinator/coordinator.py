@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pscluster.agent.exits import detail_of
+from pscluster.agent.status import detail_of
 from pscluster.errors import FrameError, NonFiniteError, PsError, TaskError
 from pscluster.job.spec import JobSpec
 from pscluster.step.summary import Statistics, Summary, add_statistics

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pscluster.cli.local.cluster import LocalCluster
-from pscluster.cli.local.unfinished import left_by_down, taken_up
+from pscluster.cli.local.master_queries import continued_jobs, unfinished_jobs
 from pscluster.errors import InternalError
 from pscluster.settings import ClientSettings, LocatedCluster
 from pscluster.v1 import jobs_pb2
@@ -31,13 +31,16 @@ def jobs(fake: FakeMaster) -> None:
 
 @pytest.mark.usefixtures("jobs")
 def test_unfinished_jobs_are_named_oldest_first(located: LocatedCluster, fake: FakeMaster) -> None:
-    assert left_by_down(located) == [
-        "lm-1 was at step 546; it goes on after the next psctl up",
-        "lm-3 was QUEUED; it goes on after the next psctl up",
+    assert unfinished_jobs(located) == [
+        "lm-1 was at step 546; it continues after the next psctl up",
+        "lm-3 was QUEUED; it continues after the next psctl up",
     ]
-    assert taken_up(located, anew=False) == ["goes on: lm-1", "goes on: lm-3"]
+    assert continued_jobs(located, anew=False) == ["continuing: lm-1", "continuing: lm-3"]
     fake.snapshots = [snapshot_message(450), snapshot_message(500)]
-    assert taken_up(located, anew=True) == ["goes on: lm-1 (from step 500)", "goes on: lm-3 (from step 500)"]
+    assert continued_jobs(located, anew=True) == [
+        "continuing: lm-1 (from step 500)",
+        "continuing: lm-3 (from step 500)",
+    ]
 
 
 @pytest.mark.usefixtures("jobs")
@@ -45,24 +48,24 @@ def test_a_master_that_does_not_answer_fails_nothing(
     located: LocatedCluster, fake: FakeMaster, serving: Serving
 ) -> None:
     fake.failures["List"] = [InternalError("odd")]
-    assert left_by_down(located) == []
+    assert unfinished_jobs(located) == []
     serving.stop()
-    assert left_by_down(located) == []
-    assert taken_up(located, anew=True) == []
-    assert left_by_down(replace(located, local=True, address="unix:/nowhere")) == []
+    assert unfinished_jobs(located) == []
+    assert continued_jobs(located, anew=True) == []
+    assert unfinished_jobs(replace(located, local=True, address="unix:/nowhere")) == []
 
 
 @pytest.mark.usefixtures("jobs")
 def test_down_says_what_it_leaves(
     run_alone: Psctl, located: LocatedCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    cluster = LocalCluster(located=located, say=lambda _: None)
+    cluster = LocalCluster(located=located, print_info=lambda _: None)
     monkeypatch.setattr("pscluster.cli.updown._local", lambda _session: cluster)
     monkeypatch.setattr(LocalCluster, "down", lambda _self: True)
     assert run_alone("down").stderr.splitlines() == [
         "the cluster is down",
-        "lm-1 was at step 546; it goes on after the next psctl up",
-        "lm-3 was QUEUED; it goes on after the next psctl up",
+        "lm-1 was at step 546; it continues after the next psctl up",
+        "lm-3 was QUEUED; it continues after the next psctl up",
     ]
     monkeypatch.setattr(LocalCluster, "down", lambda _self: False)
     assert run_alone("down").stderr == f"no cluster runs with state directory {tmp_path}\n"
