@@ -1,4 +1,4 @@
-"""The model that the benchmarks train, and the jobs that they train it in."""
+"""The model of the benchmarks, and the jobs that train it."""
 
 from __future__ import annotations
 

@@ -146,11 +146,6 @@ def test_deletions_are_kept_in_their_order_and_forgotten(store: Store) -> None:
     assert store.deletions() == {"b": gone}
 
 
-def test_closing_twice_is_harmless(store: Store) -> None:
-    store.close()
-    store.close()
-
-
 # what only the durable one promises
 
 
@@ -173,6 +168,19 @@ def test_what_was_written_is_there_without_a_close(path: Path, tmp_path: Path) -
     assert second.parts("job-aaaaaa") == (PART,)
     second.close()
     first.close()
+
+
+def test_closing_twice_is_harmless(path: Path) -> None:
+    store = SqliteStore(path)
+    store.write(Batch(jobs=(full_job(),)))
+    store.close()
+    closed = path.read_bytes()
+    store.close()
+    assert path.read_bytes() == closed
+    assert not list(path.parent.glob("master.db-*"))  # the log is merged, nothing is open
+    again = SqliteStore(path)
+    assert again.jobs() == (full_job(),)
+    again.close()
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.7, 0.99])
