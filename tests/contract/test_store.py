@@ -12,10 +12,7 @@ import pytest
 
 from pscluster.errors import StateError, StorageError
 from psmaster.model import job as jobs
-from psmaster.model.job import (
-    Event,
-    Recovery,
-)
+from psmaster.model.job import Event, Recovery
 from psmaster.model.plan import Part, ProcessKind
 from psmaster.model.state import Deletion
 from psmaster.storage.sqlite import SqliteStore

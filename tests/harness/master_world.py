@@ -254,19 +254,13 @@ class World:
             devices=tuple(f"cuda:{index}" for index in range(num_devices)),
         )
         self.lives[node_id] = node.incarnation
-        self.take(
-            lambda tx: tx.register(node),
-            lambda tx: tx.open_stream(node_id, node.incarnation, ()),
-        )
+        self.take(lambda tx: tx.register(node), lambda tx: tx.open_stream(node_id, node.incarnation, ()))
 
     def rejoin(self, node_id: str, *processes: Process, slots: int = 1) -> None:
         """A node comes back in the same life, with its processes."""
         role = Role.WORKER if node_id.startswith("worker") else Role.SERVER
         node = Node(node_id=node_id, role=role, incarnation=self.lives[node_id], slots=slots)
-        self.take(
-            lambda tx: tx.register(node),
-            lambda tx: tx.open_stream(node_id, self.lives[node_id], processes),
-        )
+        self.take(lambda tx: tx.register(node), lambda tx: tx.open_stream(node_id, self.lives[node_id], processes))
 
     def cluster(self, workers: int = 2, servers: int = 2) -> None:
         for index in range(workers):
@@ -352,9 +346,7 @@ class World:
     def finish(self, step: int = 100, *, stopped: bool = False, job_id: str = "job-aaaaaa") -> Changes:
         generation = self.job(job_id).generation
         return self.report(
-            "partition-0",
-            Finished(generation=generation, step=step, stopped=stopped, parameters_sha256="f00d"),
-            job_id,
+            "partition-0", Finished(generation=generation, step=step, stopped=stopped, parameters_sha256="f00d"), job_id
         )
 
     def running(self, workers: int = 2, **changes: Any) -> None:

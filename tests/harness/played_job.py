@@ -10,15 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness.played import (
-    JOB,
-    Network,
-    PlayedLink,
-    dismiss,
-    played_partition,
-    played_plan,
-    played_spec,
-)
+from harness.played import JOB, Network, PlayedLink, dismiss, played_partition, played_plan, played_spec
 from pscluster.job.spec import JobSpec
 from pscluster.step.codec import DTYPES, as_bytes
 from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec

@@ -16,7 +16,7 @@ FOLDERS: Mapping[str, Mapping[str, set[str]]] = {
         "scheduling": {"model"},
         "storage": {"model"},
         "model": set(),
-    },
+    }
 }
 """By package and folder: the other folders of the package that it may import."""
 

@@ -118,9 +118,5 @@ def _log_message(message: agents_pb2.AgentMessage) -> tuple[str, LogMessage] | N
         return None
     lines = tuple((line.time_s, line.stream, line.text) for line in message.log.lines)
     return match[1], LogMessage(
-        source=match[2],
-        attempt=int(match[3]),
-        sequence=message.sequence,
-        lines=lines,
-        dropped=message.log.dropped,
+        source=match[2], attempt=int(match[3]), sequence=message.sequence, lines=lines, dropped=message.log.dropped
     )

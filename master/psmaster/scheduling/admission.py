@@ -37,10 +37,7 @@ def admit(spec: JobSpec, nodes: Mapping[str, NodeView]) -> Admission:
         never = _shortages(spec, *of_all)
         return Admission(reason=_waits(missing, never), possible=not never)
     num_trainers = min(max_trainers(spec), sum(trainers.values()))
-    return Admission(
-        trainers=_spread(trainers, num_trainers),
-        partitions=_spread(partitions, spec.servers.partitions),
-    )
+    return Admission(trainers=_spread(trainers, num_trainers), partitions=_spread(partitions, spec.servers.partitions))
 
 
 def max_trainers(spec: JobSpec) -> int:

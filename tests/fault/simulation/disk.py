@@ -102,13 +102,7 @@ class Disks:
     # the servers'
 
     def writer(
-        self,
-        store: str | Path,
-        partition: int,
-        post: Callable[..., None],
-        *,
-        every_steps: int,
-        **watching: Any,
+        self, store: str | Path, partition: int, post: Callable[..., None], *, every_steps: int, **watching: Any
     ) -> SnapshotWriter:
         """A writer of snapshots in virtual time, of the process whose reactor `post` is."""
         reactor: Any = getattr(post, "__self__", None)
