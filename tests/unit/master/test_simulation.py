@@ -57,10 +57,10 @@ class Simulation:
         self.measured = 0
         self.generations: dict[str, int] = {}
         self.places: dict[str, tuple[str, str]] = {}  # of every process id there ever was: node and its life
-        self.relied_on: dict[str, int] = {}  # by process id: the timeline in which it was last reported in sync
+        self.relied_on: dict[str, int] = {}  # by process id: the restore generation in which it was last in sync
         self.held: dict[
             str, tuple[int, list[str]]
-        ] = {}  # by job: the timeline of its plan, and who held the partitions
+        ] = {}  # by job: the restore generation of its plan, and who held the partitions
         self.world.submit(JOBS[0], name="one")
         strict = {"numerics": "strict"}
         self.world.submit(JOBS[1], name="two", workers={"min": 2}, train=strict, durability={"tier": "replica"})
@@ -247,12 +247,12 @@ class Simulation:
         plan = job.plan
         if plan is None:
             return
-        moved = [placement.process_id(job.job_id) for placement in plan.partitions]
-        timeline, before = self.held.get(job.job_id, (-1, []))
-        if timeline == plan.restore_generation:
-            for own, former in zip(moved, before, strict=True):
-                assert own == former or self.relied_on.get(own) == timeline, f"{own} lost what {former} voted on"
-        self.held[job.job_id] = (plan.restore_generation, moved)
+        holding = [placement.process_id(job.job_id) for placement in plan.partitions]
+        restored, before = self.held.get(job.job_id, (-1, []))
+        if restored == plan.restore_generation:
+            for own, former in zip(holding, before, strict=True):
+                assert own == former or self.relied_on.get(own) == restored, f"{own} lost what {former} voted on"
+        self.held[job.job_id] = (plan.restore_generation, holding)
 
 
 def _check_standbys(job: Job) -> None:
