@@ -1,7 +1,6 @@
 """One framed socket: reads frames into memory that the receiver chose, writes without copying.
 
-A `Connection` belongs to the thread of its `Reactor`; only that thread may call it.
-"""
+A `Connection` belongs to the thread of its `Reactor`; only that thread may call it."""
 
 from __future__ import annotations
 
@@ -30,8 +29,7 @@ class ConnectionHandler(Protocol):
     def body_target(self, connection: Connection, header: Header) -> memoryview:
         """Writable memory of exactly `header.length` bytes for the body; owned by the connection until `frame`.
 
-        Called before anything is allocated for the body. Raises FrameError to refuse, which closes the connection.
-        """
+        Called before anything is allocated for the body. Raises FrameError to refuse, which closes the connection."""
 
     def frame(self, connection: Connection, header: Header, body: memoryview) -> None:
         """A complete frame whose checksum fits; `body` is what `body_target` returned. A PsError closes."""
@@ -113,8 +111,7 @@ class Connection:
         The buffers of `body` are read until `on_sent` is called, or until `detach(tag)`: the caller must not
         overwrite them before. On a closed connection nothing happens and `on_sent` is never called.
         `fds` are handed to the peer with the frame, over a Unix socket; the caller may close its own on return.
-        `body_checksum`: of the body, when the caller knows it.
-        """
+        `body_checksum`: of the body, when the caller knows it."""
         if not self.is_open:
             return
         parts = [memoryview(part).cast("B") for part in body if memoryview(part).nbytes]

@@ -4,8 +4,7 @@
     | bucket u32 | node first u32 | node count u32 | length u64 | body checksum u32 | header checksum u32
 
 Little-endian, 64 bytes. Checksums are CRC-32C (hardware-assisted). The header's own checksum is verified before any
-field is used, and `length` against what the receiver expects before a byte is allocated.
-"""
+field is used, and `length` against what the receiver expects before a byte is allocated."""
 
 from __future__ import annotations
 

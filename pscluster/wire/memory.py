@@ -1,8 +1,7 @@
 """Memory that two processes of one host share, and the memory of a replica, parts of which can be windows onto it.
 
 A `Segment` is an anonymous file that its maker passes over a Unix socket. It has no name anywhere: the kernel frees it
-with the last process that maps it, however that process ended.
-"""
+with the last process that maps it, however that process ended."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Bodies of the frames between partitions: votes, decisions, and what a partition sends to its standby.
 
-As in `protocol`, which lists all of them: every `unpack` raises FrameError for a body that `pack` does not produce.
-"""
+As in `protocol`, which lists all of them: every `unpack` raises FrameError for a body that `pack` does not produce."""
 
 from __future__ import annotations
 

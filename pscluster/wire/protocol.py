@@ -15,8 +15,7 @@ are packed and unpacked.
     PULL, FENCED, HELD   none
 
 Generation, step, bucket, node and sender travel in the header. Every `unpack` raises FrameError for a body that `pack`
-does not produce. Free of torch.
-"""
+does not produce. Free of torch."""
 
 from __future__ import annotations
 

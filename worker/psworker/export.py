@@ -21,8 +21,7 @@ def write_weights(tensors: Mapping[str, Tensor], form: str, path: Path, facts: M
 
     Written aside, synced and renamed: `path` is whole or as it was. `facts` go into safetensors' metadata. Both
     forms load with `model.load_state_dict(..., strict=True)`, and pth with weights_only=True. Blocks on the disk.
-    Raises SpecError for an unknown form, StorageError when the file cannot be written.
-    """
+    Raises SpecError for an unknown form, StorageError when the file cannot be written."""
     if form not in FORMATS:
         raise SpecError(f"no export format {form!r}; there are {', '.join(FORMATS)}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")

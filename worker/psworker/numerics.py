@@ -1,8 +1,7 @@
 """Numerics: what a job computes in, and which machines compute the same bits.
 
 A small gradient through the kernels that models use most is computed and hashed. Machines whose hashes
-agree are in one class; the detail string names what usually makes them differ.
-"""
+agree are in one class; the detail string names what usually makes them differ."""
 
 from __future__ import annotations
 
@@ -25,13 +24,10 @@ _VOCABULARY, _WIDTH, _LENGTH, _BATCH, _HEADS = 512, 128, 96, 8, 4
 
 
 def settle_numerics(threads: int, device: str) -> None:
-    """Make torch in this process deterministic and fix its intra-op threads. Call once, before any torch
-    work.
+    """Make torch in this process deterministic and fix its intra-op threads. Call once, before any torch work.
 
-    Thread counts, TensorFloat-32 and cuDNN's search for the fastest kernel all change bits. Repeating the
-    call with the same arguments is harmless. Raises InternalError when torch has already run
-    parallel work.
-    """
+    Thread counts, TensorFloat-32 and cuDNN's search for the fastest kernel all change bits. Repeating the call with the
+    same arguments is harmless. Raises InternalError when torch has already run parallel work."""
     if device.startswith("cuda"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(threads)
@@ -69,8 +65,7 @@ def numerics_class(
 
     `precision`: the context in which the job's forward runs; machines that agree in one may differ in another.
     `settle_numerics(threads, device)` must have run. Takes some tens of milliseconds; leaves the generators
-    as they were.
-    """
+    as they were."""
     with preserved_generators():
         gradients = _canary_gradients(torch.device(device), precision)
     digest = blake2b(digest_size=16, person=b"ps-numerics")

@@ -1,8 +1,7 @@
 """A trainer's replica of the model: the module's tensors bound to flat bucket memory that values land in.
 
 Parameters are views of their bucket, so that receiving a bucket sets them. Buffers stay the module's own; the
-committed ones lie in their bucket and are copied in before each microbatch, since every shard starts from them.
-"""
+committed ones lie in their bucket and are copied in before each microbatch, since every shard starts from them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Between a model's device and host memory: gradients on their way out, values on their way in.
 
 On the CPU both are the same memory or one copy away. A CUDA device copies on streams of its own, behind backward and
-before forward, from and to pinned memory; a thread waits for what was copied out and sends it.
-"""
+before forward, from and to pinned memory; a thread waits for what was copied out and sends it."""
 
 from __future__ import annotations
 

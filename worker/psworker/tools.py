@@ -11,8 +11,7 @@ One JSON request on stdin, one JSON answer on stdout; whatever user code prints 
 
     {"ok": true, "step": ..., "parameters_sha256": ...,
      "path", "format", "tensors", "size_bytes" | "metrics", "num_samples" | "text"}
-    {"ok": false, "error": {"code", "cause", "action", "details"}}                   exit status: the error's
-"""
+    {"ok": false, "error": {"code", "cause", "action", "details"}}                   exit status: the error's"""
 
 from __future__ import annotations
 

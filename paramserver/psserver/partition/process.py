@@ -1,8 +1,7 @@
 """The process of a partition: plans and frames in, actions carried out in one loop.
 
 A pushed gradient: `FrameHandler.frame` checks it and gives it to the open step; `TryVote`, `SendVote`, `SendDecision`,
-`OpenNextStep`, `ApplyBucket` and `ServePulls` take the step from there to the trainers' new values.
-"""
+`OpenNextStep`, `ApplyBucket` and `ServePulls` take the step from there to the trainers' new values."""
 
 from __future__ import annotations
 

@@ -21,8 +21,7 @@ class ByteWindows:
     """Disjoint windows of a text: sample i is bytes [i * context, (i + 1) * context], one more than `context`.
 
     As a uint8 tensor of shape (context + 1,): input and target, shifted by one, so that every byte but the very
-    first is a target exactly once. A rest shorter than a window is left out.
-    """
+    first is a target exactly once. A rest shorter than a window is left out."""
 
     def __init__(self, text: bytes, context: int) -> None:
         self._text = np.frombuffer(text, dtype=np.uint8)

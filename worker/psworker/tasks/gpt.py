@@ -1,8 +1,7 @@
 """A small decoder-only Transformer: pre-norm, tied embeddings, no biases in its matrices, and token shift.
 
 Token shift (Peng, RWKV) hands half of each layer's input channels on from the position before. A byte model then
-learns what trigrams know within a few hundred steps instead of a few thousand.
-"""
+learns what trigrams know within a few hundred steps instead of a few thousand."""
 
 from __future__ import annotations
 
@@ -83,8 +82,7 @@ def continue_tokens(
 ) -> list[int]:
     """`tokens` (not empty) and `count` more, sampled one by one. temperature 0 takes the likeliest.
 
-    Pure in its arguments; puts the model into eval mode.
-    """
+    Pure in its arguments; puts the model into eval mode."""
     model.eval()
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)

@@ -25,8 +25,7 @@ Batch = tuple[Tensor, Tensor]
 class ImdbClassification(Task):
     """Positive or negative, from train.csv.xz and test.csv.xz (columns text, label) in the directory data.uri.
 
-    Words are hashed into `vocabulary` slots and cut at `length`; `limit` keeps every n-th review, for quick trials.
-    """
+    Words are hashed into `vocabulary` slots and cut at `length`; `limit` keeps every n-th review, for quick trials."""
 
     def __init__(
         self,

@@ -19,8 +19,7 @@ class StdlibLm(ByteLm):
     """Byte-level GPT on the *.py files of the standard library, train and held-out split by file.
 
     `train_bytes` and `held_out_bytes` cap the texts, so that start and evaluation stay quick. `data.uri` may name
-    another directory of Python files.
-    """
+    another directory of Python files."""
 
     def __init__(
         self,
@@ -46,8 +45,7 @@ def stdlib_text(root: Path, held_out: bool, max_bytes: int) -> bytes:
     """The sources of one side of the split, each after a NUL byte, in order of a hash of their relative paths.
 
     The hash decides the side too (about 5 % are held out), so that an added file moves no other one. A file that
-    would pass `max_bytes` is left out. Raises DataError when none is left.
-    """
+    would pass `max_bytes` is left out. Raises DataError when none is left."""
     parts: list[bytes] = []
     size = 0
     for _, path in sorted((_path_hash(path.relative_to(root)), path) for path in _sources(root)):

@@ -51,8 +51,7 @@ class Made(Generic[S]):
 class SyntheticLm(Task):
     """A tiny Transformer with dropout and tied embeddings on sequences that follow a rule, with exceptions.
 
-    `pause_s` makes every microbatch take that much longer, for runs that are to be watched or disturbed.
-    """
+    `pause_s` makes every microbatch take that much longer, for runs that are to be watched or disturbed."""
 
     def __init__(
         self,
@@ -139,8 +138,7 @@ class NormNet(nn.Module):
 class SyntheticNorm(Task):
     """BatchNorm buffers, and a parameter that backward touches only where a batch holds a marked sample.
 
-    One sample in 37 is marked, so with small global batches some steps touch the expert and some do not.
-    """
+    One sample in 37 is marked, so with small global batches some steps touch the expert and some do not."""
 
     def __init__(
         self,

@@ -18,8 +18,7 @@ _UNPACK: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".gz": g
 class TextLm(ByteLm):
     """Byte-level GPT on the file at data.uri, or on every file of the directory there, in order of name.
 
-    .xz and .gz files are unpacked. The last tenth of the whole text is held out.
-    """
+    .xz and .gz files are unpacked. The last tenth of the whole text is held out."""
 
     def texts(self) -> tuple[bytes, bytes]:
         text = read_text(Path(self.data_uri))

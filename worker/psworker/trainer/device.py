@@ -17,8 +17,7 @@ _MIB = 1 << 20
 def usable_device(chosen: str, wanted: str) -> str:
     """`chosen`, when torch has it. Else the CPU if the job said "auto" (stderr tells why), or raises DeviceError.
 
-    `chosen` is "cpu", "cuda:N", or empty for the CPU; `wanted` is the spec's `workers.device`. Initialises nothing.
-    """
+    `chosen` is "cpu", "cuda:N", or empty for the CPU; `wanted` is the spec's `workers.device`. Initialises nothing."""
     if chosen in ("", CPU):
         return CPU
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

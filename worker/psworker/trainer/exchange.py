@@ -2,8 +2,7 @@
 
 Two threads meet here. The reactor's thread moves bytes and receives directives and plans; the main thread asks for
 work (`agenda`), waits for values, and pushes (`pusher`). They share the lock `agenda.changed`; nothing waits for a peer
-while it is held. Values land straight in the replica's memory, or are windows onto a partition's (see `values`).
-"""
+while it is held. Values land straight in the replica's memory, or are windows onto a partition's (see `values`)."""
 
 from __future__ import annotations
 

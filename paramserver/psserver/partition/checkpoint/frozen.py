@@ -1,7 +1,6 @@
 """What a partition holds at one version, for a snapshot: not copied unless it is overwritten before it is written.
 
-Between two updates lie a forward and a backward, in which most of a snapshot goes to the disk from where it lies.
-"""
+Between two updates lie a forward and a backward, in which most of a snapshot goes to the disk from where it lies."""
 
 from __future__ import annotations
 

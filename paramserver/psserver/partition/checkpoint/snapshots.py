@@ -2,8 +2,7 @@
 
 A store that is slower than snapshots come never holds training back: one snapshot is being written, at most one waits,
 and a third is left out, with a warning: a step that one partition leaves out never becomes complete.
-Where the node's own disk is the store, a snapshot is being written until a second node has it.
-"""
+Where the node's own disk is the store, a snapshot is being written until a second node has it."""
 
 from __future__ import annotations
 

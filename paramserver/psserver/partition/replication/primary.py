@@ -4,8 +4,7 @@
     each step: PUSH of every bucket's root and of the summary's, as they are complete -> HELD; then DECISION
 
 The sums are sent while backward still fills other buckets, from the memory that they were added in. What waits for the
-standby, and when the two are in sync, is decided in `in_sync`.
-"""
+standby, and when the two are in sync, is decided in `in_sync`."""
 
 from __future__ import annotations
 

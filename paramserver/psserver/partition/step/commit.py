@@ -45,8 +45,7 @@ def receive_vote(
 ) -> tuple[CoordinatorState, CommitDecision | None, bool]:
     """The coordinator takes a vote: its new state, a decision to send if there is one, and whether to send it to all.
 
-    A vote on the step that was just decided is answered with that decision, to its sender alone.
-    """
+    A vote on the step that was just decided is answered with that decision, to its sender alone."""
     if vote.generation != coordinator.generation:
         return coordinator, None, False
     if coordinator.last is not None and vote.step == coordinator.last.step:
@@ -92,8 +91,7 @@ def member_adopts(member: Member, generation: int) -> Member:
 def receive_decision(member: Member, decision: CommitDecision) -> tuple[Member, bool]:
     """A partition receives a decision: its new state, and whether to carry it out now.
 
-    One of another generation, on another step, or on a step it has not voted on is not carried out.
-    """
+    One of another generation, on another step, or on a step it has not voted on is not carried out."""
     fits = decision.generation == member.generation and decision.step == member.step
     if not fits or member.vote is None:
         return member, False

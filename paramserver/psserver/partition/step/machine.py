@@ -3,8 +3,7 @@
 try_vote          -> SendVote (a standby: SendHeld)
 receive_decision  -> ReplicateDecision, OpenNextStep
 open_next, apply  -> ApplyBucket, bucket by bucket; after the last one:
-                     ServePulls, WriteSnapshot, SyncStandby, ReplayEarly, TryVote
-"""
+                     ServePulls, WriteSnapshot, SyncStandby, ReplayEarly, TryVote"""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """The optimizer's pass over one bucket's span: scale, then a fused update, chunk by chunk while in cache.
 
 A chunk is at most 128 Ki elements and starts on a multiple of 16 elements of the bucket, so that the bits do not
-depend on where it starts. Tensors that are neighbours and share decay and age go together as one run.
-"""
+depend on where it starts. Tensors that are neighbours and share decay and age go together as one run."""
 
 from __future__ import annotations
 
@@ -70,8 +69,7 @@ def update_span(
     """Update `values` and `moments` in place from the summed `gradient`, which is overwritten.
 
     All tensors are one-dimensional, of the span's length; fp32, but the gradient, which may be narrower and is widened
-    chunk by chunk. `scale` is clip coefficient / weight.
-    """
+    chunk by chunk. `scale` is clip coefficient / weight."""
     for run in run_list:
         for start, stop in _chunks(run):
             part = slice(start, stop)
@@ -146,8 +144,7 @@ def learning_rate(base: float, schedule: ScheduleSection, step: int, final_step:
     """Rate of the update that makes version `step` + 1 of `final_step`.
 
     Warm-up is linear and reaches `base` at update number `warmup_steps`. The cosine (Loshchilov and Hutter, 2017,
-    without restarts) falls from `base` to `final_ratio * base` over the steps after it.
-    """
+    without restarts) falls from `base` to `final_ratio * base` over the steps after it."""
     if step < schedule.warmup_steps:
         return base * (step + 1) / schedule.warmup_steps
     if schedule.name == "constant":

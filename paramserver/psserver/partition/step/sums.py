@@ -3,8 +3,7 @@
 Per bucket of the open step a partition holds a set of disjoint nodes of the gradient tree. An arriving node whose
 self or ancestor is held is a duplicate. Otherwise it replaces the descendants that it covers, and siblings combine.
 Hence any worker may compute any shard at any time and as often as it likes: what is in the root was added once, in
-the tree's order.
-"""
+the tree's order."""
 
 from __future__ import annotations
 

@@ -34,8 +34,7 @@ class Batches:
         (None, 0) when the short last step of an epoch leaves the shard without samples. The generators are seeded
         twice: for the data, so that augmentation is exact, and again before returning, so that the forward pass draws
         the same numbers however many the data set drew. Blocks as long as the data set does.
-        Raises TaskError or DataError with the user's traceback.
-        """
+        Raises TaskError or DataError with the user's traceback."""
         indices = self.sampler.indices(step, shard)
         if not indices:
             return None, 0
@@ -45,9 +44,7 @@ class Batches:
         return batch, len(indices)
 
     def gather(self, indices: Sequence[int]) -> Any:
-        """The collated batch of the samples at `indices`. Raises TaskError or DataError with the user's
-        traceback.
-        """
+        """The collated batch of the samples at `indices`. Raises TaskError or DataError with the user's traceback."""
         with user_code("reading a sample of train_data", data=True):
             samples = [self.dataset[index] for index in indices]
         with user_code("collate"):
@@ -86,8 +83,7 @@ def _data_stream(shard: int) -> int:
 def seed_step(seed: int, step: int, shard: int) -> None:
     """Seed torch (CPU, and CUDA once it is in use), numpy and `random` for one (step, shard).
 
-    The three get different words of one blake2b digest of the arguments. Cheap enough for every microbatch.
-    """
+    The three get different words of one blake2b digest of the arguments. Cheap enough for every microbatch."""
     digest = blake2b(struct.pack("<Qqq", seed, step, shard), digest_size=32, person=b"ps-step-seed").digest()
     for_torch, for_python, for_numpy, for_cuda = struct.unpack("<QQQQ", digest)
     # Not torch.manual_seed: before CUDA is in use it would format a stack trace at every call.
@@ -132,12 +128,9 @@ def to_device(batch: Any, device: str) -> Any:
 
 
 def data_fingerprint(train: MapDataset, held_out: MapDataset | None) -> str:
-    """Hex digest of the lengths and of a few samples of both data sets: equal on nodes that hold the same
-    data.
+    """Hex digest of the lengths and of a few samples of both data sets: equal on nodes that hold the same data.
 
-    Reads at most 8 samples of each, at places that depend on the length alone. Leaves the generators as
-    they were.
-    """
+    Reads at most 8 samples of each, at places that depend on the length alone. Leaves the generators as they were."""
     digest = blake2b(digest_size=16, person=b"ps-data")
     with preserved_generators():
         for name, dataset in (("train", train), ("held-out", held_out)):
@@ -160,9 +153,7 @@ class _Absorbing(Protocol):
 
 
 def _absorb(digest: _Absorbing, value: Any) -> None:
-    """Feed `value` to the digest by content, each part tagged with kind and length; unknown kinds by type
-    name.
-    """
+    """Feed `value` to the digest by content, each part tagged with kind and length; unknown kinds by type name."""
     if isinstance(value, torch.Tensor):
         _absorb_array(digest, value.detach().cpu())
     elif isinstance(value, np.ndarray) and not value.dtype.hasobject:

@@ -26,8 +26,7 @@ def loss_of(task: Task, model: nn.Module, batch: Any) -> tuple[Tensor, float]:
     """Call the task's loss. Gives (loss_sum: 0-dim floating tensor, weight: finite and not negative).
 
     A weight of 0 is a batch without targets and is fine. Raises TaskError with the user's traceback, or
-    LossContractError with what was returned instead.
-    """
+    LossContractError with what was returned instead."""
     with user_code("loss"):
         returned = task.loss(model, batch)
     if not isinstance(returned, tuple) or len(returned) != 2:
@@ -55,8 +54,7 @@ def batch_statistics(task: Task, model: nn.Module, batch: Any) -> dict[str, Tens
     """The statistics of one held-out batch: "loss_sum", "weight" and what metrics() returned, sorted by name.
 
     Each is a float64 CPU tensor of the shape the task gave it; adding them over batches is exact whatever
-    the worker. The caller has put the model into eval mode and seeded. Raises TaskError, LossContractError.
-    """
+    the worker. The caller has put the model into eval mode and seeded. Raises TaskError, LossContractError."""
     with torch.no_grad():
         loss_sum, weight = loss_of(task, model, batch)
         with user_code("metrics"):
@@ -74,8 +72,7 @@ def batch_statistics(task: Task, model: nn.Module, batch: Any) -> dict[str, Tens
 def finalised(task: Task, statistics: Mapping[str, Tensor]) -> dict[str, float]:
     """The metrics people read, by name, from added statistics. "loss" is the mean and always there.
 
-    Raises TaskError when finalise() raises or returns something else than numbers by name.
-    """
+    Raises TaskError when finalise() raises or returns something else than numbers by name."""
     weight = float(statistics[WEIGHT])
     metrics = {"loss": float(statistics[LOSS_SUM]) / weight if weight else math.nan}
     with user_code("finalise"):
@@ -118,8 +115,7 @@ def shard_statistics(
     """The running sum over the batches of one shard, after each batch; nothing for a shard without batches.
 
     What counts is the last one. A generator, so that the caller can do other work between batches.
-    The model is in eval mode while it runs and in its former mode afterwards. Raises TaskError, LossContractError.
-    """
+    The model is in eval mode while it runs and in its former mode afterwards. Raises TaskError, LossContractError."""
     was_training = model.training
     total: Statistics = np.empty(0)
     try:

@@ -1,6 +1,4 @@
-"""The user's task, from the entry point in a spec to an object whose failures carry the user's own
-traceback.
-"""
+"""The user's task, from the entry point in a spec to an object whose failures carry the user's own traceback."""
 
 from __future__ import annotations
 
@@ -32,8 +30,7 @@ def load_task(spec: JobSpec, bundle_dir: Path | None) -> Task:
     """Import the entry point, with `bundle_dir` first on sys.path (for good), and make the task.
 
     Raises TaskError, with the user's traceback in details["traceback"], when the import, the lookup of the
-    class or its constructor fails; DataError when the constructor misses a file.
-    """
+    class or its constructor fails; DataError when the constructor misses a file."""
     module_name, _, class_name = spec.task.entrypoint.partition(":")
     if bundle_dir is not None:
         _put_first_on_path(bundle_dir)
@@ -58,9 +55,7 @@ def build_model(task: Task) -> nn.Module:
 
 
 def load_data(task: Task) -> tuple[MapDataset, MapDataset | None]:
-    """The task's (training, held-out) data. Raises DataError when they are missing or empty, else
-    TaskError.
-    """
+    """The task's (training, held-out) data. Raises DataError when they are missing or empty, else TaskError."""
     with user_code("train_data", data=True):
         train = task.train_data()
     with user_code("eval_data", data=True):
@@ -77,8 +72,7 @@ def user_code(what: str, *, data: bool = False) -> Iterator[None]:
     """Around a call of user code: whatever it raises becomes a TaskError that says `what` was called.
 
     details["traceback"] is the user's own, our frames cut off. With `data`, an OSError becomes a DataError; want of
-    memory becomes an OutOfMemoryError. Errors of our own tree pass unchanged.
-    """
+    memory becomes an OutOfMemoryError. Errors of our own tree pass unchanged."""
     try:
         yield
     except PsError:

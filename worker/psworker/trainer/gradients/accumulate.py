@@ -6,8 +6,7 @@ is a root of what this worker owns; that one is handed to `push`.
 
 From the second backward on, a bucket closes early when each of its parameters has fired once. Re-entrant
 checkpointing fires a parameter several times: a parameter seen to do so closes its buckets only when backward has
-returned, and one that fires after its bucket was pushed fails the step by name rather than giving a wrong gradient.
-"""
+returned, and one that fires after its bucket was pushed fails the step by name rather than giving a wrong gradient."""
 
 from __future__ import annotations
 

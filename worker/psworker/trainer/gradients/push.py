@@ -2,8 +2,7 @@
 
 The main thread calls; every frame is posted to the reactor's thread, which enqueues it at its peers. A gradient is
 written into memory that is shared with a partition on the same host, where there is a free lane; otherwise it is sent
-from where autograd left it. `staging` takes it from a device first.
-"""
+from where autograd left it. `staging` takes it from a device first."""
 
 from __future__ import annotations
 

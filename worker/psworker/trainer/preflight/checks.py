@@ -2,8 +2,7 @@
 parameters alone.
 
 Every shard of a step must start from the same committed values. They are also mapped read-only where trainer and
-partition share memory: a write would end the process by a signal.
-"""
+partition share memory: a write would end the process by a signal."""
 
 from __future__ import annotations
 
@@ -83,8 +82,7 @@ class Trace:
     """What a write to a parameter changes. Keeps the parameter alive, so that another cannot take its address.
 
     `version` also shows a write of the same bytes, as clamping within bounds is; `checksum` shows a write through
-    `.data`, which torch does not count.
-    """
+    `.data`, which torch does not count."""
 
     parameter: nn.Parameter
     address: int
@@ -102,8 +100,7 @@ def traces(model: nn.Module) -> dict[str, Trace]:
     """A trace of each parameter, frozen ones included. Left out are lazy ones, which have no values yet, and sparse
     ones, which no layout will have.
 
-    Reads every parameter once, a CUDA model's through host memory, one tensor at a time.
-    """
+    Reads every parameter once, a CUDA model's through host memory, one tensor at a time."""
     return {
         name: Trace(
             parameter=parameter,

@@ -1,8 +1,7 @@
 """Everything that can be checked on a node before step 0, as one table of named checks.
 
 `prepare` is what a trainer calls: it loads the task, builds the model, opens the data and runs every check.
-Checks go on after a failure, so that a person sees all that is wrong at once.
-"""
+Checks go on after a failure, so that a person sees all that is wrong at once."""
 
 from __future__ import annotations
 
@@ -59,8 +58,7 @@ class Prepared:
 def prepare(spec: JobSpec, bundle_dir: Path | None, device: str) -> Prepared:
     """Load, build and check everything. `settle_numerics` must have run. Blocks for as long as user code does.
 
-    Raises the failing check's own error, or PreflightError when several fail; `checks_of(error)` is the table.
-    """
+    Raises the failing check's own error, or PreflightError when several fail; `checks_of(error)` is the table."""
     table = Table()
     model = data = None
     task = table.run("imports", lambda: _imports(spec, bundle_dir))
@@ -89,8 +87,7 @@ def run_preflight(
     """The checks that need a model and data. Buffers, modes and generators are left as they were, and so are the
     parameters of a task that passes.
 
-    Raises as `prepare` does.
-    """
+    Raises as `prepare` does."""
     table = table or Table()
     table.run("versions", _versions)
     fingerprint = table.run("fingerprint", lambda: _fingerprint(train, held_out))

@@ -3,8 +3,7 @@
 `Landing` keeps which may land, and which have; `Values` moves their bytes. A window shows whatever its
 partition holds, also when that moves on while a forward or backward still runs. That does no harm: a partition
 overwrites the values of step t only after every gradient of step t is in, everywhere, and so whatever is computed from
-torn values is a duplicate that every gate drops.
-"""
+torn values is a duplicate that every gate drops."""
 
 from __future__ import annotations
 
