@@ -20,8 +20,8 @@ from pscluster.v1.plan_pb2 import ProcessReport, TrainerReady
 from pscluster.wire.protocol import Outcome
 from psworker.numerics import settle_numerics
 from psworker.replica import Replica
+from psworker.staging import keep_freed_memory
 from psworker.trainer.data.loading import build_model, load_task
-from psworker.trainer.device import keep_freed_memory
 from psworker.trainer.exchange import Exchange
 from psworker.trainer.telemetry import TrainerCounters
 from psworker.trainer.work import Work

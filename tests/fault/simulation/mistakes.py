@@ -16,7 +16,7 @@ from psmaster.model.plan import RestorePoint
 from psmaster.model.snapshot_catalog import Catalogue
 from psmaster.scheduling import losses, rebalance, recovery
 from psmaster.storage.persistence import Archive
-from psserver.partition.checkpoint.frozen import Frozen
+from psserver.partition.checkpoint.saving import Frozen
 from psserver.partition.checkpoint.snapshots import SnapshotWriter
 from psserver.partition.ingress.frame_handler import FrameHandler
 from psserver.partition.process import PartitionService
@@ -24,7 +24,7 @@ from psserver.partition.step import commit
 from psserver.partition.step.commit import CommitDecision, CoordinatorState, Decide, Member, Vote
 from psserver.partition.step.sums import Entry, Sums
 from psworker.trainer.exchange import Exchange
-from psworker.trainer.values.values import Landing
+from psworker.trainer.values import Landing
 
 Patch = AbstractContextManager[Any]
 

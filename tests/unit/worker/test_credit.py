@@ -23,10 +23,9 @@ from pscluster.wire.memory import Lanes
 from psserver.partition.process import PartitionService
 from psworker.replica import BucketMemory
 from psworker.staging import HostStaging
-from psworker.trainer.gradients.lanes import Lane, SharedLanes
-from psworker.trainer.gradients.send_queue import SendQueue, key_of
+from psworker.trainer.gradients.send_queue import Lane, SendQueue, SharedLanes, key_of
 from psworker.trainer.peer import Peer
-from psworker.trainer.values.values import Values
+from psworker.trainer.values import Values
 from psworker.trainer.work import Agenda
 
 BUCKET_BYTES = 64

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pscluster.errors import DeviceError
-from psworker.trainer.device import keep_freed_memory, usable_device
+from psworker.staging import keep_freed_memory, usable_device
 
 
 def have(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -54,7 +54,7 @@ def test_where_the_job_leaves_it_open_the_cpu_takes_its_place(
 
 CODE = """
 import ctypes, resource
-from psworker.trainer.device import keep_freed_memory
+from psworker.staging import keep_freed_memory
 
 def faults(size_bytes):
     "Page faults of taking, touching and freeing that much, over and over, the first time not counted."

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
-from psworker.trainer.values.values import Landing, Place
+from psworker.trainer.values import Landing, Place
 
 LAYOUT = Layout(
     (

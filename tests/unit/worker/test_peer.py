@@ -20,9 +20,9 @@ from pscluster.wire.memory import PAGE_BYTES, Lanes, Segment
 from pscluster.wire.protocol import Hello, Welcome
 from psworker.replica import BucketMemory
 from psworker.staging import HostStaging
-from psworker.trainer.gradients.lanes import SharedLanes
+from psworker.trainer.gradients.send_queue import SharedLanes
 from psworker.trainer.peer import Peer
-from psworker.trainer.values.values import Values
+from psworker.trainer.values import Values
 from psworker.trainer.work import Agenda
 
 LAYOUT = Layout((TensorSpec(names=("w",), shape=(16,), dtype="float32", kind="trained"),))

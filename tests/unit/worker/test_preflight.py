@@ -21,8 +21,7 @@ from pscluster.errors import (
     from_dict,
 )
 from pscluster.task import Task
-from psworker.trainer.preflight.checks import CheckResult, checks_of
-from psworker.trainer.preflight.run import prepare, run_preflight
+from psworker.trainer.preflight import CheckResult, checks_of, prepare, run_preflight
 
 NORM = "psworker.tasks.synthetic:SyntheticNorm"
 
@@ -199,7 +198,7 @@ def test_several_failures_make_one_table(make_spec: Any, monkeypatch: pytest.Mon
         def build_model(self) -> nn.Module:
             raise ValueError("no such layer")
 
-    monkeypatch.setattr("psworker.trainer.preflight.run.load_task", lambda *_: Torn())
+    monkeypatch.setattr("psworker.trainer.preflight.load_task", lambda *_: Torn())
     with pytest.raises(PreflightError, match=r"2 of \d checks failed") as caught:
         prepare(make_spec(), None, "cpu")
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from psworker.trainer.values.pull_guard import PullGuard, sees_everything
+from psworker.trainer.values import PullGuard, sees_everything
 
 
 class Roundabout(nn.Module):

@@ -8,8 +8,7 @@ from harness.played import job_header
 from pscluster.step.tree import TreeNode
 from pscluster.wire.frame import SUMMARY, FrameKind, Header
 from pscluster.wire.memory import Lanes
-from psworker.trainer.gradients.lanes import Lane
-from psworker.trainer.gradients.send_queue import PendingFrame, SendQueue, key_of
+from psworker.trainer.gradients.send_queue import Lane, PendingFrame, SendQueue, key_of
 
 BUCKET_BYTES = 64
 NUM_BUCKETS = 5

@@ -21,9 +21,8 @@ from pscluster.job.bundle import pack
 from pscluster.job.spec import JobSpec
 from pscluster.step.layout import parameters_sha256
 from pscluster.storage.snapshot import PartMeta, write_part
-from psworker.export import write_weights
 from psworker.replica import Replica, named_bytes
-from psworker.tools import answer_request
+from psworker.tools import answer_request, write_weights
 from psworker.trainer.data.batches import EvalBatches
 from psworker.trainer.data.evaluation import evaluate
 from psworker.trainer.data.loading import build_model, load_task

@@ -19,7 +19,7 @@ from pscluster.step.tree import TreeNode
 from pscluster.wire.frame import EXACT, IN_MEMORY, NO_NODE, WITH_FROZEN, Codec, FrameKind, Header
 from psserver.partition.step.state import PartitionState
 from psworker.replica import BucketMemory
-from psworker.trainer.values.values import Values
+from psworker.trainer.values import Values
 
 LAYOUT = Layout(
     (

@@ -15,13 +15,12 @@ from pscluster.v1.plan_pb2 import Beat, ErrorDetail, Failure, PreflightCheck, Pr
 from pscluster.wire.transport import check_congestion_control
 from psworker.numerics import settle_numerics
 from psworker.replica import Replica
-from psworker.staging import staging_for
+from psworker.staging import keep_freed_memory, staging_for, usable_device
 from psworker.trainer.data.batches import Batches, EvalBatches
 from psworker.trainer.data.loading import build_model, user_traceback
-from psworker.trainer.device import keep_freed_memory, usable_device
 from psworker.trainer.exchange import Exchange
 from psworker.trainer.loop import Trainer
-from psworker.trainer.preflight.run import CheckResult, Prepared, checks_of, prepare
+from psworker.trainer.preflight import CheckResult, Prepared, checks_of, prepare
 from psworker.trainer.telemetry import TrainerCounters
 
 EXIT_FAILED = 1

@@ -28,11 +28,11 @@ from pscluster.wire.protocol import Directive, unpack_statistics
 from pscluster.wire.reactor import Reactor
 from psworker.replica import BucketMemory
 from psworker.staging import HostStaging, Staging
-from psworker.trainer.gradients.lanes import SharedLanes
 from psworker.trainer.gradients.push import Pusher
+from psworker.trainer.gradients.send_queue import SharedLanes
 from psworker.trainer.peer import Peer
 from psworker.trainer.telemetry import TrainerCounters
-from psworker.trainer.values.values import Values
+from psworker.trainer.values import Values
 from psworker.trainer.work import Agenda, Work
 
 COUNTERS_S = 1.0

@@ -22,7 +22,7 @@ from psworker.trainer.data.loading import user_code
 from psworker.trainer.exchange import Exchange, SupersededError
 from psworker.trainer.gradients.accumulate import Accumulator, BufferSums, Counter, SummaryCounter
 from psworker.trainer.telemetry import TrainerCounters
-from psworker.trainer.values.pull_guard import PullGuard, sees_everything
+from psworker.trainer.values import PullGuard, sees_everything
 from psworker.trainer.work import Work, WorkKey
 
 

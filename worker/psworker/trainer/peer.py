@@ -13,9 +13,8 @@ from pscluster.wire.frame import IN_MEMORY, Buffer, FrameKind, Header, in_lane
 from pscluster.wire.protocol import Ack, Channel, Hello, Welcome
 from pscluster.wire.reactor import Reactor
 from pscluster.wire.transport import transport_of
-from psworker.trainer.gradients.lanes import Lane, SharedLanes
-from psworker.trainer.gradients.send_queue import SendQueue
-from psworker.trainer.values.values import Values
+from psworker.trainer.gradients.send_queue import Lane, SendQueue, SharedLanes
+from psworker.trainer.values import Values
 from psworker.trainer.work import Agenda
 
 _RETRY_S = (0.02, 1.0)

@@ -22,7 +22,7 @@ from pscluster.wire.reactor import Reactor
 from psworker.replica import BucketMemory
 from psworker.staging import Staging
 from psworker.trainer.gradients.accumulate import Gradients
-from psworker.trainer.gradients.lanes import Lane, SharedLanes
+from psworker.trainer.gradients.send_queue import Lane, SharedLanes
 from psworker.trainer.peer import Peer
 from psworker.trainer.work import Agenda, Work
 

@@ -1,1 +1,0 @@
-"""What is checked on a node before step 0."""

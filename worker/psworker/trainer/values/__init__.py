@@ -1,1 +1,0 @@
-"""Values from the partitions to the memory of the model."""
