@@ -68,7 +68,6 @@ class Connection:
         self.context: object = None  # the handler's: set once the peer has identified itself
         self.is_open = True
         self.reading = True
-        self.received_bytes = 0
         self.sent_bytes = 0
         self._wants = wants  # called when interest in reading or writing may have changed
         self._outgoing: deque[_Outgoing] = deque()
@@ -166,7 +165,6 @@ class Connection:
                     self.close(None)
                     return
                 budget -= count
-                self.received_bytes += count
                 self._filled += count
                 if self._header is not None:
                     self._sum_up()

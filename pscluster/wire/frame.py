@@ -122,22 +122,9 @@ def checksum(buffers: Iterable[Buffer], value: int = 0) -> int:
 
 def pack(header: Header) -> bytes:
     """The header's wire form. `length` and `checksum` must describe the body that follows."""
-    fields = _HEADER.pack(
-        MAGIC,
-        PROTOCOL,
-        header.kind,
-        header.codec,
-        header.flags,
-        header.sender,
-        header.job,
-        header.generation,
-        header.step,
-        header.bucket,
-        header.node.first,
-        header.node.leaves,
-        header.length,
-        header.checksum,
-    )
+    kind = (header.kind, header.codec, header.flags, header.sender)
+    place = (header.job, header.generation, header.step, header.bucket, *header.node)
+    fields = _HEADER.pack(MAGIC, PROTOCOL, *kind, *place, header.length, header.checksum)
     return fields + _CHECKSUM.pack(crc32c.crc32c(fields))
 
 

@@ -69,12 +69,11 @@ class Segment:
                 raise FrameError(f"shared memory of {size} bytes where {size_bytes} of a fixed size were promised")
             access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
             memory = mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=access)
-        except OSError as error:
+        except (OSError, FrameError) as error:
             os.close(fd)
+            if isinstance(error, FrameError):
+                raise
             raise FrameError(f"shared memory cannot be mapped: {error}") from None
-        except FrameError:
-            os.close(fd)
-            raise
         return cls(fd, memory)
 
 
@@ -117,17 +116,18 @@ class Lanes:
 
     def __init__(self, segment: Segment, sizes_bytes: Sequence[int], num_lanes: int) -> None:
         """`sizes_bytes[b]`: of bucket b's place. Pages of a lane cost memory from its first use on."""
-        self._segment = segment
+        self._segment = segment  # owns `fd`
         self._sizes = list(sizes_bytes)
-        self._num_lanes = num_lanes
-        self._offsets, _ = page_offsets(self._all_sizes())
+        self.num_lanes, self.fd = num_lanes, segment.fd
+        self.view = segment.view  # the whole segment
+        self._offsets, _ = page_offsets(_lane_sizes(sizes_bytes, num_lanes))
         self._taken = segment.view[: len(self._sizes) * num_lanes]
 
     @classmethod
     def create(cls, sizes_bytes: Sequence[int], num_lanes: int) -> Lanes:
         """The partition's side. Raises OSError."""
-        size = lanes_bytes(sizes_bytes, num_lanes)
-        return cls(Segment.create(size, writable_by_others=True), sizes_bytes, num_lanes)
+        segment = Segment.create(lanes_bytes(sizes_bytes, num_lanes), writable_by_others=True)
+        return cls(segment, sizes_bytes, num_lanes)
 
     @classmethod
     def open(cls, fd: int, sizes_bytes: Sequence[int], num_lanes: int) -> Lanes:
@@ -135,23 +135,10 @@ class Lanes:
         size = lanes_bytes(sizes_bytes, num_lanes)
         return cls(Segment.open(fd, size, writable=True), sizes_bytes, num_lanes)
 
-    @property
-    def fd(self) -> int:
-        return self._segment.fd
-
-    @property
-    def view(self) -> memoryview:
-        """The whole segment."""
-        return self._segment.view
-
-    @property
-    def num_lanes(self) -> int:
-        return self._num_lanes
-
     def take(self, bucket: int) -> int | None:
         """A free lane of a bucket, taken; the lowest, whose pages were touched before. None: all are in use."""
-        first = bucket * self._num_lanes
-        for lane in range(self._num_lanes):
+        first = bucket * self.num_lanes
+        for lane in range(self.num_lanes):
             if not self._taken[first + lane]:
                 self._taken[first + lane] = 1
                 return lane
@@ -159,15 +146,12 @@ class Lanes:
 
     def give_back(self, bucket: int, lane: int) -> None:
         """The place may be written to again."""
-        self._taken[bucket * self._num_lanes + lane] = 0
+        self._taken[bucket * self.num_lanes + lane] = 0
 
     def place(self, bucket: int, lane: int) -> memoryview:
         """The memory of one lane of a bucket."""
-        start = self._offsets[1 + bucket * self._num_lanes + lane]
-        return self._segment.view[start : start + self._sizes[bucket]]
-
-    def _all_sizes(self) -> list[int]:
-        return _lane_sizes(self._sizes, self._num_lanes)
+        start = self._offsets[1 + bucket * self.num_lanes + lane]
+        return self.view[start : start + self._sizes[bucket]]
 
 
 def lanes_bytes(sizes_bytes: Sequence[int], num_lanes: int) -> int:

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from pscluster.errors import FrameError
@@ -95,9 +96,6 @@ class Reactor:
         """Have `call` run whenever `fd` is readable."""
         self._selector.register(fd, selectors.EVENT_READ, call)
 
-    def unwatch(self, fd: int) -> None:
-        self._selector.unregister(fd)
-
     def listen(self, address: str, handler: ConnectionHandler, handshake_s: float = math.inf) -> str:
         """Accept connections at `address` for `handler`; returns the address that peers dial (port resolved).
 
@@ -140,7 +138,7 @@ class Reactor:
         for listener, bound in self._listeners:
             listener.close()
             if bound.startswith("unix:"):
-                _unlink_if_there(bound.removeprefix("unix:"))
+                Path(bound.removeprefix("unix:")).unlink(missing_ok=True)
         for sock in self._dialling:
             sock.close()
         with self._closing:
@@ -157,9 +155,8 @@ class Reactor:
         except OSError as error:
             if error.errno not in _EXHAUSTED:
                 raise
-            self._selector.unregister(
-                listener
-            )  # new connections wait in the kernel's queue; open ones are still served
+            # New connections wait in the kernel's queue; open ones are still served.
+            self._selector.unregister(listener)
             self.call_later(_ACCEPT_AGAIN_S, lambda: self._listen_on(listener, handler, handshake_s))
             return
         if sock is not None:
@@ -212,10 +209,3 @@ class Reactor:
             self._interest[connection] = wanted
         else:
             self._interest.pop(connection, None)
-
-
-def _unlink_if_there(path: str) -> None:
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        return

@@ -6,7 +6,7 @@ committed ones lie in their bucket and are copied in before each microbatch, sin
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ from pscluster.step.layout import (
     parameters_sha256,
 )
 from pscluster.wire.memory import Arena, Segment, page_offsets
-from psworker.staging import HostStaging, Staging
+from psworker.staging import Staging
 
 
 class BucketMemory:
@@ -106,7 +106,7 @@ class Replica:
 
     def __init__(self, model: nn.Module, optimizer: OptimizerSection, staging: Staging | None = None) -> None:
         self.model = model
-        self._staging = staging or HostStaging()
+        self._staging = staging or Staging()
         self._found = _find(model, optimizer)
         self.layout = layout_of(model, optimizer)
         self.memory = BucketMemory(self.layout, windows=self._staging.is_host)
@@ -151,20 +151,18 @@ class Replica:
 
     def weighted_buffers(self, bucket: int, weight: float) -> torch.Tensor:
         """A new fp32 tensor of an averaged bucket's words: each live buffer times `weight`, zeros between."""
-        words = torch.zeros_like(self.flats[bucket])
-        flats = [*self.flats[:bucket], words, *self.flats[bucket + 1 :]]
-        for number, found in self._buffers():
-            if self.layout.bucket_of[number][0] == bucket:
-                torch.mul(_live(found).detach(), weight, out=tensor_view(self.layout, flats, number))
-        return words
+        return self._live_words(bucket, lambda live, words: torch.mul(live, weight, out=words))
 
     def carried_words(self, bucket: int) -> torch.Tensor:
         """A new int32 tensor of a carried bucket's words, from the live buffers."""
+        return self._live_words(bucket, lambda live, words: words.copy_(live))
+
+    def _live_words(self, bucket: int, write: Callable[[torch.Tensor, torch.Tensor], object]) -> torch.Tensor:
         words = torch.zeros_like(self.flats[bucket])
         flats = [*self.flats[:bucket], words, *self.flats[bucket + 1 :]]
         for number, found in self._buffers():
             if self.layout.bucket_of[number][0] == bucket:
-                tensor_view(self.layout, flats, number).copy_(_live(found).detach())
+                write(_live(found).detach(), tensor_view(self.layout, flats, number))
         return words
 
     def sha256(self) -> str:
@@ -186,17 +184,20 @@ def tensor_view(layout: Layout, flats: Sequence[torch.Tensor], number: int) -> t
     return words.view(dtype)[: spec.num_elements].view(spec.shape)
 
 
-def flats_from_words(layout: Layout, words: Sequence[bytearray]) -> list[torch.Tensor]:
-    """Bucket memory that shares the bytes of a snapshot's words."""
-    return [torch.frombuffer(data, dtype=_dtype(b.kind)) for b, data in zip(layout.buckets, words, strict=True)]
+Words = Sequence[bytearray] | Sequence[torch.Tensor]  # of each bucket: a snapshot's, or a replica's flats
 
 
-def state_tensors(layout: Layout, words: Sequence[bytearray] | Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+def _flats(layout: Layout, words: Words) -> list[torch.Tensor]:
+    """Bucket memory that shares the bytes of the words."""
+    buckets = zip(layout.buckets, words, strict=True)
+    return [w if isinstance(w, torch.Tensor) else torch.frombuffer(w, dtype=_dtype(b.kind)) for b, w in buckets]
+
+
+def state_tensors(layout: Layout, words: Words) -> dict[str, torch.Tensor]:
     """The state dict that a snapshot's words (or a replica's flats) hold: every name, aliases of tied tensors included.
 
     The tensors are views of the memory given."""
-    flats = [w if isinstance(w, torch.Tensor) else None for w in words]
-    memory = [f for f in flats if f is not None] or flats_from_words(layout, words)  # type: ignore[arg-type]
+    memory = _flats(layout, words)
     return {
         name: tensor_view(layout, memory, number)
         for number, spec in enumerate(layout.tensors)
@@ -209,7 +210,7 @@ def load_words(model: nn.Module, layout: Layout, words: Sequence[bytearray]) -> 
     """Copy a snapshot's words into a module of the same layout, buffers that are not in the state dict included.
 
     Raises LayoutError when the module lacks a tensor or has it in another shape."""
-    flats = flats_from_words(layout, words)
+    flats = _flats(layout, words)
     live = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     with torch.no_grad():
         for number, spec in enumerate(layout.tensors):

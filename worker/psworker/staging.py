@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from queue import Queue
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -18,13 +18,12 @@ from pscluster.devices import AUTO, CPU
 from pscluster.errors import DeviceError, InternalError
 
 _READ_WRITE = 0  # cudaHostRegisterDefault, driver_types.h
-_SUCCESS = 0
 
 
-class Staging(Protocol):
-    """Used by the thread that runs forward and backward, unless said otherwise."""
+class Staging:
+    """The model is in host memory. Used by the thread that runs forward and backward, unless said otherwise."""
 
-    is_host: bool
+    is_host = True
     """Gradients lie in host memory already, and may be sent from where they are."""
 
     def pin(self, memory: torch.Tensor) -> None:
@@ -32,39 +31,21 @@ class Staging(Protocol):
 
     def copy_out(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Begin to copy a gradient to host memory. `target` is complete when what follows in `after` is called."""
+        target.copy_(source)
 
-    def after(self, call: Callable[[], None], kept: object) -> None:
+    def after(self, call: Callable[[], None], kept: object) -> None:  # noqa: ARG002 - nothing is under way
         """Have `call` run when all that was copied out is there, in order, soon; until then `kept` is kept alive."""
+        call()
 
     def copy_in(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy values from host memory to where the model is; what is computed from now on sees them."""
+        """Copy values from host memory to where the model is; what is computed from now on sees them. In host memory
+        both are the same."""
 
     def close(self) -> None:
         """End what is begun; blocks briefly."""
 
 
-class HostStaging:
-    """The model is in host memory."""
-
-    is_host = True
-
-    def pin(self, memory: torch.Tensor) -> None:
-        """Nothing to do: all host memory is alike."""
-
-    def copy_out(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        target.copy_(source)
-
-    def after(self, call: Callable[[], None], kept: object) -> None:  # noqa: ARG002 - done before it returns
-        call()
-
-    def copy_in(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """The model reads `source` itself: both are the same memory."""
-
-    def close(self) -> None:
-        """Nothing is under way."""
-
-
-class CudaStaging:
+class CudaStaging(Staging):
     """The model is on a CUDA device. `cuda` is torch.cuda, or what a test puts in its place."""
 
     is_host = False
@@ -118,7 +99,7 @@ class CudaStaging:
 
 def staging_for(device: str) -> Staging:
     """What a trainer on this device uses."""
-    return HostStaging() if device == "cpu" else CudaStaging(torch.device(device))
+    return Staging() if device == "cpu" else CudaStaging(torch.device(device))
 
 
 # ---- the device, and the memory of activations and gradients ----

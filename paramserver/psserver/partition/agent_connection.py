@@ -5,7 +5,7 @@ from __future__ import annotations
 from pscluster.agent.link import HeartbeatThread, ProcessLink
 from pscluster.agent.status import detail_of
 from pscluster.errors import PsError
-from pscluster.v1.plan_pb2 import Beat, Counters, Failure, Plan, ProcessReport, Unreached
+from pscluster.v1.plan_pb2 import Beat, Counters, Failure, Plan, ProcessReport
 from pscluster.wire.reactor import Reactor
 
 COUNTERS_S = 1.0
@@ -18,7 +18,7 @@ class AgentConnection:
         self.link = link
         self.failed = False
         self._reactor = reactor
-        self._heartbeat = HeartbeatThread(link, lambda: Beat(progress=self.progress, unreached=self.unreached()))
+        self._heartbeat = HeartbeatThread(link, self.beat)
 
     def start(self) -> None:
         """Begin to send heartbeats and to read orders; the first plan may come later."""
@@ -44,18 +44,13 @@ class AgentConnection:
         """Every counter as it is now."""
         raise NotImplementedError
 
-    def unreached(self) -> Unreached | None:
-        """The partitions that cannot be reached. From any thread."""
+    def beat(self) -> Beat:
+        """Progress, a number that rises with the work that is done, and what cannot be reached. From any thread."""
         raise NotImplementedError
 
     @property
     def version(self) -> int:
         """The newest committed version whose update is done."""
-        raise NotImplementedError
-
-    @property
-    def progress(self) -> int:
-        """A number that rises with the work that is done."""
         raise NotImplementedError
 
     def every_second(self) -> None:
@@ -70,8 +65,7 @@ class AgentConnection:
 
     def fail(self, error: PsError) -> None:
         """Report to the master why this process cannot go on."""
-        detail = detail_of(error)
-        self.report(ProcessReport(failure=Failure(error=detail, step=self.version)))
+        self.report(ProcessReport(failure=Failure(error=detail_of(error), step=self.version)))
 
     def give_up(self, error: PsError) -> None:
         """Report to the master why, and end."""

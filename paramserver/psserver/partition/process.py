@@ -13,34 +13,12 @@ from pscluster.agent.link import UNREACHED_S, ProcessLink
 from pscluster.errors import InternalError, PsError
 from pscluster.job.spec import JobSpec
 from pscluster.step.layout import Layout
-from pscluster.v1.plan_pb2 import Counters, Plan, Unreached
+from pscluster.v1.plan_pb2 import Beat, Counters, Plan, Unreached
 from pscluster.wire.frame import FrameKind
 from pscluster.wire.partition_protocol import CommitDecision, Join, Vote
 from pscluster.wire.reactor import Reactor
-from psserver.partition.actions import (
-    Action,
-    AdoptMetadata,
-    ApplyBucket,
-    BeginAt,
-    BroadcastDirective,
-    JoinJob,
-    OpenNextStep,
-    ReplayEarly,
-    ReplicateDecision,
-    ReplicateEvaluation,
-    Report,
-    ReportSteps,
-    RequestVote,
-    ResumeReading,
-    SendDecision,
-    SendHeld,
-    SendMerged,
-    SendVote,
-    ServePulls,
-    SyncStandby,
-    TryVote,
-    WriteSnapshot,
-)
+from psserver.partition import actions
+from psserver.partition.actions import Action
 from psserver.partition.agent_connection import AgentConnection
 from psserver.partition.checkpoint.saving import Restoring, Saving
 from psserver.partition.coordinator.client import CoordinatorClient
@@ -80,66 +58,66 @@ class PartitionService(Partition, AgentConnection):
 
     # ---- actions ----
 
-    def carry_out(self, actions: list[Action]) -> None:
+    def carry_out(self, wanted: list[Action]) -> None:
         """The one loop: each action, then what follows from it, then the next."""
-        pending = deque(actions)
+        pending = deque(wanted)
         while pending:
             pending.extendleft(reversed(self._carry_out(pending.popleft())))
 
     def _carry_out(self, action: Action) -> list[Action]:
         """Carry out one action; what follows from it."""
         match action:
-            case TryVote():
+            case actions.TryVote():
                 return self._try_vote()
-            case SendVote(vote):
+            case actions.SendVote(vote):
                 return self._send_vote(vote)
-            case SendHeld():
+            case actions.SendHeld():
                 self._send_held()
-            case ReplicateDecision(decision):
+            case actions.ReplicateDecision(decision):
                 self._replicate(decision)
-            case OpenNextStep(decision):
+            case actions.OpenNextStep(decision):
                 self._slice_ends_s = time.perf_counter() + SLICE_S
                 return self.machine.open_next(decision)
-            case ApplyBucket(bucket):
+            case actions.ApplyBucket(bucket):
                 return self._apply(bucket)
-            case ServePulls():
+            case actions.ServePulls():
                 self._serve_pulls()
-            case WriteSnapshot(last):
+            case actions.WriteSnapshot(last):
                 self._write_snapshot(last)
-            case SyncStandby():
+            case actions.SyncStandby():
                 self.replication.at_boundary()
-            case ResumeReading():
+            case actions.ResumeReading():
                 for client in self.clients.on("replica"):
                     client.connection.resume_reading()
-            case ReplayEarly():
+            case actions.ReplayEarly():
                 self.handler.replay_early()
-            case JoinJob():
+            case actions.JoinJob():
                 return self._join()
-            case SendDecision(index, decision) if index == self.index:
+            case actions.SendDecision(index, decision) if index == self.index:
                 return self.machine.receive_decision(decision)
-            case SendDecision(index, decision):
+            case actions.SendDecision(index, decision):
                 self._send_to(index, FrameKind.DECISION, decision.step, decision.pack())
-            case RequestVote(index, step):
+            case actions.RequestVote(index, step):
                 if index != self.index:  # its own vote is sent again when it adopts the plan
                     self._send_to(index, FrameKind.JOIN, step, Join().pack())
-            case BroadcastDirective(directive):
+            case actions.BroadcastDirective(directive):
                 trainers = self.clients.on("pull")
                 self.clients.broadcast(trainers, FrameKind.DIRECTIVE, directive.version, directive.pack())
-            case SendMerged(step, ranks, body):
+            case actions.SendMerged(step, ranks, body):
                 owners = [client for client in self.clients.on("pull") if client.index in ranks]
                 self.clients.broadcast(owners, FrameKind.MERGED, step, body)
-            case ReplicateEvaluation(evaluation):
+            case actions.ReplicateEvaluation(evaluation):
                 self.metadata.evaluations.append(evaluation)
                 self.replication.send_metadata()
-            case Report(report):
+            case actions.Report(report):
                 self.report(report)
-            case ReportSteps():
+            case actions.ReportSteps():
                 return self.coordinator.report_progress(time.monotonic(), force=True) if self.coordinator else []
-            case BeginAt(step, last_decision, metadata):
+            case actions.BeginAt(step, last_decision, metadata):
                 self._begin_at(step, last_decision)
                 self.metadata = ReplicatedMetadata()
                 self.metadata.receive(metadata)
-            case AdoptMetadata(metadata):
+            case actions.AdoptMetadata(metadata):
                 self.metadata.receive(metadata)
             case _:
                 assert_never(action)
@@ -209,12 +187,12 @@ class PartitionService(Partition, AgentConnection):
         self.saving.write(self.state, self.version, self.plan.generation, last=last)
 
     def _join(self) -> list[Action]:
-        actions: list[Action] = [WriteSnapshot()] if self.version == 0 else []
+        found: list[Action] = [actions.WriteSnapshot()] if self.version == 0 else []
         if self.coordinator is not None:
-            actions += self.coordinator.join(0, self.version)
+            found += self.coordinator.join(0, self.version)
         elif self._coordinator_client is not None:
             self._coordinator_client.join()
-        return [*actions, SyncStandby()]
+        return [*found, actions.SyncStandby()]
 
     def _send_to(self, index: int, kind: FrameKind, step: int, body: bytes) -> None:
         members = [client for client in self.clients.on("vote") if client.index == index]
@@ -227,10 +205,6 @@ class PartitionService(Partition, AgentConnection):
 
     # ---- the agent ----
 
-    @property
-    def progress(self) -> int:
-        return self.machine.progress
-
     def sample_counters(self) -> Counters:
         state_bytes = self.state.size_bytes if self.state else 0
         if self.standby is not None:
@@ -239,11 +213,12 @@ class PartitionService(Partition, AgentConnection):
         lag = self.replication.lag_steps or 0
         return self.counters.sample(self.index, self.version, state_bytes, self.clients.pull_bytes, in_sync, lag)
 
-    def unreached(self) -> Unreached | None:
-        plan, coordinator_client = self.plan, self._coordinator_client
-        if plan is None or coordinator_client is None or coordinator_client.unreached_s(time.monotonic()) < UNREACHED_S:
-            return None
-        return Unreached(generation=plan.generation, partitions=[0])
+    def beat(self) -> Beat:
+        plan, client = self.plan, self._coordinator_client
+        beat = Beat(progress=self.machine.progress)
+        if plan is not None and client is not None and client.unreached_s(time.monotonic()) >= UNREACHED_S:
+            beat.unreached.CopyFrom(Unreached(generation=plan.generation, partitions=[0]))
+        return beat
 
     def every_second(self) -> None:
         if self.coordinator is not None:
@@ -298,7 +273,7 @@ class PartitionService(Partition, AgentConnection):
             self._coordinator_client.follow(list(plan.partitions[0].addresses))
         self.replication.adopt(plan, restored=False)
         self.carry_out(self.machine.vote_again())
-        self.carry_out([TryVote()])  # it may have waited for a standby that the plan no longer names
+        self.carry_out([actions.TryVote()])  # it may have waited for a standby that the plan no longer names
 
     def _restore(self, plan: Plan) -> None:
         """Begin at the plan's resume step; a standby begins with nothing, and receives a state from its primary."""
@@ -328,7 +303,7 @@ class PartitionService(Partition, AgentConnection):
                 self._dial_coordinator(plan)
             self.replication.adopt(plan, restored=True)
             if self.state.is_filled:
-                self.carry_out([JoinJob()])
+                self.carry_out([actions.JoinJob()])
 
     def _take_over(self, plan: Plan, standby: Standby) -> None:
         """The primary is gone: this process, which holds all that it voted on, is the partition from now on."""

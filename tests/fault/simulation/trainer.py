@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from pscluster.job.spec import JobSpec, parse_spec
-from pscluster.step.summary import Statistics
+from pscluster.step.summary import Statistics, Summary
 from pscluster.step.tree import Tree, TreeNode, tree_of
 from pscluster.v1.plan_pb2 import ProcessReport, ProcessSpec, TrainerReady
 from pscluster.wire.protocol import Outcome
 from psworker.replica import BucketMemory
 from psworker.trainer.exchange import Exchange
-from psworker.trainer.gradients.accumulate import Counter, Gradients, SummaryCounter, add_gradients
+from psworker.trainer.gradients.accumulate import Counter, Gradients, add_gradients
 from psworker.trainer.loop import Trainer
 from psworker.trainer.telemetry import ComputeTimer, TrainerCounters
 from psworker.trainer.work import Work
@@ -122,7 +122,7 @@ class ArithmeticTrainer(Trainer):
         self._has_first_values = True
         self._tree = tree_of(spec.train.num_shards)
         self._accumulator: Any = _Accumulation(self._tree, exchange.pusher.gradients)
-        self._summaries = SummaryCounter(self._tree)
+        self._summaries = Counter(self._tree, Summary.plus)
         self._buffers: Any = _NoBuffers()
         self._done: dict[tuple[int, int, str], set[int]] = {}
         self._loaded: set[int] = set()

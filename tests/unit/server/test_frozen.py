@@ -14,7 +14,7 @@ import pytest
 from pscluster.step.layout import Layout, TensorSpec
 from pscluster.storage import Buffer, direct
 from pscluster.storage.snapshot import PartMeta, PieceKey, read_part, write_part
-from psserver.partition.checkpoint import frozen
+from psserver.partition.checkpoint import saving
 from psserver.partition.checkpoint.saving import Frozen
 from psserver.partition.step.state import huge_page_memory
 
@@ -23,7 +23,7 @@ KEYS: list[PieceKey] = [(0, "values"), (0, "moment0"), (1, "values"), (1, "momen
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frozen, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(saving, "CHUNK_BYTES", 1000)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def read(held: Frozen, key: PieceKey) -> bytes:
 def test_what_is_not_overwritten_is_not_copied(
     memory: dict[PieceKey, bytearray], before: dict[PieceKey, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(frozen, "_copied", lambda source: pytest.fail(f"{source.nbytes} bytes were copied"))
+    monkeypatch.setattr(saving, "_copied", lambda source: pytest.fail(f"{source.nbytes} bytes were copied"))
     held = made(memory)
     assert held.sizes() == {key: len(data) for key, data in before.items()}
     assert [read(held, key) for key in KEYS] == [before[key] for key in KEYS]
@@ -97,8 +97,8 @@ def test_only_a_bucket_that_still_waits_is_copied(
     memory: dict[PieceKey, bytearray], before: dict[PieceKey, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copied: list[int] = []
-    copy = frozen._copied
-    monkeypatch.setattr(frozen, "_copied", lambda source: copied.append(source.nbytes) or copy(source))
+    copy = saving._copied
+    monkeypatch.setattr(saving, "_copied", lambda source: copied.append(source.nbytes) or copy(source))
     held = made(memory)
     read(held, (0, "values"))
     for _ in range(2):
@@ -127,7 +127,7 @@ def _address(memory: bytearray | memoryview) -> int:
 
 
 def test_what_is_given_up_is_not_copied(memory: dict[PieceKey, bytearray], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frozen, "_copied", lambda _: pytest.fail("nobody wants it"))
+    monkeypatch.setattr(saving, "_copied", lambda _: pytest.fail("nobody wants it"))
     held = made(memory)
     for _ in range(2):
         held.end()
@@ -167,7 +167,7 @@ def test_a_file_is_of_one_version_whatever_the_disk_is_at_work_on(
     struck: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the middle of one of its writes the partition makes the next version, under the disk's hands."""
-    monkeypatch.setattr(frozen, "CHUNK_BYTES", 2 << 20)
+    monkeypatch.setattr(saving, "CHUNK_BYTES", 2 << 20)
     keys: list[PieceKey] = [(bucket, what) for bucket in range(2) for what in ("values", "moment0")]
     memory = {key: huge_page_memory((3 << 20) + 12) for key in keys}
     before = {key: random.Random(str(key)).randbytes(len(place)) for key, place in memory.items()}

@@ -19,7 +19,7 @@ from pscluster.step.layout import Layout
 from pscluster.step.summary import Summary
 from pscluster.step.tree import Tree, TreeNode, tree_of
 from psworker.replica import layout_of
-from psworker.trainer.gradients.accumulate import Accumulator, Counter, Gradients, SummaryCounter
+from psworker.trainer.gradients.accumulate import Accumulator, Counter, Gradients
 from psworker.trainer.gradients.push import gather
 from psworker.trainer.work import Work
 
@@ -482,7 +482,7 @@ def test_flushing_gives_what_is_held_by_first_leaf_and_forgets_it() -> None:
 
 
 def test_summaries_count_the_same_way() -> None:
-    counter = SummaryCounter(Tree(2))
+    counter = Counter(Tree(2), Summary.plus)
     counter.begin([TreeNode(0, 2)])
     counter.carry(TreeNode(1, 1), Summary(loss_sum=0.2, weight=2, samples=1, touched=b"\2"))
     ((node, whole),) = counter.carry(TreeNode(0, 1), Summary(loss_sum=0.1, weight=1, samples=1, touched=b"\1"))

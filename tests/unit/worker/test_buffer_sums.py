@@ -142,7 +142,7 @@ def test_what_is_held_is_given_up_or_forgotten() -> None:
 
     sums.begin_run([TreeNode(0, 4)])
     sums.carry(1, 2.0, [])
-    sums.abandon()
+    sums.flush()
     assert sums.flush() == []
 
 

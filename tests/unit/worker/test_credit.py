@@ -22,7 +22,7 @@ from pscluster.wire.frame import SUMMARY, UNCHANGED, Buffer, FrameKind, Header
 from pscluster.wire.memory import Lanes
 from psserver.partition.process import PartitionService
 from psworker.replica import BucketMemory
-from psworker.staging import HostStaging
+from psworker.staging import Staging
 from psworker.trainer.gradients.send_queue import Lane, SendQueue, SharedLanes, key_of
 from psworker.trainer.peer import Peer
 from psworker.trainer.values import Values
@@ -67,7 +67,7 @@ class PlayedTrainer:
         spec = played_spec(1)
         agenda = Agenda(ProcessSpec(job_id=JOB, rank=rank))
         agenda.adopt(played_plan(layout, {rank: []}))
-        self.shared = SharedLanes(spec, layout, HostStaging())
+        self.shared = SharedLanes(spec, layout, Staging())
         self.shared.num_lanes = NUM_LANES
         values = Values(spec, layout, BucketMemory(layout), agenda.changed)
         addresses = ["unix:partition:0", "tcp:partition:0"]

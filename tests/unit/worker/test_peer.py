@@ -19,7 +19,7 @@ from pscluster.wire.frame import IN_MEMORY, FrameKind, Header
 from pscluster.wire.memory import PAGE_BYTES, Lanes, Segment
 from pscluster.wire.protocol import Hello, Welcome
 from psworker.replica import BucketMemory
-from psworker.staging import HostStaging
+from psworker.staging import Staging
 from psworker.trainer.gradients.send_queue import SharedLanes
 from psworker.trainer.peer import Peer
 from psworker.trainer.values import Values
@@ -70,7 +70,7 @@ class Trainer:
         spec = played_spec(1)
         agenda = Agenda(ProcessSpec(job_id=JOB))
         agenda.adopt(played_plan(LAYOUT, {0: [0]}))
-        self.shared = SharedLanes(spec, LAYOUT, HostStaging())
+        self.shared = SharedLanes(spec, LAYOUT, Staging())
         self.memory = BucketMemory(LAYOUT)
         self.values = Values(spec, LAYOUT, self.memory, agenda.changed)
         self.peer = Peer(network, agenda, self.shared, self.values, lambda *_: None, 0, [address], transport)  # type: ignore[arg-type]

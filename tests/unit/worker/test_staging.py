@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pscluster.errors import InternalError
-from psworker.staging import CudaStaging, HostStaging, staging_for
+from psworker.staging import CudaStaging, Staging, staging_for
 
 DEADLINE_S = 20.0
 
@@ -69,7 +69,7 @@ class FakeEvent:
 
 
 def test_host_memory_is_copied_at_once_and_needs_no_bringing_in() -> None:
-    staging, source, target, calls = HostStaging(), torch.ones(3), torch.zeros(3), []
+    staging, source, target, calls = Staging(), torch.ones(3), torch.zeros(3), []
     staging.copy_out(source, target)
     staging.after(lambda: calls.append(target.clone()), None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -37,17 +38,15 @@ class ByteWindows:
         return torch.from_numpy(self._text[first : first + self._context + 1].copy())
 
 
+@dataclass(eq=False)
 class ByteLm(Task):
     """A GPT over bytes. Subclasses say what the texts are."""
 
-    def __init__(
-        self, layers: int = 4, d_model: int = 128, heads: int = 4, context: int = 128, dropout: float = 0.0
-    ) -> None:
-        self.layers = layers
-        self.d_model = d_model
-        self.heads = heads
-        self.context = context
-        self.dropout = dropout
+    layers: int = 4
+    d_model: int = 128
+    heads: int = 4
+    context: int = 128
+    dropout: float = 0.0
 
     def texts(self) -> tuple[bytes, bytes]:
         """(training text, held-out text)."""

@@ -7,6 +7,7 @@ import lzma
 import re
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -22,28 +23,19 @@ _PADDING = 0
 Batch = tuple[Tensor, Tensor]
 
 
+@dataclass(eq=False)
 class ImdbClassification(Task):
     """Positive or negative, from train.csv.xz and test.csv.xz (columns text, label) in the directory data.uri.
 
     Words are hashed into `vocabulary` slots and cut at `length`; `limit` keeps every n-th review, for quick trials."""
 
-    def __init__(
-        self,
-        layers: int = 2,
-        d_model: int = 64,
-        heads: int = 4,
-        length: int = 192,
-        vocabulary: int = 16_384,
-        dropout: float = 0.1,
-        limit: int | None = None,
-    ) -> None:
-        self.layers = layers
-        self.d_model = d_model
-        self.heads = heads
-        self.length = length
-        self.vocabulary = vocabulary
-        self.dropout = dropout
-        self.limit = limit
+    layers: int = 2
+    d_model: int = 64
+    heads: int = 4
+    length: int = 192
+    vocabulary: int = 16_384
+    dropout: float = 0.1
+    limit: int | None = None
 
     def build_model(self) -> nn.Module:
         return ReviewEncoder(self.vocabulary, self.length, self.layers, self.d_model, self.heads, self.dropout)

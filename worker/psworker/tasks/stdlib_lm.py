@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sysconfig
+from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
@@ -15,25 +16,15 @@ _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2
 _HELD_OUT_PER_MILLE = 50
 
 
+@dataclass(eq=False)
 class StdlibLm(ByteLm):
     """Byte-level GPT on the *.py files of the standard library, train and held-out split by file.
 
     `train_bytes` and `held_out_bytes` cap the texts, so that start and evaluation stay quick. `data.uri` may name
     another directory of Python files."""
 
-    def __init__(
-        self,
-        layers: int = 4,
-        d_model: int = 128,
-        heads: int = 4,
-        context: int = 128,
-        dropout: float = 0.0,
-        train_bytes: int = 8_000_000,
-        held_out_bytes: int = 250_000,
-    ) -> None:
-        super().__init__(layers, d_model, heads, context, dropout)
-        self.train_bytes = train_bytes
-        self.held_out_bytes = held_out_bytes
+    train_bytes: int = 8_000_000
+    held_out_bytes: int = 250_000
 
     def texts(self) -> tuple[bytes, bytes]:
         root = Path(self.data_uri or sysconfig.get_path("stdlib"))

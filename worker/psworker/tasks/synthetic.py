@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
@@ -48,32 +49,21 @@ class Made(Generic[S]):
         return self._make(self._first + index)
 
 
+@dataclass(eq=False)
 class SyntheticLm(Task):
     """A tiny Transformer with dropout and tied embeddings on sequences that follow a rule, with exceptions.
 
     `pause_s` makes every microbatch take that much longer, for runs that are to be watched or disturbed."""
 
-    def __init__(
-        self,
-        layers: int = 2,
-        d_model: int = 32,
-        heads: int = 2,
-        context: int = 16,
-        dropout: float = 0.1,
-        vocabulary: int = 48,
-        num_samples: int = 512,
-        held_out: int = 48,
-        pause_s: float = 0.0,
-    ) -> None:
-        self.layers = layers
-        self.d_model = d_model
-        self.heads = heads
-        self.context = context
-        self.dropout = dropout
-        self.vocabulary = vocabulary
-        self.num_samples = num_samples
-        self.held_out = held_out
-        self.pause_s = pause_s
+    layers: int = 2
+    d_model: int = 32
+    heads: int = 2
+    context: int = 16
+    dropout: float = 0.1
+    vocabulary: int = 48
+    num_samples: int = 512
+    held_out: int = 48
+    pause_s: float = 0.0
 
     def build_model(self) -> nn.Module:
         return GPT(self.vocabulary, self.context, self.layers, self.d_model, self.heads, self.dropout)
@@ -135,26 +125,18 @@ class NormNet(nn.Module):
         return self.head(self.dropout(h))  # type: ignore[no-any-return]
 
 
+@dataclass(eq=False)
 class SyntheticNorm(Task):
     """BatchNorm buffers, and a parameter that backward touches only where a batch holds a marked sample.
 
     One sample in 37 is marked, so with small global batches some steps touch the expert and some do not."""
 
-    def __init__(
-        self,
-        width: int = 16,
-        classes: int = 4,
-        dropout: float = 0.1,
-        num_samples: int = 512,
-        held_out: int = 48,
-        pause_s: float = 0.0,
-    ) -> None:
-        self.width = width
-        self.classes = classes
-        self.dropout = dropout
-        self.num_samples = num_samples
-        self.held_out = held_out
-        self.pause_s = pause_s
+    width: int = 16
+    classes: int = 4
+    dropout: float = 0.1
+    num_samples: int = 512
+    held_out: int = 48
+    pause_s: float = 0.0
 
     def build_model(self) -> nn.Module:
         return NormNet(self.width, self.classes, self.dropout)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import faulthandler
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from pscluster.agent.link import HeartbeatThread, ProcessLink
+from pscluster.agent.status import detail_of
 from pscluster.errors import PsError
 from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.step.sampling import ShardSampler
-from pscluster.v1.plan_pb2 import Beat, ErrorDetail, Failure, PreflightCheck, ProcessReport, TrainerReady
+from pscluster.v1.plan_pb2 import Beat, Failure, PreflightCheck, ProcessReport, TrainerReady
 from pscluster.wire.transport import check_congestion_control
 from psworker.numerics import settle_numerics
 from psworker.replica import Replica
@@ -20,7 +22,7 @@ from psworker.trainer.data.batches import Batches, EvalBatches
 from psworker.trainer.data.loading import build_model, user_traceback
 from psworker.trainer.exchange import Exchange
 from psworker.trainer.loop import Trainer
-from psworker.trainer.preflight import CheckResult, Prepared, checks_of, prepare
+from psworker.trainer.preflight import Prepared, checks_of, prepare
 from psworker.trainer.telemetry import TrainerCounters
 
 EXIT_FAILED = 1
@@ -56,6 +58,11 @@ def _train(link: ProcessLink, loading: HeartbeatThread) -> None:
         replica.model.compile()
     sampler = ShardSampler(len(prepared.train), spec.train.num_shards, spec.train.microbatch, spec.train.seed)
     link.report(ProcessReport(trainer_ready=_ready(prepared, replica, spec, sampler, device)))
+    train, held_out = spec.train, prepared.held_out
+    eval_batches = None
+    if held_out is not None:
+        collate = prepared.task.collate
+        eval_batches = EvalBatches(held_out, collate, train.num_shards, train.microbatch, train.seed)
     counters = TrainerCounters()
     exchange = Exchange(link, spec, replica.layout, replica.memory, counters, staging)
     exchange.start()
@@ -66,7 +73,7 @@ def _train(link: ProcessLink, loading: HeartbeatThread) -> None:
             prepared.task,
             replica,
             Batches(prepared.train, prepared.task.collate, sampler, spec.train.seed),
-            _held_out(prepared, spec),
+            eval_batches,
             exchange,
             counters,
             lambda: _rebuild(prepared, replica, spec),
@@ -74,13 +81,6 @@ def _train(link: ProcessLink, loading: HeartbeatThread) -> None:
     finally:
         exchange.close()
         staging.close()
-
-
-def _held_out(prepared: Prepared, spec: JobSpec) -> EvalBatches | None:
-    if prepared.held_out is None:
-        return None
-    train = spec.train
-    return EvalBatches(prepared.held_out, prepared.task.collate, train.num_shards, train.microbatch, train.seed)
 
 
 def _rebuild(prepared: Prepared, replica: Replica, spec: JobSpec) -> None:
@@ -99,7 +99,7 @@ def _ready(prepared: Prepared, replica: Replica, spec: JobSpec, sampler: ShardSa
         data_fingerprint=preflight.fingerprint,
         numerics_class=preflight.numerics_class,
         numerics_detail=preflight.numerics_detail,
-        checks=[_check(check) for check in preflight.checks],
+        checks=[PreflightCheck(**asdict(check)) for check in preflight.checks],
         device=device,
         final_step=sampler.final_step(spec.train.max_steps, spec.train.epochs),
     )
@@ -107,19 +107,12 @@ def _ready(prepared: Prepared, replica: Replica, spec: JobSpec, sampler: ShardSa
 
 def _failure(error: PsError) -> Failure:
     """The error as the master stores it: the traceback apart, the preflight's table as messages."""
-    details = {key: value for key, value in error.details.items() if key not in ("traceback", "checks")}
-    traceback = error.details.get("traceback", "")
+    checks = [PreflightCheck(**asdict(check)) for check in checks_of(error)]
+    error.details.pop("checks", None)
+    traceback = error.details.pop("traceback", "")
     if not traceback and error.__cause__ is not None:
         traceback = user_traceback(error.__cause__)
-    return Failure(
-        error=ErrorDetail(code=error.code, cause=error.cause, action=error.action, details=details),
-        traceback=traceback,
-        checks=[_check(check) for check in checks_of(error)],
-    )
-
-
-def _check(check: CheckResult) -> PreflightCheck:
-    return PreflightCheck(name=check.name, ok=check.ok, detail=check.detail)
+    return Failure(error=detail_of(error), traceback=traceback, checks=checks)
 
 
 if __name__ == "__main__":

@@ -13,21 +13,12 @@ from collections.abc import Callable
 from pscluster.agent.link import UNREACHED_S, HeartbeatThread, ProcessLink
 from pscluster.job.spec import JobSpec
 from pscluster.step.layout import Layout
-from pscluster.v1.plan_pb2 import (
-    Beat,
-    Connected,
-    Connection,
-    PartitionPlacement,
-    Plan,
-    PlanAdopted,
-    ProcessReport,
-    Unreached,
-)
+from pscluster.v1.plan_pb2 import Beat, Connected, Connection, PartitionPlacement, Plan, ProcessReport, Unreached
 from pscluster.wire.frame import FrameKind, Header
 from pscluster.wire.protocol import Directive, unpack_statistics
 from pscluster.wire.reactor import Reactor
 from psworker.replica import BucketMemory
-from psworker.staging import HostStaging, Staging
+from psworker.staging import Staging
 from psworker.trainer.gradients.push import Pusher
 from psworker.trainer.gradients.send_queue import SharedLanes
 from psworker.trainer.peer import Peer
@@ -56,7 +47,7 @@ class Exchange:
         reactor: Reactor | None = None,
     ) -> None:
         """`memory` is the replica's, where values land. `reactor`: the loop to use; its own by default."""
-        staging = staging or HostStaging()
+        staging = staging or Staging()
         self.progress = 0  # counts what the main thread has done, for heartbeats
         self.agenda = Agenda(link.start)
         self.values = Values(spec, layout, memory, self.agenda.changed)
@@ -194,8 +185,6 @@ class Exchange:
         self._reconnect(plan, restored)
         if early is not None:
             self._direct(early)
-        step = max(0, self.values.landing.wanted)
-        self._report(ProcessReport(plan_adopted=PlanAdopted(generation=plan.generation, step=step)))
 
     def _reconnect(self, plan: Plan, restored: bool) -> None:
         """Dial the partitions anew after a restore; else only those for which a standby has taken over. Their pending

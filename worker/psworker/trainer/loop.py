@@ -20,7 +20,7 @@ from psworker.trainer.data.batches import Batches, EvalBatches, seed_step, to_de
 from psworker.trainer.data.evaluation import Shapes, check_metric, loss_of, shard_statistics, unpack_metrics
 from psworker.trainer.data.loading import user_code
 from psworker.trainer.exchange import Exchange, SupersededError
-from psworker.trainer.gradients.accumulate import Accumulator, BufferSums, Counter, SummaryCounter
+from psworker.trainer.gradients.accumulate import Accumulator, BufferSums, Counter
 from psworker.trainer.telemetry import TrainerCounters
 from psworker.trainer.values import PullGuard, sees_everything
 from psworker.trainer.work import Work, WorkKey
@@ -54,7 +54,7 @@ class Trainer:
         dtype = DTYPES[spec.network.push_codec]
         push = exchange.pusher.gradients
         self._accumulator = Accumulator(replica.layout, replica.parameters, self._tree, push, dtype)
-        self._summaries = SummaryCounter(self._tree)
+        self._summaries = Counter(self._tree, Summary.plus)
         self._buffers = BufferSums(replica, self._tree)
         self._shapes: Shapes = ()  # of the task's statistics, learnt from the first evaluated batch
         self._done: dict[WorkKey, set[int]] = {}
@@ -69,19 +69,17 @@ class Trainer:
                 work = self._exchange.agenda.next_work(self._done)
             if work is None:
                 return
-            self._done = {work.key: self._done.get(work.key, set())} | self._repeatable(work)
+            # Past work at this version can be asked for again.
+            self._done = {key: shards for key, shards in self._done.items() if key[:2] == work.key[:2]}
+            self._done.setdefault(work.key, set())
             self._exchange.progress += 1
             try:
                 self._carry_out(work)
             except SupersededError:
                 self._accumulator.abandon()
                 self._summaries.flush()
-                self._buffers.abandon()
+                self._buffers.flush()
                 self._done[work.key].update(work.shards)  # a newer directive is on its way
-
-    def _repeatable(self, work: Work) -> dict[WorkKey, set[int]]:
-        """Past work that can still be asked for again at this version."""
-        return {key: shards for key, shards in self._done.items() if key[:2] == work.key[:2] and key != work.key}
 
     def _carry_out(self, work: Work) -> None:
         if work.action == "initialise":

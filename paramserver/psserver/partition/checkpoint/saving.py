@@ -34,10 +34,8 @@ class Saving:
     ) -> None:
         self.writer: SnapshotWriter | None = None  # of a partition, whose files they are; a standby touches none
         self._frozen: list[Frozen] = []  # what may still be written from the partition's memory
-        self._store = start.store
-        self._own_store = start.own_store
+        self._start = start
         self._post = post
-        self._job_id = start.job_id
         self._partition = start.rank
         self._num_partitions = spec.servers.partitions
         self._every_steps = spec.durability.every_steps
@@ -47,20 +45,21 @@ class Saving:
     def begin(self) -> None:
         """This process is the partition from now on: unfinished files of earlier ones are deleted."""
         if self.writer is None:
-            shared_store_check = None if self._own_store else SharedStoreCheck(self._partition, self._num_partitions)
+            own = self._start.own_store
+            shared_store_check = None if own else SharedStoreCheck(self._partition, self._num_partitions)
             self.writer = SnapshotWriter(
-                self._store,
+                self._start.store,
                 self._partition,
                 self._post,
                 every_steps=self._every_steps,
-                copied=self._own_store,
+                copied=own,
                 shared_store_check=shared_store_check,
                 warn=self._warn,
             )
 
     def write(self, state: PartitionState, step: int, generation: int, *, last: bool) -> None:
         """Have the state, which is that of committed `step`, written. `last`: the job may end with it."""
-        meta = state.meta(self._job_id, step, generation, self._partition, self._num_partitions)
+        meta = state.meta(self._start.job_id, step, generation, self._partition, self._num_partitions)
         with self._counters.phase("snapshot"):
             pieces = Frozen(state.places())
         self._frozen = [*(frozen for frozen in self._frozen if not frozen.is_over), pieces]
@@ -159,8 +158,8 @@ class Restoring:
         now = time.monotonic()
         if self._awaits is None:
             self._since_s = now
-            detail = detail_of(error)
-            self._report(ProcessReport(warning=WarningMessage(error=detail, step=plan.resume_step)))
+            warning = WarningMessage(error=detail_of(error), step=plan.resume_step)
+            self._report(ProcessReport(warning=warning))
         self._awaits = plan
         if now - self._since_s >= RESTORE_PATIENCE_S:
             return False

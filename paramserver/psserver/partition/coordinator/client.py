@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pscluster.errors import PsError
-from pscluster.wire.connection import Connection
 from pscluster.wire.dialer import ReconnectingConnection
 from pscluster.wire.frame import FrameKind, Header
 from pscluster.wire.partition_protocol import CommitDecision, Join, Vote
-from pscluster.wire.protocol import Hello
 from pscluster.wire.reactor import Reactor
 from psserver.partition.actions import Action
 from psserver.partition.partition import Partition
@@ -27,7 +25,7 @@ class CoordinatorClient:
         self._carry_out = carry_out
         kinds = frozenset({FrameKind.DECISION, FrameKind.JOIN})
         self._dialer = ReconnectingConnection(
-            reactor, self, self._make_hello, channel="vote", kinds=kinds,
+            reactor, self, lambda _: partition.make_hello("vote"), channel="vote", kinds=kinds,
             transport=partition.spec.network.transport, retry_s=_RETRY_S,
         )  # fmt: skip
         self._dialer.follow(addresses)
@@ -73,6 +71,3 @@ class CoordinatorClient:
         """What was sent is sent again at the next welcome."""
         if error is not None:
             self._partition.counters.refused(error)
-
-    def _make_hello(self, _connection: Connection) -> tuple[Header, Hello]:
-        return self._partition.make_hello("vote")

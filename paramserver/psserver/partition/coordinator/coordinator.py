@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pscluster.agent.status import detail_of
-from pscluster.errors import FrameError, NonFiniteError, PsError, TaskError
+from pscluster.errors import FrameError, NonFiniteError, TaskError
 from pscluster.job.spec import JobSpec
 from pscluster.step.summary import Statistics, Summary, add_statistics
 from pscluster.step.tree import TreeNode, tree_of
@@ -18,15 +18,8 @@ from pscluster.v1.plan_pb2 import Evaluated, Failure, Finished, Plan, ProcessRep
 from pscluster.wire.partition_protocol import CommitDecision, DecisionKind, Evaluation, Vote
 from pscluster.wire.protocol import Action as Activity
 from pscluster.wire.protocol import Directive, Outcome, pack_statistics
-from psserver.partition.actions import (
-    Action,
-    BroadcastDirective,
-    ReplicateEvaluation,
-    Report,
-    RequestVote,
-    SendDecision,
-    SendMerged,
-)
+from psserver.partition import actions
+from psserver.partition.actions import Action
 from psserver.partition.replication.in_sync import MAX_RECORDS, ReplicatedMetadata
 from psserver.partition.step import commit
 from psserver.partition.step.commit import clip_coefficient, global_norm
@@ -111,7 +104,7 @@ class Coordinator:
         self.plan = plan
         self.state = commit.coordinator_adopts(self.state, plan.generation)
         # A partition may have adopted the plan first, and voted too early.
-        requests: list[Action] = [RequestVote(index, self.version) for index in sorted(self.joined)]
+        requests: list[Action] = [actions.RequestVote(index, self.version) for index in sorted(self.joined)]
         if not self.is_open:
             return requests
         return [*requests, *self.send_merged(), *self._choose_activity()]
@@ -119,16 +112,16 @@ class Coordinator:
     def join(self, index: int, step: int, last: CommitDecision | None = None) -> list[Action]:
         """A partition holds `step`, which `last` made. The last one to join opens the job."""
         self.joined.add(index)
-        actions: list[Action] = []
+        found: list[Action] = []
         if step in (self.version - 1, self.version):
             # It missed the last decision, or its vote arrived before this coordinator could take it.
-            actions.append(RequestVote(index, self.version))
+            found.append(actions.RequestVote(index, self.version))
         if step == self.version + 1 and last is not None:
-            actions += self._learn(last)
+            found += self._learn(last)
         if len(self.joined) == self.state.num_partitions and not self.is_open:
-            actions += self._choose_activity()
-            actions += self.report_progress(0.0, force=True)
-        return actions
+            found += self._choose_activity()
+            found += self.report_progress(0.0, force=True)
+        return found
 
     def vote(self, vote: Vote) -> list[Action]:
         """A partition's vote; the last one decides the step."""
@@ -138,7 +131,7 @@ class Coordinator:
         if decision is None:
             return []
         if not to_all:
-            return [SendDecision(vote.partition, decision)]
+            return [actions.SendDecision(vote.partition, decision)]
         return [*self._decided(decision), *self._send_to_all(decision)]
 
     def _learn(self, last: CommitDecision) -> list[Action]:
@@ -146,15 +139,15 @@ class Coordinator:
         self.state, decision = commit.coordinator_learns(self.state, last)
         if decision is None:
             return []
-        actions: list[Action] = []
+        found: list[Action] = []
         if decision.kind == "stop" or self.is_open:
-            actions = self._decided(decision)
+            found = self._decided(decision)
         else:
             self._record(decision)  # the directive follows when all have joined
-        return [*actions, *self._send_to_all(decision)]
+        return [*found, *self._send_to_all(decision)]
 
     def _send_to_all(self, decision: CommitDecision) -> list[Action]:
-        return [SendDecision(index, decision) for index in range(self.state.num_partitions)]
+        return [actions.SendDecision(index, decision) for index in range(self.state.num_partitions)]
 
     def take_summary(self, summary: Summary) -> None:
         """The open step's summary is complete; before this partition's own vote."""
@@ -170,7 +163,8 @@ class Coordinator:
         except FrameError as error:
             self._is_over = True
             hint = "metrics() must give the same names and shapes for every batch"
-            return [Report(ProcessReport(failure=_failure(TaskError(error.cause, action=hint), step)))]
+            failure = Failure(error=detail_of(TaskError(error.cause, action=hint)), step=step)
+            return [actions.Report(ProcessReport(failure=failure))]
         if not self._statistics.is_complete:
             return []
         self.merged = self._statistics.take_root().value
@@ -185,7 +179,7 @@ class Coordinator:
             for placement in self.plan.trainers
             if any(r.first <= 0 < r.first + r.count for r in placement.shards)
         )
-        return [SendMerged(self.version, ranks, pack_statistics(self.merged))]
+        return [actions.SendMerged(self.version, ranks, pack_statistics(self.merged))]
 
     def outcome(self, step: int, outcome: Outcome) -> list[Action]:
         """The trainer of shard 0 finalised an evaluation, or digested the final values. Repeats change nothing."""
@@ -202,7 +196,7 @@ class Coordinator:
             stopped=self.version < self.plan.final_step,
             parameters_sha256=outcome.sha256,
         )
-        return [*self.report_progress(time.monotonic(), force=True), Report(ProcessReport(finished=finished))]
+        return [*self.report_progress(time.monotonic(), force=True), actions.Report(ProcessReport(finished=finished))]
 
     def report_progress(self, now_s: float, *, force: bool = False) -> list[Action]:
         """Report the steps committed since the last report, at most once a second unless forced. `now_s` is monotonic:
@@ -220,7 +214,7 @@ class Coordinator:
             held=self.activity == "hold",
         )
         self.records, self._reported_step, self._reported_at = [], self.version, now_s
-        return [Report(ProcessReport(progress=progress))]
+        return [actions.Report(ProcessReport(progress=progress))]
 
     def _decide(self, votes: Mapping[int, Vote]) -> CommitDecision:
         return decide(
@@ -238,7 +232,7 @@ class Coordinator:
             self._is_over = True
             up_to_it = Progress(generation=self.plan.generation, step=decision.step, records=self.records)
             failure = _non_finite(decision.step, self.summaries[decision.step])
-            return [Report(ProcessReport(progress=up_to_it)), Report(ProcessReport(failure=failure))]
+            return [actions.Report(ProcessReport(progress=up_to_it)), actions.Report(ProcessReport(failure=failure))]
         self._record(decision)
         return self._choose_activity()
 
@@ -266,19 +260,19 @@ class Coordinator:
             self._statistics = _statistics_sums(self.spec.train.num_shards)
             self.merged = None
         self.activity = activity
-        actions: list[Action] = [BroadcastDirective(self.directive)]
+        found: list[Action] = [actions.BroadcastDirective(self.directive)]
         if activity == "hold":
             # Before its snapshot's parts: the master moves upon both.
-            actions += self.report_progress(time.monotonic(), force=True)
-        return actions
+            found += self.report_progress(time.monotonic(), force=True)
+        return found
 
     def _evaluated(self, metrics: Mapping[str, float]) -> list[Action]:
-        self.evaluated = self.version
-        self.merged = None
+        self.evaluated, self.merged = self.version, None
+        evaluation = Evaluation(self.version, metrics)
         return [
             *self.report_progress(time.monotonic(), force=True),
-            ReplicateEvaluation(Evaluation(self.version, metrics)),
-            *self.report_evaluated(Evaluation(self.version, metrics)),
+            actions.ReplicateEvaluation(evaluation),
+            *self.report_evaluated(evaluation),
             *self._choose_activity(),
         ]
 
@@ -288,7 +282,7 @@ class Coordinator:
             return []
         metrics = dict(evaluation.metrics)
         report = Evaluated(generation=self.plan.generation, step=evaluation.step, metrics=metrics)
-        return [Report(ProcessReport(evaluated=report))]
+        return [actions.Report(ProcessReport(evaluated=report))]
 
 
 def step_record(spec: JobSpec, final_step: int, decision: CommitDecision, summary: Summary) -> StepRecord:
@@ -309,12 +303,7 @@ def step_record(spec: JobSpec, final_step: int, decision: CommitDecision, summar
 def _non_finite(step: int, summary: Summary) -> Failure:
     what = "the loss" if not np.isfinite(summary.loss_sum) else "a gradient"
     error = NonFiniteError(f"{what} is not finite in step {step + 1}", details={"step": str(step + 1)})
-    return _failure(error, step + 1)
-
-
-def _failure(error: PsError, step: int) -> Failure:
-    detail = detail_of(error)
-    return Failure(error=detail, step=step)
+    return Failure(error=detail_of(error), step=step + 1)
 
 
 def evaluates_at(version: int, spec: JobSpec, final_step: int) -> bool:
@@ -356,14 +345,11 @@ def decide(
     step = next(iter(votes.values())).step
     finite = all(vote.finite for vote in votes.values()) and math.isfinite(summary.loss_sum)
     norm = global_norm(votes, summary.weight) if finite else math.nan
-    made = step + 1
-    snapshot = stop or save or snapshots_at(made, spec, final_step)
-    if not finite:
-        kind: DecisionKind = "skip" if spec.on_nonfinite == "skip" else "stop"
-        return CommitDecision(
-            generation=generation, step=step, kind=kind, norm=norm, snapshot=snapshot and kind == "skip", last=stop
-        )
-    scale = clip_coefficient(norm, spec.train.clip_norm) / summary.weight if summary.weight > 0 else 0.0
+    kind: DecisionKind = "commit" if finite else "skip" if spec.on_nonfinite == "skip" else "stop"
+    scale = 1.0
+    if finite:
+        scale = clip_coefficient(norm, spec.train.clip_norm) / summary.weight if summary.weight > 0 else 0.0
+    snapshot = kind != "stop" and (stop or save or snapshots_at(step + 1, spec, final_step))
     return CommitDecision(
-        generation=generation, step=step, kind="commit", scale=scale, norm=norm, snapshot=snapshot, last=stop
+        generation=generation, step=step, kind=kind, scale=scale, norm=norm, snapshot=snapshot, last=stop
     )

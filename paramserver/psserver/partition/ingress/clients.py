@@ -10,7 +10,7 @@ import torch
 from pscluster.step.codec import as_bytes
 from pscluster.step.tree import TreeNode
 from pscluster.wire.connection import Connection
-from pscluster.wire.frame import EXACT, IN_MEMORY, NO_NODE, WITH_FROZEN, AckResult, Codec, FrameKind, Header, checksum
+from pscluster.wire.frame import EXACT, IN_MEMORY, WITH_FROZEN, AckResult, Codec, FrameKind, Header, checksum
 from pscluster.wire.memory import Lanes
 from pscluster.wire.protocol import Ack
 from psserver.partition.step.state import PartitionState
@@ -80,26 +80,23 @@ class Clients:
         When a PUSH opened another bucket, trainers that may have used up their credit are sent it: they wait for that.
         """
         if not header.flags & IN_MEMORY:
-            self._send_ack(client, header.kind, header.step, header.bucket, header.node, result, open_bucket)
+            self._send_ack(client, header, result, open_bucket)
         if header.kind is FrameKind.PUSH and open_bucket != self._open_bucket:
             self._open_bucket = open_bucket
             for other in self.on("push"):
                 if self._may_be_blocked(other):
-                    self._send_credit(other, open_bucket)
+                    self._send_ack(other, None, AckResult.APPLIED, open_bucket)
 
     def credit(self, client: Client, size_bytes: int, open_bucket: int) -> None:
         """Memory of a client's node is free again. Its credit is sent at once if it matters, else with the next ACK."""
         client.granted_bytes += size_bytes
         if client.connection.is_open and self._may_be_blocked(client):
-            self._send_credit(client, open_bucket)
+            self._send_ack(client, None, AckResult.APPLIED, open_bucket)
 
     def _may_be_blocked(self, client: Client) -> bool:
         """Whether the client's next frame may not fit the credit that it was sent. When it does, the frames that are on
         their way will be answered."""
         return client.announced_bytes - client.pushed_bytes < self.largest_bytes
-
-    def _send_credit(self, client: Client, open_bucket: int) -> None:
-        self._send_ack(client, None, 0, 0, NO_NODE, AckResult.APPLIED, open_bucket)
 
     def serve_pulls(self, state: PartitionState, version_of: Callable[[int], int]) -> None:
         """Send every requested bucket whose version is new enough, first-needed first."""
@@ -154,19 +151,13 @@ class Clients:
         header = self._header(kind=FrameKind.VALUES, step=version, bucket=bucket, flags=flags, codec=_codec(values))
         client.connection.send(header, [body], tag=("values", bucket), body_checksum=body_checksum)
 
-    def _send_ack(
-        self,
-        client: Client,
-        kind: FrameKind | None,
-        step: int,
-        bucket: int,
-        node: TreeNode,
-        result: AckResult,
-        open_bucket: int,
-    ) -> None:
-        header = self._header(kind=FrameKind.ACK, step=step, bucket=bucket, node=node, flags=int(result))
+    def _send_ack(self, client: Client, of: Header | None, result: AckResult, open_bucket: int) -> None:
+        """Acknowledge a frame, or (None) only send credit."""
+        about = {"step": of.step, "bucket": of.bucket, "node": of.node} if of is not None else {}
+        header = self._header(kind=FrameKind.ACK, flags=int(result), **about)
         client.announced_bytes = client.granted_bytes
-        client.connection.send(header, [Ack(kind, client.granted_bytes, open_bucket).pack()])
+        ack = Ack(of.kind if of is not None else None, client.granted_bytes, open_bucket)
+        client.connection.send(header, [ack.pack()])
 
 
 def _codec(words: torch.Tensor) -> Codec:

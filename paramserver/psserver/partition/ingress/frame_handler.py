@@ -66,13 +66,7 @@ class FrameHandler:
         if header.kind is FrameKind.SYNC:
             tensors = len(self._partition.state.layout.tensors) if self._partition.state else 0
             return _small(header, Sync.max_bytes(tensors))
-        if header.kind in (
-            FrameKind.STATISTICS,
-            FrameKind.OUTCOME,
-            FrameKind.JOIN,
-            FrameKind.DECISION,
-            FrameKind.METADATA,
-        ):
+        if header.kind in _SMALL:
             return _small(header, MAX_SMALL_BYTES)
         if header.kind in (FrameKind.PUSH, FrameKind.INIT):
             return self._bucket_target(client, header)
@@ -130,9 +124,8 @@ class FrameHandler:
     def _for_coordinator(self, client: Client, header: Header, body: memoryview) -> None:
         coordinator = self._partition.coordinator
         if coordinator is None:
-            raise FrameError(
-                f"{header.kind.name} sent to a partition that is not the coordinator", details={"field": "kind"}
-            )
+            what = f"{header.kind.name} sent to a partition that is not the coordinator"
+            raise FrameError(what, details={"field": "kind"})
         if header.kind is FrameKind.VOTE:
             self._carry_out(coordinator.vote(Vote.unpack(header, body)))
         elif header.kind is FrameKind.JOIN:
@@ -178,10 +171,9 @@ class FrameHandler:
             return memoryview(b"")
         _expect(header, state.layout.wire_bytes(span, network.push_codec if trained else "fp32"))
         if trained:
-            is_held = self._is_open(header) and step.trained[header.bucket].holds(header.node)
-            if is_held or not (
-                self._is_open(header) or self._is_ahead(header)
-            ):  # what is ahead may be open once it is here
+            is_open = self._is_open(header)
+            is_wanted = not step.trained[header.bucket].holds(header.node) if is_open else self._is_ahead(header)
+            if not is_wanted:  # what is ahead may be open once it is here
                 return client.discard(header.length)
             words = step.pool.take(span.num_words)
             client.landing = words
@@ -301,14 +293,12 @@ class FrameHandler:
 
 def _small(header: Header, limit: int) -> memoryview:
     if header.length > limit:
-        raise FrameError(
-            f"{header.kind.name} of {header.length} bytes, of which {limit} are allowed", details={"field": "length"}
-        )
+        what = f"{header.kind.name} of {header.length} bytes, of which {limit} are allowed"
+        raise FrameError(what, details={"field": "length"})
     return memoryview(bytearray(header.length))
 
 
 def _expect(header: Header, length: int) -> None:
     if header.length != length:
-        raise FrameError(
-            f"{header.kind.name} of {header.length} bytes where {length} are expected", details={"field": "length"}
-        )
+        what = f"{header.kind.name} of {header.length} bytes where {length} are expected"
+        raise FrameError(what, details={"field": "length"})

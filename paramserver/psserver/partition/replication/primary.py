@@ -19,7 +19,7 @@ from pscluster.wire.connection import Connection
 from pscluster.wire.dialer import ReconnectingConnection
 from pscluster.wire.frame import SUMMARY, UNCHANGED, Codec, FrameKind, Header
 from pscluster.wire.partition_protocol import CommitDecision, Sync
-from pscluster.wire.protocol import Hello, StandbyWelcome, pack_weight
+from pscluster.wire.protocol import StandbyWelcome, pack_weight
 from pscluster.wire.reactor import Reactor
 from psserver.partition.actions import Action, Report, ReportSteps, TryVote
 from psserver.partition.partition import Partition
@@ -43,7 +43,7 @@ class Replication:
         self._carry_out = carry_out
         kinds = frozenset({FrameKind.ACK, FrameKind.HELD})
         self._dialer = ReconnectingConnection(
-            reactor, self, self._make_hello, channel="replica", kinds=kinds,
+            reactor, self, lambda _: partition.make_hello("replica"), channel="replica", kinds=kinds,
             transport=partition.spec.network.transport, retry_s=_RETRY_S,
         )  # fmt: skip
         self._streams = False  # the standby was sent a state, or has one: steps follow
@@ -117,9 +117,8 @@ class Replication:
             pieces = state.pieces()
         for (bucket, what), data in pieces.items():
             number = 0 if what == "values" else 1 + int(what.removeprefix("moment"))
-            self._send(
-                partition.header(kind=FrameKind.PIECE, step=partition.member.step, bucket=bucket, flags=number), data
-            )
+            header = partition.header(kind=FrameKind.PIECE, step=partition.member.step, bucket=bucket, flags=number)
+            self._send(header, data)
         self.offer()
 
     def send_metadata(self) -> None:
@@ -152,12 +151,8 @@ class Replication:
         codec = Codec.of(self._partition.spec.network.push_codec) if bucket in step.trained else Codec.FP32
         body = as_bytes(words)
         self._queued_bytes += body.nbytes
-        self._send(
-            header(kind=FrameKind.PUSH, step=at, bucket=bucket, node=node, codec=codec),
-            body,
-            at_step=at,
-            counts=body.nbytes,
-        )
+        push = header(kind=FrameKind.PUSH, step=at, bucket=bucket, node=node, codec=codec)
+        self._send(push, body, at_step=at, counts=body.nbytes)
 
     def _send(
         self, header: Header, body: bytes | bytearray | memoryview, *, at_step: int | None = None, counts: int = 0
@@ -212,13 +207,9 @@ class Replication:
     def _forget_connection(self) -> None:
         self._streams, self._queued_bytes = False, 0
 
-    def _make_hello(self, _connection: Connection) -> tuple[Header, Hello]:
-        return self._partition.make_hello("replica")
-
     def _begin(self, welcome: StandbyWelcome) -> None:
         """The standby reports what it holds: send what it misses, or the whole state."""
-        acked_version, applied = welcome.reach, welcome.applied
-        member = self._partition.member
+        acked_version, applied, member = welcome.reach, welcome.applied, self._partition.member
         if in_sync.resumes(self.in_sync, acked_version, applied, member.step):
             self._stream()
             if applied < member.step and member.last_decision is not None:

@@ -7,20 +7,8 @@ open_next, apply  -> ApplyBucket, bucket by bucket; after the last one:
 
 from __future__ import annotations
 
-from psserver.partition.actions import (
-    Action,
-    ApplyBucket,
-    OpenNextStep,
-    ReplayEarly,
-    ReplicateDecision,
-    ResumeReading,
-    SendHeld,
-    SendVote,
-    ServePulls,
-    SyncStandby,
-    TryVote,
-    WriteSnapshot,
-)
+from psserver.partition import actions
+from psserver.partition.actions import Action
 from psserver.partition.step import commit
 from psserver.partition.step.commit import CommitDecision, Member, Vote
 from psserver.partition.step.open_step import OpenStep
@@ -83,7 +71,7 @@ class StepMachine:
         """Repeat the vote on the open step, if there is one."""
         if self.member.vote is None:
             return []
-        return [SendHeld()] if self.stands_by else [SendVote(self.member.vote)]
+        return [actions.SendHeld()] if self.stands_by else [actions.SendVote(self.member.vote)]
 
     def receive_decision(self, decision: CommitDecision) -> list[Action]:
         """The coordinator's decision, or the primary's; one that does not fit is dropped."""
@@ -91,7 +79,7 @@ class StepMachine:
         if not now or decision.kind == "stop":
             return []
         self.decision = decision
-        return [ReplicateDecision(decision), OpenNextStep(decision)]
+        return [actions.ReplicateDecision(decision), actions.OpenNextStep(decision)]
 
     def open_next(self, decision: CommitDecision) -> list[Action]:
         """The sums become updates, or are dropped; the next step begins empty."""
@@ -104,7 +92,7 @@ class StepMachine:
         if self.step is None or self.decision is None:
             return []
         bucket = self.step.next_update()
-        return self._close_step(self.decision) if bucket is None else [ApplyBucket(bucket)]
+        return self._close_step(self.decision) if bucket is None else [actions.ApplyBucket(bucket)]
 
     def apply(self, bucket: int) -> list[Action]:
         """Run the optimizer over the bucket, which is the next (CPU-bound, about a millisecond a MiB)."""
@@ -119,7 +107,7 @@ class StepMachine:
         self.versions = dict.fromkeys(self.versions, self.version)
         self.decision = None
         if self.stands_by:
-            return [ServePulls(), ResumeReading(), TryVote()]
-        snapshot: list[Action] = [WriteSnapshot(decision.last)] if decision.snapshot else []
+            return [actions.ServePulls(), actions.ResumeReading(), actions.TryVote()]
+        snapshot: list[Action] = [actions.WriteSnapshot(decision.last)] if decision.snapshot else []
         # A fast trainer may have completed the next step before this one was put away.
-        return [ServePulls(), *snapshot, SyncStandby(), ReplayEarly(), TryVote()]
+        return [actions.ServePulls(), *snapshot, actions.SyncStandby(), actions.ReplayEarly(), actions.TryVote()]

@@ -6,7 +6,7 @@ depend on where it starts. Tensors that are neighbours and share decay and age g
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,8 +71,8 @@ def update_span(
     All tensors are one-dimensional, of the span's length; fp32, but the gradient, which may be narrower and is widened
     chunk by chunk. `scale` is clip coefficient / weight."""
     for run in run_list:
-        for start, stop in _chunks(run):
-            part = slice(start, stop)
+        for start in range(run.start, run.stop, CHUNK_WORDS):
+            part = slice(start, min(start + CHUNK_WORDS, run.stop))
             chunk = gradient[part] if gradient.dtype == torch.float32 else gradient[part].float()
             chunk.mul_(scale)
             state = [moment[part] for moment in moments]
@@ -80,11 +80,6 @@ def update_span(
                 _sgd(optimizer, values[part], chunk, state, run, lr)
             else:
                 _adam(optimizer, values[part], chunk, state, run, lr)
-
-
-def _chunks(run: Run) -> Iterator[tuple[int, int]]:
-    for start in range(run.start, run.stop, CHUNK_WORDS):
-        yield start, min(start + CHUNK_WORDS, run.stop)
 
 
 def _adam(
@@ -96,9 +91,8 @@ def _adam(
     lr: float,
 ) -> None:
     """Adam (Kingma and Ba, 2015) or AdamW (Loshchilov and Hutter, 2019), torch's fused kernels."""
-    step = torch.tensor(
-        float(run.update_count + 1)
-    )  # the kernel reads the count of this update and does not advance it
+    # The kernel reads the count of this update and does not advance it.
+    step = torch.tensor(float(run.update_count + 1))
     kernel = torch._fused_adamw_ if optimizer.name == "adamw" else torch._fused_adam_
     kernel(
         [value],

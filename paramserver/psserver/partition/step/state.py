@@ -107,9 +107,8 @@ class PartitionState:
         StorageError when it cannot be read."""
         part = read_part(location)
         self._check(part, location, partition, num_partitions, step)
-        for (bucket, what), data in part.pieces.items():
-            target = self.values[bucket] if what == "values" else self.moments[bucket][int(what.removeprefix("moment"))]
-            as_bytes(target)[:] = data
+        for key, place in self.places().items():
+            place[:] = part.pieces[key]
         for span in self.spans:
             self.publish(span.bucket)
         self.update_counts = list(part.meta.update_counts)
@@ -154,19 +153,12 @@ class PartitionState:
             )
         if part.layout != self.layout:
             raise DamagedError(f"{where} is of another model")
-        if set(part.pieces) != set(self._piece_sizes()):
+        places = self.places()
+        if set(part.pieces) != set(places):
             raise DamagedError(f"{where} was written with another optimizer")
-        for key, size in self._piece_sizes().items():
-            if len(part.pieces[key]) != size:
+        for key, place in places.items():
+            if len(part.pieces[key]) != place.nbytes:
                 raise DamagedError(f"{where}: bucket {key[0]} {key[1]} has the wrong length")
-
-    def _piece_sizes(self) -> dict[PieceKey, int]:
-        sizes: dict[PieceKey, int] = {}
-        for span, moments in zip(self.spans, self.moments, strict=True):
-            if span.num_words:
-                sizes[(span.bucket, "values")] = span.size_bytes
-                sizes |= {(span.bucket, f"moment{n}"): span.size_bytes for n in range(len(moments))}
-        return sizes
 
 
 def _zeros(num_words: int, memory: memoryview | None = None) -> torch.Tensor:

@@ -6,6 +6,7 @@ import random
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Protocol
 
@@ -17,67 +18,51 @@ from pscluster.task import MapDataset
 from psworker.trainer.data.loading import user_code
 
 
+@dataclass
 class Batches:
     """The training microbatches of a job. Stateless but for a cache of one epoch's order."""
 
-    def __init__(
-        self, dataset: MapDataset, collate: Callable[[Sequence[Any]], Any], sampler: ShardSampler, seed: int
-    ) -> None:
-        self.dataset = dataset
-        self.collate = collate
-        self.sampler = sampler
-        self.seed = seed
+    dataset: MapDataset
+    collate: Callable[[Sequence[Any]], Any]
+    sampler: ShardSampler
+    seed: int
 
     def microbatch(self, step: int, shard: int) -> tuple[Any | None, int]:
         """(batch, number of samples in it) of `shard` in the step that starts from version `step`.
 
         (None, 0) when the short last step of an epoch leaves the shard without samples. The generators are seeded
         twice: for the data, so that augmentation is exact, and again before returning, so that the forward pass draws
-        the same numbers however many the data set drew. Blocks as long as the data set does.
-        Raises TaskError or DataError with the user's traceback."""
+        the same numbers however many the data set drew. Blocks as long as the data set does. Raises TaskError or
+        DataError with the user's traceback."""
         indices = self.sampler.indices(step, shard)
-        if not indices:
-            return None, 0
-        seed_step(self.seed, step, _data_stream(shard))
-        batch = self.gather(indices)
-        seed_step(self.seed, step, shard)
-        return batch, len(indices)
-
-    def gather(self, indices: Sequence[int]) -> Any:
-        """The collated batch of the samples at `indices`. Raises TaskError or DataError with the user's traceback."""
-        with user_code("reading a sample of train_data", data=True):
-            samples = [self.dataset[index] for index in indices]
-        with user_code("collate"):
-            return self.collate(samples)
+        return (_batch(self, indices, step, shard, "train_data") if indices else None), len(indices)
 
 
+@dataclass
 class EvalBatches:
     """The held-out batches of a job, assigned to shards: batch j goes to shard j mod D."""
 
-    def __init__(
-        self, dataset: MapDataset, collate: Callable[[Sequence[Any]], Any], num_shards: int, microbatch: int, seed: int
-    ) -> None:
-        self.dataset = dataset
-        self.collate = collate
-        self.num_shards = num_shards
-        self.microbatch = microbatch
-        self.seed = seed
+    dataset: MapDataset
+    collate: Callable[[Sequence[Any]], Any]
+    num_shards: int
+    microbatch: int
+    seed: int
 
     def of_shard(self, shard: int) -> Iterator[tuple[Any, int]]:
         """Each (batch, number of samples) of `shard`, in order. The generators are seeded for every batch."""
-        for batch in eval_batches(len(self.dataset), self.num_shards, self.microbatch, shard):
-            seed_step(self.seed, batch.start, _data_stream(shard))
-            with user_code("reading a sample of eval_data", data=True):
-                samples = [self.dataset[index] for index in batch]
-            with user_code("collate"):
-                collated = self.collate(samples)
-            seed_step(self.seed, batch.start, shard)
-            yield collated, len(batch)
+        for indices in eval_batches(len(self.dataset), self.num_shards, self.microbatch, shard):
+            yield _batch(self, indices, indices.start, shard, "eval_data"), len(indices)
 
 
-def _data_stream(shard: int) -> int:
-    """A shard number that no shard has: data and forward pass must not draw the same numbers."""
-    return -1 - shard
+def _batch(batches: Batches | EvalBatches, indices: Sequence[int], step: int, shard: int, data: str) -> Any:
+    """The collated samples; the generators are seeded before they are read, and again for the forward pass."""
+    seed_step(batches.seed, step, -1 - shard)  # of no shard: data and forward pass must not draw the same numbers
+    with user_code(f"reading a sample of {data}", data=True):
+        samples = [batches.dataset[index] for index in indices]
+    with user_code("collate"):
+        collated = batches.collate(samples)
+    seed_step(batches.seed, step, shard)
+    return collated
 
 
 def seed_step(seed: int, step: int, shard: int) -> None:

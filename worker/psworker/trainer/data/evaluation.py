@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from pscluster.step.summary import Statistics, add_statistics
 from pscluster.step.tree import TreeNode, tree_of
 from pscluster.task import Task
 from psworker.trainer.data.batches import EvalBatches, to_device
-from psworker.trainer.data.loading import user_code
+from psworker.trainer.data.loading import did_you_mean, user_code
 
 LOSS_SUM, WEIGHT = "loss_sum", "weight"
 
@@ -154,10 +153,9 @@ def check_metric(metrics: Mapping[str, float], wanted: str) -> None:
     """Raise TaskError, naming the nearest, unless evaluate.metric `wanted` is among `metrics`."""
     if wanted in metrics:
         return
-    near = difflib.get_close_matches(wanted, metrics, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(metrics))}"
+    hint = did_you_mean(wanted, metrics) or f"; there are: {', '.join(sorted(metrics))}"
     raise TaskError(
-        f"evaluate.metric {wanted!r} is not among the task's metrics; {hint}",
+        f"evaluate.metric {wanted!r} is not among the task's metrics{hint}",
         action="correct evaluate.metric, or return it from the task's finalise()",
     )
 

@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -133,12 +133,9 @@ def _import(name: str, bundle_dir: Path | None) -> ModuleType:
         # traceback.
         if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
             raise _import_error(name, error) from error
-        near = difflib.get_close_matches(name, _modules_in(bundle_dir), n=1, cutoff=0.5)
+        modules = sorted(path.stem for path in bundle_dir.glob("*.py")) if bundle_dir else []
         where = "the submitted directory and the installed packages" if bundle_dir else "the installed packages"
-        raise TaskError(
-            f"task.entrypoint: no module {name!r} in {where}" + (f"; did you mean {near[0]}?" if near else ""),
-            details={"traceback": ""},
-        ) from None
+        raise TaskError(f"task.entrypoint: no module {name!r} in {where}{did_you_mean(name, modules)}") from None
     except PsError:
         raise
     except (Exception, SystemExit) as error:
@@ -149,23 +146,15 @@ def _import_error(name: str, error: BaseException) -> TaskError:
     return TaskError(f"importing {name} raised {describe(error)}", details={"traceback": user_traceback(error)})
 
 
-def _modules_in(bundle_dir: Path | None) -> list[str]:
-    return sorted(path.stem for path in bundle_dir.glob("*.py")) if bundle_dir else []
-
-
 def _find_class(module: ModuleType, name: str) -> type[Task]:
     found = getattr(module, name, None)
     if isinstance(found, type) and issubclass(found, Task):
         return found
     if found is not None:
-        raise TaskError(
-            f"task.entrypoint: {module.__name__}:{name} is not a subclass of pscluster.task.Task",
-            details={"traceback": ""},
-        )
+        raise TaskError(f"task.entrypoint: {module.__name__}:{name} is not a subclass of pscluster.task.Task")
     tasks = [k for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, Task) and v is not Task]
-    near = difflib.get_close_matches(name, tasks, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]}?" if near else f"; its tasks: {', '.join(tasks) or 'none'}"
-    raise TaskError(f"task.entrypoint: {module.__name__} has no {name}{hint}", details={"traceback": ""})
+    hint = did_you_mean(name, tasks) or f"; its tasks: {', '.join(tasks) or 'none'}"
+    raise TaskError(f"task.entrypoint: {module.__name__} has no {name}{hint}")
 
 
 def _check_args(kind: type[Task], spec: JobSpec) -> None:
@@ -175,15 +164,14 @@ def _check_args(kind: type[Task], spec: JobSpec) -> None:
         return
     for key in spec.task.args:
         if key not in parameters:
-            raise TaskError(
-                f"task.args: {kind.__name__} takes no {key!r}{_suggest(key, list(parameters))}",
-                details={"traceback": ""},
-            )
+            hint = did_you_mean(key, parameters) or f"; it takes {', '.join(parameters) or 'none'}"
+            raise TaskError(f"task.args: {kind.__name__} takes no {key!r}{hint}")
 
 
-def _suggest(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else f"; it takes {', '.join(known) or 'none'}"
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The nearest known word, as the end of a message; empty when none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _length(dataset: MapDataset, what: str) -> int:

@@ -21,7 +21,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from pscluster.errors import TaskError
 from pscluster.step.codec import BufferNode, add_optional
 from pscluster.step.layout import Layout
-from pscluster.step.summary import Summary
 from pscluster.step.tree import Tree, TreeNode
 from psworker.replica import Replica
 from psworker.trainer.work import Work
@@ -191,13 +190,6 @@ class Accumulator:
             self._push(self._work, bucket, node, gradients)
 
 
-class SummaryCounter(Counter[Summary]):
-    """The same counter for a step's summary."""
-
-    def __init__(self, tree: Tree) -> None:
-        super().__init__(tree, lambda left, right: left.plus(right))
-
-
 class BufferSums:
     """Carries the buffers of a run of microbatches up the tree."""
 
@@ -240,10 +232,6 @@ class BufferSums:
             for bucket, counter in self._averaged.items()
             for node, value in counter.flush()
         ]
-
-    def abandon(self) -> None:
-        """Forget what is held."""
-        self.flush()
 
 
 def _plus(committed: torch.Tensor, left: BufferNode, right: BufferNode) -> BufferNode:

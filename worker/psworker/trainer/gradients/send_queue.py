@@ -6,7 +6,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -104,15 +104,12 @@ class SendQueue:
         """Forget what belongs to steps that are decided, and which bucket was open in them."""
         if step > self._step:
             self._step, self.open_bucket = step, UNKNOWN
-        self._give_back(frame for frame in self._waiting if frame.header.step < step)
+        for frame in self._waiting:
+            if frame.header.step < step and frame.lane is not None:
+                frame.lane.give_back()
         self._waiting = [frame for frame in self._waiting if frame.header.step >= step]
         heapq.heapify(self._waiting)
         self._in_flight = {key: frame for key, frame in self._in_flight.items() if frame.header.step >= step}
-
-    def _give_back(self, unsent: Iterable[PendingFrame]) -> None:
-        for frame in unsent:
-            if frame.lane is not None:
-                frame.lane.give_back()
 
 
 # ---- lanes ----
