@@ -64,20 +64,15 @@ class ReconnectingConnection:
         self._transport = transport
         self._first_s, self._cap_s = retry_s
         self._body_target = body_target
-        self._addresses: list[str] = []
+        self.addresses: list[str] = []  # what is dialed; empty: nothing
         self._pending: Connection | None = None  # its HELLO was sent
         self._dials = 0  # only the newest one counts
         self._failures = 0
         self._unreached_since_s: float | None = None  # monotonic; None: there is a connection, or none is wanted
 
-    @property
-    def addresses(self) -> list[str]:
-        """What is dialed; empty: nothing."""
-        return self._addresses
-
     def follow(self, addresses: list[str]) -> None:
         """Connect to these addresses from now on. A connection to others is closed; nothing that it sent is read."""
-        self._addresses = addresses
+        self.addresses = addresses
         self._failures = 0
         self._dials += 1
         connections, self._pending, self.connection = (self._pending, self.connection), None, None
@@ -101,7 +96,7 @@ class ReconnectingConnection:
         self._dials += 1
         number = self._dials
         try:
-            self.dialed = choose_address(self._addresses, self._transport)
+            self.dialed = choose_address(self.addresses, self._transport)
         except FrameError:
             self._retry()
             return
@@ -122,9 +117,7 @@ class ReconnectingConnection:
     def _retry(self) -> None:
         self._failures += 1
         number = self._dials
-        wait_s = delay_s(
-            self._failures, random.random(), first_s=self._first_s, cap_s=self._cap_s, factor=_FACTOR, jitter=0.5
-        )
+        wait_s = delay_s(self._failures, random.random(), first_s=self._first_s, cap_s=self._cap_s, factor=_FACTOR)
         self._reactor.call_later(wait_s, lambda: self._dial() if number == self._dials else None)
 
     # ---- the connection's handler ----

@@ -184,9 +184,9 @@ def write_weights(tensors: Mapping[str, Tensor], form: str, path: Path, facts: M
     temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
     try:
         if form == "safetensors":
-            save_file(_private(tensors), str(temporary), metadata={"format": "pt", **facts})
+            save_file(_private(tensors, tied=False), str(temporary), metadata={"format": "pt", **facts})
         else:
-            torch.save(_private_but_tied(tensors), temporary)
+            torch.save(_private(tensors, tied=True), temporary)
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
@@ -198,17 +198,13 @@ def write_weights(tensors: Mapping[str, Tensor], form: str, path: Path, facts: M
         raise StorageError(f"cannot write {path}: {reason}") from error
 
 
-def _private(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of each tensor: safetensors refuses tensors that share memory."""
-    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-
-
-def _private_but_tied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One copy for each distinct memory: torch.save would write a view's whole storage, and keeps ties."""
-    copies: dict[tuple[int, tuple[int, ...], torch.dtype], Tensor] = {}
+def _private(tensors: Mapping[str, Tensor], *, tied: bool) -> dict[str, Tensor]:
+    """A copy of each tensor. `tied`: one for each distinct memory, since torch.save would write a view's whole storage,
+    and keeps ties; safetensors refuses tensors that share memory."""
+    copies: dict[object, Tensor] = {}
     result = {}
     for name, tensor in tensors.items():
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype) if tied else name
         if key not in copies:
             copies[key] = tensor.detach().clone().contiguous()
         result[name] = copies[key]

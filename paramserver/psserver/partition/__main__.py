@@ -40,8 +40,7 @@ def main() -> int:
         service.start()
         reactor.run()
     except PsError as error:
-        service.fail(error)
-        service.failed = True
+        service.give_up(error)
     finally:
         service.close()
         reactor.close()

@@ -63,13 +63,9 @@ class AgentConnection:
         except EOFError:
             self._reactor.stop()
 
-    def fail(self, error: PsError) -> None:
-        """Report to the master why this process cannot go on."""
-        self.report(ProcessReport(failure=Failure(error=detail_of(error), step=self.version)))
-
     def give_up(self, error: PsError) -> None:
-        """Report to the master why, and end."""
-        self.fail(error)
+        """Report to the master why this process cannot go on, and end."""
+        self.report(ProcessReport(failure=Failure(error=detail_of(error), step=self.version)))
         self.failed = True
         self._reactor.stop()
 

@@ -72,7 +72,9 @@ class PartitionService(Partition, AgentConnection):
             case actions.SendVote(vote):
                 return self._send_vote(vote)
             case actions.SendHeld():
-                self._send_held()
+                if self.standby is not None:
+                    primary = self.clients.on("replica")
+                    self.clients.broadcast(primary, FrameKind.HELD, self.standby.acked_version, b"")
             case actions.ReplicateDecision(decision):
                 self._replicate(decision)
             case actions.OpenNextStep(decision):
@@ -142,10 +144,6 @@ class PartitionService(Partition, AgentConnection):
         if self._coordinator_client is not None:
             self._coordinator_client.vote(vote)
         return []
-
-    def _send_held(self) -> None:
-        if self.standby is not None:
-            self.clients.broadcast(self.clients.on("replica"), FrameKind.HELD, self.standby.acked_version, b"")
 
     def _replicate(self, decision: CommitDecision) -> None:
         """Before the sums change: the standby gets the decision; the coordinator's standby records the step."""

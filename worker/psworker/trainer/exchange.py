@@ -205,7 +205,7 @@ class Exchange:
     def _connect(self, placement: PartitionPlacement) -> Peer:
         return Peer(
             self._reactor, self.agenda, self._lanes, self.values, self._receive,
-            placement.index, placement.addresses, self._transport,
+            placement.index, list(placement.addresses), self._transport,
         )  # fmt: skip
 
     # ---- reports ----
@@ -232,15 +232,9 @@ class Exchange:
     def _beat(self) -> Beat:
         """On the heartbeat's thread."""
         busy_s, typical_s = self._counters.timer.now()
-        return Beat(
-            progress=self.progress,
-            speed=self._counters.speed(),
-            busy_s=busy_s,
-            typical_s=typical_s,
-            unreached=self._unreached(),
-        )
-
-    def _unreached(self) -> Unreached | None:
         plan, peers, now_s = self.agenda.plan, self.pusher.peers, time.monotonic()
         indices = [peer.index for peer in peers if peer.unreached_s(now_s) >= UNREACHED_S]
-        return Unreached(generation=plan.generation, partitions=indices) if plan is not None and indices else None
+        return Beat(
+            progress=self.progress, speed=self._counters.speed(), busy_s=busy_s, typical_s=typical_s,
+            unreached=Unreached(generation=plan.generation, partitions=indices) if plan and indices else None,
+        )  # fmt: skip

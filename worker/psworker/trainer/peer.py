@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from pscluster.errors import FrameError, PsError
 from pscluster.wire.connection import Connection
@@ -20,25 +20,22 @@ from psworker.trainer.work import Agenda
 _RETRY_S = (0.02, 1.0)
 
 
+@dataclass(eq=False)
 class Peer:
     """Partition `index` at its plan's addresses, until it is closed. Pending frames outlive a connection."""
 
-    def __init__(
-        self,
-        reactor: Reactor,
-        agenda: Agenda,
-        lanes: SharedLanes,
-        values: Values,
-        receive: Callable[[Header, memoryview], None],
-        index: int,
-        addresses: Sequence[str],
-        transport: str,
-    ) -> None:
-        """`receive` takes a DIRECTIVE or MERGED. `transport`: as `network.transport` of the spec."""
-        self.index = index
-        self.addresses = list(addresses)
-        self.pushes = PushChannel(reactor, agenda, lanes, index, transport)
-        self.pulls = PullChannel(reactor, agenda, lanes, values, receive, index, transport)
+    reactor: Reactor
+    agenda: Agenda
+    lanes: SharedLanes
+    values: Values
+    receive: Callable[[Header, memoryview], None]  # takes a DIRECTIVE or MERGED
+    index: int
+    addresses: list[str]
+    wanted_transport: str  # as `network.transport` of the spec
+
+    def __post_init__(self) -> None:
+        self.pushes = PushChannel(self)
+        self.pulls = PullChannel(self)
         for channel in (self.pushes, self.pulls):
             channel.line.follow(self.addresses)
 
@@ -74,16 +71,13 @@ class _Channel:
     name: Channel
     kinds: frozenset[FrameKind]
 
-    def __init__(self, reactor: Reactor, agenda: Agenda, lanes: SharedLanes, index: int, transport: str) -> None:
+    def __init__(self, peer: Peer) -> None:
         self.losses = 0  # of connections that the partition had accepted
         self.shares_memory = False
-        self._agenda = agenda
-        self._lanes = lanes
-        self._index = index
-        self._may_share = transport in ("auto", "shm")
+        self._peer = peer
         self._is_accepted = False
         self.line = ReconnectingConnection(
-            reactor, self, self._make_hello, channel=self.name, kinds=self.kinds, transport=transport,
+            peer.reactor, self, self._make_hello, channel=self.name, kinds=self.kinds, transport=peer.wanted_transport,
             retry_s=_RETRY_S, body_target=self._body_target,
         )  # fmt: skip
 
@@ -106,8 +100,8 @@ class _Channel:
         raise NotImplementedError
 
     def _make_hello(self, connection: Connection) -> tuple[Header, Hello]:
-        share = connection.is_local and self._may_share
-        return self._agenda.make_hello(self.name, share=share, num_lanes=self._lanes.num_lanes)
+        share = connection.is_local and self._peer.wanted_transport in ("auto", "shm")
+        return self._peer.agenda.make_hello(self.name, share=share, num_lanes=self._peer.lanes.num_lanes)
 
     def _begin(self, welcome: Welcome, fd: int | None) -> None:
         """`fd`: memory that the partition shares over this connection; to be taken over."""
@@ -123,11 +117,10 @@ class PushChannel(_Channel):
     name = "push"
     kinds = frozenset({FrameKind.ACK})
 
-    def __init__(self, reactor: Reactor, agenda: Agenda, lanes: SharedLanes, index: int, transport: str) -> None:
+    def __init__(self, peer: Peer) -> None:
+        super().__init__(peer)
         self.queue = SendQueue()
-        self._reactor = reactor
         self._is_sending = False
-        super().__init__(reactor, agenda, lanes, index, transport)
 
     def enqueue(self, order: int, header: Header, parts: Sequence[Buffer], lane: Lane | None) -> None:
         """Send a frame, as soon as it may be sent. Its buffers stay as they are until the partition has them."""
@@ -151,7 +144,7 @@ class PushChannel(_Channel):
         self._is_sending = False
 
     def _send_soon(self) -> None:
-        self._reactor.post(self.send_pending)
+        self._peer.reactor.post(self.send_pending)
 
     def frame(self, header: Header, body: memoryview) -> None:
         ack = Ack.unpack(body)
@@ -164,10 +157,10 @@ class PushChannel(_Channel):
 
     def lost(self, error: PsError | None) -> None:
         super().lost(error)
-        self._lanes.unmap(self._index)
+        self._peer.lanes.unmap(self._peer.index)
 
     def _begin(self, welcome: Welcome, fd: int | None) -> None:
-        lanes = self._lanes.map(self._index, fd, welcome.num_lanes) if fd is not None else None
+        lanes = self._peer.lanes.map(self._peer.index, fd, welcome.num_lanes) if fd is not None else None
         self.queue.reconnected(welcome.granted_bytes, welcome.open_bucket, lanes)
         self.send_pending()
 
@@ -178,51 +171,40 @@ class PullChannel(_Channel):
     name = "pull"
     kinds = frozenset({FrameKind.VALUES, FrameKind.DIRECTIVE, FrameKind.MERGED})
 
-    def __init__(
-        self,
-        reactor: Reactor,
-        agenda: Agenda,
-        lanes: SharedLanes,
-        values: Values,
-        receive: Callable[[Header, memoryview], None],
-        index: int,
-        transport: str,
-    ) -> None:
-        self._values = values
-        self._receive = receive
+    def __init__(self, peer: Peer) -> None:
+        super().__init__(peer)
         self._scratch = bytearray()
-        super().__init__(reactor, agenda, lanes, index, transport)
 
     def pull(self) -> None:
         """Ask for what is missing of the wanted version, if connected; done again at each welcome."""
-        connection, wanted = self.line.connection, self._values.wanted_from(self._index)
+        connection, wanted = self.line.connection, self._peer.values.wanted_from(self._peer.index)
         if connection is not None and wanted is not None:
             step, flags = wanted
-            connection.send(self._agenda.header(FrameKind.PULL, step=step, flags=flags))
+            connection.send(self._peer.agenda.header(FrameKind.PULL, step=step, flags=flags))
 
     def frame(self, header: Header, body: memoryview) -> None:
         if header.kind is not FrameKind.VALUES:
-            self._receive(header, body)
+            self._peer.receive(header, body)
             return
         in_memory = bool(header.flags & IN_MEMORY)
         if in_memory == bool(header.length):
             where = "in memory" if in_memory else f"of {header.length} bytes"
             raise FrameError(f"values {where} on a pull connection", details={"field": "flags"})
         if in_memory:
-            self._values.shown(self._index, header)
+            self._peer.values.shown(self._peer.index, header)
         else:
-            self._values.landed(self._index, header)
+            self._peer.values.landed(self._peer.index, header)
 
     def _begin(self, welcome: Welcome, fd: int | None) -> None:
         if fd is not None:
-            self._values.map(self._index, fd)
-        self._agenda.welcomed(self._index, needs_values=welcome.needs_values)
+            self._peer.values.map(self._peer.index, fd)
+        self._peer.agenda.welcomed(self._peer.index, needs_values=welcome.needs_values)
         self.pull()
 
     def _body_target(self, header: Header) -> memoryview | None:
         if header.kind is not FrameKind.VALUES or header.flags & IN_MEMORY:
             return None
-        target = self._values.target(self._index, header)
+        target = self._peer.values.target(self._peer.index, header)
         return self._discard(header.length) if target is None else target
 
     def _discard(self, length: int) -> memoryview:

@@ -100,7 +100,7 @@ class SnapshotWriter:
             self._changed.notify()
         if left_out is not None:
             left_out.pieces.end()
-            self._finish(left_out.done, None, _left_out(left_out.meta.step, first.meta.step))
+            self._post(functools.partial(left_out.done, None, _left_out(left_out.meta.step, first.meta.step)))
 
     def retain(self, kept: Iterable[int]) -> None:
         """Delete this partition's parts that are older than the newest kept step and not kept."""
@@ -172,10 +172,7 @@ class SnapshotWriter:
         if self._copied and written is not None:
             with self._changed:
                 self._unsettled = written.name
-        self._finish(request.done, written, error)
-
-    def _finish(self, done: Done, written: Written | None, error: PsError | None) -> None:
-        self._post(lambda: done(written, error))
+        self._post(functools.partial(request.done, written, error))
 
     def _delete(self, kept: frozenset[int]) -> None:
         store, newest = open_store(self._location), max(kept)

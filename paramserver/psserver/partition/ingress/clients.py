@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -166,13 +167,7 @@ def _codec(words: torch.Tensor) -> Codec:
 
 def _runs(buckets: Sequence[int], alike: Callable[[int], object]) -> Iterator[tuple[int, int]]:
     """(first, count) of the runs of neighbours among rising buckets that are alike."""
-    first = count = 0
-    for bucket in buckets:
-        if count and bucket == first + count and alike(bucket) == alike(first):
-            count += 1
-            continue
-        if count:
-            yield first, count
-        first, count = bucket, 1
-    if count:
-        yield first, count
+    keyed = ((bucket - place, alike(bucket), bucket) for place, bucket in enumerate(buckets))
+    for _, group in itertools.groupby(keyed, key=lambda item: item[:2]):
+        run = [bucket for *_, bucket in group]
+        yield run[0], len(run)

@@ -47,11 +47,6 @@ def admit(tree: Tree, held: Held, node: TreeNode) -> Admission:
     return Admission(frozenset(now), False, covered, tuple(merges))
 
 
-def is_complete(tree: Tree, held: Held) -> bool:
-    """Whether the root is there: every microbatch of the step is in, once."""
-    return tree.root in held
-
-
 T = TypeVar("T")
 
 
@@ -80,7 +75,8 @@ class Sums(Generic[T]):
 
     @property
     def is_complete(self) -> bool:
-        return is_complete(self.tree, self._held)
+        """Whether the root is there: every microbatch of the step is in, once."""
+        return self.tree.root in self._held
 
     @property
     def root(self) -> T:

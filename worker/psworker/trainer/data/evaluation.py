@@ -17,6 +17,7 @@ from pscluster.step.tree import TreeNode, tree_of
 from pscluster.task import Task
 from psworker.trainer.data.batches import EvalBatches, to_device
 from psworker.trainer.data.loading import did_you_mean, user_code
+from psworker.trainer.gradients.accumulate import Counter
 
 LOSS_SUM, WEIGHT = "loss_sum", "weight"
 
@@ -131,22 +132,15 @@ def shard_statistics(
 
 def evaluate(task: Task, model: nn.Module, batches: EvalBatches, device: str) -> dict[str, float]:
     """The metrics of a model over all shards, added in the job's tree: the bits of the job's own evaluation."""
-    leaves: dict[TreeNode, Statistics] = {}
+    tree = tree_of(batches.num_shards)
+    counter = Counter(tree, add_statistics)
+    counter.begin([tree.root])
     shapes: Shapes = ()
     for shard in range(batches.num_shards):
         last = deque(shard_statistics(task, model, batches, shard, device), maxlen=1)
-        leaves[TreeNode(shard, 1)] = last[0][0] if last else np.empty(0)
+        whole = counter.carry(TreeNode(shard, 1), last[0][0] if last else np.empty(0))
         shapes = shapes or (last[0][1] if last else ())
-    return unpack_metrics(task, _summed(leaves, tree_of(batches.num_shards).root), shapes)
-
-
-def _summed(leaves: Mapping[TreeNode, Statistics], node: TreeNode) -> Statistics:
-    if node.leaves == 1:
-        return leaves[node]
-    left = 1 << ((node.leaves - 1).bit_length() - 1)
-    return add_statistics(
-        _summed(leaves, TreeNode(node.first, left)), _summed(leaves, TreeNode(node.first + left, node.leaves - left))
-    )
+    return unpack_metrics(task, whole[0][1], shapes)
 
 
 def check_metric(metrics: Mapping[str, float], wanted: str) -> None:

@@ -6,7 +6,7 @@ from where autograd left it. `staging` takes it from a device first."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -160,38 +160,32 @@ def gather(layout: Layout, bucket: int, gradients: Sequence[torch.Tensor | None]
 
 def cut(pieces: Pieces, span: Span, item_bytes: int) -> list[Buffer]:
     """The span's words as buffers to send one after the other. They share the pieces' memory."""
-    found: list[Buffer] = []
-    at = span.start
+    return [
+        bytes(item_bytes * (high - low)) if words is None else as_bytes(words)
+        for low, high, words in _within(pieces, span)
+    ]
+
+
+def write(
+    pieces: Pieces, span: Span, target: torch.Tensor, copy: Callable[[torch.Tensor, torch.Tensor], object]
+) -> None:
+    """Have `copy(source, target)` copy the span's words to `target`, which is as long and may hold anything before."""
     for low, high, words in _within(pieces, span):
-        if low > at:
-            found.append(bytes(item_bytes * (low - at)))
-        found.append(as_bytes(words))
-        at = high
-    if span.stop > at:
-        found.append(bytes(item_bytes * (span.stop - at)))
-    return found
+        if words is None:
+            target[low:high].zero_()
+        else:
+            copy(words, target[low:high])
 
 
-Copy = Callable[[torch.Tensor, torch.Tensor], object]  # source, target
-
-
-def write(pieces: Pieces, span: Span, target: torch.Tensor, copy: Copy) -> None:
-    """Copy the span's words to `target`, which is as long as the span and may hold anything before."""
+def _within(pieces: Pieces, span: Span) -> Iterator[tuple[int, int, torch.Tensor | None]]:
+    """The whole span, in order, counted from its start: words, and None where zeros lie between the pieces."""
     at = span.start
-    for low, high, words in _within(pieces, span):
-        if low > at:
-            target[at - span.start : low - span.start].zero_()
-        copy(words, target[low - span.start : high - span.start])
-        at = high
-    if span.stop > at:
-        target[at - span.start :].zero_()
-
-
-def _within(pieces: Pieces, span: Span) -> Pieces:
-    """The parts of the pieces that lie in the span, in order."""
-    found = []
     for first, last, words in pieces:
         low, high = max(first, span.start), min(last, span.stop)
         if low < high:
-            found.append((low, high, words[low - first : high - first]))
-    return found
+            if low > at:
+                yield at - span.start, low - span.start, None
+            yield low - span.start, high - span.start, words[low - first : high - first]
+            at = high
+    if span.stop > at:
+        yield at - span.start, span.stop - span.start, None
