@@ -297,7 +297,7 @@ def dismiss(service: PartitionService) -> None:
     """End a played partition: its connections close, and its shared memory goes without waiting for the collector."""
     service.clients.close_all()
     if service._coordinator_client is not None:
-        service._coordinator_client.close()
+        service._coordinator_client.line.close()
     service.replication.close()
     if service.state is not None:
         for tensors in (service.state.published, service.state.values):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from pscluster.agent.link import HeartbeatThread, ProcessLink
-from pscluster.agent.status import detail_of
-from pscluster.errors import PsError
-from pscluster.v1.plan_pb2 import Beat, Counters, Failure, Plan, ProcessReport
+from pscluster.v1.plan_pb2 import Beat, Counters, Plan, ProcessReport
 from pscluster.wire.reactor import Reactor
 
 COUNTERS_S = 1.0
@@ -48,11 +46,6 @@ class AgentConnection:
         """Progress, a number that rises with the work that is done, and what cannot be reached. From any thread."""
         raise NotImplementedError
 
-    @property
-    def version(self) -> int:
-        """The newest committed version whose update is done."""
-        raise NotImplementedError
-
     def every_second(self) -> None:
         """A second has passed."""
 
@@ -62,12 +55,6 @@ class AgentConnection:
             self.link.report(report)
         except EOFError:
             self._reactor.stop()
-
-    def give_up(self, error: PsError) -> None:
-        """Report to the master why this process cannot go on, and end."""
-        self.report(ProcessReport(failure=Failure(error=detail_of(error), step=self.version)))
-        self.failed = True
-        self._reactor.stop()
 
     def _orders(self) -> None:
         try:

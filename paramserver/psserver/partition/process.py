@@ -10,10 +10,11 @@ from collections import deque
 from typing import assert_never
 
 from pscluster.agent.link import UNREACHED_S, ProcessLink
+from pscluster.agent.status import detail_of
 from pscluster.errors import InternalError, PsError
 from pscluster.job.spec import JobSpec
 from pscluster.step.layout import Layout
-from pscluster.v1.plan_pb2 import Beat, Counters, Plan, Unreached
+from pscluster.v1.plan_pb2 import Beat, Counters, Failure, Plan, ProcessReport, Unreached
 from pscluster.wire.frame import FrameKind
 from pscluster.wire.partition_protocol import CommitDecision, Join, Vote
 from pscluster.wire.reactor import Reactor
@@ -214,9 +215,15 @@ class PartitionService(Partition, AgentConnection):
     def beat(self) -> Beat:
         plan, client = self.plan, self._coordinator_client
         beat = Beat(progress=self.machine.progress)
-        if plan is not None and client is not None and client.unreached_s(time.monotonic()) >= UNREACHED_S:
+        if plan is not None and client is not None and client.line.unreached_s(time.monotonic()) >= UNREACHED_S:
             beat.unreached.CopyFrom(Unreached(generation=plan.generation, partitions=[0]))
         return beat
+
+    def give_up(self, error: PsError) -> None:
+        """Report to the master why this process cannot go on, and end."""
+        self.report(ProcessReport(failure=Failure(error=detail_of(error), step=self.version)))
+        self.failed = True
+        self._reactor.stop()
 
     def every_second(self) -> None:
         if self.coordinator is not None:
@@ -268,7 +275,9 @@ class PartitionService(Partition, AgentConnection):
         if self.coordinator is not None:
             self.carry_out(self.coordinator.adopt(plan))
         elif self._coordinator_client is not None:
-            self._coordinator_client.follow(list(plan.partitions[0].addresses))
+            line, addresses = self._coordinator_client.line, list(plan.partitions[0].addresses)
+            if addresses != line.addresses:
+                line.follow(addresses)
         self.replication.adopt(plan, restored=False)
         self.carry_out(self.machine.vote_again())
         self.carry_out([actions.TryVote()])  # it may have waited for a standby that the plan no longer names
@@ -331,9 +340,9 @@ class PartitionService(Partition, AgentConnection):
     def _disconnect(self) -> None:
         """Close every connection, and drop what is begun."""
         if self._coordinator_client is not None:
-            self._coordinator_client.close()
+            self._coordinator_client.line.close()
         self._coordinator_client = self.coordinator = None
         self.replication.close()
         self.clients.close_all()
         self.handler.early.clear()
-        self.machine.drop_update()
+        self.machine.decision = None

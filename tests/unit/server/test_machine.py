@@ -105,5 +105,5 @@ def test_a_restore_in_mid_update_leaves_nothing_to_continue(machine: StepMachine
     machine.vote()
     machine.receive_decision(COMMIT)
     machine.open_next(COMMIT)
-    machine.drop_update()
+    machine.decision = None
     assert machine.next_update() == []

@@ -81,20 +81,20 @@ class ImdbClassification(Task):
         return Reviews(rows, self.vocabulary, self.length)
 
 
+@dataclass(frozen=True)
 class Reviews:
     """Samples (word numbers, label), hashed when asked for."""
 
-    def __init__(self, rows: Sequence[tuple[str, int]], vocabulary: int, length: int) -> None:
-        self._rows = rows
-        self._vocabulary = vocabulary
-        self._length = length
+    rows: Sequence[tuple[str, int]]
+    vocabulary: int
+    length: int
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[list[int], int]:
-        text, label = self._rows[index]
-        return hash_words(text, self._vocabulary, self._length), label
+        text, label = self.rows[index]
+        return hash_words(text, self.vocabulary, self.length), label
 
 
 def hash_words(text: str, vocabulary: int, length: int) -> list[int]:

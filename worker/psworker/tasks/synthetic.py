@@ -32,21 +32,21 @@ def integers(index: int, count: int, below: int) -> list[int]:
     return values
 
 
+@dataclass(frozen=True)
 class Made(Generic[S]):
     """`length` samples, made by `make(first + index)` when asked for."""
 
-    def __init__(self, make: Callable[[int], S], length: int, first: int = 0) -> None:
-        self._make = make
-        self._length = length
-        self._first = first
+    make: Callable[[int], S]
+    length: int
+    first: int = 0
 
     def __len__(self) -> int:
-        return self._length
+        return self.length
 
     def __getitem__(self, index: int) -> S:
-        if not 0 <= index < self._length:
-            raise IndexError(f"no sample {index} of {self._length}")
-        return self._make(self._first + index)
+        if not 0 <= index < self.length:
+            raise IndexError(f"no sample {index} of {self.length}")
+        return self.make(self.first + index)
 
 
 @dataclass(eq=False)

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -124,13 +124,6 @@ class Landing:
         ]
 
 
-class Shared(NamedTuple):
-    """What a partition on this host shares: its segment, and a view of it that torch takes without a warning."""
-
-    segment: Segment
-    view: Arena
-
-
 class Values:
     """`landing` is guarded by `changed`, which is notified when a bucket is there; the rest is the reactor thread's."""
 
@@ -141,7 +134,7 @@ class Values:
         self._num_partitions = spec.servers.partitions
         self._codec: CodecName = spec.network.pull_codec
         self._changed = changed
-        self._shared: dict[int, Shared] = {}  # by partition
+        self._shared: dict[int, tuple[Segment, Arena]] = {}  # by partition; torch takes the view without a warning
         self._narrow: dict[int, torch.Tensor] = {}  # by partition: rounded values being received
         self._known_places: dict[int, tuple[list[int], int]] = {}
         self._narrow_memory: dict[int, bytearray] = {}
@@ -176,7 +169,7 @@ class Values:
         size = self._places(index)[1]
         segment, view = Segment.open(fd, size, writable=False), Arena(size)
         view.show(0, segment, 0, size)
-        self._shared[index] = Shared(segment, view)
+        self._shared[index] = (segment, view)
 
     def target(self, index: int, header: Header) -> memoryview | None:
         """Memory for the body of a VALUES frame; None: it is not wanted. Raises FrameError."""
@@ -211,18 +204,18 @@ class Values:
             raise FrameError(f"values of the buckets {tuple(header.node)}", details={"field": "node"})
         for bucket in range(header.bucket, header.bucket + header.node.leaves):
             one = replace(header, bucket=bucket)
-            self._show(index, one, self._arriving(index, one), shared)
+            self._show(index, one, self._arriving(index, one), *shared)
 
-    def _show(self, index: int, header: Header, span: Span, shared: Shared) -> None:
+    def _show(self, index: int, header: Header, span: Span, segment: Segment, view: Arena) -> None:
         if header.flags & EXACT and self._is_rounded(header.bucket):
             raise FrameError("exact values in memory that has rounded ones", details={"field": "flags"})
         if self._begin(index, header):
             offset, target = self._places(index)[0][header.bucket], self.memory.words(span)
             if header.codec is Codec.FP32 and self.memory.may_window:
-                self.memory.show(span, shared.segment, offset)
+                self.memory.show(span, segment, offset)
             else:
                 dtype = target.dtype if header.codec is Codec.FP32 else DTYPES[self._codec]
-                source = torch.frombuffer(shared.view.view, dtype=dtype, offset=offset, count=span.num_words)
+                source = torch.frombuffer(view.view, dtype=dtype, offset=offset, count=span.num_words)
                 self.memory.writable(span).copy_(source)
         self._finish(index, header)
 

@@ -24,37 +24,24 @@ class CoordinatorClient:
         self._partition = partition
         self._carry_out = carry_out
         kinds = frozenset({FrameKind.DECISION, FrameKind.JOIN})
-        self._dialer = ReconnectingConnection(
+        self.line = ReconnectingConnection(
             reactor, self, lambda _: partition.make_hello("vote"), channel="vote", kinds=kinds,
             transport=partition.spec.network.transport, retry_s=_RETRY_S,
         )  # fmt: skip
-        self._dialer.follow(addresses)
-
-    def close(self) -> None:
-        """Close the connection for good."""
-        self._dialer.close()
-
-    def follow(self, addresses: list[str]) -> None:
-        """The coordinator is at these addresses from now on; the connection to another one is closed."""
-        if addresses != self._dialer.addresses:
-            self._dialer.follow(addresses)
-
-    def unreached_s(self, now_s: float) -> float:
-        """For how long the coordinator has not taken a connection, by the monotonic clock. From any thread."""
-        return self._dialer.unreached_s(now_s)
+        self.line.follow(addresses)
 
     def join(self) -> None:
         """Send the version that is held, if it is whole, and the decision that made it; repeated at each welcome."""
-        connection, state, member = self._dialer.connection, self._partition.state, self._partition.member
+        connection, state, member = self.line.connection, self._partition.state, self._partition.member
         if connection is not None and state is not None and state.is_filled:
             header = self._partition.header(kind=FrameKind.JOIN, step=member.step)
             connection.send(header, [Join(member.last_decision).pack()])
 
     def vote(self, vote: Vote) -> None:
         """Send a vote; it is repeated at each welcome."""
-        if self._dialer.connection is not None:
+        if self.line.connection is not None:
             header = self._partition.header(kind=FrameKind.VOTE, step=vote.step)
-            self._dialer.connection.send(header, [vote.pack()])
+            self.line.connection.send(header, [vote.pack()])
 
     def welcomed(self, header: Header, body: memoryview) -> None:  # noqa: ARG002 - nothing in it is needed
         self.join()

@@ -42,10 +42,6 @@ class StepMachine:
         self.version = version
         self.versions = {span.bucket: version for span in step.state.spans}
 
-    def drop_update(self) -> None:
-        """Drop the decision that is being carried out: another restore begins, or no state is left."""
-        self.decision = None
-
     def adopt(self, generation: int) -> None:
         """A new generation without a restore: the vote on the open step holds under it."""
         self.member = commit.member_adopts(self.member, generation)

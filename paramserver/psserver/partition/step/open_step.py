@@ -47,7 +47,9 @@ class OpenStep:
         spans = [(s, k) for s, k in zip(state.spans, kinds, strict=True) if s.num_words]
         self.trained = {s.bucket: self._trained(tree, s) for s, k in spans if k == "trained"}
         self.averaged = {s.bucket: self._averaged(tree, s.bucket) for s, k in spans if k == "averaged"}
-        self.carried = {s.bucket: self._carried() for s, k in spans if k == "carried"}
+        self.carried: dict[int, Sums[BufferNode]] = {
+            s.bucket: Sums(tree_of(1), lambda left, _, __: left) for s, k in spans if k == "carried"
+        }
         self.summary: Sums[Summary] = Sums(tree, lambda a, b, _: a.plus(b))
         self._squares: dict[int, dict[int, float]] = {}
         self._updates: deque[_Update] = deque()
@@ -174,6 +176,3 @@ class OpenStep:
 
     def _averaged(self, tree: Tree, bucket: int) -> Sums[BufferNode]:
         return Sums(tree, lambda a, b, _: a.plus(b, self.state.values[bucket]))
-
-    def _carried(self) -> Sums[BufferNode]:
-        return Sums(tree_of(1), lambda left, _, __: left)

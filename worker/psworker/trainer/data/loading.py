@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -33,7 +33,9 @@ def load_task(spec: JobSpec, bundle_dir: Path | None) -> Task:
     class or its constructor fails; DataError when the constructor misses a file."""
     module_name, _, class_name = spec.task.entrypoint.partition(":")
     if bundle_dir is not None:
-        _put_first_on_path(bundle_dir)
+        path = str(bundle_dir.resolve())
+        sys.path[:] = [path, *(other for other in sys.path if other != path)]
+        importlib.invalidate_caches()
     module = _import(module_name, bundle_dir)
     kind = _find_class(module, class_name)
     _check_args(kind, spec)
@@ -100,29 +102,16 @@ def describe(error: BaseException) -> str:
 
 def user_traceback(error: BaseException) -> str:
     """The traceback as Python prints it, from the first frame that is the user's; none of ours."""
-    trimmed = error.with_traceback(_users_part(error.__traceback__))
-    return "".join(traceback.format_exception(trimmed))
-
-
-def _users_part(frames: TracebackType | None) -> TracebackType | None:
-    rest = frames
-    while rest is not None and _is_ours(rest.tb_frame.f_code.co_filename):
-        rest = rest.tb_next
-    return rest
+    frames = error.__traceback__
+    while frames is not None and _is_ours(frames.tb_frame.f_code.co_filename):
+        frames = frames.tb_next
+    return "".join(traceback.format_exception(error.with_traceback(frames)))
 
 
 def _is_ours(filename: str) -> bool:
     if any(mark in filename for mark in _IMPORT_MACHINERY) or filename == __file__:
         return True
     return any(Path(filename).is_relative_to(directory) for directory in _OURS)
-
-
-def _put_first_on_path(bundle_dir: Path) -> None:
-    path = str(bundle_dir.resolve())
-    if path in sys.path:
-        sys.path.remove(path)
-    sys.path.insert(0, path)
-    importlib.invalidate_caches()
 
 
 def _import(name: str, bundle_dir: Path | None) -> ModuleType:
