@@ -1,7 +1,7 @@
-"""A trainer that computes nothing: it pushes gradients that were made beforehand, and takes the values.
+"""A trainer that computes nothing: it pushes prepared gradients and receives the values.
 
-Started in a trainer's place by goodput.py. With `--touch` the summary says that every tensor was touched, so that the
-partitions run the optimizer; without, they gate, sum, vote and send the values, but update nothing.
+goodput.py starts it in place of a trainer. With `--touch` the summary marks every tensor as touched, so that the
+partitions run the optimizer; without it they gate, sum, vote and send the values, but update nothing.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from pscluster.job.spec import parse_spec
 from pscluster.step.summary import Summary, touched_bits
 from pscluster.step.tree import TreeNode
 from pscluster.v1.plan_pb2 import ProcessReport, TrainerReady
-from psworker.canary import settle_numerics
+from pscluster.wire.protocol import Outcome
+from psworker.numerics import settle_numerics
 from psworker.replica import Replica
-from psworker.trainer.allocator import keep_freed_memory
 from psworker.trainer.data.loading import build_model, load_task
+from psworker.trainer.device import keep_freed_memory
 from psworker.trainer.exchange import Exchange
 from psworker.trainer.telemetry import TrainerCounters
 from psworker.trainer.work import Work
@@ -44,7 +45,7 @@ class Driver:
 
     def run(self) -> None:
         """Work until the harness ends this process."""
-        while (work := self._exchange.next_work(self._done)) is not None:
+        while (work := self._exchange.agenda.next_work(self._done)) is not None:
             self._done = {work.key: set(work.shards)}
             self._carry_out(work)
             self._exchange.progress += 1
@@ -59,17 +60,17 @@ class Driver:
             self._train(work)
         elif work.action == "evaluate":
             for shard in work.shards:
-                self._exchange.pushing.statistics(work, TreeNode(shard, 1), np.zeros(0))
+                self._exchange.pusher.statistics(work, TreeNode(shard, 1), np.zeros(0))
         elif work.action == "finalise":
-            self._exchange.pushing.outcome(work, {"metrics": {}})
+            self._exchange.pusher.outcome(work, Outcome(metrics={}))
         else:
-            self._exchange.pushing.outcome(work, {"sha256": self._replica.sha256()})
+            self._exchange.pusher.outcome(work, Outcome(sha256=self._replica.sha256()))
 
     def _train(self, work: Work) -> None:
         for shard in work.shards:
             for bucket, gradients in self._gradients.items():
-                self._exchange.pushing.gradients(work, bucket, TreeNode(shard, 1), list(gradients))
-            self._exchange.pushing.summary(work, TreeNode(shard, 1), self._summary)
+                self._exchange.pusher.gradients(work, bucket, TreeNode(shard, 1), list(gradients))
+            self._exchange.pusher.summary(work, TreeNode(shard, 1), self._summary)
         self._exchange.want(work, work.version + 1)
         self._exchange.wait_values(work)
 

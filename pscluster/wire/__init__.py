@@ -1,1 +1,1 @@
-"""How tensors move between processes: frames, connections, the loop that drives them."""
+"""The data plane: frames, their bodies, connections, and the event loop that drives them."""

@@ -1,4 +1,4 @@
-"""One framed socket: reads frames into memory the receiver chose beforehand, writes without copying.
+"""One framed socket: reads frames into memory that the receiver chose, writes without copying.
 
 A `Connection` belongs to the thread of its `Reactor`; only that thread may call it.
 """
@@ -17,9 +17,9 @@ from pscluster.errors import FrameError, PsError
 from pscluster.wire.frame import HEADER_BYTES, Buffer, Header, checksum, pack, unpack
 
 _MAX_GATHER = 512  # buffers per sendmsg; Linux takes 1024
-_READ_BUDGET_BYTES = 16 << 20  # of one connection before the others have their turn
-_WAKE_BYTES = 512 << 10  # of a body that are worth being woken for, over TCP
-_CHECK_BYTES = 256 << 10  # of a body that are summed at a time, while they are in cache
+_READ_BUDGET_BYTES = 16 << 20  # read from one connection before the next one is served
+_WAKE_BYTES = 512 << 10  # of a body over TCP, below which the kernel does not wake us
+_CHECK_BYTES = 256 << 10  # of a body whose checksum is computed at a time, while they are in cache
 _MAX_FDS = 2  # that may come with a frame
 _FD = array.array("i")
 
@@ -37,8 +37,8 @@ class ConnectionHandler(Protocol):
         """A complete frame whose checksum fits; `body` is what `body_target` returned. A PsError closes."""
 
     def closed(self, connection: Connection, error: PsError | None) -> None:
-        """The connection is gone: by the peer (None), or because of `error`. Called once, maybe within a `send` over it
-        or a `close`: what called that goes on afterwards, with whatever this has changed."""
+        """The connection is closed: by the peer (None), or because of `error`. Called once, maybe within a `send` over
+        it or a `close`, whose caller then continues."""
 
 
 @dataclass
@@ -67,12 +67,12 @@ class Connection:
     ) -> None:
         self.socket = sock
         self.handler = handler
-        self.context: object = None  # the handler's own: who is at the other end
+        self.context: object = None  # the handler's: set once the peer has identified itself
         self.is_open = True
         self.reading = True
         self.received_bytes = 0
         self.sent_bytes = 0
-        self._wants = wants  # tells the reactor that interest in reading or writing may have changed
+        self._wants = wants  # called when interest in reading or writing may have changed
         self._outgoing: deque[_Outgoing] = deque()
         self._header_bytes = bytearray(HEADER_BYTES)
         self._into = memoryview(self._header_bytes)
@@ -82,7 +82,7 @@ class Connection:
         self._checksum = 0
         self._takes_fds = takes_fds and sock.family == socket.AF_UNIX
         self._fds: list[int] = []
-        self._wakes_at = 1  # bytes that must be there before the reactor hears of them
+        self._wakes_at = 1  # bytes that must be there before the kernel wakes us
 
     @property
     def is_local(self) -> bool:
@@ -108,7 +108,7 @@ class Connection:
         fds: Sequence[int] = (),
         body_checksum: int | None = None,
     ) -> None:
-        """Queue one frame and send what the socket takes now. Never blocks. Finding it broken closes it, in here.
+        """Queue one frame and send what the socket takes now. Never blocks. Closes a broken connection at once.
 
         The buffers of `body` are read until `on_sent` is called, or until `detach(tag)`: the caller must not
         overwrite them before. On a closed connection nothing happens and `on_sent` is never called.
@@ -133,7 +133,7 @@ class Connection:
                 item.tag = None
 
     def pause_reading(self) -> None:
-        """Read no further bytes until `resume_reading`; the peer feels it as a slow reader."""
+        """Read no further bytes until `resume_reading`; the peer sees a slow reader."""
         self.reading = False
         self._wants(self)
 
@@ -160,7 +160,7 @@ class Connection:
         self._wants(self)
 
     def readable(self) -> None:
-        """Read and hand over frames until nothing is there, or until the others' turn."""
+        """Read and deliver frames until nothing is left, or the read budget is used up."""
         budget = _READ_BUDGET_BYTES
         try:
             while self.is_open and self.reading and budget > 0:
@@ -190,7 +190,7 @@ class Connection:
         return fds
 
     def close(self, error: PsError | None = None) -> None:
-        """Close and tell the handler. Idempotent. What was queued and not sent is dropped."""
+        """Close and notify the handler. Idempotent. What was queued and not sent is dropped."""
         if not self.is_open:
             return
         self.is_open = False
@@ -203,7 +203,7 @@ class Connection:
         self.handler.closed(self, error)
 
     def _wait_for_more(self) -> None:
-        """Have the kernel wake us for a good part of the body, not for each segment; for a header at once."""
+        """Have the kernel wake us for a large part of the body instead of each segment; for a header at once."""
         missing = self._into.nbytes - self._filled if self._header is not None else 1
         wake_at = min(missing, _WAKE_BYTES)
         if wake_at != self._wakes_at and self.socket.family != socket.AF_UNIX:
@@ -211,7 +211,7 @@ class Connection:
             self._wakes_at = wake_at
 
     def _receive(self) -> int:
-        """Read what is there into what is to be filled; the descriptors come with the first byte of a header."""
+        """Read into the memory to be filled; descriptors come with the first byte of a header."""
         if self._header is not None or not self._takes_fds:
             return self.socket.recv_into(self._into[self._filled :])
         count, ancillary, _, _ = self.socket.recvmsg_into(
@@ -225,7 +225,7 @@ class Connection:
         return count
 
     def _sum_up(self) -> None:
-        """Take what has come of the body into its checksum, if it is worth a call or the last of it."""
+        """Add what was received of the body to its checksum, in large pieces."""
         if self._filled - self._summed >= _CHECK_BYTES or self._filled == self._into.nbytes:
             self._checksum = checksum((self._into[self._summed : self._filled],), self._checksum)
             self._summed = self._filled
@@ -263,12 +263,11 @@ class Connection:
         body, self._into, self._filled, self._header = self._into, memoryview(self._header_bytes), 0, None
         if header.length and self._checksum != header.checksum:
             raise FrameError(
-                f"the body of a {header.kind.name} frame does not fit its checksum",
-                details={"field": "checksum"},
+                f"the body of a {header.kind.name} frame does not fit its checksum", details={"field": "checksum"}
             )
         self.handler.frame(self, header, body)
         if self._fds:
-            _close_all(self.take_fds())  # nobody wanted them
+            _close_all(self.take_fds())  # the handler did not take them
 
 
 def _ancillary(fds: Sequence[int]) -> list[tuple[int, int, array.array[int]]]:

@@ -4,7 +4,7 @@
     | bucket u32 | node first u32 | node count u32 | length u64 | body checksum u32 | header checksum u32
 
 Little-endian, 64 bytes. Checksums are CRC-32C (hardware-assisted). The header's own checksum is verified before any
-field is believed, and `length` against what the receiver expects before a byte is allocated.
+field is used, and `length` against what the receiver expects before a byte is allocated.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ Buffer = bytes | bytearray | memoryview
 
 
 class FrameKind(IntEnum):
-    HELLO = 1  # who calls, with the job's token; the first frame on a connection
+    HELLO = 1  # the first frame of the side that dials, with the job's token
     WELCOME = 2  # the answer, with what the partition holds
     INIT = 3  # a bucket's first values, from the trainer that made them
     PUSH = 4  # a node of the gradient tree
-    ACK = 5  # what became of a push, and how much credit it gives back
+    ACK = 5  # the result of a push or other frame, and credit
     PULL = 6  # asks for every bucket at version `step` or newer
     VALUES = 7  # a bucket's values at version `step`
     DIRECTIVE = 8  # coordinator to trainers: what to do at version `step`
-    VOTE = 9  # partition to lead
+    VOTE = 9  # partition to coordinator
     DECISION = 10  # coordinator to partitions
-    JOIN = 11  # partition to lead: holds version `step`, ready for the generation
+    JOIN = 11  # partition to coordinator: it holds version `step`; coordinator to partition: it asks for the vote
     STATISTICS = 12  # a node of an evaluation's tree, to the coordinator
     MERGED = 13  # coordinator to the trainer of shard 0: an evaluation's root
-    OUTCOME = 14  # trainer of shard 0 to lead: finalised metrics, or the digest
-    FENCED = 15  # the generation of who receives it is out of date; the header has the newer one
+    OUTCOME = 14  # trainer of shard 0 to coordinator: finalised metrics, or the digest
+    FENCED = 15  # the receiver's generation is out of date; the header has the newer one
     SYNC = 16  # partition to standby: its state at version `step` follows, in PIECEs; body: what goes with it
     PIECE = 17  # words of a bucket of that state: its values, or the moment whose number is in the flags, from 1
     HELD = 18  # standby to partition: it can make version `step` of what it holds
@@ -143,8 +143,8 @@ def pack(header: Header) -> bytes:
 
 
 def unpack(data: Buffer) -> Header:
-    """The header in `data` (HEADER_BYTES long). Raises FrameError or VersionSkewError; believes nothing before the
-    checksum fits, except the magic and the protocol number, so that an older peer is named and not called corrupt."""
+    """The header in `data` (HEADER_BYTES long). Raises FrameError or VersionSkewError; uses nothing before the
+    checksum fits, except the magic and the protocol number, so that an older peer is not called corrupt."""
     view = memoryview(data)
     magic, protocol, kind, codec, flags, sender, job, generation, step, bucket, first, count, length, body = (
         _HEADER.unpack_from(view)
@@ -153,8 +153,7 @@ def unpack(data: Buffer) -> Header:
         raise FrameError("a frame does not start with the magic number", details={"field": "magic"})
     if protocol != PROTOCOL:
         raise VersionSkewError(
-            f"the peer speaks data-plane protocol {protocol}, this process {PROTOCOL}",
-            details={"field": "protocol"},
+            f"the peer uses data-plane protocol {protocol}, this process {PROTOCOL}", details={"field": "protocol"}
         )
     if _CHECKSUM.unpack_from(view, _HEADER.size)[0] != crc32c.crc32c(view[: _HEADER.size]):
         raise FrameError("a frame's header does not fit its checksum", details={"field": "header"})

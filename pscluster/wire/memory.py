@@ -42,7 +42,7 @@ class Segment:
 
     @classmethod
     def create(cls, size_bytes: int, *, writable_by_others: bool) -> Segment:
-        """New memory of at least a page. Whoever gets `fd` may map it, and write to it only if they are allowed to.
+        """New memory of at least a page. A process that gets `fd` may map it; `writable_by_others`: and write to it.
 
         With `writable_by_others=False` the pages are touched now: no step pays for that. Raises OSError."""
         fd = os.memfd_create("pscluster", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -82,7 +82,7 @@ class Segment:
 class Arena:
     """A contiguous range of memory whose pages are private, or windows onto segments, read-only.
 
-    Either kind may be put anywhere at any time; the addresses stay, so that tensors over the arena see it happen."""
+    Either kind may be put anywhere at any time; the addresses stay, so that tensors over the arena stay valid."""
 
     def __init__(self, size_bytes: int) -> None:
         self._memory = mmap.mmap(-1, max(size_bytes, PAGE_BYTES), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -113,8 +113,8 @@ class Arena:
 class Lanes:
     """Gradients on their way from one trainer to one partition: for each bucket `num_lanes` places in a segment.
 
-    One byte a place says who may use it: the trainer takes a free one and writes, the partition reads it in place, may
-    sum there, and gives it back. No message is needed for that; the byte changes last."""
+    One byte a place holds who may use it: the trainer takes a free one and writes, the partition reads it in place, may
+    sum there, and frees it. No message is needed for that; the byte changes last."""
 
     def __init__(self, segment: Segment, sizes_bytes: Sequence[int], num_lanes: int) -> None:
         """`sizes_bytes[b]`: of bucket b's place. Pages of a lane cost memory from its first use on."""
@@ -132,7 +132,7 @@ class Lanes:
 
     @classmethod
     def open(cls, fd: int, sizes_bytes: Sequence[int], num_lanes: int) -> Lanes:
-        """The trainer's side; takes over `fd`. Raises FrameError when it is not what both sides' layout makes it."""
+        """The trainer's side; takes over `fd`. Raises FrameError when its size does not fit the layout."""
         size = lanes_bytes(sizes_bytes, num_lanes)
         return cls(Segment.open(fd, size, writable=True), sizes_bytes, num_lanes)
 
@@ -142,7 +142,7 @@ class Lanes:
 
     @property
     def view(self) -> memoryview:
-        """All of the segment."""
+        """The whole segment."""
         return self._segment.view
 
     @property
@@ -177,7 +177,7 @@ def lanes_bytes(sizes_bytes: Sequence[int], num_lanes: int) -> int:
 
 
 def _lane_sizes(sizes_bytes: Sequence[int], num_lanes: int) -> list[int]:
-    """Of everything in the segment, in order: the bytes that say what is taken, then each bucket's lanes."""
+    """Of everything in the segment, in order: the bytes that mark what is taken, then each bucket's lanes."""
     return [len(sizes_bytes) * num_lanes, *(size for size in sizes_bytes for _ in range(num_lanes))]
 
 

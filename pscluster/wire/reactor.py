@@ -48,7 +48,7 @@ class Reactor:
         self._dialling: set[socket.socket] = set()
         self._stopped = False
         self._closed = False
-        self._closing = threading.Lock()  # keeps `post` from writing to a number that means another file by then
+        self._closing = threading.Lock()  # keeps `post` from writing to a descriptor that was closed and reused
         self._selector.register(self._wake, selectors.EVENT_READ, self._drain_posted)
 
     def run(self) -> None:
@@ -62,7 +62,7 @@ class Reactor:
     def post(self, call: Callable[[], None]) -> None:
         """Have `call` run on the reactor's thread, in order, soon. From any thread; never blocks.
 
-        After `close` nothing happens: there is no thread any more that could run it."""
+        After `close` it is dropped: there is no thread that could run it."""
         with self._closing:
             if not self._closed:
                 self._posted.append(call)
@@ -98,20 +98,20 @@ class Reactor:
     def unwatch(self, fd: int) -> None:
         self._selector.unregister(fd)
 
-    def listen(self, address: str, handler: ConnectionHandler, greeting_s: float = math.inf) -> str:
+    def listen(self, address: str, handler: ConnectionHandler, handshake_s: float = math.inf) -> str:
         """Accept connections at `address` for `handler`; returns the address that peers dial (port resolved).
 
-        A caller whose connection has no `context` after `greeting_s` is closed: it only occupies a descriptor.
+        A connection without a `context` after `handshake_s` is closed: its peer has not identified itself.
         Raises AddressInUseError."""
         listener, bound = bind(address)
         self._listeners.append((listener, bound))
-        self._listen_on(listener, handler, greeting_s)
+        self._listen_on(listener, handler, handshake_s)
         return bound
 
     def dial(self, address: str, handler: ConnectionHandler, done: Callable[[Connection | None, str], None]) -> None:
         """Connect to `address` within `DIAL_S`; `done` is called once with the connection, or with None and the reason.
 
-        Who dials takes file descriptors from who listens, never the other way round."""
+        File descriptors are taken from the listening side only."""
         try:
             sock, connected = start_dial(address)
         except OSError as error:
@@ -148,26 +148,28 @@ class Reactor:
             self._selector.close()
             os.close(self._wake)
 
-    def _listen_on(self, listener: socket.socket, handler: ConnectionHandler, greeting_s: float) -> None:
-        self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener, handler, greeting_s))
+    def _listen_on(self, listener: socket.socket, handler: ConnectionHandler, handshake_s: float) -> None:
+        self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener, handler, handshake_s))
 
-    def _accept(self, listener: socket.socket, handler: ConnectionHandler, greeting_s: float) -> None:
+    def _accept(self, listener: socket.socket, handler: ConnectionHandler, handshake_s: float) -> None:
         try:
             sock = accept(listener)
         except OSError as error:
             if error.errno not in _EXHAUSTED:
                 raise
-            self._selector.unregister(listener)  # callers wait in the kernel's queue; the others are served on
-            self.call_later(_ACCEPT_AGAIN_S, lambda: self._listen_on(listener, handler, greeting_s))
+            self._selector.unregister(
+                listener
+            )  # new connections wait in the kernel's queue; open ones are still served
+            self.call_later(_ACCEPT_AGAIN_S, lambda: self._listen_on(listener, handler, handshake_s))
             return
         if sock is not None:
             connection = self.adopt(sock, handler)
-            if math.isfinite(greeting_s):
-                self.call_later(greeting_s, lambda: self._close_unless_greeted(connection))
+            if math.isfinite(handshake_s):
+                self.call_later(handshake_s, lambda: self._close_unless_accepted(connection))
 
-    def _close_unless_greeted(self, connection: Connection) -> None:
+    def _close_unless_accepted(self, connection: Connection) -> None:
         if connection.context is None:
-            connection.close(FrameError("a caller that did not greet", details={"field": "greeting"}))
+            connection.close(FrameError("a connection without a HELLO", details={"field": "handshake"}))
 
     def _dialled(self, sock: socket.socket, handler: ConnectionHandler, done: Callable[..., Any]) -> None:
         self._selector.unregister(sock)
@@ -180,7 +182,7 @@ class Reactor:
             done(self.adopt(sock, handler, takes_fds=True), "")
 
     def _end_dial(self, sock: socket.socket, done: Callable[..., Any]) -> None:
-        """Time is up, if it is still being dialled."""
+        """The time limit of a dial that is still pending."""
         if sock in self._dialling:
             self._selector.unregister(sock)
             self._dialling.discard(sock)

@@ -11,15 +11,15 @@ from pscluster.errors import AddressInUseError, FrameError, StateError
 
 _BACKLOG = 512
 DEAD_S = 10
-"""A TCP connection whose other end has not answered for so long is closed by the kernel. Else one over a path that lets
-nothing through any more would look open for a quarter of an hour."""
+"""After so long without an acknowledgement the kernel closes a TCP connection. By default one over a dead path would
+look open for a quarter of an hour."""
 _PROBES = ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 2))  # of a silent one, in seconds
 
 
 def transport_of(address: str) -> str:
     """The name of an address's transport, as `network.transport` and `psctl describe` spell it.
 
-    Over a Unix socket the two ends may agree on shared memory, "shm", when they greet."""
+    Over a Unix socket the two ends may agree on shared memory, "shm", in their handshake."""
     return address.partition(":")[0]
 
 
@@ -66,7 +66,7 @@ def _bind_unix(path: str) -> socket.socket:
 
 
 def accept(listener: socket.socket) -> socket.socket | None:
-    """The next connection; None when the caller went away meanwhile. Raises OSError for want of descriptors."""
+    """The next connection; None when its peer has closed it meanwhile. Raises OSError when descriptors run out."""
     try:
         sock, _ = listener.accept()
     except (BlockingIOError, ConnectionAbortedError):

@@ -134,14 +134,14 @@ def test_callers_wait_while_no_descriptor_is_free_and_others_are_served(world: W
 
 
 def test_a_caller_that_does_not_greet_in_time_is_closed_by_name_and_one_that_did_stays(tmp_path: Path) -> None:
-    world = World.create("unix", tmp_path, greeting_s=0.05)
+    world = World.create("unix", tmp_path, handshake_s=0.05)
     listening = world.listening
     listening.on_frame = lambda connection, _: setattr(connection, "context", "greeted")
     silent = world.dial()
     polite = world.dial()
     polite.send(header())
     world.until(lambda: not silent.is_open)
-    assert [str(end) for end in listening.ends] == ["PS-3002: a caller that did not greet"]
+    assert [str(end) for end in listening.ends] == ["PS-3002: a connection without a HELLO"]
     polite.send(header(1))
     world.until(lambda: len(listening.frames) == 2)
     world.reactor.close()

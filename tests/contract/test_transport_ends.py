@@ -16,7 +16,7 @@ from pscluster.wire.frame import PROTOCOL, FrameKind, Header, checksum, pack
 from pscluster.wire.memory import Segment
 
 
-def test_closing_is_told_once_to_both_sides_and_nothing_is_sent_after(world: World) -> None:
+def test_closing_is_reported_once_to_both_sides_and_nothing_is_sent_after(world: World) -> None:
     connection = world.dial()
     world.accepted(connection)
     called: list[int] = []
@@ -110,7 +110,7 @@ def test_a_peer_that_vanishes_in_mid_frame_ends_the_connection_alone(world: Worl
     assert world.listening.ends == [None]
 
 
-def test_a_reset_while_sending_is_told_once_by_name(world: World) -> None:
+def test_a_reset_while_sending_is_reported_once_by_name(world: World) -> None:
     connection = world.dial()
     other = world.accepted(connection)
     other.pause_reading()
@@ -124,7 +124,7 @@ def test_a_reset_while_sending_is_told_once_by_name(world: World) -> None:
     assert isinstance(world.dialling.ends[0], FrameError | None)
 
 
-def test_a_break_that_a_send_meets_is_told_before_it_returns(world: World) -> None:
+def test_a_break_that_a_send_finds_is_reported_before_it_returns(world: World) -> None:
     """Whoever sends several frames has heard of it before the next one; `PlayedConnection` does the same."""
     connection = world.dial()
     world.accepted(connection).close()

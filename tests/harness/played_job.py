@@ -10,15 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness.played import (
-    JOB,
-    Network,
-    PlayedLink,
-    dismiss,
-    played_partition,
-    played_plan,
-    played_spec,
-)
+from harness.played import JOB, Network, PlayedLink, dismiss, played_partition, played_plan, played_spec
 from pscluster.job.spec import JobSpec
 from pscluster.step.codec import DTYPES, as_bytes
 from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
@@ -27,12 +19,11 @@ from pscluster.step.tree import TreeNode, tree_of
 from pscluster.v1.plan_pb2 import Plan, ProcessSpec
 from pscluster.wire.protocol import Outcome
 from psserver.partition.process import PartitionService
+from psworker.replica import BucketMemory
 from psworker.trainer.exchange import Exchange
-from psworker.trainer.gradients.accumulate import Counter, add_gradients
-from psworker.trainer.gradients.gather import Gradients
+from psworker.trainer.gradients.accumulate import Counter, Gradients, add_gradients
 from psworker.trainer.telemetry import TrainerCounters
-from psworker.trainer.values.bucket_memory import BucketMemory
-from psworker.trainer.work import Work, WorkKey, find_work
+from psworker.trainer.work import Work, WorkKey
 
 FINAL_STEP = 3
 LAYOUT = Layout(
@@ -54,9 +45,14 @@ class PlayedTrainer:
         self.rank = rank
         self.link = PlayedLink(ProcessSpec(job_id=JOB, rank=rank))
         self.memory = BucketMemory(LAYOUT)
-        self.exchange = Exchange(self.link, spec, LAYOUT, self.memory, TrainerCounters())  # type: ignore[arg-type]
-        self.exchange._reactor.close()
-        self.exchange._reactor = network  # type: ignore[assignment]
+        self.exchange = Exchange(
+            self.link,  # type: ignore[arg-type]
+            spec,
+            LAYOUT,
+            self.memory,
+            TrainerCounters(),
+            reactor=network,  # type: ignore[arg-type]
+        )
         self._tree = tree_of(spec.train.num_shards)
         self._dtype = DTYPES[spec.network.push_codec]
         self._done: dict[WorkKey, set[int]] = {}
@@ -69,13 +65,9 @@ class PlayedTrainer:
     def turn(self) -> bool:
         """Do the next thing there is to do; False: there is none now."""
         exchange, run = self.exchange, self._run
-        if run is not None and not exchange.is_current(run):
+        if run is not None and not exchange.agenda.is_current(run):
             self._end(run)
-        if exchange._plan is None:
-            return False
-        work = find_work(
-            exchange._plan, exchange._directive, exchange._merged, exchange._needs_values, self.rank, self._done
-        )
+        work = exchange.agenda.find_work(self._done)
         if work is None:
             return False
         self._done = {work.key: self._done.get(work.key, set())} | {
@@ -94,9 +86,9 @@ class PlayedTrainer:
                 return True
             self._begin(work)
         if not exchange.has_landed:
-            if exchange._landing.is_superseded:
+            if exchange.values.landing.is_superseded:
                 self._give_up(work)
-            return exchange._landing.is_superseded
+            return exchange.values.landing.is_superseded
         {"train": self._train, "evaluate": self._evaluate, "finalise": self._finalise, "finish": self._finish}[
             work.action
         ](work)
@@ -104,12 +96,12 @@ class PlayedTrainer:
 
     def dismiss(self) -> None:
         """The process is gone: its connections break, its shared memory is unmapped."""
-        for peer in self.exchange._peers:
+        for peer in self.exchange.pusher.peers:
             peer.close()
-            peer.outbox.__init__()  # type: ignore[misc]
+            peer.pushes.queue.__init__()  # type: ignore[misc]
         self.memory.close_windows()
         self.exchange.values.restart()
-        self.exchange.pushing.lanes.clear()
+        self.exchange._lanes._lanes.clear()
 
     def _counters(self) -> list[Counter[Any]]:
         return [*self._sums.values(), self._statistics]
@@ -125,9 +117,9 @@ class PlayedTrainer:
         self._run = None
         for bucket, counter in self._sums.items():
             for node, gradients in counter.flush():
-                self.exchange.pushing.gradients(work, bucket, node, gradients)
+                self.exchange.pusher.gradients(work, bucket, node, gradients)
         for node, statistics in self._statistics.flush():
-            self.exchange.pushing.statistics(work, node, statistics)
+            self.exchange.pusher.statistics(work, node, statistics)
 
     def _give_up(self, work: Work) -> None:
         self._run = None
@@ -147,10 +139,10 @@ class PlayedTrainer:
             placed = LAYOUT.buckets[bucket].placed
             gradients = [self._gradient(p.tensor, shard) if moves or p.tensor != B else None for p in placed]
             for root, value in counter.carry(node, gradients):
-                exchange.pushing.gradients(work, bucket, root, value)
+                exchange.pusher.gradients(work, bucket, root, value)
         self._push_buffers(work, node, weight, moves)
         touched = touched_bits([W, B, MEAN] if moves else [W], len(LAYOUT.tensors))
-        exchange.pushing.summary(work, node, Summary(loss_sum=weight, weight=weight, samples=1, touched=touched))
+        exchange.pusher.summary(work, node, Summary(loss_sum=weight, weight=weight, samples=1, touched=touched))
         self._done[work.key].add(shard)
         if self._run is not None and self._done[work.key].issuperset(self._run.shards):
             self._end(work)
@@ -166,20 +158,20 @@ class PlayedTrainer:
         if moves:
             words = torch.zeros(LAYOUT.buckets[averaged].num_words)
             words[:5] = (self._tensor(MEAN) * 0.75 + node.first / 3) * weight
-            self.exchange.pushing.words(work, averaged, node, words)
+            self.exchange.pusher.words(work, averaged, node, words)
         else:
-            self.exchange.pushing.unchanged(work, averaged, node, weight)
+            self.exchange.pusher.unchanged(work, averaged, node, weight)
         if node.first == 0:
             counted = self.memory.flats[carried].clone()
             counted[0] += 1
-            self.exchange.pushing.words(work, carried, node, counted)
+            self.exchange.pusher.words(work, carried, node, counted)
 
     def _evaluate(self, work: Work) -> None:
         """A shard's statistics: sums over its part of the parameters, exact ones."""
         shard = work.shards[0]
         found = np.array([float(self._tensor(n)[shard::4].double().sum()) for n in (W, B, MEAN)])
         for node, value in self._statistics.carry(TreeNode(shard, 1), found):
-            self.exchange.pushing.statistics(work, node, value)
+            self.exchange.pusher.statistics(work, node, value)
         self._done[work.key].add(shard)
         if self._run is not None and self._done[work.key].issuperset(self._run.shards):
             self._end(work)
@@ -187,13 +179,13 @@ class PlayedTrainer:
     def _finalise(self, work: Work) -> None:
         assert work.statistics is not None
         self._run = None
-        self.exchange.pushing.outcome(work, Outcome(metrics={"loss": float(work.statistics.sum())}))
+        self.exchange.pusher.outcome(work, Outcome(metrics={"loss": float(work.statistics.sum())}))
         self._done[work.key].update(work.shards)
 
     def _finish(self, work: Work) -> None:
         self._run = None
         digest = hashlib.sha256(b"".join(bytes(as_bytes(flat)) for flat in self.memory.flats)).hexdigest()
-        self.exchange.pushing.outcome(work, Outcome(sha256=digest))
+        self.exchange.pusher.outcome(work, Outcome(sha256=digest))
         self._done[work.key].update(work.shards)
 
 
@@ -347,7 +339,7 @@ class PlayedCluster:
 
     def taken_lanes(self) -> int:
         """Places in shared memory that are in use over the connections there are."""
-        lanes = [lanes for trainer in self.trainers.values() for lanes in trainer.exchange.pushing.lanes.values()]
+        lanes = [lanes for trainer in self.trainers.values() for lanes in trainer.exchange._lanes._lanes.values()]
         return sum(bool(taken) for each in lanes for taken in each._taken)
 
     def close(self) -> None:

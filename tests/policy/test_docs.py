@@ -1,4 +1,4 @@
-"""The documents tell the truth: commands exist, tables are complete, links lead somewhere, the README's model runs."""
+"""The documents are correct: commands exist, tables are complete, links have targets, the README's model runs."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def rows(page: str, first: str) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_links_coordinator_somewhere(page: Path) -> None:
+def test_links_have_targets(page: Path) -> None:
     targets = [target.partition("#")[0] for target in LINK.findall(page.read_text())]
     missing = [name for name in targets if name and "://" not in name and not (page.parent / name).exists()]
     assert not missing
 
 
-def test_the_picture_names_files_that_are_there() -> None:
+def test_the_picture_names_existing_files() -> None:
     homes = {
         "trainer": "worker/psworker/trainer",
         "partition": "paramserver/psserver/partition",

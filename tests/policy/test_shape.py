@@ -1,4 +1,4 @@
-"""Size, names, and the calls that are not made."""
+"""Sizes, names, and forbidden calls."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAY_READ_ENVIRONMENT = (
     "pscluster/client/cluster.py",  # the entry point of a notebook
     "pscluster/settings.py",
     "master/psmaster/daemon.py",
-    "worker/psworker/canary.py",  # sets what torch reads, before its first use
+    "worker/psworker/numerics.py",  # sets what torch reads, before its first use
     "paramserver/psserver/partition/__main__.py",  # told by its agent
     "worker/psworker/trainer/__main__.py",
     "worker/psworker/tools.py",

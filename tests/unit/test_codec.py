@@ -17,8 +17,8 @@ from pscluster.step.layout import CODEC_BYTES, Layout, TensorSpec
 from pscluster.step.tree import TreeNode, tree_of
 from psserver.partition.step.open_step import OpenStep
 from psserver.partition.step.state import PartitionState
-from psworker.trainer.gradients.accumulate import Counter, add_gradients
-from psworker.trainer.gradients.gather import Gradients, gather, write
+from psworker.trainer.gradients.accumulate import Counter, Gradients, add_gradients
+from psworker.trainer.gradients.push import gather, write
 
 BITS = st.integers(0, 2**16 - 1)  # of any bf16 number
 

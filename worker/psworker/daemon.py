@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 
 from pscluster.agent.daemon import run
-from psworker.agent import WORKER
+from pscluster.agent.role import AgentRole
+
+WORKER = AgentRole(name="worker", module="psworker.trainer", runs="trainers", default_slots=1, one_per_device=True)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """A trainer's replica of the model: the module's tensors bound to flat bucket memory that values land in.
 
-Parameters are views of their bucket, so that a bucket received is parameters set. Buffers stay the module's own; the
+Parameters are views of their bucket, so that receiving a bucket sets them. Buffers stay the module's own; the
 committed ones lie in their bucket and are copied in before each microbatch, since every shard starts from them.
 """
 
@@ -15,9 +15,66 @@ from torch import nn
 
 from pscluster.errors import LayoutError
 from pscluster.job.spec import OptimizerSection
-from pscluster.step.layout import ITEM_BYTES, BucketKind, Layout, NamedBytes, TensorSpec, parameters_sha256
+from pscluster.step.layout import (
+    ITEM_BYTES,
+    WORD_BYTES,
+    BucketKind,
+    Layout,
+    NamedBytes,
+    Span,
+    TensorSpec,
+    parameters_sha256,
+)
+from pscluster.wire.memory import Arena, Segment, page_offsets
 from psworker.staging import HostStaging, Staging
-from psworker.trainer.values.bucket_memory import BucketMemory
+
+
+class BucketMemory:
+    """`flats[b]` is bucket b: fp32 for trained and averaged buckets, int32 words for the raw ones.
+
+    A span of it may become a window onto a partition's segment. Then it holds whatever the partition holds, now and
+    later, and must not be written; the tensors over it stay valid either way. Partitions begin on block boundaries,
+    which are page boundaries."""
+
+    def __init__(self, layout: Layout, *, windows: bool = True) -> None:
+        """`windows=False`: there are none, so that the pages stay the same ones for good."""
+        self.may_window = windows
+        self._layout = layout
+        self._offsets, size = page_offsets(b.num_words * WORD_BYTES for b in layout.buckets)
+        self._arena = Arena(size)
+        self._windows: dict[tuple[int, int], Segment] = {}  # bucket, first word of the span
+        self.flats = [
+            torch.frombuffer(self._arena.view, dtype=_dtype(b.kind), offset=at, count=b.num_words)
+            for b, at in zip(layout.buckets, self._offsets, strict=True)
+        ]
+
+    def words(self, span: Span) -> torch.Tensor:
+        """The words of a span, as they are."""
+        return self.flats[span.bucket][span.start : span.stop]
+
+    def writable(self, span: Span) -> torch.Tensor:
+        """The words of a span, in memory of this process; a window there is closed first, its content gone."""
+        if self._windows.pop((span.bucket, span.start), None) is not None:
+            self._arena.make_private(self._offset(span), span.size_bytes)
+        return self.words(span)
+
+    def show(self, span: Span, segment: Segment, segment_offset: int) -> None:
+        """Make a span a window onto the segment, from `segment_offset` on. Only where windows may be."""
+        assert self.may_window
+        if self._windows.get((span.bucket, span.start)) is not segment:
+            self._arena.show(self._offset(span), segment, segment_offset, span.size_bytes)
+            self._windows[(span.bucket, span.start)] = segment
+
+    def close_windows(self) -> None:
+        """Make all memory private again, if there are windows; it is zeroed then."""
+        if not self._windows:
+            return
+        self._windows.clear()
+        for bucket, offset in zip(self._layout.buckets, self._offsets, strict=True):
+            self._arena.make_private(offset, bucket.num_words * WORD_BYTES)
+
+    def _offset(self, span: Span) -> int:
+        return self._offsets[span.bucket] + span.start * WORD_BYTES
 
 
 @dataclass(frozen=True)
@@ -44,9 +101,9 @@ def layout_of(model: nn.Module, optimizer: OptimizerSection) -> Layout:
 class Replica:
     """`flats[b]` is bucket b where the model is: fp32 for trained and averaged buckets, int32 words for the raw ones.
 
-    In host memory it is the bucket's part of `memory`, else a copy of it, which `bring_in` makes.
-    Whoever fills the flats of trained and frozen buckets sets the module's parameters. What is written there while a
-    forward or backward runs goes unnoticed by autograd: its result must then be one that nobody takes."""
+    In host memory it is the bucket's part of `memory`, else a copy of it, which `load_bucket` makes.
+    Whoever fills the flats of trained and frozen buckets sets the module's parameters. Autograd does
+    not notice what is written there while a forward or backward runs: its result must then be dropped."""
 
     def __init__(self, model: nn.Module, optimizer: OptimizerSection, staging: Staging | None = None) -> None:
         self.model = model
@@ -74,9 +131,9 @@ class Replica:
                 if found.spec.kind == "trained":
                     self.parameters[number] = parameter
 
-    def bring_in(self, bucket: int) -> None:
-        """Let the model see what landed in a bucket of `memory`."""
-        self._staging.bring_in(self.memory.flats[bucket], self.flats[bucket])
+    def load_bucket(self, bucket: int) -> None:
+        """Make what landed in a bucket of `memory` visible to the model."""
+        self._staging.copy_in(self.memory.flats[bucket], self.flats[bucket])
 
     def restore_buffers(self) -> None:
         """Set every buffer of the module to its committed value."""
@@ -132,10 +189,7 @@ def tensor_view(layout: Layout, flats: Sequence[torch.Tensor], number: int) -> t
 
 def flats_from_words(layout: Layout, words: Sequence[bytearray]) -> list[torch.Tensor]:
     """Bucket memory that shares the bytes of a snapshot's words."""
-    return [
-        torch.frombuffer(data, dtype=torch.float32 if b.kind in ("trained", "averaged") else torch.int32)
-        for b, data in zip(layout.buckets, words, strict=True)
-    ]
+    return [torch.frombuffer(data, dtype=_dtype(b.kind)) for b, data in zip(layout.buckets, words, strict=True)]
 
 
 def state_tensors(layout: Layout, words: Sequence[bytearray] | Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -234,3 +288,7 @@ def _spec(
         decay=decay,
         persistent=any(name in persistent for name in names),
     )
+
+
+def _dtype(kind: str) -> torch.dtype:
+    return torch.float32 if kind in ("trained", "averaged") else torch.int32

@@ -1,7 +1,7 @@
 """Between a model's device and host memory: gradients on their way out, values on their way in.
 
 On the CPU both are the same memory or one copy away. A CUDA device copies on streams of its own, behind backward and
-before forward, from and to pinned memory; a thread waits for what was copied out and sees it off.
+before forward, from and to pinned memory; a thread waits for what was copied out and sends it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Staging(Protocol):
     def pin(self, memory: torch.Tensor) -> None:
         """Make copies to and from this host memory fast, while it is mapped. From any thread; may do nothing."""
 
-    def take_out(self, source: torch.Tensor, target: torch.Tensor) -> None:
+    def copy_out(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Begin to copy a gradient to host memory. `target` is complete when what follows in `after` is called."""
 
     def after(self, call: Callable[[], None], kept: object) -> None:
-        """Have `call` run when all that was taken out is there, in order, soon; until then `kept` is kept alive."""
+        """Have `call` run when all that was copied out is there, in order, soon; until then `kept` is kept alive."""
 
-    def bring_in(self, source: torch.Tensor, target: torch.Tensor) -> None:
+    def copy_in(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy values from host memory to where the model is; what is computed from now on sees them."""
 
     def close(self) -> None:
@@ -47,15 +47,15 @@ class HostStaging:
     is_host = True
 
     def pin(self, memory: torch.Tensor) -> None:
-        """All host memory is alike."""
+        """Nothing to do: all host memory is alike."""
 
-    def take_out(self, source: torch.Tensor, target: torch.Tensor) -> None:
+    def copy_out(self, source: torch.Tensor, target: torch.Tensor) -> None:
         target.copy_(source)
 
     def after(self, call: Callable[[], None], kept: object) -> None:  # noqa: ARG002 - done before it returns
         call()
 
-    def bring_in(self, source: torch.Tensor, target: torch.Tensor) -> None:
+    def copy_in(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """The model reads `source` itself: both are the same memory."""
 
     def close(self) -> None:
@@ -74,14 +74,14 @@ class CudaStaging:
         self._in = cuda.Stream(device)
         self._waiting: Queue[tuple[Any, Callable[[], None], object] | None] = Queue()
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._see_off, name="staging", daemon=True)
+        self._thread = threading.Thread(target=self._send_copied, name="staging", daemon=True)
         self._thread.start()
 
     def pin(self, memory: torch.Tensor) -> None:
-        if memory.numel():  # where the driver refuses, copies are slower and as right
+        if memory.numel():  # where the driver refuses, copies are slower, and as correct
             self._cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, _READ_WRITE)
 
-    def take_out(self, source: torch.Tensor, target: torch.Tensor) -> None:
+    def copy_out(self, source: torch.Tensor, target: torch.Tensor) -> None:
         self._out.wait_stream(self._cuda.current_stream(self._device))
         with self._cuda.stream(self._out):
             target.copy_(source, non_blocking=True)
@@ -93,7 +93,7 @@ class CudaStaging:
         event.record(self._out)
         self._waiting.put((event, call, kept))
 
-    def bring_in(self, source: torch.Tensor, target: torch.Tensor) -> None:
+    def copy_in(self, source: torch.Tensor, target: torch.Tensor) -> None:
         computing = self._cuda.current_stream(self._device)
         self._in.wait_stream(computing)  # what still reads the old values
         with self._cuda.stream(self._in):
@@ -104,7 +104,7 @@ class CudaStaging:
         self._waiting.put(None)
         self._thread.join(timeout=10)
 
-    def _see_off(self) -> None:
+    def _send_copied(self) -> None:
         while (item := self._waiting.get()) is not None:
             event, call, _ = item
             try:

@@ -36,9 +36,8 @@ from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.step.layout import Layout, parameters_sha256
 from pscluster.storage.snapshot import read_part, read_parts
 from pscluster.task import Task
-from psworker.canary import settle_numerics
 from psworker.export import write_weights
-from psworker.precision import precision
+from psworker.numerics import precision, settle_numerics
 from psworker.replica import load_words, named_bytes, state_tensors
 from psworker.trainer.data.batches import EvalBatches
 from psworker.trainer.data.evaluation import evaluate

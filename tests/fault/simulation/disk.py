@@ -16,7 +16,6 @@ from pscluster.errors import PsError, StorageError
 from pscluster.storage import Written
 from pscluster.storage.snapshot import part_name
 from psmaster.storage.manifest_publisher import Publisher
-from psmaster.storage.memory import MemoryStore
 from psmaster.storage.metrics_file import FILE_NAME
 from psmaster.storage.persistence import Archive, Writes
 from psmaster.storage.sqlite import SqliteStore
@@ -24,6 +23,7 @@ from psmaster.storage.store import Batch
 from psserver.partition.checkpoint import snapshots
 from psserver.partition.checkpoint.snapshots import SharedStoreCheck, SnapshotWriter
 from tests.fault.simulation.schedule import SOON_S, Condition, Life, Schedule, Strand
+from tests.harness.memory_store import MemoryStore
 
 
 class Syncs:
@@ -102,13 +102,7 @@ class Disks:
     # the servers'
 
     def writer(
-        self,
-        store: str | Path,
-        partition: int,
-        post: Callable[..., None],
-        *,
-        every_steps: int,
-        **watching: Any,
+        self, store: str | Path, partition: int, post: Callable[..., None], *, every_steps: int, **watching: Any
     ) -> SnapshotWriter:
         """A writer of snapshots in virtual time, of the process whose reactor `post` is."""
         reactor: Any = getattr(post, "__self__", None)
@@ -219,13 +213,13 @@ class ImmediatePublisher(Publisher):
     """The product's publisher of manifests, which does at once what it is asked for."""
 
     def __init__(self, bundle_file: Any) -> None:
-        self.tell = lambda _job_id, _step, _error: None
+        self.report_error = lambda _job_id, _step, _error: None
         self._bundle_file = bundle_file
         self._published = {}
 
-    def _wish(self, wishes: Any, *, wait: bool = True) -> None:  # noqa: ARG002 - there is nothing to wait for
-        for job_id, wish in wishes.items():
-            self._carry_out(job_id, wish)
+    def _request(self, requests: Any, *, wait: bool = True) -> None:  # noqa: ARG002 - there is nothing to wait for
+        for job_id, request in requests.items():
+            self._carry_out(job_id, request)
 
     def close(self) -> None:
         """Nothing runs."""

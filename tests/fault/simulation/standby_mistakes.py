@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
+from psmaster.model.membership import NodeView
 from psmaster.scheduling import recovery
-from psmaster.scheduling.admission import NodeView
 from psserver.partition.actions import Action
 from psserver.partition.replication import in_sync
 from psserver.partition.replication.in_sync import InSyncState

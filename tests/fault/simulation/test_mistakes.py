@@ -73,6 +73,7 @@ def broken_by(seed: int, changes: Mapping[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.slow
 def test_a_planted_mistake_is_found(name: str) -> None:
     mistake = MISTAKES[name]
     with ExitStack() as stack:

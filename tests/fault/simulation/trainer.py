@@ -17,13 +17,11 @@ from pscluster.step.summary import Statistics
 from pscluster.step.tree import Tree, TreeNode, tree_of
 from pscluster.v1.plan_pb2 import ProcessReport, ProcessSpec, TrainerReady
 from pscluster.wire.protocol import Outcome
+from psworker.replica import BucketMemory
 from psworker.trainer.exchange import Exchange
-from psworker.trainer.gradients.accumulate import Counter, SummaryCounter, add_gradients
-from psworker.trainer.gradients.gather import Gradients
+from psworker.trainer.gradients.accumulate import Counter, Gradients, SummaryCounter, add_gradients
 from psworker.trainer.loop import Trainer
-from psworker.trainer.pace import ComputeTimer
-from psworker.trainer.telemetry import TrainerCounters
-from psworker.trainer.values.bucket_memory import BucketMemory
+from psworker.trainer.telemetry import ComputeTimer, TrainerCounters
 from psworker.trainer.work import Work
 from tests.fault.simulation import model
 from tests.fault.simulation.dataplane import Link, Reactor
@@ -50,7 +48,7 @@ class _Replica:
         self.model = _Module()
         model.first_values(self.memory.flats)
 
-    def bring_in(self, bucket: int) -> None:
+    def load_bucket(self, bucket: int) -> None:
         """What landed is what is computed on."""
 
     def restore_buffers(self) -> None:
@@ -67,23 +65,25 @@ class _Replica:
 class _Accumulation:
     """Stands in for `Accumulator`, whose hooks need autograd: the same counters, fed by hand."""
 
-    def __init__(self, tree: Tree, push: Callable[[int, TreeNode, Gradients], None]) -> None:
+    def __init__(self, tree: Tree, push: Callable[[Work, int, TreeNode, Gradients], None]) -> None:
         self._push = push
+        self._work: Any = None
         trained = (bucket.index for bucket in LAYOUT.buckets if bucket.kind == "trained")
         self._counters = {index: Counter[Gradients](tree, add_gradients) for index in trained}
 
-    def begin_run(self, roots: list[TreeNode]) -> None:
+    def begin_run(self, work: Work, roots: list[TreeNode]) -> None:
+        self._work = work
         for counter in self._counters.values():
             counter.begin(roots)
 
     def carry(self, bucket: int, shard: int, gradients: Gradients) -> None:
         for node, value in self._counters[bucket].carry(model.leaf(shard), gradients):
-            self._push(bucket, node, value)
+            self._push(self._work, bucket, node, value)
 
     def flush(self) -> None:
         for index, counter in self._counters.items():
             for node, value in counter.flush():
-                self._push(index, node, value)
+                self._push(self._work, index, node, value)
 
     def abandon(self) -> None:
         for counter in self._counters.values():
@@ -119,14 +119,13 @@ class ArithmeticTrainer(Trainer):
         self._exchange = exchange
         self._counters = counters
         self._rebuild = replica.rebuild
-        self._pristine = True
+        self._has_first_values = True
         self._tree = tree_of(spec.train.num_shards)
-        self._work: Work | None = None
-        self._accumulator: Any = _Accumulation(self._tree, self._push_gradients)
+        self._accumulator: Any = _Accumulation(self._tree, exchange.pusher.gradients)
         self._summaries = SummaryCounter(self._tree)
         self._buffers: Any = _NoBuffers()
         self._done: dict[tuple[int, int, str], set[int]] = {}
-        self._brought: set[int] = set()
+        self._loaded: set[int] = set()
         self._may_overlap = False
         self._strand = strand
         self._sim = sim
@@ -147,13 +146,13 @@ class ArithmeticTrainer(Trainer):
         averaged, carried = LAYOUT.bucket_of[model.MEAN][0], LAYOUT.bucket_of[model.COUNT][0]
         words = model.buffer_words(flats, shard)
         if words is None:
-            self._exchange.pushing.unchanged(work, averaged, node, model.weight_of(shard))
+            self._exchange.pusher.unchanged(work, averaged, node, model.weight_of(shard))
         else:
-            self._exchange.pushing.words(work, averaged, node, words)
+            self._exchange.pusher.words(work, averaged, node, words)
         if shard == 0:
-            self._exchange.pushing.words(work, carried, node, model.carried_words(flats))
+            self._exchange.pusher.words(work, carried, node, model.carried_words(flats))
         for root, value in self._summaries.carry(node, model.summary(flats, shard)):
-            self._exchange.pushing.summary(work, root, value)
+            self._exchange.pusher.summary(work, root, value)
 
     def _shard_statistics(self, shard: int) -> Statistics:
         """Sums over a shard's part of the parameters."""
@@ -164,7 +163,7 @@ class ArithmeticTrainer(Trainer):
 
     def _finalise(self, work: Work) -> None:
         assert work.statistics is not None
-        self._exchange.pushing.outcome(work, Outcome(metrics={"loss": float(work.statistics.sum())}))
+        self._exchange.pusher.outcome(work, Outcome(metrics={"loss": float(work.statistics.sum())}))
         self._done[work.key].update(work.shards)
 
 
@@ -190,19 +189,17 @@ class TrainerProcess:
         self.strand = Strand(life, self._run)
         self._replica = _Replica()
         self._counters = TrainerCounters()
-        self._counters.pace = ComputeTimer(lambda: sim.schedule.now_s)
-        reactor = Reactor(sim.network, life, host, self.strand.notify)
+        self._counters.timer = ComputeTimer(lambda: sim.schedule.now_s)
         self.exchange = Exchange(
             self.link,  # type: ignore[arg-type]
             self.spec,
             LAYOUT,
             self._replica.memory,
             self._counters,
+            reactor=Reactor(sim.network, life, host, self.strand.notify),  # type: ignore[arg-type]
         )
-        self.exchange._reactor.close()
-        self.exchange._reactor = reactor  # type: ignore[assignment]
         changed: Any = Condition(self.strand, PREEMPTION)
-        self.exchange._changed = self.exchange.values._changed = changed
+        self.exchange.agenda.changed = self.exchange.values._changed = changed
         sim.monitor.watch_trainer(self)
         life.at_end.append(lambda: sim.monitor.forget_trainer(self))
 
@@ -212,12 +209,12 @@ class TrainerProcess:
         if self.link.start.HasField("plan"):
             self.exchange.adopt(self.link.start.plan)
         self.exchange._report_counters()
-        self.exchange._heart.start()
+        self.exchange._heartbeat.start()
         self.strand.begin()
 
     def hear_orders(self) -> None:
         """Orders are there."""
-        self.exchange._orders()
+        self.exchange._receive_orders()
 
     def _run(self) -> None:
         trainer = ArithmeticTrainer(self.spec, self.exchange, self._replica, self._counters, self.strand, self.sim)
@@ -231,7 +228,6 @@ class TrainerProcess:
             data_fingerprint="2" * 64,
             numerics_class=NUMERICS,
             numerics_detail="simulated",
-            num_samples=self.spec.train.num_shards * model.MOST_STEPS,
             device="cpu",
             final_step=self.spec.train.max_steps or 0,
         )

@@ -10,16 +10,7 @@ from pathlib import Path
 import pytest
 
 import psserver.partition.ingress.handshake
-from harness.played import (
-    JOB,
-    TOKEN,
-    Network,
-    fill,
-    job_header,
-    played_partition,
-    played_plan,
-    played_spec,
-)
+from harness.played import JOB, TOKEN, Network, fill, job_header, played_partition, played_plan, played_spec
 from harness.played_caller import LEAF, Caller, push
 from pscluster.step.layout import Layout, TensorSpec
 from pscluster.step.summary import Summary

@@ -300,8 +300,7 @@ def test_no_part_is_written_while_another_is_being_copied(tmp_path: Path, monkey
 
 
 @given(
-    every=st.integers(1, 50),
-    writes=st.lists(st.tuples(st.integers(0, 63), st.integers(1, 64)), min_size=2, max_size=4),
+    every=st.integers(1, 50), writes=st.lists(st.tuples(st.integers(0, 63), st.integers(1, 64)), min_size=2, max_size=4)
 )
 def test_partitions_with_slow_stores_agree_on_every_so_manyth_snapshot(
     every: int, writes: list[tuple[int, int]]

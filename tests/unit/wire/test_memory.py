@@ -53,7 +53,7 @@ def test_a_segment_is_at_least_a_page() -> None:
     assert len(Segment.create(0, writable_by_others=True).view) == PAGE_BYTES
 
 
-def test_who_may_write_is_the_makers_to_say() -> None:
+def test_the_maker_decides_who_may_write() -> None:
     closed = Segment.create(PAGE_BYTES, writable_by_others=False)
     before = num_descriptors()
     with pytest.raises(FrameError, match="cannot be mapped"):

@@ -19,8 +19,11 @@ from pscluster.step.layout import Layout
 from pscluster.step.summary import Summary
 from pscluster.step.tree import Tree, TreeNode, tree_of
 from psworker.replica import layout_of
-from psworker.trainer.gradients.accumulate import Accumulator, Counter, SummaryCounter
-from psworker.trainer.gradients.gather import Gradients, gather
+from psworker.trainer.gradients.accumulate import Accumulator, Counter, Gradients, SummaryCounter
+from psworker.trainer.gradients.push import gather
+from psworker.trainer.work import Work
+
+WORK = Work(restore_generation=1, generation=1, version=0, action="train")
 
 Loss = Callable[[nn.Module, int], torch.Tensor]
 Flat = dict[int, torch.Tensor]  # bucket -> words
@@ -54,7 +57,8 @@ class Played:
         self.during_backward: list[bool] = []
         self.in_backward = False
 
-    def push(self, bucket: int, node: TreeNode, gradients: Gradients) -> None:
+    def push(self, work: Work, bucket: int, node: TreeNode, gradients: Gradients) -> None:
+        assert work is WORK
         assert (bucket, node) not in self.pushed, "a node is pushed once"
         self.pushed[bucket, node] = words_of(self.layout, bucket, gradients, self.dtype).clone()
         self.during_backward.append(self.in_backward)
@@ -70,7 +74,7 @@ class Played:
         return self.accumulator.finish()
 
     def run(self, loss: Loss, shards: Sequence[int], roots: Sequence[TreeNode] | None = None) -> list[set[int]]:
-        self.accumulator.begin_run(self.tree.cover(shards) if roots is None else roots)
+        self.accumulator.begin_run(WORK, self.tree.cover(shards) if roots is None else roots)
         touched = [self.microbatch(loss, shard) for shard in shards]
         self.accumulator.flush()
         return touched
@@ -241,7 +245,7 @@ def test_buckets_are_pushed_while_backward_runs_once_it_is_known() -> None:
 
 def test_abandoning_forgets_everything() -> None:
     played = Played(Net(), 4)
-    played.accumulator.begin_run([TreeNode(0, 4)])
+    played.accumulator.begin_run(WORK, [TreeNode(0, 4)])
     played.microbatch(net_loss, 0)
     played.accumulator.begin(1)
     played.accumulator.abandon()
@@ -255,7 +259,7 @@ def test_abandoning_forgets_everything() -> None:
 def test_a_microbatch_without_a_backward_pushes_zeros(dtype: torch.dtype) -> None:
     """It had no samples; its leaf is in the sum all the same."""
     played = Played(Net(), 1, dtype)
-    played.accumulator.begin_run([TreeNode(0, 1)])
+    played.accumulator.begin_run(WORK, [TreeNode(0, 1)])
     played.accumulator.begin(0)
 
     assert played.accumulator.finish() == set()
@@ -392,7 +396,7 @@ def test_a_gradient_that_comes_again_after_its_bucket_was_sent_is_refused_by_nam
     """The first microbatches use the layer once; a later one twice: wrong sums are never sent silently."""
     model = Checkpointed(reentrant=True, depth=1)
     played = Played(model, 2)
-    played.accumulator.begin_run([TreeNode(0, 1), TreeNode(1, 1)])
+    played.accumulator.begin_run(WORK, [TreeNode(0, 1), TreeNode(1, 1)])
     played.microbatch(checkpointed_loss, 0)
     model.depth = 2
 

@@ -14,8 +14,7 @@ from pscluster.job.spec import OptimizerSection
 from pscluster.step.layout import BLOCK_WORDS, Layout, Span, TensorSpec
 from pscluster.wire.memory import PAGE_BYTES, Segment
 from psserver.partition.step.state import PartitionState
-from psworker.replica import Replica
-from psworker.trainer.values.bucket_memory import BucketMemory
+from psworker.replica import BucketMemory, Replica
 
 LAYOUT = Layout(
     (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,18 +13,21 @@ from hypothesis import strategies as st
 
 import pscluster.step.layout
 import psserver.partition.ingress.handshake
-from harness.played import TOKEN, Network, dismiss, fill, job_header, played_partition, played_plan, played_spec
+from harness.played import JOB, Network, dismiss, fill, job_header, played_partition, played_plan, played_spec
 from pscluster.step.layout import Layout, TensorSpec
 from pscluster.step.summary import Summary, touched_bits
 from pscluster.step.tree import TreeNode
+from pscluster.v1.plan_pb2 import ProcessSpec
 from pscluster.wire.frame import SUMMARY, UNCHANGED, Buffer, FrameKind, Header
 from pscluster.wire.memory import Lanes
-from pscluster.wire.protocol import Channel, Hello, Welcome
 from psserver.partition.process import PartitionService
-from psworker.trainer.gradients.send_queue import Lane, SendQueue, key_of
+from psworker.replica import BucketMemory
+from psworker.staging import HostStaging
+from psworker.trainer.gradients.lanes import Lane, SharedLanes
+from psworker.trainer.gradients.send_queue import SendQueue, key_of
 from psworker.trainer.peer import Peer
-from psworker.trainer.values.bucket_memory import BucketMemory
 from psworker.trainer.values.values import Values
+from psworker.trainer.work import Agenda
 
 BUCKET_BYTES = 64
 NUM_BUCKETS = 5
@@ -63,10 +65,18 @@ class PlayedTrainer:
         self.layout = layout
         self.step = 0
         self.todo: list[tuple[int, int]] = []  # (shard, bucket) in the order in which backward gives them
-        self.lanes: Lanes | None = None
-        self.values = Values(played_spec(1), layout, BucketMemory(layout), threading.Condition())
+        spec = played_spec(1)
+        agenda = Agenda(ProcessSpec(job_id=JOB, rank=rank))
+        agenda.adopt(played_plan(layout, {rank: []}))
+        self.shared = SharedLanes(spec, layout, HostStaging())
+        self.shared.num_lanes = NUM_LANES
+        values = Values(spec, layout, BucketMemory(layout), agenda.changed)
         addresses = ["unix:partition:0", "tcp:partition:0"]
-        self.peer = Peer(network, self, 0, addresses, transport)  # type: ignore[arg-type]
+        self.peer = Peer(network, agenda, self.shared, values, lambda *_: None, 0, addresses, transport)  # type: ignore[arg-type]
+
+    @property
+    def lanes(self) -> Lanes | None:
+        return self.shared._lanes.get(0)
 
     def give(self, shards: list[int]) -> None:
         for shard in shards:
@@ -78,52 +88,30 @@ class PlayedTrainer:
         node, bucket = TreeNode(shard, 1), place - 1
         if bucket < 0:
             summary = Summary(loss_sum=1.0, weight=1.0, samples=1.0, touched=touched_bits(range(6), 6))
-            self._owe(push(SUMMARY, step=self.step, node=node), summary.pack(), NUM_BUCKETS + 1)
+            self._send(push(SUMMARY, step=self.step, node=node), summary.pack(), NUM_BUCKETS + 1)
         elif bucket == BUFFERS and shard % 2:
             body = struct.pack("<d", 1.0)
-            self._owe(push(BUFFERS, step=self.step, node=node, flags=UNCHANGED), body, 1)
+            self._send(push(BUFFERS, step=self.step, node=node, flags=UNCHANGED), body, 1)
         else:
             words: Buffer = struct.pack("<16f", *[float(shard + 1)] * 16)
-            number = self.lanes.take(bucket) if self.lanes is not None and bucket < BUFFERS else None
-            lane = None
-            if self.lanes is not None and number is not None:
-                lane = Lane(self.lanes, bucket, number)
-                self.lanes.place(bucket, number)[:] = words
-                words = self.lanes.place(bucket, number)
-            self._owe(push(bucket, step=self.step, node=node), words, NUM_BUCKETS + 1 - bucket, lane)
+            lane = self.shared.take(0, bucket) if bucket < BUFFERS else None
+            if lane is not None:
+                lane.lanes.place(bucket, lane.number)[:] = words
+                words = lane.lanes.place(bucket, lane.number)
+            self._send(push(bucket, step=self.step, node=node), words, NUM_BUCKETS + 1 - bucket, lane)
 
-    def _owe(self, header: Header, body: Buffer, order: int, lane: Lane | None = None) -> None:
-        self.peer.outbox.add(order, replace(header, sender=self.rank), [body], lane)
-        self.peer.push()
+    def _send(self, header: Header, body: Buffer, order: int, lane: Lane | None = None) -> None:
+        self.peer.pushes.enqueue(order, replace(header, sender=self.rank), [body], lane)
 
     def enter(self, step: int) -> None:
         self.step = step
-        self.peer.outbox.drop_before(step)
+        self.peer.pushes.queue.drop_before(step)
 
     def cut(self) -> None:
         """The push connection breaks; the peer dials again."""
-        connection = self.peer._push_line.connection
+        connection = self.peer.pushes.line.connection
         if connection is not None:
             connection.close(None)
-
-    def make_hello(self, channel: Channel, *, share: bool) -> tuple[Header, Hello]:
-        hello = Hello(
-            token=TOKEN.hex(), role="trainer", channel=channel, attempt=0, restore_generation=1,
-            share=share, num_lanes=NUM_LANES,
-        )  # fmt: skip
-        return job_header(FrameKind.HELLO, generation=1, sender=self.rank), hello
-
-    def map_lanes(self, index: int, fd: int, num_lanes: int) -> Lanes:  # noqa: ARG002 - there is one partition
-        sizes = self.layout.gradient_bytes(self.layout.spans(0, 1), "fp32")
-        self.lanes = Lanes.open(fd, sizes, num_lanes)
-        return self.lanes
-
-    def unmap_lanes(self, index: int) -> None:  # noqa: ARG002
-        self.lanes = None
-
-    def welcomed(self, index: int, welcome: Welcome) -> None: ...
-
-    def receive(self, index: int, header: Header, body: memoryview) -> None: ...
 
 
 class PlayedJob:
@@ -160,8 +148,8 @@ class PlayedJob:
                 self.trainers[rank].compute()
         self.network.settle()
         self.network.settle()
-        owed = {rank: len(self.trainers[rank].peer.outbox) for rank in self.alive}
-        assert self.partition.version == before + 1, f"stuck at {before}: owed {owed}"
+        pending = {rank: len(self.trainers[rank].peer.pushes.queue) for rank in self.alive}
+        assert self.partition.version == before + 1, f"stuck at {before}: owed {pending}"
         assert self.network.refusals == []
         for rank in self.alive:
             self.trainers[rank].enter(before + 1)
@@ -176,9 +164,7 @@ class PlayedJob:
 
 @settings(max_examples=60)
 @given(data=st.data())
-def test_trainers_and_a_partition_with_a_tiny_budget_never_wait_for_each_other(
-    layout: Layout, data: st.DataObject
-) -> None:
+def test_trainers_and_a_partition_with_a_tiny_budget_never_deadlock(layout: Layout, data: st.DataObject) -> None:
     num_shards = data.draw(st.integers(1, 6), label="shards")
     transports = data.draw(st.lists(st.sampled_from(TRANSPORTS), min_size=1, max_size=4), label="trainers")
     job = PlayedJob(layout, num_shards, transports)
@@ -207,7 +193,7 @@ def _play(job: PlayedJob, choice: int) -> None:
 
 
 @WAYS
-def test_a_trainer_without_credit_hears_that_another_opened_its_bucket(transport: str, layout: Layout) -> None:
+def test_a_trainer_without_credit_learns_that_another_opened_its_bucket(transport: str, layout: Layout) -> None:
     """One trainer is a whole step ahead of the other: all its credit lies in nodes that wait for theirs."""
     job = PlayedJob(layout, 2, [transport] * 2)
     job.deal()
@@ -215,7 +201,7 @@ def test_a_trainer_without_credit_hears_that_another_opened_its_bucket(transport
     while ahead.todo:
         ahead.compute()
     job.network.settle()
-    assert len(ahead.peer.outbox) > 0
+    assert len(ahead.peer.pushes.queue) > 0
     while behind.todo:
         behind.compute()
 
@@ -248,11 +234,11 @@ def test_nothing_is_in_flight_twice(transport: str, layout: Layout, monkeypatch:
 
     def watched(self: SendQueue) -> object:
         in_flight = set(self._in_flight)
-        owed = take(self)
-        if owed is not None:
-            assert key_of(owed.header) not in in_flight
-            seen.append(key_of(owed.header))
-        return owed
+        pending = take(self)
+        if pending is not None:
+            assert key_of(pending.header) not in in_flight
+            seen.append(key_of(pending.header))
+        return pending
 
     monkeypatch.setattr(SendQueue, "next", watched)
     job.deal()

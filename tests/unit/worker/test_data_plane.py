@@ -52,11 +52,7 @@ def undisturbed() -> dict[str, Outcome]:
     "transports", [("tcp",), ("unix",), ("shm",), ("shm", "shm"), ("tcp", "shm", "shm")], ids=" ".join
 )
 def test_any_number_of_either_by_any_way_ends_with_the_same_values(
-    transports: tuple[str, ...],
-    partitions: int,
-    name: str,
-    codecs: dict[str, Any],
-    undisturbed: dict[str, Outcome],
+    transports: tuple[str, ...], partitions: int, name: str, codecs: dict[str, Any], undisturbed: dict[str, Outcome]
 ) -> None:
     cluster = PlayedCluster(partitions, transports, **codecs)
     found = outcome(cluster)
@@ -193,7 +189,7 @@ def test_a_standby_takes_over_at_any_point_and_nobody_goes_back(
     assert struck >= set(range(FINAL_STEP)), "from the first step to the last"
 
 
-def test_gradients_of_a_lost_timeline_give_back_the_lanes_that_they_took(undisturbed: dict[str, Outcome]) -> None:
+def test_gradients_from_before_a_restore_give_back_their_lanes(undisturbed: dict[str, Outcome]) -> None:
     """The trainer is in the middle of a step while the partition is replaced and shares its memory; then it pushes what
     it has of the old timeline."""
     cluster = PlayedCluster(1, ("shm",), **CODECS[0])

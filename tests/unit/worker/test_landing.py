@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
-from psworker.trainer.values.landing import Landing, Place
+from psworker.trainer.values.values import Landing, Place
 
 LAYOUT = Layout(
     (
@@ -34,7 +34,7 @@ def landing() -> Landing:
     return Landing(LAYOUT, NUM_PARTITIONS)
 
 
-def bring(it: Landing, version: int, *, exact: bool = False, only: int | None = None) -> list[bool]:
+def deliver(it: Landing, version: int, *, exact: bool = False, only: int | None = None) -> list[bool]:
     """Everything that partitions would send, complete; whether each landed."""
     found = []
     for place in places(frozen=it.needs_frozen):
@@ -49,7 +49,7 @@ def test_what_was_asked_for_lands_and_is_held() -> None:
     assert it.want(3) == "missing"
     assert it.want(3) == "asked", "they need not be asked for twice"
     assert it.is_missing_from(0) and it.is_missing_from(1)
-    assert all(bring(it, 3))
+    assert all(deliver(it, 3))
 
     assert it.is_complete and not it.is_missing_from(0)
     assert it.want(3) == "held"
@@ -71,28 +71,28 @@ def test_another_version_is_dropped_and_a_newer_one_remembered(version: int) -> 
     it = landing()
     it.want(3)
 
-    assert not any(bring(it, version))
+    assert not any(deliver(it, version))
     assert not it.is_complete
     assert it.is_superseded is (version == 4)
 
 
 def test_values_that_nobody_asked_for_are_dropped() -> None:
     it = landing()
-    assert not any(bring(it, 0))
+    assert not any(deliver(it, 0))
     it.want(3)
-    bring(it, 3)
-    assert not any(bring(it, 3)), "they are there already"
+    deliver(it, 3)
+    assert not any(deliver(it, 3)), "they are there already"
 
 
 def test_what_never_changes_is_asked_for_once() -> None:
     it = landing()
     it.want(3)
     assert it.needs_frozen
-    bring(it, 3)
+    deliver(it, 3)
     it.want(4)
 
     assert not it.needs_frozen
-    assert bring(it, 4) == [True] * len(places(frozen=False))
+    assert deliver(it, 4) == [True] * len(places(frozen=False))
     assert it.is_complete
     it.restart()
     assert it.want(0) == "missing" and not it.needs_frozen
@@ -102,30 +102,30 @@ def test_what_never_changes_is_asked_for_once() -> None:
 def test_values_of_the_other_exactness_are_dropped(exact: bool) -> None:
     it = landing()
     it.want(3, exact=exact)
-    assert not any(bring(it, 3, exact=not exact))
+    assert not any(deliver(it, 3, exact=not exact))
     assert not it.is_complete and not it.is_superseded
 
-    assert all(bring(it, 3, exact=exact))
+    assert all(deliver(it, 3, exact=exact))
     assert it.is_complete
 
 
 def test_exact_values_become_the_others_by_rounding_and_never_the_other_way_round() -> None:
     it = landing()
     it.want(3, exact=True)
-    bring(it, 3, exact=True)
+    deliver(it, 3, exact=True)
     assert it.want(3, exact=False) == "round"
     assert it.is_complete and it.want(3, exact=False) == "held"
 
     assert it.want(3, exact=True) == "missing"
     assert not it.is_complete
-    assert not any(bring(it, 3, exact=False)), "late ones, which were on their way"
-    assert all(bring(it, 3, exact=True))
+    assert not any(deliver(it, 3, exact=False)), "late ones, which were on their way"
+    assert all(deliver(it, 3, exact=True))
 
 
 def test_half_of_the_exact_values_do_not_count_as_the_others() -> None:
     it = landing()
     it.want(3, exact=True)
-    bring(it, 3, exact=True, only=0)
+    deliver(it, 3, exact=True, only=0)
 
     assert it.want(3, exact=False) == "missing"
     assert not it.has_bucket(0)
@@ -135,7 +135,7 @@ def test_half_of_the_exact_values_do_not_count_as_the_others() -> None:
 def test_one_may_go_back_to_what_is_held_until_the_newer_begins_to_land(exact: bool) -> None:
     it = landing()
     it.want(3, exact=exact)
-    bring(it, 3, exact=exact)
+    deliver(it, 3, exact=exact)
     it.want(4)
     assert it.want(3, exact=exact) == "held"
     it.want(4)
@@ -151,9 +151,9 @@ def test_once_the_newer_version_was_there_no_way_leads_back() -> None:
     """Not even when it is asked for once more, exactly: nothing of that has begun to land, and the old one is gone."""
     it = landing()
     it.want(3)
-    bring(it, 3)
+    deliver(it, 3)
     it.want(4)
-    bring(it, 4)
+    deliver(it, 4)
     assert it.want(4, exact=True) == "missing"
 
     assert it.want(3) == "gone"
@@ -164,7 +164,7 @@ def test_a_place_that_was_begun_and_broke_off_is_not_there() -> None:
     it.want(3)
     place = places(frozen=True)[0]
     assert it.begin(place, 3)
-    bring(it, 3, only=1)
+    deliver(it, 3, only=1)
     assert not it.has_bucket(0)
 
     assert it.begin(place, 3), "it comes again over the next connection"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,15 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from harness.played import Network, PlayedConnection, job_header, played_spec
+from harness.played import JOB, Network, PlayedConnection, job_header, played_plan, played_spec
 from pscluster.step.layout import Layout, TensorSpec
 from pscluster.step.tree import TreeNode
+from pscluster.v1.plan_pb2 import ProcessSpec
 from pscluster.wire.frame import IN_MEMORY, FrameKind, Header
 from pscluster.wire.memory import PAGE_BYTES, Lanes, Segment
-from pscluster.wire.protocol import Channel, Hello, Welcome
+from pscluster.wire.protocol import Hello, Welcome
+from psworker.replica import BucketMemory
+from psworker.staging import HostStaging
+from psworker.trainer.gradients.lanes import SharedLanes
 from psworker.trainer.peer import Peer
-from psworker.trainer.values.bucket_memory import BucketMemory
 from psworker.trainer.values.values import Values
+from psworker.trainer.work import Agenda
 
 LAYOUT = Layout((TensorSpec(names=("w",), shape=(16,), dtype="float32", kind="trained"),))
 WORDS = bytes(range(64))
@@ -61,35 +64,27 @@ class Partition:
 
 
 class Trainer:
-    """A peer, and what it hands on."""
+    """A peer, and what it works on."""
 
     def __init__(self, network: Network, address: str, transport: str) -> None:
-        self.lanes: dict[int, Lanes] = {}
+        spec = played_spec(1)
+        agenda = Agenda(ProcessSpec(job_id=JOB))
+        agenda.adopt(played_plan(LAYOUT, {0: [0]}))
+        self.shared = SharedLanes(spec, LAYOUT, HostStaging())
         self.memory = BucketMemory(LAYOUT)
-        self.values = Values(played_spec(1), LAYOUT, self.memory, threading.Condition())
-        self.peer = Peer(network, self, 0, [address], transport)  # type: ignore[arg-type]
+        self.values = Values(spec, LAYOUT, self.memory, agenda.changed)
+        self.peer = Peer(network, agenda, self.shared, self.values, lambda *_: None, 0, [address], transport)  # type: ignore[arg-type]
+
+    @property
+    def lanes(self) -> dict[int, Lanes]:
+        return self.shared._lanes
 
     def close(self) -> None:
         """Hang up, and unmap what was mapped."""
         self.peer.close()
-        self.peer.outbox.lanes = None
+        self.peer.pushes.queue.lanes = None
         self.lanes.clear()
         self.values.restart()
-
-    def make_hello(self, channel: Channel, *, share: bool) -> tuple[Header, Hello]:
-        hello = Hello(token="t", role="trainer", channel=channel, attempt=1, restore_generation=1, share=share)
-        return job_header(FrameKind.HELLO), hello
-
-    def map_lanes(self, index: int, fd: int, num_lanes: int) -> Lanes:
-        self.lanes[index] = Lanes.open(fd, [64], num_lanes)
-        return self.lanes[index]
-
-    def unmap_lanes(self, index: int) -> None:
-        self.lanes.pop(index, None)
-
-    def welcomed(self, index: int, welcome: Welcome) -> None: ...
-
-    def receive(self, index: int, header: Header, body: memoryview) -> None: ...
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +122,7 @@ def test_to_share_memory_is_asked_for_where_it_is_wanted_and_can_be(
     trainer = met(network, tmp_path, transport)
 
     assert [hello.share for hello in partition.hellos] == [asks, asks]
-    assert trainer.peer.is_connected and trainer.lanes == {} and trainer.peer.outbox.lanes is None
+    assert trainer.peer.is_connected and trainer.lanes == {} and trainer.peer.pushes.queue.lanes is None
     assert trainer.peer.transport == ("tcp" if transport == "tcp" else "unix"), "the partition did not share"
 
 
@@ -137,7 +132,7 @@ def test_what_a_partition_shares_is_mapped_when_it_welcomes(
     lanes, _segment = partition.share()
     trainer = met(network, tmp_path)
     assert trainer.peer.transport == "shm"
-    assert trainer.peer.outbox.lanes is trainer.lanes[0]
+    assert trainer.peer.pushes.queue.lanes is trainer.lanes[0]
     trainer.lanes[0].place(0, 1)[:] = WORDS
     assert bytes(lanes.place(0, 1)) == WORDS
 
@@ -159,7 +154,7 @@ def test_lanes_end_with_their_connection_and_the_next_brings_others(
     second, _other = partition.share()
     network.settle()
     assert trainer.peer.is_connected
-    assert trainer.peer.outbox.lanes is trainer.lanes[0] is not old
+    assert trainer.peer.pushes.queue.lanes is trainer.lanes[0] is not old
     trainer.lanes[0].place(0, 0)[:] = WORDS
     assert bytes(second.place(0, 0)) == WORDS and not any(first.place(0, 0))
 

@@ -64,7 +64,7 @@ def test_an_honest_task_passes_every_check(make_spec: Any, entrypoint: str) -> N
     assert all(check.ok for check in table.values())
     assert set(table) >= {"imports", "task", "data", "versions", "fingerprint", "loss", "halving", "metrics"}
     assert set(table) >= {"parameters", "layout", "canary"}
-    assert prepared.preflight.num_samples == 512
+    assert table["data"].detail.startswith("512 training samples")
     assert "accuracy" in table["metrics"].detail
     assert prepared.preflight.numerics_class[:12] in table["canary"].detail
 
@@ -120,7 +120,7 @@ def test_a_loss_that_breaks_its_contract_is_named(make_spec: Any, loss: Any, exp
         raise error
 
 
-def test_a_loss_that_is_not_finite_stops_the_job_unless_told_to_skip(make_spec: Any) -> None:
+def test_a_loss_that_is_not_finite_stops_the_job_unless_the_spec_skips_it(make_spec: Any) -> None:
     def infinite(squares: Tensor) -> tuple[Tensor, int]:
         return squares.sum() * float("inf"), len(squares)
 

@@ -13,15 +13,7 @@ from torch import nn
 from pscluster.errors import LayoutError
 from pscluster.job.spec import OptimizerSection
 from pscluster.step.layout import Layout, parameters_sha256
-from psworker.replica import (
-    Replica,
-    layout_of,
-    load_words,
-    named_bytes,
-    state_tensors,
-    tensor_view,
-)
-from psworker.trainer.values.bucket_memory import BucketMemory
+from psworker.replica import BucketMemory, Replica, layout_of, load_words, named_bytes, state_tensors, tensor_view
 
 SGD = OptimizerSection(name="sgd")
 
@@ -92,7 +84,7 @@ def test_two_builds_of_one_model_have_one_layout() -> None:
     ],
     ids=["matrices", "all", "no biases", "by an alias"],
 )
-def test_decay_is_for_matrices_unless_told(section: dict[str, Any], decayed: set[str]) -> None:
+def test_decay_is_for_matrices_by_default(section: dict[str, Any], decayed: set[str]) -> None:
     layout = layout_of(Model(), OptimizerSection(weight_decay=0.1, **section))
 
     assert {t.name for t in layout.tensors if t.decay} == decayed

@@ -70,7 +70,7 @@ class FakeEvent:
 
 def test_host_memory_is_copied_at_once_and_needs_no_bringing_in() -> None:
     staging, source, target, calls = HostStaging(), torch.ones(3), torch.zeros(3), []
-    staging.take_out(source, target)
+    staging.copy_out(source, target)
     staging.after(lambda: calls.append(target.clone()), None)
 
     assert torch.equal(calls[0], source)
@@ -81,7 +81,7 @@ def test_what_was_taken_out_is_seen_off_in_order_when_it_is_there() -> None:
     cuda, seen, all_seen = FakeCuda(), [], threading.Event()
     staging = CudaStaging(torch.device("cuda:0"), cuda)
     target = torch.zeros(2)
-    staging.take_out(torch.ones(2), target)
+    staging.copy_out(torch.ones(2), target)
     staging.after(lambda: seen.append(1), target)
     staging.after(lambda: (seen.append(2), all_seen.set()), target)
     assert seen == [], "the copy is under way"
@@ -95,7 +95,7 @@ def test_what_was_taken_out_is_seen_off_in_order_when_it_is_there() -> None:
 def test_values_wait_for_their_readers_and_readers_for_values() -> None:
     cuda = FakeCuda()
     staging, target = CudaStaging(torch.device("cuda:0"), cuda), torch.zeros(2)
-    staging.bring_in(torch.ones(2), target)
+    staging.copy_in(torch.ones(2), target)
     staging.pin(target)
     staging.pin(torch.zeros(0))
 
@@ -105,7 +105,7 @@ def test_values_wait_for_their_readers_and_readers_for_values() -> None:
     staging.close()
 
 
-def test_a_copy_that_failed_is_told_to_who_computes() -> None:
+def test_a_failed_copy_is_raised_on_the_computing_thread() -> None:
     cuda, called = FakeCuda(), []
     cuda.failure = RuntimeError("device gone")
     cuda.may_pass.set()
@@ -124,8 +124,8 @@ def test_a_device_takes_and_gives_the_same_bits() -> None:
     source = torch.randn(1 << 20)
     on_device, back = torch.zeros(1 << 20, device="cuda:0"), torch.zeros(1 << 20)
     staging.pin(back)
-    staging.bring_in(source, on_device)
-    staging.take_out(on_device, back)
+    staging.copy_in(source, on_device)
+    staging.copy_out(on_device, back)
     staging.after(done.set, on_device)
 
     assert done.wait(DEADLINE_S) and torch.equal(back, source)

@@ -111,7 +111,7 @@ def test_an_export_loads_strictly_and_has_the_models_digest(
     assert {entry.name for entry in tmp_path.iterdir()} == {"out", "part-0", "part-1"}
 
 
-def test_safetensors_say_where_they_come_from(make_spec: Any, ask: Any, tmp_path: Path) -> None:
+def test_safetensors_name_their_origin(make_spec: Any, ask: Any, tmp_path: Path) -> None:
     spec = make_spec()
     answer = ask(spec, snapshot(trained(spec)[1], spec, tmp_path), command="export", format="safetensors")
 

@@ -18,7 +18,7 @@ from pscluster.step.layout import Codec as CodecName
 from pscluster.step.tree import TreeNode
 from pscluster.wire.frame import EXACT, IN_MEMORY, NO_NODE, WITH_FROZEN, Codec, FrameKind, Header
 from psserver.partition.step.state import PartitionState
-from psworker.trainer.values.bucket_memory import BucketMemory
+from psworker.replica import BucketMemory
 from psworker.trainer.values.values import Values
 
 LAYOUT = Layout(
@@ -123,15 +123,17 @@ def test_values_land_as_they_were_wanted_by_either_way(exact: bool, shared: bool
     played = Played(codec)
     assert played.values.want(5, exact) == "missing"
     asks_exact = exact and codec == "bf16"  # without rounding all are exact
-    assert played.values.pull_flags() == WITH_FROZEN | (EXACT if asks_exact else 0)
+    assert played.values.wanted_from(0) == (5, WITH_FROZEN | (EXACT if asks_exact else 0))
     played.arrive_all(5, exact=asks_exact, shared=shared)
 
     assert played.values.landing.is_complete
     assert played.holds(exact=exact)
     assert played.holds(exact=not exact) is (codec == "fp32")
     assert played.values.want(5, exact) == "held"
-    assert played.values.pull_flags() & WITH_FROZEN == 0
     assert played.changed.times == len(LAYOUT.buckets), "once for each whole bucket"
+    assert played.values.wanted_from(0) is None
+    played.values.want(6, exact=False)
+    assert played.values.wanted_from(0) == (6, 0), "what never changes is there"
 
 
 def test_unrounded_values_in_shared_memory_are_not_copied() -> None:
@@ -256,9 +258,9 @@ def test_a_version_that_is_not_wanted_changes_nothing(version: int, codec: Codec
 
 
 def refused(played: Played, header: Header, index: int = 0) -> str:
-    hear = played.values.shown if header.flags & IN_MEMORY else played.values.target
+    receive = played.values.shown if header.flags & IN_MEMORY else played.values.target
     with pytest.raises(FrameError) as error:
-        hear(index, header)
+        receive(index, header)
     return error.value.details["field"]
 
 

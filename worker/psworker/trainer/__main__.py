@@ -8,18 +8,17 @@ import sys
 from pathlib import Path
 
 from pscluster.agent.link import HeartbeatThread, ProcessLink
-from pscluster.errors import OutOfMemoryError, PsError
+from pscluster.errors import PsError
 from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.step.sampling import ShardSampler
 from pscluster.v1.plan_pb2 import Beat, ErrorDetail, Failure, PreflightCheck, ProcessReport, TrainerReady
 from pscluster.wire.transport import check_congestion_control
-from psworker.canary import settle_numerics
+from psworker.numerics import settle_numerics
 from psworker.replica import Replica
 from psworker.staging import staging_for
-from psworker.trainer.allocator import keep_freed_memory
 from psworker.trainer.data.batches import Batches, EvalBatches
 from psworker.trainer.data.loading import build_model, user_traceback
-from psworker.trainer.device import usable_device
+from psworker.trainer.device import keep_freed_memory, usable_device
 from psworker.trainer.exchange import Exchange
 from psworker.trainer.loop import Trainer
 from psworker.trainer.preflight.run import CheckResult, Prepared, checks_of, prepare
@@ -29,7 +28,7 @@ EXIT_FAILED = 1
 
 
 def main() -> int:
-    """Be the trainer that the agent's start order describes; returns the exit code."""
+    """Run the trainer that the agent's start order describes; returns the exit code."""
     faulthandler.enable()
     link = ProcessLink.from_environment()
     loading = HeartbeatThread(link, Beat)
@@ -40,16 +39,11 @@ def main() -> int:
         link.report(ProcessReport(failure=_failure(error)))
         print(error, file=sys.stderr)
         return EXIT_FAILED
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-            link.report(ProcessReport(failure=_failure(OutOfMemoryError(f"the trainer ran out of memory: {error}"))))
-            return EXIT_FAILED
-        raise
     return 0
 
 
 def _train(link: ProcessLink, loading: HeartbeatThread) -> None:
-    """`loading` beats until there is more to tell than that the process lives."""
+    """`loading` sends heartbeats until the exchange does."""
     start = link.start
     spec = parse_spec(json.loads(start.spec_json))
     device = usable_device(start.device, spec.workers.device)
@@ -106,7 +100,6 @@ def _ready(prepared: Prepared, replica: Replica, spec: JobSpec, sampler: ShardSa
         data_fingerprint=preflight.fingerprint,
         numerics_class=preflight.numerics_class,
         numerics_detail=preflight.numerics_detail,
-        num_samples=preflight.num_samples,
         checks=[_check(check) for check in preflight.checks],
         device=device,
         final_step=sampler.final_step(spec.train.max_steps, spec.train.epochs),

@@ -14,14 +14,13 @@ from pscluster.step.summary import Statistics, Summary, add_statistics, touched_
 from pscluster.step.tree import TreeNode, tree_of
 from pscluster.task import Task
 from pscluster.wire.protocol import Outcome
-from psworker.precision import precision
+from psworker.numerics import precision
 from psworker.replica import Replica
 from psworker.trainer.data.batches import Batches, EvalBatches, seed_step, to_device
 from psworker.trainer.data.evaluation import Shapes, check_metric, loss_of, shard_statistics, unpack_metrics
 from psworker.trainer.data.loading import user_code
 from psworker.trainer.exchange import Exchange, SupersededError
-from psworker.trainer.gradients.accumulate import Accumulator, Counter, SummaryCounter
-from psworker.trainer.gradients.buffers import BufferSums
+from psworker.trainer.gradients.accumulate import Accumulator, BufferSums, Counter, SummaryCounter
 from psworker.trainer.telemetry import TrainerCounters
 from psworker.trainer.values.pull_guard import PullGuard, sees_everything
 from psworker.trainer.work import Work, WorkKey
@@ -50,16 +49,16 @@ class Trainer:
         self._exchange = exchange
         self._counters = counters
         self._rebuild = rebuild  # sets the replica's memory to the seeded first values
-        self._pristine = True
+        self._has_first_values = True
         self._tree = tree_of(spec.train.num_shards)
-        self._work: Work | None = None
         dtype = DTYPES[spec.network.push_codec]
-        self._accumulator = Accumulator(replica.layout, replica.parameters, self._tree, self._push_gradients, dtype)
+        push = exchange.pusher.gradients
+        self._accumulator = Accumulator(replica.layout, replica.parameters, self._tree, push, dtype)
         self._summaries = SummaryCounter(self._tree)
         self._buffers = BufferSums(replica, self._tree)
         self._shapes: Shapes = ()  # of the task's statistics, learnt from the first evaluated batch
         self._done: dict[WorkKey, set[int]] = {}
-        self._brought: set[int] = set()  # buckets of the current version that the model sees
+        self._loaded: set[int] = set()  # buckets of the current version that the model sees
         self._bucket_of = {id(p): replica.layout.bucket_of[number][0] for number, p in replica.parameters.items()}
         self._may_overlap = sees_everything(replica.model) and not spec.train.compile
 
@@ -67,11 +66,10 @@ class Trainer:
         """Work until the agent ends this process. Raises what user code raised, as a TaskError."""
         while True:
             with self._counters.phase("wait"):
-                work = self._exchange.next_work(self._done)
+                work = self._exchange.agenda.next_work(self._done)
             if work is None:
                 return
-            self._done = {work.key: self._done.get(work.key, set())} | self._finalised(work)
-            self._work = work
+            self._done = {work.key: self._done.get(work.key, set())} | self._repeatable(work)
             self._exchange.progress += 1
             try:
                 self._carry_out(work)
@@ -81,19 +79,19 @@ class Trainer:
                 self._buffers.abandon()
                 self._done[work.key].update(work.shards)  # a newer directive is on its way
 
-    def _finalised(self, work: Work) -> dict[WorkKey, set[int]]:
-        """Of the past only what can still be asked for again at this version is remembered."""
+    def _repeatable(self, work: Work) -> dict[WorkKey, set[int]]:
+        """Past work that can still be asked for again at this version."""
         return {key: shards for key, shards in self._done.items() if key[:2] == work.key[:2] and key != work.key}
 
     def _carry_out(self, work: Work) -> None:
         if work.action == "initialise":
-            if not self._pristine:
+            if not self._has_first_values:
                 self._rebuild()
-                self._exchange.forget_values()  # also when this was not needed: a word of a partition came late
+                self._exchange.forget_values()  # also when this was not needed: a partition's WELCOME came late
             self._exchange.send_initial(work)
             self._done[work.key].update(work.shards)
             return
-        self._pristine = False
+        self._has_first_values = False
         if not self._exchange.want(work, work.version, exact=work.action != "train"):
             raise SupersededError(f"version {work.version} is gone")
         with self._counters.phase("pull"):
@@ -104,7 +102,7 @@ class Trainer:
 
     def _wait_for_start(self, work: Work) -> None:
         """Block until the work may start: training as soon as the buffers are here, the rest when everything is."""
-        self._brought.clear()
+        self._loaded.clear()
         if work.action != "train" or not self._may_overlap:
             self._need_all(work)
             return
@@ -115,13 +113,13 @@ class Trainer:
     def _need(self, work: Work, bucket: int) -> None:
         """Block until a bucket has landed; from here on the model sees it."""
         self._exchange.wait_bucket(work, bucket)
-        if bucket not in self._brought:
-            self._brought.add(bucket)
-            self._replica.bring_in(bucket)
+        if bucket not in self._loaded:
+            self._loaded.add(bucket)
+            self._replica.load_bucket(bucket)
 
     def _need_all(self, work: Work) -> None:
         self._exchange.wait_values(work)
-        if len(self._brought) < len(self._replica.layout.buckets):
+        if len(self._loaded) < len(self._replica.layout.buckets):
             for bucket in self._replica.layout.buckets:
                 self._need(work, bucket.index)
 
@@ -129,14 +127,14 @@ class Trainer:
 
     def _train(self, work: Work) -> None:
         roots = self._tree.cover(work.shards)
-        self._accumulator.begin_run(roots)
+        self._accumulator.begin_run(work, roots)
         self._summaries.begin(roots)
         self._buffers.begin_run(roots)
         self._replica.model.train()
         for shard in work.shards:
-            if not self._exchange.is_current(work):
+            if not self._exchange.agenda.is_current(work):
                 break
-            with self._counters.pace.computing("train"):
+            with self._counters.timer.computing("train"):
                 is_full = self._microbatch(work, shard)
             if is_full:
                 self._counters.measure(work.version)
@@ -144,7 +142,7 @@ class Trainer:
             self._exchange.progress += 1
         self._accumulator.flush()
         for node, summary in self._summaries.flush():
-            self._exchange.pushing.summary(work, node, summary)
+            self._exchange.pusher.summary(work, node, summary)
         self._push_buffers(work, self._buffers.flush())
         if self._done[work.key].issuperset(work.shards):
             self._exchange.want(work, work.version + 1)
@@ -159,7 +157,7 @@ class Trainer:
         self._accumulator.begin(shard)
         loss_sum, weight = self._forward_backward(work, batch) if num_samples else (0.0, 0.0)
         with self._counters.phase("pull"):
-            self._exchange.wait_values(work)  # nothing is pushed before every partition has given its values
+            self._exchange.wait_values(work)  # nothing is pushed before every partition has sent its values
         touched = self._accumulator.finish()
         with self._counters.phase("push"):
             self._push_rest(work, shard, loss_sum, weight, num_samples, touched)
@@ -202,18 +200,14 @@ class Trainer:
         )
         self._push_buffers(work, self._buffers.carry(shard, weight, moved))
         for node, value in self._summaries.carry(TreeNode(shard, 1), summary):
-            self._exchange.pushing.summary(work, node, value)
-
-    def _push_gradients(self, bucket: int, node: TreeNode, gradients: list[torch.Tensor | None]) -> None:
-        assert self._work is not None
-        self._exchange.pushing.gradients(self._work, bucket, node, gradients)
+            self._exchange.pusher.summary(work, node, value)
 
     def _push_buffers(self, work: Work, ready: list[tuple[int, TreeNode, float, torch.Tensor | None]]) -> None:
         for bucket, node, weight, words in ready:
             if words is None:
-                self._exchange.pushing.unchanged(work, bucket, node, weight)
+                self._exchange.pusher.unchanged(work, bucket, node, weight)
             else:
-                self._exchange.pushing.words(work, bucket, node, words)
+                self._exchange.pusher.words(work, bucket, node, words)
 
     # ---- evaluation and the end ----
 
@@ -222,15 +216,15 @@ class Trainer:
         counter.begin(self._tree.cover(work.shards))
         self._replica.restore_buffers()
         for shard in work.shards:
-            if not self._exchange.is_current(work):
+            if not self._exchange.agenda.is_current(work):
                 break
-            with self._counters.phase("evaluate"), self._counters.pace.computing("evaluate"):
+            with self._counters.phase("evaluate"), self._counters.timer.computing("evaluate"):
                 statistics = self._shard_statistics(shard)
             self._done[work.key].add(shard)
             for node, value in counter.carry(TreeNode(shard, 1), statistics):
-                self._exchange.pushing.statistics(work, node, value)
+                self._exchange.pusher.statistics(work, node, value)
         for node, value in counter.flush():
-            self._exchange.pushing.statistics(work, node, value)
+            self._exchange.pusher.statistics(work, node, value)
 
     def _shard_statistics(self, shard: int) -> Statistics:
         """The sum over a shard's evaluation batches, in order; empty when it has none."""
@@ -253,9 +247,9 @@ class Trainer:
                 self._shard_statistics(0)  # another trainer evaluated shard 0: learn what the numbers are
             metrics = unpack_metrics(self._task, work.statistics, self._shapes)
             check_metric(metrics, self._spec.evaluate.metric)
-        self._exchange.pushing.outcome(work, Outcome(metrics=metrics))
+        self._exchange.pusher.outcome(work, Outcome(metrics=metrics))
         self._done[work.key].update(work.shards)
 
     def _finish(self, work: Work) -> None:
-        self._exchange.pushing.outcome(work, Outcome(sha256=self._replica.sha256()))
+        self._exchange.pusher.outcome(work, Outcome(sha256=self._replica.sha256()))
         self._done[work.key].update(work.shards)

@@ -64,11 +64,7 @@ class Saving:
         self._frozen = [*(frozen for frozen in self._frozen if not frozen.is_over), pieces]
         assert self.writer is not None
         self.writer.write(
-            meta,
-            state.layout,
-            pieces,
-            lambda written, error: self._wrote(step, generation, written, error),
-            last=last,
+            meta, state.layout, pieces, lambda written, error: self._wrote(step, generation, written, error), last=last
         )
 
     def overwriting(self, bucket: int) -> None:

@@ -33,7 +33,7 @@ class Batches:
 
         (None, 0) when the short last step of an epoch leaves the shard without samples. The generators are seeded
         twice: for the data, so that augmentation is exact, and again before returning, so that the forward pass draws
-        the same numbers however many the data took. Blocks for as long as the data set does.
+        the same numbers however many the data set drew. Blocks as long as the data set does.
         Raises TaskError or DataError with the user's traceback.
         """
         indices = self.sampler.indices(step, shard)
@@ -55,15 +55,10 @@ class Batches:
 
 
 class EvalBatches:
-    """The held-out batches of a job, dealt to shards: batch j goes to shard j mod D."""
+    """The held-out batches of a job, assigned to shards: batch j goes to shard j mod D."""
 
     def __init__(
-        self,
-        dataset: MapDataset,
-        collate: Callable[[Sequence[Any]], Any],
-        num_shards: int,
-        microbatch: int,
-        seed: int,
+        self, dataset: MapDataset, collate: Callable[[Sequence[Any]], Any], num_shards: int, microbatch: int, seed: int
     ) -> None:
         self.dataset = dataset
         self.collate = collate

@@ -26,7 +26,7 @@ def loss_of(task: Task, model: nn.Module, batch: Any) -> tuple[Tensor, float]:
     """Call the task's loss. Gives (loss_sum: 0-dim floating tensor, weight: finite and not negative).
 
     A weight of 0 is a batch without targets and is fine. Raises TaskError with the user's traceback, or
-    LossContractError saying what was returned instead.
+    LossContractError with what was returned instead.
     """
     with user_code("loss"):
         returned = task.loss(model, batch)
@@ -117,7 +117,7 @@ def shard_statistics(
 ) -> Iterator[tuple[Statistics, Shapes]]:
     """The running sum over the batches of one shard, after each batch; nothing for a shard without batches.
 
-    What counts is the last one. A generator, so that the caller may look after its connections between batches.
+    What counts is the last one. A generator, so that the caller can do other work between batches.
     The model is in eval mode while it runs and in its former mode afterwards. Raises TaskError, LossContractError.
     """
     was_training = model.training
@@ -150,8 +150,7 @@ def _summed(leaves: Mapping[TreeNode, Statistics], node: TreeNode) -> Statistics
         return leaves[node]
     left = 1 << ((node.leaves - 1).bit_length() - 1)
     return add_statistics(
-        _summed(leaves, TreeNode(node.first, left)),
-        _summed(leaves, TreeNode(node.first + left, node.leaves - left)),
+        _summed(leaves, TreeNode(node.first, left)), _summed(leaves, TreeNode(node.first + left, node.leaves - left))
     )
 
 

@@ -12,6 +12,7 @@ returned, and one that fires after its bucket was pushed fails the step by name 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -19,13 +20,16 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from pscluster.errors import TaskError
-from pscluster.step.codec import add_optional
+from pscluster.step.codec import BufferNode, add_optional
 from pscluster.step.layout import Layout
 from pscluster.step.summary import Summary
 from pscluster.step.tree import Tree, TreeNode
-from psworker.trainer.gradients.gather import Gradients
+from psworker.replica import Replica
+from psworker.trainer.work import Work
 
-PushGradients = Callable[[int, TreeNode, Gradients], None]
+Gradients = list[torch.Tensor | None]  # of a bucket's tensors in order; None: no microbatch of the node touched it
+PushGradients = Callable[[Work, int, TreeNode, Gradients], None]  # as Pusher.gradients
+Ready = list[tuple[int, TreeNode, float, torch.Tensor | None]]  # bucket, node, weight, words (None: unchanged)
 
 
 def add_gradients(left: Gradients, right: Gradients) -> Gradients:
@@ -95,15 +99,16 @@ class Accumulator:
         self._open: dict[int, Gradients] = {}
         self._storages: dict[int, StorageWeakRef] = {}  # memory of the gradients taken in this backward, by address
         self._leaf: TreeNode | None = None
+        self._work: Work | None = None
         self._handles = [
             parameter.register_post_accumulate_grad_hook(self._hook(number))  # type: ignore[no-untyped-call]
             for number, parameter in parameters.items()
             if number in self._place  # one without elements may have no place
         ]
 
-    def begin_run(self, roots: Iterable[TreeNode]) -> None:
-        """The next microbatches are the leaves of these nodes."""
-        wanted = list(roots)
+    def begin_run(self, work: Work, roots: Iterable[TreeNode]) -> None:
+        """The next microbatches are the leaves of these nodes, which are pushed as a part of `work`."""
+        wanted, self._work = list(roots), work
         for counter in self._counters.values():
             counter.begin(wanted)
 
@@ -134,8 +139,7 @@ class Accumulator:
     def flush(self) -> None:
         """Push what is held although its root is not whole: the shards beside it went to another worker."""
         for index, counter in self._counters.items():
-            for node, gradients in counter.flush():
-                self._push(index, node, gradients)
+            self._push_all(index, counter.flush())
 
     def close(self) -> None:
         """Unhook the model."""
@@ -171,7 +175,7 @@ class Accumulator:
         gives the parameters of `a.view(-1) + b.view(-1)` two views of one tensor."""
         storage = gradient.untyped_storage()
         known = self._storages.get(storage.data_ptr())
-        # One that was sent and freed may come again at its address.
+        # The address of one that was sent and freed may be used again.
         if known is not None and not known.expired():  # type: ignore[no-untyped-call]
             return gradient.clone()
         self._storages[storage.data_ptr()] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
@@ -180,8 +184,12 @@ class Accumulator:
     def _close(self, bucket: int) -> None:
         gradients = [None if g is None else g.to(self._dtype) for g in self._open.pop(bucket)]
         assert self._leaf is not None
-        for node, value in self._counters[bucket].carry(self._leaf, gradients):
-            self._push(bucket, node, value)
+        self._push_all(bucket, self._counters[bucket].carry(self._leaf, gradients))
+
+    def _push_all(self, bucket: int, nodes: Iterable[tuple[TreeNode, Gradients]]) -> None:
+        for node, gradients in nodes:
+            assert self._work is not None
+            self._push(self._work, bucket, node, gradients)
 
 
 class SummaryCounter(Counter[Summary]):
@@ -189,3 +197,55 @@ class SummaryCounter(Counter[Summary]):
 
     def __init__(self, tree: Tree) -> None:
         super().__init__(tree, lambda left, right: left.plus(right))
+
+
+class BufferSums:
+    """Carries the buffers of a run of microbatches up the tree."""
+
+    def __init__(self, replica: Replica, tree: Tree) -> None:
+        self._replica = replica
+        buckets = replica.layout.buckets
+        self._averaged = {
+            b.index: Counter[BufferNode](tree, partial(_plus, replica.flats[b.index]))
+            for b in buckets
+            if b.kind == "averaged"
+        }
+        self._carried = [b.index for b in buckets if b.kind == "carried"]
+
+    def begin_run(self, roots: list[TreeNode]) -> None:
+        """The next microbatches are the leaves of these nodes."""
+        for counter in self._averaged.values():
+            counter.begin(roots)
+
+    def carry(self, shard: int, weight: float, moved: list[int]) -> Ready:
+        """Take the live buffers after a microbatch of `weight` that moved the tensors numbered; give what is whole."""
+        ready: Ready = []
+        buckets_moved = {self._replica.layout.bucket_of[number][0] for number in moved}
+        for bucket, counter in self._averaged.items():
+            words = self._replica.weighted_buffers(bucket, weight) if bucket in buckets_moved else None
+            leaf = BufferNode(weight, words)
+            ready += [
+                (bucket, node, whole.weight, whole.words) for node, whole in counter.carry(TreeNode(shard, 1), leaf)
+            ]
+        if shard == 0:
+            for bucket in self._carried:
+                words = self._replica.carried_words(bucket)
+                same = torch.equal(words, self._replica.flats[bucket])
+                ready.append((bucket, TreeNode(0, 1), weight, None if same else words))
+        return ready
+
+    def flush(self) -> Ready:
+        """Give up what is held, as nodes of their own."""
+        return [
+            (bucket, node, value.weight, value.words)
+            for bucket, counter in self._averaged.items()
+            for node, value in counter.flush()
+        ]
+
+    def abandon(self) -> None:
+        """Forget what is held."""
+        self.flush()
+
+
+def _plus(committed: torch.Tensor, left: BufferNode, right: BufferNode) -> BufferNode:
+    return left.plus(right, committed)

@@ -22,14 +22,12 @@ from pscluster.errors import InternalError, LossContractError, NonFiniteError
 from pscluster.job.spec import JobSpec
 from pscluster.step.sampling import ShardSampler
 from pscluster.task import MapDataset, Task
-from psworker.canary import numerics_class
-from psworker.precision import arithmetic, precision
+from psworker.numerics import arithmetic, numerics_class, precision
 from psworker.replica import layout_of
 from psworker.trainer.data.batches import data_fingerprint, preserved_generators, seed_step, to_device
 from psworker.trainer.data.evaluation import batch_statistics, check_metric, finalised, loss_of
 from psworker.trainer.data.loading import build_model, load_data, load_task, user_code
-from psworker.trainer.preflight.checks import CheckResult, Table, checks_of
-from psworker.trainer.preflight.parameters import check_unwritten, traces
+from psworker.trainer.preflight.checks import CheckResult, Table, check_unwritten, checks_of, traces
 
 __all__ = ["CheckResult", "Preflight", "Prepared", "checks_of", "prepare", "run_preflight"]
 
@@ -42,7 +40,6 @@ class Preflight:
     """What a trainer that passed reports to the master."""
 
     checks: tuple[CheckResult, ...]
-    num_samples: int
     fingerprint: str
     numerics_class: str
     numerics_detail: str
@@ -110,11 +107,7 @@ def run_preflight(
     if fingerprint is None or canary is None:
         raise InternalError("a check that failed left no error")
     return Preflight(
-        checks=tuple(table.checks),
-        num_samples=len(train),
-        fingerprint=fingerprint,
-        numerics_class=canary[0],
-        numerics_detail=canary[1],
+        checks=tuple(table.checks), fingerprint=fingerprint, numerics_class=canary[0], numerics_detail=canary[1]
     )
 
 
@@ -126,7 +119,7 @@ def _check_loss(
     if ran:
         table.run("metrics", lambda: _metrics(probe, held_out, spec))
     steady = table.run("parameters", lambda: (True, check_unwritten(before, traces(probe.model))))
-    if ran and steady:  # else the halves would meet other parameters than the whole, and nothing would follow
+    if ran and steady:  # else the halves would be computed with other parameters than the whole
         table.run("halving", lambda: _halving(probe, samples))
 
 

@@ -17,7 +17,7 @@ class PullGuard(TorchFunctionMode):
     Every torch function and tensor method passes through here with its arguments, so it does not matter by which
     module, or past which module, a parameter is used: an index into an embedding's weight, a tied head, the weights
     that an LSTM hands to its kernel. Costs a few microseconds an operation, only while values are missing.
-    Whether anything goes round torch's dispatch altogether, `sees_everything` tells."""
+    `sees_everything` is False where operations bypass torch's dispatch."""
 
     def __init__(self, bucket_of: Mapping[int, int], wait: Callable[[int], None]) -> None:
         """`bucket_of`: id of each trained parameter -> bucket; `wait(bucket)` blocks until it has landed."""

@@ -1,16 +1,16 @@
 """Values arriving in the replica's memory: over a socket, rounded or not, or as windows onto shared memory.
 
-Which may land, and which have, is `landing`'s to say; this is where their bytes go. A window shows whatever its
+`Landing` keeps which may land, and which have; `Values` moves their bytes. A window shows whatever its
 partition holds, also when that moves on while a forward or backward still runs. That does no harm: a partition
 overwrites the values of step t only after every gradient of step t is in, everywhere, and so whatever is computed from
-torn values is a duplicate that no gate takes.
+torn values is a duplicate that every gate drops.
 """
 
 from __future__ import annotations
 
 import threading
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -21,8 +21,104 @@ from pscluster.step.layout import Codec as CodecName
 from pscluster.step.layout import Layout, Span
 from pscluster.wire.frame import EXACT, WITH_FROZEN, Codec, Header
 from pscluster.wire.memory import Arena, Segment, page_offsets
-from psworker.trainer.values.bucket_memory import BucketMemory
-from psworker.trainer.values.landing import Landing
+from psworker.replica import BucketMemory
+
+Place = tuple[int, int]  # partition, bucket
+
+
+class Landing:
+    """Values land straight in the memory that forward and backward use. So they land only for exactly the version that
+    the main thread wants, which it changes only between microbatches; whatever else comes is read and dropped."""
+
+    def __init__(self, layout: Layout, num_partitions: int) -> None:
+        self._layout = layout
+        self._num_partitions = num_partitions
+        self._have_frozen = False
+        self.wanted = -1
+        self.exact = False  # whether the wanted values are those that are not rounded
+        self.ahead = -1  # the newest version seen that was not wanted
+        self._missing: dict[Place, bool] = {}  # of the wanted version; True: begun
+        self._exact_before = False  # whether those of the version before the wanted one were
+        self._holds_before = False  # whether the memory still holds all of that version
+
+    @property
+    def is_complete(self) -> bool:
+        """Everything of the wanted version is there."""
+        return not self._missing
+
+    @property
+    def is_superseded(self) -> bool:
+        """A newer version was seen: the wanted one may never come."""
+        return self.ahead > self.wanted
+
+    @property
+    def needs_frozen(self) -> bool:
+        return not self._have_frozen
+
+    def want(self, version: int, exact: bool = False) -> Literal["held", "round", "missing", "asked", "gone"]:
+        """Change what is wanted. "missing": the values are to be asked for; "asked": they were, and are on their way;
+        "held": they are in memory; "round": they are, but exact, and are to be rounded.
+
+        Going back to the version before is possible while nothing of the wanted one has begun to land; "gone": too
+        late."""
+        if (version, exact) == (self.wanted, self.exact):
+            return "asked" if self._missing else "held"
+        if version < self.wanted:
+            if not self._holds_before:
+                return "gone"
+            self._holds_before = False
+            self.wanted, self.exact, self._missing = version, self._exact_before, {}
+        if version > self.wanted:
+            self._exact_before, self._holds_before = self.exact, self.wanted >= 0 and not self._missing
+            self.wanted, self.exact, self._missing = version, exact, dict.fromkeys(self._places(), False)
+        if self.exact != exact:
+            rounds = self.exact and not self._missing
+            self.exact = exact
+            if rounds:
+                return "round"
+            self._missing = dict.fromkeys(self._places(), False)
+        return "missing" if self._missing else "held"
+
+    def is_missing_from(self, partition: int) -> bool:
+        return any(p == partition for p, _ in self._missing)
+
+    def begin(self, place: Place, version: int, exact: bool = False) -> bool:
+        """Values arrive: whether they may land. From True until `finish`, or for good if the connection breaks, the
+        memory holds neither the old version nor the new one."""
+        if (version, exact) != (self.wanted, self.exact) or place not in self._missing:
+            return False
+        self._missing[place] = True
+        self._holds_before = False
+        return True
+
+    def has_bucket(self, bucket: int) -> bool:
+        """All of one bucket of the wanted version is there."""
+        return not any(b == bucket for _, b in self._missing)
+
+    def finish(self, place: Place, version: int) -> bool:
+        """Values have arrived, landed or not; True if a bucket of the wanted version became complete."""
+        if version != self.wanted:
+            self.ahead = max(self.ahead, version)
+            return False
+        if not self._missing.get(place):
+            return False
+        del self._missing[place]
+        self._have_frozen = self._have_frozen or not self._missing
+        return self.has_bucket(place[1])
+
+    def restart(self) -> None:
+        """A restore: versions count anew. Buckets that never change are still there."""
+        self.wanted, self.ahead, self._missing = -1, -1, {}
+        self.exact = self._exact_before = self._holds_before = False
+
+    def _places(self) -> list[Place]:
+        return [
+            (partition, bucket.index)
+            for bucket in self._layout.buckets
+            for partition in range(self._num_partitions)
+            if (bucket.kind != "frozen" or not self._have_frozen)
+            and self._layout.span(bucket.index, partition, self._num_partitions).num_words
+        ]
 
 
 class Shared(NamedTuple):
@@ -33,7 +129,7 @@ class Shared(NamedTuple):
 
 
 class Values:
-    """`landing` is guarded by `changed`, which is told when a bucket is there; the rest is the reactor thread's."""
+    """`landing` is guarded by `changed`, which is notified when a bucket is there; the rest is the reactor thread's."""
 
     def __init__(self, spec: JobSpec, layout: Layout, memory: BucketMemory, changed: threading.Condition) -> None:
         self.memory = memory
@@ -55,16 +151,20 @@ class Values:
             self._round()
         return answer
 
-    def pull_flags(self) -> int:
-        """The flags of a PULL of what is wanted. Under the lock."""
-        return (WITH_FROZEN if self.landing.needs_frozen else 0) | (EXACT if self.landing.exact else 0)
+    def wanted_from(self, index: int) -> tuple[int, int] | None:
+        """The step and flags of a PULL of what is missing from a partition; None: nothing is."""
+        with self._changed:
+            landing = self.landing
+            if not landing.is_missing_from(index):
+                return None
+            return landing.wanted, (WITH_FROZEN if landing.needs_frozen else 0) | (EXACT if landing.exact else 0)
 
     def restart(self) -> None:
-        """Another plan of partitions: what they share is theirs no more."""
+        """Drop what all partitions shared: they are dialed anew."""
         self._shared.clear()
 
     def forget(self, index: int) -> None:
-        """Another process holds a partition: what the one before shared is not read any more."""
+        """Drop what a partition shared: another process has taken over."""
         self._shared.pop(index, None)
         self._narrow.pop(index, None)
 
@@ -76,7 +176,7 @@ class Values:
         self._shared[index] = Shared(segment, view)
 
     def target(self, index: int, header: Header) -> memoryview | None:
-        """Memory for the body of a VALUES frame; None: nobody wants it. Raises FrameError."""
+        """Memory for the body of a VALUES frame; None: it is not wanted. Raises FrameError."""
         span = self._arriving(index, header)
         self._narrow.pop(index, None)  # of a connection that broke
         expected = self._layout.wire_bytes(span, "fp32" if header.codec is Codec.FP32 else self._codec)
