@@ -296,7 +296,7 @@ def _many_storms(count: int) -> None:
         (in_sync, "adopt", _stays_bound),
         (Replication, "_send_decision", lambda _self, _decision: None),
         (Replication, "_stream", _streams_on),
-        (Replication, "note", lambda _self: None),
+        (Replication, "send_metadata", lambda _self: None),
     ],
     ids=[
         "votes without it",
