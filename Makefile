@@ -1,15 +1,15 @@
-# pscluster's daily commands. Each sets up what it needs by itself; `make help` lists them.
+# The daily commands. Each sets up what it needs; `make help` lists them.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# Tests that start no cluster share the cores; those that do have the machine to themselves.
+# Tests that start no cluster run in parallel; those that start one run alone.
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
-# The oldest supported protobuf generates the stubs, so that every newer runtime reads them.
+# The oldest supported protobuf generates the stubs, so that every newer runtime can load them.
 PROTO_VENV := .venv-proto
 PROTO_TOOLS := grpcio-tools==1.73.1 protobuf==6.30.2 setuptools==80.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fix verify test faults soak simulate bench proto proto-check demo clean
+.PHONY: help setup fix verify test test-slow test-full faults soak simulate bench proto proto-check demo clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,7 +24,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-fix: setup ## format and mend what a tool can mend
+fix: setup ## format, and fix what the linter can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -34,19 +34,25 @@ verify: setup proto-check ## format, lint, strict types, proto drift, policy and
 	$(BIN)/mypy pscluster master/psmaster worker/psworker paramserver/psserver
 	$(BIN)/pytest -q $(PARALLEL) tests/policy tests/unit
 
-test: setup ## every test but those of `make faults` (under 10 minutes on two cores)
-	$(BIN)/pytest -q $(PARALLEL) tests/policy tests/unit tests/contract tests/fault/simulation
-	$(BIN)/pytest -q tests/cluster
+QUICK := tests/policy tests/unit tests/contract tests/fault/simulation
+test: setup ## all tests but the slow ones and those of `make faults` (under 10 minutes on two cores)
+	$(BIN)/pytest -q $(PARALLEL) -m 'not slow' $(QUICK)
+	$(BIN)/pytest -q -m 'not slow' tests/cluster
+
+test-slow: setup ## the tests that `make test` leaves out because they take long and rarely break
+	$(BIN)/pytest -q -m slow $(QUICK) tests/cluster
+
+test-full: test test-slow ## `make test`, then the slow tests
 
 FAULTS ?= tests/fault
-faults: setup ## real processes, disks and networks broken on purpose, and a short soak (about 25 minutes)
+faults: setup ## faults of real processes, disks and networks, and a short soak (about 25 minutes)
 	$(BIN)/pytest -q $(FAULTS) --ignore tests/fault/simulation
 
-soak: setup ## a job under a storm of kills, compared with the undisturbed one (KILLS=200 SEED= TIER=snapshot)
+soak: setup ## a job under a storm of kills, compared with the undisturbed job (KILLS=200 SEED= TIER=snapshot)
 	$(BIN)/python tests/fault/soak.py --kills $(or $(KILLS),200) $(if $(SEED),--seed $(SEED)) $(if $(TIER),--tier $(TIER))
 
 SEEDS ?= 5000
-simulate: setup ## SEEDS=5000 histories of a cluster in which things go wrong; SEED=7 prints one
+simulate: setup ## SEEDS=5000 random histories of a simulated cluster with faults; SEED=7 prints one
 	@$(BIN)/python -m tests.fault.simulation $(if $(SEED),$(SEED),--seeds $(SEEDS))
 
 bench: setup ## the benchmarks, each against its baseline in one run
@@ -64,14 +70,14 @@ endef
 proto: $(PROTO_VENV)/.ready ## regenerate pscluster/v1 from proto/
 	$(call generate_stubs,.)
 
-proto-check: $(PROTO_VENV)/.ready ## fail when pscluster/v1 is not what proto/ generates
+proto-check: $(PROTO_VENV)/.ready ## fail if pscluster/v1 is not what proto/ generates
 	@rm -rf $(PROTO_VENV)/drift && mkdir -p $(PROTO_VENV)/drift
 	@$(call generate_stubs,$(PROTO_VENV)/drift)
 	@diff -r -x __pycache__ -x __init__.py $(PROTO_VENV)/drift/pscluster/v1 pscluster/v1 \
 	  || { echo "pscluster/v1 is out of date: run make proto"; exit 1; }
 
-demo: setup ## start a cluster, train a language model on Python's own source, show it, stop
+demo: setup ## start a cluster, train a language model on Python's own source, show results, stop
 	@$(BIN)/python examples/demo.py
 
-clean: ## remove what the targets above made
+clean: ## remove everything that these targets created
 	rm -rf $(VENV) $(PROTO_VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

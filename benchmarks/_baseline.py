@@ -1,7 +1,7 @@
-"""The baselines: DistributedDataParallel over gloo, and the plain loop, as good as we can make them.
+"""The baselines: DistributedDataParallel over gloo, and a plain loop, both tuned.
 
-gradient_as_bucket_view, fused AdamW, no_sync() while gradients accumulate, one thread a process. Run as a script this
-is one rank of them; `baseline` starts the ranks and gives what they measured.
+gradient_as_bucket_view, fused AdamW, no_sync() while gradients accumulate, one thread a process. As a script this is
+one rank; `baseline` starts the ranks and returns their measurements.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def variants(side: str) -> tuple[str, ...]:
 
 
 def ddp_sides(side: str, loop: Loop, measure: Callable[[Loop, Mapping[str, str]], dict[str, float]]) -> dict[str, Side]:
-    """DDP as it comes, with our trainers' settings of malloc, and with these and smaller buckets."""
+    """DDP with defaults, with our trainers' malloc settings, and with these and smaller buckets."""
     tuned = replace(loop, bucket_mb=TUNED_BUCKET_MB)
     runs = (partial(measure, loop, {}), partial(measure, loop, MALLOC), partial(measure, tuned, MALLOC))
     return dict(zip(variants(side), runs, strict=True))
@@ -68,16 +68,16 @@ def baseline(
         outputs = [rank.communicate(timeout=DEADLINE_S)[0] for rank in ranks]
     if any(rank.returncode for rank in ranks):
         raise RuntimeError(f"a baseline process failed: {[rank.returncode for rank in ranks]}")
-    told = [json.loads(output) for output in outputs]
+    measured = [json.loads(output) for output in outputs]
     samples = (loop.steps - SKIP - 1) * loop.world * loop.accumulate * loop.microbatch
-    return {"step_s": told[0]["step_s"], "cpu_s_per_sample": sum(one["cpu_s"] for one in told) / samples}
+    return {"step_s": measured[0]["step_s"], "cpu_s_per_sample": sum(one["cpu_s"] for one in measured) / samples}
 
 
 @contextmanager
 def started(
     loop: Loop, environment: Mapping[str, str], *, prefixes: Sequence[Sequence[str]] = (), interface: str = "lo"
 ) -> Iterator[list[subprocess.Popen[str]]]:
-    """The ranks as processes with `environment` on top of ours; none is left at the end.
+    """Run the ranks as processes with additional variables `environment`; none is left at the end.
 
     `prefixes[rank]` are words before the command of a rank, such as nsenter's."""
     variables = {**os.environ, **ONE_THREAD, "GLOO_SOCKET_IFNAME": interface, **environment}
@@ -120,7 +120,7 @@ def be_rank(loop: Loop, rank: int, rendezvous: str) -> None:
             optimizer.step()
         optimizer.zero_grad()
         marks.mark()
-    marks.tell(SKIP)
+    marks.print_from(SKIP)
     if loop.world > 1:
         torch.distributed.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""A cluster to break, one job at a time in it, and what a fault did to that job's steps."""
+"""A cluster with one job at a time, faults in it, and their cost in that job's steps."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ class Bench:
         return self._cluster
 
     def close(self) -> None:
-        """Take down what was started. Idempotent."""
+        """Take the cluster down. Idempotent."""
         self._stack.close()
 
     def settle(self, tier: str) -> float:
-        """Until a job of this tier trains on every worker and has done so for a while; its median step, in seconds."""
+        """Block until a job of this tier has trained on every worker for a while; its median step, in seconds."""
         state_dir = self.cluster.state_dir
         if tier != self._tier:
             self._end_job()
@@ -75,11 +75,13 @@ class Bench:
             if len(calm) > self._calm_steps:
                 return median_step_s(calm)
             if time.monotonic() > deadline:
-                raise RuntimeError(f"the job does not settle: {self.cluster.psctl('describe', self._job).stdout}")
+                raise RuntimeError(
+                    f"the job does not become steady: {self.cluster.psctl('describe', self._job).stdout}"
+                )
             time.sleep(_POLL_S)
 
     def strike(self, kind: Kind, action: Action) -> float:
-        """Hit a process of a kind, any of them, at any moment of a step; the Unix time at which it was hit."""
+        """Hit a random process of a kind at a random moment of a step; the Unix time of the hit."""
         candidates: list[Victim] = [victim for victim in victims(self.cluster) if victim.kind == kind]
         time.sleep(self._draw.random() * 0.2)
         at_s = time.time()
@@ -87,7 +89,7 @@ class Bench:
         return at_s
 
     def recovered(self, fault_s: float, step_s: float) -> dict[str, float]:
-        """What the fault cost, once steps go on: seconds beyond a normal step, and steps that were committed again."""
+        """The cost of a fault, once steps continue: seconds beyond a normal step, and steps committed again."""
         deadline = time.monotonic() + SETTLE_S
         while sum(commit.time_s > fault_s for commit in self.commits.all) < 2:
             self._look()
@@ -108,7 +110,7 @@ class Bench:
         self._look()
         start_s = time.time()
         first = self.commits.high_step_at(start_s)
-        while time.time() < start_s + seconds + 2:  # two more, for what is told late
+        while time.time() < start_s + seconds + 2:  # two more, for late records
             self._look()
             time.sleep(_POLL_S)
         while self.commits.newest_s < start_s + seconds:
@@ -117,7 +119,7 @@ class Bench:
         return (self.commits.high_step_at(start_s + seconds) - first) / seconds
 
     def _look(self) -> Job | None:
-        """The job as it is, and its new commits; None while the master cannot be asked."""
+        """Read new commits, and return the job; None while the master does not answer."""
         self.commits.look()
         try:
             return self._client.job(self._job)
@@ -131,7 +133,7 @@ class Bench:
 
 
 def _is_whole(job: Job) -> bool:
-    """Whether every placement of the job is taken by a process that works."""
+    """Whether every placement of the job has an active process."""
     if job.state != "RUNNING" or job.workers_active != SIZE or job.plan is None:
         return False
     placements = job.plan.trainers

@@ -1,4 +1,4 @@
-"""A local cluster to measure on, as a user has it, and the job trained in it."""
+"""A local cluster as `psctl up` makes it, and the job that is measured in it."""
 
 from __future__ import annotations
 

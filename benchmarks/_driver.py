@@ -1,7 +1,7 @@
-"""A trainer that computes nothing: it pushes gradients that were made beforehand, and takes the values.
+"""A trainer that computes nothing: it pushes prepared gradients and receives the values.
 
-Started in a trainer's place by goodput.py. With `--touch` the summary says that every tensor was touched, so that the
-partitions run the optimizer; without, they gate, sum, vote and send the values, but update nothing.
+goodput.py starts it in place of a trainer. With `--touch` the summary marks every tensor as touched, so that the
+partitions run the optimizer; without it they gate, sum, vote and send the values, but update nothing.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """gRPC streams that carry a model's bytes: every client sends a part to each server, then receives a part from each.
 
-One bidirectional stream a pair that lives as long as the run; identity serializers, so that no message is copied by
-protobuf; no limit of message size, frames as large as HTTP/2 allows. There is no checksum, no sum and no optimizer. Run
-as a script this is one server or client; `grpc_stream` starts them all.
+One bidirectional stream a pair for the whole run; identity serializers, so that protobuf copies no message; no limit of
+message size, frames as large as HTTP/2 allows. There is no checksum, no sum and no optimizer. As a script this is one
+server or client; `grpc_stream` starts them all.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def grpc_stream(size_bytes: int, steps: int, skip: int, *, clients: int, servers
             end.wait()
     if any(client.returncode for client in started):
         raise RuntimeError(f"a gRPC client failed: {[client.returncode for client in started]}")
-    told = [json.loads(output) for output in outputs]
-    return {"bytes_per_s": 2 * clients * size_bytes / statistics.mean(one["step_s"] for one in told)}
+    measured = [json.loads(output) for output in outputs]
+    return {"bytes_per_s": 2 * clients * size_bytes / statistics.mean(one["step_s"] for one in measured)}
 
 
 def messages(size_bytes: int) -> list[bytes]:
@@ -122,7 +122,7 @@ def be_client(size_bytes: int, steps: int, skip: int, ports: list[str]) -> None:
         for _ in range(steps):
             list(pool.map(Stream.step, streams))
             marks.mark()
-    marks.tell(skip)
+    marks.print_from(skip)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""A worker at half speed: whoever is handicapped computes every forward and backward twice and uses one of them.
+"""A worker at half speed: it computes every forward and backward twice and uses one of them.
 
-The same for a rank of DDP (`twice`) and for a trainer (`Handicapped`), which is so on the worker that `WORKER` names: a
-bundle lies in a directory of the worker that fetched it.
+The same for a rank of DDP (`twice`) and for a trainer (`Handicapped`) on the worker that `WORKER` names, which is known
+from the directory of the bundle.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Loss = Callable[[nn.Module, Tensor], tuple[Tensor, float]]
 
 
 def twice(loss: Loss) -> Loss:
-    """`loss`, after a forward and backward that nobody hears of: no hook fires, nothing is accumulated."""
+    """`loss`, after a forward and backward without effect: no hook fires, nothing is accumulated."""
 
     def slow(model: nn.Module, batch: Tensor) -> tuple[Tensor, float]:
         plain = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

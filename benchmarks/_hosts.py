@@ -1,7 +1,7 @@
-"""Two hosts on one machine, joined by a slow cable: network and mount namespaces, a veth pair, and `tc`.
+"""Two hosts on one machine with a slow link between them: network and mount namespaces, a veth pair, and `tc`.
 
-A host is a process that holds its namespaces open and waits. Nothing is named in the machine's own namespaces, so that
-the kernel removes everything with the last process inside, however this one ends.
+A host is a process that keeps its namespaces open and waits. The machine's own namespaces have no name of them, so the
+kernel removes everything with the last process inside, however this one ends.
 """
 
 from __future__ import annotations
@@ -57,40 +57,40 @@ def missing() -> str:
 def joined(directory: Path) -> Iterator[list[Host]]:
     """Two hosts, below an empty directory, with `LINK_RATE` between them in each direction; gone at the end.
 
-    Raises RuntimeError, with what the tool said, where namespaces or `tc` are not to be had."""
-    holders: list[subprocess.Popen[str]] = []
+    Raises RuntimeError, with the tool's output, where namespaces or `tc` are not available."""
+    keepers: list[subprocess.Popen[str]] = []
     try:
         hosts = []
         for number in range(2):
             sockets = directory / f"host-{number}"
             sockets.mkdir()
-            holders.append(_hold(sockets))
+            keepers.append(_hold(sockets))
             hosts.append(
                 Host(
                     address=f"{_NETWORK}.{number + 1}",
                     interface=f"psb{os.getpid()}",
                     sockets=sockets,
-                    enter=("nsenter", f"--target={holders[-1].pid}", "--net", "--mount", "--"),
+                    enter=("nsenter", f"--target={keepers[-1].pid}", "--net", "--mount", "--"),
                 )
             )
-        _join(hosts, holders[1].pid)
+        _join(hosts, keepers[1].pid)
         yield hosts
     finally:
-        for holder in holders:
-            holder.kill()
-            holder.wait()
+        for keeper in keepers:
+            keeper.kill()
+            keeper.wait()
 
 
 def _hold(sockets: Path) -> subprocess.Popen[str]:
     """A process in namespaces of its own that ends with its input, that is, with us."""
-    holder = subprocess.Popen(
+    keeper = subprocess.Popen(
         ["unshare", "--net", "--mount", "--", "sh", "-c", _HOLD, str(sockets)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    assert holder.stdout is not None and holder.stderr is not None
-    if holder.stdout.readline().strip() != "ready":
-        raise RuntimeError(f"no namespaces: {holder.stderr.read().strip()}")
-    return holder
+    assert keeper.stdout is not None and keeper.stderr is not None
+    if keeper.stdout.readline().strip() != "ready":
+        raise RuntimeError(f"no namespaces: {keeper.stderr.read().strip()}")
+    return keeper
 
 
 def _join(hosts: Sequence[Host], other_pid: int) -> None:

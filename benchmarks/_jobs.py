@@ -1,4 +1,4 @@
-"""The model that the benchmarks train, and the jobs that they train it in."""
+"""The model of the benchmarks, and the jobs that train it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ OPTIMIZER: dict[str, Any] = {"lr": 3e-4, "weight_decay": 0.1}
 CLIP_NORM = 1.0
 
 # What our trainers set for themselves (psworker.trainer.device), for a baseline that is to have it, too.
-MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": "1073741824",
-    "MALLOC_TRIM_THRESHOLD_": "4294967296",
-    "MALLOC_TOP_PAD_": "67108864",
-}
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_TOP_PAD_": "67108864"}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_DYNAMIC": "false"}
 
 

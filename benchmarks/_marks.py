@@ -1,4 +1,4 @@
-"""What a loop that is measured writes down: when each step ended, and how much CPU had been spent by then."""
+"""The records of a measured loop: the end of each step, and the CPU time used by then."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Marks:
         self._ended_s.append(time.perf_counter())
         self._cpu_s.append(time.process_time())
 
-    def tell(self, skip: int) -> None:
+    def print_from(self, skip: int) -> None:
         """Print, as JSON, the median step and the CPU seconds of all steps after the first `skip` + 1."""
-        told = {"step_s": median_step_s(self._ended_s[skip:]), "cpu_s": self._cpu_s[-1] - self._cpu_s[skip]}
-        print(json.dumps(told), flush=True)
+        measured = {"step_s": median_step_s(self._ended_s[skip:]), "cpu_s": self._cpu_s[-1] - self._cpu_s[skip]}
+        print(json.dumps(measured), flush=True)
 
 
 def median_step_s(ended_s: Sequence[float]) -> float:

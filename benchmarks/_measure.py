@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, interleaved rounds, keys, and results with their circumstances."""
+"""What the benchmarks share: options, interleaved rounds, keys, and results with machine and versions."""
 
 from __future__ import annotations
 

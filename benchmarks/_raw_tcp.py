@@ -1,7 +1,7 @@
-"""One raw TCP connection that carries a model's bytes there and back, as fast as blocking Python sockets do.
+"""One raw TCP connection that carries a model's bytes there and back, as fast as blocking Python sockets can.
 
-Each 4 MiB go with a CRC-32C that both ends compute, piece by piece while the bytes are in cache. (These sizes were the
-fastest of those tried; larger socket buffers and MSG_WAITALL were slower.) Run as a script this is one end; `raw_tcp`
+Each 4 MiB has a CRC-32C that both ends compute, piece by piece while the bytes are in cache. (These sizes were the
+fastest of those tried; larger socket buffers and MSG_WAITALL were slower.) As a script this is one end; `raw_tcp`
 starts both.
 """
 
@@ -41,11 +41,11 @@ def raw_tcp(size_bytes: int, steps: int, skip: int) -> dict[str, float]:
                 end.wait()
     if near.returncode or far.returncode:
         raise RuntimeError(f"a raw end failed: {near.returncode}, {far.returncode}")
-    told = [json.loads(output) for output in outputs]
+    measured = [json.loads(output) for output in outputs]
     moved_gb = 2 * size_bytes * (steps - skip - 1) / 1e9
     return {
-        "bytes_per_s": 2 * size_bytes / told[0]["step_s"],
-        "cpu_s_per_gb": sum(one["cpu_s"] for one in told) / moved_gb,
+        "bytes_per_s": 2 * size_bytes / measured[0]["step_s"],
+        "cpu_s_per_gb": sum(one["cpu_s"] for one in measured) / moved_gb,
     }
 
 
@@ -96,7 +96,7 @@ def be_end(size_bytes: int, steps: int, skip: int, role: str, number: int) -> No
             receive(connection, theirs)
             send(connection, ours)
         marks.mark()
-    marks.tell(skip)
+    marks.print_from(skip)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
-"""Trainers and partitions without agents and master, started by commands that the benchmark chooses.
+"""Trainers and partitions without agents and master, started by commands of the benchmark.
 
-As in the tests' harness the plan is written here; the processes are the product's own, started as agents start them.
+As in the tests' harness this module writes the plan; the processes are the product's own, started as agents start them.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def started(
 
 
 def fill(job: StaticJob) -> None:
-    """Block until the partitions hold the first values and the first snapshot is written; nobody has shards yet."""
+    """Block until the partitions have the initial values and the first snapshot is written; no shards are assigned."""
     job.publish([[] for _ in range(job.workers)])
     job.wait(lambda: len(job.parts.get(0, {})) == job.spec.servers.partitions, "the first snapshot")
 

@@ -1,4 +1,4 @@
-"""Watching processes from outside while they work: CPU seconds, and memory that is theirs."""
+"""CPU seconds and memory of running processes, measured from outside."""
 
 from __future__ import annotations
 

@@ -1,18 +1,18 @@
-"""What durability costs: steps with a standby for each partition over steps without, and the pause of a snapshot.
+"""The cost of durability: steps with a standby for each partition over steps without, and the pause of a snapshot.
 
     python benchmarks/durability.py [--rounds 3] [--steps 48] [--only replica snapshot ...]
 
 A 12 M-parameter GPT, 2 workers and 2 partitions on 2 servers, shared memory, in a local cluster as `psctl up` makes it.
-Needs an otherwise idle machine; on two cores the standbys' work, receiving and applying each step too, comes out of the
-same cores, where elsewhere they have a machine of their own.
+Needs an otherwise idle machine; on two cores the standbys, which receive and apply each step too, use the same cores,
+where a real cluster has another machine for them.
 
     replica_step_over_snapshot  seconds a step with `durability.tier: replica`, while every standby is in sync / with
                                 `snapshot`, while none is written
-    snapshot_pause_over_step    by what share of a step the step is longer during which a snapshot is begun and written,
-                                where trainers leave no core free: the pause, and what writing takes from them
+    snapshot_pause_over_step    the fraction of a step by which a step is longer during which a snapshot is begun and
+                                written, where trainers leave no core free: the pause, and the cost of writing
     snapshot_pause_beside_a_free_core  the same with 1 worker and 1 partition: of two cores, one is free
 
-Recorded, too: `spread_over_step`, by what share of a step all steps from one snapshot to the next are longer together.
+Also recorded: `spread_over_step`, the fraction of a step by which all steps from one snapshot to the next are longer.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python benchmarks/goodput.py [--rounds 3] [--steps 120] [--only tcp raw_tcp ...]
 
-Each step pushes the gradients of every bucket, last bucket first, and takes all values of the next version. A driver
-(_driver.py) stands in for the trainer, with the trainer's own exchange; partitions are the product's. Without optimizer
-a partition still gates, sums, votes and sends the values. A ratio above 1 means that we are faster; needs an otherwise
-idle machine and takes about three minutes.
+Each step pushes the gradients of every bucket, last bucket first, and receives all values of the next version. A driver
+(_driver.py) replaces the trainer, with the trainer's own exchange; partitions are the product's. Without optimizer a
+partition still gates, sums, votes and sends the values. A ratio above 1 means that the product is faster. Needs an
+otherwise idle machine and takes about three minutes.
 
     goodput_over_raw_tcp        1 x 1 over TCP, no optimizer / one raw TCP connection that carries the same bytes, there
                                 and back in turn, with the same checksums
@@ -13,7 +13,7 @@ idle machine and takes about three minutes.
     goodput_over_grpc           2 x 2 over TCP with AdamW / gRPC streams of the same bytes, 2 clients x 2 servers
     cpu_s_per_gb                1 x 1 over TCP, no optimizer: CPU seconds of both processes per 1e9 bytes moved
 
-Recorded, too: the same over Unix sockets and shared memory, and the raw connection's CPU seconds.
+Also recorded: the same over Unix sockets and shared memory, and the raw connection's CPU seconds.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python benchmarks/gpu_step.py [--rounds 3] [--steps 12] [--device auto] [--compile]
 
 On a CUDA device it trains GPT-2 (124 M parameters, 1,024 tokens a sequence, 64 microbatches of 8: half a million
-tokens a step) in bf16 autocast, with fp32 parameters; on a CPU the same with a tiny model, to show that it runs. Prints
+tokens a step) in bf16 autocast, with fp32 parameters; on a CPU it trains a tiny model, to show that it runs. Prints
 tokens a second, the share of the device's peak arithmetic that they are (MFU, after Chowdhery et al. 2022, appendix B:
 6 N + 12 l d t operations a token), and where the time of a step goes by the trainer's and partitions' own phase
 counters. Then one and two trainers on the device train the same few steps, and must end with the same bits.
@@ -96,8 +96,8 @@ def plain(shape: Shape, steps: int, compiled: bool) -> dict[str, float]:
     """The loop everybody writes, in a process of its own."""
     words = [sys.executable, __file__, "--device", shape.device, "--steps", str(steps), "--plain"]
     words += ["--compile"] if compiled else []
-    told = subprocess.run(words, env=os.environ | ONE_THREAD, check=True, stdout=subprocess.PIPE, text=True).stdout
-    step_s = float(told.splitlines()[-1])
+    measured = subprocess.run(words, env=os.environ | ONE_THREAD, check=True, stdout=subprocess.PIPE, text=True).stdout
+    step_s = float(measured.splitlines()[-1])
     return {"tokens_s": shape.tokens / step_s, "step_s": step_s}
 
 

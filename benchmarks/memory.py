@@ -5,10 +5,10 @@
 A GPT of 80 M parameters with contexts of 8 tokens and one sample a microbatch: parameters dominate. Needs 6 GB and
 takes about five minutes.
 
-What is counted, for each process: Pss_Anon + Pss_Shmem of /proc/PID/smaps_rollup, that is, everything it allocated, and
-its part of what processes share: a page that two map counts half for each, so that all together count it once. Pages of
-files (programs, libraries) are left out: they are there once however many jobs run. A peak is the highest of all
-samples, some tens a second, from the first step to the last commit; the snapshots before and after are not in it.
+For each process it counts Pss_Anon + Pss_Shmem of /proc/PID/smaps_rollup: everything it allocated, and its part of
+shared pages: a page that two processes map counts half for each, so that all together count it once. Pages of files
+(programs, libraries) are left out: they exist once however many jobs run. A peak is the highest of all samples, some
+tens a second, from the first step to the last commit, without the snapshots before and after.
 
     server_bytes_per_param             over shared memory: (peak of a partition - the same process when it is ready and
                                        has no plan yet) / parameters that it holds
@@ -17,8 +17,8 @@ samples, some tens a second, from the first step to the last commit; the snapsho
                                        same forward and backward without an optimizer) / parameters of the model
     trainer_extra_bytes_per_param_tcp  the same over TCP
 
-Means over the two partitions or trainers. The plain loop runs as it comes and with our trainers' settings of malloc
-(`plain_malloc`), and the smaller of the two counts. Recorded, too: the partitions' peak with the snapshots, which copy.
+Means over the two partitions or trainers. The plain loop runs with defaults and with our trainers' malloc settings
+(`plain_malloc`), and the smaller of the two counts. Also recorded: the partitions' peak with the snapshots, which copy.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""How soon a job goes on after a process was killed or stopped, and what the job loses by it: real processes.
+"""How soon a job continues after a process was killed or stopped, and what it loses: real processes.
 
     python benchmarks/recovery.py [--rounds 10] [--steps 30] [--only trainer_kill partition_kill_snapshot ...]
 
 One master, three workers and three servers train a small byte-level language model (on the data of $PSCLUSTER_DATA if
-it is there). Before each fault every placement of the job is taken and `--steps` steps were committed in peace. The
-victim is any process of its kind, hit at any moment of a step. Commits are timed by the coordinator partition. All
-takes half an hour.
+set). Before each fault every placement of the job has a process and `--steps` steps were committed undisturbed. The
+victim is a random process of its kind, hit at a random moment of a step. The coordinator records the times of commits.
+The whole takes half an hour.
 
     worker_kill_recovery_s             kill -9 of a trainer to the next commit that needed others to take its shards
                                        over, less a normal step
-    worker_stop_recovery_s             the same after SIGSTOP of a trainer: nobody tells that it does not go on
+    worker_stop_recovery_s             the same after SIGSTOP of a trainer, which no process reports
     partition_kill_recovery_snapshot_s kill -9 of a partition to the first step committed after the job went back to its
                                        snapshot: what is computed again beyond that one is not counted
     partition_kill_recovery_replica_s  the same with durability.tier replica: the standby takes over
@@ -45,7 +45,7 @@ class Worst(Key):
 
 
 class Means(Key):
-    """Mean over mean: for victims that cost differently, each of which comes as often."""
+    """Mean over mean, for victims of different cost that are equally frequent."""
 
     def value(self, found: Found) -> float:
         ours, theirs = self.sides(found)
@@ -99,7 +99,9 @@ def soaked() -> dict[str, float]:
     """What the last soak came to."""
     path = RESULTS / "soak.json"
     if not path.exists():
-        raise SystemExit("there is no results/soak.json: run `make soak` first, or leave the side `soak` out by --only")
+        raise SystemExit(
+            "results/soak.json does not exist: run `make soak` first, or leave out the side `soak` with --only"
+        )
     return {"faults": json.loads(path.read_text())["keys"]["soak_kills_without_violation"]}
 
 

@@ -3,17 +3,17 @@
     python benchmarks/slow_link.py [--rounds 3] [--steps 24] [--only ours_fp32 ddp_fp32 ...]
 
 The hosts are namespaces of this machine, joined by a veth pair that `tc` slows down at both ends (_hosts.py). That
-needs root, ip, tc, unshare, nsenter and mount; where they are missing the script says so and exits 0. Trained is the
-12 M-parameter GPT, 64 tokens, 4 a microbatch, one thread a process. Ours is a job of 2 trainers x 2 partitions with
-`transport: auto`: within a host whatever is best, TCP across. DDP has one rank a host, over gloo; it runs as it comes,
-with our trainers' settings of malloc (`*_malloc`), and with these and buckets of 5 MB (`*_tuned`); the best of them
+needs root, ip, tc, unshare, nsenter and mount; where they are missing the script prints it and exits 0. The model is
+the 12 M-parameter GPT, 64 tokens, 4 a microbatch, one thread a process. Ours is a job of 2 trainers x 2 partitions with
+`transport: auto`: shared memory within a host, TCP across. DDP has one rank a host, over gloo; it runs with defaults,
+with our trainers' malloc settings (`*_malloc`), and with these and buckets of 5 MB (`*_tuned`); the best of them
 counts. Needs an otherwise idle machine and takes about ten minutes.
 
     gbit_fp32_speedup      seconds a step: DDP / ours, both fp32
     gbit_bf16_speedup      seconds a step: DDP in fp32 / ours with push_codec and pull_codec bf16
     gbit_ddp_bf16_speedup  seconds a step: DDP in fp32 / DDP with its bf16 compress hook
 
-Recorded, too: megabytes (1e6) that one host sends over the link in a step, in the mean of all steps.
+Also recorded: megabytes (1e6) that one host sends over the link in a step, the mean of all steps.
 """
 
 from __future__ import annotations

@@ -3,10 +3,9 @@
     python benchmarks/step_time.py [--rounds 3] [--steps 24] [--only shm ddp ...]
 
 Same model, sequences (64 tokens, 4 a microbatch), clipping and one thread a process everywhere; needs an otherwise idle
-machine and takes about ten minutes. Ours is a local cluster as `psctl up` makes it. The baselines are as good as we can
-make them: DDP over gloo with gradient_as_bucket_view and fused AdamW; a plain loop with fused AdamW. Each runs as it
-comes and with the settings of malloc that our trainers have (`*_malloc`), DDP also with these and buckets of 5 MB
-(`*_tuned`); the best of them counts.
+machine and takes about ten minutes. Ours is a local cluster as `psctl up` makes it. The baselines are tuned: DDP over
+gloo with gradient_as_bucket_view and fused AdamW; a plain loop with fused AdamW. Each runs with defaults and with our
+trainers' malloc settings (`*_malloc`), DDP also with these and buckets of 5 MB (`*_tuned`); the best of them counts.
 
     shm_step_over_ddp     seconds a step, 2 x 2 over shared memory / DDP
     unix_step_over_ddp    the same over Unix sockets
@@ -15,7 +14,7 @@ comes and with the settings of malloc that our trainers have (`*_malloc`), DDP a
     shm_cpu_over_ddp      CPU seconds a sample: all trainers and partitions / all ranks of DDP, over the measured steps
     solo_step_over_plain  seconds a step, 1 x 1 over shared memory / the plain loop
 
-Recorded, too: the CPU seconds a sample of agents and master, which are not in `shm_cpu_over_ddp`.
+Also recorded: the CPU seconds a sample of agents and master, which are not in `shm_cpu_over_ddp`.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
 
 A step is 12 microbatches of a 12 M-parameter GPT (64 tokens, 4 sequences each, one thread a process, two cores). DDP
 has 6 of them on each rank, accumulated in no_sync(); ours begins with 6 and 6 shards and moves them by measured speed.
-The handicapped side computes every forward and backward twice. At best the shards lie 8 and 4: a step takes the time of
-8 microbatches instead of 12, so that 1.5 is the limit. The median step counts, of those after the first few; moving
-takes the master some seconds, which half of `--steps` must outlast.
+The handicapped side computes every forward and backward twice. At best the shards are divided 8 and 4: a step takes the
+time of 8 microbatches instead of 12, so that 1.5 is the limit. The median step counts, of those after the first few;
+the master moves shards after some seconds, which half of `--steps` must outlast.
 
     straggler_speedup     DDP's seconds a step / ours
     relief_over_even      ours / ours without a handicap: what the straggler still costs (1.33 is the limit)

@@ -1,4 +1,4 @@
-"""`make demo`: a local cluster trains a language model on Python's own source, shows it, and goes away again.
+"""`make demo`: a local cluster trains a language model on Python's own source, shows results, and is taken down.
 
 Everything runs through the psctl command line, as a person would type it; each command is printed before it runs.
 
@@ -41,22 +41,22 @@ class CommandFailed(Exception):
 
 
 class Psctl:
-    """Runs psctl against the demo's own cluster, whose state lies in `state_dir`."""
+    """Runs psctl against the demo's own cluster, with its state in `state_dir`."""
 
     def __init__(self, state_dir: Path) -> None:
         config = state_dir.parent / "config.toml"
         config.touch()
-        # Whatever cluster the person has configured is none of the demo's business.
+        # The demo ignores any cluster that the user has configured.
         clean = {key: value for key, value in os.environ.items() if not key.startswith("PS_")}
-        # Tied: Ctrl-C ends the job's cluster as well, and psctl is not to say that the job goes on.
+        # Tied: Ctrl-C also ends the job's cluster, so psctl must not report that the job continues.
         own = {"PS_STATE_DIR": str(state_dir), "PS_CONFIG": str(config), "PS_TIED": "1"}
         self._environment = {**clean, **own}
 
     def __call__(self, *arguments: str, shown: bool = True) -> str:
         """Run one command; its stderr goes to ours. Returns its stdout. Raises CommandFailed.
 
-        The command has a process group of its own, so that Ctrl-C reaches it once, from here, and it ends in its
-        own orderly way before we go on.
+        The command has its own process group, so that Ctrl-C reaches it once, through this process, and it ends in
+        order before this call returns.
         """
         if shown:
             print(f"\n$ psctl {shlex.join(arguments)}", flush=True)
@@ -86,6 +86,10 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parse(argv)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # Started in the background of a shell, which ignores SIGINT. The commands must not inherit that: SIGINT is how
+        # they are ended when SIGTERM comes. Unlike SIG_IGN, a handler is not inherited.
+        signal.signal(signal.SIGINT, lambda *_: None)
     try:
         with _own_directory() as directory:
             return _with_cluster(directory / "cluster", arguments.overrides, arguments.output.absolute())
@@ -96,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _with_cluster(state_dir: Path, overrides: Sequence[str], output: Path) -> int:
     psctl = Psctl(state_dir)
-    # A run that was killed may have left a cluster, and a job that would go on.
+    # A killed run may have left a cluster with an unfinished job.
     psctl("down", shown=False)
     shutil.rmtree(state_dir, ignore_errors=True)
     shown = True
@@ -107,8 +111,8 @@ def _with_cluster(state_dir: Path, overrides: Sequence[str], output: Path) -> in
         print(f"\nthe demo failed; the logs are in {state_dir / 'logs'}", file=sys.stderr)
         status = error.status
     except KeyboardInterrupt:
-        shown = False  # `psctl down` says that the job goes on after the next `up`, but the next demo begins anew
-        print("\ninterrupted; takes the cluster down", file=sys.stderr)
+        shown = False  # `psctl down` reports that the job continues after the next `up`, but a demo starts afresh
+        print("\ninterrupted; taking the cluster down", file=sys.stderr)
         raise
     finally:
         with _undisturbed():
@@ -125,7 +129,7 @@ def show(psctl: Psctl, overrides: Sequence[str], output: Path) -> None:
     job_id = psctl("submit", str(SPEC), "--follow", *sets).strip()
     compare(json.loads(psctl("describe", job_id, "-o", "json", shown=False)))
     sample = psctl("generate", job_id, "--prompt", PROMPT, "--max-new-tokens", "400", "--temperature", "0.8")
-    # A model of bytes may write control characters: the terminal is not to obey them.
+    # A byte-level model may write control characters, which must not reach the terminal.
     print("".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in sample), flush=True)
     output.mkdir(parents=True, exist_ok=True)
     for form in ("safetensors", "pth"):
@@ -169,7 +173,7 @@ def _own_directory() -> Iterator[Path]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            sys.exit("another demo runs already; let it end, or end it with Ctrl-C")
+            sys.exit("another demo is running; wait until it ends, or end it with Ctrl-C")
         yield directory
     finally:
         os.close(descriptor)
@@ -177,7 +181,7 @@ def _own_directory() -> Iterator[Path]:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Further signals are ignored here, not in the commands that are started: cleaning up is not to be cut short."""
+    """Ignore further signals here, but not in the commands that are started, so that cleaning up is completed."""
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.signal(number, lambda *_: None) for number in signals]
     try:

@@ -20,18 +20,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Bundle",
-    "Cluster",
-    "Job",
-    "JobSpec",
-    "PsError",
-    "Task",
-    "__version__",
-    "load_spec",
-    "pack",
-    "parse_spec",
-]
+__all__ = ["Bundle", "Cluster", "Job", "JobSpec", "PsError", "Task", "__version__", "load_spec", "pack", "parse_spec"]
 
 _HOMES = {
     "Bundle": "pscluster.job.bundle",

@@ -29,16 +29,7 @@ from pscluster.errors import SettingsError, StorageError
 
 S = TypeVar("S")
 
-_WORDS = {
-    "1": True,
-    "true": True,
-    "yes": True,
-    "on": True,
-    "0": False,
-    "false": False,
-    "no": False,
-    "off": False,
-}
+_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 # A Unix socket's path holds 107 bytes; sockets in the runtime directory have names of up to 27.
 _LONGEST_RUNTIME_DIR = 80
 
@@ -100,11 +91,7 @@ def environment_name(field: str) -> str:
 
 
 def _lookup(
-    name: str,
-    flags: Mapping[str, Any],
-    environ: Mapping[str, str],
-    table: Mapping[str, Any],
-    file: Path | None,
+    name: str, flags: Mapping[str, Any], environ: Mapping[str, str], table: Mapping[str, Any], file: Path | None
 ) -> tuple[Any, Origin] | None:
     if flags.get(name) is not None:
         return flags[name], Origin(kind="flag", name="--" + name.replace("_", "-"))

@@ -1,4 +1,4 @@
-"""A model of one's own: which of two interleaved spirals does a point lie on? Needs nothing but this directory."""
+"""A user's own model: it predicts which of two interleaved spirals a point is on. Needs only this directory."""
 
 import math
 
@@ -26,7 +26,9 @@ class Spirals(Task):
 
     def loss(self, model: nn.Module, batch: list[torch.Tensor]) -> tuple[torch.Tensor, float]:
         x, label = batch
-        return functional.cross_entropy(model(x), label, reduction="sum"), len(label)  # the sum, and of how many
+        return functional.cross_entropy(model(x), label, reduction="sum"), len(
+            label
+        )  # the sum, and the number of losses in it
 
     def metrics(self, model: nn.Module, batch: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         x, label = batch

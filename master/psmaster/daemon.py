@@ -22,7 +22,7 @@ def run(argv: Sequence[str]) -> int:
     """
     rebuilds = list(argv[:1]) == ["rebuild"]
     arguments = vars(parse_rebuild(argv[1:]) if rebuilds else parse(argv))
-    # Read when grpc is imported: its core tells every broken connection, which we do ourselves.
+    # Read when grpc is imported: its core logs every broken connection, which we do ourselves.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     from pscluster.errors import InternalError, PsError  # late, so that --help answers at once
 
@@ -43,8 +43,7 @@ def _serve(arguments: dict[str, object]) -> int:
     import pscluster
     from pscluster import telemetry
     from pscluster.settings import resolve
-    from psmaster.server import serve
-    from psmaster.settings import MasterSettings
+    from psmaster.server import MasterSettings, serve
 
     file = arguments.pop("config")
     settings = resolve(MasterSettings, arguments, os.environ, file if isinstance(file, Path) else None)
@@ -60,8 +59,8 @@ def _rebuild(arguments: dict[str, Any]) -> int:
 
     from pscluster.settings import resolve
     from psmaster.server import claim
-    from psmaster.settings import RebuildSettings
     from psmaster.storage import rebuild
+    from psmaster.storage.rebuild import RebuildSettings
 
     settings = resolve(RebuildSettings, arguments, os.environ)
     os.umask(0o077)

@@ -10,6 +10,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,7 +27,6 @@ from psmaster.api.jobs import Identity, JobsService
 from psmaster.api.metrics import MasterMetrics
 from psmaster.control.loop import Core
 from psmaster.scheduling.draft import Limits
-from psmaster.settings import MasterSettings
 from psmaster.storage.bundles import BundleShelf
 from psmaster.storage.orphans import may_go, refuse_unclaimed
 from psmaster.storage.persistence import Archive
@@ -36,6 +36,41 @@ from psmaster.storage.store import Batch
 STOP_GRACE_S = 0.5  # how long calls in progress may take when the master ends
 UNCLAIMED_S = 24 * 3600.0  # a bundle that no job names is removed after this long
 _log = structlog.get_logger(__name__)
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MasterSettings:
+    """`listen`: "unix:/path" or "host:port", each; a host is a loopback one, because nothing encrypts the token yet.
+
+    `suspicion_s`: silence after which a node is taken for dead.
+    """
+
+    state_dir: Path
+    token_file: Path
+    listen: tuple[str, ...] = ("127.0.0.1:7070",)
+    metrics_listen: str = "127.0.0.1:0"
+    suspicion_s: float = 3.0
+    log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        if not self.listen:
+            raise ValueError("listen names no address")
+        for address in self.listen:
+            self._check(address)
+        if not 0.5 <= self.suspicion_s <= 3600:
+            raise ValueError(f"suspicion_s must lie between 0.5 and 3600, not {self.suspicion_s:g}")
+
+    def _check(self, address: str) -> None:
+        if address.startswith("unix:"):
+            if len(address) <= len("unix:") or len(address) > len("unix:") + 107:
+                raise ValueError(f"{address!r} is no path that a Unix socket can have (1 to 107 characters)")
+            return
+        host, separator, port = address.rpartition(":")
+        if not separator or not port.isdecimal() or int(port) > 65535:
+            raise ValueError(f"{address!r} is neither host:port nor unix:/path")
+        if host not in _LOOPBACK:
+            raise ValueError(f"{address!r} is not a loopback address; other hosts must wait for encrypted connections")
 
 
 async def serve(settings: MasterSettings) -> None:
@@ -98,22 +133,22 @@ def tidy(core: Core, shelf: BundleShelf, jobs_directory: Path) -> None:
 
 
 async def run_transactions(core: Core, health: Any, ending: asyncio.Event) -> None:
-    """Take turns until told to end. Whatever ends the turns ends the master: a supervisor starts it again."""
-    turns = asyncio.create_task(core.run())
-    told = asyncio.create_task(ending.wait())
+    """Commit transactions until `ending`. Whatever ends the loop ends the master: a supervisor restarts it."""
+    running = asyncio.create_task(core.run())
+    ended = asyncio.create_task(ending.wait())
     for service in ("", "ready"):
         await health.set(service, health_pb2.HealthCheckResponse.SERVING)
     try:
-        await asyncio.wait({turns, told}, return_when=asyncio.FIRST_COMPLETED)
-        if turns.done():
-            turns.result()
+        await asyncio.wait({running, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            running.result()
         _log.info("ends")
     finally:
         await health.enter_graceful_shutdown()
-        core.hang_up()
-        for task in (turns, told):
+        core.close_streams()
+        for task in (running, ended):
             task.cancel()
-        await asyncio.gather(turns, told, return_exceptions=True)
+        await asyncio.gather(running, ended, return_exceptions=True)
 
 
 async def _listen(
@@ -168,7 +203,7 @@ def claim(state_dir: Path) -> IO[str]:
 def bind(server: grpc.aio.Server, address: str) -> int:
     """Listen on an address; its port. A socket file that a killed master left is replaced.
 
-    Raises AddressInUseError when somebody serves there.
+    Raises AddressInUseError when another process serves there.
     """
     if address.startswith("unix:"):
         _replace_stale(Path(address.removeprefix("unix:")))

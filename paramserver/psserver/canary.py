@@ -33,11 +33,11 @@ def numerics_class() -> tuple[str, str]:
     for optimizer in _CANARY:
         values = torch.sin(ramp)
         moments = [torch.zeros(num_words) for _ in range(moments_of(optimizer))]
-        for age in range(2):
-            gradient = torch.cos(ramp * (age + 1)) * 0.1
+        for update_count in range(2):
+            gradient = torch.cos(ramp * (update_count + 1)) * 0.1
             for block, square in block_squares(gradient, 0).items():
                 digest.update(f"{block}:{square.hex()}".encode())
-            run_list = [Run(0, num_words, age, decay=True)]
+            run_list = [Run(0, num_words, update_count, decay=True)]
             update_span(optimizer, run_list, values, gradient, moments, scale=0.37, lr=1e-2)
         for tensor in (values, *moments):
             digest.update(tensor.numpy().data)

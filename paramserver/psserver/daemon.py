@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 
 from pscluster.agent.daemon import run
-from psserver.agent import SERVER
+from pscluster.agent.role import AgentRole
+
+SERVER = AgentRole(name="server", module="psserver.partition", runs="partitions", default_slots=4, keeps_snapshots=True)
 
 
 def main() -> None:

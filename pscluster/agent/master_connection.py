@@ -16,13 +16,7 @@ from pscluster.agent.report_queue import ReportQueue
 from pscluster.agent.supervisor import Supervisor
 from pscluster.errors import PsError, StateError, UnreachableError
 from pscluster.rpc import DEADLINE_S, TRANSFER_DEADLINE_S, error_of, open_aio_channel
-from pscluster.v1.agents_pb2 import (
-    AgentMessage,
-    DownloadBundleRequest,
-    Hello,
-    NodeBeat,
-    RegisterRequest,
-)
+from pscluster.v1.agents_pb2 import AgentMessage, DownloadBundleRequest, Hello, NodeBeat, RegisterRequest
 from pscluster.v1.agents_pb2_grpc import AgentsStub
 from pscluster.wire.backoff import delay_s
 

@@ -102,11 +102,7 @@ class BarView:
         columns = self.progress.console.width - len(job.name) - _NARROWEST - 2
         self._shown = bar_text(job, columns)
         self.progress.update(
-            self._task,
-            description=job.name,
-            total=job.final_step,
-            completed=job.step,
-            line=_literal(self._shown),
+            self._task, description=job.name, total=job.final_step, completed=job.step, line=_literal(self._shown)
         )
 
     def note(self, text: str, since: str = "") -> None:

@@ -56,10 +56,7 @@ class ReconnectingStream:
     draw: Callable[[], float] = random.random
 
     def follow(
-        self,
-        open_stream: Callable[[], Any],
-        finished: Callable[[], bool],
-        expired: Callable[[], bool] = lambda: False,
+        self, open_stream: Callable[[], Any], finished: Callable[[], bool], expired: Callable[[], bool] = lambda: False
     ) -> Iterator[Any]:
         """The messages of a stream, reopened whenever it breaks, or ends before `finished()` is true.
 

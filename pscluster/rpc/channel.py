@@ -96,12 +96,7 @@ class _Bearer(
     def _send(self, continuation: Any, details: Any, request: Any) -> Any:
         metadata = [*(details.metadata or ()), self._pair]
         changed = _CallDetails(
-            details.method,
-            details.timeout,
-            metadata,
-            details.credentials,
-            details.wait_for_ready,
-            details.compression,
+            details.method, details.timeout, metadata, details.credentials, details.wait_for_ready, details.compression
         )
         return continuation(changed, request)
 

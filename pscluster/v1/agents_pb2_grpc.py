@@ -55,15 +55,15 @@ class AgentsServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Register(self, request, context):
-        """Announces a node. Repeating it is safe; a newer incarnation of the same node replaces the older one.
+        """Registers a node. Repeating it is safe; a newer incarnation of the same node replaces the older one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Attend(self, request_iterator, context):
-        """Held open for the agent's life: beats and reports go up, what to run comes down. Refused with FAILED_PRECONDITION
-        for an incarnation older than the newest registered.
+        """Held open for the agent's life: it sends heartbeats and reports, and receives assignments. Refused with
+        FAILED_PRECONDITION for an incarnation older than the newest registered.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -50,8 +50,8 @@ class DepotServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def TakePart(self, request, context):
-        """Gets a part from the depot that has it. When it answers, the part is durable here and fits its checksum; repeating
-        it is safe.
+        """Fetches a part from the depot that has it. On reply the part is durable here and fits its checksum. Repeating it is
+        safe.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -206,14 +206,14 @@ class JobsServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Has everything moved away from a node and nothing new placed there, until it is undone. Durable, idempotent.
+        """Moves everything away from a node and places nothing new there, until undone. Durable, idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetCluster(self, request, context):
-        """Whether master and members are well, and which version runs.
+        """The health of master and members, and the version that runs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

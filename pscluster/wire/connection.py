@@ -263,8 +263,7 @@ class Connection:
         body, self._into, self._filled, self._header = self._into, memoryview(self._header_bytes), 0, None
         if header.length and self._checksum != header.checksum:
             raise FrameError(
-                f"the body of a {header.kind.name} frame does not fit its checksum",
-                details={"field": "checksum"},
+                f"the body of a {header.kind.name} frame does not fit its checksum", details={"field": "checksum"}
             )
         self.handler.frame(self, header, body)
         if self._fds:

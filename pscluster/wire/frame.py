@@ -153,8 +153,7 @@ def unpack(data: Buffer) -> Header:
         raise FrameError("a frame does not start with the magic number", details={"field": "magic"})
     if protocol != PROTOCOL:
         raise VersionSkewError(
-            f"the peer uses data-plane protocol {protocol}, this process {PROTOCOL}",
-            details={"field": "protocol"},
+            f"the peer uses data-plane protocol {protocol}, this process {PROTOCOL}", details={"field": "protocol"}
         )
     if _CHECKSUM.unpack_from(view, _HEADER.size)[0] != crc32c.crc32c(view[: _HEADER.size]):
         raise FrameError("a frame's header does not fit its checksum", details={"field": "header"})

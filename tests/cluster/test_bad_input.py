@@ -1,4 +1,4 @@
-"""What is asked wrongly, or of a machine that cannot: a named error, an exit code, and nothing half-applied."""
+"""Invalid requests, and machines that cannot serve them: a named error, an exit code, and no partial change."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
 
 @pytest.fixture(autouse=True)
 def nothing_changes(cluster: LocalCluster) -> Iterator[None]:
-    """Before and after each test: the same jobs and bundles, everyone well."""
+    """Check that jobs, bundles and health are the same before and after each test."""
     before = remembered(cluster)
     yield
     assert remembered(cluster) == before
@@ -69,7 +69,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "truth for a number": ({"servers": {"partitions": True}}, [], "servers.partitions"),
     "not divisible": ({}, ["--set", "train.global_batch=15"], "15 is not divisible by microbatch 2"),
     "more workers than shards": ({"workers": {"min": 8}}, [], "workers.min 8 exceeds the 7 shards"),
-    "no end": ({}, ["--set", "train.max_steps=null"], "nothing says when training ends"),
+    "no end": ({}, ["--set", "train.max_steps=null"], "one of epochs and max_steps"),
     "--set without a value": ({}, ["--set", "train.max_steps"], "not of the form key=value"),
     "--set below a number": ({}, ["--set", "name.first=x"], "name is not a section"),
     "--set that does not parse": ({}, ["--set", "train={"], "does not parse"),
@@ -81,13 +81,13 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str], str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_spec_that_is_wrong_is_refused_with_what_to_change(case: str, cluster: LocalCluster, tmp_path: Path) -> None:
-    changes, options, told = REFUSED[case]
+    changes, options, expected_text = REFUSED[case]
     path = tmp_path / "spec.json"
     path.write_text(json.dumps(spec(**changes)))
     done = cluster.psctl("submit", str(path), *options, expect=2)
     assert done.stdout == ""
     assert done.stderr.startswith("error: PS-1001: ")
-    assert told in done.stderr
+    assert expected_text in done.stderr
 
 
 def test_a_spec_that_is_no_file(cluster: LocalCluster, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_the_master_checks_again(text: str, cluster: LocalCluster) -> None:
             call(stub.Submit, jobs_pb2.SubmitRequest(spec_json=text))
 
 
-def test_a_bundle_that_nobody_sent_is_not_awaited(cluster: LocalCluster) -> None:
+def test_a_bundle_that_was_never_uploaded_is_not_awaited(cluster: LocalCluster) -> None:
     request = jobs_pb2.SubmitRequest(spec_json=json.dumps(spec()), bundle_sha256="0" * 64)
     with raw_jobs(cluster, token_of(cluster)) as stub, pytest.raises(NotFoundError):
         call(stub.Submit, request)
@@ -113,7 +113,7 @@ def test_a_bundle_that_nobody_sent_is_not_awaited(cluster: LocalCluster) -> None
 
 
 class raw_jobs:  # noqa: N801 - reads as a statement
-    """The master's service without the client library's manners; `token` None: no token at all."""
+    """The master's service without the client library; `token` None: no token."""
 
     def __init__(self, cluster: LocalCluster, token: str | None) -> None:
         address = f"unix:{runtime_dir(cluster.state_dir)}/master.sock"
@@ -138,7 +138,7 @@ def call(method: Any, request: Any) -> Any:
 
 
 @pytest.mark.parametrize("token", [None, "", "wrong", "x" * 10_000])
-def test_nothing_is_done_for_whom_the_token_does_not_vouch(token: str | None, cluster: LocalCluster) -> None:
+def test_a_call_without_the_right_token_changes_nothing(token: str | None, cluster: LocalCluster) -> None:
     with raw_jobs(cluster, token) as stub:
         with pytest.raises(AuthError):
             call(stub.List, jobs_pb2.ListRequest())
@@ -165,7 +165,7 @@ def test_psctl_without_a_cluster_exits_3(cluster: LocalCluster, tmp_path: Path) 
     done = cluster.psctl("--state-dir", str(tmp_path), "list", expect=3)
     assert (done.stdout, "PS-3001" in done.stderr, "psctl up" in done.stderr) == ("", True, True)
     assert list(tmp_path.iterdir()) == []
-    with socket.socket() as taken:  # bound and not listening: nobody answers there
+    with socket.socket() as taken:  # bound but not listening: nothing answers
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         done = cluster.psctl("--address", address, "--token-file", str(cluster.state_dir / "token"), "list", expect=3)
@@ -185,7 +185,7 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr.rstrip().rpartition("\n")[2]
 
 
-def test_a_port_in_use_is_told_by_the_master(cluster: LocalCluster, tmp_path: Path) -> None:
+def test_the_master_reports_a_port_in_use(cluster: LocalCluster, tmp_path: Path) -> None:
     token = str(cluster.state_dir / "token")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
@@ -227,7 +227,7 @@ def test_a_state_directory_that_cannot_be_written(name: str, cluster: LocalClust
 
 
 def archive(*members: tuple[tarfile.TarInfo, bytes]) -> Bundle:
-    """A bundle that `pack` would never make."""
+    """A bundle that `pack` would not make."""
     buffer = io.BytesIO()
     with gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0) as stream, tarfile.open(fileobj=stream, mode="w") as tar:
         for info, data in members:
@@ -318,7 +318,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(place: Path) -> Path:
-    """Take all the room there is; the file that has it."""
+    """Fill the disk; the file that fills it."""
     filler = place / "filler"
     with filler.open("wb", buffering=0) as file:
         try:
@@ -328,13 +328,13 @@ def fill(place: Path) -> Path:
             return filler
 
 
-def test_a_full_disk_is_told_costs_no_result_unsaid_and_resumes_with_room(
+def test_a_full_disk_is_reported_and_the_job_resumes_with_space(
     cluster: LocalCluster, tmp_path: Path, disk: Path
 ) -> None:
     directory = tmp_path / "job"
     directory.mkdir()
     stored = spec(durability={"every_steps": 2, "store": str(disk)})
-    held, gate = held_spec(stored, directory, free=8)  # one step of seven microbatches, after the preflight's
+    held, gate = held_spec(stored, directory, free=8)  # one step of seven microbatches, after that of the preflight
     job = cluster.submit(held, directory)
     cluster.wait(job, "step=1")
     filler = fill(disk)

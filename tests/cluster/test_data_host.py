@@ -1,4 +1,4 @@
-"""A partition listens for TCP where its agent says."""
+"""A partition listens on the TCP host that its agent gives it."""
 
 from __future__ import annotations
 

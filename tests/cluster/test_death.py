@@ -1,4 +1,4 @@
-"""Death: whoever is killed in mid-run, the job ends SUCCEEDED with the bits of the undisturbed plain loop."""
+"""Any process is killed in mid-run: the job ends SUCCEEDED with the bits of the undisturbed plain loop."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def slow_spec(**changes: object) -> dict[str, object]:
 
 
 def finish(cluster: LocalCluster, job: str, digest: str) -> dict[str, object]:
-    """Wait for the end and check that it is the undisturbed one."""
+    """Wait for the end, and check that the result is that of the undisturbed job."""
     cluster.wait(job, "succeeded")
-    told = cluster.describe(job)
-    assert told["parameters_sha256"] == digest
-    assert told["step"] == STEPS
-    return told
+    answer = cluster.describe(job)
+    assert answer["parameters_sha256"] == digest
+    assert answer["step"] == STEPS
+    return answer
 
 
-def reasons(told: dict[str, object]) -> list[str]:
-    events = told["events"]
+def reasons(answer: dict[str, object]) -> list[str]:
+    events = answer["events"]
     assert isinstance(events, list)
     return [event["reason"] for event in events]
 
@@ -45,10 +45,10 @@ def test_a_trainer_is_killed(digest: str, tmp_path: Path) -> None:
         job = cluster.submit(slow_spec(), tmp_path)
         cluster.wait(job, f"step={KILL_AT}")
         cluster.kill(cluster.child("worker-1"))
-        told = finish(cluster, job, digest)
-        assert "TrainerLost" in reasons(told)
-        assert "signal 9" in " ".join(event["message"] for event in told["events"])  # type: ignore[attr-defined]
-        assert "RolledBack" not in reasons(told)
+        answer = finish(cluster, job, digest)
+        assert "TrainerLost" in reasons(answer)
+        assert "signal 9" in " ".join(event["message"] for event in answer["events"])  # type: ignore[attr-defined]
+        assert "RolledBack" not in reasons(answer)
 
 
 def test_a_worker_agent_is_killed_and_its_trainer_dies_with_it(digest: str, tmp_path: Path) -> None:
@@ -58,8 +58,8 @@ def test_a_worker_agent_is_killed_and_its_trainer_dies_with_it(digest: str, tmp_
         agent, trainer = cluster.daemon("worker-0"), cluster.child("worker-0")
         cluster.kill(agent)
         wait_gone([trainer])
-        told = finish(cluster, job, digest)
-        assert "TrainerLost" in reasons(told)
+        answer = finish(cluster, job, digest)
+        assert "TrainerLost" in reasons(answer)
 
 
 def test_a_partition_is_killed(digest: str, tmp_path: Path) -> None:
@@ -67,8 +67,8 @@ def test_a_partition_is_killed(digest: str, tmp_path: Path) -> None:
         job = cluster.submit(slow_spec(), tmp_path)
         cluster.wait(job, f"step={KILL_AT}")
         cluster.kill(cluster.child("server-1"))
-        told = finish(cluster, job, digest)
-        assert {"PartitionLost", "RolledBack"} <= set(reasons(told))
+        answer = finish(cluster, job, digest)
+        assert {"PartitionLost", "RolledBack"} <= set(reasons(answer))
         lines = cluster.psctl("metrics", job, "-o", "json").stdout
         assert lines.count('"loss"') >= STEPS
 
@@ -82,12 +82,12 @@ def test_the_master_is_killed_and_steps_go_on_meanwhile(digest: str, tmp_path: P
         store = next((cluster.state_dir / "master" / "jobs").iterdir()) / "snapshots"
         wait_for_file(store, f"step-{STEPS:010d}*")  # the last step was reached while no master ran
         still = {cluster.child(name).pid for name in ("worker-0", "worker-1", "server-0", "server-1")}
-        assert still == running  # looked at before the master is back: with it the job soon ends, and they go
+        assert still == running  # read before the master is back: then the job soon ends, and they end too
         cluster.up(2, 2)
-        told = finish(cluster, job, digest)
-        assert told["generation"] == 1  # nobody was restarted or moved
+        answer = finish(cluster, job, digest)
+        assert answer["generation"] == 1  # no process was restarted or moved
         steps = [line for line in cluster.psctl("metrics", job, "-o", "csv").stdout.splitlines() if line[:1].isdigit()]
-        assert len(steps) >= STEPS  # what was committed meanwhile is in the record
+        assert len(steps) >= STEPS  # the record has what was committed meanwhile
 
 
 def wait_for_file(directory: Path, pattern: str) -> None:

@@ -1,4 +1,4 @@
-"""The demo as a person runs it, real cluster and all, after a run that was killed and one that was interrupted."""
+"""The demo as a user runs it, with a real cluster: interrupted, and after a run that was killed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Demo:
         return process
 
     def running(self) -> list[psutil.Process]:
-        """Every process of any of the demos, the demos themselves left out."""
+        """Every process of any of the demos, except the demos themselves."""
         own = {process.pid for process in self.started}
         return [process for process in psutil.process_iter() if process.pid not in own and self._is_ours(process)]
 
@@ -70,7 +70,7 @@ def demo(tmp_path: Path) -> Iterator[Demo]:
 
 
 def read_until(process: subprocess.Popen[str], beginning: str) -> None:
-    """Block until the demo prints a line that begins so."""
+    """Block until the demo prints a line with this beginning."""
     assert process.stdout is not None
     lines = []
     for line in process.stdout:
@@ -97,7 +97,7 @@ def test_the_demo_works_after_one_that_was_killed(demo: Demo, tmp_path: Path) ->
     read_until(killed, "step ")
     killed.kill()
     killed.wait()
-    assert demo.running()  # its cluster lives on, with an unfinished job
+    assert demo.running()  # its cluster still runs, with an unfinished job
 
     process = demo.start(steps=6)
     output, _ = process.communicate(timeout=200)

@@ -1,4 +1,4 @@
-"""The same job gives the same bits whatever the workers, partitions, transport and plan changes."""
+"""The same job gives the same bits for any workers, partitions, transport and changes of plan."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ CODECS = [("bf16", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")]
 
 @pytest.mark.parametrize(("push", "pull"), CODECS)
 def test_rounding_on_the_wire_is_part_of_the_step(push: str, pull: str, lm_digest: str, tmp_path: Path) -> None:
-    """Whoever computes what, and over whatever transport: the bits of a plain loop that rounds in the same places."""
+    """The bits are those of a plain loop that rounds in the same places, for any assignment and transport."""
     spec = lm_spec()
     spec["network"] |= {"push_codec": push, "pull_codec": pull}
     plain = train_plainly(spec)

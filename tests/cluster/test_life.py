@@ -1,4 +1,4 @@
-"""A job's life as its owner sees it: submit, wait in the queue, stop, resume, look, use the result, delete."""
+"""The life of a job as its owner sees it: submit, queue, stop, resume, inspect, use the result, delete."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ def cluster(root: Path) -> Iterator[LocalCluster]:
 
 @pytest.fixture(scope="module")
 def plain() -> Plain:
-    """What a plain single-process loop makes of the same spec."""
+    """The result of a plain single-process loop on the same spec."""
     return train_plainly(spec())
 
 
 class Results(NamedTuple):
-    """What psctl made of a finished job."""
+    """What psctl reported and wrote for a finished job."""
 
     job: str
-    told: dict[str, Any]
+    described: dict[str, Any]
     files: dict[str, Path]
     evaluation: dict[str, Any]
     text: str
@@ -84,7 +84,7 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
 
 
 def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
-    """The digest as its docstring defines it, from nothing but the tensors."""
+    """The digest as its docstring defines it, from the tensors alone."""
     return parameters_sha256(
         NamedBytes(name, str(t.dtype).removeprefix("torch."), tuple(t.shape), t.contiguous().numpy().tobytes())
         for name, t in tensors.items()
@@ -96,7 +96,7 @@ def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def test_the_job_its_files_and_a_plain_loop_agree_to_the_bit(results: Results, plain: Plain) -> None:
     assert JOB_ID.fullmatch(results.job)
-    assert results.told["parameters_sha256"] == plain.digest
+    assert results.described["parameters_sha256"] == plain.digest
     for name in ("last.safetensors", "last.pth"):
         tensors = tensors_of(results.files[name])
         assert digest_of(tensors) == plain.digest, name
@@ -107,7 +107,7 @@ def test_the_job_its_files_and_a_plain_loop_agree_to_the_bit(results: Results, p
 
 
 def test_evaluation_is_the_jobs_own(results: Results, plain: Plain) -> None:
-    assert results.told["metrics"] == plain.evaluations[STEPS]
+    assert results.described["metrics"] == plain.evaluations[STEPS]
     assert results.evaluation["metrics"] == plain.evaluations[STEPS]
     assert (results.evaluation["kind"], results.evaluation["step"]) == ("Evaluation", STEPS)
     assert results.evaluation["parameters_sha256"] == plain.digest
@@ -115,7 +115,7 @@ def test_evaluation_is_the_jobs_own(results: Results, plain: Plain) -> None:
 
 def test_the_best_is_the_step_with_the_lowest_loss(results: Results, plain: Plain) -> None:
     best = min(plain.evaluations, key=lambda step: plain.evaluations[step]["loss"])
-    assert results.told["best"] == {"step": best, "value": plain.evaluations[best]["loss"]}
+    assert results.described["best"] == {"step": best, "value": plain.evaluations[best]["loss"]}
     same = digest_of(tensors_of(results.files["best.safetensors"])) == plain.digest
     assert same == (best == STEPS)
 
@@ -134,7 +134,7 @@ def test_answers_are_versioned_and_agree(cluster: LocalCluster, results: Results
         return json.loads(cluster.psctl(*arguments, "-o", "json").stdout)
 
     job = results.job
-    assert (results.told["apiVersion"], results.told["kind"]) == ("ps/v1", "Job")
+    assert (results.described["apiVersion"], results.described["kind"]) == ("ps/v1", "Job")
     status = ask("status", job)
     assert (status["state"], status["step"], status["final_step"]) == ("SUCCEEDED", STEPS, STEPS)
     listed = ask("list")
@@ -151,18 +151,18 @@ def test_answers_are_versioned_and_agree(cluster: LocalCluster, results: Results
 
 
 def test_metrics_are_every_step_and_evaluation_in_order(cluster: LocalCluster, results: Results, plain: Plain) -> None:
-    told = json.loads(cluster.psctl("metrics", results.job, "-o", "json").stdout)
-    steps = [item for item in told["items"] if "loss" in item]
+    listed = json.loads(cluster.psctl("metrics", results.job, "-o", "json").stdout)
+    steps = [item for item in listed["items"] if "loss" in item]
     assert [item["step"] for item in steps] == list(range(1, STEPS + 1))
     assert [item["loss"] for item in steps] == pytest.approx(plain.losses, rel=1e-12)
-    assert {item["step"]: item["eval"] for item in told["items"] if "eval" in item} == plain.evaluations
+    assert {item["step"]: item["eval"] for item in listed["items"] if "eval" in item} == plain.evaluations
     table = list(csv.DictReader(io.StringIO(cluster.psctl("metrics", results.job, "-o", "csv").stdout)))
-    assert [row["step"] for row in table] == [str(item["step"]) for item in told["items"]]
+    assert [row["step"] for row in table] == [str(item["step"]) for item in listed["items"]]
 
 
 def test_describe_names_the_nodes_of_its_checks(cluster: LocalCluster, results: Results) -> None:
     by_node: dict[str, list[str]] = {"worker-0": [], "worker-1": []}
-    for check in results.told["checks"]:
+    for check in results.described["checks"]:
         by_node[check["node_id"]].append(check["name"])
     assert by_node["worker-0"] == by_node["worker-1"] != []
     text = cluster.psctl("describe", results.job).stdout
@@ -175,7 +175,7 @@ def test_an_unknown_job_and_a_goal_that_is_not_met(cluster: LocalCluster, result
     assert "PS-1004" in cluster.psctl("wait", results.job, "--for=failed", expect=1).stderr
 
 
-def test_following_a_job_that_fails_exits_100_and_says_why(cluster: LocalCluster, root: Path) -> None:
+def test_following_a_job_that_fails_exits_100_with_the_reason(cluster: LocalCluster, root: Path) -> None:
     path = root / "wrong.json"
     path.write_text(json.dumps(spec(name="wrong", task={**spec()["task"], "args": {"layer": 1}})))
     done = cluster.psctl("submit", str(path), "--follow", expect=100)
@@ -209,7 +209,7 @@ def wide(cluster: LocalCluster, root: Path) -> Wide:
     return Wide(job, gate, waited_for)
 
 
-def test_a_job_that_wants_more_workers_says_so_and_starts_when_one_comes(wide: Wide, cluster: LocalCluster) -> None:
+def test_a_job_that_needs_more_workers_names_them_and_starts_when_one_joins(wide: Wide, cluster: LocalCluster) -> None:
     assert "3 workers" in wide.waited_for
     assert "2" in wide.waited_for
     assert cluster.describe(wide.job)["workers_active"] == 3
@@ -229,19 +229,19 @@ def test_a_live_job_cannot_be_deleted_and_waiting_for_it_has_a_limit(wide: Wide,
     assert cluster.describe(wide.job)["state"] == "RUNNING"
 
 
-def test_ctrl_c_detaches_a_follower_and_the_job_goes_on(wide: Wide, cluster: LocalCluster) -> None:
+def test_ctrl_c_detaches_a_follower_and_the_job_continues(wide: Wide, cluster: LocalCluster) -> None:
     follower = cluster.start("follow", wide.job)
     assert follower.stderr is not None
     while "RUNNING" not in (line := follower.stderr.readline()):
-        assert line.startswith("!"), line  # what happened before, such as that all trainers are held up
+        assert line.startswith("!"), line  # earlier warnings, such as that all trainers are stuck
     follower.send_signal(signal.SIGINT)
-    out, told = follower.communicate(timeout=60)
+    out, shown = follower.communicate(timeout=60)
     assert (follower.returncode, out) == (130, "")
-    assert f"detached; {wide.job}" in told
+    assert "detached" in shown and wide.job in shown
     assert cluster.describe(wide.job)["state"] == "RUNNING"
 
 
-def test_the_next_job_waits_its_turn_and_a_stopped_one_resumes_with_the_same_bits(
+def test_the_next_job_is_queued_and_a_stopped_one_resumes_with_the_same_bits(
     wide: Wide, cluster: LocalCluster, root: Path, plain: Plain
 ) -> None:
     path = root / "next.json"
@@ -255,8 +255,8 @@ def test_the_next_job_waits_its_turn_and_a_stopped_one_resumes_with_the_same_bit
     stopping = cluster.start("stop", wide.job)
     cluster.until(wide.job, lambda found: "stops" in found.reason)
     wide.gate.unlink()
-    stopped, told = stopping.communicate(timeout=60)
-    assert (stopping.returncode, stopped) == (0, f"{wide.job}\n"), told
+    stopped, shown = stopping.communicate(timeout=60)
+    assert (stopping.returncode, stopped) == (0, f"{wide.job}\n"), shown
     at = cluster.describe(wide.job)
     assert at["state"] == "STOPPED"
     assert 1 <= at["step"] < STEPS
@@ -273,8 +273,8 @@ def test_the_next_job_waits_its_turn_and_a_stopped_one_resumes_with_the_same_bit
     assert "PS-1004" in cluster.psctl("resume", wide.job, expect=1).stderr
 
 
-def test_delete_forgets_an_ended_job_and_its_files(cluster: LocalCluster, results: Results) -> None:
-    places = [Path(results.told["store"]), Path(results.told["directory"])]
+def test_delete_removes_an_ended_job_and_its_files(cluster: LocalCluster, results: Results) -> None:
+    places = [Path(results.described["store"]), Path(results.described["directory"])]
     assert all(place.is_dir() for place in places)
     assert cluster.psctl("delete", results.job).stdout == f"{results.job}\n"
     assert not any(place.exists() for place in places)

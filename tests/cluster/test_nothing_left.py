@@ -1,4 +1,4 @@
-"""However a cluster ends, in the middle of a job, nothing of it is left: no process, socket, memory or file."""
+"""A cluster that ends in the middle of a job, in any way, leaves no process, socket, shared memory or file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMALL: dict[str, Any] = {"layers": 1, "d_model": 32, "heads": 2, "context": 8, "
 
 
 class Site(LocalCluster):
-    """A cluster with a temporary directory of its own, whose processes all carry a mark."""
+    """A cluster with its own temporary directory, whose processes all carry a mark."""
 
     def __init__(self, state_dir: Path, temporary: Path) -> None:
         super().__init__(state_dir)
@@ -37,20 +37,20 @@ class Site(LocalCluster):
         self.shared_memory = set(os.listdir("/dev/shm"))
 
     def note_processes(self) -> None:
-        """Nothing is to be remembered: the mark finds them all."""
+        """Does nothing: the mark identifies all processes."""
 
     def running(self) -> list[psutil.Process]:
-        """Every live process that this cluster or a psctl of this test started, children of children too."""
+        """Every live process that this cluster or a psctl of this test started, with all descendants."""
         return [process for process in psutil.process_iter() if self._is_ours(process)]
 
     def _is_ours(self, process: psutil.Process) -> bool:
         try:
             return process.environ().get("LEFTOVER_MARK") == self.mark
-        except psutil.Error:  # gone meanwhile, a zombie, or not ours to look at
+        except psutil.Error:  # it has ended, is a zombie, or may not be inspected
             return False
 
     def left(self) -> list[str]:
-        """What is there that should not be; state that is to last (jobs, logs, the token) is not counted."""
+        """What should not be left; persistent state (jobs, logs, the token) is not counted."""
         sockets = Path("/proc/net/unix").read_text().splitlines()
         found = [f"process {process.pid} {process.cmdline()}" for process in self.running()]
         found += [line for line in sockets if str(self.temporary) in line or str(self.state_dir) in line]
@@ -81,7 +81,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
 
 def hold_a_job(site: Site, root: Path) -> Held:
-    """Submit, and return when a step is committed and every trainer waits in the next."""
+    """Submit a job, and return when a step is committed and every trainer waits in the next."""
     directory = root / "job"
     directory.mkdir()
     spec: dict[str, Any] = {**lm_spec(steps=STEPS, **SMALL), "workers": {"max": 1}, "evaluate": {}}
@@ -92,7 +92,7 @@ def hold_a_job(site: Site, root: Path) -> Held:
 
 
 def started(site: Site) -> int:
-    """How many processes run; there must be some for their end to mean anything."""
+    """The number of running processes, which must not be zero."""
     count = len(site.running())
     assert count >= 3
     assert any(path.is_socket() for path in site.temporary.rglob("*"))
@@ -107,6 +107,7 @@ def test_after_down_in_the_middle_of_a_job(site: Site, tmp_path: Path) -> None:
     assert site.left() == []
 
 
+@pytest.mark.slow
 def test_after_kill_9_of_everything_and_a_new_start_that_finishes_the_job(site: Site, tmp_path: Path) -> None:
     site.up(1, 1)
     held = hold_a_job(site, tmp_path)
@@ -115,7 +116,7 @@ def test_after_kill_9_of_everything_and_a_new_start_that_finishes_the_job(site: 
     for process in killed:
         process.kill()
     wait_gone(killed)
-    assert site.left() != []  # sockets of the dead
+    assert site.left() != []  # sockets of killed processes
     site.up(1, 1)
     held.gate.unlink()
     site.wait(held.job, "succeeded")
@@ -125,7 +126,7 @@ def test_after_kill_9_of_everything_and_a_new_start_that_finishes_the_job(site: 
 
 
 def test_after_sigterm_of_each_daemon_in_the_middle_of_a_job(site: Site, tmp_path: Path) -> None:
-    """Each ends by itself, with exit code 0, and takes what it started with it."""
+    """Each ends with exit code 0, and so do the processes that it started."""
     state = site.state_dir
     state.mkdir(mode=0o700)
     (state / "token").write_text("a-token-of-this-test\n")
@@ -149,12 +150,12 @@ def test_after_sigterm_of_each_daemon_in_the_middle_of_a_job(site: Site, tmp_pat
         assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
         assert not runtime_dir(state / name).exists()
         assert len(site.running()) == [3, 1, 0][number]
-    runtime_dir(state).rmdir()  # of whoever made it, not of the master: it must be empty by now
+    runtime_dir(state).rmdir()  # the test made it, not the master; it must be empty by now
     assert site.left() == []
 
 
 def test_after_ctrl_c_of_a_cluster_in_the_foreground(site: Site, tmp_path: Path) -> None:
-    """Of an impatient person, who presses it again and again."""
+    """Ctrl-C is pressed repeatedly."""
     process = site.start("up", "--workers", "1", "--servers", "1", "--foreground")
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.readline().startswith("unix:")
@@ -162,20 +163,20 @@ def test_after_ctrl_c_of_a_cluster_in_the_foreground(site: Site, tmp_path: Path)
     assert started(site) == 6
     os.killpg(process.pid, signal.SIGINT)
     while "stopping the cluster" not in (line := process.stderr.readline()):
-        assert line, "psctl ended without a word"
+        assert line, "psctl ended without a message"
     for _ in range(3):
         os.killpg(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 0, told
-    assert "Traceback" not in told
+    _, answer = process.communicate(timeout=60)
+    assert process.returncode == 0, answer
+    assert "Traceback" not in answer
     assert site.left() == []
 
 
 def test_after_ctrl_c_while_it_starts(site: Site) -> None:
     process = site.start("up", "--workers", "1", "--servers", "1")
-    while not (site.state_dir / "cluster.json").exists():  # written before anyone is ready
+    while not (site.state_dir / "cluster.json").exists():  # written before any daemon is ready
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
-    out, told = process.communicate(timeout=60)
-    assert (process.returncode, out) == (130, ""), told
+    out, answer = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, ""), answer
     assert site.left() == []

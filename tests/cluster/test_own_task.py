@@ -1,4 +1,4 @@
-"""A user's own files, run on a cluster as they are; and each way in which user code goes wrong, told by name."""
+"""A user's own files run on a cluster unchanged; each fault of user code has a named error."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
 
 @pytest.fixture(scope="module")
 def jobs(cluster: LocalCluster, directory: Path) -> dict[str, str]:
-    """Every job of this file, submitted at once: two run at a time, and each test awaits its own."""
+    """Every job of this file, submitted at once: two run at a time, and each test waits for its own."""
     specs = [
         spec("die", trick="die", diary=str(directory.parent / "diary"), at=1),
         spec("raise", trick="raise"),
@@ -147,7 +147,7 @@ def failed(cluster: LocalCluster, job: str, code: str) -> Job:
 
 
 def never_started(found: Job) -> None:
-    """It failed before the first plan, and says on which node each check was made."""
+    """The job failed before the first plan, and names the node of each check."""
     assert (found.step, found.generation) == (0, 0)
     assert {check.node_id for check in found.checks} <= {"worker-0", "worker-1"}
 
@@ -173,16 +173,16 @@ def test_init_writes_a_job_that_runs_from_any_directory(cluster: LocalCluster, t
     cluster.psctl("init", "first", cwd=tmp_path)
     options = ["--set", "train.max_steps=3", "--set", "task.args={width: 16, layers: 1}", "--wait"]
     job = cluster.psctl("submit", "../first", *options, cwd=tmp_path / "elsewhere").stdout.strip()
-    told = cluster.describe(job)
-    assert (told["state"], told["step"]) == ("SUCCEEDED", 3)
-    assert set(told["metrics"]) == {"bits_per_character", "loss"}
+    answer = cluster.describe(job)
+    assert (answer["state"], answer["step"]) == ("SUCCEEDED", 3)
+    assert set(answer["metrics"]) == {"bits_per_character", "loss"}
     assert list((tmp_path / "elsewhere").iterdir()) == []
-    evaluated = json.loads(cluster.psctl("eval", job, "-o", "json").stdout)  # its code and data come from the bundle
-    assert evaluated["metrics"] == told["metrics"]
+    evaluated = json.loads(cluster.psctl("eval", job, "-o", "json").stdout)  # its code and data are in the bundle
+    assert evaluated["metrics"] == answer["metrics"]
 
 
 def test_the_bundle_is_the_directory_without_what_git_ignores(cluster: LocalCluster, jobs: dict[str, str]) -> None:
-    """Two modules and a relative path to data work; what the task prints is in the logs, which end with the job."""
+    """Two modules and a relative path to data work; the logs have what the task prints, and end with the job."""
     followed = cluster.psctl("logs", "-f", jobs["skip"]).stdout
     assert cluster.describe(jobs["skip"])["state"] == "SUCCEEDED"
     assert cluster.psctl("logs", jobs["skip"]).stdout == followed
@@ -206,7 +206,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted_when_asked(
 # ---- what does not ----
 
 
-def test_what_a_task_raises_is_told_with_its_file_and_line_alone(cluster: LocalCluster, jobs: dict[str, str]) -> None:
+def test_what_a_task_raises_is_reported_with_its_file_and_line_alone(
+    cluster: LocalCluster, jobs: dict[str, str]
+) -> None:
     found = failed(cluster, jobs["raise"], "PS-2001")
     assert found.error is not None
     assert "ValueError: no such colour" in found.error.cause
@@ -229,7 +231,7 @@ def test_a_syntax_error_in_a_second_module_fails_before_step_0(cluster: LocalClu
     assert files_of(found.traceback) == ["typo.py", "broken.py"]
 
 
-def test_a_syntax_error_in_the_entrypoint_is_not_even_sent(cluster: LocalCluster, directory: Path) -> None:
+def test_a_syntax_error_in_the_entrypoint_is_refused_before_the_upload(cluster: LocalCluster, directory: Path) -> None:
     path = directory.parent / "work" / "broken.json"
     path.write_text(json.dumps(spec("broken", entrypoint="broken:Mine")))
     done = cluster.psctl("submit", str(path), expect=2)
@@ -254,7 +256,7 @@ def test_a_loss_that_is_not_finite_stops_the_job_and_names_the_step(
     assert "on_nonfinite: skip" in found.error.action
     assert found.step == 2
     steps = json.loads(cluster.psctl("metrics", jobs["nan"], "-o", "json").stdout)["items"]
-    assert [step["step"] for step in steps] == [1, 2]  # what led there can be looked at
+    assert [step["step"] for step in steps] == [1, 2]  # the steps before the failure are recorded
 
 
 def test_missing_data_are_named(cluster: LocalCluster, jobs: dict[str, str]) -> None:
@@ -270,21 +272,21 @@ def test_parameters_of_another_dtype_are_refused_by_name(cluster: LocalCluster, 
     assert "float64" in line
 
 
-def test_each_way_to_die_is_told_and_there_is_an_end_to_trying(cluster: LocalCluster, jobs: dict[str, str]) -> None:
-    """Each attempt dies in step 1, in another way."""
+def test_each_kind_of_exit_is_reported_and_attempts_are_limited(cluster: LocalCluster, jobs: dict[str, str]) -> None:
+    """Each attempt ends in step 1, in another way."""
     found = failed(cluster, jobs["die"], "PS-3006")
     losses = [event.message for event in found.events if event.reason == "TrainerLost"]
     assert len(losses) == MAX_LOSSES + 1
     ways = ["exit code 7", "SIGSEGV", "exit code 0", "exit code 1", "SIGKILL", "memory"]
-    for told, wanted in zip(losses, ways, strict=True):
-        assert wanted in told
+    for answer, wanted in zip(losses, ways, strict=True):
+        assert wanted in answer
     assert found.error is not None
     assert f"lost {MAX_LOSSES + 1} times" in found.error.cause
     assert "the cat is out" in cluster.psctl("logs", found.job_id).stdout
     assert found.step == 0
 
 
-def test_the_cluster_is_well_after_all_of_it(cluster: LocalCluster, jobs: dict[str, str]) -> None:
+def test_the_cluster_is_healthy_after_all_of_it(cluster: LocalCluster, jobs: dict[str, str]) -> None:
     with cluster.client() as client:
         for job in jobs.values():
             assert client.wait(job, "ended", 100).ended

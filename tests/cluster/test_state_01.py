@@ -1,6 +1,6 @@
-"""A state directory of version 0.1 is read as it was, and its jobs go on to the bits that 0.1 would have reached.
+"""A state directory of version 0.1 is read completely, and its jobs continue to the bits that 0.1 would have reached.
 
-The fixture and the facts that 0.1 told of it are described in tests/fixtures/README.md. Everything here goes through
+The fixture and the facts that 0.1 reported are described in tests/fixtures/README.md. Everything here goes through
 psctl, psmaster's command line and the client library.
 """
 
@@ -38,7 +38,7 @@ SAFELY: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # n
 
 @pytest.fixture
 def state() -> Iterator[Path]:
-    """The fixture, unpacked where its jobs say that their stores are. One test at a time has it; removed afterwards."""
+    """The fixture, unpacked where its jobs have their stores. One test at a time uses it; it is removed afterwards."""
     with _owned(Path(RECORDED["path"])) as root:
         with tarfile.open(FIXTURES / "state-0.1.tar.gz") as archive:
             archive.extractall(root, **SAFELY)
@@ -47,7 +47,7 @@ def state() -> Iterator[Path]:
 
 @contextmanager
 def _owned(root: Path) -> Iterator[Path]:
-    """An empty directory at a fixed path, which nobody else uses meanwhile: blocks until it is free."""
+    """An empty directory at a fixed path for exclusive use; blocks until it is free."""
     while True:
         root.mkdir(mode=0o700, exist_ok=True)
         held = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
@@ -75,7 +75,7 @@ def _is_at(root: Path, held: int) -> bool:
 
 @contextmanager
 def lone_master(root: Path) -> Iterator[Cluster]:
-    """A client of a master without nodes, which suspects none of those that its jobs were seated on."""
+    """A client of a master without nodes, which suspects none of the nodes that its jobs were placed on."""
     token, address = root / "token", f"unix:{root}/master.sock"
     token.touch(mode=0o600)
     token.write_text("a token of this test alone, for one master\n")
@@ -114,20 +114,20 @@ def _environment() -> dict[str, str]:
 
 
 def is_within(expected: Any, found: Any) -> bool:
-    """Whether `found` says all that `expected` does: later versions may add keys."""
+    """Whether `found` has everything that `expected` has: later versions may add keys."""
     if isinstance(expected, dict) and isinstance(found, dict):
         return all(key in found and is_within(value, found[key]) for key, value in expected.items())
     return bool(expected == found)
 
 
 def assert_same(expected: dict[str, Any], found: dict[str, Any]) -> None:
-    """Every recorded fact; of a live job there may be more events and plans by now."""
-    name, told = expected["name"], found["events"]
+    """Compare every recorded fact; a live job may have more events and plans by now."""
+    name, events = expected["name"], found["events"]
     if expected["state"] not in ENDED:
-        told = told[: len(expected["events"])]
+        events = events[: len(expected["events"])]
         assert found["generation"] >= expected["generation"], name
         found = found | {"generation": expected["generation"]}
-    assert told == expected["events"], name
+    assert events == expected["events"], name
     compared = {key: value for key, value in expected.items() if key != "events"}
     different = {key: (value, found[key]) for key, value in compared.items() if not is_within(value, found[key])}
     assert not different, f"{name}: {different}"
@@ -215,7 +215,7 @@ def test_the_manifests_alone_give_the_jobs_back(state: Path, tmp_path: Path) -> 
 
 
 def assert_brought_back(facts: dict[str, Any], found: dict[str, Any]) -> None:
-    """As it ended, or stopped at its newest snapshot; with the snapshots whose parts are all there."""
+    """The job is as it ended, or stopped at its newest snapshot; it has the snapshots whose parts all exist."""
     name, ended = facts["name"], facts["state"] in ENDED
     gone = {step for step, _, path, _ in facts["parts"] if not (Path(facts["store"]) / path).exists()}
     kept = [step for step in facts["kept_steps"] if step not in gone]

@@ -1,4 +1,4 @@
-"""up and down with real processes: stand-ins for the daemons that start fast and can be told to misbehave."""
+"""up and down with real processes: stand-ins for the daemons that start fast and misbehave on request."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def main():
         parser.add_argument(flag)
     flags = parser.parse_args()
     root = Path(flags.token_file).parent
-    told = (root / "misbehave").read_text().split() if (root / "misbehave").exists() else []
-    if "refuse" in told and flags.node_id == "worker-1":
+    modes = (root / "misbehave").read_text().split() if (root / "misbehave").exists() else []
+    if "refuse" in modes and flags.node_id == "worker-1":
         sys.exit("PS-4001: 127.0.0.1:9 is taken (choose another)")
     file = root / "ready" / flags.node_id
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
@@ -67,7 +67,7 @@ def main():
     file.touch()
     signal.sigwait([signal.SIGTERM])
     file.unlink()
-    if "linger" in told:
+    if "linger" in modes:
         return
     child.terminate()
     child.wait()
@@ -77,7 +77,7 @@ def ignore():
 
 
 def has_ended(process: psutil.Process) -> bool:
-    """Gone, or a zombie that its new parent has yet to collect."""
+    """Whether it is gone, or a zombie that its parent has not yet reaped."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -140,8 +140,8 @@ def local(tmp_path: Path) -> Iterator[Local]:
 
 
 def test_up_is_ready_idempotent_and_down_leaves_nothing(local: Local) -> None:
-    told = local.up("--workers", "2", "--servers", "1")
-    assert "the cluster is up: 2 workers, 1 server" in told
+    answer = local.up("--workers", "2", "--servers", "1")
+    assert "the cluster is up: 2 workers, 1 server" in answer
     pids = local.pids()
     assert sorted(pids) == ["master", "server-0", "worker-0", "worker-1"]
     assert {d["name"]: d["pid"] for d in local.record()["daemons"]} == pids
@@ -178,8 +178,8 @@ def test_up_with_other_counts_adds_and_removes_nodes(local: Local) -> None:
     first = local.pids()
     local.up("--workers", "3")
     assert sorted(local.pids()) == ["master", "server-0", "worker-0", "worker-1", "worker-2"]
-    told = local.up("--workers", "1", "--servers", "2")
-    assert "stopping worker-1, worker-2" in told
+    answer = local.up("--workers", "1", "--servers", "2")
+    assert "stopping worker-1, worker-2" in answer
     last = local.pids()
     assert sorted(last) == ["master", "server-0", "server-1", "worker-0"]
     assert {name: last[name] for name in first} == first
@@ -196,7 +196,7 @@ def test_up_over_the_state_of_a_killed_run(local: Local) -> None:
     assert "the cluster is up" in local.up("--workers", "1", "--servers", "1")
 
 
-def test_a_stale_record_never_costs_a_stranger_its_life(local: Local) -> None:
+def test_a_stale_record_never_ends_a_foreign_process(local: Local) -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as stranger:
         try:
             local.state_dir.mkdir(mode=0o700)

@@ -1,4 +1,4 @@
-"""Nonsense and malice at a partition's socket in the middle of a step: refused by name, and the job keeps its bits."""
+"""Invalid and hostile data at a partition's socket in the middle of a step: refused, and the job keeps its bits."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ def frame(
     header_checksum: int | None = None,
     sender: int = 5,
 ) -> bytes:
-    """A frame from the wire's description alone; what is not given is right."""
-    told = _FIELDS.pack(
+    """A frame built from the wire format alone; omitted fields are valid."""
+    fields_bytes = _FIELDS.pack(
         magic, protocol, kind, codec, 0, sender, job_number(job), 1, step, bucket, *node,
         len(body) if length is None else length, crc32c.crc32c(body) if checksum is None else checksum,
     )  # fmt: skip
-    own = crc32c.crc32c(told) if header_checksum is None else header_checksum
-    return told + struct.pack("<I", own) + body
+    own = crc32c.crc32c(fields_bytes) if header_checksum is None else header_checksum
+    return fields_bytes + struct.pack("<I", own) + body
 
 
 def hello(channel: str = "push", token: object = TOKEN.hex(), **fields: object) -> bytes:
-    told = {"token": token, "role": "trainer", "channel": channel, "restore_generation": 1, "attempt": 1, **fields}
-    return frame(HELLO, json.dumps(told).encode(), sender=0 if channel == "vote" else 5)  # there is one partition
+    fields = {"token": token, "role": "trainer", "channel": channel, "restore_generation": 1, "attempt": 1, **fields}
+    return frame(HELLO, json.dumps(fields).encode(), sender=0 if channel == "vote" else 5)  # there is one partition
 
 
 class Target:
-    """The partition of a job that can go on only when its test says so: four of seven shards are nobody's."""
+    """The partition of a job that waits for the test: four of seven shards are not assigned."""
 
     def __init__(self, job: StaticJob) -> None:
         self.job = job
@@ -81,14 +81,14 @@ class Target:
         return socket.create_connection((host, int(port)), PATIENCE_S)
 
     def greet(self, sock: socket.socket, channel: str = "push") -> None:
-        """Fails unless the partition welcomes us."""
+        """Fails unless the partition accepts the handshake."""
         sock.sendall(hello(channel))
         header = receive(sock, _HEADER_BYTES)
         assert header[6] == WELCOME
         receive(sock, _FIELDS.unpack_from(header)[12])
 
     def abuse(self, data: bytes, code: str, channel: str = "", kind: str = "unix") -> None:
-        """Send `data` (after a greeting on `channel`): the connection is closed, and a well-behaved one is served."""
+        """Send `data` (after a handshake on `channel`): the connection is closed, and a well-behaved one is served."""
         with self.connect(kind) as sock:
             if channel:
                 self.greet(sock, channel)
@@ -100,7 +100,7 @@ class Target:
             self.greet(sock)
 
     def counted(self) -> Counter[str]:
-        """Connections the partition says it refused, by code."""
+        """The refused connections that the partition reports, by code."""
         found: Counter[str] = Counter()
         for key, value in self.job.children["partition-0"].counters.items():
             if key.startswith("refused_connections_total"):
@@ -118,7 +118,7 @@ def receive(sock: socket.socket, length: int) -> bytes:
 
 
 def drain(sock: socket.socket) -> None:
-    """Until the partition closes the connection; fails when it does not."""
+    """Block until the partition closes the connection; fails when it does not."""
     try:
         while sock.recv(1 << 16):
             pass
@@ -184,7 +184,7 @@ def test_tcp_refuses_alike(name: str, target: Target) -> None:
     target.abuse(data, code, kind="tcp")
 
 
-def test_the_longest_greeting_is_weighed_before_it_is_read(target: Target) -> None:
+def test_the_length_of_a_handshake_is_checked_before_it_is_read(target: Target) -> None:
     target.abuse(frame(HELLO, b" " * 4097), FRAME)
 
 
@@ -208,7 +208,7 @@ def test_a_kind_on_the_wrong_channel_is_refused(channel: str, data: bytes, targe
 
 
 def test_a_push_that_does_not_fit_is_refused_and_leaves_nothing(target: Target) -> None:
-    """Shard 5 is nobody's yet: had one of these been added, the final bits would tell."""
+    """Shard 5 is not assigned yet: if one of these had been added, the final bits would differ."""
     size = 4 * target.layout.buckets[0].num_words
     wrong = {
         "too short": frame(PUSH, bytes(size - 4), node=(5, 1)),
@@ -228,7 +228,7 @@ def test_a_push_that_does_not_fit_is_refused_and_leaves_nothing(target: Target) 
 
 
 def test_a_body_that_is_not_what_its_kind_says_is_refused(target: Target) -> None:
-    """From a peer that has the token: a trainer of ours gone mad must not take the partition with it."""
+    """From a peer with the token: a faulty trainer must not end the partition."""
     count = len(target.layout.tensors)
     summary = bytes(24 + -(-count // 8))
     wrong = {
@@ -254,7 +254,7 @@ def test_a_body_that_is_not_what_its_kind_says_is_refused(target: Target) -> Non
     target.abuse(frame(VOTE, b"\x01\x02"), FRAME, "vote")
 
 
-def test_half_open_connections_hold_nobody_up(target: Target) -> None:
+def test_half_open_connections_block_no_other(target: Target) -> None:
     descriptors = target.process.num_fds()
     with ExitStack() as stack:
         for number in range(200):

@@ -12,25 +12,13 @@ import pytest
 
 from pscluster.errors import StateError, StorageError
 from psmaster.model import job as jobs
-from psmaster.model.deletions import Deletion
-from psmaster.model.job import (
-    Best,
-    Condition,
-    DataConnection,
-    ErrorInfo,
-    Event,
-    Finished,
-    Job,
-    JobWarning,
-    PreflightCheck,
-    Recovery,
-)
-from psmaster.model.plan import Placement, Plan, ProcessKind
-from psmaster.model.snapshot_catalog import Part, RestorePoint
-from psmaster.storage.memory import MemoryStore
+from psmaster.model.job import Event, Recovery
+from psmaster.model.plan import Part, ProcessKind
+from psmaster.model.state import Deletion
 from psmaster.storage.sqlite import SqliteStore
 from psmaster.storage.store import SCHEMA_VERSION, Batch, BundleRecord, Store
-from tests.unit.master.world import make_job
+from tests.harness.master_world import full_job, make_job
+from tests.harness.memory_store import MemoryStore
 
 PART = Part(step=10, partition=1, generation=2, path="p", size_bytes=7, checksum="crc32c:1")
 BUNDLE = BundleRecord(sha256="ab" * 32, size_bytes=3, created_s=1.5)
@@ -45,53 +33,6 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
 
 def event(number: int = 1) -> Event:
     return Event(time_s=float(number), reason="Something", message=f"number {number}", warning=True, seconds=2.5)
-
-
-def full_job() -> Job:
-    """A job with something in every field."""
-    placement = Placement(
-        kind=ProcessKind.TRAINER, rank=0, attempt=2, node_id="w", incarnation="i", active=True, shards=((0, 3),)
-    )
-    partition = Placement(
-        kind=ProcessKind.PARTITION, rank=0, attempt=1, node_id="s", addresses=("unix:/x", "tcp:h:1"), losses=2
-    )
-    problem = ErrorInfo(code="PS-2001", cause="c", action="a", details=(("k", "v"),))
-    return replace(
-        make_job(),
-        state=jobs.JobState.RUNNING,
-        trainers=(placement,),
-        partitions=(partition,),
-        attempts=(("trainer-0", 2),),
-        excluded=(("w9", "i9", "why"),),
-        generation=3,
-        plan=Plan(
-            generation=3,
-            trainers=(placement,),
-            partitions=(partition,),
-            restore_generation=2,
-            resume_step=10,
-            restore=RestorePoint(step=10, parts=(PART,)),
-            kept_steps=(10, 20),
-            save=True,
-            final_step=100,
-        ),
-        layout_json=b"\x00layout",
-        layout_sha256="L",
-        loss=float("inf"),
-        metrics=(("loss", 0.25),),
-        best=Best(step=10, value=0.5),
-        next_best=Best(step=20, value=0.4),
-        saving=True,
-        held=20,
-        finished=Finished(generation=3, step=100, stopped=True, parameters_sha256="f"),
-        trouble=JobWarning(step=5, problem=problem),
-        error=problem,
-        traceback="Traceback",
-        checks=(PreflightCheck(name="n", ok=False, detail="d", node_id="w"),),
-        connections=(DataConnection(trainer=0, partition=0, transport="unix"),),
-        conditions=(Condition(type="Ready", status=True, reason="R", message="m", since_s=1.0),),
-        revision=17,
-    )
 
 
 def test_a_new_store_is_empty(store: Store) -> None:
@@ -202,11 +143,6 @@ def test_deletions_are_kept_in_their_order_and_forgotten(store: Store) -> None:
     assert store.deletions() == {"b": gone}
 
 
-def test_closing_twice_is_harmless(store: Store) -> None:
-    store.close()
-    store.close()
-
-
 # what only the durable one promises
 
 
@@ -229,6 +165,19 @@ def test_what_was_written_is_there_without_a_close(path: Path, tmp_path: Path) -
     assert second.parts("job-aaaaaa") == (PART,)
     second.close()
     first.close()
+
+
+def test_closing_twice_is_harmless(path: Path) -> None:
+    store = SqliteStore(path)
+    store.write(Batch(jobs=(full_job(),)))
+    store.close()
+    closed = path.read_bytes()
+    store.close()
+    assert path.read_bytes() == closed
+    assert not list(path.parent.glob("master.db-*"))  # the log is merged, nothing is open
+    again = SqliteStore(path)
+    assert again.jobs() == (full_job(),)
+    again.close()
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.7, 0.99])

@@ -1,4 +1,4 @@
-"""The job that most fault tests disturb, and what it must end with."""
+"""The job that most fault tests disturb, and its expected digest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SMALL: dict[str, Any] = {"steps": STEPS, "layers": 1, "d_model": 64, "heads": 2
 
 @pytest.fixture(scope="session")
 def digest() -> str:
-    """Of a plain loop over the same data."""
+    """The digest of a plain loop over the same data."""
     return train_plainly(lm_spec(**_SMALL)).digest
 
 

@@ -1,15 +1,16 @@
-"""`make soak`: a job under a storm of kill -9 and SIGSTOP, compared with the same job undisturbed.
+"""`make soak`: a job under a storm of kill -9 and SIGSTOP is compared with the same job undisturbed.
 
     python tests/fault/soak.py [--kills 200] [--seed N] [--tier snapshot] [--power-loss]
 
 A cluster of one master, three workers and three servers trains a byte-level language model on the data of
-$PSCLUSTER_DATA, on made-up sequences without it; first undisturbed, then while trainers, partitions, agents and the
-master are killed or stopped, each time after at least one step was committed since the last fault. Whatever ended is
-started again as a service manager would; what was stopped goes on after a while, or is left stopped.
+$PSCLUSTER_DATA, or on synthetic sequences without it: first undisturbed, then while trainers, partitions, agents and
+the master are killed or stopped, each time after at least one step was committed since the last fault. Daemons that
+ended are started again, as a service manager would do; stopped processes are resumed after a while, or stay stopped.
 
 It fails unless the job ends SUCCEEDED with the same parameters, evaluation and losses of every step, no process grew,
-and nothing is left. A seed gives the same faults at the same steps; the clock decides what they interrupt. With no
-step for two minutes everything that can be seen is written down beside the result, and it fails.
+and nothing is left. A seed gives the same faults at the same steps; the clock decides what they interrupt. The job is
+paced so that it cannot end before the last fault. A job without a step for two minutes fails; the state of every
+process is then written to the temporary directory. The last line of a failed run is the reason.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import secrets
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `import harness`
@@ -44,22 +46,31 @@ def main() -> int:
     )
     started = time.monotonic()
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         print(f"{time.monotonic() - started:7.1f} s  {text}", flush=True)
 
     with tempfile.TemporaryDirectory(prefix="soak-") as root:
         evidence = Path(tempfile.gettempdir()) / f"soak-evidence-{plan.seed}"
         try:
-            result = soak(plan, Path(root), evidence, say)
+            result = soak(plan, Path(root), evidence, log)
         except Violation as violation:
-            print(f"seed {plan.seed}: {violation}", file=sys.stderr)
-            return 1
+            return _failed(plan.seed, violation.detail, violation.reason)
+        except Exception as error:
+            return _failed(plan.seed, traceback.format_exc(), f"{type(error).__name__}: {error}")
     chosen.results.mkdir(parents=True, exist_ok=True)
     name = "soak.json" if chosen.tier == "snapshot" else f"soak_{chosen.tier}.json"
     (chosen.results / name).write_text(json.dumps(result, indent=1) + "\n")
     for key, value in result["keys"].items():
         print(f"{key} = {value}")
     return 0
+
+
+def _failed(seed: int, detail: str, reason: str) -> int:
+    """Print the detail, and the reason in one line after it; the exit code."""
+    if detail:
+        print(detail, file=sys.stderr)
+    print(f"the soak with seed {seed} failed: {' '.join(reason.split())}", file=sys.stderr, flush=True)
+    return 1
 
 
 def _arguments() -> argparse.Namespace:
@@ -69,8 +80,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tier", default="snapshot", help="durability.tier of the job (snapshot)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="who is hit (all)")
     parser.add_argument("--gap", type=int, default=16, metavar="STEPS", help="between two faults, about (16)")
-    parser.add_argument("--length", type=int, metavar="STEPS", help="of a job; then there is one job after another")
-    parser.add_argument("--power-loss", action="store_true", help="now and then everything is killed at once, too")
+    parser.add_argument("--length", type=int, metavar="STEPS", help="of a job; one job then follows another")
+    parser.add_argument("--power-loss", action="store_true", help="now and then kill everything at once")
     parser.add_argument(
         "--results", type=Path, default=RESULTS, metavar="DIR", help="where soak.json, or soak_TIER.json, goes"
     )

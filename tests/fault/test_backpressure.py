@@ -1,4 +1,4 @@
-"""A partition that does not get on holds its trainers back; nobody's memory grows meanwhile."""
+"""A partition without progress makes its trainers wait; no process's memory grows meanwhile."""
 
 from __future__ import annotations
 

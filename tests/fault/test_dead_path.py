@@ -1,4 +1,4 @@
-"""A path that silently lets nothing through: connections over it end, and are made again when it heals."""
+"""A path that silently drops everything: its connections are closed, and opened again when it recovers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NOBODY = "02:00:00:00:00:fe"  # a hardware address that no interface has
 
 @pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[list[Any]]:
-    """Two, joined by a cable."""
+    """Two hosts with a link between them."""
     if reason := _hosts.missing():
         pytest.skip(reason)
     directory = tmp_path / "hosts"
@@ -37,16 +37,16 @@ def hosts(tmp_path: Path) -> Iterator[list[Any]]:
 
 
 def misdirect(hosts: list[Any]) -> None:
-    """Send what each host has for the other to nobody: it is lost, and neither is told."""
+    """Send the packets between the hosts to an unknown address: they are lost without an error."""
     for host, other in (hosts, hosts[::-1]):
-        told = f"neighbour replace {other.address} lladdr {_NOBODY} nud permanent dev {host.interface}"
-        subprocess.run([*host.enter, "ip", *told.split()], check=True)
+        answer = f"neighbour replace {other.address} lladdr {_NOBODY} nud permanent dev {host.interface}"
+        subprocess.run([*host.enter, "ip", *answer.split()], check=True)
 
 
 def heal(hosts: list[Any]) -> None:
     for host, other in (hosts, hosts[::-1]):
-        told = f"neighbour delete {other.address} dev {host.interface}"
-        subprocess.run([*host.enter, "ip", *told.split()], check=True)
+        answer = f"neighbour delete {other.address} dev {host.interface}"
+        subprocess.run([*host.enter, "ip", *answer.split()], check=True)
 
 
 def established(pid: int) -> int:
@@ -63,7 +63,7 @@ def seconds_until(condition: Callable[[], bool], what: str) -> float:
     return time.monotonic() - began
 
 
-def test_connections_over_a_path_that_is_dead_end_and_the_job_goes_on_when_it_heals(
+def test_connections_over_a_dead_path_are_closed_and_the_job_continues_when_it_recovers(
     hosts: list[Any], tmp_path: Path
 ) -> None:
     spec = lm_spec(partitions=1, pause_s=0.05)

@@ -35,7 +35,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
 
 
 def replaced(cluster: LocalCluster, point: str, count: int, marks: Path) -> subprocess.Popen[bytes]:
-    """Kill the master and start one that will kill itself at the point."""
+    """Kill the master and start one that kills itself at the point."""
     master = cluster.daemons().get("master")
     if master is not None:
         cluster.kill(master)
@@ -54,13 +54,13 @@ def until_it_serves(cluster: LocalCluster, process: subprocess.Popen[bytes]) -> 
 
 
 def struck(process: subprocess.Popen[bytes], marks: Path, point: str) -> None:
-    """Wait until the trap has sprung."""
+    """Wait until it has killed itself."""
     assert process.wait(DEADLINE_S) == -signal.SIGKILL, point
     assert (marks / point.replace(" ", "-")).exists()
 
 
 def test_a_submission_is_there_once_or_was_never_acknowledged(cluster: LocalCluster, tmp_path: Path) -> None:
-    """The master dies while it stores the job; psctl asks the next one, and there is one job."""
+    """The master is killed while it stores the job; psctl retries with the next one, and there is one job."""
     for point in AT_SUBMISSION:
         name = f"submitted-{AT_SUBMISSION.index(point)}"
         spec = lm_spec(steps=1, d_model=32) | {"name": name, "workers": {"min": 9, "max": 9}}
@@ -70,8 +70,8 @@ def test_a_submission_is_there_once_or_was_never_acknowledged(cluster: LocalClus
         submitting = cluster.start("submit", str(_written(spec, tmp_path, name)))
         struck(process, tmp_path, point)
         cluster.up(2, 2)
-        out, told = submitting.communicate(timeout=DEADLINE_S)
-        assert submitting.returncode == 0, told
+        out, answer = submitting.communicate(timeout=DEADLINE_S)
+        assert submitting.returncode == 0, answer
         found = [line for line in cluster.psctl("list", "-o", "name").stdout.split() if line.startswith(f"{name}-")]
         assert found == [out.strip()]
         cluster.psctl("stop", out.strip())
@@ -81,7 +81,7 @@ def test_a_running_job_does_not_notice_and_a_rollback_is_whole(
     cluster: LocalCluster, paced: tuple[dict[str, Any], Path], digest: str, tmp_path: Path
 ) -> None:
     spec, pace = paced
-    spec["task"]["args"]["slow_s"] = 0.4  # a dozen masters come and go before the last step
+    spec["task"]["args"]["slow_s"] = 0.4  # a dozen masters start and end before the last step
     job = cluster.submit(spec, tmp_path)
     cluster.wait(job, "step=2")
     for point in AT_STEPS:
@@ -95,8 +95,8 @@ def test_a_running_job_does_not_notice_and_a_rollback_is_whole(
     pace.unlink()
     cluster.up(2, 2)
     cluster.wait(job, "succeeded")
-    told = cluster.describe(job)
-    assert told["parameters_sha256"] == digest
+    answer = cluster.describe(job)
+    assert answer["parameters_sha256"] == digest
     lines = cluster.psctl("metrics", job, "-o", "csv").stdout.splitlines()
     steps = [int(line.split(",")[0]) for line in lines if line[:1].isdigit()]
     assert sorted(set(steps)) == list(range(1, STEPS + 1))

@@ -1,4 +1,4 @@
-"""A network that lets nothing through in one direction, or only damaged: one owner for everything, the same bits."""
+"""A network that drops or damages data: each shard and partition has one owner, and the bits are the same."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_node_is_cut_off_in_one_direction_and_comes_back(
     digest: str,
     tmp_path: Path,
 ) -> None:
-    """What is late arrives when the network heals: nobody is misled by it."""
+    """Late messages that arrive when the network recovers have no effect."""
     cluster, worker, server = halves
     spec, pace = paced
     job = cluster.submit(spec, tmp_path)
@@ -81,7 +81,7 @@ def test_a_node_is_cut_off_in_one_direction_and_comes_back(
     cluster.until(job, lambda found: any(event.reason == "Recovered" for event in found.events))
     at = cluster.describe(job)["step"]
     cluster.until(job, lambda found: found.step > at + 1)
-    if direction == "back":  # no word that it is to end has come: it works for nobody
+    if direction == "back":  # its order to end has not arrived: its work has no effect
         assert orphan.is_running()
     remote.proxy.heal()
     wait_gone([orphan])
@@ -93,7 +93,7 @@ def test_a_node_is_cut_off_in_one_direction_and_comes_back(
 def test_a_slow_link_to_the_master_is_no_death(
     halves: tuple[LocalCluster, Remote, Remote], paced: tuple[dict[str, Any], Path], digest: str, tmp_path: Path
 ) -> None:
-    """Twenty kilobytes a second, and half of one from a word to its answer."""
+    """Twenty kilobytes a second, and half a second from a message to its answer."""
     cluster, worker, server = halves
     spec, pace = paced
     for remote in (worker, server):
@@ -103,9 +103,9 @@ def test_a_slow_link_to_the_master_is_no_death(
     assert worker.children and server.children
     pace.unlink()
     cluster.wait(job, "succeeded")
-    told = cluster.describe(job)
-    assert told["parameters_sha256"] == digest
-    assert [event["message"] for event in told["events"] if event["warning"]] == []
+    message = cluster.describe(job)
+    assert message["parameters_sha256"] == digest
+    assert [event["message"] for event in message["events"] if event["warning"]] == []
 
 
 def test_a_payload_that_is_damaged_on_the_way_is_refused_and_sent_again(tmp_path: Path) -> None:
@@ -125,5 +125,5 @@ def test_a_payload_that_is_damaged_on_the_way_is_refused_and_sent_again(tmp_path
         assert job.wait_finished() == train_plainly(spec).digest
     assert flips.flipped >= 10
     for proxy in proxies.values():
-        assert proxy.accepted > 5  # damage ends a connection; another is made
+        assert proxy.accepted > 5  # damage closes a connection; another is opened
         proxy.close()

@@ -1,4 +1,4 @@
-"""Durability `replica` with real processes: whoever is killed, no step is repeated or lost, and the bits are equal."""
+"""Durability `replica` with real processes: any process is killed, no step is repeated or lost, the bits are equal."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def digest() -> str:
 
 def replicated(pause_s: float = 0.1, **changes: object) -> dict[str, object]:
     """Two partitions with standbys; long enough to be disturbed in the middle. Its one snapshot on the way is never the
-    newest step, so that whoever went back would be seen."""
+    newest step, so that a rollback would be noticed."""
     spec = lm_spec(steps=STEPS, d_model=64, pause_s=pause_s, partitions=2)
     durability = {"tier": "replica", "every_steps": 25}
     return spec | {"workers": {"min": 1, "max": 2}, "durability": durability, **changes}
 
 
 def in_sync(job: Job, after_step: int = 0) -> bool:
-    """Every partition has a standby that loses nothing, and steps are made."""
+    """Whether every partition has a standby in sync, and steps are committed."""
     plan = job.plan
     placements = plan.partitions if plan is not None else ()
     return (
@@ -49,7 +49,7 @@ def until_in_sync(cluster: LocalCluster, job: str, after_step: int = 0) -> Job:
 
 
 def process_of(cluster: LocalCluster, addresses: tuple[str, ...]) -> psutil.Process:
-    """The partition's process that listens there: its sockets' directory is in its environment."""
+    """The partition process that listens there: its environment has the directory of its sockets."""
     directory = str(Path(addresses[0].removeprefix("unix:")).parent)
     record = json.loads((cluster.state_dir / "cluster.json").read_text())
     for daemon in record["daemons"]:
@@ -74,17 +74,17 @@ def standby(cluster: LocalCluster, job: Job, index: int) -> psutil.Process:
 def finish(cluster: LocalCluster, job: str, digest: str) -> dict[str, Any]:
     """Wait for the end, and check the bits, and that every step is in the record once."""
     cluster.wait(job, "succeeded")
-    told = cluster.describe(job)
-    assert told["parameters_sha256"] == digest
-    path = Path(told["directory"]) / "metrics.jsonl"
+    answer = cluster.describe(job)
+    assert answer["parameters_sha256"] == digest
+    path = Path(answer["directory"]) / "metrics.jsonl"
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     steps = [entry["step"] for entry in entries if "grad_norm" in entry]
     assert steps == list(range(1, STEPS + 1))
-    return told
+    return answer
 
 
-def reasons(told: dict[str, Any]) -> list[str]:
-    return [event["reason"] for event in told["events"]]
+def reasons(answer: dict[str, Any]) -> list[str]:
+    return [event["reason"] for event in answer["events"]]
 
 
 def test_undisturbed_it_is_the_same(digest: str, tmp_path: Path) -> None:
@@ -96,22 +96,22 @@ def test_undisturbed_it_is_the_same(digest: str, tmp_path: Path) -> None:
             assert placement.standby is not None and placement.standby.node_id != placement.node_id
         text = cluster.psctl("describe", job).stdout
         assert text.count("standby, in sync") == 2
-        told = finish(cluster, job, digest)
-        assert not {"RolledBack", "TookOver", "StandbyLost", "PartitionLost"} & set(reasons(told))
+        answer = finish(cluster, job, digest)
+        assert not {"RolledBack", "TookOver", "StandbyLost", "PartitionLost"} & set(reasons(answer))
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_a_partition_is_killed_and_its_standby_goes_on(index: int, digest: str, tmp_path: Path) -> None:
+def test_a_partition_is_killed_and_its_standby_takes_over(index: int, digest: str, tmp_path: Path) -> None:
     with local_cluster(tmp_path, workers=2, servers=2) as cluster:
         job = cluster.submit(replicated(), tmp_path)
         found = until_in_sync(cluster, job, after_step=3)
         cluster.kill(partition(cluster, found, index))
-        again = until_in_sync(cluster, job, after_step=found.step + 1)  # a new standby is placed, and comes into sync
+        again = until_in_sync(cluster, job, after_step=found.step + 1)  # a new standby is placed and gets in sync
         assert again.step < STEPS - 3, "too late to disturb anything"
         cluster.kill(partition(cluster, again, index))
-        told = finish(cluster, job, digest)
-        assert reasons(told).count("TookOver") == 2
-        assert "RolledBack" not in reasons(told)
+        answer = finish(cluster, job, digest)
+        assert reasons(answer).count("TookOver") == 2
+        assert "RolledBack" not in reasons(answer)
 
 
 def test_every_server_agent_is_killed_in_turn(digest: str, tmp_path: Path) -> None:
@@ -125,21 +125,21 @@ def test_every_server_agent_is_killed_in_turn(digest: str, tmp_path: Path) -> No
             name = found.plan.partitions[number % 2].node_id
             cluster.kill(cluster.daemon(name))
             cluster.up(2, 3)
-        told = finish(cluster, job, digest)
-        assert reasons(told).count("TookOver") >= 3
-        assert "RolledBack" not in reasons(told)
+        answer = finish(cluster, job, digest)
+        assert reasons(answer).count("TookOver") >= 3
+        assert "RolledBack" not in reasons(answer)
 
 
-def test_a_standby_is_killed_and_training_goes_on(digest: str, tmp_path: Path) -> None:
+def test_a_standby_is_killed_and_training_continues(digest: str, tmp_path: Path) -> None:
     with local_cluster(tmp_path, workers=2, servers=2) as cluster:
         job = cluster.submit(replicated(), tmp_path)
         found = until_in_sync(cluster, job, after_step=3)
         for index in (0, 1):
             cluster.kill(standby(cluster, found, index))
         until_in_sync(cluster, job, after_step=found.step + 1)
-        told = finish(cluster, job, digest)
-        assert reasons(told).count("StandbyLost") == 2
-        assert not {"RolledBack", "TookOver", "PartitionLost"} & set(reasons(told))
+        answer = finish(cluster, job, digest)
+        assert reasons(answer).count("StandbyLost") == 2
+        assert not {"RolledBack", "TookOver", "PartitionLost"} & set(reasons(answer))
 
 
 def test_partition_and_standby_die_together_and_the_job_goes_back(digest: str, tmp_path: Path) -> None:
@@ -148,14 +148,14 @@ def test_partition_and_standby_die_together_and_the_job_goes_back(digest: str, t
         found = until_in_sync(cluster, job, after_step=3)
         both = [partition(cluster, found, 1), standby(cluster, found, 1)]
         for process in both:
-            process.send_signal(signal.SIGSTOP)  # neither is noticed before the other
+            process.send_signal(signal.SIGSTOP)  # both are noticed at the same time
         for process in both:
             os.kill(process.pid, signal.SIGKILL)
-        told = finish(cluster, job, digest)
-        assert {"PartitionLost", "RolledBack"} <= set(reasons(told))
+        answer = finish(cluster, job, digest)
+        assert {"PartitionLost", "RolledBack"} <= set(reasons(answer))
 
 
-def test_without_a_second_server_it_says_so_until_one_comes(digest: str, tmp_path: Path) -> None:
+def test_without_a_second_server_it_is_reported_until_one_joins(digest: str, tmp_path: Path) -> None:
     with local_cluster(tmp_path, workers=2, servers=1) as cluster:
         job = cluster.submit(replicated(), tmp_path)
         found = cluster.until(job, lambda now: now.step > 2)
@@ -166,12 +166,12 @@ def test_without_a_second_server_it_says_so_until_one_comes(digest: str, tmp_pat
         assert [c.status for c in found.conditions if c.type == "Replicated"] == [True]
         assert "without standby" not in found.reason
         cluster.kill(partition(cluster, found, 0))
-        told = finish(cluster, job, digest)
-        assert "RolledBack" not in reasons(told)
+        answer = finish(cluster, job, digest)
+        assert "RolledBack" not in reasons(answer)
 
 
 def hold(process: psutil.Process, until: Callable[[], object]) -> None:
-    """Stop a process, and let it go on once something has happened meanwhile."""
+    """Stop a process, and resume it once the condition holds."""
     process.send_signal(signal.SIGSTOP)
     try:
         until()
@@ -190,13 +190,13 @@ def test_a_stopped_standby_is_given_up(digest: str, tmp_path: Path) -> None:
             cluster.until(job, lambda now: any(event.reason == "StandbyLost" for event in now.events))
 
         hold(stopped, given_up)
-        told = finish(cluster, job, digest)
-        assert not {"RolledBack", "TookOver", "PartitionLost"} & set(reasons(told))
+        answer = finish(cluster, job, digest)
+        assert not {"RolledBack", "TookOver", "PartitionLost"} & set(reasons(answer))
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_a_stopped_partition_is_replaced_and_wakes_up_to_nothing(index: int, digest: str, tmp_path: Path) -> None:
-    """It was stopped past suspicion; when it goes on, its standby has its place, and it is ended."""
+def test_a_stopped_partition_is_replaced_and_ended_when_resumed(index: int, digest: str, tmp_path: Path) -> None:
+    """It is stopped past suspicion; when it is resumed, its standby has taken over, and it is ended."""
     with local_cluster(tmp_path, workers=2, servers=2) as cluster:
         job = cluster.submit(replicated(), tmp_path)
         found = until_in_sync(cluster, job, after_step=3)
@@ -206,7 +206,7 @@ def test_a_stopped_partition_is_replaced_and_wakes_up_to_nothing(index: int, dig
             cluster.until(job, lambda now: any(event.reason == "TookOver" for event in now.events))
 
         hold(stopped, taken_over)
-        told = finish(cluster, job, digest)
+        answer = finish(cluster, job, digest)
         wait_gone([stopped])
-        assert reasons(told).count("TookOver") == 1
-        assert "RolledBack" not in reasons(told)
+        assert reasons(answer).count("TookOver") == 1
+        assert "RolledBack" not in reasons(answer)

@@ -1,4 +1,4 @@
-"""A node that is there and can start nothing, as with a full disk: its job goes elsewhere, or waits until it can."""
+"""A node that cannot start processes, as with a full disk: its job moves to another node, or waits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SMALL = {"steps": 4, "layers": 1, "d_model": 32, "heads": 2}
 
 @contextmanager
 def sick(cluster: LocalCluster, node_id: str) -> Iterator[None]:
-    """Nothing can be started there: where processes get their directories, none can be made."""
+    """A node that cannot start processes: their directories cannot be created."""
     jobs = daemon_dir(node_id, cluster.state_dir) / "jobs"
     aside = jobs.rename(jobs.with_name("aside"))
     jobs.touch()
@@ -28,11 +28,11 @@ def sick(cluster: LocalCluster, node_id: str) -> Iterator[None]:
 
 
 def failed_starts(cluster: LocalCluster, job: str, node_id: str) -> int:
-    told = [event["message"] for event in cluster.describe(job)["events"] if event["reason"].endswith("Lost")]
-    return sum(f"on {node_id} could not be started: PS-4002" in message for message in told)
+    answer = [event["message"] for event in cluster.describe(job)["events"] if event["reason"].endswith("Lost")]
+    return sum(f"on {node_id} could not be started: PS-4002" in message for message in answer)
 
 
-def test_a_server_that_can_start_nothing_is_left_for_another(tmp_path: Path) -> None:
+def test_a_job_leaves_a_server_that_cannot_start_processes(tmp_path: Path) -> None:
     with local_cluster(tmp_path, workers=1, servers=2) as cluster, sick(cluster, "server-0"):
         job = cluster.submit(lm_spec(**SMALL), tmp_path)
         cluster.wait(job, "succeeded")
@@ -40,7 +40,7 @@ def test_a_server_that_can_start_nothing_is_left_for_another(tmp_path: Path) -> 
         assert cluster.describe(job)["parameters_sha256"] == train_plainly(lm_spec(**SMALL)).digest
 
 
-def test_the_only_worker_that_can_start_nothing_for_some_seconds_is_waited_for(tmp_path: Path) -> None:
+def test_a_job_waits_for_the_only_worker_that_cannot_start_processes_for_some_seconds(tmp_path: Path) -> None:
     with local_cluster(tmp_path, workers=1, servers=1) as cluster:
         with sick(cluster, "worker-0"):
             job = cluster.submit(lm_spec(**SMALL), tmp_path)

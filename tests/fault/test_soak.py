@@ -1,4 +1,4 @@
-"""The short form of `make soak`, the storm it is made of, and what its instruments see."""
+"""The short form of `make soak`, its storm, and what its instruments detect."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from harness.commits import Commit, Commits, recovery_s
-from harness.faults import KINDS, storm
+from harness.faults import KINDS, draw_faults
 from harness.growth import Growth, Look
 from harness.jobs import lm_spec
 from harness.plain import train_plainly
 from harness.soak import Run, Soak, compared, soak
 
-SEED = 45  # meets every kind and both actions in eight faults
+SEED = 45  # has every kind and both actions within eight faults
 KILLS = int(os.environ.get("KILLS", "8"))
 
 
@@ -33,19 +33,19 @@ def test_faults_change_no_bit_and_leave_nothing(tmp_path: Path) -> None:
     assert all(struck["next_commit_after_s"] is not None for struck in result["struck"])
 
 
-def test_the_short_form_meets_every_kind() -> None:
-    faults = storm(SEED, 8, gap=8)
+def test_the_short_form_has_every_kind() -> None:
+    faults = draw_faults(SEED, 8, gap=8)
     assert {fault.kind for fault in faults} == set(KINDS)
     assert {fault.action for fault in faults} == {"kill", "stop"}
 
 
 def test_a_seed_decides_the_storm() -> None:
-    assert storm(3, 200) == storm(3, 200)
-    assert storm(3, 200) != storm(4, 200)
-    assert storm(3, 200)[:50] == storm(3, 50)
-    counts = Counter(fault.kind for fault in storm(3, 1_000))
+    assert draw_faults(3, 200) == draw_faults(3, 200)
+    assert draw_faults(3, 200) != draw_faults(4, 200)
+    assert draw_faults(3, 200)[:50] == draw_faults(3, 50)
+    counts = Counter(fault.kind for fault in draw_faults(3, 1_000))
     assert all(150 < counts[kind] < 250 for kind in KINDS), counts
-    steps = [fault.step for fault in storm(3, 200)]
+    steps = [fault.step for fault in draw_faults(3, 200)]
     assert all(8 <= later - earlier <= 24 for earlier, later in itertools.pairwise(steps))
 
 
@@ -59,7 +59,7 @@ def test_a_recovery_is_measured_to_the_step_that_needed_it() -> None:
         recovery_s(steps, 0.95, 0.1)
 
 
-def test_growth_is_told_from_noise() -> None:
+def test_growth_is_distinguished_from_noise() -> None:
     def looks(resident: list[int], files: int) -> list[Look]:
         return [
             Look(at_s=10.0 * n, resident_bytes=size << 20, files=files + n * 4, threads=3, mappings=2)
@@ -71,14 +71,14 @@ def test_growth_is_told_from_noise() -> None:
     )
     assert growth.violations() == []
     growth.looks[(7, 1.0)] = looks([100, 120, 140, 160, 180, 200, 220, 240, 260], 5)
-    (told,) = growth.violations()[:1]
-    assert "master (pid 7): resident_bytes grew from" in told
+    (message,) = growth.violations()[:1]
+    assert "master (pid 7): resident_bytes grew from" in message
 
 
-def test_a_record_with_a_hole_is_told() -> None:
+def test_a_missing_record_is_reported() -> None:
     job: Any = SimpleNamespace(job_id="job-a", parameters_sha256="f00d", step=2, metrics={})
     lines = [{"step": step, "loss": 0.5, "grad_norm": 1.0, "lr": 0.1} for step in (1, 2)]
     whole = Run(job, Commits(Path(), "job-a"), lines)
     assert compared(whole, whole) == []
-    (told,) = compared(whole, Run(job, whole.commits, lines[:1]))
-    assert told == "job-a: 1 steps were committed and are not in the record: [2]"
+    (message,) = compared(whole, Run(job, whole.commits, lines[:1]))
+    assert message == "job-a: 1 steps were committed and are not in the record: [2]"

@@ -1,4 +1,4 @@
-"""The store is away when the job must go back to its snapshot: the job waits, says so, and goes on once it is there."""
+"""The store is unavailable when the job must go back to its snapshot: the job waits, reports it, and continues."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def test_the_store_comes_back_while_the_job_waits_for_it(tmp_path: Path) -> None
     }
     with local_cluster(tmp_path, workers=2, servers=2) as cluster:
         job = cluster.submit(spec, tmp_path)
-        cluster.until(job, lambda told: any(e.reason == "Snapshot" and "step 4 " in e.message for e in told.events))
+        cluster.until(job, lambda answer: any(e.reason == "Snapshot" and "step 4 " in e.message for e in answer.events))
         store.rename(away)
-        store.touch()  # what is there now is no directory
+        store.touch()  # a file in place of the directory
         cluster.kill(cluster.child("server-1"))
-        told = cluster.until(
-            job, lambda told: any("cannot read" in e.message and e.reason == "Warning" for e in told.events)
+        answer = cluster.until(
+            job, lambda answer: any("cannot read" in e.message and e.reason == "Warning" for e in answer.events)
         )
-        assert told.state == "RUNNING"
+        assert answer.state == "RUNNING"
         os.replace(store, tmp_path / "mistaken")
         away.rename(store)
         cluster.wait(job, "succeeded")

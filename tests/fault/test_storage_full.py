@@ -1,4 +1,4 @@
-"""A full disk: nothing is acknowledged that was not written, the error has a name, and all goes on with new space."""
+"""A full disk: nothing is acknowledged that was not written, the error is named, and work continues with new space."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ def slow_spec(**durability: object) -> dict[str, object]:
     return spec | {"workers": {"min": 1, "max": 2}, "durability": {"every_steps": 4, **durability}}
 
 
-def events(told: Job, reason: str) -> list[str]:
-    return [event.message for event in told.events if event.reason == reason]
+def events(answer: Job, reason: str) -> list[str]:
+    return [event.message for event in answer.events if event.reason == reason]
 
 
 def test_the_store_of_the_snapshots_is_full_for_a_while(digest: str, tmp_path: Path) -> None:
     with small_disk(tmp_path / "store") as store, local_cluster(tmp_path, workers=2, servers=2) as cluster:
         job = cluster.submit(slow_spec(store=str(store)), tmp_path)
-        cluster.until(job, lambda told: bool(events(told, "Snapshot")) and told.step >= 4)
-        ballast = fill(store)  # asserts that the disk said ENOSPC
-        told = cluster.until(job, lambda told: any("No space left" in text for text in events(told, "Warning")))
-        (warning, *_) = [text for text in events(told, "Warning") if "No space left" in text]
+        cluster.until(job, lambda answer: bool(events(answer, "Snapshot")) and answer.step >= 4)
+        ballast = fill(store)  # asserts that the disk returned ENOSPC
+        answer = cluster.until(job, lambda answer: any("No space left" in text for text in events(answer, "Warning")))
+        (warning, *_) = [text for text in events(answer, "Warning") if "No space left" in text]
         assert "PS-4002" in warning and "free space" in warning
         assert all(read_part(part) for part in (store / job).glob("step-*.snapshot")), "nothing is there in halves"
-        before = set(events(told, "Snapshot"))
+        before = set(events(answer, "Snapshot"))
         ballast.unlink()
-        cluster.until(job, lambda told: not before.issuperset(events(told, "Snapshot")))
+        cluster.until(job, lambda answer: not before.issuperset(events(answer, "Snapshot")))
         cluster.wait(job, "succeeded")
         assert cluster.describe(job)["parameters_sha256"] == digest
 
@@ -59,7 +59,7 @@ def test_the_masters_disk_is_full_for_a_while(digest: str, tmp_path: Path) -> No
             assert refused.returncode == 1
             assert "PS-4002" in refused.stderr and "free space" in refused.stderr
             assert refused.stdout == "", "no id of a job that was not stored"
-            cluster.kill(cluster.daemon("master"))  # what it had not written it has not promised either
+            cluster.kill(cluster.daemon("master"))  # what it had not written it has not acknowledged
             ballast.unlink()
             cluster.up(2, 2)
             assert [found["job_id"] for found in listed(cluster)] == [job]

@@ -1,4 +1,4 @@
-"""The master's database is lost: `psmaster rebuild` brings the jobs back, and they end with the same bits."""
+"""The master's database is lost: `psmaster rebuild` restores the jobs, and they end with the same bits."""
 
 from __future__ import annotations
 
@@ -48,23 +48,23 @@ def test_the_database_is_lost_with_the_master_while_a_job_runs(shared: bool, dig
         cluster.wait(job, "step=9")
         cluster.kill(cluster.daemon("master"))
         lose_the_database(cluster)
-        if not shared:  # a master that starts now would take the job's files for leftovers
+        if not shared:  # a master that starts now would treat the job's files as orphans
             refused = cluster.psctl("up", "--workers", "2", "--servers", "2", expect=None)
             assert refused.returncode != 0 and "psmaster rebuild" in refused.stderr
         done = rebuild(cluster, *(["--store", str(store)] if shared else []))
         assert done.returncode == 0 and job in done.stdout, done.stderr
         cluster.up(2, 2)
-        told = cluster.describe(job)
-        assert told["state"] == "STOPPED"
-        assert 4 <= told["step"] < STEPS
-        assert "Rebuilt" in [event["reason"] for event in told["events"]]
+        answer = cluster.describe(job)
+        assert answer["state"] == "STOPPED"
+        assert 4 <= answer["step"] < STEPS
+        assert "Rebuilt" in [event["reason"] for event in answer["events"]]
         cluster.psctl("resume", job)
         cluster.wait(job, "succeeded")
         assert cluster.describe(job)["parameters_sha256"] == digest
         assert cluster.psctl("export", job, "-o", str(tmp_path / "model.safetensors")).stdout
 
 
-def test_the_database_is_damaged_and_the_master_says_what_to_do(digest: str, tmp_path: Path) -> None:
+def test_the_database_is_damaged_and_the_error_names_the_repair(digest: str, tmp_path: Path) -> None:
     with local_cluster(tmp_path, workers=1, servers=1) as cluster:
         spec = lm_spec(steps=STEPS, d_model=64) | {"durability": {"every_steps": 4}}
         job = cluster.submit(spec, tmp_path)
@@ -73,7 +73,7 @@ def test_the_database_is_damaged_and_the_master_says_what_to_do(digest: str, tmp
         database = cluster.state_dir / "master" / "master.db"
         data = bytearray(database.read_bytes())
         at = data.index(b'"parameters_sha256":"')
-        data[at + 30] ^= 1  # a digit of the result: nothing but a checksum can see it
+        data[at + 30] ^= 1  # a digit of the result: only a checksum detects it
         database.write_bytes(data)
 
         refused = cluster.psctl("up", "--workers", "1", "--servers", "1", expect=None)
@@ -82,5 +82,5 @@ def test_the_database_is_damaged_and_the_master_says_what_to_do(digest: str, tmp
 
         assert rebuild(cluster).returncode == 0
         cluster.up(1, 1)
-        told = cluster.describe(job)
-        assert (told["state"], told["parameters_sha256"]) == ("SUCCEEDED", digest)
+        answer = cluster.describe(job)
+        assert (answer["state"], answer["parameters_sha256"]) == ("SUCCEEDED", digest)

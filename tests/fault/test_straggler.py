@@ -1,4 +1,4 @@
-"""A slow machine: its shards move to the others and back, it is named, and no bit changes."""
+"""A slow machine: its shards move to the others and back, it is reported, and no bit changes."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_shards_move_away_from_a_slow_worker_and_back(tmp_path: Path) -> None:
         cluster.until(job, lambda job: job.plan is not None and shards_of(job, "worker-1") >= 3)
         (files / "paced").unlink()
         cluster.wait(job, "succeeded")
-        told = cluster.describe(job)
-        assert told["parameters_sha256"] == digest
-        reasons = [event["reason"] for event in told["events"]]
+        answer = cluster.describe(job)
+        assert answer["parameters_sha256"] == digest
+        reasons = [event["reason"] for event in answer["events"]]
         assert 2 <= reasons.count("ShardsMoved") <= 6
         assert not {"RolledBack", "TrainerLost", "PartitionLost"} & set(reasons)

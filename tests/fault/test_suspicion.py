@@ -1,4 +1,4 @@
-"""Trainers and partitions that live and do not get on: others go on without them, and the bits stay the same."""
+"""Living trainers and partitions without progress: others take over, and the bits stay the same."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def slow_spec() -> dict[str, object]:
     return spec | {"workers": {"min": 1, "max": 2}}
 
 
-def told_of(reason: str, words: str = "") -> Callable[[Job], bool]:
+def has_event(reason: str, words: str = "") -> Callable[[Job], bool]:
     def holds(job: Job) -> bool:
         return any(event.reason == reason and words in event.message for event in job.events)
 
@@ -38,36 +38,36 @@ def told_of(reason: str, words: str = "") -> Callable[[Job], bool]:
 
 def finish(cluster: LocalCluster, job: str, digest: str) -> list[str]:
     cluster.wait(job, "succeeded")
-    told = cluster.describe(job)
-    assert told["parameters_sha256"] == digest
-    return [event["reason"] for event in told["events"]]
+    answer = cluster.describe(job)
+    assert answer["parameters_sha256"] == digest
+    return [event["reason"] for event in answer["events"]]
 
 
-def test_a_stopped_trainer_is_done_without_and_taken_back(digest: str, tmp_path: Path) -> None:
+def test_a_stopped_trainer_is_replaced_and_taken_back(digest: str, tmp_path: Path) -> None:
     with local_cluster(tmp_path, workers=2, servers=2) as cluster:
         job = cluster.submit(slow_spec(), tmp_path)
         cluster.wait(job, f"step={STOP_AT}")
         stopped = cluster.child("worker-1")
         stopped.send_signal(signal.SIGSTOP)
-        found = cluster.until(job, told_of("TrainerSuspect", "no longer beats"))
+        found = cluster.until(job, has_event("TrainerSuspect", "no longer beats"))
         assert stopped.status() == psutil.STATUS_STOPPED
         cluster.wait(job, f"step={found.step + 2}")
         stopped.send_signal(signal.SIGCONT)
-        cluster.until(job, told_of("TrainerBack"))
+        cluster.until(job, has_event("TrainerBack"))
         reasons = finish(cluster, job, digest)
         assert "TrainerLost" not in reasons
         assert "RolledBack" not in reasons
 
 
-def test_a_trainer_stuck_in_user_code_is_found_behind_its_beating_heart(digest: str, tmp_path: Path) -> None:
+def test_a_trainer_stuck_in_user_code_is_found_although_it_sends_heartbeats(digest: str, tmp_path: Path) -> None:
     with local_cluster(tmp_path, workers=2, servers=2) as cluster:
         spec, caught = stuck_spec(slow_spec(), tmp_path, free=20)
         job = cluster.submit(spec, tmp_path)
-        found = cluster.until(job, told_of("TrainerSuspect", "far too long"))
+        found = cluster.until(job, has_event("TrainerSuspect", "far too long"))
         assert caught.exists()
         cluster.wait(job, f"step={found.step + 2}")
         caught.unlink()
-        cluster.until(job, told_of("TrainerBack"))
+        cluster.until(job, has_event("TrainerBack"))
         reasons = finish(cluster, job, digest)
         assert "TrainerLost" not in reasons
         assert "RolledBack" not in reasons
@@ -79,20 +79,20 @@ def test_a_stopped_partition_is_replaced_and_what_it_does_later_changes_nothing(
         cluster.wait(job, f"step={STOP_AT}")
         stopped = cluster.child("server-0")  # the coordinator
         stopped.send_signal(signal.SIGSTOP)
-        cluster.until(job, told_of("PartitionLost", "no longer beats"))
+        cluster.until(job, has_event("PartitionLost", "no longer beats"))
         wait_gone([stopped])  # stopped as it is, its agent ends it
         assert {"RolledBack"} <= set(finish(cluster, job, digest))
 
 
-def test_a_stopped_agent_and_its_partition_wake_up_to_nothing(digest: str, tmp_path: Path) -> None:
+def test_a_stopped_agent_and_its_partition_change_nothing_when_resumed(digest: str, tmp_path: Path) -> None:
     with local_cluster(tmp_path, workers=2, servers=3) as cluster:
         job = cluster.submit(slow_spec(), tmp_path)
         cluster.wait(job, f"step={STOP_AT}")
         agent, partition = cluster.daemon("server-1"), cluster.child("server-1")
         for process in (agent, partition):
             process.send_signal(signal.SIGSTOP)
-        cluster.until(job, told_of("PartitionLost", "silent"))
-        cluster.until(job, told_of("RolledBack"))  # another holds it: now the old owner wakes up
+        cluster.until(job, has_event("PartitionLost", "silent"))
+        cluster.until(job, has_event("RolledBack"))  # another process has it: now the old owner is resumed
         for process in (partition, agent):
             process.send_signal(signal.SIGCONT)
         wait_gone([partition])

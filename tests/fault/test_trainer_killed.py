@@ -20,17 +20,17 @@ def test_a_trainer_killed_in_each_phase_changes_no_bit(tmp_path: Path) -> None:
     with local_cluster(tmp_path, workers=2, servers=2) as cluster:
         job = cluster.submit(spec, tmp_path)
         cluster.wait(job, "succeeded")
-        told = cluster.describe(job)
+        answer = cluster.describe(job)
     assert sorted(path.name for path in marks.iterdir()) == sorted(PHASES)  # every one struck
-    assert [event["reason"] for event in told["events"]].count("TrainerLost") == len(PHASES)
-    assert "RolledBack" not in [event["reason"] for event in told["events"]]
-    assert told["parameters_sha256"] == digest
+    assert [event["reason"] for event in answer["events"]].count("TrainerLost") == len(PHASES)
+    assert "RolledBack" not in [event["reason"] for event in answer["events"]]
+    assert answer["parameters_sha256"] == digest
 
 
-def test_everything_killed_at_once_goes_on_without_a_word(
+def test_jobs_continue_after_everything_is_killed_without_a_command(
     paced: tuple[dict[str, Any], Path], digest: str, tmp_path: Path
 ) -> None:
-    """One job in mid-run and one in the queue; the daemons are started again, and nobody resumes anything."""
+    """One job runs and one is queued; the daemons are restarted, and no job is resumed by a command."""
     spec, pace = paced
     spec |= {"workers": {"min": 2, "max": 2}}
     with local_cluster(tmp_path, workers=2, servers=2) as cluster:

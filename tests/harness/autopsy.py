@@ -1,4 +1,4 @@
-"""Everything that can be seen of a cluster that does not get on, written down before it is taken apart."""
+"""Record the state of a cluster that makes no progress, before it is taken down."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _OF_PROC = ("status", "wchan", "stack", "syscall", "limits")
 
 
 def write_down(cluster: LocalCluster, directory: Path) -> Path:
-    """Fill `directory` with what psctl says of the newest job, the ends of all logs, and the state of every process:
-    threads, files, what it waits for, and Python's stacks by py-spy. Returns it. What cannot be seen is told in its
-    place."""
+    """Write to `directory` what psctl reports of the newest job, the ends of all logs, and the state of every process:
+    threads, files, what it waits for, and Python's stacks by py-spy. Return the directory. What cannot be read is
+    replaced by the error."""
     directory.mkdir(parents=True, exist_ok=True)
     jobs = sorted((cluster.state_dir / "master" / "jobs").glob("*"), key=lambda path: path.stat().st_ctime)
     job = jobs[-1].name if jobs else "none"
@@ -57,7 +57,7 @@ def _write(path: Path, look: Callable[[], str]) -> None:
     try:
         path.write_text(look())
     except (OSError, psutil.Error, subprocess.SubprocessError) as error:
-        path.write_text(f"could not be seen: {error}\n")
+        path.write_text(f"could not be read: {error}\n")
 
 
 def _tail(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""A real local cluster for tests: `psctl up` in a directory of its own, with hands on every process."""
+"""A real local cluster for tests: `psctl up` in its own directory, with access to every process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEADLINE_S = 120.0
 
 
 class LocalCluster:
-    """One cluster under `state_dir`. Make it with `local_cluster`, which takes it down and checks what is left."""
+    """One cluster under `state_dir`. Create it with `local_cluster`, which takes it down and checks what is left."""
 
     def __init__(self, state_dir: Path, environment: Mapping[str, str] | None = None) -> None:
         self.state_dir = state_dir
@@ -38,7 +38,7 @@ class LocalCluster:
     def psctl(
         self, *arguments: str, expect: int | None = 0, cwd: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Run psctl to its end; fails unless it exits with `expect` (None: whatever)."""
+        """Run psctl to its end; fails unless it exits with `expect` (None: any code)."""
         done = subprocess.run(
             [PSCTL, *arguments], env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=DEADLINE_S + 30
         )
@@ -73,21 +73,23 @@ class LocalCluster:
         return found
 
     def wait(self, job: str, goal: str) -> None:
-        """Until the job has got there; fails when it ends otherwise."""
+        """Block until the job reaches the goal; fails when it ends otherwise."""
         done = self.psctl("wait", job, f"--for={goal}", f"--timeout={DEADLINE_S:.0f}", expect=None)
         if done.returncode:
-            raise AssertionError(f"{goal} never came: {done.stderr}\n{self.psctl('describe', job, expect=None).stdout}")
+            raise AssertionError(
+                f"{goal} was not reached: {done.stderr}\n{self.psctl('describe', job, expect=None).stdout}"
+            )
         self.note_processes()
 
     def until(self, job: str, holds: Callable[[Job], bool]) -> Job:
-        """The job as it was when `holds` first did; fails when it ends, or time is up, before."""
+        """The job when `holds` was first true; fails when it ends, or the time is up, before."""
         with self.client() as client:
             found = None
             for found in client.watch(job, timeout_s=DEADLINE_S):
                 if holds(found):
                     self.note_processes()
                     return found
-        raise AssertionError(f"never came: {found.to_dict() if found else job}")
+        raise AssertionError(f"was not reached: {found.to_dict() if found else job}")
 
     def client(self) -> Client:
         """The public client library, connected."""
@@ -104,7 +106,7 @@ class LocalCluster:
         return psutil.Process(next(d["pid"] for d in record["daemons"] if d["name"] == name))
 
     def daemons(self) -> dict[str, psutil.Process]:
-        """The daemons on record that still are processes, by name."""
+        """The recorded daemons that still exist, by name."""
         record = json.loads((self.state_dir / "cluster.json").read_text())
         found = {}
         for entry in record["daemons"]:
@@ -119,7 +121,7 @@ class LocalCluster:
         return next(iter(self.daemon(daemon).children()))
 
     def note_processes(self) -> None:
-        """Remember every process of the cluster, so that none is missed when leftovers are looked for."""
+        """Remember every process of the cluster, for the search of leftovers."""
         for process in self.daemons().values():
             try:
                 for found in (process, *process.children(recursive=True)):
@@ -132,8 +134,8 @@ class LocalCluster:
         process.send_signal(signal.SIGKILL)
         wait_gone([process])
 
-    def leftovers(self) -> list[str]:
-        """Whatever of ours is still there after `psctl down`: processes, sockets, shared memory, temporary files."""
+    def remaining(self) -> list[str]:
+        """What of the cluster still exists after `psctl down`: processes, sockets, shared memory, temporary files."""
         alive = [f"process {p.pid} {' '.join(p.cmdline())}" for p in self.seen.values() if _is_alive(p)]
         found = [str(path) for path in [runtime_dir(self.state_dir)] if path.exists()]
         for daemon in self.state_dir.glob("[ws]*-[0-9]*"):
@@ -153,9 +155,9 @@ def local_cluster(
     environment: Mapping[str, str] | None = None,
     master_dir: Path | None = None,
 ) -> Iterator[LocalCluster]:
-    """A running cluster; taken down at the end, and nothing of it may be left.
+    """A running cluster. It is taken down at the end, and nothing of it may be left.
 
-    `environment`: variables that its daemons get too; `master_dir`: where the master's state lies instead."""
+    `environment`: additional variables of its daemons; `master_dir`: another directory for the master's state."""
     state_dir = Path(tempfile.mkdtemp(prefix="pst-", dir=root))
     cluster = LocalCluster(state_dir, environment)
     if master_dir is not None:
@@ -166,7 +168,7 @@ def local_cluster(
         cluster.note_processes()
     finally:
         cluster.psctl("down")
-    assert cluster.leftovers() == []
+    assert cluster.remaining() == []
 
 
 def wait_gone(processes: Sequence[psutil.Process]) -> None:

@@ -1,4 +1,4 @@
-"""When steps were committed, to the millisecond: the coordinator writes the time into each step's record."""
+"""The times of commits, to the millisecond: the coordinator writes the time into each step's record."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Commit:
 
 
 class Commits:
-    """Every commit of a job that was ever recorded, in order of time; steps made void by a rollback stay listed.
+    """Every recorded commit of a job, in order of time, including steps that a rollback made void.
 
-    The record is the master's metrics.jsonl, which comes up to a second late, later while the master is away."""
+    The record is the master's metrics.jsonl, which is up to a second late, and later while the master is down."""
 
     def __init__(self, state_dir: Path, job: str) -> None:
         self._path = state_dir / "master" / "jobs" / job / "metrics.jsonl"
@@ -49,7 +49,7 @@ class Commits:
         return max((commit.step for commit in self.all if commit.time_s <= time_s), default=0)
 
     def look(self) -> list[Commit]:
-        """What is new in the record."""
+        """The commits that were recorded since the last call."""
         try:
             with self._path.open("rb") as file:
                 size = file.seek(0, 2)
@@ -71,12 +71,12 @@ class Commits:
 
 
 def _commit(line: bytes) -> Commit | None:
-    """The commit that a line tells of; None for an evaluation, or a line of which only a part is there yet."""
+    """The commit of a line; None for an evaluation, or a line that is not yet complete."""
     try:
-        told = json.loads(line)
+        record = json.loads(line)
     except ValueError:
         return None
-    return Commit(step=told["step"], time_s=told["time_s"]) if "time_s" in told else None
+    return Commit(step=record["step"], time_s=record["time_s"]) if "time_s" in record else None
 
 
 def median_step_s(commits: Sequence[Commit]) -> float:
@@ -85,7 +85,7 @@ def median_step_s(commits: Sequence[Commit]) -> float:
 
 
 def recovery_s(commits: Sequence[Commit], fault_s: float, step_s: float) -> float:
-    """What a fault cost: from it to the next commit that needed a recovery, less a normal step.
+    """The cost of a fault in seconds: from it to the next commit that needed a recovery, less a normal step.
 
     One step may still commit after a fault, when all its gradients had been delivered before: of the first two waits
     after the fault the longer one counts. Raises ValueError while there are no two commits after the fault."""

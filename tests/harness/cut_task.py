@@ -1,4 +1,4 @@
-"""A job whose trainers lose the data plane, and it alone, as a test says: what they say to their agents goes through.
+"""A job whose trainers lose the data plane when a test orders it; their connections to agents are not affected.
 
 While the file NAME.cut is there, which lists addresses, the trainers of worker NAME have no connection to them, and can
 make none. Once it is so they leave the file NAME.struck. `cut_spec` writes this very file into the directory that is
@@ -26,7 +26,7 @@ from psworker.tasks.synthetic import SyntheticLm
 
 
 class Cut(SyntheticLm):
-    """Begins to look for orders with the first microbatch."""
+    """Reads orders from the first microbatch on."""
 
     def __init__(self, **args: Any) -> None:
         super().__init__(**args)
@@ -44,23 +44,23 @@ class Cut(SyntheticLm):
         worker = next(part for part in Path(__file__).parts if part.startswith("worker-"))  # whose copy this is
         return Path(self.data_uri) / f"{worker}.cut"
 
-    def _barred(self) -> list[str]:
+    def _cut_addresses(self) -> list[str]:
         with contextlib.suppress(FileNotFoundError):
             return self._order.read_text().split()
         return []
 
     def _dial(self, address: str) -> tuple[socket.socket, bool]:
-        if address in self._barred():
+        if address in self._cut_addresses():
             raise OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
         return start_dial(address)
 
     def _watch(self) -> None:
         """Once there is an order, break every connection to those addresses."""
         while True:
-            excluded_by_standby = self._barred()
+            cut = self._cut_addresses()
             struck = 0
-            for held in gc.get_objects() if excluded_by_standby else ():
-                if isinstance(held, Connection) and held.is_open and _address(held.socket) in excluded_by_standby:
+            for held in gc.get_objects() if cut else ():
+                if isinstance(held, Connection) and held.is_open and _address(held.socket) in cut:
                     held.socket.shutdown(socket.SHUT_RDWR)
                     struck += 1
             if struck:

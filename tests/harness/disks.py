@@ -1,4 +1,4 @@
-"""Small disks for tests: a tmpfs of their own, and ways to fill it."""
+"""Small disks for tests: a tmpfs each, and ways to fill it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def small_disk(directory: Path, size_bytes: int = MIB) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> Path:
-    """Write until nothing more fits; the ballast. The disk must really say so."""
+    """Write until the disk is full, which the last write must report; returns the file."""
     ballast = disk / "ballast"
     with ballast.open("wb", buffering=0) as file:
         for size in (64 << 10, 512, 1):

@@ -1,4 +1,4 @@
-"""A master that kills itself at a named point around a write: the product's own, with a trap set beforehand.
+"""The product's master, patched to kill itself at a named point around a write.
 
     python -m harness.failing_master POINT COUNT MARK FLAG...
 
@@ -25,7 +25,7 @@ from psmaster.storage.metrics_file import MetricsFile
 from psmaster.storage.persistence import Archive
 from psmaster.storage.sqlite import SqliteStore
 
-# Where each point is: before or after a call of a method. The order is that of one turn's write.
+# Each point is before or after a call of a method, in the order of one transaction's write.
 POINTS: dict[str, tuple[str, type, str]] = {
     "before anything": ("before", Archive, "save"),
     "metrics not yet written": ("before", MetricsFile, "append"),
@@ -37,12 +37,12 @@ POINTS: dict[str, tuple[str, type, str]] = {
     "committed": ("after", SqliteStore, "write"),
     "metrics not yet cut": ("before", MetricsFile, "cut"),
     "metrics cut": ("after", MetricsFile, "cut"),
-    "before anybody is told": ("after", Archive, "save"),
+    "before any reply": ("after", Archive, "save"),
 }
 
 
 started: list[subprocess.Popen[bytes]] = []
-"""Every one that `start` started."""
+"""All processes that `start` has started."""
 
 
 class Trap:
@@ -76,7 +76,7 @@ def set_trap(point: str, trap: Trap) -> None:
 
 
 def start(cluster: LocalCluster, point: str, count: int, mark: Path) -> subprocess.Popen[bytes]:
-    """In place of a cluster's master, which must have ended."""
+    """Start it in place of a cluster's master, which must have ended."""
     state_dir = cluster.state_dir
     words = command("master", state_dir, master_address(state_dir), token_file(state_dir))
     flags = words[words.index("psmaster.daemon") + 1 :]

@@ -1,4 +1,4 @@
-"""A task whose trainers kill themselves, each time at another place of a step.
+"""A task whose trainers kill themselves, each time in another phase of a step.
 
 `fatal_spec` writes this very file into the directory that is submitted. The bits are those of SyntheticLm.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from psworker.tasks.synthetic import SyntheticLm
 
 PHASES = ("pull", "forward", "backward", "push", "evaluate")
-FREE = 9  # microbatches that a process computes in peace, the preflight's among them
+FREE = 9  # microbatches that a process computes undisturbed, including the preflight's
 
 
 class Fatal(SyntheticLm):
@@ -52,7 +52,7 @@ class Fatal(SyntheticLm):
         return loss, weight
 
     def _reach(self, phase: str) -> None:
-        """Die here, if it is this phase's turn."""
+        """Kill this process if `phase` is the next phase to do so."""
         if getattr(self, "computed", 0) <= FREE:
             return
         marks = Path(self.data_uri)
@@ -63,7 +63,7 @@ class Fatal(SyntheticLm):
 
 
 def fatal_spec(spec: dict[str, Any], directory: Path) -> tuple[dict[str, Any], Path]:
-    """The spec of a SyntheticLm job whose trainers die, to be submitted from `directory`; where they leave marks."""
+    """The spec of a job whose trainers die, to be submitted from `directory`; and the directory of marks."""
     (directory / "fatal_task.py").write_text(Path(__file__).read_text())
     marks = directory / "marks"
     marks.mkdir()

@@ -1,4 +1,4 @@
-"""Faults for real processes: what may be hit, how it is hit, and a storm of them that one seed decides."""
+"""Faults for real processes: what is hit, how, and a series of them that one seed decides."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ Kind = Literal["trainer", "partition", "worker", "server", "master", "everything
 Action = Literal["kill", "stop"]
 KINDS: tuple[Kind, ...] = ("trainer", "partition", "worker", "server", "master")
 LEFT_STOPPED_S = 14.0
-"""An agent or a master left stopped is killed after so long, as an operator or a watchdog would."""
+"""A process that stays stopped is killed after this time, as an operator or a watchdog would do."""
 _MODULES = {"psworker.trainer": "trainer", "psserver.partition": "partition"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """One thing to be done to a running cluster. `pick` in [0, 1) chooses among the processes of its kind.
+    """One fault for a running cluster, due at committed step `step`.
 
-    It is due at committed step `step`. A stopped process goes on after `resume_s`; None: nobody lets it go on."""
+    `pick` in [0, 1) chooses among the processes of its kind. A stopped process is resumed after `resume_s` seconds;
+    None: it stays stopped."""
 
     number: int
     step: int
@@ -37,9 +38,11 @@ class Fault:
     resume_s: float | None = None
 
 
-def storm(seed: int, count: int, *, kinds: Sequence[Kind] = KINDS, stops: float = 0.3, gap: int = 16) -> list[Fault]:
-    """`count` faults, the same for the same arguments. `stops` is the share of SIGSTOP; between two faults lie `gap`
-    steps, more or less by half."""
+def draw_faults(
+    seed: int, count: int, *, kinds: Sequence[Kind] = KINDS, stops: float = 0.3, gap: int = 16
+) -> list[Fault]:
+    """`count` faults, the same for the same arguments. `stops` is the share of SIGSTOP; two faults are `gap` steps
+    apart, give or take half of that."""
     draw = random.Random(seed)
     faults, step = [], 0
     for number in range(count):
@@ -83,7 +86,7 @@ class Victim:
             os.sched_yield()
 
     def resume(self) -> bool:
-        """SIGCONT; whether it was there to hear it."""
+        """Send SIGCONT; whether the process still existed."""
         try:
             self.process.send_signal(signal.SIGCONT)
             return self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE
@@ -104,7 +107,7 @@ def victims(cluster: LocalCluster) -> Iterator[Victim]:
 
 
 def _child(node: str, process: psutil.Process) -> Iterator[Victim]:
-    """The trainer or partition that a child of an agent is; nothing for one that is gone or not yet what it will be."""
+    """The trainer or partition that a child of an agent is; nothing for one that ended or has not yet exec'd."""
     with suppress(psutil.NoSuchProcess):
         words = process.cmdline()
         kind = _MODULES.get(words[-1]) if words and "pscluster.agent.launch" in words else None
@@ -113,6 +116,6 @@ def _child(node: str, process: psutil.Process) -> Iterator[Victim]:
 
 
 def chosen(fault: Fault, living: Sequence[Victim], spared: Mapping[str, object]) -> Victim | None:
-    """The victim of a fault among the living, those of `spared` nodes left alone; None: there is none of its kind."""
+    """The victim of a fault among the living, those of `spared` nodes left out; None: there is none of its kind."""
     candidates = [victim for victim in living if victim.kind == fault.kind and victim.node not in spared]
     return candidates[int(fault.pick * len(candidates))] if candidates else None

@@ -1,4 +1,4 @@
-"""Whether processes grow: their memory, files, threads and mappings over time, and what a cluster holds when idle."""
+"""Growth of processes: memory, files, threads and mappings over time, and what a cluster holds when idle."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from harness.cluster import LocalCluster
 from harness.faults import Victim
 from pscluster.settings import runtime_dir
 
-WARM_UP_S = 12.0  # of a process's life, in which it may grow as it likes
-SPAN_S = 24.0  # what is seen for less time is not judged
+WARM_UP_S = 12.0  # of a process's life, in which its growth is not judged
+SPAN_S = 24.0  # a process that was sampled for less time is not judged
 MOST_BYTES = 64 << 20
 MOST_FILES = 24
 MOST_THREADS = 12
@@ -35,7 +35,7 @@ class Look:
 
 @dataclass
 class Growth:
-    """Samples of every process that was ever looked at."""
+    """The samples of every process."""
 
     names: dict[tuple[int, float], str] = field(default_factory=dict)
     looks: dict[tuple[int, float], list[Look]] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class Growth:
         return found
 
     def worst(self) -> dict[str, float]:
-        """The most that any process which was seen long enough grew by."""
+        """The largest growth of any process that was sampled for long enough."""
         judged = [looks for looks in self.looks.values() if looks[-1].at_s - looks[0].at_s >= SPAN_S and len(looks) > 5]
         return {
             what: max((ends(looks, what)[1] - ends(looks, what)[0] for looks in judged), default=0.0)
@@ -98,7 +98,7 @@ def look_at(process: psutil.Process) -> Look:
 
 
 def left_by_jobs(cluster: LocalCluster) -> list[str]:
-    """What agents still hold of jobs: processes, directories of sockets, scratch directories. Nothing, once no job
+    """What agents still hold of jobs: processes, directories of sockets, scratch directories. Nothing when no job
     runs."""
     found = []
     for name, daemon in cluster.daemons().items():

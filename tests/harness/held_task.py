@@ -1,4 +1,4 @@
-"""A job that a test holds in mid-run for as long as it wants: no pauses to tune, nothing to race against.
+"""A job that a test holds in mid-run for as long as it needs, without pauses to tune and without races.
 
 `held_spec` writes this very file into the directory that is submitted; its trainers stop before a microbatch while the
 gate file exists, and go on when it is removed. The bits are those of SyntheticLm.
@@ -16,7 +16,7 @@ from psworker.tasks.synthetic import SyntheticLm
 
 
 class Held(SyntheticLm):
-    """Every trainer computes `free` microbatches in train mode (the preflight's one among them), then minds the gate
+    """Every trainer computes `free` microbatches in train mode (the preflight's one among them), then observes the gate
     that data.uri names."""
 
     def __init__(self, free: int = 0, **args: Any) -> None:

@@ -1,4 +1,4 @@
-"""Specs of the small jobs that the exactness tests train, and the shard splits they are trained with."""
+"""Specs of the small jobs of the exactness tests, and the shard splits that they are trained with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What systemd does for the daemons of a machine: one that has ended is started again."""
+"""Restarts daemons that have ended, as systemd does."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pscluster.cli.local.processes import command, daemon_dir, variables
 from pscluster.cli.local.record import Daemon
 from pscluster.settings import master_address, token_file
 
-RESTART_S = 0.5  # between an end and the next start, as RestartSec
+RESTART_S = 0.5  # between an end and the next start, like RestartSec
 _POLL_S = 0.05
 
 
 class Keeper:
-    """Keeps the daemons of a cluster that is up running, each with the command that `psctl up` gives it.
+    """Restarts the daemons of a running cluster, each with the command of `psctl up`.
 
-    A context manager; from its end on nothing is started any more. Daemons that are stopped (SIGSTOP) run."""
+    A context manager; after its end nothing is restarted. Stopped daemons (SIGSTOP) count as running."""
 
     def __init__(self, cluster: LocalCluster) -> None:
         self._cluster = cluster

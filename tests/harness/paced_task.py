@@ -1,4 +1,4 @@
-"""A job that goes slowly while a test disturbs it, and fast once the test is done: steps to spare, no time wasted.
+"""A job that is slow while a test disturbs it, and fast once the test is done.
 
 `paced_spec` writes this very file into the directory that is submitted; its trainers pause before every microbatch
 while the pace file exists. The bits are those of SyntheticLm.
@@ -16,7 +16,7 @@ from psworker.tasks.synthetic import SyntheticLm
 
 
 class Paced(SyntheticLm):
-    """Each microbatch in train mode takes `slow_s` longer while the file that data.uri names is there, and says so."""
+    """Each microbatch in train mode takes `slow_s` longer while the file that data.uri names exists, and prints it."""
 
     def __init__(self, slow_s: float = 0.05, **args: Any) -> None:
         super().__init__(**args)

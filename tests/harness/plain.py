@@ -27,7 +27,7 @@ from psworker.trainer.data.loading import build_model, load_task
 
 @dataclass
 class Plain:
-    """What the loop ended with."""
+    """The results of the loop."""
 
     model: nn.Module
     digest: str
@@ -71,15 +71,17 @@ def train_plainly(spec_data: Mapping[str, Any]) -> Plain:
         _set_buffers(model, leaves, committed, weight)
         every = spec.evaluate.every_steps
         if held_out is not None and ((every and (step + 1) % every == 0) or step + 1 == final_step):
-            dealt = EvalBatches(held_out, task.collate, spec.train.num_shards, spec.train.microbatch, spec.train.seed)
-            plain.evaluations[step + 1] = evaluate(task, model, dealt, "cpu")
+            held_out_batches = EvalBatches(
+                held_out, task.collate, spec.train.num_shards, spec.train.microbatch, spec.train.seed
+            )
+            plain.evaluations[step + 1] = evaluate(task, model, held_out_batches, "cpu")
     plain.digest = parameters_sha256(named_bytes(dict(model.state_dict())))
     return plain
 
 
 @contextmanager
 def _pulled(model: nn.Module, codec: str) -> Iterator[None]:
-    """The parameters as the pull codec brings them, for the time being."""
+    """Within the block the parameters have the values that the pull codec gives."""
     exact = [parameter.data for parameter in model.parameters()]
     if codec == "bf16":
         for parameter in model.parameters():
@@ -90,7 +92,7 @@ def _pulled(model: nn.Module, codec: str) -> Iterator[None]:
 
 
 def tree_sum(leaves: list[Any], add: Callable[[Any, Any], Any]) -> Any:
-    """RFC 6962's tree, written as its definition."""
+    """The sum over RFC 6962's tree, as in its definition."""
     if len(leaves) == 1:
         return leaves[0]
     left = 1 << ((len(leaves) - 1).bit_length() - 1)
@@ -182,9 +184,9 @@ def _optimizer(model: nn.Module, spec: JobSpec, final_step: int) -> tuple[torch.
 
 
 def train_in_large_batches(spec_data: Mapping[str, Any]) -> list[float]:
-    """The loop everybody writes: one batch of all the step's samples, mean loss, clip_grad_norm_, step.
+    """The usual training loop: one batch of all the step's samples, mean loss, clip_grad_norm_, step.
 
-    Gives the loss of each step. Without dropout it differs from the product's only by rounding."""
+    Returns the loss of each step. Without dropout it differs from the product's only by rounding."""
     spec = parse_spec(spec_data)
     settle_numerics(1, "cpu")
     task = load_task(spec, None)

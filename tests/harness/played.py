@@ -12,18 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psserver.partition.step.cycle
+import psserver.partition.process
 from pscluster.errors import FrameError, PsError
 from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.step.layout import Layout
 from pscluster.v1.plan_pb2 import PartitionPlacement, Plan, ProcessReport, ProcessSpec, ShardRange, TrainerPlacement
 from pscluster.wire.frame import IN_MEMORY, Buffer, FrameKind, Header, checksum, job_number, pack, unpack
+from psserver.partition.actions import JoinJob
 from psserver.partition.process import PartitionService
 from psserver.partition.telemetry import PartitionCounters
 
-psserver.partition.step.cycle.SLICE_S = (
-    0.0  # updates take turns with frames after each bucket, not when a clock says so
-)
+psserver.partition.process.SLICE_S = 0.0  # updates take turns with frames after each bucket, not when a clock says so
 
 JOB = "job-played"
 TOKEN = b"0123456789abcdef"
@@ -304,14 +303,15 @@ def dismiss(service: PartitionService) -> None:
         for tensors in (service.state.published, service.state.values):
             tensors.clear()
         del service.state.segment
-    service.state = service.step = None
+    service.state = service.machine.step = None
 
 
 def fill(service: PartitionService) -> None:
     """Give a partition its first values: what its memory holds."""
     assert service.state is not None
     for span in service.state.spans:
-        service.take_initial(span.bucket)
+        if service.state.fill(span.bucket):
+            service.carry_out([JoinJob()])
 
 
 def job_header(kind: FrameKind, **fields: Any) -> Header:

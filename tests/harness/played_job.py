@@ -10,15 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness.played import (
-    JOB,
-    Network,
-    PlayedLink,
-    dismiss,
-    played_partition,
-    played_plan,
-    played_spec,
-)
+from harness.played import JOB, Network, PlayedLink, dismiss, played_partition, played_plan, played_spec
 from pscluster.job.spec import JobSpec
 from pscluster.step.codec import DTYPES, as_bytes
 from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
@@ -302,7 +294,7 @@ class PlayedCluster:
         """A partition is gone and its standby, if it is in sync, has its place; else nothing happens."""
         place = index % len(self.partitions)
         lost = self.partitions[place]
-        told = lost.replication.bond.is_told and lost.plan is not None
+        told = lost.replication.in_sync.reported_in_sync and lost.plan is not None
         if place not in self.standbys or not told or lost.plan.restore_generation != self.restored:  # type: ignore[union-attr]
             return
         dismiss(lost)

@@ -17,6 +17,8 @@ from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
 from pscluster.step.summary import Summary, touched_bits
 from pscluster.step.tree import TreeNode
 from pscluster.v1.plan_pb2 import Plan
+from pscluster.wire.partition_protocol import Evaluation
+from psserver.partition.actions import ReplicateEvaluation, TryVote
 from psserver.partition.process import PartitionService
 
 FINAL_STEP = 4
@@ -201,7 +203,7 @@ class PlayedJob:
         everyone = [self.partition(i) for i in range(self.count)]
         step = service.member.step
         timelines = {p.plan.restore_generation if p.plan else 0 for p in everyone}
-        if coordinator is None or coordinator.action != "train" or len(timelines) > 1 or service.step is None:
+        if coordinator is None or coordinator.activity != "train" or len(timelines) > 1 or service.step is None:
             return
         if service.standby is not None or coordinator.version < step or any(p.version < step for p in everyone):
             return
@@ -213,12 +215,18 @@ class PlayedJob:
         before."""
         service = self.partition(0)
         coordinator, step, plan = service.coordinator, service.step, service.plan
-        if coordinator is None or not coordinator.is_open or step is None or plan is None or service.is_updating:
+        if (
+            coordinator is None
+            or not coordinator.is_open
+            or step is None
+            or plan is None
+            or service.machine.is_updating
+        ):
             return
         begun = step.complete_buckets() or service.version != coordinator.version
         if not begun and plan.restore_generation == self.master.restored and service.version not in self.evaluated:
             self.evaluated.add(service.version)
-            service._evaluated(service.version, {"loss": float(service.version)})
+            service.carry_out([ReplicateEvaluation(Evaluation(service.version, {"loss": float(service.version)}))])
 
     def _complete(self, service: PartitionService, step: int) -> None:
         opened = service.step
@@ -237,7 +245,7 @@ class PlayedJob:
             opened.offer_buffers(CARRIED, ROOT, BufferNode(0.0, counted.view(opened.state.values[CARRIED].dtype)))
         touched = touched_bits([0] if odd else [0, 1, 2], len(LAYOUT.tensors))
         opened.offer_summary(ROOT, Summary(loss_sum=2.0 + step, weight=2.0, samples=1, touched=touched))
-        service.try_vote()
+        service.carry_out([TryVote()])
 
     def check(self) -> None:
         """Nobody is two steps ahead, and each step has one decision, which is never taken back within a timeline."""
@@ -254,11 +262,11 @@ class PlayedJob:
         for index, synced in enumerate(self.master.synced):
             standby = self.standby(index)
             if synced and standby is not None and standby.standby is not None:
-                reach = standby.member.step + (standby.member.vote is not None)
-                assert reach > newest, f"the standby of {index} could not make the committed step {newest}"
+                acked_version = standby.member.step + (standby.member.vote is not None)
+                assert acked_version > newest, f"the standby of {index} could not make the committed step {newest}"
         for p in current:
             if p.index == 0 and (p.standby is None or (self.master.synced[0] and p.standby.is_synced)):
-                noted = {evaluation.step for evaluation in p.notes.evaluations}
+                noted = {evaluation.step for evaluation in p.metadata.evaluations}
                 assert noted >= self.evaluated & self.committed.keys(), f"evaluations are lost: {noted}"
         serious = [error for error in self.network.refusals if error.code != "PS-3002"]
         assert serious == []

@@ -1,4 +1,4 @@
-"""A proxy whose connections the test cuts, stalls or corrupts, to see what a broken network does."""
+"""A proxy whose connections a test cuts, stalls or corrupts, to simulate a broken network."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 Direction = Literal["there", "back"]
-"""From who connects to the target, or from the target back."""
+"""From the client to the target, or from the target back."""
 Alter = Callable[[bytes], bytes]
-"""What becomes of one piece of a stream on its way."""
+"""Maps one piece of a stream to what is forwarded."""
 
 
 class CuttingProxy:
@@ -58,7 +58,7 @@ class CuttingProxy:
         return len(victims) // 2
 
     def slow_down(self, bytes_per_s: float, delay_s: float) -> None:
-        """From now on each piece takes so long, and what its bytes take at that rate."""
+        """Delay each further piece by this latency, and by the time that its bytes take at this rate."""
 
         def slowly(data: bytes) -> bytes:
             time.sleep(delay_s + len(data) / bytes_per_s)
@@ -70,11 +70,11 @@ class CuttingProxy:
         return self._alter(data)
 
     def stall(self, direction: Direction) -> None:
-        """From now on nothing passes in that direction; connections stay open."""
+        """Forward nothing more in this direction; connections stay open."""
         self._passes[direction].clear()
 
     def heal(self) -> None:
-        """Everything passes again, late as it is."""
+        """Forward everything again, including what was withheld."""
         for passes in self._passes.values():
             passes.set()
 

@@ -1,4 +1,4 @@
-"""An S3 server for tests: moto's, in a process of its own, on a port of its own."""
+"""An S3 server for tests: moto in its own process, on its own port."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moto.server import ThreadedMotoServer
 server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
 server.start()
 print(server.get_host_and_port()[1], flush=True)
-sys.stdin.read()  # until whoever started it ends
+sys.stdin.read()  # until the process that started it ends
 """
 BUCKET = "snapshots"
 
@@ -31,7 +31,7 @@ class S3:
     process: psutil.Process
 
     def lose_bucket(self) -> None:
-        """Remove the bucket and what is in it, though others are writing to it."""
+        """Remove the bucket and its objects, even while others write to it."""
         for _ in range(100):
             try:
                 self.file_system().rm(BUCKET, recursive=True)
@@ -44,7 +44,7 @@ class S3:
         self.file_system().mkdir(BUCKET)
 
     def file_system(self) -> s3fs.S3FileSystem:
-        """A client of the test's own, which remembers nothing."""
+        """A client for the test, without caches."""
         return s3fs.S3FileSystem(
             key=self.environment["AWS_ACCESS_KEY_ID"],
             secret=self.environment["AWS_SECRET_ACCESS_KEY"],
@@ -79,8 +79,8 @@ def s3_server() -> Iterator[S3]:
         made.make_bucket()
         yield made
     finally:
-        process.send_signal(signal.SIGCONT)  # whatever a test did to it
+        process.send_signal(signal.SIGCONT)  # a test may have stopped it
         process.stdin.close()
         process.wait(20)
         process.stdout.close()
-        s3fs.S3FileSystem.clear_instance_cache()  # clients are remembered, whatever the environment says later
+        s3fs.S3FileSystem.clear_instance_cache()  # cached clients would ignore a changed environment

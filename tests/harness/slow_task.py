@@ -1,4 +1,4 @@
-"""A job with a straggler, whose pace a test sets with two files: it is not over before the test has seen what it wants.
+"""A job with a straggler. A test sets its speed with two files, so that it does not end before the test is done.
 
 While the file "paced" exists every microbatch takes `pace_s`, and while "slow" exists it takes `slow_s` on one worker,
 the straggler. Without them it goes as fast as it can. `slow_spec` writes this very file into the directory that is
@@ -17,7 +17,7 @@ from psworker.tasks.synthetic import SyntheticLm
 
 
 class Slow(SyntheticLm):
-    """Minds the files in the directory that data.uri names."""
+    """Observes the files in the directory that data.uri names."""
 
     def __init__(self, pace_s: float, worker: str = "", slow_s: float = 0.0, **args: Any) -> None:
         super().__init__(**args)
@@ -35,8 +35,8 @@ class Slow(SyntheticLm):
 
 
 def slow_spec(spec: dict[str, Any], directory: Path, **args: Any) -> tuple[dict[str, Any], Path]:
-    """The spec of a SyntheticLm job that minds the files, to be submitted from `directory`; and where they are: both
-    exist. `args`: of `Slow`."""
+    """The spec of a SyntheticLm job with those files, to be submitted from `directory`; and their directory, where
+    both exist. `args`: of `Slow`."""
     (directory / "slow_task.py").write_text(Path(__file__).read_text())
     files = directory / "files"
     files.mkdir()

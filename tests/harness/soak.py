@@ -1,4 +1,7 @@
-"""The soak: one job undisturbed, the same job under a storm of kills, and everything that must be the same after it."""
+"""The soak: one job undisturbed, the same job under a storm of kills, and everything that must be the same after it.
+
+The job's number of steps is fixed, since its bits depend on it; the storm lets the job compute only so far ahead of the
+next fault (`harness.metered_task`). Every fault therefore strikes a running job, however fast the machine is."""
 
 from __future__ import annotations
 
@@ -19,15 +22,17 @@ import psutil
 from harness import autopsy
 from harness.cluster import LocalCluster
 from harness.commits import Commits, median_step_s
-from harness.faults import KINDS, Fault, Kind, storm
+from harness.faults import KINDS, Fault, Kind, draw_faults
 from harness.growth import left_by_jobs
 from harness.keeper import Keeper
-from harness.storm import Say, Storm, Violation
+from harness.metered_task import metered_spec
+from harness.storm import LEAD_STEPS, Log, Storm, Violation
+from pscluster import pack
 from pscluster.client import Cluster as Client
 from pscluster.client import Job
 from pscluster.job.spec import parse_spec
 
-TAIL_STEPS = 60  # after the last fault is due; each strikes later by as much as nobody saw how far the job was
+TAIL_STEPS = LEAD_STEPS + 12  # of a job after its last fault is due, so that some follow when that strikes late
 SETTLE_S = 20.0
 DEADLINE_S = 3600.0
 _EXTRA_FILES = 8  # an idle daemon may hold so many more than before the storm
@@ -35,7 +40,7 @@ _EXTRA_FILES = 8  # an idle daemon may hold so many more than before the storm
 
 @dataclass(frozen=True, kw_only=True)
 class Soak:
-    """What is to be done. `seed` decides the faults; `spec` without its number of steps."""
+    """A soak's settings. `seed` decides the faults; `spec` has no number of steps."""
 
     spec: Mapping[str, Any]
     kills: int
@@ -46,11 +51,11 @@ class Soak:
     stops: float = 0.3
     gap: int = 16
     length: int | None = None
-    """Steps of a job; None: one job is long enough for all faults. With less there is one job after another."""
+    """Steps of a job, which then runs at its own speed; one job follows another. None: one job for all faults."""
 
     @property
     def faults(self) -> list[Fault]:
-        return storm(self.seed, self.kills, kinds=self.kinds, stops=self.stops, gap=self.gap)
+        return draw_faults(self.seed, self.kills, kinds=self.kinds, stops=self.stops, gap=self.gap)
 
     @property
     def steps(self) -> int:
@@ -61,16 +66,16 @@ class Soak:
 
 
 def lm_job(tier: str, data: Path | None) -> dict[str, Any]:
-    """The language model that is trained: bytes of Shakespeare when `data` has them, else made-up sequences."""
+    """A small language model on the bytes of Shakespeare in `data`, or on synthetic sequences."""
     text = data / "tinyshakespeare" / "input.txt" if data else None
     small = {"layers": 2, "d_model": 64, "heads": 4, "context": 64, "dropout": 0.1}
     synthetic = {"entrypoint": "psworker.tasks.synthetic:SyntheticLm", "args": {**small, "num_samples": 4096}}
     task = {"entrypoint": "psworker.tasks.text_lm:TextLm", "args": small}
-    there = text is not None and text.exists()
+    has_text = text is not None and text.exists()
     return {
         "name": "soak",
-        "task": task if there else synthetic,
-        "data": {"uri": str(text) if there else ""},
+        "task": task if has_text else synthetic,
+        "data": {"uri": str(text) if has_text else ""},
         "train": {
             "global_batch": 48,
             "microbatch": 4,
@@ -106,7 +111,7 @@ class Run:
 
 @dataclass
 class Outcome:
-    """What a soak found; `violations` must be empty."""
+    """The runs of a soak; `violations` must be empty."""
 
     undisturbed: Run
     disturbed: list[Run] = field(default_factory=list)
@@ -118,64 +123,78 @@ class Outcome:
         return self.undisturbed.seconds * len(self.disturbed) / sum(run.seconds for run in self.disturbed)
 
 
-def soak(plan: Soak, root: Path, evidence: Path, say: Say, digest: str | None = None) -> dict[str, Any]:
-    """Run it in a cluster of its own; the result, as JSON holds it. `digest`: what the undisturbed job must have ended
-    with, when that is known. Raises Violation; what was seen is then in `evidence`."""
-    say(f"seed {plan.seed}: {plan.kills} faults in a job of {plan.steps} steps")
+def soak(plan: Soak, root: Path, evidence: Path, log: Log, digest: str | None = None) -> dict[str, Any]:
+    """Run it in a cluster of its own and return the result as a JSON object. `digest`: the parameters' hash that the
+    undisturbed job must have, when it is known. Blocks until the end.
+
+    On any failure the state of all processes is written to `evidence`. Raises Violation for a broken invariant."""
+    log(f"seed {plan.seed}: {plan.kills} faults in a job of {plan.steps} steps")
     state_dir = Path(tempfile.mkdtemp(prefix="pst-", dir=root))
     cluster = LocalCluster(state_dir)
     try:
         cluster.up(plan.workers, plan.servers)
         with cluster.client() as client:
-            result = _soaked(plan, cluster, client, say, digest)
+            result = _soaked(plan, cluster, client, log, digest)
     except Exception:
-        say(f"what is seen now is in {autopsy.write_down(cluster, evidence)}")
+        log(f"the state of all processes is in {autopsy.write_down(cluster, evidence)}")
+        _resume_stopped(cluster)
+        cluster.psctl("down", expect=None)  # its failure must not hide the first one
         raise
-    finally:
-        _let_go_on(cluster)
-        cluster.psctl("down")
-    left = cluster.leftovers()
+    _resume_stopped(cluster)
+    cluster.psctl("down")
+    left = cluster.remaining()
     if left:
-        raise Violation(f"seed {plan.seed}: left after `psctl down`: {left}")
+        raise Violation(f"{len(left)} things are left after `psctl down`, first {left[0]}", "\n".join(left))
     return result
 
 
-def _soaked(plan: Soak, cluster: LocalCluster, client: Client, say: Say, digest: str | None) -> dict[str, Any]:
-    calm = Storm(cluster=cluster, client=client, faults=[], say=say)
-    undisturbed = _run(calm, client.submit(parse_spec(plan.job_spec())), 0)
+def _soaked(plan: Soak, cluster: LocalCluster, client: Client, log: Log, digest: str | None) -> dict[str, Any]:
+    directory = cluster.state_dir.with_name("soak-job")
+    metered, limit = metered_spec(plan.job_spec(), directory)
+    spec, bundle = parse_spec(metered), pack(directory)
+    calm = Storm(cluster=cluster, client=client, faults=[], log=log)
+    undisturbed = _run(calm, client.submit(spec, bundle), 0)
     outcome = Outcome(undisturbed)
     if digest is not None and undisturbed.job.parameters_sha256 != digest:
         raise Violation(f"the undisturbed job ended with {undisturbed.job.parameters_sha256}, not {digest}")
-    say(f"undisturbed: {undisturbed.seconds:.1f} s, {undisturbed.job.parameters_sha256}")
+    log(f"undisturbed: {undisturbed.seconds:.1f} s, {undisturbed.job.parameters_sha256}")
     _settle(lambda: left_by_jobs(cluster))
     files = {name: daemon.num_fds() for name, daemon in cluster.daemons().items()}
-    weather = Storm(cluster=cluster, client=client, faults=plan.faults, say=say)
+    one_job = plan.length is None
+    storm = Storm(cluster=cluster, client=client, faults=plan.faults, log=log, limit=limit if one_job else None)
     with ExitStack() as stack:
         keeper = stack.enter_context(Keeper(cluster))
-        while not weather.over:
-            job = client.submit(parse_spec(plan.job_spec()))
-            outcome.disturbed.append(_run(weather, job, len(outcome.disturbed) * plan.steps))
+        while not storm.over:
+            if one_job and outcome.disturbed:
+                raise Violation(f"the job ended after {len(storm.struck)} of {plan.kills} faults")
+            job = client.submit(spec, bundle)
+            outcome.disturbed.append(_run(storm, job, len(outcome.disturbed) * plan.steps))
             outcome.violations += compared(undisturbed, outcome.disturbed[-1])
         outcome.violations += _settle(lambda: left_by_jobs(cluster))
         outcome.violations += _settle(lambda: _grown_files(cluster, files))
-        outcome.violations += weather.growth.violations()
+        outcome.violations += storm.growth.violations()
         restarts = len(keeper.restarts)
-    result = _result(plan, weather, outcome, restarts)
+    result = _result(plan, storm, outcome, restarts)
     if outcome.violations:
-        raise Violation(f"seed {plan.seed}: " + "; ".join(outcome.violations))
+        raise Violation(
+            f"{len(outcome.violations)} invariants do not hold, first {outcome.violations[0]}",
+            "\n".join(outcome.violations),
+        )
     return result
 
 
-def _run(weather: Storm, job: str, offset: int) -> Run:
-    ended, commits = weather.weather(job, offset)
+def _run(storm: Storm, job: str, offset: int) -> Run:
+    ended, commits = storm.disturb(job, offset)
     if ended.state != "SUCCEEDED":
-        told = weather.cluster.psctl("describe", job, expect=None).stdout
-        raise Violation(f"{job} ended {ended.state} at step {ended.step}: {ended.reason}\n{told}")
-    return Run(ended, commits, list(weather.client.metrics(job)))
+        raise Violation(
+            f"{job} ended {ended.state} at step {ended.step}: {ended.reason}",
+            storm.cluster.psctl("describe", job, expect=None).stdout,
+        )
+    return Run(ended, commits, list(storm.client.metrics(job)))
 
 
 def compared(undisturbed: Run, disturbed: Run) -> list[str]:
-    """Where a disturbed job differs from the undisturbed one: result, evaluation, and every recorded step's loss."""
+    """The differences of a disturbed job from the undisturbed one: result, evaluation, every recorded step's loss."""
     ours, theirs = disturbed.job, undisturbed.job
     found = []
     for what in ("parameters_sha256", "step", "metrics"):
@@ -196,7 +215,7 @@ def compared(undisturbed: Run, disturbed: Run) -> list[str]:
 
 
 def _settle(look: Callable[[], list[str]]) -> list[str]:
-    """What is still wrong after a while in which it may come right."""
+    """What `look` still finds after it had time to find nothing."""
     deadline = time.monotonic() + SETTLE_S
     while (found := look()) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -212,8 +231,8 @@ def _grown_files(cluster: LocalCluster, before: Mapping[str, int]) -> list[str]:
     ]
 
 
-def _let_go_on(cluster: LocalCluster) -> None:
-    """A stopped daemon would not hear that it is to end."""
+def _resume_stopped(cluster: LocalCluster) -> None:
+    """Stopped daemons handle no SIGTERM."""
     for daemon in cluster.daemons().values():
         for process in (daemon, *daemon.children()):
             try:
@@ -223,21 +242,21 @@ def _let_go_on(cluster: LocalCluster) -> None:
 
 
 def _without_place(spec: dict[str, Any]) -> dict[str, Any]:
-    """Where the data lie on this machine is nobody's concern."""
+    """Leave out where the data lie on this machine."""
     return {**spec, "data": {"uri": Path(spec["data"]["uri"]).name}} if spec.get("data") else spec
 
 
-def _result(plan: Soak, weather: Storm, outcome: Outcome, restarts: int) -> dict[str, Any]:
-    waits = sorted(s.next_commit_s - s.at_s for s in weather.struck if s.next_commit_s is not None)
+def _result(plan: Soak, storm: Storm, outcome: Outcome, restarts: int) -> dict[str, Any]:
+    waits = sorted(s.next_commit_s - s.at_s for s in storm.struck if s.next_commit_s is not None)
     by_victim: dict[str, int] = {}
-    for struck in weather.struck:
+    for struck in storm.struck:
         key = f"{struck.fault.action} {struck.fault.kind}"
         by_victim[key] = by_victim.get(key, 0) + 1
     return {
         "name": "soak",
         "seed": plan.seed,
         "keys": {
-            "soak_kills_without_violation": 0 if outcome.violations else len(weather.struck),
+            "soak_kills_without_violation": 0 if outcome.violations else len(storm.struck),
             "soak_goodput": round(outcome.goodput, 4),
         },
         "violations": outcome.violations,
@@ -255,7 +274,7 @@ def _result(plan: Soak, weather: Storm, outcome: Outcome, restarts: int) -> dict
             "median": round(waits[len(waits) // 2], 3) if waits else None,
             "most": round(waits[-1], 3) if waits else None,
         },
-        "growth": weather.growth.worst(),
+        "growth": storm.growth.worst(),
         "machine": {
             "cores": len(os.sched_getaffinity(0)),
             "kernel": platform.release(),
@@ -263,5 +282,5 @@ def _result(plan: Soak, weather: Storm, outcome: Outcome, restarts: int) -> dict
             "load_average": os.getloadavg(),
         },
         "plan": {**asdict(plan), "spec": _without_place(plan.job_spec())},
-        "struck": [struck.to_dict() for struck in weather.struck],
+        "struck": [struck.to_dict() for struck in storm.struck],
     }

@@ -1,4 +1,4 @@
-"""What a client sees of a job that outlives its cluster: recorded with a state fixture, compared by its test."""
+"""The facts of a job that a client reads: recorded with a state fixture, compared by its test."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pscluster.client import Cluster
 
 
 def facts_of(client: Cluster, job_id: str) -> dict[str, Any]:
-    """What is stored of one job, as plain JSON. Nothing in it changes while nothing runs, but for live jobs' events."""
+    """The stored facts of one job, as plain JSON. Without a running cluster only events of live jobs change."""
     job = client.job(job_id)
     snapshots = client.snapshots(job_id)
     lines = list(client.metrics(job_id))
@@ -41,7 +41,7 @@ def facts_of(client: Cluster, job_id: str) -> dict[str, Any]:
         "kept_steps": [one.step for one in snapshots],
         "best_snapshots": [one.step for one in snapshots if one.best],
         "parts": [[one.step, part.partition, part.path, part.checksum] for one in snapshots for part in one.parts],
-        "standbys": [seat.index for seat in job.plan.partitions if seat.standby] if job.plan else [],
+        "standbys": [placement.index for placement in job.plan.partitions if placement.standby] if job.plan else [],
         "steps": [[line["step"], line["loss"]] for line in lines if "grad_norm" in line],
         "evaluated": [line["step"] for line in lines if "grad_norm" not in line],
         "num_log_lines": sum(1 for _ in client.logs(job_id)),

@@ -1,4 +1,4 @@
-"""Trainers and partitions as real processes under a plan that the test writes: the data plane without a master."""
+"""Trainers and partitions as real processes under a plan of the test: the data plane without a master."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TOKEN = b"0123456789abcdef"
 
 
 class Process(Protocol):
-    """What a started process must offer; subprocess.Popen does."""
+    """The interface of a started process; subprocess.Popen has it."""
 
     pid: int
 
@@ -61,7 +61,7 @@ the one that its output goes to."""
 
 @dataclass
 class Child:
-    """One process and what it reported. `reports` keeps everything but beats and counters."""
+    """One process and what it reported. `reports` has all reports except heartbeats and counters."""
 
     name: str
     process: Process
@@ -81,7 +81,7 @@ def _fork(name: str, environment: Mapping[str, str], control: int, output: int) 
 
 
 class StaticJob:
-    """Starts the processes of one job, hands out plans, and waits for what they report. A context manager.
+    """Starts the processes of one job, sends them plans, and waits for their reports. A context manager.
 
     `launch` starts them; `data_hosts[i]` is where partition i listens for TCP, when not on loopback; `device` is where
     trainers compute, when not where the spec says."""
@@ -157,7 +157,7 @@ class StaticJob:
         return child
 
     def kill(self, name: str) -> None:
-        """SIGKILL, and wait until it is gone."""
+        """Send SIGKILL and wait until the process is gone."""
         child = self.children.pop(name)
         child.process.send_signal(signal.SIGKILL)
         assert child.process.wait(10) == -signal.SIGKILL
@@ -165,19 +165,19 @@ class StaticJob:
         shutil.rmtree(child.directory, ignore_errors=True)
 
     def wait(self, condition: Callable[[], bool], what: str = "") -> None:
-        """Take reports as they come until the condition holds. Fails when a process fails or time is up."""
+        """Read reports until the condition holds. Fails when a process fails or the time is up."""
         deadline = time.monotonic() + DEADLINE_S
         while not condition():
             try:
                 child, report = self._arrived.get(timeout=max(0.01, deadline - time.monotonic()))
             except queue.Empty:
-                raise AssertionError(f"timed out waiting for {what or condition}: {self.tails()}") from None
+                raise AssertionError(f"timed out waiting for {what or condition}: {self.log_ends()}") from None
             if report is not None:
                 self._take(child, report)
             elif self.children.get(child.name) is child:
                 raise AssertionError(f"{child.name} ended: {child.log.read_text()[-2000:]}")
 
-    def tails(self) -> str:
+    def log_ends(self) -> str:
         return " | ".join(f"{c.name}: {c.log.read_text()[-500:]}" for c in self.children.values())
 
     def reported(self, name: str, body: str) -> list[Any]:
@@ -186,7 +186,7 @@ class StaticJob:
         return [getattr(r, body) for r in child.reports if r.WhichOneof("body") == body] if child else []
 
     def wait_ready(self) -> None:
-        """Until every process has said that it is ready."""
+        """Block until every process has reported that it is ready."""
         for name in list(self.children):
             body = "trainer_ready" if name.startswith("trainer") else "partition_ready"
             self.wait(lambda name=name, body=body: bool(self.reported(name, body)), f"{name} ready")  # type: ignore[misc]
@@ -194,7 +194,7 @@ class StaticJob:
     def publish(
         self, shards: Sequence[Sequence[tuple[int, int]]], *, restore: bool = False, stop: bool = False
     ) -> None:
-        """A new generation: `shards[rank]` are the (first, count) runs of each trainer."""
+        """Publish a new generation: `shards[rank]` are the (first, count) runs of each trainer."""
         self.generation += 1
         if restore or self.generation == 1:
             self.restore_generation = self.generation
@@ -221,7 +221,7 @@ class StaticJob:
             child.order(ProcessOrder(plan=plan))
 
     def complete_steps(self) -> list[int]:
-        """Steps of which every partition's part is written."""
+        """The steps whose parts all partitions have written."""
         return sorted(s for s, parts in self.parts.items() if s and len(parts) == self.spec.servers.partitions)
 
     @property
@@ -233,7 +233,7 @@ class StaticJob:
         self.wait(lambda: self.step >= step, f"step {step}")
 
     def wait_finished(self) -> str:
-        """The digest, when the coordinator has reported the end."""
+        """Block until the coordinator has reported the end; the digest."""
         self.wait(lambda: bool(self.reported("partition-0", "finished")), "the end")
         return str(self.reported("partition-0", "finished")[-1].parameters_sha256)
 

@@ -1,4 +1,7 @@
-"""A storm of faults over a running job: each strikes when it is due and a step was committed since the last one."""
+"""A storm of faults over a running job: each strikes when it is due and a step was committed since the last one.
+
+With a limit file the storm also paces the job: no step is computed more than `LEAD_STEPS` after the next fault is due,
+so that the job cannot end before the last fault."""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,26 +18,35 @@ from harness.cluster import LocalCluster, wait_gone
 from harness.commits import Commits
 from harness.faults import LEFT_STOPPED_S, Fault, Victim, chosen, victims
 from harness.growth import Growth
+from harness.metered_task import set_limit
 from pscluster.client import Cluster as Client
 from pscluster.client import Job
 from pscluster.errors import UnreachableError
 
 STUCK_S = 120.0
-"""So long without a committed step is a failure."""
+"""A job without a committed step for this long is a failure."""
+LEAD_STEPS = 48
+"""How far a job may run ahead of a fault that is due: records of its steps arrive up to a second late, and later while
+the master is stopped."""
 _POLL_S = 0.05
 _ASK_S = 0.5
 _LOOK_S = 2.0
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class Violation(AssertionError):
-    """An invariant does not hold. Its text says which, and where everything was written down."""
+    """An invariant does not hold: `reason` in one line, `detail` in as many as it takes."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__("\n".join(filter(None, (detail, reason))))
+        self.reason = reason
+        self.detail = detail
 
 
 @dataclass
 class Struck:
-    """A fault that has struck: when, whom, and what followed. Times are Unix times; None: it has not (yet) come."""
+    """A fault that has struck: when, whom, and what followed. Times are Unix times; None: it has not happened (yet)."""
 
     fault: Fault
     job: str
@@ -45,7 +58,7 @@ class Struck:
     next_commit_s: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As the result shows it; durations in seconds from the moment it struck."""
+        """Its entry in the result; durations are seconds since it struck."""
         return {
             "number": self.fault.number,
             "action": self.fault.action,
@@ -64,27 +77,31 @@ def _since(moment_s: float | None, start_s: float) -> float | None:
 
 @dataclass
 class Storm:
-    """Strikes a job after another until every fault has struck."""
+    """Strikes one job after another until every fault has struck. `limit`: the file that paces a metered job."""
 
     cluster: LocalCluster
     client: Client
     faults: Sequence[Fault]
-    say: Say
+    log: Log
+    limit: Path | None = None
     growth: Growth = field(default_factory=Growth)
     struck: list[Struck] = field(default_factory=list)
     _stopped: dict[str, Struck] = field(default_factory=dict)  # by node
     _asked_s: float = 0.0
     _looked_s: float = 0.0
 
+    def __post_init__(self) -> None:
+        self._pace()
+
     @property
     def over(self) -> bool:
         """Every fault has struck."""
         return len(self.struck) == len(self.faults)
 
-    def weather(self, job: str, offset: int = 0) -> tuple[Job, Commits]:
-        """See a job through to its end; the ended job and its commits. Faults are due at their step less `offset`.
+    def disturb(self, job: str, offset: int = 0) -> tuple[Job, Commits]:
+        """Disturb a job until it ends; the ended job and its commits. Faults are due at their step less `offset`.
 
-        Raises Violation when no step comes for too long."""
+        Blocks. Raises Violation when no step is committed for `STUCK_S`."""
         commits = Commits(self.cluster.state_dir, job)
         started_s = time.time()
         while True:
@@ -97,14 +114,19 @@ class Storm:
                 self._note(commits)
                 return found, commits
             if time.time() - max(commits.newest_s, started_s) > STUCK_S:
-                raise Violation(f"{job}: no step for {STUCK_S:.0f} s after step {commits.step}")
+                raise Violation(f"{job} committed no step for {STUCK_S:.0f} s after step {commits.step}")
             if not self.over and self._is_due(job, commits, self.faults[len(self.struck)], offset):
                 self._strike(self.faults[len(self.struck)], job, commits)
             time.sleep(_POLL_S)
 
+    def _pace(self) -> None:
+        """Let the job compute as far as the next fault allows."""
+        if self.limit is not None:
+            set_limit(self.limit, None if self.over else self.faults[len(self.struck)].step + LEAD_STEPS)
+
     def _is_due(self, job: str, commits: Commits, fault: Fault, offset: int) -> bool:
-        """Once its step is there, and a step that was not there at the last fault: one that is only computed again does
-        not clear the job's count of losses, which is bounded."""
+        """Once its step is committed, and a step beyond those committed at the last fault: a step that is only computed
+        again does not clear the job's count of losses, which is bounded."""
         last = self.struck[-1] if self.struck else None
         since = 0 if last is None or last.job != job else last.at_high_step
         moved = commits.high_step > since and (last is None or commits.newest_s > last.at_s)
@@ -115,16 +137,16 @@ class Storm:
         if fault.kind == "everything":
             self._strike_everything(fault, job, commits, living)
             return
-        if fault.action == "stop":  # of each role one node at most is away for long
+        if fault.action == "stop":  # at most one node of each role is stopped for long
             self._end_stop(lambda held: held.victim.node.partition("-")[0] == _role(fault.kind))
         victim = chosen(fault, living, self._stopped)
         if victim is None:
-            return  # between two processes of its kind; it is tried again at once
+            return  # none of its kind runs at this moment; the caller tries again
         try:
             at_s = time.time()
             victim.strike(fault.action)
         except psutil.NoSuchProcess:
-            return  # it had just ended by itself, for instance because it was replaced
+            return  # it has just ended, for instance because it was replaced
         self._record(fault, job, commits, victim, at_s)
 
     def _strike_everything(self, fault: Fault, job: str, commits: Commits, living: Sequence[Victim]) -> None:
@@ -145,11 +167,12 @@ class Storm:
             self._stopped[victim.node] = struck
         elif victim.kind == "worker" or victim.kind == "server" or victim.kind == "master":
             self._stopped.pop(victim.node, None)
+        self._pace()
         name = "everything" if fault.kind == "everything" else victim.name
-        self.say(f"{fault.number + 1}/{len(self.faults)} step {commits.step}: {fault.action} {name}")
+        self.log(f"{fault.number + 1}/{len(self.faults)} step {commits.step}: {fault.action} {name}")
 
     def _note(self, commits: Commits) -> None:
-        """Take in new commits; each fault learns of the first after it."""
+        """Read new commits, and note for each fault the first one after it."""
         if not commits.look():
             return
         for struck in self.struck[-8:]:
@@ -164,7 +187,7 @@ class Storm:
         self._end_stop(lambda _: True)
 
     def _end_stop(self, which: Callable[[Struck], bool]) -> None:
-        """Let those that were stopped go on; what was to be left stopped is killed, unless it was ended already."""
+        """Resume stopped processes; kill those that were to stay stopped, unless they have ended."""
         for node, held in [(node, held) for node, held in self._stopped.items() if which(held)]:
             del self._stopped[node]
             if held.fault.resume_s is None and time.time() - held.at_s >= LEFT_STOPPED_S:
@@ -181,7 +204,7 @@ class Storm:
             self.cluster.note_processes()
 
     def _ask(self, job: str) -> Job | None:
-        """The job, now and then; None while the master cannot answer."""
+        """The job, at most every `_ASK_S` seconds; None in between and while the master does not answer."""
         now = time.monotonic()
         if now - self._asked_s < _ASK_S or "master" in self._stopped:
             return None
@@ -193,5 +216,5 @@ class Storm:
 
 
 def _role(kind: str) -> str:
-    """Of the node that a victim of a kind is or runs on."""
+    """The role of the node that a victim of a kind is or runs on."""
     return {"trainer": "worker", "partition": "server"}.get(kind, kind)

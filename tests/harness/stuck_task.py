@@ -1,4 +1,4 @@
-"""A job of which one trainer, whichever comes first, gets stuck in user code until a test lets it go.
+"""A job of which one trainer, the first to get there, is stuck in user code until a test releases it.
 
 `stuck_spec` writes this very file into the directory that is submitted. The bits are those of SyntheticLm.
 """
@@ -17,7 +17,7 @@ from psworker.tasks.synthetic import SyntheticLm
 
 class Stuck(SyntheticLm):
     """After `free` microbatches in train mode the first trainer to rename the bait that data.uri names is stuck for as
-    long as the renamed file exists. It sleeps: its other threads live on."""
+    long as the renamed file exists. It sleeps: its other threads continue."""
 
     def __init__(self, free: int = 0, **args: Any) -> None:
         super().__init__(**args)
@@ -37,7 +37,7 @@ class Stuck(SyntheticLm):
 
 def stuck_spec(spec: dict[str, Any], directory: Path, free: int) -> tuple[dict[str, Any], Path]:
     """The spec of a SyntheticLm job with a bait, to be submitted from `directory`; and the file to remove, once it is
-    there, to let the stuck trainer go."""
+    there, to release the stuck trainer."""
     (directory / "stuck_task.py").write_text(Path(__file__).read_text())
     bait = directory / "bait"
     bait.touch()

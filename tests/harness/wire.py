@@ -36,7 +36,7 @@ def num_descriptors() -> int:
 
 
 def _ignore(_connection: Connection, _header: Header) -> None:
-    """A frame is kept, and that is all."""
+    """Keeps received frames."""
 
 
 class Shared:
@@ -57,14 +57,14 @@ class Shared:
         return cls(Lanes.open(fds[0], _SIZES, NUM_LANES), Segment.open(fds[1], _SIZES[0], writable=False))
 
     def put_in_lane(self, body: bytes) -> int | None:
-        """The lane that the body lies in; None: it does not fit, or none is free."""
+        """The lane of the body; None: it does not fit, or no lane is free."""
         lane = self.lanes.take(0) if len(body) <= _SIZES[0] - _LENGTH_BYTES else None
         if lane is not None:
             _put(self.lanes.place(0, lane), body)
         return lane
 
     def body_of(self, header: Header) -> bytes:
-        """What lies where a frame says, taken out."""
+        """The bytes at the position that a frame names; its lane, if any, is freed."""
         if header.kind is FrameKind.VALUES:
             return _get(self.window.view)
         body = _get(self.lanes.place(0, lane_of(header)))
@@ -104,7 +104,7 @@ class Recorder:
         if header.length > self.limit_bytes:
             raise FrameError(f"{header.length} bytes", details={"field": "length"})
         if header.kind is FrameKind.FENCED:
-            return memoryview(bytearray(1))  # not what the header says
+            return memoryview(bytearray(1))  # not the length in the header
         self.given_bytes += header.length
         return memoryview(bytearray(header.length))
 
@@ -150,14 +150,14 @@ class World:
         return cls(reactor, transport, reactor.listen(address, listening, **fields), listening, Recorder())
 
     def until(self, condition: Callable[[], bool]) -> None:
-        """Serve what comes until the condition holds."""
+        """Handle events until the condition holds."""
         deadline = time.monotonic() + DEADLINE_S
         while not condition():
             assert time.monotonic() < deadline, "nothing more happens"
             self.reactor.poll(0.05)
 
     def dial(self, address: str | None = None) -> Connection:
-        """A connection, with memory shared over it where the transport does."""
+        """A connection, with shared memory if the transport has it."""
         answers: list[tuple[Connection | None, str]] = []
         self.reactor.dial(address or self.address, self.dialling, lambda *answer: answers.append(answer))
         self.until(lambda: bool(answers))
@@ -177,7 +177,7 @@ class World:
         return self.listening.connections[-1]
 
     def give(self, connection: Connection, head: Header, parts: Sequence[Buffer] = (), **fields: Any) -> bool:
-        """Send a frame from the dialling side by the transport's way; whether it lies in shared memory."""
+        """Send a frame from the dialling side as the transport does; whether its body is in shared memory."""
         shared = self.dialling.shared.get(connection)
         body = b"".join(bytes(part) for part in parts)
         lane = shared.put_in_lane(body) if shared is not None and body else None
@@ -188,7 +188,7 @@ class World:
         return lane is not None
 
     def show(self, connection: Connection, step: int, body: bytes) -> None:
-        """Send values from the listening side by the transport's way."""
+        """Send values from the listening side as the transport does."""
         shared = self.listening.shared.get(connection)
         head = header(step, kind=FrameKind.VALUES)
         if shared is None:
@@ -206,7 +206,7 @@ class World:
         return sock
 
     def feed(self, peer: socket.socket, data: bytes) -> None:
-        """Have a raw peer send more than its socket may take at once."""
+        """Send from a raw peer more than its socket buffers."""
         deadline, left = time.monotonic() + DEADLINE_S, memoryview(data)
         peer.setblocking(False)
         while left:

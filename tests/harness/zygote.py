@@ -78,7 +78,7 @@ class _Parent:
             return self._new.pop()
 
     def close(self) -> None:
-        self._socket.shutdown(socket.SHUT_RDWR)  # a close alone would wait for the reading thread
+        self._socket.shutdown(socket.SHUT_RDWR)  # close() alone would wait for the reading thread
         self._process.wait(10)
         self._socket.close()
 
@@ -90,14 +90,14 @@ class _Parent:
                 return
             if not data:
                 return
-            told = json.loads(data)
+            message = json.loads(data)
             with self._started:
-                if "started" in told:
-                    child = self._running[told["started"]] = Forked(told["started"])
+                if "started" in message:
+                    child = self._running[message["started"]] = Forked(message["started"])
                     self._new.append(child)
                     self._started.notify()
                 else:
-                    self._running.pop(told["ended"]).end(told["code"])
+                    self._running.pop(message["ended"]).end(message["code"])
 
 
 _parent: _Parent | None = None

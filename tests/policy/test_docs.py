@@ -1,4 +1,4 @@
-"""The documents tell the truth: commands exist, tables are complete, links lead somewhere, the README's model runs."""
+"""The documents are correct: commands exist, tables are complete, links have targets, the README's model runs."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def rows(page: str, first: str) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_links_coordinator_somewhere(page: Path) -> None:
+def test_links_have_targets(page: Path) -> None:
     targets = [target.partition("#")[0] for target in LINK.findall(page.read_text())]
     missing = [name for name in targets if name and "://" not in name and not (page.parent / name).exists()]
     assert not missing
 
 
-def test_the_picture_names_files_that_are_there() -> None:
+def test_the_picture_names_existing_files() -> None:
     homes = {
         "trainer": "worker/psworker/trainer",
         "partition": "paramserver/psserver/partition",
@@ -169,7 +169,9 @@ def exported() -> dict[str, str]:
     }
     partition = PartitionCounters()
     partition.refused(errors.FrameError("x"))
-    replicated = partition.sample(partition=0, step=0, state_bytes=0, pull_bytes=0, standby=InSyncState(reach=0))
+    replicated = partition.sample(
+        partition=0, step=0, state_bytes=0, pull_bytes=0, standby=InSyncState(acked_version=0)
+    )
     standing_by = partition.sample_standby(partition=0, step=0, state_bytes=0)
     for counters in (TrainerCounters().sample(), replicated, standing_by):
         found |= {f"ps_{sample.name}": "gauge" if sample.gauge else "counter" for sample in counters.samples}

@@ -1,4 +1,4 @@
-"""Size, names, and the calls that are not made."""
+"""Sizes, names, and forbidden calls."""
 
 from __future__ import annotations
 

@@ -76,13 +76,7 @@ def test_gitignore_is_respected_at_every_depth(tmp_path: Path) -> None:
             ".venv/bin/python": "",
         },
     )
-    assert pack(source).files == (
-        ".gitignore",
-        "sub/.gitignore",
-        "sub/data/kept.txt",
-        "sub/keep.log",
-        "task.py",
-    )
+    assert pack(source).files == (".gitignore", "sub/.gitignore", "sub/data/kept.txt", "sub/keep.log", "task.py")
 
 
 def test_a_link_is_refused_by_name_unless_ignored(tmp_path: Path) -> None:

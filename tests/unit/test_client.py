@@ -33,21 +33,10 @@ from pscluster.errors import (
 from pscluster.job.bundle import Bundle
 from pscluster.job.spec import parse_spec
 from pscluster.v1 import jobs_pb2, plan_pb2
-from tests.unit.cli.fake_master import (
-    FakeMaster,
-    Serving,
-    ended_message,
-    job_message,
-    log_record,
-    snapshot_message,
-)
+from tests.unit.cli.fake_master import FakeMaster, Serving, ended_message, job_message, log_record, snapshot_message
 
 SPEC = parse_spec(
-    {
-        "name": "lm",
-        "task": {"entrypoint": "task:Lm"},
-        "train": {"global_batch": 8, "microbatch": 4, "max_steps": 5},
-    }
+    {"name": "lm", "task": {"entrypoint": "task:Lm"}, "train": {"global_batch": 8, "microbatch": 4, "max_steps": 5}}
 )
 
 

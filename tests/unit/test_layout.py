@@ -12,15 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pscluster.errors import LayoutError
-from pscluster.step.layout import (
-    BLOCK_WORDS,
-    BUCKET_WORDS,
-    ITEM_BYTES,
-    KINDS,
-    PAD_WORDS,
-    Layout,
-    TensorSpec,
-)
+from pscluster.step.layout import BLOCK_WORDS, BUCKET_WORDS, ITEM_BYTES, KINDS, PAD_WORDS, Layout, TensorSpec
 
 
 @st.composite

@@ -63,10 +63,7 @@ def arithmetic(spec: JobSpec) -> str:
 
 
 def numerics_class(
-    threads: int,
-    device: str,
-    arithmetic: str = "float32",
-    precision: AbstractContextManager[None] = _FLOAT32,
+    threads: int, device: str, arithmetic: str = "float32", precision: AbstractContextManager[None] = _FLOAT32
 ) -> tuple[str, str]:
     """(hex digest of a canary gradient, what usually makes digests differ, for people; `arithmetic` is named there).
 
@@ -87,10 +84,7 @@ def numerics_detail(threads: int, device: str, arithmetic: str) -> str:
     config = torch.__config__.show()
     libraries = [
         f"{name} {match.group(1)}"
-        for name, pattern in (
-            ("MKL", r"Math Kernel Library Version ([\d.]+)"),
-            ("oneDNN", r"MKL-DNN v([\d.]+)"),
-        )
+        for name, pattern in (("MKL", r"Math Kernel Library Version ([\d.]+)"), ("oneDNN", r"MKL-DNN v([\d.]+)"))
         if (match := re.search(pattern, config))
     ]
     parts = [f"torch {torch.__version__}", *libraries, f"{threads} thread{'s' * (threads != 1)}", arithmetic]

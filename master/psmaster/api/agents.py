@@ -10,7 +10,7 @@ from typing import Any
 from pscluster.errors import CallerError, VersionSkewError
 from pscluster.rpc import PROTOCOL
 from pscluster.v1 import agents_pb2, agents_pb2_grpc
-from psmaster.api import from_proto
+from psmaster.api import proto
 from psmaster.control.agent_stream import AgentStream
 from psmaster.control.loop import Core
 from psmaster.control.transaction import Report
@@ -35,8 +35,8 @@ class AgentsService(agents_pb2_grpc.AgentsServicer):
                 f"node {request.node_id} speaks protocol {request.protocol} (pscluster {request.version}), "
                 f"this master {PROTOCOL}"
             )
-        node = from_proto.node(request)
-        await self._core.ask(lambda turn: turn.register(node))
+        node = proto.node(request)
+        await self._core.ask(lambda tx: tx.register(node))
         suspicion_s = self._core.limits.suspicion_s
         return agents_pb2.RegisterReply(beat_interval_s=min(BEAT_INTERVAL_S, suspicion_s / 3), suspicion_s=suspicion_s)
 
@@ -49,57 +49,57 @@ class AgentsService(agents_pb2_grpc.AgentsServicer):
         if first is None or not first.HasField("hello"):
             raise CallerError("a stream begins with a hello")
         hello = first.hello
-        processes = from_proto.processes(hello.node_id, hello.processes)
-        stream = await self._core.attend(hello.node_id, hello.incarnation, processes)
+        processes = proto.processes(hello.node_id, hello.processes)
+        stream = await self._core.open_stream(hello.node_id, hello.incarnation, processes)
         reading = asyncio.create_task(self._read(stream, request_iterator))
         try:
             async for message in stream.messages():
-                yield message
+                yield proto.master_message(message)
             if reading.done():
                 reading.result()
         finally:
             reading.cancel()
-            self._core.leave(stream)
+            self._core.close_stream(stream)
 
     async def _read(self, stream: AgentStream, messages: AsyncIterator[agents_pb2.AgentMessage]) -> None:
         try:
             async for message in messages:
                 if stream.closed:
                     return
-                await self._take(stream, message)
+                await self._submit(stream, message)
         finally:
             stream.close()
 
-    async def _take(self, stream: AgentStream, message: agents_pb2.AgentMessage) -> None:
-        """Pass one message on. What makes no sense is acknowledged and dropped: it would only be sent again."""
+    async def _submit(self, stream: AgentStream, message: agents_pb2.AgentMessage) -> None:
+        """Queue one message. One without meaning is acknowledged, since the agent would otherwise repeat it."""
         core, node_id, sequence = self._core, stream.node_id, message.sequence
         body = message.WhichOneof("body")
         if body == "log" and (log := _log_message(message)) is not None:
             await core.write_log(stream, sequence, *log)
             return
-        status, report = message.status, from_proto.report(message.event.report)
-        exit_ = from_proto.exit_of(status) if body == "status" else None
+        status, report = message.status, proto.report(message.event.report)
+        exit_ = proto.exit_of(status) if body == "status" else None
         if exit_ is not None:
-            await self._take_exit(stream, sequence, status.process_id, exit_)
+            await self._submit_exit(stream, sequence, status.process_id, exit_)
         elif body == "status":
-            looks = from_proto.suspicion_of(status), from_proto.unreached_of(status)
-            await core.tell(stream, sequence, lambda turn: turn.suspected(node_id, status.process_id, *looks))
+            looks = proto.suspicion_of(status), proto.unreached_of(status)
+            await core.submit(stream, sequence, lambda tx: tx.suspected(node_id, status.process_id, *looks))
         elif body == "event" and report is not None:
-            await self._take_report(stream, sequence, message.event.process_id, report)
+            await self._submit_report(stream, sequence, message.event.process_id, report)
         elif body == "goodbye":
-            await core.tell(stream, sequence, lambda turn: turn.detach(node_id, stream.incarnation, for_good=True))
+            await core.submit(stream, sequence, lambda tx: tx.detach(node_id, stream.incarnation, for_good=True))
         elif body == "leaving":
-            await core.tell(stream, sequence, lambda turn: turn.leaving(node_id, stream.incarnation))
+            await core.submit(stream, sequence, lambda tx: tx.leaving(node_id, stream.incarnation))
         else:
-            speeds = from_proto.speeds(message.beat)
-            await core.tell(stream, sequence, lambda turn: turn.beat(node_id, stream.incarnation, speeds))
-            stream.answer()
+            speeds = proto.speeds(message.beat)
+            await core.submit(stream, sequence, lambda tx: tx.beat(node_id, stream.incarnation, speeds))
+            stream.answer_beat()
 
-    async def _take_exit(self, stream: AgentStream, sequence: int, process_id: str, exit_: Exit) -> None:
-        await self._core.tell(stream, sequence, lambda turn: turn.exited(stream.node_id, process_id, exit_))
+    async def _submit_exit(self, stream: AgentStream, sequence: int, process_id: str, exit_: Exit) -> None:
+        await self._core.submit(stream, sequence, lambda tx: tx.exited(stream.node_id, process_id, exit_))
 
-    async def _take_report(self, stream: AgentStream, sequence: int, process_id: str, report: Report) -> None:
-        await self._core.tell(stream, sequence, lambda turn: turn.reported(stream.node_id, process_id, report))
+    async def _submit_report(self, stream: AgentStream, sequence: int, process_id: str, report: Report) -> None:
+        await self._core.submit(stream, sequence, lambda tx: tx.reported(stream.node_id, process_id, report))
 
     async def DownloadBundle(  # noqa: N802
         self,
@@ -118,9 +118,5 @@ def _log_message(message: agents_pb2.AgentMessage) -> tuple[str, LogMessage] | N
         return None
     lines = tuple((line.time_s, line.stream, line.text) for line in message.log.lines)
     return match[1], LogMessage(
-        source=match[2],
-        attempt=int(match[3]),
-        sequence=message.sequence,
-        lines=lines,
-        dropped=message.log.dropped,
+        source=match[2], attempt=int(match[3]), sequence=message.sequence, lines=lines, dropped=message.log.dropped
     )

@@ -11,7 +11,7 @@ import pscluster
 from pscluster.errors import BundleError, NotFoundError
 from pscluster.rpc import PROTOCOL
 from pscluster.v1 import jobs_pb2, jobs_pb2_grpc
-from psmaster.api import log_tail, to_proto
+from psmaster.api import log_tail, proto
 from psmaster.control.loop import Core
 from psmaster.control.submission import new_job
 from psmaster.model import membership
@@ -22,12 +22,12 @@ from psmaster.scheduling import drain
 from psmaster.storage.bundles import BundleShelf
 from psmaster.storage.store import Batch, BundleRecord
 
-PROGRESS_INTERVAL_S = 1.0  # how often a watcher hears of mere progress
+PROGRESS_INTERVAL_S = 1.0  # how often a watcher receives mere progress
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What the master tells of itself. `started_s` is a Unix time."""
+    """What the master reports about itself. `started_s` is a Unix time."""
 
     started_s: float
     metrics_address: str
@@ -40,7 +40,7 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         self._core = core
         self._shelf = shelf
         self._identity = identity
-        # Held from a look at who has a bundle to what follows from it: a job that was taken in must find its code.
+        # Held from the check for a bundle to its use: an accepted job must find its code.
         self._claiming = asyncio.Lock()
 
     async def Submit(self, request: jobs_pb2.SubmitRequest, context: Any) -> jobs_pb2.SubmitReply:  # noqa: ARG002, N802
@@ -49,7 +49,7 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
             if sha256 and not await asyncio.to_thread(self._shelf.has, sha256):
                 raise NotFoundError(f"there is no bundle {sha256[:80]!r}", action="upload it, then submit")
             job = new_job(request.spec_json, sha256, request.request_id, jobs_directory, self._core.now())
-            return jobs_pb2.SubmitReply(job_id=await self._core.ask(lambda turn: turn.submit(job)))
+            return jobs_pb2.SubmitReply(job_id=await self._core.ask(lambda tx: tx.submit(job)))
 
     async def HasBundle(self, request: jobs_pb2.HasBundleRequest, context: Any) -> jobs_pb2.HasBundleReply:  # noqa: ARG002, N802
         return jobs_pb2.HasBundleReply(present=await asyncio.to_thread(self._shelf.has, request.sha256))
@@ -98,11 +98,11 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
             await log_tail.wait(news, wait_s if job.revision != shown.revision else None)
 
     async def Stop(self, request: jobs_pb2.GetRequest, context: Any) -> jobs_pb2.Job:  # noqa: ARG002, N802
-        job_id = await self._core.ask(lambda turn: turn.stop(request.job))
+        job_id = await self._core.ask(lambda tx: tx.stop(request.job))
         return self._message(self._find(job_id), full=True)
 
     async def Resume(self, request: jobs_pb2.GetRequest, context: Any) -> jobs_pb2.Job:  # noqa: ARG002, N802
-        job_id = await self._core.ask(lambda turn: turn.resume(request.job))
+        job_id = await self._core.ask(lambda tx: tx.resume(request.job))
         return self._message(self._find(job_id), full=True)
 
     async def Delete(self, request: jobs_pb2.GetRequest, context: Any) -> jobs_pb2.DeleteReply:  # noqa: ARG002, N802
@@ -112,7 +112,7 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
     async def _delete(self, name: str) -> str:
         """Delete a job, and its bundle if no other has it; the job's id."""
         async with self._claiming:
-            job = await self._core.ask(lambda turn: turn.delete(name))
+            job = await self._core.ask(lambda tx: tx.delete(name))
             used = {other.bundle_sha256 for other in self._core.state.jobs.values()}
             if job.bundle_sha256 and job.bundle_sha256 not in used:
                 await asyncio.to_thread(self._shelf.remove, job.bundle_sha256)
@@ -135,7 +135,7 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
     async def ListSnapshots(self, request: jobs_pb2.GetRequest, context: Any) -> jobs_pb2.ListSnapshotsReply:  # noqa: ARG002, N802
         state = self._core.state
         job = self._find(request.job)
-        return jobs_pb2.ListSnapshotsReply(snapshots=to_proto.snapshots(job, state.catalogues[job.job_id]))
+        return jobs_pb2.ListSnapshotsReply(snapshots=proto.snapshots(job, state.catalogues[job.job_id]))
 
     async def ListNodes(self, request: jobs_pb2.ListNodesRequest, context: Any) -> jobs_pb2.ListNodesReply:  # noqa: ARG002, N802
         nodes = self._core.state.nodes.values()
@@ -143,7 +143,7 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         return jobs_pb2.ListNodesReply(nodes=[self._node(node) for node in ordered])
 
     async def Drain(self, request: jobs_pb2.DrainRequest, context: Any) -> jobs_pb2.Node:  # noqa: ARG002, N802
-        await self._core.ask(lambda turn: (turn.undrain if request.undo else turn.drain)(request.node_id))
+        await self._core.ask(lambda tx: (tx.undrain if request.undo else tx.drain)(request.node_id))
         node = self._core.state.nodes.get(request.node_id)
         if node is None:  # drained, and away
             return jobs_pb2.Node(node_id=request.node_id, drain="" if request.undo else drain.DRAINED)
@@ -159,7 +159,7 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         ]
         waits_for = drain.waits_for(state, node, now, limits.suspicion_s)
         status = drain.status(state, node)
-        return to_proto.node(node, running, now, limits.suspicion_s, drain=status, waits_for=waits_for)
+        return proto.cluster_node(node, running, now, limits.suspicion_s, drain=status, waits_for=waits_for)
 
     async def GetCluster(self, request: jobs_pb2.GetClusterRequest, context: Any) -> jobs_pb2.Cluster:  # noqa: ARG002, N802
         problems = drain.problems(self._core.state, self._core.now(), self._core.limits.suspicion_s)
@@ -178,11 +178,11 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
     def _message(self, job: Job, *, full: bool) -> jobs_pb2.Job:
         state = self._core.state
         events = state.events.get(job.job_id, ())
-        return to_proto.job(job, events, self._core.now(), full=full, processes=state.processes)
+        return proto.job(job, events, self._core.now(), full=full, processes=state.processes)
 
 
 def _matters(shown: Job, job: Job) -> bool:
-    """Whether a change is more than progress, and told at once."""
+    """Whether a change is more than progress, and sent at once."""
     return (shown.state, shown.reason, shown.generation, shown.conditions) != (
         job.state,
         job.reason,

@@ -14,8 +14,8 @@ from psmaster.storage.logs import LogEntry, LogReader
 from psmaster.storage.metrics_file import FILE_NAME, step_and_kind
 
 _LINES_PER_MESSAGE = 500
-_MIN_PAUSE_S = 0.2  # between two looks at growing files, however busy the cluster
-_LINGER_S = 1.0  # after a job's end, for the last words of its processes
+_MIN_PAUSE_S = 0.2  # between two reads of growing files, however busy the cluster
+_LINGER_S = 1.0  # after a job's end, for the last output of its processes
 
 
 async def wait(news: asyncio.Event, seconds: float | None) -> None:
@@ -56,7 +56,7 @@ def _record(entry: LogEntry) -> jobs_pb2.LogRecord:
 async def metrics(core: Core, request: jobs_pb2.ReadMetricsRequest) -> AsyncIterator[jobs_pb2.MetricsLines]:
     """The lines of a job's metrics.jsonl above a step; with `follow`, on until the job has ended. Raises NotFoundError.
 
-    Steps that a rollback takes back are told again only if they come out in a new file line."""
+    A step after a rollback is sent again only if the file has a new line for it."""
     job_id = find(core.state.jobs, request.job, core.now()).job_id
     tail = MetricsTail(core.archive.directory(job_id) / FILE_NAME, request.from_step)
     while True:
@@ -75,7 +75,7 @@ class MetricsTail:
 
     def __init__(self, path: Path, from_step: int) -> None:
         self._path = path
-        self._told = {False: from_step, True: from_step}  # the last step told, by whether it is an evaluation
+        self._sent = {False: from_step, True: from_step}  # the last step sent, by whether it is an evaluation
         self._inode = 0
         self._offset = 0
 
@@ -99,6 +99,6 @@ class MetricsTail:
                 self._offset += len(raw)
                 line = raw.decode().rstrip("\n")
                 step, evaluation = step_and_kind(line)
-                if step > self._told[evaluation]:
-                    self._told[evaluation] = step
+                if step > self._sent[evaluation]:
+                    self._sent[evaluation] = step
                     yield line

@@ -125,8 +125,8 @@ def _stragglers(jobs: list[Job], state: State) -> Family:
         "ps_job_straggler_ratio", "Time of the slowest trainer for a microbatch over the median one's.", labels=["job"]
     )
     for job in jobs:
-        paces = rebalance.paces_of(
+        speeds = rebalance.measured_speeds(
             [placement for placement in job.trainers if placement.active], job.job_id, state.processes
         )
-        ratios.add_metric([job.job_id], rebalance.straggler_of(paces)[1])
+        ratios.add_metric([job.job_id], rebalance.straggler_of(speeds)[1])
     return ratios

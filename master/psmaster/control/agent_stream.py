@@ -1,59 +1,89 @@
-"""The open stream of one agent, as the master writes to it: the newest assignment and the newest acknowledgement, which
-answers beats, too."""
+"""The open stream of one agent, as the loop writes to it: the newest assignment, and the newest acknowledgement, which
+also answers heartbeats. `psmaster.api` converts both to protobuf."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 
-from pscluster.v1 import agents_pb2
+from psmaster.model.job import Job
+from psmaster.scheduling.reconcile import Desired
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """All that one node is to run. `depots`: (node, address) of the nodes that keep copies of snapshots. `deleted`: the
+    jobs whose copies may go."""
+
+    revision: int
+    processes: tuple[tuple[Job, Desired], ...]
+    depots: tuple[tuple[str, str], ...] = ()
+    deleted: tuple[str, ...] = ()
+
+    def names(self) -> tuple[object, ...]:
+        """What an agent acts on; an assignment with equal names need not be sent."""
+        return self.depots, self.deleted, *((process.process_id, process.plan) for _, process in self.processes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Acknowledgement:
+    """Everything up to `sequence` is durable."""
+
+    sequence: int
 
 
 class AgentStream:
-    """Belongs to the master's loop. What waits to be sent is bounded: newer replaces older."""
+    """Belongs to the master's loop. Pending messages are bounded: newer ones replace older ones. No method blocks."""
 
     def __init__(self, node_id: str, incarnation: str) -> None:
         self.node_id = node_id
         self.incarnation = incarnation
-        self.sent: tuple[object, ...] | None = None
-        """What the newest assignment handed to this stream names: nodes, process ids, plans; None before the first."""
+        self.assigned: tuple[object, ...] | None = None
+        """`names` of the newest assignment on this stream; None before the first."""
         self.closed = False
-        self._assignment: agents_pb2.Assignment | None = None
+        self._assignment: Assignment | None = None
         self._sequence = 0
         self._acknowledged = 0
-        self._beaten = False
-        self._news = asyncio.Event()
+        self._beat_received = False
+        self._changed = asyncio.Event()
 
-    def assign(self, assignment: agents_pb2.Assignment) -> None:
-        """Send this next. Never blocks."""
+    def assign(self, assignment: Assignment) -> None:
+        """Send this next."""
+        self.assigned = assignment.names()
         self._assignment = assignment
-        self._news.set()
+        self._changed.set()
 
     def acknowledge(self, sequence: int) -> None:
-        """Send that everything up to `sequence` is stored. Never blocks."""
+        """Send that everything up to `sequence` is durable."""
         self._sequence = max(self._sequence, sequence)
-        self._news.set()
+        self._changed.set()
 
-    def answer(self) -> None:
-        """Let the agent hear something after its beat: a network may carry its words and not ours. Never blocks."""
-        self._beaten = True
-        self._news.set()
+    def answer_beat(self) -> None:
+        """Answer a heartbeat, so that the agent notices a network that only carries its own messages."""
+        self._beat_received = True
+        self._changed.set()
 
     def close(self) -> None:
         """End the stream. Safe to repeat."""
         self.closed = True
-        self._news.set()
+        self._changed.set()
 
-    async def messages(self) -> AsyncIterator[agents_pb2.MasterMessage]:
+    def pending(self) -> Iterator[Assignment | Acknowledgement]:
+        """Take what is to be sent now."""
+        if self._assignment is not None:
+            assignment, self._assignment = self._assignment, None
+            yield assignment
+        if self._sequence > self._acknowledged or self._beat_received:
+            self._acknowledged, self._beat_received = self._sequence, False
+            yield Acknowledgement(sequence=self._acknowledged)
+
+    async def messages(self) -> AsyncIterator[Assignment | Acknowledgement]:
         """What to send, until the stream is closed."""
         while True:
-            await self._news.wait()
-            self._news.clear()
+            await self._changed.wait()
+            self._changed.clear()
             if self.closed:
                 return
-            if self._assignment is not None:
-                assignment, self._assignment = self._assignment, None
-                yield agents_pb2.MasterMessage(assignment=assignment)
-            if self._sequence > self._acknowledged or self._beaten:
-                self._acknowledged, self._beaten = self._sequence, False
-                yield agents_pb2.MasterMessage(ack=agents_pb2.Acknowledged(sequence=self._acknowledged))
+            for message in self.pending():
+                yield message

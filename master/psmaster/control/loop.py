@@ -1,10 +1,10 @@
-"""The one owner of the master's state: takes what comes in, turn by turn, and lets nothing follow before it is durable.
+"""The owner of the master's state: applies inputs in transactions, and publishes a transaction once it is durable.
 
-    inputs -> Turn (pure) -> Archive (disk) -> state, assignments, acknowledgements, replies, watchers
+    inputs -> Transaction (pure) -> Archive (disk) -> state, assignments, acknowledgements, replies, watchers
 
-Everything but the disk work runs on the event loop; the disk work of one turn is done in one thread while inputs for
-the next gather. A turn that cannot be written has not happened: people are told, agents' messages wait and are tried
-again.
+Everything but the disk work runs on the event loop; one thread does the disk work of a transaction while inputs for the
+next one queue up. A transaction that cannot be written is dropped: requests fail with the error, agents' messages are
+applied again.
 """
 
 from __future__ import annotations
@@ -21,13 +21,11 @@ from typing import Any, TypeVar
 import structlog
 
 from pscluster.errors import PsError, StateError, StorageError, UnreachableError
-from psmaster.api import to_proto
-from psmaster.control.agent_stream import AgentStream
+from psmaster.control.agent_stream import AgentStream, Assignment
 from psmaster.control.transaction import Transaction
-from psmaster.model import deletions
 from psmaster.model.job import ErrorInfo, Event, Instant, Job, JobWarning
 from psmaster.model.process import Process
-from psmaster.model.state import State
+from psmaster.model.state import State, newest_deleted
 from psmaster.scheduling.draft import Limits
 from psmaster.scheduling.reconcile import desired
 from psmaster.storage.logs import LogMessage
@@ -37,10 +35,8 @@ T = TypeVar("T")
 
 TICK_S = 0.25  # at most; a short suspicion makes it shorter
 RETRY_S = 1.0
-CATCH_UP_S = 0.25
-"""How long a master that did not listen for a while only listens first: agents may have said one thing of a process and
-then another, and the last word counts."""
-MAX_WAITING = 4096  # inputs that may wait before agents' streams are no longer read
+CATCH_UP_S = 0.25  # after a stall, for the newest reports to arrive before older ones lead to decisions
+MAX_WAITING = 4096  # pending inputs at which agents' streams are no longer read
 _MAX_BATCH = 512
 _log = structlog.get_logger(__name__)
 
@@ -52,8 +48,7 @@ def clock() -> Instant:
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """One thing for a turn to take in. With `reply`, somebody waits for the outcome; with `ack`, an agent waits for it
-    to be stored."""
+    """One input of a transaction. `reply` receives the outcome; `ack` is acknowledged once that is durable."""
 
     apply: Callable[[Transaction], Any]
     reply: asyncio.Future[Any] | None = None
@@ -70,56 +65,56 @@ class Core:
         self.now = now
         self.state = State()
         self.news = asyncio.Event()
-        """Set and replaced whenever something was published: wait on it, then look again."""
+        """Set and replaced with each published transaction: wait on it, then read `state` again."""
         self._streams: dict[str, AgentStream] = {}
         self._inputs: deque[Input] = deque()
         self._arrived = asyncio.Event()
-        self._room = asyncio.Event()
-        self._room.set()
+        self._accepts = asyncio.Event()  # cleared while too many inputs are pending
+        self._accepts.set()
         self._revision = 0
         self._tick_s = min(TICK_S, limits.suspicion_s / 8)
         self._tick_at = 0.0
-        self._listened_s = now().mono_s
+        self._last_transaction_s = now().mono_s
         self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk")
         self.listeners: list[Callable[[State, tuple[tuple[str, Event], ...]], None]] = []
-        """Called with each published state and its new events; must not block."""
+        """Called with each published state and its new events. They must not block."""
 
     async def load(self) -> None:
         """Read what is stored. Raises StorageError; DamagedError for what is older than its snapshots."""
         loop = asyncio.get_running_loop()
-        self.archive.publisher.tell = lambda *told: _from_thread(loop, self._unpublished, *told)
-        self.archive.publisher.removed = lambda job_id: _from_thread(loop, self._removed, job_id)
+        self.archive.publisher.report_error = lambda *what: _from_thread(loop, self._publish_failed, *what)
+        self.archive.publisher.report_removed = lambda job_id: _from_thread(loop, self._removed, job_id)
         self.state = await self.on_disk(self.archive.load, self.now())
-        self._listened_s = self.now().mono_s
-        # Above every revision that an earlier life of this master has sent.
+        self._last_transaction_s = self.now().mono_s
+        # Above every revision that an earlier process of this master has sent.
         self._revision = int(self.now().unix_s * 1000)
 
     async def run(self) -> None:
-        """Take turns for ever. Raises only what is a bug."""
+        """Commit transactions for ever. Raises only on a bug."""
         while True:
             # Not wait_for: that of Python 3.11 loses a cancellation that comes together with the event.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._tick_s):
                     await self._arrived.wait()
             self._arrived.clear()
-            if self._deaf_s(self.now()):
+            if self._stalled_s(self.now()):
                 await asyncio.sleep(CATCH_UP_S)
             batch = [self._inputs.popleft() for _ in range(min(len(self._inputs), _MAX_BATCH))]
             if self._inputs:
                 self._arrived.set()
-            if not await self._turn(batch):
+            if not await self._commit(batch):
                 await asyncio.sleep(RETRY_S)
             if len(self._inputs) < MAX_WAITING:
-                self._room.set()
+                self._accepts.set()
 
-    def hang_up(self) -> None:
-        """End every agent's stream; agents come back to the next master. Safe to repeat."""
+    def close_streams(self) -> None:
+        """End every agent's stream; the agents reconnect. Safe to repeat."""
         for stream in self._streams.values():
             stream.close()
 
     async def close(self) -> None:
-        """Close the store; what waits is refused. Call it once `run` was cancelled."""
-        self.hang_up()
+        """Close the store and refuse pending requests. Call it once `run` was cancelled."""
+        self.close_streams()
         self._refuse(list(self._inputs), UnreachableError("the master is ending", action="ask again in a moment"))
         self._inputs.clear()
         await self.on_disk(self.archive.close)
@@ -130,39 +125,39 @@ class Core:
         return await asyncio.get_running_loop().run_in_executor(self._disk, work, *arguments)
 
     async def ask(self, apply: Callable[[Transaction], T]) -> T:
-        """Have `apply` take part in the next turn; its result, once that is durable. Raises what it raises."""
+        """Apply an input in the next transaction; its result, once that is durable. Raises what it raises."""
         reply: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._put(Input(apply=apply, reply=reply))
         return await reply
 
-    async def tell(self, stream: AgentStream, sequence: int, apply: Callable[[Transaction], Any]) -> None:
-        """Take in an agent's message; it is acknowledged once stored (`sequence` 0: never). Waits while there is
-        too much to do."""
-        await self._room.wait()
+    async def submit(self, stream: AgentStream, sequence: int, apply: Callable[[Transaction], Any]) -> None:
+        """Queue an agent's message; it is acknowledged once durable (`sequence` 0: never). Waits while too many
+        are pending."""
+        await self._accepts.wait()
         self._put(Input(apply=apply, ack=(stream, sequence) if sequence else None))
 
     async def write_log(self, stream: AgentStream, sequence: int, job_id: str, message: LogMessage) -> None:
-        """Take in lines of output for a job's log; acknowledged once written."""
-        await self._room.wait()
-        self._put(Input(apply=_nothing, ack=(stream, sequence), log=(job_id, message)))
+        """Queue lines of output for a job's log; acknowledged once written. Waits like `submit`."""
+        await self._accepts.wait()
+        self._put(Input(apply=_no_change, ack=(stream, sequence), log=(job_id, message)))
 
     def _put(self, item: Input) -> None:
         self._inputs.append(item)
         if len(self._inputs) >= MAX_WAITING:
-            self._room.clear()
+            self._accepts.clear()
         self._arrived.set()
 
-    async def _turn(self, batch: list[Input]) -> bool:
-        """One turn. False when it could not be made durable."""
+    async def _commit(self, batch: list[Input]) -> bool:
+        """Apply a batch in one transaction and publish it. False when it could not be made durable."""
         now = self.now()
-        turn = Transaction(self.state, now, self.limits)
-        if deaf_s := self._deaf_s(now):
-            turn.event_loop_stalled(deaf_s)
+        transaction = Transaction(self.state, now, self.limits)
+        if stalled_s := self._stalled_s(now):
+            transaction.event_loop_stalled(stalled_s)
         if now.mono_s >= self._tick_at:
             self._tick_at = now.mono_s + self._tick_s
-            turn.tick()
-        outcomes = [_outcome(item, turn) for item in batch]
-        changes = turn.finish()
+            transaction.tick()
+        outcomes = [_outcome(item, transaction) for item in batch]
+        changes = transaction.finish()
         writes = Writes(
             before=self.state,
             batch=batch_of(self.state, changes),
@@ -176,19 +171,19 @@ class Core:
                 self._postpone(batch, error)
                 return False
         self.state = changes.state
-        self._listened_s = now.mono_s
+        self._last_transaction_s = now.mono_s
         self._publish(changes.events)
         for item, outcome in zip(batch, outcomes, strict=True):
             _answer(item, outcome)
         return True
 
-    def _deaf_s(self, now: Instant) -> float:
-        """For how long nobody listened; 0 when that is too short to matter."""
-        deaf_s = now.mono_s - self._listened_s
-        return deaf_s if deaf_s > self.limits.suspicion_s / 4 else 0.0
+    def _stalled_s(self, now: Instant) -> float:
+        """How long this loop has committed nothing; 0 when that is too short to matter."""
+        stalled_s = now.mono_s - self._last_transaction_s
+        return stalled_s if stalled_s > self.limits.suspicion_s / 4 else 0.0
 
     def _postpone(self, batch: list[Input], error: StorageError) -> None:
-        """Nothing of the turn counts: people hear the error, what agents said is tried again."""
+        """Drop the transaction: requests fail with the error, agents' messages go back to the queue."""
         _log.error("cannot write; agents' messages wait", code=error.code, cause=error.cause)
         self._refuse(batch, error)
         self._inputs.extendleft(item for item in reversed(batch) if item.reply is None)
@@ -202,7 +197,7 @@ class Core:
         for job_id, event in events:
             log = _log.warning if event.warning else _log.info
             log("job event", job=job_id, reason=event.reason, message=event.message)
-        deleted = deletions.named(self.state.deletions)
+        deleted = newest_deleted(self.state.deletions)
         for stream in self._streams.values():
             self._assign(stream, deleted)
         for listener in self.listeners:
@@ -212,8 +207,8 @@ class Core:
 
     # agents' streams
 
-    async def attend(self, node_id: str, incarnation: str, processes: tuple[Process, ...]) -> AgentStream:
-        """Open a node's stream; the former one is closed. Raises StateError for a life that is not registered."""
+    async def open_stream(self, node_id: str, incarnation: str, processes: tuple[Process, ...]) -> AgentStream:
+        """Open a node's stream and close the former one. Raises StateError for an unregistered incarnation."""
         held = self.state.nodes.get(node_id)
         if held is None or held.incarnation != incarnation:
             raise StateError(f"node {node_id} is not registered in this incarnation", action="register first")
@@ -223,23 +218,23 @@ class Core:
         if former is not None:
             former.close()
         try:
-            await self.ask(lambda turn: turn.attend(node_id, incarnation, processes))
+            await self.ask(lambda tx: tx.open_stream(node_id, incarnation, processes))
         except BaseException:
-            self.leave(stream)
+            self.close_stream(stream)
             raise
         return stream
 
-    def leave(self, stream: AgentStream) -> None:
-        """A stream broke or ended. Of one that a newer stream replaced, it changes nothing. Safe to repeat."""
+    def close_stream(self, stream: AgentStream) -> None:
+        """A stream broke or ended. Does nothing for one that a newer stream replaced. Safe to repeat."""
         stream.close()
         if self._streams.get(stream.node_id) is stream:
             del self._streams[stream.node_id]
-            self._put(Input(apply=lambda turn: turn.detach(stream.node_id, stream.incarnation)))
+            self._put(Input(apply=lambda tx: tx.detach(stream.node_id, stream.incarnation)))
 
     def _assign(self, stream: AgentStream, all_deleted: tuple[str, ...]) -> None:
-        """Send the node what it is to run, if that has changed; nothing before its Hello was taken in."""
+        """Send the node its assignment if that has changed; nothing before its Hello was applied."""
         node = self.state.nodes.get(stream.node_id)
-        if node is None or node.incarnation != stream.incarnation or not node.attended:
+        if node is None or node.incarnation != stream.incarnation or not node.connected:
             return
         wanted = tuple(
             (job, process)
@@ -250,21 +245,20 @@ class Core:
         nodes = self.state.nodes.values() if node.depot_address else ()
         depots = tuple(sorted((other.node_id, other.depot_address) for other in nodes if other.depot_address))
         deleted = all_deleted if node.depot_address else ()
-        named = (depots, deleted, *((process.process_id, process.plan) for _, process in wanted))
-        if stream.sent != named:
-            stream.sent = named
+        assignment = Assignment(revision=self._revision + 1, processes=wanted, depots=depots, deleted=deleted)
+        if stream.assigned != assignment.names():
             self._revision += 1
-            stream.assign(to_proto.assignment(wanted, depots, deleted, self._revision))
+            stream.assign(assignment)
 
-    def _unpublished(self, job_id: str, step: int, error: PsError) -> None:
-        """A complete snapshot's manifest could not be written: training goes on, and people are told."""
+    def _publish_failed(self, job_id: str, step: int, error: PsError) -> None:
+        """A complete snapshot's manifest could not be written: warn, and continue training."""
         _log.warning("a job's store cannot be brought up to date", job=job_id, code=error.code, cause=error.cause)
-        problem = ErrorInfo(code=error.code, cause=error.cause, action=error.action)
-        self._put(Input(apply=lambda turn: turn.troubled(job_id, JobWarning(step=step, problem=problem), "psmaster")))
+        warning = JobWarning(step=step, error=ErrorInfo.of(error))
+        self._put(Input(apply=lambda tx: tx.warned(job_id, warning, "psmaster")))
 
     def _removed(self, job_id: str) -> None:
-        """Nothing is left in a deleted job's store: no later master need try again."""
-        self._put(Input(apply=lambda turn: turn.removed(job_id)))
+        """Nothing is left in a deleted job's store: no later master has to try again."""
+        self._put(Input(apply=lambda tx: tx.removed(job_id)))
 
     def job(self, job_id: str) -> Job | None:
         """The job as it is now."""
@@ -276,13 +270,13 @@ def _from_thread(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *ar
         loop.call_soon_threadsafe(call, *arguments)
 
 
-def _nothing(_turn: Transaction) -> None:
+def _no_change(_transaction: Transaction) -> None:
     """A log line changes no state."""
 
 
-def _outcome(item: Input, turn: Transaction) -> Any:
+def _outcome(item: Input, transaction: Transaction) -> Any:
     try:
-        return item.apply(turn)
+        return item.apply(transaction)
     except PsError as error:
         if item.reply is None:
             _log.error("an agent's message was refused", code=error.code, cause=error.cause)

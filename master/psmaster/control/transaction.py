@@ -1,8 +1,7 @@
-"""One turn of the master: some inputs applied to its state, then everything reconciled. No I/O, time given.
+"""A transaction: inputs applied to the master's state, then everything reconciled. No I/O; time is an argument.
 
-A `Transaction` is a working copy. Whoever drives it (the daemon, a simulator) applies inputs, calls `finish`, makes
-the result durable, and only then lets `state` take the place of the old one and sends what follows from it. A turn
-that cannot be made durable is dropped: nothing has changed."""
+The driver (the daemon, a simulator) applies inputs, calls `finish`, makes the result durable, and only then replaces
+its state and sends what follows from it. A transaction that cannot be made durable is dropped: nothing has changed."""
 
 from __future__ import annotations
 
@@ -11,16 +10,25 @@ from dataclasses import replace
 from typing import Any
 
 from pscluster.errors import NotFoundError, StateError
-from psmaster.model import deletions, membership, reports, speed, transitions
-from psmaster.model.deletions import Deletion
-from psmaster.model.job import MAX_EVENTS, Event, Finished, Instant, Job, JobState, JobWarning
-from psmaster.model.membership import Node
-from psmaster.model.plan import Placement, ProcessKind
-from psmaster.model.process import REACHES_ALL, Exit, Failure, PartitionFacts, Process, TrainerFacts, Unreached
+from psmaster.model import membership, reports
+from psmaster.model.job import MAX_EVENTS, Event, Finished, Instant, Job, JobState, JobWarning, request_stop, resume_job
+from psmaster.model.membership import Node, NodeView
+from psmaster.model.plan import Part, Placement, ProcessKind
+from psmaster.model.process import (
+    REACHES_ALL,
+    UNKNOWN_SPEED,
+    Exit,
+    Failure,
+    PartitionFacts,
+    Process,
+    TrainerFacts,
+    Unreached,
+    with_measurement,
+)
 from psmaster.model.reports import Applied, Connected, Evaluated, MetricLine, Progress, StandbyState
-from psmaster.model.snapshot_catalog import Catalogue, Part
-from psmaster.model.state import Changes, State, find, node_views, queue, queue_key
-from psmaster.scheduling.admission import NodeView, admit
+from psmaster.model.snapshot_catalog import Catalogue
+from psmaster.model.state import Changes, Deletion, State, find, node_views, prune_deletions, queue, queue_key
+from psmaster.scheduling.admission import admit
 from psmaster.scheduling.draft import Limits
 from psmaster.scheduling.reconcile import reconcile
 
@@ -56,31 +64,31 @@ class Transaction:
         self._cuts: dict[str, int] = {}
         self._unsettled = False
 
-    # what agents say
+    # from agents
 
     def register(self, node: Node) -> None:
-        """A node announces a life. Raises StateError for one that a newer life displaced."""
+        """A node registers. Raises StateError for an incarnation that a newer one replaced."""
         self.nodes = membership.register(self.nodes, node, self.now, self.limits.suspicion_s)
         self._unsettled = True
 
-    def attend(self, node_id: str, incarnation: str, processes: tuple[Process, ...]) -> None:
-        """A node's stream opens with all its processes. Raises StateError for a life that is not the registered one."""
-        self.nodes = membership.attend(self.nodes, node_id, incarnation, self.now)
+    def open_stream(self, node_id: str, incarnation: str, processes: tuple[Process, ...]) -> None:
+        """A node's stream opens with all its processes. Raises StateError for an unregistered incarnation."""
+        self.nodes = membership.open_stream(self.nodes, node_id, incarnation, self.now)
         for process in processes:
             if self._placement_of(process.process_id, node_id) is not None:
                 known = self.processes.get(process.process_id)
-                failure, known_pace = (known.failure, known.pace) if known else (None, speed.UNKNOWN)
+                failure, known_speed = (known.failure, known.speed) if known else (None, UNKNOWN_SPEED)
                 self.processes[process.process_id] = replace(
                     process,
                     failure=failure,
-                    pace=known_pace,
+                    speed=known_speed,
                     suspect_since_s=self.now.mono_s,
                     unreached=replace(process.unreached, since_s=self.now.mono_s),
                 )
         self._unsettled = True
 
     def detach(self, node_id: str, incarnation: str, *, for_good: bool = False) -> None:
-        """A node's stream broke; `for_good`: it was told to end, and said goodbye."""
+        """A node's stream broke; `for_good`: it sent a Goodbye."""
         self.nodes = (membership.leave if for_good else membership.detach)(self.nodes, node_id, incarnation)
         self._unsettled = True
 
@@ -90,11 +98,11 @@ class Transaction:
         for process_id, (microbatch_s, microbatches) in (speeds or {}).items():
             if self._placement_of(process_id, node_id) is not None:
                 held = self.processes.get(process_id) or Process(process_id=process_id, node_id=node_id)
-                heard = speed.heard(held.pace, microbatch_s, microbatches, self.now.mono_s)
-                self.processes[process_id] = replace(held, pace=heard)
+                measured = with_measurement(held.speed, microbatch_s, microbatches, self.now.mono_s)
+                self.processes[process_id] = replace(held, speed=measured)
 
     def leaving(self, node_id: str, incarnation: str) -> None:
-        """A node was told to end and waits a moment for its processes to be moved."""
+        """A node is about to end and waits a moment for its processes to be moved."""
         self.nodes = membership.announce_leave(self.nodes, node_id, incarnation)
         self._unsettled = True
 
@@ -104,7 +112,7 @@ class Transaction:
             self._know(process_id, node_id, exit=exit_)
 
     def suspected(self, node_id: str, process_id: str, suspicion: str, unreached: Unreached = REACHES_ALL) -> None:
-        """A process lives and does not get on ("silent", "stalled"), or does again (empty); and what it cannot reach.
+        """A process is alive but makes no progress ("silent", "stalled"), or recovered (empty); what it cannot reach.
         Repeats change nothing."""
         if self._placement_of(process_id, node_id) is None:
             return
@@ -116,7 +124,7 @@ class Transaction:
             self._know(process_id, node_id, suspicion=suspicion, suspect_since_s=self.now.mono_s)
 
     def reported(self, node_id: str, process_id: str, report: Report) -> None:
-        """A process reported something. What replaced processes say changes nothing, except that a snapshot part which
+        """A process reported something. Reports of replaced processes change nothing, except that a snapshot part which
         was durable in time counts whoever wrote it."""
         job = self.jobs.get(process_id.partition("/")[0])
         if job is None:
@@ -134,9 +142,9 @@ class Transaction:
             name = {TrainerFacts: "trainer", PartitionFacts: "partition", Failure: "failure"}[type(report)]
             self._know(process_id, node_id, **{name: report})
         elif isinstance(report, JobWarning):
-            self._take(reports.trouble(job, report, placement.title, self.now))
+            self._take(reports.warning(job, report, placement.title, self.now))
         elif placement.standby:
-            return  # it has no say yet
+            return
         elif isinstance(report, StandbyState):
             self._take(reports.standby_state(job, report, placement.rank, self.now))
         elif isinstance(report, Connected):
@@ -144,10 +152,10 @@ class Transaction:
         elif placement.kind is ProcessKind.PARTITION and placement.rank == 0:
             self._take(self._of_coordinator(job, report))
 
-    def troubled(self, job_id: str, trouble: JobWarning, source: str) -> None:
-        """The master itself met something that training survives."""
+    def warned(self, job_id: str, warning: JobWarning, source: str) -> None:
+        """The master itself has a warning about a job."""
         if job_id in self.jobs:
-            self._take(reports.trouble(self.jobs[job_id], trouble, source, self.now))
+            self._take(reports.warning(self.jobs[job_id], warning, source, self.now))
 
     def removed(self, job_id: str) -> None:
         """Nothing is left in the store of a deleted job."""
@@ -182,10 +190,10 @@ class Transaction:
         self._lines += [(job_id, line) for line in applied.lines]
         self._unsettled = True
 
-    # what people ask
+    # from clients
 
     def submit(self, job: Job) -> str:
-        """Take in a new job; its id. A repeated request gives the first one's id. StateError: the id is taken."""
+        """Add a new job; its id. A repeated request gives the first one's id. StateError: the id is taken."""
         for held in self.jobs.values():
             if job.request_id and held.request_id == job.request_id:
                 return held.job_id
@@ -201,13 +209,13 @@ class Transaction:
     def stop(self, name: str) -> str:
         """Ask a job to stop; its id. NotFoundError, StateError (it has ended otherwise)."""
         job = find(self.jobs, name, self.now)
-        return self._asked(*transitions.ask_stop(job, self.now))
+        return self._asked(*request_stop(job, self.now))
 
     def resume(self, name: str) -> str:
         """Queue an ended job again; its id. NotFoundError, StateError (it succeeded)."""
         job = find(self.jobs, name, self.now)
         has_snapshot = self.catalogues[job.job_id].newest() is not None
-        return self._asked(*transitions.resume(job, has_snapshot, self.now))
+        return self._asked(*resume_job(job, has_snapshot, self.now))
 
     def delete(self, name: str) -> Job:
         """Forget an ended job; what it was. NotFoundError, StateError (it has not ended)."""
@@ -243,24 +251,24 @@ class Transaction:
             self._take(Applied(job=job, events=(event,)))
         return job.job_id
 
-    # what follows
+    # the outcome
 
     def tick(self) -> None:
         """Time has passed."""
         self._unsettled = True
 
     def event_loop_stalled(self, seconds: float) -> None:
-        """For so long nobody listened (the master was stopped, its disk was full): it is no silence of the nodes'."""
-        self.nodes = membership.excuse(self.nodes, seconds)
+        """The master committed nothing for so long (suspended, disk full): do not count it as silence of the nodes."""
+        self.nodes = membership.shift_last_seen(self.nodes, seconds)
 
     def finish(self) -> Changes:
-        """Reconcile everything and close the turn."""
+        """Reconcile everything and close the transaction."""
         if self._unsettled:
             self._settle()
-        told = {job_id for job_id, _ in self._events}
+        with_events = {job_id for job_id, _ in self._events}
         for job_id, job in self.jobs.items():
             held = self.before.jobs.get(job_id)
-            if held is not None and (job is not held or job_id in told):
+            if held is not None and (job is not held or job_id in with_events):
                 self.jobs[job_id] = replace(job, revision=held.revision + 1)
         events = tuple(entry for entry in self._events if entry[0] in self.jobs)
         state = State(
@@ -270,7 +278,7 @@ class Transaction:
             nodes=self.nodes,
             processes=self.processes,
             drains=self.drains,
-            deletions=deletions.remembered(self.deletions, self.now.unix_s),
+            deletions=prune_deletions(self.deletions, self.now.unix_s),
         )
         return Changes(state=state, events=events, lines=tuple(self._lines), cuts=self._cuts)
 
@@ -292,7 +300,7 @@ class Transaction:
             self._reconcile(job.job_id, ahead=ahead)
             waits = self.jobs[job.job_id].state is JobState.QUEUED
             if waits and not ahead and admit(job.spec, self._views(job.job_id)).possible:
-                ahead = job.job_id  # it gets the next slots that come free; what can never run blocks nobody
+                ahead = job.job_id  # it gets the next free slots; a job that can never run does not block others
         if not ahead:
             for job in sorted(self.jobs.values(), key=queue_key):
                 if job.state in (JobState.STARTING, JobState.RUNNING):

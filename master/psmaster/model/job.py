@@ -1,11 +1,19 @@
-"""A job as a value: what is asked, where it is, who runs it, what is known of it. Immutable; see `transitions`."""
+"""A job as a value: what is asked, where it is, who runs it, what is known of it. Immutable.
+
+    QUEUED -> STARTING -> RUNNING -> SUCCEEDED
+       ^         |           |-----> FAILED  --+
+       |         |           `-----> STOPPED --+-- resume --> QUEUED
+       `---------+ (stop, failure: as from RUNNING)
+
+A transition takes a job and the time, and returns the changed job with an event. Pure."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from pscluster.errors import InternalError, PsError, StateError
 from pscluster.job.spec import JobSpec
 from psmaster.model.plan import Placement, Plan, ProcessKind
 
@@ -35,8 +43,8 @@ class JobState(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Event:
-    """What happened to a job. For the metrics: `subject`, the kind of process that it is about, and `seconds`, how
-    long what it tells of took."""
+    """Something that happened to a job. For the metrics: `subject`, the kind of process concerned, and `seconds`, its
+    duration."""
 
     time_s: float
     reason: str
@@ -66,6 +74,13 @@ class ErrorInfo:
     action: str = ""
     details: tuple[tuple[str, str], ...] = ()
 
+    @classmethod
+    def of(cls, error: PsError) -> ErrorInfo:
+        """The error as data."""
+        return cls(
+            code=error.code, cause=error.cause, action=error.action, details=tuple(sorted(error.details.items()))
+        )
+
     def __str__(self) -> str:
         return f"{self.code}: {self.cause}" + (f" ({self.action})" if self.action else "")
 
@@ -92,7 +107,7 @@ class Best:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finished:
-    """The coordinator's word that training has ended; `generation` is the one it ended under."""
+    """Training has ended under `generation`, as the coordinator reported."""
 
     generation: int
     step: int
@@ -105,18 +120,18 @@ class JobWarning:
     """Something that went wrong and that training survived, with the step it concerns."""
 
     step: int
-    problem: ErrorInfo
+    error: ErrorInfo
 
     @property
     def is_unwritten(self) -> bool:
         """Whether it is a part of the step's snapshot that could not be written."""
-        return bool(self.problem.detail("unwritten"))
+        return bool(self.error.detail("unwritten"))
 
     @property
     def generation(self) -> int:
-        """Under which that part was to be written; 0 when it was not said in a way that can be read."""
-        told = self.problem.detail("generation")
-        return int(told) if told.isdecimal() and len(told) < 20 else 0
+        """The generation under which that part was to be written; 0 when it is missing or malformed."""
+        text = self.error.detail("generation")
+        return int(text) if text.isdecimal() and len(text) < 20 else 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +153,8 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recovery:
-    """A loss that no commit has made good yet. `since_s` is monotonic; `generation` mends it (0: none yet)."""
+    """A loss after which no step was committed yet. `since_s` is monotonic; `generation` is of the plan that recovers
+    from it (0: none yet)."""
 
     kind: ProcessKind
     since_s: float
@@ -146,8 +162,8 @@ class Recovery:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Dealing:
-    """When shards were dealt last, and what straggler relief remembers; see `relief`.
+class ShardAssignment:
+    """When shards were assigned last, and what `scheduling.rebalance` remembers.
 
     `since_s` is monotonic, `step` what was committed then. `moves`: made for speed, one soon after the other, the last
     at `moved_s`. `probe`: the rank that has a shard to be measured again (-1: none); `tried`: how often that was in
@@ -204,7 +220,9 @@ class Job:
     best: Best | None = None
     next_best: Best | None = None  # reported, but its snapshot is not complete yet
     finished: Finished | None = None
-    trouble: JobWarning | None = None  # the newest part of a snapshot that could not be written, and still counts
+    snapshot_warning: JobWarning | None = (
+        None  # the newest part of a snapshot that could not be written, and still counts
+    )
     error: ErrorInfo | None = None
     traceback: str = ""
     saving: bool = False  # a partition is about to move: the next step is to be written, and the job to rest there
@@ -218,7 +236,7 @@ class Job:
     deadline_s: float | None = None  # monotonic: when a wait in progress (stop, finish, failures) is over
     window: tuple[Point, ...] = ()
     recovery: Recovery | None = None
-    dealing: Dealing | None = None
+    assignment: ShardAssignment | None = None
     held_s: float | None = None  # monotonic: since when it rests at `held`, or rested in vain
 
     @property
@@ -257,4 +275,96 @@ class Job:
         return self.plan is not None and self.plan.restore_generation <= generation <= self.generation
 
 
-VOLATILE = frozenset({"deadline_s", "window", "recovery", "dealing", "held_s"})
+VOLATILE = frozenset({"deadline_s", "window", "recovery", "assignment", "held_s"})
+
+
+_ALLOWED: dict[JobState, frozenset[JobState]] = {
+    JobState.QUEUED: frozenset({JobState.STARTING, JobState.STOPPED, JobState.FAILED}),
+    JobState.STARTING: frozenset({JobState.RUNNING, JobState.SUCCEEDED, JobState.FAILED, JobState.STOPPED}),
+    JobState.RUNNING: frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.STOPPED}),
+    JobState.SUCCEEDED: frozenset(),
+    JobState.FAILED: frozenset({JobState.QUEUED}),
+    JobState.STOPPED: frozenset({JobState.QUEUED}),
+}
+
+
+def enter_state(job: Job, state: JobState, reason: str) -> Job:
+    """The job in `state`. Raises InternalError for a transition that the state machine does not have."""
+    if state not in _ALLOWED[job.state]:
+        raise InternalError(f"job {job.job_id} cannot go from {job.state} to {state}")
+    return replace(job, state=state, reason=reason)
+
+
+def end_job(job: Job, state: JobState, reason: str, now: Instant, *, warning: bool = False) -> tuple[Job, Event]:
+    """The job ended as `state`, with all placements released and all waits cancelled."""
+    ended = replace(
+        enter_state(job, state, reason),
+        ended_s=now.unix_s,
+        trainers=(),
+        partitions=(),
+        standbys=(),
+        excluded=(),
+        stopping=False,
+        deadline_s=None,
+        recovery=None,
+        assignment=None,
+        saving=False,
+        held=-1,
+        held_s=None,
+        window=(),
+    )
+    event = Event(time_s=now.unix_s, reason=state.value.capitalize(), message=reason, warning=warning)
+    return ended, event
+
+
+def fail_job(job: Job, error: ErrorInfo, now: Instant, traceback: str = "") -> tuple[Job, Event]:
+    """The job ended FAILED for `error`."""
+    named = replace(job, error=error, traceback=traceback)
+    return end_job(named, JobState.FAILED, str(error), now, warning=True)
+
+
+def request_stop(job: Job, now: Instant) -> tuple[Job, Event | None]:
+    """The job asked to stop. Repeating it changes nothing. Raises StateError when it has ended otherwise."""
+    if job.state is JobState.STOPPED or job.stopping:
+        return job, None
+    if job.state.ended:
+        raise StateError(f"job {job.job_id} has ended as {job.state}", action="only a live job can be stopped")
+    event = Event(time_s=now.unix_s, reason="StopRequested", message="asked to stop at the next step boundary")
+    return replace(job, stopping=True), event
+
+
+def resume_job(job: Job, has_snapshot: bool, now: Instant) -> tuple[Job, Event | None]:
+    """The stopped or failed job queued again. Repeating it on a live job changes nothing.
+
+    Without a snapshot nothing binds it to the model and data it saw before. Raises StateError when it succeeded, or is
+    about to stop.
+    """
+    if job.state is JobState.SUCCEEDED or job.stopping:
+        what = "is stopping" if job.stopping else "has reached its last step"
+        raise StateError(f"job {job.job_id} {what}", action="only a stopped or failed job can be resumed")
+    if not job.state.ended:
+        return job, None
+    queued = replace(
+        enter_state(job, JobState.QUEUED, "waits for its turn"),
+        ended_s=0.0,
+        plan=None,
+        finished=None,
+        snapshot_warning=None,
+        error=None,
+        traceback="",
+        parameters_sha256="",
+        checks=(),
+        connections=(),
+    )
+    if not has_snapshot:
+        queued = replace(
+            queued,
+            layout_json=b"",
+            layout_sha256="",
+            data_fingerprint="",
+            numerics_mode="",
+            numerics_class="",
+            optimizer_class="",
+            numerics="",
+        )
+    return queued, Event(time_s=now.unix_s, reason="Resumed", message="queued again")

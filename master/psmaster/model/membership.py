@@ -1,8 +1,8 @@
-"""Membership: which nodes there are, in which life, and whether they are well. Pure; time is an argument.
+"""Membership: the nodes, their incarnations and their health. Pure; time is an argument.
 
-A node is *ready* when its stream is open and it spoke lately, *suspect* when it has missed beats or its stream broke,
-*dead* after `suspicion_s` of silence. A master that has just started counts the silence from its own start, so that
-nobody is evicted for what happened while it was away.
+A node is *ready* when its stream is open and a recent heartbeat arrived, *suspect* when it missed heartbeats or its
+stream broke, *dead* after `suspicion_s` without one. A master that has just started counts from its own start, so that
+no node is evicted for what happened while the master was away.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from pscluster.devices import AUTO, CPU, fitting
 from pscluster.errors import StateError
 from psmaster.model.job import Instant, Job
 from psmaster.model.plan import ProcessKind
 
-FORMER = 16  # lives of a node that are remembered: what may still be running somewhere
-FORGET_S = 3600.0  # a dead node that holds no placement is forgotten after this long
+FORMER = 16  # incarnations of a node that are remembered: they may still be running somewhere
+FORGET_S = 3600.0  # a dead node without placements is removed after this long
 
 
 class Role(StrEnum):
@@ -37,8 +38,8 @@ class Health(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Node:
-    """One node in one life. `seen_s` is monotonic, `last_beat_s` a Unix time. `leaving`: it said that it is about to
-    end. `former`: incarnations whose place it took, the latest last."""
+    """One node in one incarnation. `seen_s` is monotonic, `last_beat_s` a Unix time. `leaving`: it announced its end.
+    `former`: the incarnations that it replaced, the latest last."""
 
     node_id: str
     role: Role
@@ -52,7 +53,7 @@ class Node:
     hostname: str = ""
     metrics_address: str = ""
     depot_address: str = ""
-    attended: bool = False
+    connected: bool = False
     leaving: bool = False
     seen_s: float = 0.0
     last_beat_s: float = 0.0
@@ -66,20 +67,20 @@ def health(node: Node, now_s: float, suspicion_s: float) -> Health:
     silence = now_s - node.seen_s
     if silence > suspicion_s:
         return Health.DEAD
-    if not node.attended or silence > suspicion_s / 2:
+    if not node.connected or silence > suspicion_s / 2:
         return Health.SUSPECT
     return Health.READY
 
 
 def register(nodes: Nodes, node: Node, now: Instant, suspicion_s: float) -> Nodes:
-    """With `node` in its announced life. Repeating it keeps the stream. The newer of two lives, the one that was heard
-    of later, takes the place of the older. (Clocks of two machines, or of one that was set, do not tell.)
+    """With `node` in its announced incarnation. Repeating it keeps the stream. The incarnation that registers later
+    replaces the other: clocks are not compared.
 
-    Raises StateError for a life that was displaced by one that still lives: it is a leftover.
+    Raises StateError for an incarnation that was replaced by one that is still alive.
     """
     held = nodes.get(node.node_id)
     if held and held.incarnation == node.incarnation:
-        fresh = replace(node, attended=held.attended, former=held.former, seen_s=now.mono_s, last_beat_s=now.unix_s)
+        fresh = replace(node, connected=held.connected, former=held.former, seen_s=now.mono_s, last_beat_s=now.unix_s)
         return {**nodes, node.node_id: fresh}
     alive = held is not None and health(held, now.mono_s, suspicion_s) is not Health.DEAD
     if held and alive and node.incarnation in held.former:
@@ -88,18 +89,18 @@ def register(nodes: Nodes, node: Node, now: Instant, suspicion_s: float) -> Node
             action="stop the older daemon, or give one of them another --node-id",
         )
     former = (*held.former, held.incarnation)[-FORMER:] if held else ()
-    new = replace(node, attended=False, former=former, seen_s=now.mono_s, last_beat_s=now.unix_s)
+    new = replace(node, connected=False, former=former, seen_s=now.mono_s, last_beat_s=now.unix_s)
     return {**nodes, node.node_id: new}
 
 
-def attend(nodes: Nodes, node_id: str, incarnation: str, now: Instant) -> Nodes:
-    """With the node's stream open. Raises StateError for a life that is not the registered one."""
+def open_stream(nodes: Nodes, node_id: str, incarnation: str, now: Instant) -> Nodes:
+    """With the node's stream open. Raises StateError for an incarnation that is not the registered one."""
     held = _current(nodes, node_id, incarnation)
-    return {**nodes, node_id: replace(held, attended=True, seen_s=now.mono_s, last_beat_s=now.unix_s)}
+    return {**nodes, node_id: replace(held, connected=True, seen_s=now.mono_s, last_beat_s=now.unix_s)}
 
 
 def beat(nodes: Nodes, node_id: str, incarnation: str, now: Instant) -> Nodes:
-    """With the node heard of now. A beat of another life changes nothing."""
+    """With the node's heartbeat at `now`. One of another incarnation changes nothing."""
     held = nodes.get(node_id)
     if held is None or held.incarnation != incarnation:
         return nodes
@@ -111,11 +112,11 @@ def detach(nodes: Nodes, node_id: str, incarnation: str) -> Nodes:
     held = nodes.get(node_id)
     if held is None or held.incarnation != incarnation:
         return nodes
-    return {**nodes, node_id: replace(held, attended=False)}
+    return {**nodes, node_id: replace(held, connected=False)}
 
 
 def leave(nodes: Nodes, node_id: str, incarnation: str) -> Nodes:
-    """Without a node that said goodbye in its present life: it is missed by nobody. Safe to repeat."""
+    """Without a node that ended in its present incarnation. Safe to repeat."""
     held = nodes.get(node_id)
     if held is None or held.incarnation != incarnation:
         return nodes
@@ -123,7 +124,7 @@ def leave(nodes: Nodes, node_id: str, incarnation: str) -> Nodes:
 
 
 def announce_leave(nodes: Nodes, node_id: str, incarnation: str) -> Nodes:
-    """With a node that is about to end: what it runs should go on elsewhere. Safe to repeat."""
+    """With a node that is about to end, so that its processes move elsewhere. Safe to repeat."""
     held = nodes.get(node_id)
     if held is None or held.incarnation != incarnation:
         return nodes
@@ -131,19 +132,18 @@ def announce_leave(nodes: Nodes, node_id: str, incarnation: str) -> Nodes:
 
 
 def forget(nodes: Nodes, now: Instant) -> Nodes:
-    """Without the nodes that have been silent for an hour: what is remembered stays bounded."""
+    """Without the nodes that have been silent for an hour, so that their number stays bounded."""
     kept = {node_id: node for node_id, node in nodes.items() if now.mono_s - node.seen_s <= FORGET_S}
     return nodes if len(kept) == len(nodes) else kept
 
 
-def excuse(nodes: Nodes, seconds: float) -> Nodes:
-    """With so much silence of every node forgiven."""
+def shift_last_seen(nodes: Nodes, seconds: float) -> Nodes:
+    """With the time of every node's last heartbeat moved forward by `seconds`."""
     return {node_id: replace(node, seen_s=node.seen_s + seconds) for node_id, node in nodes.items()}
 
 
 def presumed(jobs: Mapping[str, Job], now: Instant) -> Nodes:
-    """The nodes that a restarted master believes in because its jobs have placements there: unheard of, but not yet
-    dead."""
+    """The nodes that a restarted master assumes because its jobs have placements there: not connected, not yet dead."""
     nodes: dict[str, Node] = {}
     for job in jobs.values():
         for placement in job.placements:
@@ -162,3 +162,39 @@ def _current(nodes: Nodes, node_id: str, incarnation: str) -> Node:
     if held is None or held.incarnation != incarnation:
         raise StateError(f"node {node_id} is not registered in this incarnation", action="register first")
     return held
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeView:
+    """A node as scheduling sees it. `available`: its slots that no other job holds; `held`: those of its CUDA `devices`
+    that other jobs hold; `undecided`: how many trainers of other jobs start there and may take any of the rest.
+
+    `alive`: its processes count as living. `ready`: it may be given new ones. `draining`: those it has are to go.
+    """
+
+    node_id: str
+    role: Role
+    incarnation: str
+    alive: bool
+    ready: bool
+    slots: int
+    available: int
+    draining: bool = False
+    devices: tuple[str, ...] = ()
+    held: frozenset[str] = frozenset()
+    undecided: int = 0
+
+    def free_slots(self, device: str, *, of_all: bool = False) -> int:
+        """How many processes of one job fit, each on a device of its own where `device` is a CUDA device. `of_all`: if
+        no other job held anything."""
+        slots = max(0, self.slots if of_all else self.available)
+        if device in (AUTO, CPU):
+            return slots
+        fit = fitting(device, self.devices)
+        free = len(fit) if of_all else sum(1 for name in fit if name not in self.held) - self.undecided
+        return min(slots, max(0, free))
+
+
+def is_draining(views: Mapping[str, NodeView], node_id: str) -> bool:
+    """Whether what runs on a node is to move away."""
+    return node_id in views and views[node_id].draining

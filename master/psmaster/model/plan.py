@@ -1,12 +1,10 @@
-"""Placements and plans: who runs what of a job, and what each process is told about it."""
+"""Placements, snapshot parts and plans: who runs what of a job, and what the plan of a generation contains."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-
-from psmaster.model.snapshot_catalog import RestorePoint
 
 
 class ProcessKind(StrEnum):
@@ -20,18 +18,17 @@ class ProcessKind(StrEnum):
 class Placement:
     """A place in a job for one trainer or partition. Its process may be replaced; kind and rank stay.
 
-    `node_id` is empty while no node has room. `incarnation` is the life of the node that was asked to run it: in
-    another life of that node the process is gone. `attempt` counts the processes of this placement from 1; 0 before the
-    first. `active`: it is ready. `suspect`: it lives and does not get on; shards go to others, if there are any, until
-    it is heard again. `shards` are (first, count) runs, trainers only; `addresses` are
-    where a partition listens; `device` is where a trainer computes, once it is active. `losses`: processes lost here
-    since the job last reached a new step.
+    `node_id` is empty while no node has room. `incarnation` is the node's when it was assigned: in another one the
+    process is gone. `attempt` counts the processes of this placement from 1; 0 before the first. `active`: it is
+    ready. `suspect`: it is alive but makes no progress; shards go to others, if there are any, until it recovers.
+    `shards` are (first, count) runs, trainers only; `addresses` are where a partition listens; `device` is where a
+    trainer computes, once it is active. `losses`: processes lost here since the job last reached a new step.
 
     `failed_on`: the nodes where processes of it were lost before they became ready, oldest first, since one last was.
-    `not_before_s`: when the next one may start, on the master's monotonic clock; 0: at once. See `retry`.
+    `not_before_s`: when the next one may start, on the master's monotonic clock; 0: at once. See `recovery`.
 
     `standby`: for the partition of this rank rather than being it. `synced`: what the partition voted on is held here,
-    so that going on with this process loses nothing; so it is of every partition that the newest plan names.
+    so that a takeover by this process loses nothing; true of every partition in the newest plan.
     """
 
     kind: ProcessKind
@@ -57,7 +54,7 @@ class Placement:
 
     @property
     def title(self) -> str:
-        """What people call who sits here."""
+        """The name for messages."""
         return f"the standby of {self.name}" if self.standby else self.name
 
     @property
@@ -74,8 +71,30 @@ class Placement:
         return f"{job_id}/{self.name}/{self.attempt}"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """One partition's file of one snapshot. `checksum` is over the whole file. `nodes`: who holds it, each for itself;
+    none: it lies in the job's store, which all share."""
+
+    step: int
+    partition: int
+    generation: int
+    path: str
+    size_bytes: int
+    checksum: str
+    nodes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RestorePoint:
+    """A complete snapshot, its parts ordered by partition."""
+
+    step: int
+    parts: tuple[Part, ...]
+
+
 def counted_on(trainers: Iterable[Placement]) -> tuple[Placement, ...]:
-    """The trainers that shards are dealt to: the active ones, those under suspicion only when there are no others."""
+    """The trainers that get shards: the active ones, suspect ones only when there are no others."""
     active = [placement for placement in trainers if placement.active]
     return tuple(placement for placement in active if not placement.suspect) or tuple(active)
 

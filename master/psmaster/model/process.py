@@ -1,22 +1,69 @@
-"""What the master knows of processes: facts that agents reported, kept in memory only.
-
-A restarted master learns them again from the agents' first messages. Losses are judged here, purely.
-"""
+"""What agents reported about processes, kept in memory only: a restarted master gets it again from the agents. Pure."""
 
 from __future__ import annotations
 
-import signal as signals
+import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-from pscluster.errors import OutOfMemoryError, ProcessLostError
 from psmaster.model.job import ErrorInfo, Job, PreflightCheck
 from psmaster.model.plan import Placement, ProcessKind
-from psmaster.model.speed import UNKNOWN, MeasuredSpeed
 
-if TYPE_CHECKING:
-    from psmaster.scheduling.draft import View
+SMOOTHING = 0.1  # weight of a new measurement once there are a few
+APART = 0.2  # a measurement that differs by more than this may be a change rather than noise ...
+NUM_APART = 3  # ... and is, when so many in a row differ to the same side
+FORGET_S = 10.0  # after so long without a measurement the next one begins afresh
+FORGET_MICROBATCHES = 5  # but not before so many microbatches could have been computed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasuredSpeed:
+    """`microbatch_s`: seconds that one microbatch takes, waiting left out; 0 before the first measurement.
+
+    `microbatches`: how many the trainer had measured by then. `measurements`: of which this is made, since it began
+    afresh. `apart`: the newest ones, while they differ to one side. `measured_at_s`: monotonic time of the last."""
+
+    microbatch_s: float = 0.0
+    microbatches: int = 0
+    measurements: int = 0
+    apart: tuple[float, ...] = ()
+    measured_at_s: float = -math.inf
+
+    @property
+    def is_known(self) -> bool:
+        return self.measurements > 0
+
+
+UNKNOWN_SPEED = MeasuredSpeed()
+
+
+def with_measurement(speed: MeasuredSpeed, microbatch_s: float, microbatches: int, now_s: float) -> MeasuredSpeed:
+    """The speed after a measurement. An invalid one (no positive number) and a repeated one change nothing.
+
+    A count of `microbatches` that does not rise marks a repeated one."""
+    if not (math.isfinite(microbatch_s) and microbatch_s > 0) or microbatches <= speed.microbatches:
+        return speed
+    fresh = replace(speed, microbatches=microbatches, measured_at_s=now_s)
+    silence_s = now_s - speed.measured_at_s
+    if not speed.is_known or silence_s > max(FORGET_S, FORGET_MICROBATCHES * speed.microbatch_s):
+        return replace(fresh, microbatch_s=microbatch_s, measurements=1, apart=())
+    apart = _apart(speed, microbatch_s)
+    if len(apart) >= NUM_APART:
+        return replace(fresh, microbatch_s=statistics.median(apart), measurements=len(apart), apart=())
+    weight = max(SMOOTHING, 1 / (speed.measurements + 1))
+    smooth_s = speed.microbatch_s + weight * (microbatch_s - speed.microbatch_s)
+    return replace(fresh, microbatch_s=smooth_s, measurements=speed.measurements + 1, apart=apart)
+
+
+def _apart(speed: MeasuredSpeed, microbatch_s: float) -> tuple[float, ...]:
+    """The measurements in a row, this one the last, that are far from the mean, all on one side of it."""
+    ratio = microbatch_s / speed.microbatch_s
+    if 1 / (1 + APART) <= ratio <= 1 + APART:
+        return ()
+    is_slower = ratio > 1
+    same_side = tuple(s for s in speed.apart if (s > speed.microbatch_s) == is_slower)
+    return (*(same_side if len(same_side) == len(speed.apart) else ()), microbatch_s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,13 +75,12 @@ class TrainerFacts:
     data_fingerprint: str
     numerics_class: str
     numerics_detail: str = ""
-    num_samples: int = 0
     checks: tuple[PreflightCheck, ...] = ()
     device: str = "cpu"
     final_step: int = 0
 
-    def seated(self, placement: Placement) -> Placement:
-        """Its placement, counted on from now on."""
+    def activate(self, placement: Placement) -> Placement:
+        """`placement` as active, with what this process reported."""
         return replace(placement, active=True, failed_on=(), device=self.device)
 
 
@@ -46,8 +92,8 @@ class PartitionFacts:
     numerics_class: str
     numerics_detail: str = ""
 
-    def seated(self, placement: Placement) -> Placement:
-        """Its placement, counted on from now on."""
+    def activate(self, placement: Placement) -> Placement:
+        """`placement` as active, with what this process reported."""
         return replace(placement, active=True, failed_on=(), addresses=self.addresses)
 
 
@@ -59,12 +105,12 @@ class Exit:
     signal: int = 0
     out_of_memory: bool = False
     error: ErrorInfo | None = None
-    expected: bool = False  # its agent ended it, for instance because it was itself told to end
+    expected: bool = False  # its agent ended it, for instance because the agent itself was asked to end
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
-    """Why a process said it cannot go on."""
+    """Why a process cannot continue, as it reported."""
 
     error: ErrorInfo
     traceback: str = ""
@@ -79,7 +125,7 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unreached:
-    """The partitions that a process cannot connect to where the plan of `generation` says that they are; told first at
+    """The partitions that a process cannot connect to at the addresses in the plan of `generation`; first reported at
     `since_s` on the monotonic clock."""
 
     generation: int = 0
@@ -104,7 +150,7 @@ class Process:
     suspicion: str = ""
     suspect_since_s: float = 0.0
     unreached: Unreached = REACHES_ALL
-    pace: MeasuredSpeed = UNKNOWN  # of a trainer
+    speed: MeasuredSpeed = UNKNOWN_SPEED  # of a trainer
 
     @property
     def living(self) -> bool:
@@ -112,17 +158,6 @@ class Process:
 
 
 Processes = Mapping[str, Process]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Loss:
-    """A placement's process is gone. `counted`: it speaks against the job and is bounded; the loss of a node does
-    not."""
-
-    cause: str  # "exit", "signal", "memory", "failure", "silence", "node", "reach"
-    message: str
-    problem: ErrorInfo
-    counted: bool
 
 
 def failure_of(placement: Placement, job: Job, processes: Processes) -> Failure | None:
@@ -136,91 +171,6 @@ def failure_of(placement: Placement, job: Job, processes: Processes) -> Failure 
         failure = Failure(error=process.exit.error)
         return failure if failure.terminal else None
     return None
-
-
-def loss_of(placement: Placement, job: Job, view: View) -> Loss | None:
-    """How the process in `placement` was lost; None while nothing says that it was."""
-    if not placement.placed:
-        return None
-    process = view.processes.get(placement.process_id(job.job_id))
-    if process is not None and process.failure is not None:
-        return _lost(placement, "failure", f"reported {process.failure.error}", process.failure.error)
-    if process is not None and process.exit is not None:
-        return _ended(placement, process.exit, job)
-    if process is not None and process.suspicion and (silence := _silence(placement, process, job, view)):
-        return silence
-    node = view.nodes.get(placement.node_id)
-    if node is None:
-        return _gone(placement, f"is lost: node {placement.node_id} has left")
-    if not node.alive:
-        return _gone(placement, f"is lost: node {placement.node_id} is silent")
-    if node.incarnation != placement.incarnation:
-        return _gone(placement, f"is lost: the daemon of {placement.node_id} was restarted")
-    return None
-
-
-def out_of_reach(placement: Placement, told: str) -> Loss:
-    """The loss of a partition that lives where others cannot reach it; `told`: who cannot."""
-    message = f"{placement.title} on {placement.node_id} is out of reach: {told}"
-    return Loss(cause="reach", message=message, problem=_unexplained(message), counted=False)
-
-
-def _silence(placement: Placement, process: Process, job: Job, view: View) -> Loss | None:
-    """A partition that no longer beats holds up everybody and is replaced at once. Of a trainer others do the work
-    meanwhile: it has time to come back. When all of them are at one microbatch for long, something that they share may
-    be slow, and ending them would not help."""
-    if placement.kind is ProcessKind.TRAINER:
-        is_stalled = process.suspicion == "stalled"
-        is_first = is_stalled and not process.pace.is_known
-        grace_s = view.limits.first_grace_s if is_first else view.limits.trainer_grace_s
-        if view.now.mono_s - process.suspect_since_s < grace_s:
-            return None
-        others = any(own.active and not own.suspect for own in job.trainers)
-        if is_stalled and not others:
-            return None
-    return _lost(placement, "silence", "lives, but no longer beats or gets on", None)
-
-
-def _ended(placement: Placement, exit_: Exit, job: Job) -> Loss | None:
-    if exit_.expected:
-        return _gone(placement, f"is lost: the agent on {placement.node_id} ended it")
-    if exit_.out_of_memory:
-        problem = exit_.error or ErrorInfo(
-            code=OutOfMemoryError.code,
-            cause=f"{placement.name} on {placement.node_id} ran out of memory",
-            action=OutOfMemoryError.default_action,
-        )
-        return _lost(placement, "memory", "ran out of memory", problem)
-    if exit_.signal:
-        return _lost(
-            placement, "signal", f"was ended by signal {exit_.signal} ({_signal_name(exit_.signal)})", exit_.error
-        )
-    if job.finished is not None and exit_.exit_code == 0:
-        return None  # it has done its work
-    if exit_.error is not None and exit_.error.code != ProcessLostError.code:  # its agent's error, not its end
-        return _lost(placement, "exit", f"could not be started: {exit_.error}", exit_.error)
-    return _lost(placement, "exit", f"ended with exit code {exit_.exit_code}", exit_.error)
-
-
-def _lost(placement: Placement, cause: str, what: str, problem: ErrorInfo | None) -> Loss:
-    message = f"{placement.title} on {placement.node_id} {what}"
-    return Loss(cause=cause, message=message, problem=problem or _unexplained(message), counted=True)
-
-
-def _gone(placement: Placement, what: str) -> Loss:
-    message = f"{placement.title} {what}"
-    return Loss(cause="node", message=message, problem=_unexplained(message), counted=False)
-
-
-def _unexplained(message: str) -> ErrorInfo:
-    return ErrorInfo(code=ProcessLostError.code, cause=message, action="see `psctl logs` for its last words")
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signals.Signals(number).name
-    except ValueError:
-        return "unknown"
 
 
 def ready_facts(placement: Placement, job: Job, processes: Processes) -> TrainerFacts | PartitionFacts | None:

@@ -9,10 +9,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-from psmaster.model import snapshot_catalog, transitions
-from psmaster.model.job import Best, DataConnection, Event, Finished, Instant, Job, JobState, JobWarning, Point
-from psmaster.model.plan import Placement
-from psmaster.model.snapshot_catalog import Catalogue, Part
+from psmaster.model import snapshot_catalog
+from psmaster.model.job import (
+    Best,
+    DataConnection,
+    Event,
+    Finished,
+    Instant,
+    Job,
+    JobState,
+    JobWarning,
+    Point,
+    enter_state,
+)
+from psmaster.model.plan import Part, Placement
+from psmaster.model.snapshot_catalog import Catalogue
 
 RATE_WINDOW_S = 10.0
 MAX_POINTS = 512
@@ -56,7 +67,7 @@ class Evaluated:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StandbyState:
-    """A partition's word on its standby, the process `attempt`: it can be relied on, or it does not answer."""
+    """A partition's report on its standby, the process `attempt`: it is in sync, or it does not answer."""
 
     generation: int
     attempt: int
@@ -85,7 +96,7 @@ def progress(job: Job, report: Progress, now: Instant) -> Applied:
     step = max([job.step, report.step, *(record.step for record in records)])
     events: list[Event] = []
     if job.state is JobState.STARTING and step > job.step:
-        job = transitions.move(job, JobState.RUNNING, "trains")
+        job = enter_state(job, JobState.RUNNING, "trains")
         events.append(Event(time_s=now.unix_s, reason="Running", message=f"committed step {step}"))
     if records:
         last = records[-1]
@@ -175,8 +186,8 @@ def connected(job: Job, report: Connected, trainer: int) -> Applied:
 
 
 def standby_state(job: Job, report: StandbyState, rank: int, now: Instant) -> Applied:
-    """What partition `rank` says of its standby. Of one that it no longer has, or from before a restore, it changes
-    nothing. One that does not answer is given up: the partition's steps wait for a plan that says so."""
+    """Partition `rank` reports on its standby. A report on a former standby, or from before a restore, changes nothing.
+    A standby that does not answer is given up, since the partition's steps wait for a plan without it."""
     held = job.standby(rank)
     if job.state.ended or held is None or held.attempt != report.attempt or not job.counts(report.generation):
         return Applied(job=job)
@@ -196,7 +207,7 @@ def standby_state(job: Job, report: StandbyState, rank: int, now: Instant) -> Ap
 
 
 def finished(job: Job, report: Finished, now: Instant) -> Applied:
-    """The coordinator's word that training has ended. A repeat changes nothing."""
+    """The coordinator reports that training has ended. A repeat changes nothing."""
     if job.state not in (JobState.STARTING, JobState.RUNNING) or not job.counts(report.generation):
         return Applied(job=job)
     if job.finished is not None:
@@ -220,20 +231,20 @@ def snapshot_part(job: Job, snapshots: Catalogue, part: Part, now: Instant) -> t
     return Applied(job=job, events=(event,)), kept
 
 
-def trouble(job: Job, report: JobWarning, source: str, now: Instant) -> Applied:
-    """Something went wrong that training survives: told, and remembered if it is a part that could not be written: the
+def warning(job: Job, report: JobWarning, source: str, now: Instant) -> Applied:
+    """An error that training survives becomes an event, and is kept if it is a part that could not be written: the
     last step may be one with such a part. What a rollback has made void since then is written anew.
 
     A best step whose snapshot is not written is not waited for: a later one may be the best of those there are."""
-    if job.state.ended or job.trouble == report:
+    if job.state.ended or job.snapshot_warning == report:
         return Applied(job=job)
     counts = report.is_unwritten and job.counts(report.generation)
     if counts and job.next_best is not None and report.step == job.next_best.step:
         job = replace(job, next_best=None)
-    message = f"{source}, step {report.step}: {report.problem}"
+    message = f"{source}, step {report.step}: {report.error}"
     event = Event(time_s=now.unix_s, reason="Warning", message=message, warning=True)
-    if counts and (job.trouble is None or report.step >= job.trouble.step):
-        job = replace(job, trouble=report)
+    if counts and (job.snapshot_warning is None or report.step >= job.snapshot_warning.step):
+        job = replace(job, snapshot_warning=report)
     return Applied(job=job, events=(event,))
 
 

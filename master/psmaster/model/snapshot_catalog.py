@@ -1,7 +1,7 @@
 """Which snapshots of a job exist. Pure: a catalogue is a value, every change gives a new one.
 
 A snapshot exists only when every partition's part of that step has been reported. Parts of an older generation than the
-job's newest restore are refused by whoever calls `add` (see `jobs.Job.counts`); a restore drops the half-reported rest.
+job's newest restore are refused by the caller of `add` (see `jobs.Job.counts`); a restore drops the half-reported rest.
 """
 
 from __future__ import annotations
@@ -10,29 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from psmaster.model.plan import Part, RestorePoint
+
 NEWEST_KEPT = 2  # complete snapshots kept beside the best
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """One partition's file of one snapshot. `checksum` is over the whole file. `nodes`: who holds it, each for itself;
-    none: it lies in the job's store, which all share."""
-
-    step: int
-    partition: int
-    generation: int
-    path: str
-    size_bytes: int
-    checksum: str
-    nodes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RestorePoint:
-    """A complete snapshot, its parts ordered by partition."""
-
-    step: int
-    parts: tuple[Part, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,25 +1,65 @@
-"""All that the master knows, as one value, and how it is looked at. Pure."""
+"""The whole state of the master as one value, and views of it. Pure."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from pscluster.devices import AUTO, CPU, CUDA
 from pscluster.errors import NotFoundError
 from psmaster.model import membership
-from psmaster.model.deletions import Deletions
 from psmaster.model.job import Event, Instant, Job, JobState
-from psmaster.model.membership import Health, Node, Nodes, Role
+from psmaster.model.membership import Health, Node, Nodes, NodeView, Role
 from psmaster.model.plan import ProcessKind
 from psmaster.model.process import Processes
 from psmaster.model.reports import MetricLine
 from psmaster.model.snapshot_catalog import Catalogue
-from psmaster.scheduling.admission import NodeView
 
 MAX_NAMESAKES = 8
-"""So many jobs of one name are told apart in an error; who has more looks at `psctl list`."""
+"""How many jobs of one name an error lists."""
+NODE_WAIT_S = 30 * 24 * 3600.0  # how long an absent node may keep parts of a deleted job
+STORE_WAIT_S = 365 * 24 * 3600.0  # the same for a store
+MAX_DELETED_SENT = 1000  # in an assignment, which must stay small
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deletion:
+    """One deleted job. `store`: where its snapshots were. `deleted_s`: Unix time. `removed`: nothing is left there."""
+
+    job_id: str
+    store: str
+    deleted_s: float
+    removed: bool = False
+
+
+Deletions = Mapping[str, Deletion]
+"""By job, the newest last."""
+
+
+def prune_deletions(deletions: Deletions, now_s: float) -> Deletions:
+    """Drop the deletions that are complete or past their wait."""
+    if not any(_is_over(one, now_s) for one in deletions.values()):
+        return deletions
+    return {job_id: one for job_id, one in deletions.items() if not _is_over(one, now_s)}
+
+
+def _is_over(one: Deletion, now_s: float) -> bool:
+    return now_s - one.deleted_s > (NODE_WAIT_S if one.removed else STORE_WAIT_S)
+
+
+def newest_deleted(deletions: Deletions) -> tuple[str, ...]:
+    """The job ids that assignments name, the newest first."""
+    return tuple(islice(reversed(list(deletions)), MAX_DELETED_SENT))
+
+
+def deletion_changes(before: Deletions, after: Deletions) -> tuple[tuple[Deletion, ...], tuple[str, ...]]:
+    """The records to write and the job ids to forget, to get from `before` to `after`."""
+    if before is after:
+        return (), ()
+    put = tuple(one for job_id, one in after.items() if before.get(job_id) != one)
+    return put, tuple(job_id for job_id in before if job_id not in after)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +79,8 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class Changes:
-    """What a turn made: the next state, and what must reach the disk before it counts. `cuts`: by job, the step after
-    which its metrics are void."""
+    """The outcome of a transaction: the next state, and what must be durable before it takes effect. `cuts`: by job,
+    the step after which its metrics are void."""
 
     state: State
     events: tuple[tuple[str, Event], ...]
@@ -97,29 +137,29 @@ def _view(node: Node, now: Instant, suspicion_s: float, taken: Sequence[str], dr
 
 
 def queue_key(job: Job) -> tuple[int, float, str]:
-    """Sorts jobs by whose turn it is: priority, then age."""
+    """The order of the queue: priority, then age."""
     return -job.spec.priority, job.created_s, job.job_id
 
 
 def queue(all_jobs: Mapping[str, Job]) -> list[Job]:
-    """The queued jobs, first the one whose turn it is."""
+    """The queued jobs in order."""
     return sorted((job for job in all_jobs.values() if job.state is JobState.QUEUED), key=queue_key)
 
 
 def find(all_jobs: Mapping[str, Job], name: str, now: Instant) -> Job:
-    """The job of that id, or of a name that only one job has. Raises NotFoundError, which tells those of that name
-    apart."""
+    """The job of that id, or of a name that only one job has. Raises NotFoundError; for an ambiguous name it
+    lists the candidates."""
     if name in all_jobs:
         return all_jobs[name]
     named = [job for job in all_jobs.values() if job.name == name]
     if len(named) == 1:
         return named[0]
     if named:
-        raise NotFoundError(f"{len(named)} jobs are called {name!r}", action=_told_apart(named, now))
+        raise NotFoundError(f"{len(named)} jobs are called {name!r}", action=_list_namesakes(named, now))
     raise NotFoundError(f"there is no job {name!r}")
 
 
-def _told_apart(named: Sequence[Job], now: Instant) -> str:
+def _list_namesakes(named: Sequence[Job], now: Instant) -> str:
     newest_first = sorted(named, key=lambda job: (-job.created_s, job.job_id))
     shown = [
         f"{job.job_id} ({job.state.name}, submitted {_age(now.unix_s - job.created_s)} ago)"
@@ -130,7 +170,7 @@ def _told_apart(named: Sequence[Job], now: Instant) -> str:
 
 
 def _age(seconds: float) -> str:
-    """In its largest unit alone: enough to tell two jobs apart."""
+    """An age in its largest unit."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
         if seconds >= size:
             return f"{seconds // size:.0f}{unit}"

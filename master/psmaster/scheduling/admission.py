@@ -1,44 +1,13 @@
-"""Admission and seating: pure functions with their reasons."""
+"""Admission and the choice of nodes: pure functions with their reasons."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pscluster.devices import AUTO, CPU, CUDA, fitting
+from pscluster.devices import AUTO, CPU, CUDA
 from pscluster.job.spec import JobSpec
-from psmaster.model.membership import Role
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NodeView:
-    """A node as planning sees it. `available`: its slots that no other job holds; `held`: those of its CUDA `devices`
-    that other jobs hold; `undecided`: how many trainers of other jobs start there and may take any of the rest.
-
-    `alive`: its processes count as living. `ready`: it may be given new ones. `draining`: those it has are to go.
-    """
-
-    node_id: str
-    role: Role
-    incarnation: str
-    alive: bool
-    ready: bool
-    slots: int
-    available: int
-    draining: bool = False
-    devices: tuple[str, ...] = ()
-    held: frozenset[str] = frozenset()
-    undecided: int = 0
-
-    def room(self, device: str, *, of_all: bool = False) -> int:
-        """How many processes of one job fit, each on a device of its own where `device` is a CUDA device. `of_all`: if
-        no other job held anything."""
-        slots = max(0, self.slots if of_all else self.available)
-        if device in (AUTO, CPU):
-            return slots
-        fit = fitting(device, self.devices)
-        free = len(fit) if of_all else sum(1 for name in fit if name not in self.held) - self.undecided
-        return min(slots, max(0, free))
+from psmaster.model.membership import NodeView, Role
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,10 +37,7 @@ def admit(spec: JobSpec, nodes: Mapping[str, NodeView]) -> Admission:
         never = _shortages(spec, *of_all)
         return Admission(reason=_waits(missing, never), possible=not never)
     num_trainers = min(max_trainers(spec), sum(trainers.values()))
-    return Admission(
-        trainers=_spread(trainers, num_trainers),
-        partitions=_spread(partitions, spec.servers.partitions),
-    )
+    return Admission(trainers=_spread(trainers, num_trainers), partitions=_spread(partitions, spec.servers.partitions))
 
 
 def max_trainers(spec: JobSpec) -> int:
@@ -93,7 +59,7 @@ def choose_node(
 
     `taken` counts the slots that the job itself holds on each node."""
     free = {
-        node.node_id: node.room(device) - taken.get(node.node_id, 0)
+        node.node_id: node.free_slots(device) - taken.get(node.node_id, 0)
         for node in nodes.values()
         if node.role is role and node.ready and node.node_id not in excluded
     }
@@ -112,7 +78,7 @@ def with_device(device: str) -> str:
 
 def _rooms(nodes: Mapping[str, NodeView], role: Role, device: str, of_all: bool = False) -> dict[str, int]:
     return {
-        node.node_id: node.room(device, of_all=of_all)
+        node.node_id: node.free_slots(device, of_all=of_all)
         for node in sorted(nodes.values(), key=lambda node: _natural(node.node_id))
         if node.role is role and node.ready
     }
@@ -146,7 +112,7 @@ def _waits(missing: Sequence[str], never: Sequence[str]) -> str:
 
 
 def _spread(slots: Mapping[str, int], count: int) -> tuple[str, ...]:
-    """`count` places dealt one to each node in turn."""
+    """`count` places, one on each node in turn."""
     left = dict(slots)
     places: list[str] = []
     while len(places) < count:

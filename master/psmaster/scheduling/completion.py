@@ -13,7 +13,7 @@ from psmaster.scheduling.draft import Draft, View
 def fail_on_reports(draft: Draft, view: View) -> None:
     """FAILED when a process reported what another attempt would meet again.
 
-    Before the first plan the others are heard first, for one table of what is wrong where."""
+    Before the first plan it waits for the reports of the others, for one table of all failures."""
     failures = [
         (placement, failure)
         for placement in draft.job.working
@@ -25,11 +25,11 @@ def fail_on_reports(draft: Draft, view: View) -> None:
         undecided = [
             placement for placement in draft.job.working if placement.placed and _undecided(placement, draft, view)
         ]
-        if undecided and not draft.wait(view.limits.gather_s):
+        if undecided and not draft.has_waited(view.limits.gather_s):
             return
         draft.update(checks=_checks(draft, view))
     placement, first = failures[0]
-    draft.fail(_told_with_place(placement, first, [other for other, _ in failures]), first.traceback)
+    draft.fail(_with_place(placement, first, [other for other, _ in failures]), first.traceback)
 
 
 def _leave_out(draft: Draft, placement: Placement, failure: Failure) -> bool:
@@ -39,7 +39,7 @@ def _leave_out(draft: Draft, placement: Placement, failure: Failure) -> bool:
     if job.plan is None or placement.kind is not ProcessKind.TRAINER or placement.active or not others:
         return False
     draft.exclude(placement.node_id, placement.incarnation, str(failure.error))
-    draft.unseat(placement)
+    draft.vacate(placement)
     return True
 
 
@@ -52,12 +52,12 @@ def _checks(draft: Draft, view: View) -> tuple[PreflightCheck, ...]:
     found: list[PreflightCheck] = []
     for placement in draft.job.trainers:
         process = view.processes.get(placement.process_id(draft.job.job_id))
-        told = (process.trainer or process.failure) if process else None
-        found.extend(replace(check, node_id=placement.node_id) for check in (told.checks if told else ()))
+        facts = (process.trainer or process.failure) if process else None
+        found.extend(replace(check, node_id=placement.node_id) for check in (facts.checks if facts else ()))
     return tuple(found)
 
 
-def _told_with_place(placement: Placement, failure: Failure, placements: list[Placement]) -> ErrorInfo:
+def _with_place(placement: Placement, failure: Failure, placements: list[Placement]) -> ErrorInfo:
     where = ", ".join(f"{other.name} on {other.node_id}" for other in placements)
     step = f", step {failure.step}" if failure.step else ""
     details = {**dict(failure.error.details), "process": placement.name, "node": placement.node_id}
@@ -69,30 +69,32 @@ def _told_with_place(placement: Placement, failure: Failure, placements: list[Pl
 def end_if_finished(draft: Draft, view: View) -> None:
     """SUCCEEDED or STOPPED once the coordinator has finished and the last snapshot is complete.
 
-    However long that takes: each partition says when its part is written, or that it cannot be, and then the job has
-    FAILED. Whoever asked to stop is not kept waiting for ever: without that snapshot steps are lost, and no more."""
+    It waits without limit: each partition reports that its part is written, or that it cannot be, which fails the job.
+    After a request to stop the wait is limited: without that snapshot only steps are lost."""
     finished = draft.job.finished
     if finished is None:
         return
     complete = finished.step == 0 or draft.snapshots.complete(finished.step)
     away = any(not placement.active for placement in draft.job.partitions)
-    problem = _unwritten(draft.job, finished.step)
+    error = _unwritten(draft.job, finished.step)
     if complete:
         draft.update(parameters_sha256=finished.parameters_sha256)
     if finished.stopped or (draft.job.stopping and not complete):
-        if complete or away or problem or draft.wait(view.limits.finish_grace_s):
+        if complete or away or error or draft.has_waited(view.limits.finish_grace_s):
             step = finished.step if complete else _newest(draft)
             draft.end(JobState.STOPPED, f"stopped at step {finished.step} on request; it resumes from step {step}")
     elif complete:
         draft.end(JobState.SUCCEEDED, f"reached step {finished.step}, the last one")
-    elif problem and not away:  # a part that died with its partition is made again
-        cause = f"the snapshot of the last step, {finished.step}, is not complete: {problem.cause}"
-        draft.fail(replace(problem, cause=cause))
+    elif error and not away:  # a part that died with its partition is made again
+        cause = f"the snapshot of the last step, {finished.step}, is not complete: {error.cause}"
+        draft.fail(replace(error, cause=cause))
 
 
 def _unwritten(job: Job, step: int) -> ErrorInfo | None:
     """Why a partition could not write its part of a step."""
-    return job.trouble.problem if job.trouble is not None and job.trouble.step == step else None
+    return (
+        job.snapshot_warning.error if job.snapshot_warning is not None and job.snapshot_warning.step == step else None
+    )
 
 
 def end_if_stopping(draft: Draft, view: View) -> None:
@@ -107,7 +109,7 @@ def end_if_stopping(draft: Draft, view: View) -> None:
         draft.end(JobState.STOPPED, f"stopped while it recovered; it resumes from step {_newest(draft)}")
     else:
         idle = not any(placement.active for placement in job.trainers)
-        if draft.wait(view.limits.stop_idle_grace_s if idle else view.limits.stop_grace_s):
+        if draft.has_waited(view.limits.stop_idle_grace_s if idle else view.limits.stop_grace_s):
             draft.end(
                 JobState.STOPPED, f"stopped: no step boundary came; it resumes from step {_newest(draft)}", warning=True
             )

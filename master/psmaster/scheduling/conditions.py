@@ -1,4 +1,4 @@
-"""What people read about a job: why it is where it is, and its conditions. Pure."""
+"""The reason and the conditions of a job, as shown to users. Pure."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import replace
 from psmaster.model.job import Condition, Instant, Job, JobState
 from psmaster.model.plan import Placement, ProcessKind, counted_on
 from psmaster.model.process import ready_facts
-from psmaster.scheduling import reachability, retry, standbys
+from psmaster.scheduling import losses, standbys
 from psmaster.scheduling.admission import with_device
 from psmaster.scheduling.draft import View
 
 
 def reason(job: Job, view: View, queued: str) -> str:
-    """One sentence on a live job. `queued` is what admission said, and holds while the job is queued."""
+    """One line on a live job. `queued`: the reason from admission, which holds while the job is queued."""
     if job.state is JobState.QUEUED:
         return queued
     if job.finished is not None:
@@ -39,23 +39,22 @@ def reason(job: Job, view: View, queued: str) -> str:
 
 
 def _missing(job: Job) -> str:
-    """The trainers that do not work yet, to be added to a sentence. Only one that has a node is on the way: nobody is
-    to wait for what does not come before a worker is free."""
+    """The trainers that are not active, as a suffix. Only one that has a node is on the way."""
     away = [placement for placement in job.trainers if not placement.active]
     coming = sum(1 for placement in away if placement.placed)
-    said = f"; {coming} more on the way" if coming else ""
+    text = f"; {coming} more on the way" if coming else ""
     if len(away) > coming:
-        said += f"; no worker{with_device(job.spec.workers.device)} is free for {len(away) - coming} more"
-    return said
+        text += f"; no worker{with_device(job.spec.workers.device)} is free for {len(away) - coming} more"
+    return text
 
 
 def _doubts(job: Job, view: View) -> str:
-    """Who does not get on, to be added to a sentence."""
-    cut = reachability.judge(job, view.processes, view.now)
+    """The processes that make no progress, as a suffix."""
+    cut = losses.find_cut(job, view.processes, view.now)
     silent = [placement for placement in job.trainers if placement.suspect and placement.rank not in cut.trainers]
     stuck = ", ".join(f"{placement.name} on {placement.node_id}" for placement in silent)
-    return (f"; hears nothing of {stuck}" if stuck else "") + (
-        f"; {reachability.words(cut.reports)}" if cut.reports else ""
+    return (f"; no progress from {stuck}" if stuck else "") + (
+        f"; {losses.describe_reports(cut.reports)}" if cut.reports else ""
     )
 
 
@@ -83,7 +82,7 @@ def _where(placement: Placement, job: Job) -> str:
         return f"a free server slot for {placement.name}"
     again = f", attempt {placement.attempt}" if placement.attempt > 1 else ""
     waits = (
-        f", which starts {retry.delay_s(placement.losses):g} s after the last one was lost"
+        f", which starts {losses.retry_delay_s(placement.losses):g} s after the last one was lost"
         if placement.held_back
         else ""
     )
@@ -111,7 +110,10 @@ def conditions(job: Job, now: Instant) -> tuple[Condition, ...]:
         ),
         _condition("Progressing", progressing, ("Training", ended or "Waiting"), ("steps go on", "no steps are made")),
         _condition(
-            "Recovering", recovering, ("ProcessLost", "NothingLost"), ("a loss is being mended", "nothing is lost")
+            "Recovering",
+            recovering,
+            ("ProcessLost", "NothingLost"),
+            ("the job recovers from a loss", "nothing is lost"),
         ),
     )
     if job.spec.durability.tier == "replica":

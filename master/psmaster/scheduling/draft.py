@@ -1,4 +1,6 @@
-"""The working copy of one reconciliation: a job on its way from what it is to what it should be."""
+"""The working copy of one job during reconciliation, and the inputs of a reconciliation.
+
+A `Draft` covers one job; `control.transaction.Transaction` covers the whole state of the master."""
 
 from __future__ import annotations
 
@@ -6,20 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from psmaster.model import transitions
-from psmaster.model.job import ErrorInfo, Event, Instant, Job, JobState
+from psmaster.model.job import ErrorInfo, Event, Instant, Job, JobState, end_job, fail_job
+from psmaster.model.membership import NodeView
 from psmaster.model.plan import Placement, ProcessKind
 from psmaster.model.process import Processes
 from psmaster.model.snapshot_catalog import Catalogue
-from psmaster.scheduling.admission import NodeView
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What reconciliation waits for and bears. Durations are on the monotonic clock."""
+    """How long reconciliation waits, and how many losses it tolerates. Durations are on the monotonic clock."""
 
     suspicion_s: float = 3.0  # silence after which a node is dead
-    trainer_grace_s: float = 30.0  # how long a trainer that does not get on may live before it is replaced
+    trainer_grace_s: float = 30.0  # how long a suspect trainer may live before it is replaced
     first_grace_s: float = 600.0  # the same while it is at its first microbatch: compilers and cold devices
     max_losses: int = 5  # processes one placement may lose without a new step in between
     gather_s: float = 5.0  # how long other nodes' failures at start are waited for
@@ -30,7 +31,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """What a reconciliation looks at and does not change."""
+    """The read-only inputs of a reconciliation."""
 
     nodes: Mapping[str, NodeView]
     processes: Processes
@@ -40,7 +41,7 @@ class View:
 
 
 class Draft:
-    """Owned by one call of `reconcile`; the values in it are immutable."""
+    """A mutable copy of one job, owned by one call of `reconcile`; the values in it are immutable."""
 
     def __init__(self, job: Job, snapshots: Catalogue, now: Instant) -> None:
         self.job = job
@@ -50,23 +51,23 @@ class Draft:
         self.cut_to: int | None = None
 
     def update(self, **fields: Any) -> None:
-        """Change fields of the job, if they are not so already: a job has many, and most turns change none."""
+        """Set fields of the job. Skip no-op updates: most transactions change no field, and a copy of a job is slow."""
         if any(getattr(self.job, name) != value for name, value in fields.items()):
             self.job = replace(self.job, **fields)
 
-    def say(self, reason: str, message: str, *, warning: bool = False) -> None:
-        """Tell people something."""
+    def emit(self, reason: str, message: str, *, warning: bool = False) -> None:
+        """Append an event."""
         self.events.append(Event(time_s=self.now.unix_s, reason=reason, message=message, warning=warning))
 
     def end(self, state: JobState, reason: str, *, warning: bool = False) -> None:
-        self.job, event = transitions.end(self.job, state, reason, self.now, warning=warning)
+        self.job, event = end_job(self.job, state, reason, self.now, warning=warning)
         self.events.append(event)
 
-    def fail(self, problem: ErrorInfo, traceback: str = "") -> None:
-        self.job, event = transitions.fail(self.job, problem, self.now, traceback)
+    def fail(self, error: ErrorInfo, traceback: str = "") -> None:
+        self.job, event = fail_job(self.job, error, self.now, traceback)
         self.events.append(event)
 
-    def put(self, placement: Placement) -> None:
+    def set_placement(self, placement: Placement) -> None:
         """Replace the placement of the same kind and rank, or append a new one."""
         field = (
             "trainers" if placement.kind is ProcessKind.TRAINER else "standbys" if placement.standby else "partitions"
@@ -74,14 +75,14 @@ class Draft:
         placements = {own.rank: own for own in getattr(self.job, field)} | {placement.rank: placement}
         self.update(**{field: tuple(placements[rank] for rank in sorted(placements))})
 
-    def place(self, kind: ProcessKind, rank: int, node: NodeView, *, standby: bool = False) -> None:
-        """Give a placement a node and with it its next attempt: a process id that never was."""
+    def assign_node(self, kind: ProcessKind, rank: int, node: NodeView, *, standby: bool = False) -> None:
+        """Give a placement a node and its next attempt, so that the process id is new."""
         own = self.job.standby(rank) if standby else self.job.placement(kind, rank)
         held = own or Placement(kind=kind, rank=rank, standby=standby)
         attempts = dict(self.job.attempts)
         attempt = attempts[held.name] = attempts.get(held.name, 0) + 1
         self.update(attempts=tuple(sorted(attempts.items())))
-        self.put(
+        self.set_placement(
             replace(
                 held,
                 attempt=attempt,
@@ -96,9 +97,9 @@ class Draft:
             )
         )
 
-    def unseat(self, placement: Placement, *, losses: int | None = None) -> None:
-        """Take a placement's node away: its process, if it lives, is no longer wanted."""
-        self.put(
+    def vacate(self, placement: Placement, *, losses: int | None = None) -> None:
+        """Take a placement's node away; its process, if alive, is ended."""
+        self.set_placement(
             replace(
                 placement,
                 node_id="",
@@ -114,29 +115,29 @@ class Draft:
             )
         )
 
-    def drop(self, placement: Placement) -> None:
-        """Give up a trainer's placement: its process, if it lives, is no longer wanted, and not replaced."""
+    def remove_trainer(self, placement: Placement) -> None:
+        """Remove a trainer's placement; its process, if alive, is ended and not replaced."""
         self.update(
             trainers=tuple(own for own in self.job.trainers if own.rank != placement.rank),
             connections=tuple(held for held in self.job.connections if held.trainer != placement.rank),
         )
 
     def exclude(self, node_id: str, incarnation: str, why: str) -> None:
-        """Leave a node out of this job for the rest of its present life."""
+        """Exclude a node from this job for the rest of its incarnation."""
         others = tuple(entry for entry in self.job.excluded if entry[0] != node_id)
         self.update(excluded=(*others, (node_id, incarnation, why)))
-        self.say("NodeLeftOut", f"{node_id} is left out: {why}", warning=True)
+        self.emit("NodeLeftOut", f"{node_id} is left out: {why}", warning=True)
 
     def excluded(self, nodes: Mapping[str, NodeView]) -> frozenset[str]:
-        """The nodes that are left out and still in that life."""
+        """The excluded nodes that are still in the same incarnation."""
         return frozenset(
             node_id
             for node_id, incarnation, _ in self.job.excluded
             if node_id in nodes and nodes[node_id].incarnation == incarnation
         )
 
-    def wait(self, seconds: float) -> bool:
-        """Whether `seconds` have passed since a wait began; the first call begins it, a shorter one shortens it."""
+    def has_waited(self, seconds: float) -> bool:
+        """Whether `seconds` have passed since the wait began. The first call begins it; a shorter one shortens it."""
         until = self.now.mono_s + seconds
         if self.job.deadline_s is None or until < self.job.deadline_s:
             self.update(deadline_s=until)

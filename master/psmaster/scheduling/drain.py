@@ -1,11 +1,10 @@
-"""Draining a node: what jobs run there moves elsewhere first, and nothing is lost or computed again for it. Pure.
+"""Draining a node: its processes move elsewhere first, and no step is lost or computed again. Pure.
 
-A trainer hands its shards over in a plan that leaves it out, finishes what it is at, and goes. With nobody to hand them
-to, another is started first. A partition moves with the whole job at rest: the plan asks for the next step to be
-written and for a rest there; once that snapshot is complete, the partition's replacement starts from it and so does
-everyone. A partition with a standby in sync elsewhere needs no rest: the standby takes over. A standby is ended, and
-another one begins on another node.
-What has no other place goes on where it is, and says so.
+A plan assigns the shards of a trainer on the node to others; it finishes its work and ends. Without others, another
+trainer is started first. A partition moves while the whole job rests: the plan asks to write the next step and to
+compute nothing beyond it; once that snapshot is complete, all processes restore it, the partition's replacement
+included. With a standby in sync elsewhere, the standby takes over instead, without a rest. A standby is replaced on
+another node. What has no other place stays; `psctl drain` and `psctl nodes` say so.
 """
 
 from __future__ import annotations
@@ -16,28 +15,22 @@ from collections.abc import Mapping, Sequence
 from pscluster.devices import CPU
 from psmaster.model import membership
 from psmaster.model.job import Instant, Job
-from psmaster.model.membership import Health, Node, Role
-from psmaster.model.plan import Placement, ProcessKind, counted_on
+from psmaster.model.membership import Health, Node, NodeView, Role, is_draining
+from psmaster.model.plan import Placement, ProcessKind
 from psmaster.model.state import State, node_views
 from psmaster.scheduling import standbys
-from psmaster.scheduling.admission import NodeView, choose_node, max_trainers
+from psmaster.scheduling.admission import choose_node, max_trainers
 from psmaster.scheduling.draft import Draft, View
 
 DRAINING = "draining"
 DRAINED = "drained"
-SAVE_S = 60.0  # how long a job rests for a snapshot that does not come; then it goes on, and rests again after ...
+SAVE_S = 60.0  # how long a job waits for its snapshot; then it continues, and waits again after ...
 RETRY_S = 120.0  # ... so long
 
 Nodes = Mapping[str, NodeView]
 
 
-def sharing(job: Job, nodes: Nodes) -> list[Placement]:
-    """The trainers that may have shards: those counted on, but on draining nodes only if there are no others."""
-    counted = list(counted_on(job.trainers))
-    return [placement for placement in counted if not _drains(placement, nodes)] or counted
-
-
-def move_away(draft: Draft, view: View) -> None:
+def move_off_draining(draft: Draft, view: View) -> None:
     """Take a job's next step away from the nodes that drain. Nothing for a job that is about to end."""
     job = draft.job
     if job.stopping or job.finished is not None:
@@ -46,7 +39,7 @@ def move_away(draft: Draft, view: View) -> None:
         leaving = [
             placement
             for placement in job.placements
-            if placement.kind is kind and placement.placed and _drains(placement, view.nodes)
+            if placement.kind is kind and placement.placed and is_draining(view.nodes, placement.node_id)
         ]
         if job.plan is None:
             _start_elsewhere(draft, view, leaving)
@@ -56,19 +49,19 @@ def move_away(draft: Draft, view: View) -> None:
             _move_partitions(draft, view, leaving)
 
 
-def _drains(placement: Placement, nodes: Nodes) -> bool:
-    return placement.node_id in nodes and nodes[placement.node_id].draining
-
-
 def _start_elsewhere(draft: Draft, view: View, leaving: Sequence[Placement]) -> None:
     """What has not done anything yet is simply started on another node, if there is room."""
     for placement in leaving:
-        if _room(draft.job, view.nodes, draft.excluded(view.nodes), [placement]):
-            draft.unseat(placement)
+        if _have_room(draft.job, view.nodes, draft.excluded(view.nodes), [placement]):
+            draft.vacate(placement)
 
 
 def _move_trainers(draft: Draft, view: View, leaving: Sequence[Placement]) -> None:
-    staying = [placement for placement in draft.job.trainers if placement.placed and not _drains(placement, view.nodes)]
+    staying = [
+        placement
+        for placement in draft.job.trainers
+        if placement.placed and not is_draining(view.nodes, placement.node_id)
+    ]
     if any(placement.active for placement in staying):
         for placement in leaving:
             if _has_handed_over(draft.job, placement):
@@ -77,22 +70,27 @@ def _move_trainers(draft: Draft, view: View, leaving: Sequence[Placement]) -> No
         _start_another(draft, view, leaving)
     if not leaving:
         for placement in draft.job.trainers[max_trainers(draft.job.spec) :]:
-            draft.drop(placement)  # it was to take over from one that stays after all
+            draft.remove_trainer(placement)  # it was to take over from one that stays after all
+
+
+def _staying(job: Job, nodes: Nodes) -> list[Placement]:
+    """The trainers on nodes that do not drain."""
+    return [own for own in job.trainers if own.placed and not is_draining(nodes, own.node_id)]
 
 
 def _has_handed_over(job: Job, placement: Placement) -> bool:
-    """A step was committed since it has no shards: nobody waits for what it computes."""
-    has_rested = job.dealing is None or job.step > job.dealing.step
+    """Whether a step was committed since it has no shards: no step waits for it."""
+    has_rested = job.assignment is None or job.step > job.assignment.step
     return not placement.active or (not placement.shards and has_rested)
 
 
 def _release(draft: Draft, placement: Placement) -> None:
     """Its process may end; the placement stays where the job may have as many, and goes to another node with room."""
-    draft.say("TrainerMoved", f"{placement.name} leaves {placement.node_id}, which drains; the others have its shards")
+    draft.emit("TrainerMoved", f"{placement.name} leaves {placement.node_id}, which drains; the others have its shards")
     if len(draft.job.trainers) > max_trainers(draft.job.spec):
-        draft.drop(placement)
+        draft.remove_trainer(placement)
     else:
-        draft.unseat(placement)
+        draft.vacate(placement)
 
 
 def _start_another(draft: Draft, view: View, leaving: Sequence[Placement]) -> None:
@@ -101,9 +99,9 @@ def _start_another(draft: Draft, view: View, leaving: Sequence[Placement]) -> No
     if node is None:
         return
     placement = Placement(kind=ProcessKind.TRAINER, rank=max(own.rank for own in draft.job.trainers) + 1)
-    draft.place(placement.kind, placement.rank, node)
+    draft.assign_node(placement.kind, placement.rank, node)
     where = f"{leaving[0].name} on {leaving[0].node_id}, which drains"
-    draft.say("TrainerAdded", f"{placement.name} starts on {node.node_id}, to take over from {where}")
+    draft.emit("TrainerAdded", f"{placement.name} starts on {node.node_id}, to take over from {where}")
 
 
 def _move_partitions(draft: Draft, view: View, held: Sequence[Placement]) -> None:
@@ -111,11 +109,11 @@ def _move_partitions(draft: Draft, view: View, held: Sequence[Placement]) -> Non
         placement for placement in held if not placement.standby and not _handed_to_standby(draft, view, placement)
     ]
     for placement in draft.job.standbys:
-        if placement.placed and _drains(placement, view.nodes):
-            draft.unseat(placement)
+        if placement.placed and is_draining(view.nodes, placement.node_id):
+            draft.vacate(placement)
     job = draft.job
     whole = all(placement.active for placement in job.partitions)
-    may_move = whole and leaving and _room(job, view.nodes, draft.excluded(view.nodes), leaving)
+    may_move = whole and leaving and _have_room(job, view.nodes, draft.excluded(view.nodes), leaving)
     if not may_move or _waits_in_vain(draft):
         if job.saving:
             draft.update(saving=False, held=-1)
@@ -124,21 +122,21 @@ def _move_partitions(draft: Draft, view: View, held: Sequence[Placement]) -> Non
     elif not job.saving:
         draft.update(saving=True, held=-1, held_s=None)
         nodes = ", ".join(dict.fromkeys(placement.node_id for placement in leaving))
-        draft.say("PartitionMoves", f"rests after the next step, to move {_names(leaving)} away from {nodes}")
+        draft.emit("PartitionMoves", f"rests after the next step, to move {_names(leaving)} away from {nodes}")
     elif job.held >= 0 and draft.snapshots.complete(job.held):
         draft.update(saving=False, held=-1, held_s=None)
         for placement in leaving:
-            draft.unseat(placement)
+            draft.vacate(placement)
 
 
 def _handed_to_standby(draft: Draft, view: View, placement: Placement) -> bool:
     """Whether a standby in sync, on a node that stays, takes over from a partition that would have to move."""
     standby = draft.job.standby(placement.rank)
-    if standby is None or not standby.synced or not placement.active or _drains(standby, view.nodes):
+    if standby is None or not standby.synced or not placement.active or is_draining(view.nodes, standby.node_id):
         return False
-    draft.say("PartitionMoves", f"{placement.name} leaves {placement.node_id}, which drains; its standby takes over")
-    draft.unseat(placement)
-    standbys.succeed(draft, placement, placement.losses)
+    draft.emit("PartitionMoves", f"{placement.name} leaves {placement.node_id}, which drains; its standby takes over")
+    draft.vacate(placement)
+    standbys.take_over(draft, placement, placement.losses)
     return True
 
 
@@ -151,12 +149,12 @@ def _waits_in_vain(draft: Draft) -> bool:
         return False
     waited_s = now_s - draft.job.held_s
     if job.saving and job.held >= 0 and waited_s >= SAVE_S and not draft.snapshots.complete(job.held):
-        draft.say("PartitionStays", f"the snapshot of step {job.held} does not come; steps go on", warning=True)
+        draft.emit("PartitionStays", f"the snapshot of step {job.held} does not come; steps go on", warning=True)
         return True
     return not job.saving and waited_s < SAVE_S + RETRY_S
 
 
-def _room(job: Job, nodes: Nodes, excluded: frozenset[str], placements: Sequence[Placement]) -> bool:
+def _have_room(job: Job, nodes: Nodes, excluded: frozenset[str], placements: Sequence[Placement]) -> bool:
     """Whether all of these have another place."""
     planned: list[str] = []
     for placement in placements:
@@ -176,7 +174,7 @@ def _choose(
     return choose_node(nodes, Role.of(kind), taken, excluded, "", device)
 
 
-# ---- what people are told ----
+# ---- for clients ----
 
 
 def status(state: State, node: Node) -> str:
@@ -188,8 +186,7 @@ def status(state: State, node: Node) -> str:
 
 
 def problems(state: State, now: Instant, suspicion_s: float) -> list[str]:
-    """What is wrong with the nodes, one line each. A drained node may be away: it holds nothing, and nobody waits for
-    it."""
+    """What is wrong with the nodes, one line each. A drained node may be away, since it holds nothing."""
     found = []
     for node in state.nodes.values():
         health = membership.health(node, now.mono_s, suspicion_s)
@@ -217,7 +214,9 @@ def _waits(job: Job, nodes: Nodes, leaving: Sequence[Placement]) -> str:
         return "is about to end"
     if any(placement.kind is ProcessKind.PARTITION for placement in leaving):
         return _partitions_wait(job, nodes, leaving)
-    staying = [placement for placement in job.trainers if placement.placed and not _drains(placement, nodes)]
+    staying = [
+        placement for placement in job.trainers if placement.placed and not is_draining(nodes, placement.node_id)
+    ]
     if any(placement.active for placement in staying) and job.plan is not None:
         return f"{_names(leaving)} hands its shards over"
     if staying:
@@ -234,7 +233,7 @@ def _partitions_wait(job: Job, nodes: Nodes, leaving: Sequence[Placement]) -> st
     if away and job.plan is not None:
         return f"waits for {_names(away)}"
     excluded = frozenset(node_id for node_id, _, _ in job.excluded)
-    if not _room(job, nodes, excluded, leaving):
+    if not _have_room(job, nodes, excluded, leaving):
         return f"no other server has room for {_names(leaving)}, without which it cannot go on"
     return f"{_names(leaving)} moves"
 

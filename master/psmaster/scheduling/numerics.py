@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """What one ready process said of its arithmetic: the hash of its canary, and in words what makes classes differ."""
+    """The numerics of one ready process: the hash of its canary, and in words what makes classes differ."""
 
     node_id: str
     numerics_class: str

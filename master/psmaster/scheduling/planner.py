@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from psmaster.model import snapshot_catalog
-from psmaster.model.job import Dealing, Job
+from psmaster.model.job import Job, ShardAssignment
 from psmaster.model.plan import Placement, Plan, counted_on
-from psmaster.scheduling import drain, rebalance
+from psmaster.scheduling import rebalance
 from psmaster.scheduling.draft import Draft, View
 
 
@@ -16,7 +16,7 @@ def replan(draft: Draft, view: View) -> None:
     sake; new kept steps in the same one.
 
     While a partition is away there is no new plan: nothing can be committed, and the next one restores. Where a standby
-    in sync has the placement, the partition is not away, and the next plan goes on."""
+    in sync has the placement, the partition is not away, and the next plan restores nothing."""
     job, plan = draft.job, draft.job.plan
     if plan is None or any(not placement.active for placement in job.partitions):
         return
@@ -26,12 +26,14 @@ def replan(draft: Draft, view: View) -> None:
             make_plan(draft, view, restore=not all(placement.synced for placement in new))
     elif _is_stale(job, plan, view):
         make_plan(draft, view, restore=False)
-    elif move := rebalance.due(job, drain.sharing(job, view.nodes), view.processes, view.now):
-        draft.say(move.reason, move.message, warning=move.warning)
-        draft.update(dealing=move.dealing)
+    elif move := rebalance.due(job, rebalance.trainers_for_shards(job, view.nodes), view.processes, view.now):
+        draft.emit(move.reason, move.message, warning=move.warning)
+        draft.update(assignment=move.assignment)
         make_plan(draft, view, restore=False, probe=move.probe)
-    elif job.dealing is None:
-        draft.update(dealing=Dealing(since_s=view.now.mono_s, step=job.step))  # a restarted master begins to measure
+    elif job.assignment is None:
+        draft.update(
+            assignment=ShardAssignment(since_s=view.now.mono_s, step=job.step)
+        )  # a restarted master begins to measure
     kept = snapshot_catalog.kept_steps(draft.snapshots, draft.job.pinned)
     if draft.job.plan is not None and kept != draft.job.plan.kept_steps:
         draft.update(plan=replace(draft.job.plan, kept_steps=kept))
@@ -45,8 +47,8 @@ def _is_stale(job: Job, plan: Plan, view: View) -> bool:
         return True
     if (job.stopping, job.saving) != (plan.stop, plan.save):
         return True
-    sharing = drain.sharing(job, view.nodes)
-    return any(placement.shards for placement in job.trainers if placement not in sharing)
+    with_shards = rebalance.trainers_for_shards(job, view.nodes)
+    return any(placement.shards for placement in job.trainers if placement not in with_shards)
 
 
 def make_plan(draft: Draft, view: View, *, restore: bool, probe: int = -1) -> None:
@@ -55,8 +57,8 @@ def make_plan(draft: Draft, view: View, *, restore: bool, probe: int = -1) -> No
     `probe`: the rank that gets one shard to be measured again; -1: all get what their speed is good for."""
     job = draft.job
     generation = job.generation + 1
-    paces = rebalance.paces_of(drain.sharing(job, view.nodes), job.job_id, view.processes)
-    runs = rebalance.deal(job.num_shards, paces, probe)
+    speeds = rebalance.measured_speeds(rebalance.trainers_for_shards(job, view.nodes), job.job_id, view.processes)
+    runs = rebalance.assign_shards(job.num_shards, speeds, probe)
     trainers = tuple(replace(placement, shards=runs.get(placement.rank, ())) for placement in job.trainers)
     taken = [] if restore or job.plan is None else [s.rank for s in job.partitions if not job.plan.holds(s)]
     partitions = tuple(replace(placement, synced=True) for placement in job.partitions)
@@ -80,9 +82,9 @@ def make_plan(draft: Draft, view: View, *, restore: bool, probe: int = -1) -> No
         draft.update(recovery=replace(job.recovery, generation=generation))
     if restore:
         _restore(draft, plan, fresh=job.plan is None, rested=job.plan is not None and job.plan.save)
-    dealing = job.dealing or Dealing(since_s=0.0, step=0)
-    draft.update(dealing=replace(dealing, since_s=view.now.mono_s, step=draft.job.step, probe=probe))
-    draft.say("Planned", f"generation {generation}: " + _dealt(trainers))
+    assignment = job.assignment or ShardAssignment(since_s=0.0, step=0)
+    draft.update(assignment=replace(assignment, since_s=view.now.mono_s, step=draft.job.step, probe=probe))
+    draft.emit("Planned", f"generation {generation}: " + _assigned(trainers))
 
 
 def _restore(draft: Draft, plan: Plan, *, fresh: bool, rested: bool) -> None:
@@ -91,13 +93,13 @@ def _restore(draft: Draft, plan: Plan, *, fresh: bool, rested: bool) -> None:
     draft.snapshots = snapshot_catalog.settle_for_restore(draft.snapshots)
     point = draft.snapshots.newest()
     step = point.step if point else 0
-    stale = job.metrics_step > step
+    stale, warning = job.metrics_step > step, job.snapshot_warning
     draft.update(
         plan=replace(plan, resume_step=step, restore=point if step else None),
         standbys=tuple(replace(placement, synced=False) for placement in job.standbys),
         step=step,
         finished=None,
-        trouble=None if job.trouble is not None and job.trouble.step > step else job.trouble,  # it is written anew
+        snapshot_warning=None if warning is not None and warning.step > step else warning,  # it is written anew
         deadline_s=None,
         next_best=None,
         best=job.best if job.best and job.best.step <= step else None,
@@ -108,12 +110,12 @@ def _restore(draft: Draft, plan: Plan, *, fresh: bool, rested: bool) -> None:
     draft.cut_to = step
     where = f"the snapshot of step {step}" if step else "the seed"
     if rested and job.step <= step:
-        draft.say("Moved", f"goes on from {where}, where it rested")
+        draft.emit("Moved", f"goes on from {where}, where it rested")
     elif not fresh:
         lost = job.step > step
-        draft.say("RolledBack", f"went back from step {job.step} to {where}{_again(step, job.step)}", warning=lost)
+        draft.emit("RolledBack", f"went back from step {job.step} to {where}{_again(step, job.step)}", warning=lost)
     elif plan.generation > 1:
-        draft.say("Restored", f"goes on from {where}{_again(step, job.step)}", warning=job.step > step)
+        draft.emit("Restored", f"goes on from {where}{_again(step, job.step)}", warning=job.step > step)
 
 
 def _again(step: int, reached: int) -> str:
@@ -125,10 +127,10 @@ def _again(step: int, reached: int) -> str:
     return f"; steps {step + 1} to {reached} are computed again"
 
 
-def _dealt(trainers: tuple[Placement, ...]) -> str:
+def _assigned(trainers: tuple[Placement, ...]) -> str:
     active = counted_on(trainers)
     listed = ", ".join(f"{placement.name} {_run_text(placement)}" for placement in active[:8])
-    return f"shards dealt to {listed}" + (", ..." if len(active) > 8 else "") if active else "no trainer is active"
+    return f"shards assigned to {listed}" + (", ..." if len(active) > 8 else "") if active else "no trainer is active"
 
 
 def _run_text(placement: Placement) -> str:

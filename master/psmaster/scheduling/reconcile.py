@@ -1,6 +1,6 @@
-"""What should be, given what is: one pure function, called after every change.
+"""The desired state of a job, given its actual state: one pure function, called after every change.
 
-`reconcile` compares a job with its nodes, processes and snapshots and returns the job as it should go on, the processes
+`reconcile` compares a job with its nodes, processes and snapshots and returns its next state, the processes
 that should run, and the events that say why. Applying it again to its own outcome changes nothing. The stages are in
 the order in which they matter: what ends the job, what was lost, where it goes, what joins, what the plan becomes.
 """
@@ -11,26 +11,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from pscluster.errors import InternalError
-from psmaster.model import transitions
-from psmaster.model.job import Event, Instant, Job, JobState
+from psmaster.model.job import Event, Instant, Job, JobState, enter_state
+from psmaster.model.membership import NodeView
 from psmaster.model.plan import Placement, Plan, ProcessKind
 from psmaster.model.process import Processes
 from psmaster.model.snapshot_catalog import Catalogue
-from psmaster.scheduling import completion, conditions, drain, planner, recovery, retry, standbys, startup
-from psmaster.scheduling.admission import NodeView, admit
+from psmaster.scheduling import completion, conditions, drain, planner, recovery, standbys, startup
+from psmaster.scheduling.admission import admit
 from psmaster.scheduling.draft import Draft, Limits, View
 
 _STAGES = (
     completion.fail_on_reports,
     completion.end_if_finished,
-    recovery.lose,
+    recovery.vacate_lost,
     completion.end_if_stopping,
-    drain.move_away,
-    recovery.place,
-    retry.let_start,
+    drain.move_off_draining,
+    recovery.fill_placements,
+    recovery.end_retry_waits,
     startup.first_plan,
-    recovery.join,
-    recovery.suspect,
+    recovery.activate_ready,
+    recovery.mark_suspects,
     planner.replan,
 )
 _MAX_PASSES = 100  # each pass but the last excludes a node, joins a process or makes a plan; these run out
@@ -48,7 +48,7 @@ class Desired:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """`snapshots`: the catalogue as it goes on. `cut_to`: metrics after this step are void; None: none are."""
+    """`snapshots`: the next catalogue. `cut_to`: metrics after this step are void; None: none are."""
 
     job: Job
     processes: tuple[Desired, ...]
@@ -75,7 +75,7 @@ def reconcile(
     if job.state is JobState.QUEUED:
         _admit(draft, view, ahead)
     if draft.job.state in (JobState.STARTING, JobState.RUNNING):
-        _go_on(draft, view)
+        _run_stages(draft, view)
     if not draft.job.state.ended:
         draft.update(reason=conditions.reason(draft.job, view, draft.job.reason))
     draft.update(conditions=conditions.conditions(draft.job, now))
@@ -115,7 +115,7 @@ def _admit(draft: Draft, view: View, ahead: str) -> None:
         draft.update(reason=admission.reason)
         return
     draft.job = replace(
-        transitions.move(job, JobState.STARTING, "starts"),
+        enter_state(job, JobState.STARTING, "starts"),
         started_s=job.started_s or draft.now.unix_s,
         trainers=tuple(Placement(kind=ProcessKind.TRAINER, rank=rank) for rank in range(len(admission.trainers))),
         partitions=tuple(Placement(kind=ProcessKind.PARTITION, rank=rank) for rank in range(len(admission.partitions))),
@@ -123,15 +123,15 @@ def _admit(draft: Draft, view: View, ahead: str) -> None:
     )
     for kind, places in ((ProcessKind.TRAINER, admission.trainers), (ProcessKind.PARTITION, admission.partitions)):
         for rank, node_id in enumerate(places):
-            draft.place(kind, rank, view.nodes[node_id])
-    draft.say(
+            draft.assign_node(kind, rank, view.nodes[node_id])
+    draft.emit(
         "Admitted",
         f"trainers on {', '.join(dict.fromkeys(admission.trainers))}; "
         f"partitions on {', '.join(dict.fromkeys(admission.partitions))}",
     )
 
 
-def _go_on(draft: Draft, view: View) -> None:
+def _run_stages(draft: Draft, view: View) -> None:
     """Passes over a live job until one changes nothing. Each stage may end it."""
     for _ in range(_MAX_PASSES):
         before = draft.job

@@ -1,4 +1,9 @@
-"""The stages of reconciliation for processes that are lost, replaced and join again. Pure."""
+"""The stages of reconciliation for processes that are lost, replaced and become ready again. Pure.
+
+A process that had been ready is replaced at once, preferably on the same node. One that was lost before it became ready
+suggests that something is missing on its node, such as disk space. So its replacement goes to another node if one has
+room, and starts after a delay that doubles with each loss: a fault of some seconds does not use up all the losses that
+a placement may have. The placement keeps its slot meanwhile."""
 
 from __future__ import annotations
 
@@ -8,57 +13,92 @@ from dataclasses import replace
 from pscluster.devices import CPU
 from psmaster.model import snapshot_catalog
 from psmaster.model.job import ErrorInfo, Recovery
-from psmaster.model.membership import Role
+from psmaster.model.membership import NodeView, Role
 from psmaster.model.plan import Placement, ProcessKind
-from psmaster.model.process import Loss, PartitionFacts, TrainerFacts, failure_of, loss_of, out_of_reach, ready_facts
-from psmaster.scheduling import numerics, reachability, retry, standbys
-from psmaster.scheduling.admission import NodeView, choose_node, max_trainers
+from psmaster.model.process import PartitionFacts, TrainerFacts, failure_of, ready_facts, was_ready
+from psmaster.scheduling import losses, numerics, standbys
+from psmaster.scheduling.admission import choose_node, max_trainers
 from psmaster.scheduling.draft import Draft, View
+from psmaster.scheduling.losses import Loss, NetworkCut, loss_of, out_of_reach
 
-_LOOKS = {"silent": "no longer beats", "stalled": "has been at one microbatch for far too long"}
+_SUSPICIONS = {"silent": "sends no heartbeats", "stalled": "is stalled at one microbatch"}
 
 
-def lose(draft: Draft, view: View) -> None:
-    """Empty the placements whose process is gone. FAILED when one placement loses too many without a new step in
+def vacate_lost(draft: Draft, view: View) -> None:
+    """Vacate the placements whose process is lost. FAILED when one placement loses too many without a new step in
     between."""
-    cut = reachability.judge(draft.job, view.processes, view.now)
+    cut = losses.find_cut(draft.job, view.processes, view.now)
     for placement in (*draft.job.standbys, *draft.job.working):
         loss = loss_of(placement, draft.job, view) or _out_of_reach(draft, view, placement, cut)
         if placement.standby and loss is not None:
-            standbys.lose(draft, view, placement, loss)
+            _vacate_standby(draft, view, placement, loss)
             continue
         if loss is None or (draft.job.finished is not None and placement.kind is ProcessKind.TRAINER):
             continue
         if failure_of(placement, draft.job, view.processes) is not None:
-            continue  # it ends the job once the others' failures are heard
-        draft.say(f"{placement.kind.value.capitalize()}Lost", loss.message, warning=True)
-        _void_snapshot(draft, loss.problem)
-        losses = placement.losses + loss.counted
-        if losses > view.limits.max_losses and _spared(draft, placement):
-            why = f"{placement.name} was lost {losses} times before it was ready, the last time there"
+            continue  # `completion.fail_on_reports` ends the job
+        draft.emit(f"{placement.kind.value.capitalize()}Lost", loss.message, warning=True)
+        _void_snapshot(draft, loss.error)
+        count = placement.losses + loss.counted
+        if count > view.limits.max_losses and _is_dispensable(draft, placement):
+            why = f"{placement.name} was lost {count} times before it was ready, the last time there"
             draft.exclude(placement.node_id, placement.incarnation, why)
-            losses = 0
-        if losses > view.limits.max_losses:
-            cause = f"{loss.problem.cause}; {placement.name} was lost {losses} times without a new step in between"
-            draft.fail(replace(loss.problem, cause=cause))
+            count = 0
+        if count > view.limits.max_losses:
+            cause = f"{loss.error.cause}; {placement.name} was lost {count} times without a new step in between"
+            draft.fail(replace(loss.error, cause=cause))
             return
         if draft.job.plan is not None and placement.active:
             _begin_recovery(draft, placement.kind)
-        retry.unseat(draft, view, placement, loss, losses)
+        _vacate(draft, view, placement, loss, count)
         if placement.kind is ProcessKind.PARTITION:
-            standbys.succeed(draft, placement, losses)
+            standbys.take_over(draft, placement, count)
         if loss.cause == "reach":
             _place_elsewhere(draft, view, placement)
 
 
-def _out_of_reach(draft: Draft, view: View, placement: Placement, cut: reachability.Cut) -> Loss | None:
-    """A partition that others cannot reach, and that can be elsewhere."""
+def _vacate_standby(draft: Draft, view: View, placement: Placement, loss: Loss) -> None:
+    """A standby is lost: the next plan does without it. A node where none gets in sync is excluded in the end."""
+    draft.emit("StandbyLost", loss.message, warning=True)
+    count = placement.losses + loss.counted
+    if count > view.limits.max_losses:
+        why = f"{placement.title} was lost {count} times before it was in sync, the last time there"
+        draft.exclude(placement.node_id, placement.incarnation, why)
+        count = 0
+    _vacate(draft, view, placement, loss, count)
+
+
+def _vacate(draft: Draft, view: View, placement: Placement, loss: Loss, count: int) -> None:
+    """Vacate a placement after its `count`th loss (0: the count begins anew), and note where and when to retry."""
+    if loss.counted and count and not was_ready(placement, draft.job, view.processes):
+        others = tuple(node_id for node_id in placement.failed_on if node_id != placement.node_id)
+        until_s = draft.now.mono_s + losses.retry_delay_s(count)
+        placement = replace(placement, failed_on=(*others, placement.node_id), not_before_s=until_s)
+    draft.vacate(placement, losses=count)
+
+
+def _avoided(placement: Placement) -> tuple[frozenset[str], ...]:
+    """Sets of nodes to avoid, in order of preference: all where it failed, the last of them, none."""
+    failed_on = placement.failed_on
+    return tuple(dict.fromkeys((frozenset(failed_on), frozenset(failed_on[-1:]), frozenset())))
+
+
+def end_retry_waits(draft: Draft, _view: View) -> None:
+    """Let the processes start whose retry delay is over. A wait longer than the maximum was begun on another clock,
+    before the master's machine restarted."""
+    for placement in draft.job.placements:
+        if placement.held_back and not 0.0 < placement.not_before_s - draft.now.mono_s <= losses.MAX_RETRY_S:
+            draft.set_placement(replace(placement, not_before_s=0.0))
+
+
+def _out_of_reach(draft: Draft, view: View, placement: Placement, cut: NetworkCut) -> Loss | None:
+    """The loss of a partition that others cannot reach and that can run elsewhere."""
     if placement.kind is not ProcessKind.PARTITION or placement.standby or placement.rank not in cut.partitions:
         return None
     standby = draft.job.standby(placement.rank)
     if _elsewhere(draft, view, placement) is None and (standby is None or not standby.synced):
         return None
-    return out_of_reach(placement, reachability.words(cut.reports))
+    return out_of_reach(placement, losses.describe_reports(cut.reports))
 
 
 def _elsewhere(draft: Draft, view: View, placement: Placement) -> NodeView | None:
@@ -66,26 +106,26 @@ def _elsewhere(draft: Draft, view: View, placement: Placement) -> NodeView | Non
 
 
 def _place_elsewhere(draft: Draft, view: View, lost: Placement) -> None:
-    """A placement whose process was out of reach, unless a standby has it: not where it was. Later it may be there
-    again: networks heal, and one that has not is found again."""
+    """Assign another node to a placement whose process was out of reach, unless a standby took it over. The old node
+    is not excluded for good: networks recover, and a lasting cut is found again."""
     placement = draft.job.placement(lost.kind, lost.rank)
     node = _elsewhere(draft, view, lost)
     if placement is not None and not placement.placed and node is not None:
-        draft.place(lost.kind, lost.rank, node)
+        draft.assign_node(lost.kind, lost.rank, node)
 
 
-def _spared(draft: Draft, placement: Placement) -> bool:
-    """Whether a running job can do without the node where a newcomer never becomes ready."""
+def _is_dispensable(draft: Draft, placement: Placement) -> bool:
+    """Whether a running job can exclude the node where a new trainer never becomes ready."""
     others = any(own.active for own in draft.job.trainers)
     return draft.job.plan is not None and placement.kind is ProcessKind.TRAINER and not placement.active and others
 
 
-def _void_snapshot(draft: Draft, problem: ErrorInfo) -> None:
-    """A partition that cannot read a snapshot names its step: the job then falls back to an older one."""
-    step = problem.detail("void_snapshot")
+def _void_snapshot(draft: Draft, error: ErrorInfo) -> None:
+    """Drop the snapshot that a partition reported as unreadable; the job then restores an older one."""
+    step = error.detail("void_snapshot")
     if step.isdecimal() and draft.snapshots.complete(int(step)):
         draft.snapshots = snapshot_catalog.without(draft.snapshots, int(step))
-        draft.say("SnapshotVoid", f"the snapshot of step {step} cannot be read: {problem.cause}", warning=True)
+        draft.emit("SnapshotVoid", f"the snapshot of step {step} cannot be read: {error.cause}", warning=True)
 
 
 def _begin_recovery(draft: Draft, kind: ProcessKind) -> None:
@@ -97,11 +137,11 @@ def _begin_recovery(draft: Draft, kind: ProcessKind) -> None:
     draft.update(recovery=Recovery(kind=worst, since_s=since))
 
 
-def suspect(draft: Draft, view: View) -> None:
-    """Mark the trainers that live and do not get on: others compute their shards until they are heard again.
+def mark_suspects(draft: Draft, view: View) -> None:
+    """Mark the trainers that are alive but make no progress; others compute their shards until they recover.
 
-    Nothing is lost by an error here, nor by a late return: what two compute counts once."""
-    cut = reachability.judge(draft.job, view.processes, view.now)
+    A wrong suspicion costs nothing: what two trainers compute counts once."""
+    cut = losses.find_cut(draft.job, view.processes, view.now)
     for placement in draft.job.trainers:
         process = view.processes.get(placement.process_id(draft.job.job_id))
         suspicion = process.suspicion if process is not None and placement.active else ""
@@ -109,25 +149,25 @@ def suspect(draft: Draft, view: View) -> None:
             suspicion = "cut off"
         if bool(suspicion) == placement.suspect:
             continue
-        draft.put(replace(placement, suspect=bool(suspicion)))
+        draft.set_placement(replace(placement, suspect=bool(suspicion)))
         if suspicion:
-            what = _LOOKS.get(suspicion) or reachability.cannot_reach(cut.reports[placement.name])
-            draft.say("TrainerSuspect", f"{placement.name} on {placement.node_id} {what}", warning=True)
+            what = _SUSPICIONS.get(suspicion) or losses.cannot_reach(cut.reports[placement.name])
+            draft.emit("TrainerSuspect", f"{placement.name} on {placement.node_id} {what}", warning=True)
             _begin_recovery(draft, placement.kind)
         elif placement.active:
-            draft.say("TrainerBack", f"{placement.name} on {placement.node_id} gets on again")
+            draft.emit("TrainerBack", f"{placement.name} on {placement.node_id} recovered")
 
 
-def place(draft: Draft, view: View) -> None:
-    """Give empty placements a node, and the job more placements when it may grow. Nothing new for a job that is about
-    to end."""
+def fill_placements(draft: Draft, view: View) -> None:
+    """Assign nodes to empty placements, and add trainers when the job may grow. Does nothing for a job that is about to
+    end."""
     job = draft.job
     if job.stopping or (job.finished is not None and all(placement.placed for placement in job.partitions)):
         return
     excluded = draft.excluded(view.nodes)
     for placement in job.placements:
-        if not placement.placed and (node := _room(draft, view, placement, excluded)):
-            draft.place(placement.kind, placement.rank, node, standby=placement.standby)
+        if not placement.placed and (node := _find_node(draft, view, placement, excluded)):
+            draft.assign_node(placement.kind, placement.rank, node, standby=placement.standby)
     if not view.grow or any(not placement.placed for placement in draft.job.trainers):
         return
     while len(draft.job.trainers) < max_trainers(job.spec):
@@ -137,15 +177,15 @@ def place(draft: Draft, view: View) -> None:
         node = _choose(draft, view, placement, excluded)
         if node is None:
             return
-        draft.place(placement.kind, placement.rank, node)
-        draft.say("TrainerAdded", f"{placement.name} starts on {node.node_id}, which has room")
+        draft.assign_node(placement.kind, placement.rank, node)
+        draft.emit("TrainerAdded", f"{placement.name} starts on {node.node_id}, which has room")
 
 
-def _room(draft: Draft, view: View, placement: Placement, excluded: frozenset[str]) -> NodeView | None:
-    """A node for an empty placement: a standby's is not its partition's; a standby makes room for a partition."""
+def _find_node(draft: Draft, view: View, placement: Placement, excluded: frozenset[str]) -> NodeView | None:
+    """A node for an empty placement. A standby avoids its partition's node; a partition may displace a standby."""
     if placement.standby:
-        excluded_by_standby = standbys.excluded_by_standby(draft, placement)
-        return None if excluded_by_standby is None else _choose(draft, view, placement, excluded | excluded_by_standby)
+        other = standbys.excluded_by_standby(draft, placement)
+        return None if other is None else _choose(draft, view, placement, excluded | other)
     node = _choose(draft, view, placement, excluded)
     if node is None and placement.kind is ProcessKind.PARTITION:
         return standbys.preempt_standby(draft, view, excluded)
@@ -155,7 +195,7 @@ def _room(draft: Draft, view: View, placement: Placement, excluded: frozenset[st
 def _choose(draft: Draft, view: View, placement: Placement, excluded: frozenset[str]) -> NodeView | None:
     taken = Counter(own.node_id for own in draft.job.placements if own.placed)
     device = draft.job.spec.workers.device if placement.kind is ProcessKind.TRAINER else CPU
-    for avoided in retry.avoided(placement):
+    for avoided in _avoided(placement):
         node = choose_node(
             view.nodes, Role.of(placement.kind), taken, excluded | avoided, placement.last_node_id, device
         )
@@ -164,8 +204,8 @@ def _choose(draft: Draft, view: View, placement: Placement, excluded: frozenset[
     return None
 
 
-def join(draft: Draft, view: View) -> None:
-    """Count on every process that became ready after the first plan, or leave its node out and say why."""
+def activate_ready(draft: Draft, view: View) -> None:
+    """Activate every process that became ready after the first plan, or exclude its node and say why."""
     if draft.job.plan is None:
         return
     for placement in draft.job.placements:
@@ -177,11 +217,11 @@ def join(draft: Draft, view: View) -> None:
         why = _unfit(draft, placement, facts)
         if why:
             draft.exclude(placement.node_id, placement.incarnation, why)
-            draft.unseat(placement)
+            draft.vacate(placement)
             continue
-        draft.put(facts.seated(placement))
+        draft.set_placement(facts.activate(placement))
         kind = "Standby" if placement.standby else placement.kind.value.capitalize()
-        draft.say(f"{kind}Ready", f"{placement.title} on {placement.node_id} is ready")
+        draft.emit(f"{kind}Ready", f"{placement.title} on {placement.node_id} is ready")
 
 
 def _unfit(draft: Draft, placement: Placement, facts: TrainerFacts | PartitionFacts) -> str:

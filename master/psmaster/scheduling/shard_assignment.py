@@ -12,7 +12,7 @@ Runs = tuple[tuple[int, int], ...]
 _ROUNDING = 1e-9
 
 
-def deal_shards(
+def split_shards(
     num_shards: int, ranks: Iterable[int], speeds: Mapping[int, float] | None = None, single: int | None = None
 ) -> dict[int, Runs]:
     """Give each rank one contiguous run of shards, so that the slowest is done as early as possible.
@@ -63,8 +63,8 @@ def _fastest(num_shards: int, speeds: tuple[float, ...]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=256)
 def _run_sizes(num_shards: int, speeds: tuple[float, ...], single: int) -> tuple[int, ...]:
-    """Sizes of the runs in order; that of index `single` is 1 (-1: of none). Dynamic programme over (runs dealt, shards
-    dealt): the fewest subtrees."""
+    """Sizes of the runs in order; that of index `single` is 1 (-1: of none). Dynamic programme over (runs, shards
+    assigned): the fewest subtrees."""
     if single >= 0:
         least, most = _bounds(num_shards - 1, speeds[:single] + speeds[single + 1 :])
         least.insert(single, 1)
@@ -77,12 +77,12 @@ def _run_sizes(num_shards: int, speeds: tuple[float, ...], single: int) -> tuple
         must, may = num_shards - sum(most[index + 1 :]), num_shards - sum(least[index + 1 :])
         for first, (cost, sizes) in sorted(best.items(), reverse=True):
             for size in range(most[index], least[index] - 1, -1):
-                dealt = first + size
-                if not must <= dealt <= may:
+                assigned = first + size
+                if not must <= assigned <= may:
                     continue
                 option = (cost + cover_size(num_shards, first, size), (*sizes, size))
-                if dealt not in after or option[0] < after[dealt][0]:
-                    after[dealt] = option
+                if assigned not in after or option[0] < after[assigned][0]:
+                    after[assigned] = option
         best = after
     return best[num_shards][1]
 
@@ -103,7 +103,7 @@ def _bounds(num_shards: int, speeds: tuple[float, ...]) -> tuple[list[int], list
 
 
 def _fitting(limit_s: float, speed: float) -> int:
-    """How many microbatches of `speed` seconds fit into the limit, which is a whole number of somebody's."""
+    """How many microbatches of `speed` seconds fit into the limit, which is a multiple of one rank's."""
     count = int(limit_s / speed)
     while (count + 1) * speed <= limit_s:
         count += 1

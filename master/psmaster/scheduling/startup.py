@@ -27,9 +27,9 @@ def first_plan(draft: Draft, view: View) -> None:
     placed = [placement for placement in job.trainers if placement.placed]
     if len(trainers) < max(len(placed), job.spec.workers.min) or len(partitions) < len(job.partitions):
         return
-    problem = disagreement(trainers, job.layout_json, job.layout_sha256, job.data_fingerprint)
-    if problem is not None:
-        draft.fail(problem)
+    error = disagreement(trainers, job.layout_json, job.layout_sha256, job.data_fingerprint)
+    if error is not None:
+        draft.fail(error)
         return
     if not _settle_numerics(draft, trainers, partitions):
         return
@@ -119,11 +119,11 @@ def _settle_numerics(draft: Draft, trainers: ReadyTrainers, partitions: ReadyPar
         placements = [placement for placement in draft.job.placements if placement.node_id == node_id]
         draft.exclude(node_id, placements[0].incarnation, why)
         for placement in placements:
-            draft.unseat(placement)
+            draft.vacate(placement)
     if choice.left_out:
         return False
     if job.numerics_mode and (job.numerics_mode, job.numerics_class) != (choice.mode, choice.trainer_class):
-        draft.say("NumericsChanged", f"was {job.numerics}; is {choice.explanation}", warning=True)
+        draft.emit("NumericsChanged", f"was {job.numerics}; is {choice.explanation}", warning=True)
     draft.update(
         numerics_mode=choice.mode,
         numerics_class=choice.trainer_class,
@@ -141,7 +141,7 @@ def _reports(ready_placements: ReadyTrainers | ReadyPartitions) -> list[numerics
 
 
 def _adopt(draft: Draft, trainers: ReadyTrainers, partitions: ReadyPartitions) -> None:
-    """Make what the first trainer reported the job's, and count on everyone."""
+    """Store what the first trainer reported with the job, and activate all placements."""
     first = trainers[0][1]
     draft.update(
         layout_json=first.layout_json,
@@ -154,6 +154,6 @@ def _adopt(draft: Draft, trainers: ReadyTrainers, partitions: ReadyPartitions) -
         deadline_s=None,
     )
     for placement, facts in trainers:
-        draft.put(facts.seated(placement))
+        draft.set_placement(facts.activate(placement))
     for placement, holds in partitions:
-        draft.put(holds.seated(placement))
+        draft.set_placement(holds.activate(placement))

@@ -1,8 +1,8 @@
 """Whether a database file is what was written to it. SQLite has no checksums of its own in the file, only in the log.
 
-Three layers: SQLite's own look at its structure; a checksum in every row; and for each table the number of its rows
+Three layers: SQLite's own check of its structure; a checksum in every row; and for each table the number of its rows
 with the sum of their checksums, kept by triggers in the transaction that changed them, so that a row that vanished is
-missed too. What lies in none of them (free pages) nobody reads.
+missed too. What lies in none of them (free pages) is never read.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _log(path: Path) -> Path:
 
 def check_log(path: Path) -> None:
     """Look at the write-ahead log that a killed master left, before SQLite does: it would silently end its reading at
-    the first damaged frame, and forget what was acknowledged after it.
+    the first damaged frame, and drop what was acknowledged after it.
 
     The end of a log may be torn: that transaction was never acknowledged. But each was synced before the next began, so
     that two that end beyond a damaged frame prove that the damage came later. Raises DamagedError then, StorageError

@@ -17,7 +17,7 @@ import crc32c
 from pscluster.errors import DamagedError
 from pscluster.storage import SnapshotStore
 from psmaster.model.job import VOLATILE, Job
-from psmaster.model.snapshot_catalog import Part, RestorePoint
+from psmaster.model.plan import Part, RestorePoint
 from psmaster.storage import records
 
 _HEAD = b"PSMANIFEST 1 crc32c:"

@@ -1,7 +1,7 @@
 """Keeps the manifests in each job's store as its catalogue is: one for each complete snapshot, none for any other.
 
-One thread, because a store may be far away, or full, or hang: the master waits for it a moment and then goes on. What
-could not be written is told and tried again. A job's code bundle is copied before its first manifest, so that no
+One thread, because a store may be far away, or full, or hang: the master waits for it a moment and continues. What
+could not be written is reported and tried again. A job's code bundle is copied before its first manifest, so that no
 manifest names what is not there.
 """
 
@@ -19,19 +19,20 @@ from pscluster.errors import InternalError, PsError, StorageError
 from pscluster.storage import SnapshotStore, open_store
 from pscluster.storage.directory import DirectoryStore
 from pscluster.wire.backoff import delay_s
-from psmaster.model.deletions import Deletion
 from psmaster.model.job import Job
-from psmaster.model.snapshot_catalog import Catalogue, RestorePoint
+from psmaster.model.plan import RestorePoint
+from psmaster.model.snapshot_catalog import Catalogue
+from psmaster.model.state import Deletion
 from psmaster.storage import manifest
 from psmaster.storage.manifest import Manifest
 
-PATIENCE_S = 5.0  # how long a turn waits for its manifests
+PATIENCE_S = 5.0  # how long a transaction waits for its manifests
 RETRY_S = 5.0
-MAX_RETRY_S = 600.0  # of a removal, which nobody waits for: a store that hangs must not hold up what others write
+MAX_RETRY_S = 600.0  # of a removal, which is not urgent: a store that hangs must not delay other writes
 _log = structlog.get_logger(__name__)
 
 BundleFile = Callable[[str], Path]
-Tell = Callable[[str, int, PsError], None]
+ReportError = Callable[[str, int, PsError], None]
 _Held = dict[str, tuple[RestorePoint, int] | None]
 """By name: what this process wrote, and under which revision of the job; None: an earlier one did."""
 
@@ -45,22 +46,22 @@ class _ManifestRequest:
     catalogue: Catalogue | None = None
     directory: Path | None = None
     retry_at_s: float = 0.0
-    told: str = ""
+    reported: str = ""  # the cause that was reported last
     failures: int = 0
     done: threading.Event = field(default_factory=threading.Event)
 
 
 class Publisher:
-    """`bundle_file` is where the master has a bundle. On the publisher's thread `tell` hears of what could not be
-    written (job id, step, why), and `removed` of which deleted job nothing is left here."""
+    """`bundle_file` is where the master has a bundle. It calls `report_error` (job id, step,
+    why) and `report_removed` (job id) on its own thread."""
 
     def __init__(self, bundle_file: BundleFile, patience_s: float = PATIENCE_S) -> None:
-        self.tell: Tell = _only_log
-        self.removed: Callable[[str], None] = _only_forget
+        self.report_error: ReportError = _only_log
+        self.report_removed: Callable[[str], None] = _only_forget
         self._bundle_file = bundle_file
         self._patience_s = patience_s
         self._changed = threading.Condition()
-        self._wishes: dict[str, _ManifestRequest] = {}  # the newest of each job
+        self._requests: dict[str, _ManifestRequest] = {}  # the newest of each job
         self._published: dict[str, _Held] = {}  # by job: which files there are
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="manifests", daemon=True)
@@ -68,10 +69,10 @@ class Publisher:
 
     def publish(self, jobs: Mapping[str, tuple[Job, Catalogue]], *, wait: bool = True) -> None:
         """Bring these jobs' manifests up to date. Blocks until they are, or patience is at an end; or not at all."""
-        wishes = {
+        requests = {
             k: _ManifestRequest(store=job.store, job=job, catalogue=snapshots) for k, (job, snapshots) in jobs.items()
         }
-        self._wish(wishes, wait=wait)
+        self._request(requests, wait=wait)
 
     def remove(self, deletion: Deletion, directory: Path, *, wait: bool = True) -> None:
         """Remove a deleted job's `directory` on this machine and, unless that was done, its store. Blocks as `publish`
@@ -79,8 +80,8 @@ class Publisher:
         store = "" if deletion.removed else deletion.store
         # What an earlier master left undone comes after the manifests that jobs are waiting for.
         due_s = 0.0 if wait else time.monotonic()
-        wish = _ManifestRequest(store=store, job=None, directory=directory, retry_at_s=due_s)
-        self._wish({deletion.job_id: wish}, wait=wait)
+        request = _ManifestRequest(store=store, job=None, directory=directory, retry_at_s=due_s)
+        self._request({deletion.job_id: request}, wait=wait)
 
     def close(self) -> None:
         """End after what is being written. Safe to repeat."""
@@ -89,70 +90,70 @@ class Publisher:
             self._changed.notify()
         self._thread.join(self._patience_s)
 
-    def _wish(self, wishes: dict[str, _ManifestRequest], *, wait: bool = True) -> None:
+    def _request(self, requests: dict[str, _ManifestRequest], *, wait: bool = True) -> None:
         with self._changed:
-            self._wishes |= wishes
+            self._requests |= requests
             self._changed.notify()
         until = time.monotonic() + self._patience_s
-        for job_id, wish in wishes.items() if wait else ():
-            if not wish.done.wait(max(0.0, until - time.monotonic())):
-                _log.warning("a job's store is slow", job=job_id, store=wish.store)
+        for job_id, request in requests.items() if wait else ():
+            if not request.done.wait(max(0.0, until - time.monotonic())):
+                _log.warning("a job's store is slow", job=job_id, store=request.store)
 
     def _run(self) -> None:
         while (found := self._next()) is not None:
-            job_id, wish = found
+            job_id, request = found
             try:
-                self._carry_out(job_id, wish)
+                self._carry_out(job_id, request)
                 error: PsError | None = None
-            except PsError as problem:
-                error = problem
-            except Exception as problem:  # this thread must live: without it no snapshot is findable
-                error = InternalError(f"publishing the snapshots of {job_id} failed: {problem!r}")
-            self._settle(job_id, wish, error)
+            except PsError as failure:
+                error = failure
+            except Exception as failure:  # this thread must live: without it no snapshot is findable
+                error = InternalError(f"publishing the snapshots of {job_id} failed: {failure!r}")
+            self._settle(job_id, request, error)
 
     def _next(self) -> tuple[str, _ManifestRequest] | None:
         with self._changed:
             while not self._closing:
                 now = time.monotonic()
-                due = [(wish.retry_at_s, job_id) for job_id, wish in self._wishes.items()]
+                due = [(request.retry_at_s, job_id) for job_id, request in self._requests.items()]
                 if due and min(due)[0] <= now:
-                    return min(due)[1], self._wishes[min(due)[1]]
+                    return min(due)[1], self._requests[min(due)[1]]
                 self._changed.wait(min(due)[0] - now if due else None)
         return None
 
-    def _settle(self, job_id: str, wish: _ManifestRequest, error: PsError | None) -> None:
+    def _settle(self, job_id: str, request: _ManifestRequest, error: PsError | None) -> None:
         with self._changed:
-            if error is None and self._wishes.get(job_id) is wish:
-                del self._wishes[job_id]
-        if error is None and wish.job is None:
-            self.removed(job_id)
+            if error is None and self._requests.get(job_id) is request:
+                del self._requests[job_id]
+        if error is None and request.job is None:
+            self.report_removed(job_id)
         if error is not None:
-            wish.retry_at_s = time.monotonic() + _pause_s(wish)
-            wish.failures += 1
-            newest = wish.catalogue.newest() if wish.catalogue else None
-            if wish.told != error.cause:
-                wish.told = error.cause
-                self.tell(job_id, newest.step if newest else 0, error)
-        wish.done.set()
+            request.retry_at_s = time.monotonic() + _pause_s(request)
+            request.failures += 1
+            newest = request.catalogue.newest() if request.catalogue else None
+            if request.reported != error.cause:
+                request.reported = error.cause
+                self.report_error(job_id, newest.step if newest else 0, error)
+        request.done.set()
 
-    def _carry_out(self, job_id: str, wish: _ManifestRequest) -> None:
-        if wish.job is None:
+    def _carry_out(self, job_id: str, request: _ManifestRequest) -> None:
+        if request.job is None:
             self._published.pop(job_id, None)
-            _remove(wish)
+            _remove(request)
             return
-        store = open_store(wish.store)
-        points = _complete(wish.catalogue)
+        store = open_store(request.store)
+        points = _complete(request.catalogue)
         held = self._published.get(job_id)
         if held is None:  # the first time since this process started: an earlier one may have left others
             held = self._published[job_id] = {n: None for n in store.names() if manifest.step_of(n) is not None}
         if points:
-            self._copy_bundle(store, wish.job.bundle_sha256, held)
+            self._copy_bundle(store, request.job.bundle_sha256, held)
         for point in points:
-            name, current = manifest.manifest_name(point.step), (point, wish.job.revision)
+            name, current = manifest.manifest_name(point.step), (point, request.job.revision)
             known = held.get(name)
             # Only the newest follows what becomes of the job: its end, its best step.
             if known is None or known[0] != point or (point is points[-1] and known != current):
-                store.write(name, [manifest.encode(Manifest(job=wish.job, point=point))])
+                store.write(name, [manifest.encode(Manifest(job=request.job, point=point))])
                 held[name] = current
         wanted = {manifest.manifest_name(point.step) for point in points}
         for name in [name for name in held if name not in wanted and manifest.step_of(name) is not None]:
@@ -177,22 +178,22 @@ def _complete(catalogue: Catalogue | None) -> list[RestorePoint]:
     return [catalogue.restore_point(step) for step in catalogue.complete_steps()] if catalogue else []
 
 
-def _pause_s(wish: _ManifestRequest) -> float:
+def _pause_s(request: _ManifestRequest) -> float:
     """Until it is tried again."""
-    if wish.job is not None:
+    if request.job is not None:
         return RETRY_S
-    return delay_s(wish.failures + 1, 0.0, first_s=RETRY_S, cap_s=MAX_RETRY_S, jitter=0.0)
+    return delay_s(request.failures + 1, 0.0, first_s=RETRY_S, cap_s=MAX_RETRY_S, jitter=0.0)
 
 
-def _remove(wish: _ManifestRequest) -> None:
+def _remove(request: _ManifestRequest) -> None:
     """The directory first: it can be reached. Raises StorageError when the store cannot."""
-    if wish.directory is not None:
-        DirectoryStore(wish.directory).remove()
-        if Path(wish.store).is_relative_to(wish.directory):
+    if request.directory is not None:
+        DirectoryStore(request.directory).remove()
+        if Path(request.store).is_relative_to(request.directory):
             return
-    if wish.store:
-        _refuse_missing_root(wish.store)
-        open_store(wish.store).remove()
+    if request.store:
+        _refuse_missing_root(request.store)
+        open_store(request.store).remove()
 
 
 def _refuse_missing_root(store: str) -> None:
@@ -209,4 +210,4 @@ def _only_log(job_id: str, step: int, error: PsError) -> None:
 
 
 def _only_forget(_job_id: str) -> None:
-    """Nobody remembers it."""
+    """Nothing to report."""

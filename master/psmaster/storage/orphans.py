@@ -1,4 +1,4 @@
-"""Whether what lies in the state directory, and is not in the database, is left over or lost.
+"""Whether files in the state directory that the database does not know are orphans, or the database is older.
 
 A master removes what its database does not know. So it must not work with one that is gone, or older than the snapshots
 beside it: a backup that was restored, a disk that was set back. A manifest is written after the transaction that it
@@ -15,8 +15,8 @@ import structlog
 
 from pscluster.errors import DamagedError, PsError
 from pscluster.storage.directory import DirectoryStore
-from psmaster.model.deletions import Deletions
 from psmaster.model.job import Job
+from psmaster.model.state import Deletions
 from psmaster.storage import manifest
 from psmaster.storage.manifest import Manifest
 from psmaster.storage.sqlite import DATABASE
@@ -61,7 +61,7 @@ def refuse_older(state_dir: Path, jobs: Mapping[str, Job], deletions: Deletions)
 
 
 def may_go(directory: Path, jobs: Mapping[str, Job], deletions: Deletions) -> bool:
-    """Whether nobody needs the directory of a job: it was deleted, or is unknown and has no manifest, sound or not.
+    """Whether the directory of a job is not needed: it was deleted, or is unknown and has no manifest, sound or not.
 
     False while the publisher is still at it."""
     if directory.name in jobs:

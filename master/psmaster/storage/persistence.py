@@ -1,8 +1,8 @@
-"""The store and the files beside it, written as one: what a turn changed is on the disk when `save` returns.
+"""The store and the files beside it, written as one: the changes of a transaction are durable when `save` returns.
 
 Used from one thread (the master's disk thread); everything blocks. Order matters: metrics and logs first, because
-repeating them is harmless; then the store, which decides; then the manifests of what is complete, before anyone hears
-of it; cuts last, because only a stored rollback voids metrics.
+repeating them is harmless; then the store, which decides; then the manifests of what is complete, before that is
+published; cuts last, because only a stored rollback voids metrics.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from pathlib import Path
 import structlog
 
 from pscluster.errors import StorageError
-from psmaster.model import deletions
-from psmaster.model.deletions import Deletion
 from psmaster.model.job import Instant, Job, JobState
 from psmaster.model.membership import presumed
-from psmaster.model.snapshot_catalog import Catalogue, Part, RestorePoint
-from psmaster.model.state import Changes, State
+from psmaster.model.plan import Part, RestorePoint
+from psmaster.model.snapshot_catalog import Catalogue
+from psmaster.model.state import Changes, Deletion, State, deletion_changes
 from psmaster.storage.bundles import bundle_file
 from psmaster.storage.logs import LogMessage, ProcessLog
 from psmaster.storage.manifest_publisher import Publisher
@@ -31,7 +30,7 @@ _log = structlog.get_logger(__name__)
 
 
 def batch_of(before: State, changes: Changes) -> Batch:
-    """What of a turn the store must hold. Pure."""
+    """What the store must write for a transaction. Pure."""
     after = changes.state
     put: list[tuple[str, Part]] = []
     dropped: list[tuple[str, int, int]] = []
@@ -42,7 +41,7 @@ def batch_of(before: State, changes: Changes) -> Batch:
         old = held.parts if held else {}
         put += [(job_id, part) for key, part in catalogue.parts.items() if old.get(key) != part]
         dropped += [(job_id, *key) for key in old if key not in catalogue.parts]
-    deleted, forgotten = deletions.changed(before.deletions, after.deletions)
+    deleted, forgotten = deletion_changes(before.deletions, after.deletions)
     return Batch(
         jobs=tuple(job for job_id, job in after.jobs.items() if before.jobs.get(job_id) is not job),
         events=changes.events,
@@ -58,7 +57,7 @@ def batch_of(before: State, changes: Changes) -> Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Writes:
-    """What one turn brings to the disk. `before` is the state that it started from."""
+    """What one transaction writes. `before` is the state that it started from."""
 
     before: State
     batch: Batch
@@ -71,7 +70,7 @@ class Writes:
 
 
 def to_publish(before: State, after: State) -> dict[str, tuple[Job, Catalogue]]:
-    """The jobs whose manifests a turn makes out of date: another complete snapshot, another best, the end. Pure."""
+    """The jobs whose manifests a transaction makes out of date: new complete snapshots, a new best, the end. Pure."""
     found = {}
     for job_id, job in after.jobs.items():
         held, snapshots, former = before.jobs.get(job_id), after.catalogues[job_id], before.catalogues.get(job_id)
@@ -105,7 +104,7 @@ class Archive:
         return self._jobs / job_id / "logs"
 
     def load(self, now: Instant) -> State:
-        """What was there before: jobs, snapshots, events, and the nodes that jobs are seated on.
+        """What was there before: jobs, snapshots, events, and the nodes with placements of jobs.
 
         Metrics that were written but whose step was not stored are cut: they will be reported again. Raises
         DamagedError, before anything is changed, for a store that is older than the snapshots.
@@ -136,7 +135,7 @@ class Archive:
         return Catalogue(num_partitions=job.spec.servers.partitions, parts=parts)
 
     def save(self, writes: Writes) -> None:
-        """Make a turn durable. Raises StorageError; then the turn has not happened and may be tried again."""
+        """Make a transaction durable. Raises StorageError; then it may be tried again."""
         lines = writes.changes.lines
         self._cut_pending()
         for job_id in dict.fromkeys(job_id for job_id, _ in lines):
@@ -171,7 +170,7 @@ class Archive:
         return self._logs[job_id, source]
 
     def _release(self, jobs: Mapping[str, Job]) -> None:
-        """Forget what is remembered about the files of jobs that have ended or are gone."""
+        """Drop what is cached about the files of jobs that have ended or are gone."""
         live = {job_id for job_id, job in jobs.items() if not job.state.ended}
         self._metrics = {job_id: file for job_id, file in self._metrics.items() if job_id in live}
         self._logs = {key: file for key, file in self._logs.items() if key[0] in live}

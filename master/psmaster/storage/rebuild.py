@@ -1,6 +1,6 @@
 """`psmaster rebuild`: the master's database made again from the manifests in the jobs' stores. Blocks on everything.
 
-What a manifest tells is believed only when it fits its checksum, and a snapshot only when every part of it was read and
+A manifest counts only when it fits its checksum, and a snapshot only when every part of it was read and
 fits what the manifest says. Jobs that had not ended come back STOPPED; `psctl resume` goes on from their newest sound
 snapshot, to the same bits. A job without a sound snapshot is not there any more: it must be submitted again.
 """
@@ -16,9 +16,10 @@ from types import MappingProxyType
 from pscluster.errors import DamagedError, PsError, StateError, StorageError
 from pscluster.storage import SnapshotStore, open_store
 from pscluster.storage.snapshot import verify_file
-from psmaster.model.deletions import Deletions
 from psmaster.model.job import Event, Job, JobState
-from psmaster.model.snapshot_catalog import Catalogue, Part, RestorePoint
+from psmaster.model.plan import Part, RestorePoint
+from psmaster.model.snapshot_catalog import Catalogue
+from psmaster.model.state import Deletions
 from psmaster.storage import manifest
 from psmaster.storage.bundles import CHUNK_BYTES, BundleShelf, bundle_file
 from psmaster.storage.manifest import Manifest
@@ -31,8 +32,16 @@ whatever is still alive from before is of the past."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class RebuildSettings:
+    """Of `psmaster rebuild`. `store`: where jobs with a durability.store of their own have their snapshots."""
+
+    state_dir: Path
+    store: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Found:
-    """One job as its store tells it. `problems`: what was left out, one line each."""
+    """One job as found in its store. `problems`: what was left out, one line each."""
 
     job: Job
     catalogue: Catalogue
@@ -72,13 +81,13 @@ def read_job(store: SnapshotStore, now_s: float) -> Found | None:
     read; damage is no error here: what is damaged is left out, and named."""
     problems: list[str] = []
     sound: list[Manifest] = []
-    told: list[Manifest] = []
+    readable: list[Manifest] = []
     for name in reversed(store.names()):
         if manifest.step_of(name) is None:
             continue
         try:
             one = manifest.read(store, name)
-            told.append(one)
+            readable.append(one)
             for part in one.point.parts:
                 _verify(store, part)
             sound.append(one)
@@ -87,14 +96,14 @@ def read_job(store: SnapshotStore, now_s: float) -> Found | None:
     if not sound:
         return None
     points = {one.point.step: one.point for one in sound}
-    record = max(told, key=lambda one: one.job.revision).job
+    record = max(readable, key=lambda one: one.job.revision).job
     return Found(
         job=_come_back(record, points, store, now_s), catalogue=_catalogue(record, points), problems=tuple(problems)
     )
 
 
 def _verify(store: SnapshotStore, part: Part) -> None:
-    """Read a part that lies in the store; what nodes keep for themselves is verified by whoever restores it."""
+    """Read a part that lies in the store; a part on nodes is verified by the partition that restores it."""
     if not part.nodes:
         verify_file(store, part.path, part.size_bytes, part.checksum)
 
@@ -105,7 +114,7 @@ def _catalogue(job: Job, points: dict[int, RestorePoint]) -> Catalogue:
 
 
 def _come_back(record: Job, points: dict[int, RestorePoint], store: SnapshotStore, now_s: float) -> Job:
-    """The job as it goes on: as it ended, or STOPPED; nothing in it speaks of what is not there."""
+    """The job to store: as it ended, or STOPPED; it refers to nothing that is missing."""
     newest = max(points)
     ended = record.state.ended and record.step <= newest
     best = record.best if record.best is not None and record.best.step in points else None
@@ -134,7 +143,7 @@ def _at_home(job: Job, state_dir: Path) -> Job:
 
 
 def _with_bundle(one: Found, shelf: BundleShelf) -> Found:
-    """Put the job's bundle back on the shelf, if it is not there; what is wrong with it is told."""
+    """Put the job's bundle back on the shelf, if it is not there; problems are reported."""
     sha256 = one.job.bundle_sha256
     if not sha256 or shelf.has(sha256):
         return one
@@ -156,7 +165,7 @@ def _with_bundle(one: Found, shelf: BundleShelf) -> Found:
 
 
 def _refuse_a_sound_one(database: Path) -> Deletions:
-    """Raises StateError for one that has jobs. What a sound one says was deleted: that is not to come back."""
+    """Raises StateError for one that has jobs. The deletions of a sound one, whose jobs must not come back."""
     if not database.exists():
         return {}
     try:
@@ -227,5 +236,5 @@ def report(found: Iterable[Found]) -> str:
     lines = []
     for one in found:
         lines.append(f"{one.job.job_id}  {one.job.state}  step {one.job.step}")
-        lines += [f"  {problem}" for problem in one.problems]
+        lines += [f"  {line}" for line in one.problems]
     return "\n".join(lines) or "no snapshots were found: give the durability.store of the jobs with --store"

@@ -1,5 +1,5 @@
-"""Jobs, events and parts as JSON text, for the store. What is unknown (a newer field) is ignored, what is missing gets
-its default; whether a database may be read at all is its schema version's business."""
+"""Jobs, events and parts as JSON text, for the store. Unknown fields are ignored, missing ones get their default; the
+schema version decides whether a database may be read at all."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ from typing import Any, TypeVar
 
 from pscluster.errors import StorageError
 from pscluster.job.spec import JobSpec, parse_spec
-from psmaster.model.job import VOLATILE, Event, Job
+from psmaster.model.job import VOLATILE, Event, Job, JobWarning
+from psmaster.model.plan import Plan
 
 T = TypeVar("T")
 
-# Field names of records that version 0.1 wrote (schema 4), and what they are called since.
-_RENAMED = {"lead_generation": "coordinator_generation"}
+# Field names of records that version 0.1 wrote (schema 4), and what they are called since; by the record that has them.
+_RENAMED: Mapping[type, Mapping[str, str]] = {
+    Job: {"trouble": "snapshot_warning"},
+    JobWarning: {"problem": "error"},
+    Plan: {"lead_generation": "coordinator_generation"},
+}
 
 # Stored beside the record: the layout is large and never changes, so it is not rewritten with every step.
 _APART = frozenset({"layout_json"})
@@ -37,7 +42,7 @@ def job_of(text: str, layout_json: bytes) -> Job:
 
 
 def plain(value: Any, without: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """A dataclass as what JSON can say, but for the fields that are left out; `typed` reads it."""
+    """A dataclass as plain JSON types, without some of its fields; `typed` reads it."""
     return {
         field.name: _plain(getattr(value, field.name))
         for field in dataclasses.fields(value)
@@ -91,7 +96,8 @@ def _typed(hint: Any, value: Any) -> Any:
         return parse_spec(value)
     if dataclasses.is_dataclass(hint):
         hints = _hints(typing.cast(type, hint))
-        current = {_RENAMED.get(name, name): item for name, item in value.items()}
+        renamed = _RENAMED.get(typing.cast(type, hint), {})
+        current = {renamed.get(name, name): item for name, item in value.items()}
         return typing.cast(Any, hint)(
             **{name: _typed(hints[name], item) for name, item in current.items() if name in hints}
         )

@@ -1,7 +1,7 @@
 """The durable store: one SQLite file in WAL mode, `synchronous=FULL`, one writer.
 
 Every batch is one transaction; it is on the disk when `write` returns. Every row carries a checksum, and all of them
-are checked when the file is opened (see `soundness`). The schema carries a version: an older file is brought forward
+are checked when the file is opened (see `integrity`). The schema carries a version: an older file is brought forward
 step by step, a newer one is refused, so that a downgraded master does not lose what it cannot read.
 """
 
@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pscluster.errors import StateError, StorageError
-from psmaster.model.deletions import Deletion, Deletions
 from psmaster.model.job import MAX_EVENTS, Event, Job
-from psmaster.model.snapshot_catalog import Part
+from psmaster.model.plan import Part
+from psmaster.model.state import Deletion, Deletions
 from psmaster.storage import integrity, records
 from psmaster.storage.store import SCHEMA_VERSION, Batch, BundleRecord, Store
 
@@ -52,7 +52,7 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
         ) WITHOUT ROWID""",
         *integrity.keep_books("deletions"),
     ),
-    (),  # fields of records were renamed: `records` reads both names, a 0.1 master would lose what the new one says
+    (),  # fields of records were renamed: `records` reads both names, a 0.1 master would lose the new ones
 )
 
 

@@ -1,4 +1,4 @@
-"""What the master must not forget, behind one interface. `tests/contract/test_store.py` is what every store passes.
+"""The durable state of the master, behind one interface. Every store passes `tests/contract/test_store.py`.
 
 A `Batch` is written as a whole or not at all, and is durable when `write` returns: only then may anything be
 acknowledged or sent. Stores are used from one thread at a time; every method blocks on the disk.
@@ -10,9 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from psmaster.model.deletions import Deletion, Deletions
 from psmaster.model.job import Event, Job
-from psmaster.model.snapshot_catalog import Part
+from psmaster.model.plan import Part
+from psmaster.model.state import Deletion, Deletions
 
 SCHEMA_VERSION = 5
 

@@ -18,7 +18,7 @@ from psserver.canary import numerics_class, settle_numerics
 from psserver.partition.process import PartitionService
 from psserver.partition.telemetry import PartitionCounters
 
-GREETING_S = 10.0  # in which a caller must have said who it is
+HANDSHAKE_S = 10.0  # in which a caller must have sent its HELLO
 
 
 def main() -> int:
@@ -33,7 +33,7 @@ def main() -> int:
     try:
         check_congestion_control(spec.network.congestion_control)
         wanted = _addresses(spec, link.start.data_host)
-        addresses = [reactor.listen(address, service.handler, GREETING_S) for address in wanted]
+        addresses = [reactor.listen(address, service.handler, HANDSHAKE_S) for address in wanted]
         digest, detail = numerics_class()
         ready = PartitionReady(addresses=addresses, numerics_class=digest, numerics_detail=detail)
         link.report(ProcessReport(partition_ready=ready))

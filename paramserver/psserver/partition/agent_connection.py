@@ -1,4 +1,4 @@
-"""A partition's line to its agent: orders in, reports, counters and beats out."""
+"""A partition's connection to its agent: orders in; reports, counters and heartbeats out."""
 
 from __future__ import annotations
 
@@ -12,42 +12,35 @@ COUNTERS_S = 1.0
 
 
 class AgentConnection:
-    """What a partition's process is to its agent; the partition itself is the subclass. On the reactor's thread."""
-
-    version = 0  # the newest committed step whose update is done
+    """The side of a partition's process that its agent sees; the subclass is the partition. On the reactor's thread."""
 
     def __init__(self, link: ProcessLink, reactor: Reactor) -> None:
         self.link = link
         self.failed = False
         self._reactor = reactor
-        self._heart = HeartbeatThread(link, lambda: Beat(progress=self.progress, unreached=self.unreached()))
+        self._heartbeat = HeartbeatThread(link, lambda: Beat(progress=self.progress, unreached=self.unreached()))
 
     def start(self) -> None:
-        """Begin to beat, and to listen to the agent; the first plan may take its time."""
-        self._heart.start()
+        """Begin to send heartbeats and to read orders; the first plan may come later."""
+        self._heartbeat.start()
         self._reactor.watch(self.link.fileno(), self._orders)
         if self.link.start.HasField("plan"):
             self.adopt(self.link.start.plan)
         self._report_counters()
 
     def close(self) -> None:
-        """No longer beat. After the reactor has stopped."""
-        self._heart.close()
-
-    @property
-    def attempt(self) -> int:
-        """Which process of its placement it is."""
-        return self.link.start.attempt
+        """End the heartbeats. After the reactor has stopped."""
+        self._heartbeat.close()
 
     def adopt(self, plan: Plan) -> None:
-        """A plan has come."""
+        """A plan has arrived."""
         raise NotImplementedError
 
     def settled(self, path: str) -> None:
         """A part of a snapshot is on a second node, or never will be."""
         raise NotImplementedError
 
-    def counted(self) -> Counters:
+    def sample_counters(self) -> Counters:
         """Every counter as it is now."""
         raise NotImplementedError
 
@@ -56,27 +49,32 @@ class AgentConnection:
         raise NotImplementedError
 
     @property
+    def version(self) -> int:
+        """The newest committed version whose update is done."""
+        raise NotImplementedError
+
+    @property
     def progress(self) -> int:
         """A number that rises with the work that is done."""
         raise NotImplementedError
 
-    def beaten(self) -> None:
+    def every_second(self) -> None:
         """A second has passed."""
 
     def report(self, report: ProcessReport) -> None:
-        """Tell the agent, and through it the master."""
+        """Send a report to the agent, and through it to the master."""
         try:
             self.link.report(report)
         except EOFError:
             self._reactor.stop()
 
     def fail(self, error: PsError) -> None:
-        """Tell the master why this process cannot go on."""
+        """Report to the master why this process cannot go on."""
         detail = detail_of(error)
         self.report(ProcessReport(failure=Failure(error=detail, step=self.version)))
 
     def give_up(self, error: PsError) -> None:
-        """Tell the master why, and end."""
+        """Report to the master why, and end."""
         self.fail(error)
         self.failed = True
         self._reactor.stop()
@@ -96,6 +94,6 @@ class AgentConnection:
                 self.settled(order.settled.path)
 
     def _report_counters(self) -> None:
-        self.report(ProcessReport(counters=self.counted()))
-        self.beaten()
+        self.report(ProcessReport(counters=self.sample_counters()))
+        self.every_second()
         self._reactor.call_later(COUNTERS_S, self._report_counters)

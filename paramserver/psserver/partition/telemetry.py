@@ -36,7 +36,7 @@ class PartitionCounters:
         self._push_bytes += size_bytes
 
     def sample_standby(self, partition: int, step: int, state_bytes: int) -> Counters:
-        """What a standby has to tell: no sample of a partition's, which would count twice."""
+        """The samples of a standby: none of a partition's, which would count twice."""
         where = {"partition": str(partition)}
         found = {"standby_step": step, "standby_state_bytes": state_bytes}
         samples = [Counters.Sample(name=name, labels=where, value=v, gauge=True) for name, v in found.items()]
@@ -75,9 +75,9 @@ class PartitionCounters:
         found.append(counter("pull_bytes_total", pull_bytes))
         found.append(counter("snapshots_total", self.snapshots))
         if standby is not None:
-            found.append(gauge("replica_in_sync", standby.is_told))
+            found.append(gauge("replica_in_sync", standby.reported_in_sync))
             found.append(counter("replica_bytes_total", self.replicated_bytes))
-            if standby.reach >= 0:
+            if standby.acked_version >= 0:
                 found.append(gauge("replica_lag_steps", lag))
         found += [counter("phase_seconds_total", spent, phase=name) for name, spent in self._phases.seconds.items()]
         return Counters(samples=found)

@@ -24,11 +24,7 @@ _ORPHAN_GRACE_S = 1.0
 _POLL_S = 0.02
 _CLOCK_SLACK_S = 2.0
 _LOG_CAP_BYTES = 16 << 20
-_MODULE = {
-    "master": "psmaster.daemon",
-    "worker": "psworker.daemon",
-    "server": "psserver.daemon",
-}
+_MODULE = {"master": "psmaster.daemon", "worker": "psworker.daemon", "server": "psserver.daemon"}
 WORKER_SLOTS = 1
 """A local worker runs one trainer at a time: a local cluster scales by workers."""
 SERVER_SLOTS = 16

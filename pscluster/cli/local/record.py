@@ -56,11 +56,7 @@ def load(state_dir: Path) -> tuple[Daemon, ...]:
 
 def save(state_dir: Path, address: str, daemons: tuple[Daemon, ...]) -> None:
     """Replace the record atomically."""
-    body = {
-        "version": _VERSION,
-        "address": address,
-        "daemons": [dataclasses.asdict(daemon) for daemon in daemons],
-    }
+    body = {"version": _VERSION, "address": address, "daemons": [dataclasses.asdict(daemon) for daemon in daemons]}
     path = record_path(state_dir)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -43,7 +43,7 @@ class Agent:
         self.node_id = self.host = node_id
         self.life = Life(sim.schedule, node_id)
         self.children: dict[str, Child] = {}
-        self.outbox = ReportQueue()
+        self.report_queue = ReportQueue()
         self.incarnation = f"{node_id}:{sim.new_number()}"
         self._node = RegisterRequest(
             node_id=node_id,
@@ -120,7 +120,7 @@ class Agent:
 
     def emit(self, message: AgentMessage) -> None:
         """Keep a durable message until it is acknowledged."""
-        self.outbox.add(message)
+        self.report_queue.add(message)
         self.life.after(SOON_S, "", self._send)
 
     def _connect(self) -> None:
@@ -155,7 +155,7 @@ class Agent:
         elif isinstance(message, RegisterReply):
             self._registered(message)
         else:
-            self._told(message)
+            self._receive(message)
 
     def _refused(self, error: PsError) -> None:
         if self._end is not None:
@@ -190,17 +190,17 @@ class Agent:
     def _send(self) -> None:
         if self._end is None or not self._attends:
             return
-        while batch := self.outbox.after(self._sent, _BATCH):
+        while batch := self.report_queue.after(self._sent, _BATCH):
             for message in batch:
-                self._end.send(message, _words(message) if self.sim.schedule.told is not None else "")
+                self._end.send(message, _describe(message) if self.sim.schedule.told is not None else "")
                 self._sent = message.sequence
 
-    def _told(self, message: MasterMessage) -> None:
+    def _receive(self, message: MasterMessage) -> None:
         if message.HasField("assignment"):
             self.apply(message.assignment)
         if message.HasField("ack"):
-            self.outbox.acknowledge(message.ack.sequence)
-            if self._leaving and not len(self.outbox):
+            self.report_queue.acknowledge(message.ack.sequence)
+            if self._leaving and not len(self.report_queue):
                 self.life.end()
 
 
@@ -209,7 +209,7 @@ def restart_after_s(sim: Any) -> float:
     return float(sim.schedule.between(*_RESTART_S))
 
 
-def _words(message: AgentMessage) -> str:
+def _describe(message: AgentMessage) -> str:
     body = message.WhichOneof("body")
     if body == "event":
         return f"{message.event.process_id} {message.event.report.WhichOneof('body')}"

@@ -16,15 +16,14 @@ from pscluster.errors import PsError, StorageError
 from pscluster.storage import Written
 from pscluster.storage.snapshot import part_name
 from psmaster.storage.manifest_publisher import Publisher
-from psmaster.storage.memory import MemoryStore
 from psmaster.storage.metrics_file import FILE_NAME
 from psmaster.storage.persistence import Archive, Writes
 from psmaster.storage.sqlite import SqliteStore
 from psmaster.storage.store import Batch
 from psserver.partition.checkpoint import snapshots
-from psserver.partition.checkpoint.shared_store_check import SharedStoreCheck
-from psserver.partition.checkpoint.snapshots import SnapshotWriter
+from psserver.partition.checkpoint.snapshots import SharedStoreCheck, SnapshotWriter
 from tests.fault.simulation.schedule import SOON_S, Condition, Life, Schedule, Strand
+from tests.harness.memory_store import MemoryStore
 
 
 class Syncs:
@@ -103,13 +102,7 @@ class Disks:
     # the servers'
 
     def writer(
-        self,
-        store: str | Path,
-        partition: int,
-        post: Callable[..., None],
-        *,
-        every_steps: int,
-        **watching: Any,
+        self, store: str | Path, partition: int, post: Callable[..., None], *, every_steps: int, **watching: Any
     ) -> SnapshotWriter:
         """A writer of snapshots in virtual time, of the process whose reactor `post` is."""
         reactor: Any = getattr(post, "__self__", None)
@@ -169,14 +162,22 @@ class _Writer(SnapshotWriter):
         post: Callable[..., None],
         every_steps: int,
         copied: bool,
-        sharing: SharedStoreCheck | None,
+        shared_store_check: SharedStoreCheck | None,
         warn: Callable[[PsError], None],
     ) -> None:
         self._disks = disks
         self._strand = Strand(life, self._run)
         self._writes = False
         life.at_end.append(self._cut)
-        super().__init__(store, partition, post, every_steps=every_steps, copied=copied, sharing=sharing, warn=warn)
+        super().__init__(
+            store,
+            partition,
+            post,
+            every_steps=every_steps,
+            copied=copied,
+            shared_store_check=shared_store_check,
+            warn=warn,
+        )
 
     def _begin(self) -> None:
         self._changed: Any = Condition(self._strand, 0.0)
@@ -212,13 +213,13 @@ class ImmediatePublisher(Publisher):
     """The product's publisher of manifests, which does at once what it is asked for."""
 
     def __init__(self, bundle_file: Any) -> None:
-        self.tell = lambda _job_id, _step, _error: None
+        self.report_error = lambda _job_id, _step, _error: None
         self._bundle_file = bundle_file
         self._published = {}
 
-    def _wish(self, wishes: Any, *, wait: bool = True) -> None:  # noqa: ARG002 - there is nothing to wait for
-        for job_id, wish in wishes.items():
-            self._carry_out(job_id, wish)
+    def _request(self, requests: Any, *, wait: bool = True) -> None:  # noqa: ARG002 - there is nothing to wait for
+        for job_id, request in requests.items():
+            self._carry_out(job_id, request)
 
     def close(self) -> None:
         """Nothing runs."""

@@ -32,9 +32,9 @@ def check(sim: Any) -> None:
 
 
 def _left(sim: Any) -> list[str]:
-    """Processes of jobs, nodes that are away, and agents that still owe the master something."""
+    """Processes of jobs, nodes that are away, and agents with unacknowledged reports."""
     left = [child.spec.process_id for child in sim.children()]
-    left += [agent.node_id for agent in (*sim.agents.values(), *sim.former) if len(agent.outbox)]
+    left += [agent.node_id for agent in (*sim.agents.values(), *sim.former) if len(agent.report_queue)]
     return left + [node_id for node_id in sim.nodes if node_id not in sim.agents]
 
 

@@ -17,7 +17,7 @@ from pscluster.step.codec import as_bytes
 from pscluster.storage.snapshot import read_part
 from psmaster.control.loop import MAX_WAITING, Core
 from psmaster.model.job import MAX_EVENTS, Job, JobState
-from psmaster.model.snapshot_catalog import Part
+from psmaster.model.plan import Part
 from psserver.partition.step.commit import CommitDecision
 from tests.fault.simulation import model
 from tests.fault.simulation.model import LAYOUT, Reference
@@ -186,8 +186,8 @@ class Monitor:
 
     def _stay_bounded(self) -> None:
         for watched in self._partitions:
-            service = watched.process.service
-            require(len(service._early) <= 64, f"{watched.process.process_id} holds {len(service._early)} early frames")
+            early = len(watched.process.service.handler.early)
+            require(early <= 64, f"{watched.process.process_id} holds {early} early frames")
         for trainer in self._trainers:
             for peer in trainer.exchange.pusher.peers:
                 pending = len(peer.pushes.queue)
@@ -202,9 +202,9 @@ class Monitor:
         self._core = core
         lost = self.acknowledged - core.state.jobs.keys()
         require(not lost, f"acknowledged and lost: {sorted(lost)}")
-        self.master_turned(core)
+        self.master_committed(core)
 
-    def master_turned(self, core: Core) -> None:
+    def master_committed(self, core: Core) -> None:
         """The master's state is another one."""
         self.num_turns += 1
         drained, self._drained = self._drained & core.state.drains.keys(), frozenset(core.state.drains)

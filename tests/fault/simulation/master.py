@@ -7,10 +7,10 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from pscluster.errors import PsError, StorageError
-from pscluster.v1.agents_pb2 import AgentMessage, MasterMessage, RegisterRequest
-from psmaster.api import from_proto
+from pscluster.v1.agents_pb2 import AgentMessage, RegisterRequest
+from psmaster.api import proto
 from psmaster.api.agents import AgentsService
-from psmaster.control.agent_stream import AgentStream
+from psmaster.control.agent_stream import AgentStream, Assignment
 from psmaster.control.loop import RETRY_S, Core, Input
 from psmaster.control.transaction import Transaction
 from psmaster.model.job import Instant
@@ -107,7 +107,7 @@ class Master:
         self.core.master = self
         self.service = AgentsService(self.core, None)  # type: ignore[arg-type]
         self._streams: dict[AgentStream, End] = {}
-        self._is_busy = False  # a turn is on its way to the disk
+        self._is_busy = False  # a transaction is on its way to the disk
         self._is_awake = False  # one is due
         self._loading = True
         self.life.at_end += [self._crash, sim.master_ended]
@@ -124,26 +124,26 @@ class Master:
         self.sim.schedule.tell("master: has loaded its state")
         self._tick()
 
-    # turns
+    # transactions
 
     def wake(self) -> None:
-        """Take a turn soon."""
+        """Commit a transaction soon."""
         if not self._is_awake and not self._loading:
             self._is_awake = True
-            self.life.after(SOON_S, "", self._take_turn)
+            self.life.after(SOON_S, "", self._commit_next)
 
     def _tick(self) -> None:
         self.wake()
         self.life.after(_TICK_S, "", self._tick)
 
-    def _take_turn(self) -> None:
+    def _commit_next(self) -> None:
         self._is_awake = False
         if not self._is_busy:
             self._is_busy = True
-            drive(self.core._turn(self.core.take_batch()), self._took_turn)
+            drive(self.core._commit(self.core.take_batch()), self._committed)
 
-    def _took_turn(self, durable: bool) -> None:
-        self.sim.monitor.master_turned(self.core)
+    def _committed(self, durable: bool) -> None:
+        self.sim.monitor.master_committed(self.core)
         for stream, end in list(self._streams.items()):
             self._flush(stream, end)
         if durable:
@@ -193,40 +193,40 @@ class Master:
         if isinstance(message, RegisterRequest):
             drive(self.service.Register(message, None), end.send, end.send)
         elif message.HasField("hello"):
-            self._attend(end, message)
+            self._open_stream(end, message)
         else:
             raise AssertionError(f"a stream begins with {message.WhichOneof('body')}")
 
-    def _attend(self, end: End, message: AgentMessage) -> None:
+    def _open_stream(self, end: End, message: AgentMessage) -> None:
         """AgentsService.Attend, without its tasks."""
         hello = message.hello
-        processes = from_proto.processes(hello.node_id, hello.processes)
+        processes = proto.processes(hello.node_id, hello.processes)
         waiting: list[AgentMessage] = []
         end.receive = waiting.append  # until the hello was taken in
 
-        def attended(stream: AgentStream) -> None:
+        def opened(stream: AgentStream) -> None:
             if not end.is_open:
-                self.core.leave(stream)
+                self.core.close_stream(stream)
                 return
             self._streams[stream] = end
-            end.receive = lambda told: self._take(stream, end, told)
+            end.receive = lambda received: self._take(stream, end, received)
             end.lost = lambda: self._leave(stream)
-            for told in waiting:
-                self._take(stream, end, told)
+            for received in waiting:
+                self._take(stream, end, received)
             self._flush(stream, end)
 
-        drive(self.core.attend(hello.node_id, hello.incarnation, processes), attended, end.send)
+        drive(self.core.open_stream(hello.node_id, hello.incarnation, processes), opened, end.send)
 
     def _take(self, stream: AgentStream, end: End, message: AgentMessage) -> None:
         if stream.closed:
             end.close()
             return
-        assert self.core._room.is_set(), "the master is drowned in messages"
-        drive(self.service._take(stream, message), lambda _: self.wake())
+        assert self.core._accepts.is_set(), "the master is drowned in messages"
+        drive(self.service._submit(stream, message), lambda _: self.wake())
 
     def _leave(self, stream: AgentStream) -> None:
         self._streams.pop(stream, None)
-        self.core.leave(stream)
+        self.core.close_stream(stream)
         self.wake()
 
     def _flush(self, stream: AgentStream, end: End) -> None:
@@ -234,15 +234,12 @@ class Master:
         if stream.closed:
             self._streams.pop(stream, None)
             end.close()
-            self.core.leave(stream)
+            self.core.close_stream(stream)
             return
-        if stream._assignment is not None:
-            assignment, stream._assignment = stream._assignment, None
-            what = ", ".join(spec.process_id for spec in assignment.processes)
-            end.send(MasterMessage(assignment=assignment), f"that it is to run {what or 'nothing'}")
-        if stream._sequence > stream._acknowledged or stream._beaten:
-            stream._acknowledged, stream._beaten = stream._sequence, False
-            end.send(MasterMessage(ack={"sequence": stream._acknowledged}))
+        for message in stream.pending():
+            names = ", ".join(job_process[1].process_id for job_process in getattr(message, "processes", ()))
+            what = f"that it is to run {names or 'nothing'}" if isinstance(message, Assignment) else ""
+            end.send(proto.master_message(message), what)
 
     # people
 

@@ -10,11 +10,11 @@ from unittest.mock import patch
 
 from pscluster.step.tree import TreeNode
 from pscluster.storage import Written, directory, snapshot
-from psmaster.model import process
 from psmaster.model.job import Job
 from psmaster.model.membership import Node as ClusterNode
-from psmaster.model.snapshot_catalog import Catalogue, RestorePoint
-from psmaster.scheduling import rebalance, recovery
+from psmaster.model.plan import RestorePoint
+from psmaster.model.snapshot_catalog import Catalogue
+from psmaster.scheduling import losses, rebalance, recovery
 from psmaster.storage.persistence import Archive
 from psserver.partition.checkpoint.frozen import Frozen
 from psserver.partition.checkpoint.snapshots import SnapshotWriter
@@ -91,21 +91,21 @@ def answers_before_it_is_durable() -> Iterable[Patch]:
 
 
 @mistake
-def a_shard_is_dealt_to_nobody() -> Iterable[Patch]:
-    deal = rebalance.deal_shards
+def a_shard_is_assigned_to_nobody() -> Iterable[Patch]:
+    split = rebalance.split_shards
 
-    def deal_fewer(num_shards: int, *arguments: Any, **how: Any) -> dict[int, Any]:
-        runs = deal(num_shards, *arguments, **how)
+    def split_fewer(num_shards: int, *arguments: Any, **how: Any) -> dict[int, Any]:
+        runs = split(num_shards, *arguments, **how)
         return {rank: () if len(runs) > 1 and rank == max(runs) else run for rank, run in runs.items()}
 
-    yield patch.object(rebalance, "deal_shards", deal_fewer)
+    yield patch.object(rebalance, "deal_shards", split_fewer)
 
 
 @mistake
 def restarted_daemons_are_not_noticed() -> Iterable[Patch]:
     def loss_of(placement: Any, job: Any, view: Any) -> Any:
         same = {node_id: replace(node, incarnation=placement.incarnation) for node_id, node in view.nodes.items()}
-        return process.loss_of(placement, job, replace(view, nodes=same))
+        return losses.loss_of(placement, job, replace(view, nodes=same))
 
     yield patch.object(recovery, "loss_of", loss_of)
 
@@ -113,10 +113,10 @@ def restarted_daemons_are_not_noticed() -> Iterable[Patch]:
 @mistake_in(every_s=1.0, storm_s=8.0, liveness_s=25.0, faults={"replace_node": 1.0})
 def older_lives_displace_newer_ones() -> Iterable[Patch]:
     def register(nodes: Mapping[str, ClusterNode], node: ClusterNode, now: Any, _suspicion_s: float) -> Any:
-        return {**nodes, node.node_id: replace(node, attended=True, seen_s=now.mono_s)}
+        return {**nodes, node.node_id: replace(node, connected=True, seen_s=now.mono_s)}
 
     yield patch("psmaster.model.membership.register", register)
-    yield patch("psmaster.model.membership.attend", lambda nodes, *_: nodes)
+    yield patch("psmaster.model.membership.open_stream", lambda nodes, *_: nodes)
 
 
 # votes and decisions

@@ -29,10 +29,10 @@ class People:
         """Ask until the job is taken in."""
         text = json.dumps(spec.model_dump(mode="json"))
 
-        def apply(turn: Transaction) -> str:
+        def apply(tx: Transaction) -> str:
             directory = self.sim.disk.directory / "jobs"
             random_bytes = self.sim.schedule.random.randbytes
-            return turn.submit(new_job(text, "", request_id, directory, turn.now, random_bytes))
+            return tx.submit(new_job(text, "", request_id, directory, tx.now, random_bytes))
 
         def taken(job_id: str) -> None:
             known = self.jobs.setdefault(request_id, job_id)
@@ -49,7 +49,7 @@ class People:
 
     def stop(self, job_id: str) -> None:
         """Ask once."""
-        self._ask(lambda turn: turn.stop(job_id), lambda _: None)
+        self._ask(lambda tx: tx.stop(job_id), lambda _: None)
 
     def look_after(self) -> None:
         """Resume what ended before its last step, and have those nodes drained that should be, for ever."""
@@ -59,7 +59,7 @@ class People:
                 require(job.error.code in _EXPECTED, f"{job.job_id} failed: {job.error}")
             if job.state in (JobState.FAILED, JobState.STOPPED):
                 self.num_resumed += 1
-                self._ask(lambda turn, job_id=job.job_id: turn.resume(job_id), lambda _: None)  # type: ignore[misc]
+                self._ask(lambda tx, job_id=job.job_id: tx.resume(job_id), lambda _: None)  # type: ignore[misc]
         self.sim.schedule.after(0.5, "", self.look_after)
 
     def _tell_drains(self) -> None:
@@ -68,9 +68,9 @@ class People:
             return
         asked, known = set(master.core.state.drains), set(master.core.state.nodes)
         for node_id in sorted((self.drained - asked) & known):
-            self._ask(lambda turn, node_id=node_id: turn.drain(node_id), lambda _: None)  # type: ignore[misc]
+            self._ask(lambda tx, node_id=node_id: tx.drain(node_id), lambda _: None)  # type: ignore[misc]
         for node_id in sorted(asked - self.drained):
-            self._ask(lambda turn, node_id=node_id: turn.undrain(node_id), lambda _: None)  # type: ignore[misc]
+            self._ask(lambda tx, node_id=node_id: tx.undrain(node_id), lambda _: None)  # type: ignore[misc]
 
     def _ask(self, apply: Callable[[Transaction], Any], done: Callable[[Any], None]) -> None:
         """Whoever gets no answer, or a refusal, may ask again."""

@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
+from psmaster.model.membership import NodeView
 from psmaster.scheduling import recovery
-from psmaster.scheduling.admission import NodeView
+from psserver.partition.actions import Action
 from psserver.partition.replication import in_sync
 from psserver.partition.replication.in_sync import InSyncState
 from psserver.partition.replication.standby import Standby
@@ -24,18 +25,20 @@ def votes_do_not_wait_for_the_standby() -> Iterable[Patch]:
 
 @mistake_in(tier="replica", partitions=2, servers=3, compute_s=0.1, every_s=0.3, storm_s=8.0, faults=_KILLED)
 def a_standby_is_relied_on_before_it_is_in_sync() -> Iterable[Patch]:
-    def acknowledge(held: InSyncState, reach: int, _promised: int) -> tuple[InSyncState, bool]:
-        return replace(held, reach=max(held.reach, reach), is_told=True), not held.is_told
+    def acknowledge(held: InSyncState, acked_version: int, _promised: int) -> tuple[InSyncState, bool]:
+        return replace(
+            held, acked_version=max(held.acked_version, acked_version), reported_in_sync=True
+        ), not held.reported_in_sync
 
     yield patch.object(in_sync, "acknowledge", acknowledge)
 
 
 @mistake_in(tier="replica", partitions=2, servers=3)
-def a_standby_begins_without_the_ages() -> Iterable[Patch]:
+def a_standby_begins_without_the_update_counts() -> Iterable[Patch]:
     begin = Standby._begin
 
-    def begin_young(self: Standby, header: Any, sync: Any) -> None:
-        begin(self, header, replace(sync, update_counts=[0 for _ in sync.update_counts]))
+    def begin_young(self: Standby, header: Any, sync: Any) -> list[Action]:
+        return begin(self, header, replace(sync, update_counts=[0 for _ in sync.update_counts]))
 
     yield patch.object(Standby, "_begin", begin_young)
 

@@ -9,7 +9,7 @@ import pytest
 from pscluster.agent.resources import DeviceLedger
 from pscluster.agent.role import AgentRole
 from pscluster.errors import DeviceError
-from psserver.agent import SERVER
+from psserver.daemon import SERVER
 from psworker.daemon import WORKER
 
 
@@ -50,8 +50,7 @@ def test_who_gives_up_waiting_holds_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("role", "num_devices", "slots"),
-    [(WORKER, 0, 1), (WORKER, 1, 1), (WORKER, 8, 8), (SERVER, 0, 4), (SERVER, 8, 4)],
+    ("role", "num_devices", "slots"), [(WORKER, 0, 1), (WORKER, 1, 1), (WORKER, 8, 8), (SERVER, 0, 4), (SERVER, 8, 4)]
 )
 def test_a_worker_has_a_slot_for_each_device(role: AgentRole, num_devices: int, slots: int) -> None:
     assert role.slots(num_devices) == slots

@@ -273,11 +273,7 @@ def test_a_partition_gets_no_device(bench: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "present", "cause"),
-    [
-        ("cuda", [], "no CUDA device"),
-        ("cuda:3", ["cuda:0", "cuda:1"], "cuda:0..1"),
-    ],
+    ("device", "present", "cause"), [("cuda", [], "no CUDA device"), ("cuda:3", ["cuda:0", "cuda:1"], "cuda:0..1")]
 )
 def test_a_trainer_without_its_device_is_not_started_and_says_why(
     bench: Any, device: str, present: list[str], cause: str

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from psmaster.settings import MasterSettings
+from psmaster.server import MasterSettings
 from tests.unit.master.test_service import TOKEN
 
 

@@ -43,7 +43,7 @@ class FakeAgent:
         self._call: Any = None
         self._reading: asyncio.Task[None] | None = None
 
-    async def attend(self, states: Iterable[agents_pb2.ProcessState] = ()) -> None:
+    async def open_stream(self, states: Iterable[agents_pb2.ProcessState] = ()) -> None:
         """Register, open the stream, and send again what was not acknowledged."""
         self._channel = rpc.open_aio_channel(self._address, self._token)
         stub: Any = agents_pb2_grpc.AgentsStub(self._channel)  # type: ignore[no-untyped-call]

@@ -17,8 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from pscluster.errors import AddressInUseError, SettingsError, StorageError
 from pscluster.settings import resolve
-from psmaster.server import bind, claim
-from psmaster.settings import MasterSettings
+from psmaster.server import MasterSettings, bind, claim
 
 DEADLINE_S = 30.0
 REQUIRED = {"state_dir": Path("/s"), "token_file": Path("/t")}

@@ -18,20 +18,19 @@ from pscluster.errors import NotFoundError, StateError
 from pscluster.v1 import jobs_pb2
 from psmaster.api.jobs import Identity, JobsService
 from psmaster.control.loop import Core
-from psmaster.model import deletions
-from psmaster.model.deletions import KEPT_S, MAX_NAMED, Deletion
 from psmaster.model.job import Instant, Job, JobState
-from psmaster.model.snapshot_catalog import Part
-from psmaster.settings import MasterSettings
+from psmaster.model.plan import Part
+from psmaster.model.state import MAX_DELETED_SENT, NODE_WAIT_S, Deletion, newest_deleted
+from psmaster.server import MasterSettings
 from psmaster.storage import manifest, rebuild
 from psmaster.storage.bundles import BundleShelf
 from psmaster.storage.manifest_publisher import Publisher
 from psmaster.storage.sqlite import DATABASE, SqliteStore
 from psmaster.storage.store import Batch
+from tests.harness.master_world import World, make_job, make_spec
 from tests.unit.master.fake_agent import DEADLINE_S, FakeAgent
 from tests.unit.master.test_rebuild import save
 from tests.unit.master.test_service import TOKEN, Client, with_master
-from tests.unit.master.world import World, make_job, make_spec
 
 CODE = b"code"
 SHA256 = hashlib.sha256(CODE).hexdigest()
@@ -108,28 +107,28 @@ def test_a_job_submitted_while_its_bundle_goes_has_it_or_is_refused(
 def test_a_deletion_is_remembered_until_its_store_is_gone_and_no_node_is_waited_for(world: World) -> None:
     world.running()
     job = world.job()
-    world.take(lambda turn: turn.stop(job.job_id))
+    world.take(lambda tx: tx.stop(job.job_id))
     world.snapshot(5)
     world.finish(5, stopped=True)
-    world.take(lambda turn: turn.delete(job.job_id))
+    world.take(lambda tx: tx.delete(job.job_id))
     world.restart()
     (held,) = world.state.deletions.values()
     assert held == Deletion(job_id=job.job_id, store=job.store, deleted_s=world.now.unix_s)
     with pytest.raises(StateError, match="is taken"):
         world.submit(job.job_id)
-    later(world, 2 * KEPT_S)
+    later(world, 2 * NODE_WAIT_S)
     assert list(world.state.deletions) == [job.job_id], "its store may be full still"
-    world.take(lambda turn: turn.removed(job.job_id), lambda turn: turn.removed("nobody"))
+    world.take(lambda tx: tx.removed(job.job_id), lambda tx: tx.removed("nobody"))
     assert world.store.deletions() == {}
 
 
 def test_a_store_that_is_gone_is_remembered_for_the_nodes_that_are_away(world: World) -> None:
     world.submit()
-    world.take(lambda turn: turn.stop("job-aaaaaa"))
-    world.take(lambda turn: turn.delete("job-aaaaaa"))
+    world.take(lambda tx: tx.stop("job-aaaaaa"))
+    world.take(lambda tx: tx.delete("job-aaaaaa"))
     world.restart()
     assert world.state.deletions["job-aaaaaa"].removed, "it never ran: nobody wrote there"
-    later(world, KEPT_S)
+    later(world, NODE_WAIT_S)
     assert list(world.store.deletions()) == ["job-aaaaaa"]
     later(world, 1.0)
     assert world.store.deletions() == {}
@@ -146,9 +145,11 @@ def later(world: World, seconds: float) -> None:
 
 
 def test_nodes_are_told_of_the_newest_ones() -> None:
-    many = {f"job-{number}": deletion(f"job-{number}", deleted_s=float(number)) for number in range(MAX_NAMED + 7)}
-    told = deletions.named(many)
-    assert (len(told), told[0], told[-1]) == (MAX_NAMED, f"job-{MAX_NAMED + 6}", "job-7")
+    many = {
+        f"job-{number}": deletion(f"job-{number}", deleted_s=float(number)) for number in range(MAX_DELETED_SENT + 7)
+    }
+    received = newest_deleted(many)
+    assert (len(received), received[0], received[-1]) == (MAX_DELETED_SENT, f"job-{MAX_DELETED_SENT + 6}", "job-7")
 
 
 def deletion(job_id: str, deleted_s: float, store: str = "/store") -> Deletion:
@@ -168,7 +169,7 @@ def test_a_node_that_was_away_hears_from_another_master_of_all_that_was_deleted(
         await client.call("Delete", jobs_pb2.GetRequest(job=job_id))
         agent = FakeAgent(site.listen[0], TOKEN, "server-0")
         agent.node.depot_address = "127.0.0.1:1"
-        await agent.attend()
+        await agent.open_stream()
         await agent.until(lambda _: bool(agent.deleted))
         assert agent.deleted == [job_id, *(one.job_id for one in reversed(gone))]
         await agent.leave()
@@ -191,7 +192,7 @@ def test_a_removal_that_a_kill_prevented_is_done_by_the_next_master(
         assert not core.state.deletions[job.job_id].removed
 
     with monkeypatch.context() as killed:
-        killed.setattr(Publisher, "_wish", lambda *_, **__: None)
+        killed.setattr(Publisher, "_request", lambda *_, **__: None)
         with_master(site, delete)
     assert outside.exists() and directory.exists()
     copy = shutil.copytree(site.state_dir, tmp_path / "copy")

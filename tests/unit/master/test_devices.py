@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 
 from pscluster.devices import choose_device, device_priority
-from psmaster.api import to_proto
+from psmaster.api import proto
 from psmaster.model.job import ErrorInfo, JobState
 from psmaster.model.plan import ProcessKind
 from psmaster.model.state import node_views
 from psmaster.scheduling.reconcile import desired
-from tests.unit.master.world import PARTITION, TRAINER, World
+from tests.harness.master_world import PARTITION, TRAINER, World
 
 ONE = {"min": 1, "max": 1}
 
@@ -22,7 +22,7 @@ def rooms(world: World, node_id: str = "worker-0") -> tuple[int, int, int]:
     """How many trainers of a job that is not there yet a node has room for: "cuda", "cuda:0", "cuda:1"."""
     state = world.state
     node = node_views(state.jobs, state.nodes, "", world.now, world.limits.suspicion_s)[node_id]
-    return node.room("cuda"), node.room("cuda:0"), node.room("cuda:1")
+    return node.free_slots("cuda"), node.free_slots("cuda:0"), node.free_slots("cuda:1")
 
 
 @pytest.fixture
@@ -49,16 +49,16 @@ def test_a_starting_trainer_may_take_any_that_fits(world: World, device: str, le
     assert rooms(world) == left
 
 
-@pytest.mark.parametrize(("told", "left"), [("cpu", (2, 1, 1)), ("cuda:1", (1, 1, 0))])
-def test_what_a_ready_trainer_told_is_what_it_holds(world: World, told: str, left: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(("received", "left"), [("cpu", (2, 1, 1)), ("cuda:1", (1, 1, 0))])
+def test_what_a_ready_trainer_told_is_what_it_holds(world: World, received: str, left: tuple[int, int, int]) -> None:
     world.submit(workers=ONE)
-    world.report("trainer-0", replace(TRAINER, device=told))
+    world.report("trainer-0", replace(TRAINER, device=received))
     assert rooms(world) == (1, 0, 0), "not counted on yet"
     world.ready()
     assert rooms(world) == left
-    assert [placement.device for placement in world.job().trainers] == [told]
+    assert [placement.device for placement in world.job().trainers] == [received]
     world.restart()
-    assert [placement.device for placement in world.job().trainers] == [told]
+    assert [placement.device for placement in world.job().trainers] == [received]
 
 
 def test_a_device_is_free_again_when_its_trainer_is_lost(world: World) -> None:
@@ -75,7 +75,7 @@ def test_the_jobs_placements_are_shown_with_their_devices(world: World) -> None:
     for rank, device in enumerate(("cuda:0", "cuda:1", "cpu")):
         world.report(f"trainer-{rank}", replace(TRAINER, device=device))
     world.ready()
-    message = to_proto.job(world.job(), (), world.now, full=True)
+    message = proto.job(world.job(), (), world.now, full=True)
     assert [placement.device for placement in message.plan.trainers] == ["cuda:0", "cuda:1", "cpu"]
 
 
@@ -84,7 +84,7 @@ def test_a_placement_without_a_node_says_which_worker_it_waits_for(world: World)
     world.ready()
     world.snapshot(0)
     world.commit(1)
-    world.take(lambda turn: turn.detach("worker-0", world.lives["worker-0"], for_good=True))
+    world.take(lambda tx: tx.detach("worker-0", world.lives["worker-0"], for_good=True))
     world.join("worker-1", slots=3)
     assert world.job().reason == "waits for a trainer: a free worker slot with a CUDA device for trainer-0"
 
@@ -92,15 +92,17 @@ def test_a_placement_without_a_node_says_which_worker_it_waits_for(world: World)
 def test_an_agent_that_had_none_is_quoted(world: World) -> None:
     world.submit(workers=ONE | {"device": "cuda"})
     for _ in range(6):
-        problem = ErrorInfo(code="PS-4004", cause="all 2 CUDA devices here are taken by other trainers")
-        world.exit("trainer-0", exit_code=127, error=problem)
+        info = ErrorInfo(code="PS-4004", cause="all 2 CUDA devices here are taken by other trainers")
+        world.exit("trainer-0", exit_code=127, error=info)
         world.wait(8)
     job = world.job()
     assert job.state is JobState.FAILED
     assert job.error is not None
     assert job.error.code == "PS-4004"
-    told = [event.message for event in world.events if event.reason == "TrainerLost"]
-    assert told[0].startswith("trainer-0 on worker-0 could not be started: PS-4004: all 2 CUDA devices here are taken")
+    received = [event.message for event in world.events if event.reason == "TrainerLost"]
+    assert received[0].startswith(
+        "trainer-0 on worker-0 could not be started: PS-4004: all 2 CUDA devices here are taken"
+    )
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -151,7 +153,7 @@ def act(world: World, chance: random.Random, number: int, agents: dict[str, dict
     if placements and chance.random() < 0.3:
         world.exit(chance.choice(placements).name, job.job_id, signal=9)
     elif chance.random() < 0.2:
-        world.take(lambda turn: turn.stop(job.job_id))
+        world.take(lambda tx: tx.stop(job.job_id))
     else:
         for name, process in world.wanted(job.job_id).items():
             if name not in world.wanted(job.job_id) or process.placement.active:

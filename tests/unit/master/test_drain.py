@@ -9,7 +9,7 @@ from psmaster.model.job import ErrorInfo, JobState, JobWarning
 from psmaster.model.plan import Plan, ProcessKind
 from psmaster.model.reports import Progress
 from psmaster.scheduling import drain
-from tests.unit.master.world import PARTITION, TRAINER, World
+from tests.harness.master_world import PARTITION, TRAINER, World
 
 JOB = "job-aaaaaa"
 
@@ -18,10 +18,10 @@ class Site(World):
     """A world with eyes for its nodes."""
 
     def drain(self, node_id: str) -> None:
-        self.take(lambda turn: turn.drain(node_id))
+        self.take(lambda tx: tx.drain(node_id))
 
     def undrain(self, node_id: str) -> None:
-        self.take(lambda turn: turn.undrain(node_id))
+        self.take(lambda tx: tx.undrain(node_id))
 
     def status(self, node_id: str) -> str:
         return drain.status(self.state, self.state.nodes[node_id])
@@ -189,8 +189,8 @@ def test_a_partition_moves_from_the_step_at_which_the_job_rests(site: Site) -> N
     assert (site.plan.resume_step, site.plan.save, site.job().step) == (7, False, 7)
     assert site.plan.restore_generation == site.plan.generation
     assert site.wanted()["partition-0"].process_id == other
-    told = [event for event in site.events if event.reason in ("Moved", "RolledBack", "PartitionLost")]
-    assert [(event.reason, event.warning) for event in told] == [("Moved", False)]
+    received = [event for event in site.events if event.reason in ("Moved", "RolledBack", "PartitionLost")]
+    assert [(event.reason, event.warning) for event in received] == [("Moved", False)]
     site.commit(8)
     site.wait(60)
     assert not site.plan.save
@@ -267,8 +267,8 @@ def test_a_snapshot_that_does_not_come_holds_nobody_for_ever(site: Site) -> None
     site.join("server-2")
     site.drain("server-1")
     site.hold(6)
-    problem = ErrorInfo(code="PS-4001", cause="the disk is full")
-    site.report("partition-1", JobWarning(step=6, problem=problem))
+    info = ErrorInfo(code="PS-4001", cause="the disk is full")
+    site.report("partition-1", JobWarning(step=6, error=info))
     site.wait(drain.SAVE_S - 1)
     assert site.plan.save
     site.wait(2)
@@ -296,7 +296,7 @@ def test_a_partition_lost_meanwhile_comes_back_elsewhere(site: Site) -> None:
 
 def test_a_job_that_stops_is_not_moved(site: Site) -> None:
     site.join("server-2")
-    site.take(lambda turn: turn.stop(JOB))
+    site.take(lambda tx: tx.stop(JOB))
     site.drain("server-1")
     site.drain("worker-1")
     assert not site.plan.save
@@ -337,7 +337,7 @@ def test_an_unknown_node_is_refused(site: Site) -> None:
 def test_a_drained_node_may_leave_and_comes_back_drained(site: Site) -> None:
     site.drain("worker-1")
     site.commit(6)
-    site.take(lambda turn: turn.detach("worker-1", site.lives["worker-1"], for_good=True))
+    site.take(lambda tx: tx.detach("worker-1", site.lives["worker-1"], for_good=True))
     site.undrain("worker-1")
     site.join("worker-1", life="2")
     assert site.status("worker-1") == ""
@@ -347,11 +347,11 @@ def test_a_drained_node_may_leave_and_comes_back_drained(site: Site) -> None:
 
 
 def test_a_node_that_says_it_is_leaving_is_emptied_and_its_next_life_is_not(site: Site) -> None:
-    site.take(lambda turn: turn.leaving("worker-1", site.lives["worker-1"]))
+    site.take(lambda tx: tx.leaving("worker-1", site.lives["worker-1"]))
     assert site.shards() == {"worker-0": 8, "worker-1": 0}
     site.commit(6)
     assert site.status("worker-1") == "drained"
-    site.take(lambda turn: turn.detach("worker-1", site.lives["worker-1"], for_good=True))
+    site.take(lambda tx: tx.detach("worker-1", site.lives["worker-1"], for_good=True))
     assert "TrainerLost" not in site.reasons()
     site.join("worker-1", life="2")
     assert site.status("worker-1") == ""
@@ -360,8 +360,8 @@ def test_a_node_that_says_it_is_leaving_is_emptied_and_its_next_life_is_not(site
 
 def test_when_all_leave_the_job_waits_and_does_not_fail(site: Site) -> None:
     for node_id in ("worker-0", "worker-1"):
-        site.take(lambda turn, node_id=node_id: turn.leaving(node_id, site.lives[node_id]))
-        site.take(lambda turn, node_id=node_id: turn.detach(node_id, site.lives[node_id], for_good=True))
+        site.take(lambda tx, node_id=node_id: tx.leaving(node_id, site.lives[node_id]))
+        site.take(lambda tx, node_id=node_id: tx.detach(node_id, site.lives[node_id], for_good=True))
         site.lives.pop(node_id)
     assert site.job().reason.startswith("waits for a trainer: a free worker slot for trainer-0")
     site.wait(300)

@@ -14,7 +14,7 @@ from psmaster.model.reports import Evaluated
 from psmaster.storage.bundles import BundleShelf
 from psmaster.storage.logs import LogMessage, LogReader, ProcessLog, older, paths_of
 from psmaster.storage.metrics_file import MetricsFile, line_of
-from tests.unit.master.world import make_record
+from tests.harness.master_world import make_record
 
 
 def steps_in(path: Path) -> list[int]:

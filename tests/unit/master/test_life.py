@@ -11,7 +11,7 @@ from psmaster.model.job import Best, DataConnection, ErrorInfo, JobState, JobWar
 from psmaster.model.plan import ProcessKind
 from psmaster.model.reports import Connected, Evaluated, is_better
 from psmaster.model.state import find
-from tests.unit.master.world import PARTITION, TRAINER, World, failure, make_job, make_record
+from tests.harness.master_world import PARTITION, TRAINER, World, failure, make_job, make_record
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_another_warning_does_not_hide_that_the_last_snapshot_cannot_be_written(
     world.running()
     world.report("partition-1", unwritten(100))
     for step in (0, 100):
-        slow = JobWarning(step=step, problem=ErrorInfo(code="PS-4002", cause="a store is not shared"))
+        slow = JobWarning(step=step, error=ErrorInfo(code="PS-4002", cause="a store is not shared"))
         world.report("partition-0", slow)
     world.finish()
     assert world.job().state is JobState.FAILED
@@ -137,8 +137,8 @@ def test_what_could_not_be_written_before_a_rollback_may_be_written_after_it(wor
 def test_a_word_of_no_known_generation_is_told_and_nothing_more(world: World, generation: str) -> None:
     world.running()
     details = (("generation", generation), ("unwritten", "100"))
-    problem = ErrorInfo(code="PS-4002", cause="no space left", details=details)
-    world.report("partition-1", JobWarning(step=100, problem=problem))
+    info = ErrorInfo(code="PS-4002", cause="no space left", details=details)
+    world.report("partition-1", JobWarning(step=100, error=info))
     assert "Warning" in world.reasons()
     world.finish()
     assert world.job().state is JobState.RUNNING
@@ -148,11 +148,11 @@ def test_a_word_of_no_known_generation_is_told_and_nothing_more(world: World, ge
 def test_who_asks_to_stop_does_not_wait_for_ever_for_a_store(world: World, asked: str) -> None:
     world.running()
     if asked == "before":
-        world.take(lambda turn: turn.stop("job"))
+        world.take(lambda tx: tx.stop("job"))
     world.finish(6, stopped=asked == "before")
     if asked == "after":
         world.wait(120)
-        world.take(lambda turn: turn.stop("job"))
+        world.take(lambda tx: tx.stop("job"))
     world.wait(599)
     assert world.job().state is JobState.RUNNING
     world.wait(2)
@@ -163,7 +163,7 @@ def test_who_asks_to_stop_does_not_wait_for_ever_for_a_store(world: World, asked
 def unwritten(step: int) -> JobWarning:
     """A partition's word, under the first plan, that its part of a step is not written."""
     details = (("generation", "1"), ("unwritten", str(step)))
-    return JobWarning(step=step, problem=ErrorInfo(code="PS-4002", cause="no space left", details=details))
+    return JobWarning(step=step, error=ErrorInfo(code="PS-4002", cause="no space left", details=details))
 
 
 def test_a_repeated_finish_changes_nothing(world: World) -> None:
@@ -178,37 +178,37 @@ def test_a_repeated_finish_changes_nothing(world: World) -> None:
 
 def test_stop_while_queued_or_starting_is_at_once(world: World) -> None:
     world.submit()
-    world.take(lambda turn: turn.stop("job"))
+    world.take(lambda tx: tx.stop("job"))
     assert world.job().state is JobState.STOPPED
-    world.take(lambda turn: turn.resume("job"))
+    world.take(lambda tx: tx.resume("job"))
     world.cluster()
     assert world.job().state is JobState.STARTING
-    world.take(lambda turn: turn.stop("job"))
+    world.take(lambda tx: tx.stop("job"))
     assert world.job().state is JobState.STOPPED
     assert world.wanted() == {}
 
 
 def test_stop_while_running_asks_the_coordinator(world: World) -> None:
     world.running()
-    world.take(lambda turn: turn.stop("job-aaaaaa"))
+    world.take(lambda tx: tx.stop("job-aaaaaa"))
     plan = world.job().plan
     assert plan is not None
     assert (plan.stop, plan.generation) == (True, 2)
     assert world.job().state is JobState.RUNNING
-    world.take(lambda turn: turn.stop("job-aaaaaa"))
+    world.take(lambda tx: tx.stop("job-aaaaaa"))
     assert world.job().plan == plan
     world.commit(6)
     world.snapshot(6)
     world.finish(6, stopped=True)
     assert world.job().state is JobState.STOPPED
     assert world.job().reason == "stopped at step 6 on request; it resumes from step 6"
-    world.take(lambda turn: turn.stop("job-aaaaaa"))
+    world.take(lambda tx: tx.stop("job-aaaaaa"))
     assert world.reasons().count("StopRequested") == 1
 
 
 def test_a_stop_that_nobody_answers_is_forced_in_the_end(world: World) -> None:
     world.running()
-    world.take(lambda turn: turn.stop("job"))
+    world.take(lambda tx: tx.stop("job"))
     world.wait(299)
     assert world.job().state is JobState.RUNNING
     world.wait(2)
@@ -220,11 +220,11 @@ def test_resume_goes_on_from_the_newest_snapshot_in_newer_processes(world: World
     world.running()
     world.commit(*range(6, 14))
     world.snapshot(10)
-    world.take(lambda turn: turn.stop("job"))
+    world.take(lambda tx: tx.stop("job"))
     world.commit(14)
     world.snapshot(14)
     world.finish(14, stopped=True)
-    world.take(lambda turn: turn.resume("job"))
+    world.take(lambda tx: tx.resume("job"))
     assert world.job().state is JobState.STARTING
     assert {process.process_id for process in world.wanted().values()} == {
         f"job-aaaaaa/{placement}/2" for placement in ("trainer-0", "trainer-1", "partition-0", "partition-1")
@@ -237,7 +237,7 @@ def test_resume_goes_on_from_the_newest_snapshot_in_newer_processes(world: World
     assert [part.partition for part in plan.restore.parts] == [0, 1]
     assert "Restored" in world.reasons()
     before = world.job()
-    world.take(lambda turn: turn.resume("job"))
+    world.take(lambda tx: tx.resume("job"))
     assert world.job() == before
 
 
@@ -255,7 +255,7 @@ def test_resume_without_a_snapshot_forgets_the_model_and_starts_from_the_seed(wo
     assert "trainer-1 on worker-1 built another model than trainer-0 on worker-0: buckets[1]: 2 is not 3" in str(
         job.error
     )
-    world.take(lambda turn: turn.resume("job"))
+    world.take(lambda tx: tx.resume("job"))
     world.ready()
     assert world.job().plan is not None
     assert world.job().error is None
@@ -318,7 +318,7 @@ def test_the_queue_goes_by_priority_then_age(world: World) -> None:
     assert world.job("one-aaaaaa").state is JobState.STARTING
     assert world.job("urgent-aaaaaa").reason.startswith("waits for 1 worker: 0 free")
     assert world.job("two-aaaaaa").reason == "waits for its turn: urgent-aaaaaa is ahead in the queue"
-    world.take(lambda turn: turn.stop("one"))
+    world.take(lambda tx: tx.stop("one"))
     assert world.job("urgent-aaaaaa").state is JobState.STARTING
     assert world.job("two-aaaaaa").state is JobState.QUEUED
 
@@ -407,8 +407,8 @@ def test_submitting_twice_with_one_request_is_one_job(world: World) -> None:
     job = make_job()
     again = replace(make_job("job-bbbbbb"), request_id=job.request_id)
     ids: list[str] = []
-    world.take(lambda turn: ids.append(turn.submit(job)))
-    world.take(lambda turn: ids.append(turn.submit(again)))
+    world.take(lambda tx: ids.append(tx.submit(job)))
+    world.take(lambda tx: ids.append(tx.submit(again)))
     assert ids == ["job-aaaaaa", "job-aaaaaa"]
     assert list(world.state.jobs) == ["job-aaaaaa"]
 
@@ -427,7 +427,7 @@ def test_a_job_goes_by_id_or_by_a_name_that_is_its_own(world: World) -> None:
 def test_jobs_of_one_name_are_told_apart_newest_first(world: World) -> None:
     for age_s in range(10):
         job = replace(make_job(f"job-{age_s}"), request_id=f"{age_s}", created_s=world.now.unix_s - 60.0 * age_s)
-        world.take(lambda turn, job=job: turn.submit(job))
+        world.take(lambda tx, job=job: tx.submit(job))
     with pytest.raises(NotFoundError) as raised:
         find(world.state.jobs, "job", world.now)
     first, second, *_, last = raised.value.action.split(", job-")
@@ -439,9 +439,9 @@ def test_jobs_of_one_name_are_told_apart_newest_first(world: World) -> None:
 def test_only_what_has_ended_is_deleted(world: World) -> None:
     world.submit()
     with pytest.raises(StateError):
-        world.take(lambda turn: turn.delete("job"))
-    world.take(lambda turn: turn.stop("job"))
-    world.take(lambda turn: turn.delete("job"))
+        world.take(lambda tx: tx.delete("job"))
+    world.take(lambda tx: tx.stop("job"))
+    world.take(lambda tx: tx.delete("job"))
     assert world.state.jobs == {}
     assert world.store.jobs() == ()
 
@@ -452,7 +452,7 @@ def test_what_succeeded_is_neither_stopped_nor_resumed(world: World) -> None:
     world.finish()
     for ask in ("stop", "resume"):
         with pytest.raises(StateError):
-            world.take(lambda turn, ask=ask: getattr(turn, ask)("job"))  # type: ignore[misc]
+            world.take(lambda tx, ask=ask: getattr(tx, ask)("job"))  # type: ignore[misc]
 
 
 def test_the_event_list_is_bounded(world: World) -> None:

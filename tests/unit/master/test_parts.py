@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from pscluster.errors import InternalError, SpecError
 from psmaster.control.submission import new_job
 from psmaster.model import reports
-from psmaster.model.job import Instant, JobState, Point
-from psmaster.model.transitions import move
+from psmaster.model.job import Instant, JobState, Point, enter_state
 from psmaster.scheduling import numerics
 from psmaster.scheduling.numerics import Report
 from psmaster.scheduling.startup import first_difference
 from psmaster.storage import records
-from tests.unit.master.world import TRAINER, World, make_job, make_record, make_spec
+from tests.harness.master_world import TRAINER, World, make_job, make_record, make_spec
 
 NOW = Instant(mono_s=1.0, unix_s=1000.0)
 
@@ -148,7 +147,7 @@ def test_the_window_is_bounded() -> None:
 
 def test_an_impossible_transition_is_a_bug() -> None:
     with pytest.raises(InternalError):
-        move(make_job(), JobState.SUCCEEDED, "no")
+        enter_state(make_job(), JobState.SUCCEEDED, "no")
 
 
 @given(st.floats(), st.integers(0, 2**63), st.binary(), st.text())

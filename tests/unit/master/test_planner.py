@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from psmaster.model.membership import Role
-from psmaster.scheduling.admission import NodeView, admit, choose_node, max_trainers
-from tests.unit.master.world import make_spec
+from psmaster.model.membership import NodeView, Role
+from psmaster.scheduling.admission import admit, choose_node, max_trainers
+from tests.harness.master_world import make_spec
 
 
 def view(
@@ -91,7 +91,7 @@ def test_a_replacement_prefers_its_former_node() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "node", "room"),
+    ("device", "node", "space"),
     [
         ("auto", view("worker-0", 3), 3),
         ("auto", view("worker-0", 3, devices=2, held="01"), 3),
@@ -111,8 +111,8 @@ def test_a_replacement_prefers_its_former_node() -> None:
         ("cuda:2", view("worker-0", 3, devices=2), 0),
     ],
 )
-def test_a_device_each_where_one_is_asked_for(device: str, node: NodeView, room: int) -> None:
-    assert node.room(device) == room
+def test_a_device_each_where_one_is_asked_for(device: str, node: NodeView, space: int) -> None:
+    assert node.free_slots(device) == space
 
 
 def test_only_workers_with_the_device_are_counted() -> None:

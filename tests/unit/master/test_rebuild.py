@@ -13,15 +13,15 @@ from pscluster.errors import DamagedError, StateError
 from pscluster.storage import open_store
 from psmaster import daemon
 from psmaster.model.job import Best, Job, JobState
-from psmaster.model.snapshot_catalog import Part, RestorePoint
+from psmaster.model.plan import Part, RestorePoint
 from psmaster.storage import manifest, rebuild
 from psmaster.storage.manifest import Manifest
 from psmaster.storage.orphans import refuse_unclaimed
 from psmaster.storage.rebuild import LEAP, Found
 from psmaster.storage.sqlite import DATABASE, SqliteStore
 from psmaster.storage.store import Batch
-from tests.unit.master.test_publisher import BUNDLE, SHA256
-from tests.unit.master.world import make_job
+from tests.harness.master_world import make_job
+from tests.unit.master.test_manifest_publisher import BUNDLE, SHA256
 
 NOW_S = 5000.0
 
@@ -165,8 +165,8 @@ def test_code_that_is_not_what_it_was_is_told(state_dir: Path, data: bytes | Non
     save(at_home(state_dir), running(bundle_sha256=SHA256), 10)
     if data is not None:
         open_store(at_home(state_dir)).write(manifest.bundle_name(SHA256), [data])
-    (problem,) = run(state_dir)["a"].problems
-    assert "its code cannot be restored" in problem
+    (error,) = run(state_dir)["a"].problems
+    assert "its code cannot be restored" in error
     assert not (state_dir / "bundles" / f"{SHA256}.tar.gz").exists()
 
 

@@ -10,8 +10,8 @@ import pytest
 from psmaster.model.job import ErrorInfo, Instant, Job, JobState
 from psmaster.model.plan import Placement, ProcessKind
 from psmaster.model.process import Exit, Process
-from psmaster.scheduling import retry
-from tests.unit.master.world import PARTITION, TRAINER, World
+from psmaster.scheduling import losses
+from tests.harness.master_world import PARTITION, TRAINER, World
 
 FULL = ErrorInfo(code="PS-4002", cause="cannot create /state/jobs/p1: No space left on device")
 
@@ -52,7 +52,7 @@ def site() -> Site:
 
 
 def test_the_waits() -> None:
-    assert [retry.delay_s(losses) for losses in range(1, 9)] == [0.5, 1, 2, 4, 8, 16, 30, 30]
+    assert [losses.retry_delay_s(count) for count in range(1, 9)] == [0.5, 1, 2, 4, 8, 16, 30, 30]
 
 
 def test_what_had_worked_is_replaced_at_once_and_where_it_was(site: Site) -> None:
@@ -193,6 +193,6 @@ def test_an_end_that_a_hello_tells_is_no_different(site: Site) -> None:
 def test_an_ended_job_waits_for_nothing(site: Site) -> None:
     site.start(servers=1)
     site.not_started()
-    site.take(lambda turn: turn.stop("job"))
+    site.take(lambda tx: tx.stop("job"))
     job: Job = site.job()
     assert (job.state, job.placements) == (JobState.STOPPED, ())

@@ -29,10 +29,9 @@ from pscluster.v1 import agents_pb2, agents_pb2_grpc, jobs_pb2, jobs_pb2_grpc, p
 from psmaster.control.agent_stream import AgentStream
 from psmaster.control.loop import Core
 from psmaster.model.job import Instant
-from psmaster.server import assembled, run_transactions
-from psmaster.settings import MasterSettings
+from psmaster.server import MasterSettings, assembled, run_transactions
+from tests.harness.master_world import make_spec
 from tests.unit.master.fake_agent import DEADLINE_S, FakeAgent
-from tests.unit.master.world import make_spec
 
 TOKEN = "a-token"
 
@@ -133,7 +132,7 @@ async def _whole_life(site: MasterSettings) -> None:
             job_id = await client.submit(request_id="r1")
             assert "waits for 1 worker: 0 ready" in (await client.job(job_id)).reason
             for agent in agents:
-                await agent.attend()
+                await agent.open_stream()
             await _start(agents)
             await s0.report(s0.assignment["partition-0"].process_id, progress=progress(1, 1, 2, 3))
             await client.until(job_id, "RUNNING")
@@ -148,7 +147,7 @@ async def _whole_life(site: MasterSettings) -> None:
             await agent.leave()
         async with master(site):
             for agent in agents:
-                await agent.attend(agent.states())
+                await agent.open_stream(agent.states())
                 await agent.until(lambda a: bool(a))
             assert [dict(agent.assignment) for agent in agents] == before, "the same processes, the same plan"
             assert max(w0.revisions[:-1]) < w0.revisions[-1]
@@ -271,7 +270,7 @@ def test_nobody_without_the_token_is_heard_but_health_is_open(site: MasterSettin
             await stranger.submit()
         await stranger.close()
         with pytest.raises(AuthError):
-            await _as_error(FakeAgent(site.listen[0], "another-token", "worker-0").attend())
+            await _as_error(FakeAgent(site.listen[0], "another-token", "worker-0").open_stream())
         async with grpc.aio.insecure_channel(site.listen[0]) as channel:
             health: Any = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
             for service in ("", "ready"):
@@ -324,14 +323,14 @@ def test_other_protocols_and_older_lives_are_refused(site: MasterSettings) -> No
         stranger = FakeAgent(site.listen[0], TOKEN, "worker-0")
         stranger.node.protocol = rpc.PROTOCOL + 1
         with pytest.raises(VersionSkewError):
-            await _as_error(stranger.attend())
-        await FakeAgent(site.listen[0], TOKEN, "worker-0", life="1").attend()
+            await _as_error(stranger.open_stream())
+        await FakeAgent(site.listen[0], TOKEN, "worker-0", life="1").open_stream()
         newer = FakeAgent(site.listen[0], TOKEN, "worker-0", life="2")
-        await newer.attend()
+        await newer.open_stream()
         await newer.until(lambda _: bool(newer.revisions))
         with pytest.raises(StateError):
-            await _as_error(FakeAgent(site.listen[0], TOKEN, "worker-0", life="1").attend())
-        assert core.state.nodes["worker-0"].attended
+            await _as_error(FakeAgent(site.listen[0], TOKEN, "worker-0", life="1").open_stream())
+        assert core.state.nodes["worker-0"].connected
         await newer.leave()
 
     with_master(site, test)
@@ -342,7 +341,7 @@ def test_nodes_cluster_and_metrics_tell_the_same(site: MasterSettings) -> None:
         job_id = await client.submit()
         agents = [FakeAgent(site.listen[0], TOKEN, name) for name in ("worker-0", "server-0")]
         for agent in agents:
-            await agent.attend()
+            await agent.open_stream()
             await agent.beat()
             await agent.until(lambda _, agent=agent: bool(agent.revisions))  # type: ignore[misc]
         nodes = (await client.call("ListNodes", jobs_pb2.ListNodesRequest())).nodes
@@ -371,7 +370,7 @@ def _scrape(address: str) -> str:
 def test_messages_that_make_no_sense_are_acknowledged_and_dropped(site: MasterSettings) -> None:
     async def test(_client: Client, core: Core) -> None:
         agent = FakeAgent(site.listen[0], TOKEN, "worker-0")
-        await agent.attend()
+        await agent.open_stream()
         await agent.log("../../etc/trainer-0/1", "escape")
         await agent.log("nobody/trainer-0/1", "stray")
         await agent.report("nobody/trainer-0/1", progress=progress(1, 1))
@@ -392,7 +391,7 @@ def test_a_disk_that_cannot_be_written_acknowledges_nothing_and_heals(
         monkeypatch.setattr("psmaster.control.loop.RETRY_S", 0.01)
         job_id = await client.submit()
         agent = FakeAgent(site.listen[0], TOKEN, "worker-0")
-        await agent.attend()
+        await agent.open_stream()
         await agent.until(lambda _: bool(agent.revisions))
         healthy, tried = core.archive.save, asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -422,17 +421,17 @@ def test_a_master_that_was_stopped_hears_what_was_said_meanwhile_before_it_judge
     """That a process is silent, and that this is over, must not get a turn each."""
     turns: list[object] = []
 
-    async def said(core: Core) -> None:
-        await core.tell(AgentStream("server-0", "its life"), 0, turns.append)
+    async def reported(core: Core) -> None:
+        await core.submit(AgentStream("server-0", "its life"), 0, turns.append)
 
     async def test(_client: Client, core: Core) -> None:
         clock = core.now
         core.now = lambda: Instant(mono_s=clock().mono_s + 60, unix_s=clock().unix_s + 60)
-        await said(core)
+        await reported(core)
         for _ in range(10):
             await asyncio.sleep(0)
-        await said(core)
+        await reported(core)
         await core.ask(turns.append)
-        assert len({id(turn) for turn in turns}) == 1
+        assert len({id(tx) for tx in turns}) == 1
 
     with_master(site, test)

@@ -16,7 +16,7 @@ from psmaster.model.job import VOLATILE, Job, JobState
 from psmaster.model.plan import Placement, ProcessKind
 from psmaster.model.reports import Progress, StandbyState
 from psmaster.scheduling.reconcile import reconcile
-from tests.unit.master.world import PARTITION, TRAINER, World, failure
+from tests.harness.master_world import PARTITION, TRAINER, World, failure
 
 JOBS = ("one-aaaaaa", "two-aaaaaa")
 NODES = ("worker-0", "worker-1", "worker-2", "server-0", "server-1", "server-2")
@@ -57,10 +57,10 @@ class Simulation:
         self.measured = 0
         self.generations: dict[str, int] = {}
         self.places: dict[str, tuple[str, str]] = {}  # of every process id there ever was: node and its life
-        self.relied_on: dict[str, int] = {}  # by process id: the timeline in which it was last reported in sync
+        self.relied_on: dict[str, int] = {}  # by process id: the restore generation in which it was last in sync
         self.held: dict[
             str, tuple[int, list[str]]
-        ] = {}  # by job: the timeline of its plan, and who held the partitions
+        ] = {}  # by job: the restore generation of its plan, and who held the partitions
         self.world.submit(JOBS[0], name="one")
         strict = {"numerics": "strict"}
         self.world.submit(JOBS[1], name="two", workers={"min": 2}, train=strict, durability={"tier": "replica"})
@@ -91,7 +91,7 @@ class Simulation:
         self.world.join(node_id, slots=2, life=f"again{self.lives}")
 
     def stream_breaks(self, _job: str, node_id: str, _placement: str) -> None:
-        self.world.take(lambda turn: turn.detach(node_id, self.world.lives[node_id]))
+        self.world.take(lambda tx: tx.detach(node_id, self.world.lives[node_id]))
 
     def stream_is_back(self, _job: str, node_id: str, _placement: str) -> None:
         facts = tuple(p for p in self.world.state.processes.values() if p.node_id == node_id)
@@ -103,7 +103,7 @@ class Simulation:
 
     def master_restarts(self, _job: str, _node: str, _placement: str) -> None:
         facts = self.world.state.processes
-        attended = [node_id for node_id, node in self.world.state.nodes.items() if node.attended]
+        attended = [node_id for node_id, node in self.world.state.nodes.items() if node.connected]
         self.world.restart()
         for node_id in attended:
             self.world.rejoin(node_id, *(p for p in facts.values() if p.node_id == node_id), slots=2)
@@ -128,13 +128,13 @@ class Simulation:
         named = [own.attempt for own in job.plan.standbys if own.rank == rank]
         attempt = self.random.choice([*named, *named, *named, standby.attempt - 1])
         generation = max(0, job.generation - self.random.choice((0, 0, 0, 1)))
-        said = StandbyState(generation=generation, attempt=attempt, in_sync=self.random.random() < 0.9)
+        statement = StandbyState(generation=generation, attempt=attempt, in_sync=self.random.random() < 0.9)
         partition = job.placement(ProcessKind.PARTITION, rank)
         assert partition is not None
-        if said.in_sync and attempt == standby.attempt and job.counts(generation) and job.plan.holds(partition):
+        if statement.in_sync and attempt == standby.attempt and job.counts(generation) and job.plan.holds(partition):
             self.relied_on[standby.process_id(job_id)] = job.restore_generation
         if job.plan.holds(partition):  # nobody else would say so
-            self.world.report(f"partition-{rank}", said, job_id)
+            self.world.report(f"partition-{rank}", statement, job_id)
 
     def process_dies(self, job_id: str, _node: str, placement: str) -> None:
         if placement in self.world.wanted(job_id):
@@ -158,11 +158,11 @@ class Simulation:
 
     def node_drains(self, _job: str, node_id: str, _placement: str) -> None:
         if node_id in self.world.state.nodes:
-            self.world.take(lambda turn: turn.drain(node_id))
+            self.world.take(lambda tx: tx.drain(node_id))
 
     def node_is_used_again(self, _job: str, node_id: str, _placement: str) -> None:
         if node_id in self.world.state.drains:
-            self.world.take(lambda turn: turn.undrain(node_id))
+            self.world.take(lambda tx: tx.undrain(node_id))
 
     def coordinator_rests(self, job_id: str, _node: str, _placement: str) -> None:
         job = self.world.job(job_id)
@@ -177,9 +177,11 @@ class Simulation:
         for process in self.world.wanted(job_id).values():
             if process.placement.kind is ProcessKind.TRAINER:
                 self.measured += 1
-                told = {process.process_id: (self.random.choice((0.1, 0.1, 0.5)), self.measured)}
+                received = {process.process_id: (self.random.choice((0.1, 0.1, 0.5)), self.measured)}
                 node_id, life = process.placement.node_id, process.placement.incarnation
-                self.world.take(lambda turn, node_id=node_id, life=life, told=told: turn.beat(node_id, life, told))
+                self.world.take(
+                    lambda tx, node_id=node_id, life=life, received=received: tx.beat(node_id, life, received)
+                )
 
     def coordinator_finishes(self, job_id: str, _node: str, _placement: str) -> None:
         job = self.world.job(job_id)
@@ -188,11 +190,11 @@ class Simulation:
 
     def stop(self, job_id: str, _node: str, _placement: str) -> None:
         if not self.world.job(job_id).state.ended:
-            self.world.take(lambda turn: turn.stop(job_id))
+            self.world.take(lambda tx: tx.stop(job_id))
 
     def resume(self, job_id: str, _node: str, _placement: str) -> None:
         if self.world.job(job_id).state in (JobState.STOPPED, JobState.FAILED):
-            self.world.take(lambda turn: turn.resume(job_id))
+            self.world.take(lambda tx: tx.resume(job_id))
 
     # what must always hold
 
@@ -211,9 +213,9 @@ class Simulation:
         assert all(count <= 2 for count in held.values()), "slots are oversold"
 
     def _settling_again_changes_nothing(self) -> None:
-        turn = Transaction(self.world.state, self.world.now, self.world.limits)
-        turn.tick()
-        changes = turn.finish()
+        tx = Transaction(self.world.state, self.world.now, self.world.limits)
+        tx.tick()
+        changes = tx.finish()
         assert changes.state.jobs == self.world.state.jobs
         assert changes.state.catalogues == self.world.state.catalogues
         assert changes.events == ()
@@ -245,12 +247,12 @@ class Simulation:
         plan = job.plan
         if plan is None:
             return
-        holders = [placement.process_id(job.job_id) for placement in plan.partitions]
-        timeline, before = self.held.get(job.job_id, (-1, []))
-        if timeline == plan.restore_generation:
-            for own, former in zip(holders, before, strict=True):
-                assert own == former or self.relied_on.get(own) == timeline, f"{own} lost what {former} voted on"
-        self.held[job.job_id] = (plan.restore_generation, holders)
+        holding = [placement.process_id(job.job_id) for placement in plan.partitions]
+        restored, before = self.held.get(job.job_id, (-1, []))
+        if restored == plan.restore_generation:
+            for own, former in zip(holding, before, strict=True):
+                assert own == former or self.relied_on.get(own) == restored, f"{own} lost what {former} voted on"
+        self.held[job.job_id] = (plan.restore_generation, holding)
 
 
 def _check_standbys(job: Job) -> None:

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from psmaster.api import to_proto
+from psmaster.api import proto
 from psmaster.model.job import JobState
 from psmaster.model.plan import Plan
 from psmaster.model.process import Exit, Process
 from psmaster.model.reports import StandbyState
-from tests.unit.master.world import PARTITION, TRAINER, World, failure
+from tests.harness.master_world import PARTITION, TRAINER, World, failure
 
 REPLICA = {"durability": {"tier": "replica"}}
 
@@ -77,7 +77,7 @@ def test_the_first_plan_waits_for_none_and_the_next_names_them() -> None:
     assert [(placement.rank, placement.attempt) for placement in plan_of(world).standbys] == [(0, 2)]
     assert (plan_of(world).generation, plan_of(world).restore_generation) == (2, 1)
     assert world.wanted()["standby-0"].plan == plan_of(world)
-    message = to_proto.plan(world.job(), plan_of(world))
+    message = proto.plan(world.job(), plan_of(world))
     assert message.partitions[0].standby.attempt == 2
     assert list(message.partitions[0].standby.addresses) == list(PARTITION.addresses)
     assert not message.partitions[1].HasField("standby")
@@ -134,7 +134,7 @@ def test_a_standby_not_in_sync_is_at_least_a_process_that_is_there(world: World)
     there = world.wanted()["standby-1"].process_id
     world.exit("partition-1", signal=9)
     assert world.wanted()["partition-1"].process_id == there
-    assert "Seated" in world.reasons()
+    assert "Placed" in world.reasons()
 
 
 def test_partition_and_standby_lost_at_once_go_back(world: World) -> None:
@@ -161,7 +161,7 @@ def test_all_go_back_when_one_of_two_lost_partitions_has_no_standby(world: World
     world.exit("standby-0", signal=9)
     taking_over = world.wanted()["standby-1"].process_id
     dead = [world.wanted()[name] for name in ("partition-0", "partition-1")]
-    world.take(*(lambda turn, p=p: turn.exited(p.placement.node_id, p.process_id, Exit(signal=9)) for p in dead))  # type: ignore[misc]
+    world.take(*(lambda tx, p=p: tx.exited(p.placement.node_id, p.process_id, Exit(signal=9)) for p in dead))  # type: ignore[misc]
     world.ready()
     assert plan_of(world).restore_generation > 1
     assert world.wanted()["partition-1"].process_id == taking_over
@@ -192,12 +192,12 @@ def test_stale_words_about_standbys_change_nothing(world: World) -> None:
     generation = world.job().generation
     attempt = world.wanted()["standby-0"].placement.attempt
     before = world.job().standbys
-    for said in (
+    for reported in (
         StandbyState(generation=generation, attempt=attempt - 1, in_sync=True),
         StandbyState(generation=0, attempt=attempt, in_sync=True),
         StandbyState(generation=generation, attempt=attempt - 1, in_sync=False),
     ):
-        world.report("partition-0", said)
+        world.report("partition-0", reported)
     assert world.job().standbys == before
     process = world.wanted()["standby-0"]
     world.report_as(
@@ -213,8 +213,8 @@ def test_a_restore_voids_what_was_in_sync(world: World) -> None:
     world.exit("partition-1", signal=9)
     world.ready()
     assert [placement.synced for placement in world.job().standbys] == [False, False]
-    said = StandbyState(generation=plan_of(world).restore_generation - 1, attempt=2, in_sync=True)
-    world.report("partition-0", said)
+    reported = StandbyState(generation=plan_of(world).restore_generation - 1, attempt=2, in_sync=True)
+    world.report("partition-0", reported)
     assert [placement.synced for placement in world.job().standbys] == [False, False], "from before the restore"
 
 
@@ -245,9 +245,9 @@ def test_a_standby_makes_room_for_a_partition_that_has_none() -> None:
     alone = next(rank for rank in (0, 1) if not world.wanted().get(f"standby-{rank}"))
     with_standby = 1 - alone
     lost = nodes_of(world)[f"partition-{alone}"]
-    room = nodes_of(world)[f"standby-{with_standby}"]
+    space = nodes_of(world)[f"standby-{with_standby}"]
     world.wait(5.0, silent=frozenset({lost}))
-    assert nodes_of(world)[f"partition-{alone}"] == room
+    assert nodes_of(world)[f"partition-{alone}"] == space
     assert f"standby-{with_standby}" not in world.wanted()
 
 
@@ -274,8 +274,8 @@ def test_a_master_restart_keeps_what_it_was_told(world: World) -> None:
     for node_id in list(world.lives):
         facts = {"trainer": TRAINER} if node_id.startswith("worker") else {"partition": PARTITION}
         running = [p for p in wanted.values() if p.placement.node_id == node_id]
-        told = tuple(Process(process_id=p.process_id, node_id=node_id, **facts) for p in running)  # type: ignore[arg-type]
-        world.rejoin(node_id, *told)
+        received = tuple(Process(process_id=p.process_id, node_id=node_id, **facts) for p in running)  # type: ignore[arg-type]
+        world.rejoin(node_id, *received)
     world.exit("partition-1", signal=9)
     assert "TookOver" in world.reasons()
     assert "RolledBack" not in world.reasons()
@@ -292,7 +292,7 @@ def test_from_a_draining_server_its_partition_goes_to_the_standby_without_a_rest
     before = nodes_of(world)
     node, heir = before["partition-0"], world.wanted()["standby-0"].process_id
     moves = [name for name, where in before.items() if name.startswith("partition") and where == node]
-    world.take(lambda turn: turn.drain(node))
+    world.take(lambda tx: tx.drain(node))
     plan = plan_of(world)
     assert world.wanted()["partition-0"].process_id == heir
     assert (plan.restore_generation, plan.save) == (1, False), "nobody goes back, nobody rests"
@@ -307,7 +307,7 @@ def test_from_a_draining_server_a_standby_is_ended_and_another_one_begins(world:
     node = before["standby-0"]
     held = {name: world.wanted()[name].process_id for name in ("partition-0", "partition-1")}
     stays = [name for name in held if before[name] != node]
-    world.take(lambda turn: turn.drain(node))
+    world.take(lambda tx: tx.drain(node))
     assert all(world.wanted()[name].process_id == held[name] for name in stays)
     assert node not in nodes_of(world).values()
     assert plan_of(world).restore_generation == 1

@@ -1,7 +1,7 @@
 """A model check of vote and commit: every order of events in a small job, with crashes and late or lost messages.
 
 The decisions are the real ones (`psserver.partition.step.commit`). What surrounds them is modelled after the
-partition's service, the coordinator and the uplink: who sends what to whom, when connections are lost and what is said
+partition's process, the coordinator and its client: who sends what to whom, when connections are lost and what is said
 again after. A message waits until it is delivered, in any order, perhaps twice, or until its receiver starts another
 timeline or the connection is lost. A plan reaches each partition at a time of its own."""
 

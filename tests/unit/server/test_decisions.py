@@ -17,7 +17,7 @@ from pscluster.errors import FrameError
 from pscluster.job.spec import ScheduleSection
 from pscluster.step.summary import Summary
 from pscluster.wire.frame import FrameKind, Header
-from psserver.partition.coordinator.decisions import decide, evaluates_at, next_action, snapshots_at
+from psserver.partition.coordinator.coordinator import decide, evaluates_at, next_activity, snapshots_at
 from psserver.partition.step.commit import (
     CommitDecision,
     CoordinatorState,
@@ -31,7 +31,7 @@ from psserver.partition.step.commit import (
     receive_decision,
     receive_vote,
 )
-from psserver.partition.step.schedule import learning_rate
+from psserver.partition.step.optimizer import learning_rate
 
 FINITE = st.floats(0, 1e30)
 FLOATS = st.floats(allow_nan=False)
@@ -250,7 +250,7 @@ def test_a_job_trains_evaluates_and_finishes() -> None:
         version, evaluated, saved, log = 0, -1, 0, ""
         for turn in itertools.count():
             stop = stop_after is not None and turn >= stop_after
-            action = next_action(version, spec, 5, evaluated=evaluated, saved=saved, stop=stop)
+            action = next_activity(version, spec, 5, evaluated=evaluated, saved=saved, stop=stop)
             log += f"{action[0]}{version} "
             if action == "finish":
                 return log.split()
@@ -273,7 +273,7 @@ def test_a_rest_comes_at_the_next_written_version_and_before_its_evaluation() ->
     spec = played_spec(2, 2, evaluate={"every_steps": 2}, durability={"every_steps": 100})
 
     def action(version: int, saved: int, *, stop: bool = False) -> str:
-        return next_action(version, spec, 5, evaluated=-1, saved=saved, stop=stop, save=True)
+        return next_activity(version, spec, 5, evaluated=-1, saved=saved, stop=stop, save=True)
 
     assert action(3, 2) == "train"
     assert action(3, 3) == "hold"

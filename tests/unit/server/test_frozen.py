@@ -16,7 +16,7 @@ from pscluster.storage import Buffer, direct
 from pscluster.storage.snapshot import PartMeta, PieceKey, read_part, write_part
 from psserver.partition.checkpoint import frozen
 from psserver.partition.checkpoint.frozen import Frozen
-from psserver.partition.step.huge_pages import huge_page_memory
+from psserver.partition.step.state import huge_page_memory
 
 KEYS: list[PieceKey] = [(0, "values"), (0, "moment0"), (1, "values"), (1, "moment0")]
 

@@ -15,8 +15,7 @@ from pscluster.errors import FrameError
 from pscluster.step.layout import BLOCK_WORDS
 from pscluster.step.summary import Statistics, add_statistics
 from pscluster.step.tree import Tree, TreeNode, tree_of
-from psserver.partition.step.gate import NOTHING, Held, admit, is_complete
-from psserver.partition.step.sums import Entry, Pool, Sums, block_squares
+from psserver.partition.step.sums import NOTHING, Entry, Held, Pool, Sums, admit, block_squares, is_complete
 
 
 def nodes_of(tree: Tree) -> list[TreeNode]:

@@ -16,11 +16,10 @@ from pscluster.step.codec import DTYPES
 from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
 from pscluster.step.summary import Summary, touched_bits
 from pscluster.step.tree import TreeNode
-from psserver.partition.coordinator.decisions import decide
+from psserver.partition.coordinator.coordinator import decide
 from psserver.partition.step.commit import CommitDecision, Vote
 from psserver.partition.step.open_step import OpenStep
-from psserver.partition.step.optimizer import CHUNK_WORDS, Run, moments_of, runs
-from psserver.partition.step.schedule import learning_rate
+from psserver.partition.step.optimizer import CHUNK_WORDS, Run, learning_rate, moments_of, runs
 from psserver.partition.step.state import PartitionState
 
 SHAPES = [(CHUNK_WORDS + 3 * BLOCK_WORDS + 5,), (7,), (33, 3), (1000,), (BLOCK_WORDS + 1, 2), (1,)]
@@ -282,8 +281,8 @@ def test_the_runs_of_all_spans_are_the_buckets(run_layout: Layout) -> None:
             for run in runs(run_layout, span, [0] * 5, ALL):
                 assert run.start % 16 == 0
                 for word in range(span.start + run.start, span.start + run.stop):
-                    assert words.setdefault(word, (run.age, run.decay)) == (run.age, run.decay)
-        assert words == {word: (run.age, run.decay) for run in whole for word in range(run.start, run.stop)}
+                    assert words.setdefault(word, (run.update_count, run.decay)) == (run.update_count, run.decay)
+        assert words == {word: (run.update_count, run.decay) for run in whole for word in range(run.start, run.stop)}
 
 
 @pytest.mark.parametrize(

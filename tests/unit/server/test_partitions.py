@@ -16,6 +16,7 @@ from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
 from pscluster.step.summary import Summary, touched_bits
 from pscluster.step.tree import TreeNode
 from pscluster.v1.plan_pb2 import Plan
+from psserver.partition.actions import TryVote
 from psserver.partition.process import PartitionService
 
 FINAL_STEP = 3
@@ -81,7 +82,7 @@ class PlayedJob:
         service, coordinator = self.partitions[index], self.partitions[0].coordinator
         together = {p.plan.restore_generation if p.plan else 0 for p in self.partitions}
         step = service.member.step
-        if coordinator is None or coordinator.action != "train" or len(together) > 1 or service.step is None:
+        if coordinator is None or coordinator.activity != "train" or len(together) > 1 or service.step is None:
             return
         if (
             coordinator.version < step
@@ -98,7 +99,7 @@ class PlayedJob:
             service.step.offer_buffers(AVERAGED, ROOT, BufferNode(0.0, moved))
         summary = Summary(loss_sum=2.0, weight=2.0, samples=1, touched=touched_bits([0, 1, 2], 3))
         service.step.offer_summary(ROOT, summary)
-        service.try_vote()
+        service.carry_out([TryVote()])
 
     def check(self) -> None:
         for timeline in {p.plan.restore_generation for p in self.partitions if p.plan}:
@@ -265,9 +266,9 @@ def test_a_restore_in_the_middle_of_an_update_begins_afresh(undisturbed: list[to
     job = begun()
     job.push(0)
     job.push(1)
-    while job.partitions[0].cycle.decision is None:
+    while job.partitions[0].machine.decision is None:
         job.network.choices()[0]()
-    assert job.partitions[0].versions == {TRAINED: 1, AVERAGED: 0}
+    assert job.partitions[0].machine.versions == {TRAINED: 1, AVERAGED: 0}
     job.crash(1)
     job.adopt(0)
     assert (job.partitions[0].version, job.partitions[0].member.step) == (0, 0)
@@ -295,7 +296,7 @@ def test_the_coordinator_reports_each_step_once(undisturbed: list[torch.Tensor])
     coordinator = job.partitions[0]
     assert isinstance(coordinator.link, PlayedLink)
     assert coordinator.coordinator is not None
-    coordinator.coordinator.report_progress(1e9, force=True)
+    coordinator.carry_out(coordinator.coordinator.report_progress(1e9, force=True))
 
     records = [record for progress in coordinator.link.reported("progress") for record in progress.records]
 

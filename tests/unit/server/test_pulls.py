@@ -16,6 +16,7 @@ from pscluster.step.layout import Layout, TensorSpec
 from pscluster.step.tree import TreeNode
 from pscluster.wire.frame import EXACT, IN_MEMORY, WITH_FROZEN, Codec, FrameKind
 from pscluster.wire.memory import page_offsets
+from psserver.partition.actions import ServePulls
 from psserver.partition.process import PartitionService
 
 LAYOUT = Layout(
@@ -153,14 +154,14 @@ def test_of_neighbours_in_shared_memory_one_frame_tells(network: Network, many: 
     caller.say(job_header(FrameKind.PULL, generation=1))
     assert runs(caller) == [(0, 5, 0), (5, 1, 0)]
 
-    many.versions |= {0: 1, 1: 1, 3: 1, 4: 2}
+    many.machine.versions |= {0: 1, 1: 1, 3: 1, 4: 2}
     caller.say(job_header(FrameKind.PULL, generation=1, step=1))
     assert runs(caller) == [(0, 2, 1), (3, 1, 1), (4, 1, 2)]
-    many.versions |= {2: 1, 5: 1}
-    many.serve_pulls()
+    many.machine.versions |= {2: 1, 5: 1}
+    many.carry_out([ServePulls()])
     network.settle()
     assert runs(caller) == [(2, 1, 1), (5, 1, 1)]
-    many.serve_pulls()
+    many.carry_out([ServePulls()])
     network.settle()
     assert runs(caller) == [], "each once"
 
@@ -175,7 +176,7 @@ def test_over_a_socket_each_bucket_has_its_frame_and_a_checksum_of_its_newest_va
         for bucket, values in enumerate(many.state.values):
             values.fill_(version + 1 / 3)
             many.state.publish(bucket)
-        many.version, many.versions = version, dict.fromkeys(many.versions, version)
+        many.machine.version, many.machine.versions = version, dict.fromkeys(many.machine.versions, version)
         for caller in callers:
             for flags in (0, EXACT, 0):
                 caller.say(job_header(FrameKind.PULL, generation=1, step=version, sender=caller.index, flags=flags))

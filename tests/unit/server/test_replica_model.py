@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -56,7 +57,7 @@ class Process(NamedTuple):
     coordinator: Leads | None = None
 
     @property
-    def reach(self) -> int:
+    def acked_version(self) -> int:
         return self.step + self.full
 
 
@@ -320,8 +321,8 @@ class Model:
             item, rest = link.down[0], link._replace(down=link.down[1:])
             yield self.receive(w, receiver, item, rest)
         if link.up and sender is not None:
-            reach, rest = link.up[0], link._replace(up=link.up[1:])
-            yield self.acknowledged(w._replace(links=put(w.links, index, rest)), sender, reach)  # type: ignore[arg-type]
+            acked_version, rest = link.up[0], link._replace(up=link.up[1:])
+            yield self.acknowledged(w._replace(links=put(w.links, index, rest)), sender, acked_version)  # type: ignore[arg-type]
 
     def connect(self, w: World, index: int) -> Iterator[World]:
         """A partition dials the standby of its plan, which takes it for its partition by its own."""
@@ -333,10 +334,10 @@ class Model:
             if standby is None or not fits or standby.plan.timeline != sender.plan.timeline:
                 continue
             sums = (("sums", sender.step, -1),) if sender.full else ()
-            reach = standby.reach if standby.synced else -1
-            if in_sync.resumes(sender.bond, reach, standby.step, sender.step):
+            acked_version = standby.acked_version if standby.synced else -1
+            if in_sync.resumes(sender.bond, acked_version, standby.step, sender.step):
                 missed = (("decision", sender.last, -1),) if standby.step < sender.step else ()
-                link = Link(sender.attempt, standby.attempt, (*missed, *sums), (reach,))
+                link = Link(sender.attempt, standby.attempt, (*missed, *sums), (acked_version,))
             else:
                 anew = in_sync.begin(sender.bond)
                 assert anew is not None, f"what the standby held is gone: {sender} {standby}"
@@ -357,11 +358,11 @@ class Model:
             link = link._replace(up=(*link.up, says))
         return self.swap(w, standby, after)._replace(links=put(w.links, standby.index, link))  # type: ignore[arg-type]
 
-    def acknowledged(self, w: World, process: Process, reach: int) -> World:
-        held, tells = in_sync.acknowledge(process.bond, reach, process.step + process.voted)
+    def acknowledged(self, w: World, process: Process, acked_version: int) -> World:
+        held, reports = in_sync.acknowledge(process.bond, acked_version, process.step + process.voted)
         after = process._replace(bond=held)
         w = self.swap(w, process, after)
-        if not tells:
+        if not reports:
             return w
         word = ("in sync", after.index, after.attempt, held.attempt, after.plan.timeline)
         return w._replace(messages=w.messages | {word})
@@ -473,11 +474,11 @@ def check(w: World, model: Model) -> None:
     steps = [p.step for p in held if not p.stands_by]
     assert not steps or max(steps) - min(steps) <= 1, f"two steps apart: {w}"
     for process in held:
-        assert process.reach >= w.decided, f"a committed step is lost: {w}"
+        assert process.acked_version >= w.decided, f"a committed step is lost: {w}"
     for index, believed in enumerate(w.believed):
         standby = model.find(w, index, w.plan.standbys[index])
         if believed and standby is not None:
-            assert standby.reach >= w.decided, f"a standby could not make a committed step: {w}"
+            assert standby.acked_version >= w.decided, f"a standby could not make a committed step: {w}"
 
 
 def explore(start: World, model: Model, max_states: int = 400_000) -> int:
@@ -521,9 +522,9 @@ CASES = [
     ((True,), 2, (0, 1, 0, 1, 0)),
     ((True, False), 1, (1, 0, 0, 0, 0)),
     ((False, True), 1, (1, 0, 0, 0, 0)),
-    ((True, False), 2, (0, 1, 0, 0, 0)),
-    ((False, True), 2, (0, 1, 0, 0, 0)),
-    ((True, True), 1, (1, 0, 0, 0, 0)),
+    pytest.param((True, False), 2, (0, 1, 0, 0, 0), marks=pytest.mark.slow),
+    pytest.param((False, True), 2, (0, 1, 0, 0, 0), marks=pytest.mark.slow),
+    pytest.param((True, True), 1, (1, 0, 0, 0, 0), marks=pytest.mark.slow),
 ]
 
 
@@ -535,19 +536,18 @@ def test_no_committed_step_is_lost_and_a_job_never_sticks(
     assert visited > 100, "the model went nowhere"
 
 
-def _tells_at_once(held: InSyncState, reach: int, promised: int) -> tuple[InSyncState, bool]:  # noqa: ARG001
-    return InSyncState(
-        attempt=held.attempt, reach=max(reach, held.reach), is_bound=True, is_told=True
-    ), not held.is_told
+def _tells_at_once(held: InSyncState, acked_version: int, promised: int) -> tuple[InSyncState, bool]:  # noqa: ARG001
+    acked = max(acked_version, held.acked_version)
+    return replace(held, acked_version=acked, ack_required=True, reported_in_sync=True), not held.reported_in_sync
 
 
-def _never_binds(held: InSyncState, reach: int, promised: int) -> tuple[InSyncState, bool]:
-    after, tells = ACKNOWLEDGE(held, reach, promised)
-    return InSyncState(attempt=after.attempt, reach=after.reach, is_told=after.is_told), tells
+def _never_binds(held: InSyncState, acked_version: int, promised: int) -> tuple[InSyncState, bool]:
+    after, reports = ACKNOWLEDGE(held, acked_version, promised)
+    return replace(after, ack_required=False), reports
 
 
 def _stays_bound(held: InSyncState, attempt: int, *, restored: bool) -> InSyncState:  # noqa: ARG001
-    return InSyncState(attempt=attempt, reach=held.reach, is_bound=held.is_bound, is_told=held.is_told)
+    return replace(held, attempt=attempt)
 
 
 def _forgets_decisions(

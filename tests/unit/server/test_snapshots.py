@@ -18,7 +18,7 @@ from pscluster.errors import InternalError, PsError, StorageError
 from pscluster.step.layout import Layout, TensorSpec
 from pscluster.storage import Written
 from pscluster.storage.snapshot import Held, PartMeta, part_name, read_part, write_part
-from psserver.partition.checkpoint import shared_store_check, snapshots
+from psserver.partition.checkpoint import snapshots
 from psserver.partition.checkpoint.snapshots import ALWAYS, SnapshotWriter, roundness
 
 LAYOUT = Layout((TensorSpec(names=("w",), shape=(4,), dtype="float32", kind="trained"),))
@@ -300,8 +300,7 @@ def test_no_part_is_written_while_another_is_being_copied(tmp_path: Path, monkey
 
 
 @given(
-    every=st.integers(1, 50),
-    writes=st.lists(st.tuples(st.integers(0, 63), st.integers(1, 64)), min_size=2, max_size=4),
+    every=st.integers(1, 50), writes=st.lists(st.tuples(st.integers(0, 63), st.integers(1, 64)), min_size=2, max_size=4)
 )
 def test_partitions_with_slow_stores_agree_on_every_so_manyth_snapshot(
     every: int, writes: list[tuple[int, int]]
@@ -337,11 +336,16 @@ def test_roundness_counts_twos_on_the_grid_and_nothing_beside_it() -> None:
 
 
 def test_a_store_that_shows_nobody_elses_files_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_store_check, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(snapshots, "SHARING_PATIENCE_S", 0.0)
     warnings: list[PsError] = []
     posted: Queue[Any] = Queue()
     writer = SnapshotWriter(
-        tmp_path, 0, posted.put, every_steps=1, sharing=shared_store_check.SharedStoreCheck(0, 3), warn=warnings.append
+        tmp_path,
+        0,
+        posted.put,
+        every_steps=1,
+        shared_store_check=snapshots.SharedStoreCheck(0, 3),
+        warn=warnings.append,
     )
     (tmp_path / part_name(4, 1, 1)).touch()
     writer.retain([4])
@@ -354,11 +358,11 @@ def test_a_store_that_shows_nobody_elses_files_is_told_once(tmp_path: Path, monk
 
 
 def test_files_that_are_seen_late_are_no_reason_to_warn() -> None:
-    held = shared_store_check.SharedStoreCheck(1, 3)
-    assert held.look("/store", {1}, 0.0) is None
-    assert held.look("/store", {1}, shared_store_check.PATIENCE_S - 1) is None
-    assert held.look("/store", {0, 1, 2}, shared_store_check.PATIENCE_S + 1) is None
-    assert held.look("/store", {1, 2}, 1000.0) is None
-    assert held.look("/store", {1, 2}, 1000.0 + shared_store_check.PATIENCE_S) is not None
-    assert held.look("/store", {1, 2}, 3000.0) is None, "told once"
-    assert shared_store_check.SharedStoreCheck(0, 1).look("/store", {0}, 5000.0) is None
+    held = snapshots.SharedStoreCheck(1, 3)
+    assert held.check("/store", {1}, 0.0) is None
+    assert held.check("/store", {1}, snapshots.SHARING_PATIENCE_S - 1) is None
+    assert held.check("/store", {0, 1, 2}, snapshots.SHARING_PATIENCE_S + 1) is None
+    assert held.check("/store", {1, 2}, 1000.0) is None
+    assert held.check("/store", {1, 2}, 1000.0 + snapshots.SHARING_PATIENCE_S) is not None
+    assert held.check("/store", {1, 2}, 3000.0) is None, "told once"
+    assert snapshots.SharedStoreCheck(0, 1).check("/store", {0}, 5000.0) is None

@@ -18,7 +18,7 @@ from harness.played_standbys import FINAL_STEP, PlayedJob
 from harness.played_storm import play, seeded
 from pscluster.step.layout import BLOCK_WORDS, WORD_BYTES
 from pscluster.wire.frame import Header
-from psserver.partition.replication import in_sync as bond
+from psserver.partition.replication import in_sync
 from psserver.partition.replication.primary import PATIENCE_S, Replication
 from psserver.partition.step import commit
 from psserver.partition.step.commit import CommitDecision
@@ -40,7 +40,7 @@ def job() -> Iterator[PlayedJob]:
     job.close()
 
 
-def in_sync(job: PlayedJob, steps: int = 1) -> PlayedJob:
+def synced(job: PlayedJob, steps: int = 1) -> PlayedJob:
     """Run until every standby is in sync and some steps are made."""
     job.make_steps(steps)
     assert job.master.synced == [True] * job.count
@@ -68,7 +68,7 @@ def test_a_standby_holds_the_very_bits(count: int, codec: str, undisturbed: dict
 def test_a_standby_takes_over_and_nobody_goes_back(
     job: PlayedJob, index: int, moment: str, undisturbed: dict[str, list[torch.Tensor]]
 ) -> None:
-    in_sync(job, 2)
+    synced(job, 2)
     done = job.partition(0).version
     if moment != "before the sums":
         job.push(index)
@@ -88,14 +88,14 @@ def test_a_standby_takes_over_and_nobody_goes_back(
     assert job.master.restores == 1
     if index == 0:
         coordinator: Any = job.partition(0)
-        coordinator.coordinator.report_progress(1e9, force=True)
+        coordinator.carry_out(coordinator.coordinator.report_progress(1e9, force=True))
         records = [record.step for report in coordinator.link.reported("progress") for record in report.records]
         assert records == list(range(1, FINAL_STEP + 1)), "what the coordinator before it had not reported is reported"
 
 
 def _decided_behind_its_standby(job: PlayedJob) -> CommitDecision:
     """The coordinator decided and told the other partition, but its standby has not heard; the decision."""
-    in_sync(job, 2)
+    synced(job, 2)
     done = job.partition(0).version
     standby, member = job.standby(0), job.partition(1)
     assert standby is not None
@@ -126,7 +126,7 @@ def test_the_coordinator_takes_what_a_member_was_told_before_it(
 
 
 def test_votes_wait_for_the_standby_and_go_on_without_it(job: PlayedJob) -> None:
-    in_sync(job)
+    synced(job)
     version = job.partition(1).version
     standby = job.standby(1)
     assert standby is not None
@@ -145,7 +145,7 @@ def test_votes_wait_for_the_standby_and_go_on_without_it(job: PlayedJob) -> None
 
 
 def test_a_standby_that_does_not_answer_is_reported(job: PlayedJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_sync(job)
+    synced(job)
     standby = job.standby(1)
     assert standby is not None
     next(c for c in job.network.connections if c.handler is standby.handler).reading = False
@@ -185,7 +185,7 @@ def test_a_standby_that_comes_late_gets_a_state_and_then_the_steps(undisturbed: 
 
 
 def test_without_a_standby_in_sync_all_go_back(job: PlayedJob, undisturbed: dict[str, list[torch.Tensor]]) -> None:
-    in_sync(job, 2)
+    synced(job, 2)
     job.lose_standby(1)
     job.lose_partition(1)
     assert job.master.restores == 2
@@ -197,7 +197,7 @@ def test_the_one_before_wakes_up_and_changes_nothing(
     job: PlayedJob, index: int, undisturbed: dict[str, list[torch.Tensor]]
 ) -> None:
     """It was stopped in the middle of a step, taken for lost, and goes on under its older generation."""
-    in_sync(job, 2)
+    synced(job, 2)
     job.push(0)
     job.push(1)
     job.lose_partition(index, lives_on=True)
@@ -260,16 +260,18 @@ def test_seeded_storms_change_nothing_and_meet_what_they_are_for(undisturbed: di
     assert breaks > 50
 
 
-def _tells_at_once(held: bond.InSyncState, reach: int, promised: int) -> tuple[bond.InSyncState, bool]:  # noqa: ARG001
-    return replace(held, reach=max(reach, held.reach), is_bound=True, is_told=True), not held.is_told
+def _tells_at_once(held: in_sync.InSyncState, acked_version: int, promised: int) -> tuple[in_sync.InSyncState, bool]:  # noqa: ARG001
+    return replace(
+        held, acked_version=max(acked_version, held.acked_version), ack_required=True, reported_in_sync=True
+    ), not held.reported_in_sync
 
 
-def _never_binds(held: bond.InSyncState, reach: int, promised: int) -> tuple[bond.InSyncState, bool]:
-    after, tells = ACKNOWLEDGE(held, reach, promised)
-    return replace(after, is_bound=False), tells
+def _never_binds(held: in_sync.InSyncState, acked_version: int, promised: int) -> tuple[in_sync.InSyncState, bool]:
+    after, reports = ACKNOWLEDGE(held, acked_version, promised)
+    return replace(after, ack_required=False), reports
 
 
-def _stays_bound(held: bond.InSyncState, attempt: int, *, restored: bool) -> bond.InSyncState:  # noqa: ARG001
+def _stays_bound(held: in_sync.InSyncState, attempt: int, *, restored: bool) -> in_sync.InSyncState:  # noqa: ARG001
     return replace(held, attempt=attempt)
 
 
@@ -277,7 +279,7 @@ def _streams_on(self: Replication) -> None:
     self._streams = True
 
 
-ACKNOWLEDGE = bond.acknowledge
+ACKNOWLEDGE = in_sync.acknowledge
 
 
 def _many_storms(count: int) -> None:
@@ -288,13 +290,13 @@ def _many_storms(count: int) -> None:
 @pytest.mark.parametrize(
     ("where", "name", "mistake"),
     [
-        (bond, "may_vote", lambda _bond, _step: True),
-        (bond, "acknowledge", _tells_at_once),
-        (bond, "acknowledge", _never_binds),
-        (bond, "adopt", _stays_bound),
+        (in_sync, "may_vote", lambda _bond, _step: True),
+        (in_sync, "acknowledge", _tells_at_once),
+        (in_sync, "acknowledge", _never_binds),
+        (in_sync, "adopt", _stays_bound),
         (Replication, "_send_decision", lambda _self, _decision: None),
         (Replication, "_stream", _streams_on),
-        (Replication, "note", lambda _self: None),
+        (Replication, "send_metadata", lambda _self: None),
     ],
     ids=[
         "votes without it",
@@ -348,9 +350,9 @@ def test_a_standby_that_catches_up_slowly_holds_votes_back_rather_than_memory(
     job.network.settle()
     partition = job.partition(0)
     next(
-        c for c in job.network.connections if c.handler is partition.replication._line
+        c for c in job.network.connections if c.handler is partition.replication._dialer
     ).reading = False  # no word comes back
-    partition.replication.bond = replace(partition.replication.bond, is_bound=False, is_told=False)
+    partition.replication.in_sync = replace(partition.replication.in_sync, ack_required=False, reported_in_sync=False)
     for _ in range(FINAL_STEP):
         job.push(0)
         job.network.settle()

@@ -52,11 +52,7 @@ def undisturbed() -> dict[str, Outcome]:
     "transports", [("tcp",), ("unix",), ("shm",), ("shm", "shm"), ("tcp", "shm", "shm")], ids=" ".join
 )
 def test_any_number_of_either_by_any_way_ends_with_the_same_values(
-    transports: tuple[str, ...],
-    partitions: int,
-    name: str,
-    codecs: dict[str, Any],
-    undisturbed: dict[str, Outcome],
+    transports: tuple[str, ...], partitions: int, name: str, codecs: dict[str, Any], undisturbed: dict[str, Outcome]
 ) -> None:
     cluster = PlayedCluster(partitions, transports, **codecs)
     found = outcome(cluster)

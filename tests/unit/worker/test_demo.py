@@ -19,6 +19,9 @@ calls = pathlib.Path({calls!r})
 verb = sys.argv[1]
 with calls.open("a") as file:
     file.write(" ".join(sys.argv[1:]) + "\\n")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    with calls.open("a") as file:
+        file.write("SIGINT is ignored\\n")
 if os.environ.get("DEMO_TEST_FAIL") == verb:
     sys.exit(100)
 if os.environ.get("DEMO_TEST_HANG") == verb:
@@ -101,6 +104,23 @@ def test_a_signal_ends_the_running_command_in_order_and_then_the_cluster(
     assert errors.endswith("the demo was interrupted; its cluster is down\n")
 
 
+def test_sigterm_ends_a_demo_that_was_started_with_sigint_ignored(demo: Demo) -> None:
+    """As `make demo &` in a script: psctl must not inherit that SIGINT is ignored, or it could not be ended."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = demo.start(DEMO_TEST_HANG="submit")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    demo.wait_started()
+
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+
+    assert process.returncode == 130
+    assert demo.calls()[-2:] == ["submit was interrupted and ended in order", "down"]
+    assert "SIGINT is ignored" not in demo.calls()
+
+
 def test_a_failed_command_ends_the_cluster_and_gives_its_exit_status(demo: Demo) -> None:
     process = demo.start(DEMO_TEST_FAIL="submit")
 
@@ -135,7 +155,7 @@ def test_a_second_demo_at_the_same_time_is_refused(demo: Demo, tmp_path: Path) -
     _, errors = second.communicate(timeout=60)
 
     assert second.returncode == 1
-    assert "another demo runs already" in errors
+    assert "another demo is running" in errors
     assert not other.calls_file.exists()
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)

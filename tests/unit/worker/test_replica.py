@@ -13,15 +13,7 @@ from torch import nn
 from pscluster.errors import LayoutError
 from pscluster.job.spec import OptimizerSection
 from pscluster.step.layout import Layout, parameters_sha256
-from psworker.replica import (
-    BucketMemory,
-    Replica,
-    layout_of,
-    load_words,
-    named_bytes,
-    state_tensors,
-    tensor_view,
-)
+from psworker.replica import BucketMemory, Replica, layout_of, load_words, named_bytes, state_tensors, tensor_view
 
 SGD = OptimizerSection(name="sgd")
 

@@ -11,17 +11,17 @@ from functools import partial
 
 from pscluster.storage import Buffer, Live
 from pscluster.storage.snapshot import PieceKey
-from psserver.partition.step.huge_pages import huge_page_memory
+from psserver.partition.step.state import huge_page_memory
 
 CHUNK_BYTES = 4 << 20
-"""What is written at a time, and again when it was overwritten meanwhile."""
+"""The unit of a write, repeated when the memory was overwritten during it."""
 
 
 class Frozen:
-    """Made, and told of what is about to change, by the partition's thread; read by the one that writes (`Pieces`).
+    """Made, and warned of what is about to change, by the partition's thread; read by the one that writes (`Pieces`).
 
     Neither waits for the other longer than a copy takes, however slow the disk is. `places`: the memory of every piece,
-    of which the partition goes on making newer versions."""
+    which the partition goes on updating."""
 
     def __init__(self, places: Mapping[PieceKey, memoryview]) -> None:
         self._lock = threading.Lock()

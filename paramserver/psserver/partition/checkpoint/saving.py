@@ -1,31 +1,33 @@
-"""A partition's snapshots: begun at a step boundary, written in the background, reported when they are durable."""
+"""A partition's snapshots: begun at a step boundary and reported when they are durable; and the way back to one."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 
 from pscluster.agent.status import detail_of
-from pscluster.errors import PsError
+from pscluster.errors import DamagedError, PsError, StorageError
 from pscluster.job.spec import JobSpec
-from pscluster.storage import Written
-from pscluster.v1.plan_pb2 import ProcessReport, ProcessSpec, SnapshotPart
+from pscluster.storage import Written, below
+from pscluster.v1.plan_pb2 import Plan, ProcessReport, ProcessSpec, SnapshotPart
 from pscluster.v1.plan_pb2 import Warning as WarningMessage
+from pscluster.wire.reactor import Reactor
+from psserver.partition.actions import Action, Report, ReportSteps
 from psserver.partition.checkpoint.frozen import Frozen
-from psserver.partition.checkpoint.shared_store_check import SharedStoreCheck
-from psserver.partition.checkpoint.snapshots import SnapshotWriter
+from psserver.partition.checkpoint.snapshots import SharedStoreCheck, SnapshotWriter
 from psserver.partition.step.state import PartitionState
 from psserver.partition.telemetry import PartitionCounters
 
 
 class Saving:
-    """On the partition's thread. `post` brings what the writing thread says there."""
+    """On the partition's thread. `post` runs a call of the writing thread there."""
 
     def __init__(
         self,
         start: ProcessSpec,
         spec: JobSpec,
         counters: PartitionCounters,
-        report: Callable[[ProcessReport], None],
+        carry_out: Callable[[list[Action]], None],
         post: Callable[[Callable[[], None]], None],
     ) -> None:
         self.writer: SnapshotWriter | None = None  # of a partition, whose files they are; a standby touches none
@@ -38,19 +40,19 @@ class Saving:
         self._num_partitions = spec.servers.partitions
         self._every_steps = spec.durability.every_steps
         self._counters = counters
-        self._report = report
+        self._carry_out = carry_out
 
     def begin(self) -> None:
-        """This process is the partition from now on: what others had begun to write is void."""
+        """This process is the partition from now on: unfinished files of earlier ones are deleted."""
         if self.writer is None:
-            sharing = None if self._own_store else SharedStoreCheck(self._partition, self._num_partitions)
+            shared_store_check = None if self._own_store else SharedStoreCheck(self._partition, self._num_partitions)
             self.writer = SnapshotWriter(
                 self._store,
                 self._partition,
                 self._post,
                 every_steps=self._every_steps,
                 copied=self._own_store,
-                sharing=sharing,
+                shared_store_check=shared_store_check,
                 warn=self._warn,
             )
 
@@ -62,11 +64,7 @@ class Saving:
         self._frozen = [*(frozen for frozen in self._frozen if not frozen.is_over), pieces]
         assert self.writer is not None
         self.writer.write(
-            meta,
-            state.layout,
-            pieces,
-            lambda written, error: self._wrote(step, generation, written, error),
-            last=last,
+            meta, state.layout, pieces, lambda written, error: self._wrote(step, generation, written, error), last=last
         )
 
     def overwriting(self, bucket: int) -> None:
@@ -113,5 +111,56 @@ class Saving:
             self._report(ProcessReport(snapshot_part=part))
 
     def _warn(self, error: PsError, step: int = 0) -> None:
-        detail = detail_of(error)
-        self._report(ProcessReport(warning=WarningMessage(error=detail, step=step)))
+        self._report(ProcessReport(warning=WarningMessage(error=detail_of(error), step=step)))
+
+    def _report(self, report: ProcessReport) -> None:
+        """Steps first: after a restore from this snapshot the steps before it are not reported again."""
+        self._carry_out([ReportSteps(), Report(report)])
+
+
+RESTORE_PATIENCE_S = 100.0
+"""How long a process asks. Then it ends, and another asks in its place: six of them outlast ten minutes."""
+RESTORE_RETRY_S = 2.0
+
+
+class Restoring:
+    """On the partition's thread, which reading blocks; beats have a thread of their own."""
+
+    def __init__(self, start: ProcessSpec, reactor: Reactor, report: Callable[[ProcessReport], None]) -> None:
+        self._start = start
+        self._reactor = reactor
+        self._report = report
+        self._awaits: Plan | None = None  # the newest plan, while its snapshot cannot be read
+        self._since_s = 0.0
+
+    def restore(self, state: PartitionState, plan: Plan, num_partitions: int) -> None:
+        """Make the state that of the plan's resume step: this partition's part of that snapshot; nothing at step 0.
+
+        Raises DamagedError, which names the snapshot: the master falls back to an older one. Raises StorageError when
+        the store cannot be read; see `wait`."""
+        if plan.resume_step:
+            partition = self._start.rank
+            part = next(part for part in plan.restore.parts if part.partition == partition)
+            try:
+                state.load(below(self._start.store, part.path), partition, num_partitions, plan.resume_step)
+            except DamagedError as error:
+                error.details["void_snapshot"] = str(plan.resume_step)
+                raise
+        else:
+            state.reset()
+        self._awaits = None
+
+    def wait(self, plan: Plan, error: PsError, again: Callable[[Plan], None]) -> bool:
+        """Whether it is worth waiting after an error; `again` is then called, unless a newer plan came to wait."""
+        if isinstance(error, DamagedError) or not isinstance(error, StorageError):
+            return False
+        now = time.monotonic()
+        if self._awaits is None:
+            self._since_s = now
+            detail = detail_of(error)
+            self._report(ProcessReport(warning=WarningMessage(error=detail, step=plan.resume_step)))
+        self._awaits = plan
+        if now - self._since_s >= RESTORE_PATIENCE_S:
+            return False
+        self._reactor.call_later(RESTORE_RETRY_S, lambda: again(plan) if self._awaits is plan else None)
+        return True

@@ -1,13 +1,14 @@
 """Snapshots in the background: one thread writes what the partition held, and deletes what is done with.
 
 A store that is slower than snapshots come never holds training back: one snapshot is being written, at most one waits,
-and what finds the place taken is left out. A step that one partition leaves out never becomes complete; it is told.
+and a third is left out, with a warning: a step that one partition leaves out never becomes complete.
 Where the node's own disk is the store, a snapshot is being written until a second node has it.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -20,7 +21,6 @@ from pscluster.errors import InternalError, PsError, StorageError
 from pscluster.step.layout import Layout
 from pscluster.storage import Written, below, open_store
 from pscluster.storage.snapshot import PartMeta, Pieces, parse_part_name, part_name, write_part
-from psserver.partition.checkpoint.shared_store_check import SharedStoreCheck
 
 Done = Callable[[Written | None, PsError | None], None]
 ALWAYS = 64  # above the roundness of every step but 0
@@ -30,10 +30,10 @@ _log = structlog.get_logger(__name__)
 def roundness(step: int, every_steps: int) -> int:
     """How often the snapshot's number is divisible by 2; -1 beside the grid of `every_steps`.
 
-    When two snapshots want the one waiting place, the rounder has it, and of equals the newer. Whatever the partitions'
-    disks do, they then agree on some: where no write takes longer than 2^m intervals, every 2^m-th snapshot is written
+    Of two snapshots that wait, the rounder is kept, and of equals the newer. Whatever the partitions' disks do,
+    they then agree on some: where no write takes longer than 2^m intervals, every 2^m-th snapshot is written
     by all, since a rounder one comes no sooner than 2^m intervals later. (The newest alone would not do: two equally
-    slow disks half a write apart could take turns for ever and never write the same step.)"""
+    slow disks half a write apart could alternate for ever and never write the same step.)"""
     number, rest = divmod(step, every_steps)
     if rest:
         return -1
@@ -41,8 +41,8 @@ def roundness(step: int, every_steps: int) -> int:
 
 
 @dataclass(kw_only=True)
-class _ManifestRequest:
-    """A snapshot that wants to be written. Greater goes first."""
+class SnapshotRequest:
+    """A snapshot to be written. The one of the greatest rank is first."""
 
     meta: PartMeta
     layout: Layout
@@ -64,22 +64,22 @@ class SnapshotWriter:
         *,
         every_steps: int,
         copied: bool = False,
-        sharing: SharedStoreCheck | None = None,
+        shared_store_check: SharedStoreCheck | None = None,
         warn: Callable[[PsError], None] = lambda _: None,
     ):
-        """`copied`: the agent copies each part, and says when it is `settled`. `sharing`: what looks for the other
-        partitions' files; `warn` hears, on the partition's thread, of what it finds."""
+        """`copied`: the agent copies each part, and calls `settled` then. `shared_store_check`: looks for the other
+        partitions' files; `warn` is called with what it finds, on the partition's thread."""
         self._location = str(store)
         self._partition = partition
         self._every_steps = every_steps
         self._copied = copied
         self._post = post
-        self._sharing = sharing
+        self._shared_store_check = shared_store_check
         self._warn = warn
         self._changed = threading.Condition()
-        self._waiting: _ManifestRequest | None = None
+        self._waiting: SnapshotRequest | None = None
         self._unsettled = ""  # the part that is being copied
-        self._room = ""  # the last part that was deleted, in whose room the next is written
+        self._recycled_file = ""  # the last deleted part, over which the next is written
         self._kept: frozenset[int] = frozenset()  # to delete by; empty: nothing to delete
         self._closing = False
         self._begin()
@@ -90,18 +90,18 @@ class SnapshotWriter:
         self._thread.start()
 
     def write(self, meta: PartMeta, layout: Layout, pieces: Pieces, done: Done, *, last: bool = False) -> None:
-        """Write a part as soon as the store is free; `done` hears what was written, or why it was not. The pieces are
-        ended then. `last`: no other may take its place."""
+        """Write a part as soon as the store is free; `done` gets what was written, or the error. The pieces are ended
+        then. `last`: no other may take its place."""
         rank = (meta.generation, last, roundness(meta.step, self._every_steps), meta.step)
-        wish = _ManifestRequest(meta=meta, layout=layout, pieces=pieces, done=done, rank=rank)
+        request = SnapshotRequest(meta=meta, layout=layout, pieces=pieces, done=done, rank=rank)
         with self._changed:
             held = self._waiting
-            first, left_out = (wish, held) if held is None or wish.rank >= held.rank else (held, wish)
+            first, left_out = (request, held) if held is None or request.rank >= held.rank else (held, request)
             self._waiting = first
             self._changed.notify()
         if left_out is not None:
             left_out.pieces.end()
-            self._tell(left_out.done, None, _left_out(left_out.meta.step, first.meta.step))
+            self._finish(left_out.done, None, _left_out(left_out.meta.step, first.meta.step))
 
     def retain(self, kept: Iterable[int]) -> None:
         """Delete this partition's parts that are older than the newest kept step and not kept."""
@@ -128,15 +128,15 @@ class SnapshotWriter:
     def _run(self) -> None:
         self._attempt(self._sweep)
         while True:
-            kept, wish = self._next()
+            kept, request = self._next()
             if kept:
-                self._attempt(functools.partial(self._delete, kept))  # first: it makes room
-            if wish is not None:
-                self._write(wish)
+                self._attempt(functools.partial(self._delete, kept))  # first: it frees space
+            if request is not None:
+                self._write(request)
             elif not kept:
-                self._attempt(self._give_back)
+                self._attempt(self._delete_recycled)
                 return
-            del wish  # with what it holds, while the next is waited for
+            del request  # with what it holds, while the next is waited for
 
     def _attempt(self, work: Callable[[], None]) -> None:
         """Tidying up: what fails is tried again whenever the catalogue grows, or by the next process."""
@@ -147,59 +147,59 @@ class SnapshotWriter:
         except Exception:  # this thread must live: without it there are no more snapshots
             _log.exception("old files of snapshots remain for now")
 
-    def _next(self) -> tuple[frozenset[int], _ManifestRequest | None]:
+    def _next(self) -> tuple[frozenset[int], SnapshotRequest | None]:
         """What is to be done now; nothing at all: the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._kept or self._closing or (self._waiting and not self._unsettled))
             kept, self._kept = self._kept, frozenset()
             if self._unsettled and not self._closing:
                 return kept, None
-            wish, self._waiting = self._waiting, None
-            return kept, wish
+            request, self._waiting = self._waiting, None
+            return kept, request
 
-    def _write(self, wish: _ManifestRequest) -> None:
+    def _write(self, request: SnapshotRequest) -> None:
         written: Written | None = None
         error: PsError | None = None
-        meta = wish.meta
+        meta = request.meta
         location = below(self._location, part_name(meta.step, meta.partition, meta.generation))
         try:
-            written = write_part(location, meta, wish.layout, wish.pieces, self._room)
-            self._room = ""
+            written = write_part(location, meta, request.layout, request.pieces, self._recycled_file)
+            self._recycled_file = ""
         except StorageError as problem:
             error = problem
         except Exception as problem:  # this thread must live: without it there are no more snapshots
             error = InternalError(f"writing the snapshot of step {meta.step} failed: {problem!r}")
-        wish.pieces.end()
+        request.pieces.end()
         if self._copied and written is not None:
             with self._changed:
                 self._unsettled = written.name
-        self._tell(wish.done, written, error)
+        self._finish(request.done, written, error)
 
-    def _tell(self, done: Done, written: Written | None, error: PsError | None) -> None:
+    def _finish(self, done: Done, written: Written | None, error: PsError | None) -> None:
         self._post(lambda: done(written, error))
 
     def _delete(self, kept: frozenset[int]) -> None:
         store, newest = open_store(self._location), max(kept)
         names = store.names()
-        self._look(names)
+        self._check_sharing(names)
         for name in names:
             step = self._step_of(name)
             if step is not None and step < newest and step not in kept:
-                if self._room:
+                if self._recycled_file:
                     store.delete(name)
                 else:
-                    self._room = store.set_aside(name)
+                    self._recycled_file = store.set_aside(name)
 
-    def _look(self, names: Iterable[str]) -> None:
+    def _check_sharing(self, names: Iterable[str]) -> None:
         """The catalogue has a snapshot of all: are the others' files here?"""
-        if self._sharing is not None:
+        if self._shared_store_check is not None:
             seen = {part.partition for part in map(parse_part_name, names) if part}
-            if error := self._sharing.look(self._location, seen, time.monotonic()):
+            if error := self._shared_store_check.check(self._location, seen, time.monotonic()):
                 self._post(functools.partial(self._warn, error))
 
-    def _give_back(self) -> None:
-        if self._room:
-            open_store(self._location).sweep(lambda name: name == self._room)
+    def _delete_recycled(self) -> None:
+        if self._recycled_file:
+            open_store(self._location).sweep(lambda name: name == self._recycled_file)
 
     def _sweep(self) -> None:
         """Delete what an earlier process of this partition had begun to write, or set aside, when it was killed."""
@@ -213,6 +213,37 @@ class SnapshotWriter:
 
 def _left_out(step: int, other: int) -> StorageError:
     return StorageError(
-        f"the snapshot of step {step} is left out: the store is still busy, and that of step {other} goes first",
+        f"the snapshot of step {step} is left out: the store is still busy, and that of step {other} is written first",
         action="use a faster store, or raise durability.every_steps",
     )
+
+
+SHARING_PATIENCE_S = 90.0
+"""How long another's files may be missing: network file systems show new ones late, by default up to a minute."""
+
+
+class SharedStoreCheck:
+    """On the thread that writes snapshots. `partition` is one's own of `num_partitions`."""
+
+    def __init__(self, partition: int, num_partitions: int) -> None:
+        self._others = frozenset(range(num_partitions)) - {partition}
+        self._since_s = math.inf  # when another partition's files were first missing
+        self._told = False
+
+    def check(self, location: str, seen: Iterable[int], now_s: float) -> StorageError | None:
+        """After the catalogue has a snapshot of all partitions: what is wrong when only the files of the partitions
+        `seen` are there. Told once; None: nothing, or nothing new."""
+        missing = sorted(self._others.difference(seen))
+        if not missing or self._told:
+            self._since_s = math.inf
+            return None
+        self._since_s = min(self._since_s, now_s)
+        if now_s - self._since_s < SHARING_PATIENCE_S:
+            return None
+        self._told = True
+        names = ", ".join(f"partition-{index}" for index in missing)
+        return StorageError(
+            f"{location} shows nothing that {names} wrote there: it is not shared, and a lost partition that starts "
+            "elsewhere would find no snapshot",
+            action="mount it on all servers, start each psserver with --own-store, or set durability.store",
+        )

@@ -1,11 +1,10 @@
-"""The coordinator partition's part: it collects votes, gives decisions, says what comes next, evaluates, and
-reports."""
+"""The coordinator, in partition 0: collects votes, decides steps, directs trainers, merges evaluations, reports."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,36 +14,26 @@ from pscluster.errors import FrameError, NonFiniteError, PsError, TaskError
 from pscluster.job.spec import JobSpec
 from pscluster.step.summary import Statistics, Summary, add_statistics
 from pscluster.step.tree import TreeNode, tree_of
-from pscluster.v1.plan_pb2 import (
-    Evaluated,
-    Failure,
-    Finished,
-    Plan,
-    ProcessReport,
-    Progress,
-    StepRecord,
+from pscluster.v1.plan_pb2 import Evaluated, Failure, Finished, Plan, ProcessReport, Progress, StepRecord
+from pscluster.wire.partition_protocol import CommitDecision, DecisionKind, Evaluation, Vote
+from pscluster.wire.protocol import Action as Activity
+from pscluster.wire.protocol import Directive, Outcome, pack_statistics
+from psserver.partition.actions import (
+    Action,
+    BroadcastDirective,
+    ReplicateEvaluation,
+    Report,
+    RequestVote,
+    SendDecision,
+    SendMerged,
 )
-from pscluster.wire.protocol import Action, Directive, Outcome
-from psserver.partition.coordinator.decisions import decide, next_action
-from psserver.partition.replication.metadata import MAX_RECORDS, ReplicatedMetadata
+from psserver.partition.replication.in_sync import MAX_RECORDS, ReplicatedMetadata
 from psserver.partition.step import commit
-from psserver.partition.step.commit import CommitDecision, Vote
-from psserver.partition.step.schedule import learning_rate
+from psserver.partition.step.commit import clip_coefficient, global_norm
+from psserver.partition.step.optimizer import learning_rate
 from psserver.partition.step.sums import Entry, Sums
 
 REPORT_INTERVAL_S = 1.0
-
-
-@dataclass(kw_only=True)
-class Outputs:
-    """What the coordinator asks of the process around it. None of them blocks."""
-
-    send_decision: Callable[[int, CommitDecision], None]  # to one partition
-    send_vote_request: Callable[[int], None]  # asks a partition for its vote
-    direct: Callable[[], None]  # tell every trainer `Coordinator.directive` (again)
-    send_merged: Callable[[], None]  # tell the trainer of shard 0 `Coordinator.merged`
-    report: Callable[[ProcessReport], None]
-    evaluated: Callable[[int, Mapping[str, float]], None] = lambda _version, _metrics: None  # before anything follows
 
 
 def _statistics_sums(num_shards: int) -> Sums[Statistics]:
@@ -53,19 +42,16 @@ def _statistics_sums(num_shards: int) -> Sums[Statistics]:
 
 @dataclass(kw_only=True)
 class Coordinator:
-    """Made anew at each restore, at the restored version. On the partition's thread."""
+    """Made anew at each restore, at the restored version. A pure machine: calls return what is to be done, in order."""
 
     spec: JobSpec
     plan: Plan
-    out: Outputs
     state: commit.CoordinatorState
     joined: set[int] = field(default_factory=set)
-    action: Action | None = None
+    activity: Activity | None = None
     evaluated: int = -1
     saved: int = 0
-    undecided: int = (
-        -1
-    )  # the step that the coordinator before this one may have decided: no stop takes effect before it
+    undecided: int = -1  # the step that a lost coordinator may have decided: no stop takes effect before it
     merged: Statistics | None = None
     records: list[StepRecord] = field(default_factory=list)
     summaries: dict[int, Summary] = field(default_factory=dict)  # of the open step and the one before
@@ -78,39 +64,31 @@ class Coordinator:
         self._statistics = _statistics_sums(self.spec.train.num_shards)
 
     @classmethod
-    def at(cls, spec: JobSpec, plan: Plan, out: Outputs) -> Coordinator:
+    def at(cls, spec: JobSpec, plan: Plan) -> Coordinator:
         """The coordinator at a plan's resume step."""
         state = commit.CoordinatorState(
             num_partitions=spec.servers.partitions, generation=plan.generation, step=plan.resume_step
         )
-        return cls(spec=spec, plan=plan, out=out, state=state, saved=plan.resume_step)
+        return cls(spec=spec, plan=plan, state=state, saved=plan.resume_step)
 
     @classmethod
-    def taking_over(
-        cls, spec: JobSpec, plan: Plan, out: Outputs, member: commit.Member, notes: ReplicatedMetadata
-    ) -> Coordinator:
-        """The coordinator in what was its standby: at the version that it holds, with the last decision to repeat.
-
-        What was reported before is reported again, in case that was lost: the master drops what it knows."""
+    def taking_over(cls, spec: JobSpec, plan: Plan, member: commit.Member, metadata: ReplicatedMetadata) -> Coordinator:
+        """The coordinator in what was its standby: at the version that it holds, with the last decision to repeat."""
         state = commit.CoordinatorState(
             num_partitions=spec.servers.partitions,
             generation=plan.generation,
             step=member.step,
             last=member.last_decision,
         )
-        coordinator = cls(
+        return cls(
             spec=spec,
             plan=plan,
-            out=out,
             state=state,
-            saved=notes.saved,
-            evaluated=notes.evaluated,
+            saved=metadata.saved,
+            evaluated=metadata.evaluated,
             undecided=member.step if member.vote is not None else -1,
-            records=list(notes.records),
+            records=list(metadata.records),
         )
-        for evaluation in notes.evaluations:
-            coordinator._report_evaluated(evaluation.step, evaluation.metrics)
-        return coordinator
 
     @property
     def version(self) -> int:
@@ -119,122 +97,130 @@ class Coordinator:
 
     @property
     def is_open(self) -> bool:
-        """Every partition holds the version: trainers may be told what to do."""
-        return self.action is not None
+        """Every partition holds the version: trainers get directives."""
+        return self.activity is not None
 
     @property
     def directive(self) -> Directive:
         """What happens at the committed version; once that is open."""
-        assert self.action is not None
-        return Directive(self.plan.generation, self.version, self.action)
+        assert self.activity is not None
+        return Directive(self.plan.generation, self.version, self.activity)
 
-    def adopt(self, plan: Plan) -> None:
-        """A new generation without a restore: votes are called for anew; a stop may take effect."""
+    def adopt(self, plan: Plan) -> list[Action]:
+        """A new generation without a restore: votes are requested anew; a stop may take effect."""
         self.plan = plan
         self.state = commit.coordinator_adopts(self.state, plan.generation)
-        for index in sorted(self.joined):
-            self.out.send_vote_request(index)  # it may have heard of the plan first, and voted too early
+        # A partition may have adopted the plan first, and voted too early.
+        requests: list[Action] = [RequestVote(index, self.version) for index in sorted(self.joined)]
         if not self.is_open:
-            return
-        if self.merged is not None:
-            self.out.send_merged()
-        self._choose_action()
+            return requests
+        return [*requests, *self.send_merged(), *self._choose_activity()]
 
-    def join(self, index: int, step: int, last: CommitDecision | None = None) -> None:
-        """A partition holds `step`, which `last` made. The last one to come opens the job."""
+    def join(self, index: int, step: int, last: CommitDecision | None = None) -> list[Action]:
+        """A partition holds `step`, which `last` made. The last one to join opens the job."""
         self.joined.add(index)
+        actions: list[Action] = []
         if step in (self.version - 1, self.version):
-            self.out.send_vote_request(
-                index
-            )  # it missed the last decision, or its vote came before this coordinator could take it
+            # It missed the last decision, or its vote arrived before this coordinator could take it.
+            actions.append(RequestVote(index, self.version))
         if step == self.version + 1 and last is not None:
-            self._learn(last)
+            actions += self._learn(last)
         if len(self.joined) == self.state.num_partitions and not self.is_open:
-            self._choose_action()
-            self.report_progress(0.0, force=True)
+            actions += self._choose_activity()
+            actions += self.report_progress(0.0, force=True)
+        return actions
 
-    def vote(self, vote: Vote) -> None:
+    def vote(self, vote: Vote) -> list[Action]:
         """A partition's vote; the last one decides the step."""
-        if vote.step == self.version and (self._is_over or self.action in ("finish", "hold")):
-            return  # the job ends or rests here: what completes the next step now would take it past its digest or move
+        if vote.step == self.version and (self._is_over or self.activity in ("finish", "hold")):
+            return []  # the job ends or rests here: another step would take it past its digest or move
         self.state, decision, to_all = commit.receive_vote(self.state, vote, self._decide)
         if decision is None:
-            return
+            return []
         if not to_all:
-            self.out.send_decision(vote.partition, decision)
-            return
-        self._decided(decision)
-        for index in range(self.state.num_partitions):
-            self.out.send_decision(index, decision)
+            return [SendDecision(vote.partition, decision)]
+        return [*self._decided(decision), *self._send_to_all(decision)]
 
-    def _learn(self, last: CommitDecision) -> None:
-        """A partition carried out a decision that this coordinator, which has just taken over, did not hear of."""
+    def _learn(self, last: CommitDecision) -> list[Action]:
+        """A partition carried out a decision that this coordinator, which has just taken over, did not receive."""
         self.state, decision = commit.coordinator_learns(self.state, last)
         if decision is None:
-            return
+            return []
+        actions: list[Action] = []
         if decision.kind == "stop" or self.is_open:
-            self._decided(decision)
+            actions = self._decided(decision)
         else:
-            self._record(decision)  # what comes next is said when all have joined
-        for index in range(self.state.num_partitions):
-            self.out.send_decision(index, decision)
+            self._record(decision)  # the directive follows when all have joined
+        return [*actions, *self._send_to_all(decision)]
+
+    def _send_to_all(self, decision: CommitDecision) -> list[Action]:
+        return [SendDecision(index, decision) for index in range(self.state.num_partitions)]
 
     def take_summary(self, summary: Summary) -> None:
         """The open step's summary is complete; before this partition's own vote."""
         self.summaries = {step: s for step, s in self.summaries.items() if step >= self.version - 1}
         self.summaries[self.version] = summary
 
-    def statistics(self, step: int, node: TreeNode, value: Statistics) -> bool:
-        """A node of the evaluation at `step`; False: a duplicate, or of another evaluation."""
-        if self.action != "evaluate" or step != self.version or self.merged is not None or self._is_over:
-            return False
+    def statistics(self, step: int, node: TreeNode, value: Statistics) -> list[Action]:
+        """A node of the evaluation at `step`. A duplicate, or one of another evaluation, changes nothing."""
+        if self.activity != "evaluate" or step != self.version or self.merged is not None or self._is_over:
+            return []
         try:
-            fresh = self._statistics.offer(node, Entry(value))
+            self._statistics.offer(node, Entry(value))
         except FrameError as error:
             self._is_over = True
-            action = "metrics() must give the same names and shapes for every batch"
-            self.out.report(ProcessReport(failure=_failure(TaskError(error.cause, action=action), step)))
-            return False
-        if self._statistics.is_complete:
-            self.merged = self._statistics.take_root().value
-            self.out.send_merged()
-        return fresh
+            hint = "metrics() must give the same names and shapes for every batch"
+            return [Report(ProcessReport(failure=_failure(TaskError(error.cause, action=hint), step)))]
+        if not self._statistics.is_complete:
+            return []
+        self.merged = self._statistics.take_root().value
+        return self.send_merged()
 
-    def outcome(self, step: int, outcome: Outcome) -> None:
+    def send_merged(self) -> list[Action]:
+        """Send the merged statistics, if there are any, to the trainer of shard 0, which finalises them."""
+        if self.merged is None:
+            return []
+        ranks = frozenset(
+            placement.rank
+            for placement in self.plan.trainers
+            if any(r.first <= 0 < r.first + r.count for r in placement.shards)
+        )
+        return [SendMerged(self.version, ranks, pack_statistics(self.merged))]
+
+    def outcome(self, step: int, outcome: Outcome) -> list[Action]:
         """The trainer of shard 0 finalised an evaluation, or digested the final values. Repeats change nothing."""
         if step != self.version or self._is_over:
-            return
-        if self.action == "evaluate" and outcome.metrics is not None:
-            self._evaluated(outcome.metrics)
-        elif self.action == "finish" and outcome.sha256:
-            self._is_over = True
-            self.report_progress(time.monotonic(), force=True)
-            finished = Finished(
-                generation=self.plan.generation,
-                step=self.version,
-                stopped=self.version < self.plan.final_step,
-                parameters_sha256=outcome.sha256,
-            )
-            self.out.report(ProcessReport(finished=finished))
+            return []
+        if self.activity == "evaluate" and outcome.metrics is not None:
+            return self._evaluated(outcome.metrics)
+        if self.activity != "finish" or not outcome.sha256:
+            return []
+        self._is_over = True
+        finished = Finished(
+            generation=self.plan.generation,
+            step=self.version,
+            stopped=self.version < self.plan.final_step,
+            parameters_sha256=outcome.sha256,
+        )
+        return [*self.report_progress(time.monotonic(), force=True), Report(ProcessReport(finished=finished))]
 
-    def report_progress(self, now_s: float, *, force: bool = False, connected: int = 0) -> None:
+    def report_progress(self, now_s: float, *, force: bool = False) -> list[Action]:
         """Report the steps committed since the last report, at most once a second unless forced. `now_s` is monotonic:
         a wall clock that is set back would silence the job for as long."""
         due = now_s - self._reported_at >= REPORT_INTERVAL_S or len(self.records) >= MAX_RECORDS
         if not self.is_open and not (force and self.records):
-            return
+            return []
         if not (force or (due and self._reported_step != self.version)):
-            return
+            return []
         was_stopped = self.state.last is not None and self.state.last.kind == "stop"
         progress = Progress(
             generation=self.plan.generation,
             step=self.version - was_stopped,  # a step that is stopped at makes no version
             records=self.records,
-            connected_trainers=connected,
-            held=self.action == "hold",
+            held=self.activity == "hold",
         )
-        self.out.report(ProcessReport(progress=progress))
         self.records, self._reported_step, self._reported_at = [], self.version, now_s
+        return [Report(ProcessReport(progress=progress))]
 
     def _decide(self, votes: Mapping[int, Vote]) -> CommitDecision:
         return decide(
@@ -247,27 +233,25 @@ class Coordinator:
             save=self.plan.save,
         )
 
-    def _decided(self, decision: CommitDecision) -> None:
-        summary = self.summaries[decision.step]
+    def _decided(self, decision: CommitDecision) -> list[Action]:
         if decision.kind == "stop":
             self._is_over = True
-            led_there = Progress(generation=self.plan.generation, step=decision.step, records=self.records)
-            self.out.report(ProcessReport(progress=led_there))
-            self.out.report(ProcessReport(failure=_non_finite(decision.step, summary)))
-            return
+            up_to_it = Progress(generation=self.plan.generation, step=decision.step, records=self.records)
+            failure = _non_finite(decision.step, self.summaries[decision.step])
+            return [Report(ProcessReport(progress=up_to_it)), Report(ProcessReport(failure=failure))]
         self._record(decision)
-        self._choose_action()
+        return self._choose_activity()
 
     def _record(self, decision: CommitDecision) -> None:
         self.records.append(step_record(self.spec, self.plan.final_step, decision, self.summaries[decision.step]))
         if decision.snapshot:
             self.saved = self.version
 
-    def _choose_action(self) -> None:
-        """Say what comes at the committed version, if that is news."""
+    def _choose_activity(self) -> list[Action]:
+        """Choose what comes at the committed version, and send it to the trainers."""
         if self._is_over:
-            return
-        action = next_action(
+            return []
+        activity = next_activity(
             self.version,
             self.spec,
             self.plan.final_step,
@@ -276,29 +260,35 @@ class Coordinator:
             stop=self.plan.stop and self.version > self.undecided,
             save=self.plan.save,
         )
-        if action != "evaluate":
+        if activity != "evaluate":
             self.merged = None
-        elif self.action != "evaluate":
+        elif self.activity != "evaluate":
             self._statistics = _statistics_sums(self.spec.train.num_shards)
             self.merged = None
-        self.action = action
-        self.out.direct()
-        if action == "hold":
+        self.activity = activity
+        actions: list[Action] = [BroadcastDirective(self.directive)]
+        if activity == "hold":
             # Before its snapshot's parts: the master moves upon both.
-            self.report_progress(time.monotonic(), force=True)
+            actions += self.report_progress(time.monotonic(), force=True)
+        return actions
 
-    def _evaluated(self, metrics: Mapping[str, float]) -> None:
+    def _evaluated(self, metrics: Mapping[str, float]) -> list[Action]:
         self.evaluated = self.version
         self.merged = None
-        self.report_progress(time.monotonic(), force=True)
-        self.out.evaluated(self.version, metrics)
-        self._report_evaluated(self.version, metrics)
-        self._choose_action()
+        return [
+            *self.report_progress(time.monotonic(), force=True),
+            ReplicateEvaluation(Evaluation(self.version, metrics)),
+            *self.report_evaluated(Evaluation(self.version, metrics)),
+            *self._choose_activity(),
+        ]
 
-    def _report_evaluated(self, version: int, metrics: Mapping[str, float]) -> None:
-        if metrics:
-            report = Evaluated(generation=self.plan.generation, step=version, metrics=dict(metrics))
-            self.out.report(ProcessReport(evaluated=report))
+    def report_evaluated(self, evaluation: Evaluation) -> list[Action]:
+        """Report an evaluation, also again after a takeover: the master drops one that it knows."""
+        if not evaluation.metrics:
+            return []
+        metrics = dict(evaluation.metrics)
+        report = Evaluated(generation=self.plan.generation, step=evaluation.step, metrics=metrics)
+        return [Report(ProcessReport(evaluated=report))]
 
 
 def step_record(spec: JobSpec, final_step: int, decision: CommitDecision, summary: Summary) -> StepRecord:
@@ -325,3 +315,55 @@ def _non_finite(step: int, summary: Summary) -> Failure:
 def _failure(error: PsError, step: int) -> Failure:
     detail = detail_of(error)
     return Failure(error=detail, step=step)
+
+
+def evaluates_at(version: int, spec: JobSpec, final_step: int) -> bool:
+    """Whether the version is evaluated: every `evaluate.every_steps`, and at the end."""
+    every = spec.evaluate.every_steps
+    return version > 0 and (version == final_step or (every is not None and version % every == 0))
+
+
+def snapshots_at(version: int, spec: JobSpec, final_step: int) -> bool:
+    """Whether every partition writes the version: multiples of `durability.every_steps`, evaluations, the end."""
+    return version % spec.durability.every_steps == 0 or evaluates_at(version, spec, final_step)
+
+
+def next_activity(
+    version: int, spec: JobSpec, final_step: int, *, evaluated: int, saved: int, stop: bool, save: bool = False
+) -> Activity:
+    """What comes at `version`, of which `evaluated` and `saved` are the newest evaluated and written ones.
+
+    A stop takes effect at a version that is written, and so does a rest (`save`); the vote on the next step sees to it
+    that there is one."""
+    if (stop or save) and saved == version and version < final_step:
+        return "finish" if stop else "hold"
+    if evaluates_at(version, spec, final_step) and evaluated != version:
+        return "evaluate"
+    return "finish" if version >= final_step else "train"
+
+
+def decide(
+    votes: Mapping[int, Vote],
+    summary: Summary,
+    spec: JobSpec,
+    final_step: int,
+    *,
+    generation: int,
+    stop: bool,
+    save: bool = False,
+) -> CommitDecision:
+    """The decision on a step from all its votes and its summary; the same wherever and whenever it is reached."""
+    step = next(iter(votes.values())).step
+    finite = all(vote.finite for vote in votes.values()) and math.isfinite(summary.loss_sum)
+    norm = global_norm(votes, summary.weight) if finite else math.nan
+    made = step + 1
+    snapshot = stop or save or snapshots_at(made, spec, final_step)
+    if not finite:
+        kind: DecisionKind = "skip" if spec.on_nonfinite == "skip" else "stop"
+        return CommitDecision(
+            generation=generation, step=step, kind=kind, norm=norm, snapshot=snapshot and kind == "skip", last=stop
+        )
+    scale = clip_coefficient(norm, spec.train.clip_norm) / summary.weight if summary.weight > 0 else 0.0
+    return CommitDecision(
+        generation=generation, step=step, kind="commit", scale=scale, norm=norm, snapshot=snapshot, last=stop
+    )

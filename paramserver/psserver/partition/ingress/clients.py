@@ -1,4 +1,4 @@
-"""Who is connected to a partition, and what it is owed: trainers' credit and pulls."""
+"""The connections to a partition, and what is to be sent over them: credit and requested values."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class Client:
     connection: Connection
     channel: str = ""
     index: int = -1  # rank, or partition index
-    granted_bytes: int = 0  # of gradients over the socket since it greeted, told or not
-    told_bytes: int = 0  # that it knows to be granted
+    granted_bytes: int = 0  # of gradients over the socket since the handshake, announced or not
+    announced_bytes: int = 0  # that were sent to it
     pushed_bytes: int = 0  # that came
     wanted: int = -1  # version asked for by PULL
     exact: bool = False  # it asked for values that are not rounded
     reads_memory: bool = False  # it maps what is published: values need no body
     lanes: Lanes | None = None  # where it leaves its gradients, when it shares memory
-    owed_buckets: set[int] = field(default_factory=set)
+    pending_buckets: set[int] = field(default_factory=set)
     landing: object = None  # what the body being received is for
     scratch: bytearray = field(default_factory=bytearray)
 
     def discard(self, length: int) -> memoryview:
-        """Memory for a body that nobody wants; its content is garbage afterwards."""
+        """Memory for a body that is not used; its content is garbage afterwards."""
         if len(self.scratch) < length:
             self.scratch = bytearray(length)
         return memoryview(self.scratch)[:length]
@@ -50,17 +50,17 @@ class Clients:
         self.pull_bytes = 0
         self.largest_bytes = 0  # of a gradient's body
         self._checksums: dict[int, tuple[tuple[int, bool] | None, int]] = {}  # by bucket: of the values sent last
-        self._open_bucket = -1  # that every trainer was told of
+        self._open_bucket = -1  # that was sent to every trainer
 
     def of(self, connection: Connection) -> Client:
-        """The client of a connection, made when it is first heard of."""
+        """The client of a connection, made at its first frame."""
         client = self._by_connection.get(connection)
         if client is None:
             client = self._by_connection[connection] = Client(connection)
         return client
 
     def on(self, channel: str) -> list[Client]:
-        """Every greeted client of one channel, by index."""
+        """Every client of one channel after its handshake, by index."""
         found = (c for c in self._by_connection.values() if c.channel == channel and c.connection.is_open)
         return sorted(found, key=lambda client: client.index)
 
@@ -68,16 +68,16 @@ class Clients:
         self._by_connection.pop(connection, None)
 
     def close_all(self) -> None:
-        """Close every connection: another timeline begins, and each must greet again."""
+        """Close every connection: a restore begins, and every client must connect again."""
         self._checksums.clear()
         for connection in list(self._by_connection):
             connection.close()
 
     def acknowledge(self, client: Client, header: Header, result: AckResult, open_bucket: int) -> None:
-        """Tell a trainer that a frame arrived, and how much it may send.
+        """Acknowledge a frame, with how much the trainer may send.
 
-        A frame that lies in shared memory needs no answer: nothing waits for it, and its place says when it is free.
-        When a PUSH opened another bucket, those that may have used up their credit are told: they wait for just that.
+        A frame in shared memory needs no answer: nothing waits for it, and its lane says when it is free.
+        When a PUSH opened another bucket, trainers that may have used up their credit are sent it: they wait for that.
         """
         if not header.flags & IN_MEMORY:
             self._send_ack(client, header.kind, header.step, header.bucket, header.node, result, open_bucket)
@@ -85,27 +85,27 @@ class Clients:
             self._open_bucket = open_bucket
             for other in self.on("push"):
                 if self._may_be_blocked(other):
-                    self._tell_credit(other, open_bucket)
+                    self._send_credit(other, open_bucket)
 
     def credit(self, client: Client, size_bytes: int, open_bucket: int) -> None:
-        """Memory of a client's node is free again. It hears of it when that may matter, else with its next answer."""
+        """Memory of a client's node is free again. Its credit is sent at once if it matters, else with the next ACK."""
         client.granted_bytes += size_bytes
         if client.connection.is_open and self._may_be_blocked(client):
-            self._tell_credit(client, open_bucket)
+            self._send_credit(client, open_bucket)
 
     def _may_be_blocked(self, client: Client) -> bool:
-        """Whether the client's next frame may not fit what it was told. What is on its way when this says no will be
-        answered when it is here."""
-        return client.told_bytes - client.pushed_bytes < self.largest_bytes
+        """Whether the client's next frame may not fit the credit that it was sent. When it does, the frames that are on
+        their way will be answered."""
+        return client.announced_bytes - client.pushed_bytes < self.largest_bytes
 
-    def _tell_credit(self, client: Client, open_bucket: int) -> None:
+    def _send_credit(self, client: Client, open_bucket: int) -> None:
         self._send_ack(client, None, 0, 0, NO_NODE, AckResult.APPLIED, open_bucket)
 
     def serve_pulls(self, state: PartitionState, version_of: Callable[[int], int]) -> None:
-        """Send every owed bucket whose version is new enough, first-needed first."""
+        """Send every requested bucket whose version is new enough, first-needed first."""
         for client in self.on("pull"):
-            ready = [bucket for bucket in sorted(client.owed_buckets) if version_of(bucket) >= client.wanted]
-            client.owed_buckets.difference_update(ready)
+            ready = [bucket for bucket in sorted(client.pending_buckets) if version_of(bucket) >= client.wanted]
+            client.pending_buckets.difference_update(ready)
             if client.reads_memory and not (client.exact and state.rounds):
                 for first, count in _runs(ready, lambda bucket: (version_of(bucket), state.published[bucket].dtype)):
                     self._show_values(client, state, first, count, version_of(first))
@@ -114,17 +114,17 @@ class Clients:
                     self._send_values(client, state, bucket, version_of(bucket))
 
     def take_pull(self, client: Client, header: Header, state: PartitionState) -> None:
-        """Remember what a PULL asks for; it replaces what the client asked for before."""
+        """Note what a PULL requests; it replaces the client's earlier request."""
         client.wanted, client.exact = header.step, bool(header.flags & EXACT)
         with_frozen = bool(header.flags & WITH_FROZEN)
-        client.owed_buckets = {
+        client.pending_buckets = {
             span.bucket
             for span in state.spans
             if span.num_words and (with_frozen or state.layout.buckets[span.bucket].kind != "frozen")
         }
 
     def overwriting(self, bucket: int) -> None:
-        """The bucket's values are about to change: whoever still reads them gets a copy."""
+        """The bucket's values are about to change: copy what is still being sent of them."""
         for client in self.on("pull"):
             client.connection.detach(("values", bucket))
 
@@ -133,7 +133,7 @@ class Clients:
             client.connection.send(self._header(kind=kind, step=step), [body])
 
     def _show_values(self, client: Client, state: PartitionState, first: int, count: int, version: int) -> None:
-        """Say that `count` buckets from `first` on lie in shared memory."""
+        """Announce that `count` buckets from `first` on lie in shared memory."""
         self.pull_bytes += sum(state.published[bucket].nbytes for bucket in range(first, first + count))
         codec = _codec(state.published[first])
         flags = IN_MEMORY | (EXACT if client.exact else 0)
@@ -165,7 +165,7 @@ class Clients:
         open_bucket: int,
     ) -> None:
         header = self._header(kind=FrameKind.ACK, step=step, bucket=bucket, node=node, flags=int(result))
-        client.told_bytes = client.granted_bytes
+        client.announced_bytes = client.granted_bytes
         client.connection.send(header, [Ack(kind, client.granted_bytes, open_bucket).pack()])
 
 

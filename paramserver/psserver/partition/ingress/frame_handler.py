@@ -1,18 +1,15 @@
-"""Frames arriving at a partition: checked against layout and step before memory is given, then handed on."""
+"""Frames arriving at a partition: checked against layout and step before memory is given, then acted on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
 
 import torch
 
 from pscluster.errors import AuthError, FrameError, PsError
-from pscluster.job.spec import JobSpec
 from pscluster.step.codec import BufferNode, as_bytes
 from pscluster.step.summary import Summary, summary_bytes
-from pscluster.v1.plan_pb2 import Plan
 from pscluster.wire.connection import Connection
 from pscluster.wire.frame import (
     IN_MEMORY,
@@ -25,13 +22,14 @@ from pscluster.wire.frame import (
     Header,
     lane_of,
 )
-from pscluster.wire.partition_protocol import Sync, Vote
-from pscluster.wire.protocol import MAX_HELLO_BYTES, WEIGHT_BYTES, Hello, unpack_weight
-from psserver.partition.ingress.clients import Client, Clients
-from psserver.partition.step.commit import Member
+from pscluster.wire.partition_protocol import Join, Sync, Vote
+from pscluster.wire.protocol import MAX_HELLO_BYTES, WEIGHT_BYTES, Hello, Outcome, unpack_statistics, unpack_weight
+from psserver.partition.actions import Action, JoinJob, ServePulls, TryVote
+from psserver.partition.ingress.clients import Client
+from psserver.partition.ingress.handshake import shake_hands
+from psserver.partition.partition import Partition
+from psserver.partition.replication.standby import Standby
 from psserver.partition.step.open_step import OpenStep
-from psserver.partition.step.state import PartitionState
-from psserver.partition.telemetry import PartitionCounters
 
 _FITTING = {
     "push": frozenset({FrameKind.INIT, FrameKind.PUSH, FrameKind.STATISTICS, FrameKind.OUTCOME}),
@@ -39,80 +37,34 @@ _FITTING = {
     "vote": frozenset({FrameKind.VOTE, FrameKind.JOIN}),
     "replica": frozenset({FrameKind.SYNC, FrameKind.PIECE, FrameKind.PUSH, FrameKind.DECISION, FrameKind.METADATA}),
 }
+_TO_COORDINATOR = frozenset({FrameKind.STATISTICS, FrameKind.OUTCOME, FrameKind.VOTE, FrameKind.JOIN})
+_SMALL = frozenset({FrameKind.STATISTICS, FrameKind.OUTCOME, FrameKind.JOIN, FrameKind.DECISION, FrameKind.METADATA})
 _TO_STANDBY = _FITTING["replica"] - {FrameKind.PUSH}
 
 
-class Receiver(Protocol):
-    """What the reception asks of the partition behind it. Everything on the partition's thread."""
-
-    spec: JobSpec
-    plan: Plan | None
-    state: PartitionState | None
-    step: OpenStep | None
-    member: Member
-    clients: Clients
-    counters: PartitionCounters
-
-    @property
-    def job(self) -> int:
-        """The job's number in frames."""
-
-    def greet(self, client: Client, header: Header, hello: Hello) -> None:
-        """A HELLO."""
-
-    def take_initial(self, bucket: int) -> None:
-        """A bucket has its first values."""
-
-    def try_vote(self) -> None:
-        """A push was taken: the step may be complete."""
-
-    def hold_early(self, client: Client, header: Header, body: memoryview) -> None:
-        """A summary of the step after the open one: to be handed in again when it is open."""
-
-    def handle_coordinator_frame(self, client: Client, header: Header, body: memoryview) -> None:
-        """What only the coordinator hears: votes, joins, evaluations, outcomes."""
-
-    def handle_primary_frame(self, client: Client, header: Header, body: memoryview) -> None:
-        """What only a standby hears: a state, decisions, notes."""
-
-    def piece_target(self, header: Header) -> memoryview:
-        """Where a piece of a state belongs."""
-
-    def serve_pulls(self) -> None:
-        """Send what is owed and new enough."""
-
-    @property
-    def open_bucket(self) -> int:
-        """The bucket of gradients that is waited for first; -1: none."""
-
-    def release(self, client: Client, words: torch.Tensor, step: OpenStep) -> None:
-        """Memory of a client's node is free again."""
-
-    def connection_closed(self, connection: Connection) -> None:
-        """A connection is gone."""
-
-
 class FrameHandler:
-    """The `Handler` of every connection that a partition accepts."""
+    """The `Handler` of every connection that a partition accepts. What follows from a frame, `carry_out` does."""
 
-    def __init__(self, service: Receiver) -> None:
-        self._service = service
+    def __init__(self, partition: Partition, carry_out: Callable[[list[Action]], None]) -> None:
+        self._partition = partition
+        self._carry_out = carry_out
+        self.early: list[tuple[Client, Header, bytes]] = []  # summaries of the step after the open one
 
     def body_target(self, connection: Connection, header: Header) -> memoryview:
         """Memory for a body, or FrameError: nothing is allocated for what is not expected."""
-        client = self._service.clients.of(connection)
+        client = self._partition.clients.of(connection)
         self._check_sender(client, header)
         if header.kind is FrameKind.HELLO:
             return _small(header, MAX_HELLO_BYTES)
         if header.kind is FrameKind.VOTE:
-            blocks = sum(b.num_blocks for b in self._service.state.layout.buckets) if self._service.state else 0
+            blocks = sum(b.num_blocks for b in self._partition.state.layout.buckets) if self._partition.state else 0
             return _small(header, Vote.max_bytes(blocks))
         if header.kind is FrameKind.STATISTICS:
             self._check_tree_node(header)
         if header.kind is FrameKind.PIECE:
-            return self._service.piece_target(header)
+            return self._standby(header).target(header)
         if header.kind is FrameKind.SYNC:
-            tensors = len(self._service.state.layout.tensors) if self._service.state else 0
+            tensors = len(self._partition.state.layout.tensors) if self._partition.state else 0
             return _small(header, Sync.max_bytes(tensors))
         if header.kind in (
             FrameKind.STATISTICS,
@@ -128,49 +80,81 @@ class FrameHandler:
 
     def frame(self, connection: Connection, header: Header, body: memoryview) -> None:
         """A complete, verified frame."""
-        service, client = self._service, self._service.clients.of(connection)
+        partition, client = self._partition, self._partition.clients.of(connection)
         self._check_sender(client, header)
         if not header.length and header.kind is not FrameKind.PULL:
-            self.body_target(connection, header)  # asked for no memory: refused now what would have been refused then
+            self.body_target(connection, header)  # no memory was asked for: check now what would have been checked then
         if header.kind is FrameKind.HELLO:
-            service.greet(client, header, Hello.unpack(body))
+            self._carry_out(shake_hands(partition, client, header, Hello.unpack(body)))
         elif header.kind is FrameKind.PUSH:
             self._push(client, header, body)
         elif header.kind is FrameKind.INIT:
             self._initial(client, header, body)
-        elif header.kind is FrameKind.PULL and service.state is not None:
-            service.clients.take_pull(client, header, service.state)
-            service.serve_pulls()
-        elif header.kind in (FrameKind.STATISTICS, FrameKind.OUTCOME, FrameKind.VOTE, FrameKind.JOIN):
-            service.handle_coordinator_frame(client, header, body)
+        elif header.kind is FrameKind.PULL and partition.state is not None:
+            partition.clients.take_pull(client, header, partition.state)
+            self._carry_out([ServePulls()])
+        elif header.kind in _TO_COORDINATOR:
+            self._for_coordinator(client, header, body)
         elif header.kind in _TO_STANDBY:
-            service.handle_primary_frame(client, header, body)
+            self._carry_out(self._standby(header).receive(header, body))
         else:
             raise FrameError(f"an unexpected {header.kind.name}", details={"field": "kind"})
 
     def closed(self, connection: Connection, error: PsError | None) -> None:
         if error is not None:
-            self._service.counters.refused(error)
-        client = self._service.clients.of(connection)
-        if isinstance(client.landing, torch.Tensor) and self._service.step is not None:
-            self._service.step.pool.give(client.landing)  # a body that never became whole
-        self._service.connection_closed(connection)
+            self._partition.counters.refused(error)
+        client = self._partition.clients.of(connection)
+        if isinstance(client.landing, torch.Tensor) and self._partition.step is not None:
+            self._partition.step.pool.give(client.landing)  # a body that never became whole
+        self._partition.clients.forget(connection)  # its nodes stay, its credit goes with it
+
+    def replay_early(self) -> None:
+        """Handle the frames that arrived before their step was open."""
+        early, self.early = self.early, []
+        for client, header, body in early:
+            if client.connection.is_open:
+                self.frame(client.connection, header, memoryview(body))
 
     def _check_sender(self, client: Client, header: Header) -> None:
-        if header.job != self._service.job:
+        if header.job != self._partition.job:
             raise FrameError("a frame of another job", details={"field": "job"})
         if not client.channel and header.kind is not FrameKind.HELLO:
-            raise AuthError(f"a {header.kind.name} before the greeting")
+            raise AuthError(f"a {header.kind.name} before HELLO")
         if client.channel and header.kind not in _FITTING[client.channel]:
             raise FrameError(f"a {header.kind.name} on a {client.channel} connection", details={"field": "kind"})
         if client.channel and header.sender != client.index:
             raise FrameError(f"a {header.kind.name} in the name of {header.sender}", details={"field": "sender"})
 
+    # ---- frames for a role ----
+
+    def _for_coordinator(self, client: Client, header: Header, body: memoryview) -> None:
+        coordinator = self._partition.coordinator
+        if coordinator is None:
+            raise FrameError(
+                f"{header.kind.name} sent to a partition that is not the coordinator", details={"field": "kind"}
+            )
+        if header.kind is FrameKind.VOTE:
+            self._carry_out(coordinator.vote(Vote.unpack(header, body)))
+        elif header.kind is FrameKind.JOIN:
+            self._carry_out(coordinator.join(client.index, header.step, Join.unpack(body).last))
+        else:
+            if header.kind is FrameKind.STATISTICS:
+                self._carry_out(coordinator.statistics(header.step, header.node, unpack_statistics(body)))
+            else:
+                self._carry_out(coordinator.outcome(header.step, Outcome.unpack(body)))
+            self._partition.clients.acknowledge(client, header, AckResult.APPLIED, -1)
+
+    def _standby(self, header: Header) -> Standby:
+        standby = self._partition.standby
+        if standby is None:
+            raise FrameError(f"{header.kind.name} sent to a partition", details={"field": "kind"})
+        return standby
+
     # ---- pushes ----
 
     def _bucket_target(self, client: Client, header: Header) -> memoryview:
-        state, step = self._service.state, self._service.step
-        assert state is not None and step is not None  # greeted only then
+        state, step = self._partition.state, self._partition.step
+        assert state is not None and step is not None  # no handshake succeeds before
         if header.kind is FrameKind.PUSH and header.bucket == SUMMARY:
             self._check_tree_node(header)
             _expect(header, summary_bytes(len(state.layout.tensors)))
@@ -185,7 +169,7 @@ class FrameHandler:
             _expect(header, WEIGHT_BYTES)
             return memoryview(bytearray(header.length))
         trained = header.kind is FrameKind.PUSH and header.bucket in step.trained
-        network = self._service.spec.network
+        network = self._partition.spec.network
         expected = Codec.of(network.push_codec) if trained else Codec.FP32
         if header.codec is not expected:
             raise FrameError(f"words in {header.codec.name}, not {expected.name}", details={"field": "codec"})
@@ -210,13 +194,13 @@ class FrameHandler:
             raise FrameError(f"no lane {lane_of(header)} of bucket {header.bucket}", details={"field": "flags"})
 
     def _check_tree_node(self, header: Header) -> None:
-        step = self._service.step
+        step = self._partition.step
         if step is None or header.node not in step.summary.tree:
             raise FrameError(f"no node {tuple(header.node)} of the step's tree", details={"field": "node"})
 
     def _check_node(self, header: Header, kind: str) -> None:
-        service = self._service
-        tree = service.step.summary.tree if service.step else None
+        partition = self._partition
+        tree = partition.step.summary.tree if partition.step else None
         only_root = kind == "carried" or header.kind is FrameKind.INIT
         known = (header.node.first, header.node.leaves) == (0, 1) if only_root else tree and header.node in tree
         unfit = header.flags & UNCHANGED and kind not in ("averaged", "carried")
@@ -225,35 +209,35 @@ class FrameHandler:
 
     def _is_in_time(self, header: Header) -> bool:
         """Whether nothing was restored since."""
-        plan = self._service.plan
+        plan = self._partition.plan
         return plan is not None and header.generation >= plan.restore_generation
 
     def _is_open(self, header: Header) -> bool:
-        return self._is_in_time(header) and header.step == self._service.member.step
+        return self._is_in_time(header) and header.step == self._partition.member.step
 
     def _is_ahead(self, header: Header) -> bool:
         """Whether it is of a step that the others have, and this partition has not: it took the place of one that had,
         and still waits for the last decision."""
-        return self._is_in_time(header) and header.step > self._service.member.step
+        return self._is_in_time(header) and header.step > self._partition.member.step
 
     def _push(self, client: Client, header: Header, body: memoryview) -> None:
-        service, landing = self._service, client.landing
-        if header.step == service.member.step + 1 and header.bucket == SUMMARY:
-            service.hold_early(client, header, body)
+        partition, landing = self._partition, client.landing
+        if header.step == partition.member.step + 1 and header.bucket == SUMMARY:
+            self.early.append((client, header, bytes(body)))  # from a trainer that waits for nothing of this partition
             return
         if self._is_ahead(header):
-            client.connection.close()  # not acknowledged, so that it comes again; `closed` frees where it landed
+            client.connection.close()  # not acknowledged, so that it is sent again; `closed` frees its memory
             return
         client.landing = None
-        with service.counters.phase("sum"):
+        with partition.counters.phase("sum"):
             result, size = self._offer(client, header, body, landing)
-        service.counters.pushed(result, size)
-        service.clients.acknowledge(client, header, result, service.open_bucket)
-        service.try_vote()
+        partition.counters.pushed(result, size)
+        partition.clients.acknowledge(client, header, result, partition.open_bucket)
+        self._carry_out([TryVote()])
 
     def _offer(self, client: Client, header: Header, body: memoryview, landing: object) -> tuple[AckResult, int]:
         """Have the open step take a node; what became of it, and its bytes."""
-        step, state = self._service.step, self._service.state
+        step, state = self._partition.step, self._partition.state
         assert step is not None and state is not None
         is_open = self._is_open(header)
         client.pushed_bytes += header.length
@@ -281,32 +265,38 @@ class FrameHandler:
         self, client: Client, header: Header, landing: object
     ) -> tuple[torch.Tensor, Callable[[], None]] | None:
         """The words of a pushed gradient, where they lie, and what gives that memory back; None: discarded."""
-        service = self._service
-        assert service.step is not None
+        partition = self._partition
+        assert partition.step is not None
         if header.flags & IN_MEMORY:
             assert client.lanes is not None  # checked with the lane
             lane = lane_of(header)
             place = client.lanes.place(header.bucket, lane)
-            words = torch.frombuffer(place, dtype=service.step.pool.dtype)
+            words = torch.frombuffer(place, dtype=partition.step.pool.dtype)
             return words, partial(client.lanes.give_back, header.bucket, lane)
         if isinstance(landing, torch.Tensor):
-            return landing, partial(service.release, client, landing, service.step)
+            return landing, partial(self._release, client, landing, partition.step)
         return None
 
+    def _release(self, client: Client, words: torch.Tensor, step: OpenStep) -> None:
+        """Memory of a client's node is free again."""
+        step.pool.give(words)
+        self._partition.clients.credit(client, words.nbytes, self._partition.open_bucket)
+
     def _buffer_node(self, header: Header, body: memoryview) -> BufferNode:
-        state = self._service.state
+        state = self._partition.state
         assert state is not None
         if header.flags & UNCHANGED:
             return BufferNode(unpack_weight(body), None)
         return BufferNode(0.0, torch.frombuffer(body, dtype=state.values[header.bucket].dtype))
 
     def _initial(self, client: Client, header: Header, body: memoryview) -> None:
-        state = self._service.state
+        state = self._partition.state
         assert state is not None
         if header.bucket not in state.filled:
             as_bytes(state.values[header.bucket])[:] = body
-            self._service.take_initial(header.bucket)
-        self._service.clients.acknowledge(client, header, AckResult.APPLIED, -1)
+            if state.fill(header.bucket):
+                self._carry_out([JoinJob()])
+        self._partition.clients.acknowledge(client, header, AckResult.APPLIED, -1)
 
 
 def _small(header: Header, limit: int) -> memoryview:

@@ -1,9 +1,9 @@
 """Vote and commit: how a step happens in every partition or in none, as pure state machines.
 
 A partition votes once all its buckets are complete; the coordinator, holding a vote from every partition, decides and
-tells all. Votes are pure functions of the step, so a vote may be repeated at will: each member keeps its last vote,
-the coordinator its last decision, and both are sent again when a generation begins or a connection comes back. Votes
-of another generation are dropped."""
+sends the decision to all. Votes are pure functions of the step, so a vote may be repeated at will: each member keeps
+its last vote, the coordinator its last decision, and both are sent again when a generation begins or a connection is
+made again. Votes of another generation are dropped."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def receive_vote(
 
 
 def coordinator_adopts(coordinator: CoordinatorState, generation: int) -> CoordinatorState:
-    """A new generation begins at the same step: votes are collected anew."""
+    """A new generation begins at the same step: votes are collected again."""
     return replace(coordinator, generation=generation, votes={})
 
 
 def coordinator_learns(
     coordinator: CoordinatorState, decision: CommitDecision
 ) -> tuple[CoordinatorState, CommitDecision | None]:
-    """A member tells the coordinator, which has taken over, what the coordinator before it decided: its new state, and
+    """A member sends a coordinator that has taken over the decision of the one before: the new state, and
     the decision to send to all if it is the one on the open step.
 
     Nobody can have decided otherwise: that would have taken this member's vote under the new generation."""
@@ -90,7 +90,7 @@ def member_adopts(member: Member, generation: int) -> Member:
 
 
 def receive_decision(member: Member, decision: CommitDecision) -> tuple[Member, bool]:
-    """A partition hears a decision: its new state, and whether to carry it out now.
+    """A partition receives a decision: its new state, and whether to carry it out now.
 
     One of another generation, on another step, or on a step it has not voted on is not carried out.
     """

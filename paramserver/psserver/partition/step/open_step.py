@@ -16,8 +16,7 @@ from pscluster.step.summary import Summary
 from pscluster.step.tree import Tree, TreeNode, tree_of
 from pscluster.wire.frame import SUMMARY
 from psserver.partition.step.commit import CommitDecision
-from psserver.partition.step.optimizer import Run, runs, update_span
-from psserver.partition.step.schedule import learning_rate
+from psserver.partition.step.optimizer import Run, learning_rate, runs, update_span
 from psserver.partition.step.state import PartitionState
 from psserver.partition.step.sums import Entry, Pool, Sums, block_squares
 
@@ -122,8 +121,8 @@ class OpenStep:
         if decision.kind == "commit":
             trained = (t.kind == "trained" for t in self.state.layout.tensors)
             self.state.update_counts = [
-                age + 1 if hit and learns else age
-                for age, hit, learns in zip(self.state.update_counts, touched, trained, strict=True)
+                update_count + 1 if hit and learns else update_count
+                for update_count, hit, learns in zip(self.state.update_counts, touched, trained, strict=True)
             ]
 
     def next_update(self) -> int | None:
@@ -159,7 +158,7 @@ class OpenStep:
             return
         assert self._applied is not None
         if not self._applied.weight:
-            return  # nobody weighed anything: there is no mean, and 0 / 0 would stay for ever
+            return  # no weight: there is no mean, and 0 / 0 would stay for ever
         for run in item.run_list:  # tensors that no microbatch moved keep their bits
             part = slice(run.start, run.stop)
             torch.div(words[part], self._applied.weight, out=self.state.values[bucket][part])

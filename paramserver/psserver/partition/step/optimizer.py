@@ -6,12 +6,13 @@ depend on where it starts. Tensors that are neighbours and share decay and age g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from pscluster.job.spec import OptimizerSection
+from pscluster.job.spec import OptimizerSection, ScheduleSection
 from pscluster.step.layout import PAD_WORDS, Layout, Span
 
 CHUNK_WORDS = 128 * 1024
@@ -21,11 +22,11 @@ CHUNK_WORDS = 128 * 1024
 class Run:
     """Words start <= w < stop of a span (from the span's start) that one fused call may treat alike.
 
-    `age`: updates applied to these tensors before this one; `decay`: weight decay applies."""
+    `update_count`: updates applied to these tensors before this one; `decay`: weight decay applies."""
 
     start: int
     stop: int
-    age: int
+    update_count: int
     decay: bool
 
 
@@ -47,12 +48,12 @@ def runs(layout: Layout, span: Span, update_counts: Sequence[int], touched: Sequ
         stop = min(placed.offset + padded, span.stop) - span.start
         if start >= stop or not touched[placed.tensor]:
             continue
-        age, decay = update_counts[placed.tensor], tensor.decay
+        update_count, decay = update_counts[placed.tensor], tensor.decay
         last = found[-1] if found else None
-        if last and last.stop == start and last.age == age and last.decay == decay:
-            found[-1] = Run(last.start, stop, age, decay)
+        if last and last.stop == start and last.update_count == update_count and last.decay == decay:
+            found[-1] = Run(last.start, stop, update_count, decay)
         else:
-            found.append(Run(start, stop, age, decay))
+            found.append(Run(start, stop, update_count, decay))
     return found
 
 
@@ -97,7 +98,9 @@ def _adam(
     lr: float,
 ) -> None:
     """Adam (Kingma and Ba, 2015) or AdamW (Loshchilov and Hutter, 2019), torch's fused kernels."""
-    step = torch.tensor(float(run.age + 1))  # the kernel reads the count of this update and does not advance it
+    step = torch.tensor(
+        float(run.update_count + 1)
+    )  # the kernel reads the count of this update and does not advance it
     kernel = torch._fused_adamw_ if optimizer.name == "adamw" else torch._fused_adam_
     kernel(
         [value],
@@ -135,5 +138,21 @@ def _sgd(
         dampening=0.0,
         nesterov=optimizer.nesterov,
         maximize=False,
-        is_first_step=run.age == 0,
+        is_first_step=run.update_count == 0,
     )
+
+
+def learning_rate(base: float, schedule: ScheduleSection, step: int, final_step: int) -> float:
+    """Rate of the update that makes version `step` + 1 of `final_step`.
+
+    Warm-up is linear and reaches `base` at update number `warmup_steps`. The cosine (Loshchilov and Hutter, 2017,
+    without restarts) falls from `base` to `final_ratio * base` over the steps after it.
+    """
+    if step < schedule.warmup_steps:
+        return base * (step + 1) / schedule.warmup_steps
+    if schedule.name == "constant":
+        return base
+    length = max(1, final_step - schedule.warmup_steps)
+    progress = min(1.0, (step - schedule.warmup_steps) / length)
+    floor = schedule.final_ratio
+    return base * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)))

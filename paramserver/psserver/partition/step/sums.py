@@ -1,22 +1,63 @@
-"""Sums of one step: nodes admitted by the gate, with the memory behind them."""
+"""The gate and the sums of one step: which gradients count, and the memory behind them.
+
+Per bucket of the open step a partition holds a set of disjoint nodes of the gradient tree. An arriving node whose
+self or ancestor is held is a duplicate. Otherwise it replaces the descendants that it covers, and siblings combine.
+Hence any worker may compute any shard at any time and as often as it likes: what is in the root was added once, in
+the tree's order.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
 from pscluster.step.layout import BLOCK_WORDS
-from pscluster.step.tree import Tree, TreeNode
-from psserver.partition.step.gate import NOTHING, Held, admit, is_complete
+from pscluster.step.tree import Merge, Tree, TreeNode
+
+Held = frozenset[TreeNode]
+NOTHING: Held = frozenset()
+
+
+class Admission(NamedTuple):
+    """What to do with a node: `duplicate`, or drop the `covered` nodes and carry out the `merges` in order."""
+
+    held: Held
+    duplicate: bool
+    covered: tuple[TreeNode, ...]
+    merges: tuple[Merge, ...]
+
+
+def admit(tree: Tree, held: Held, node: TreeNode) -> Admission:
+    """Judge an arriving node of the tree. Raises KeyError for what is no node of this tree."""
+    if node not in tree:
+        raise KeyError(node)
+    if any(other.covers(node) for other in held):
+        return Admission(held, True, (), ())
+    covered = tuple(sorted(other for other in held if node.covers(other)))
+    now = set(held).difference(covered) | {node}
+    merges = []
+    merge = tree.merge_of(node)
+    while merge is not None and merge.left in now and merge.right in now:
+        now -= {merge.left, merge.right}
+        now.add(merge.parent)
+        merges.append(merge)
+        merge = tree.merge_of(merge.parent)
+    return Admission(frozenset(now), False, covered, tuple(merges))
+
+
+def is_complete(tree: Tree, held: Held) -> bool:
+    """Whether the root is there: every microbatch of the step is in, once."""
+    return tree.root in held
+
 
 T = TypeVar("T")
 
 
 def _nothing() -> None:
-    """The memory is nobody's concern."""
+    """The memory needs no release."""
 
 
 @dataclass
@@ -64,7 +105,7 @@ class Sums(Generic[T]):
             entries[merge.parent] = Entry(self.add(left.value, right.value, merge.parent), left.release)
             dropped.append(right)
         self._entries, self._held = entries, admission.held  # an `add` that refuses leaves everything as it was
-        for gone in dropped:  # a release may say what is open now: only after the bucket is what it is
+        for gone in dropped:  # a release may send what is open now: only after the sums are set
             gone.release()
         return True
 

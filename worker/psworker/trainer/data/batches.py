@@ -58,12 +58,7 @@ class EvalBatches:
     """The held-out batches of a job, assigned to shards: batch j goes to shard j mod D."""
 
     def __init__(
-        self,
-        dataset: MapDataset,
-        collate: Callable[[Sequence[Any]], Any],
-        num_shards: int,
-        microbatch: int,
-        seed: int,
+        self, dataset: MapDataset, collate: Callable[[Sequence[Any]], Any], num_shards: int, microbatch: int, seed: int
     ) -> None:
         self.dataset = dataset
         self.collate = collate

@@ -150,8 +150,7 @@ def _summed(leaves: Mapping[TreeNode, Statistics], node: TreeNode) -> Statistics
         return leaves[node]
     left = 1 << ((node.leaves - 1).bit_length() - 1)
     return add_statistics(
-        _summed(leaves, TreeNode(node.first, left)),
-        _summed(leaves, TreeNode(node.first + left, node.leaves - left)),
+        _summed(leaves, TreeNode(node.first, left)), _summed(leaves, TreeNode(node.first + left, node.leaves - left))
     )
 
 

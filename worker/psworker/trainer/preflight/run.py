@@ -107,10 +107,7 @@ def run_preflight(
     if fingerprint is None or canary is None:
         raise InternalError("a check that failed left no error")
     return Preflight(
-        checks=tuple(table.checks),
-        fingerprint=fingerprint,
-        numerics_class=canary[0],
-        numerics_detail=canary[1],
+        checks=tuple(table.checks), fingerprint=fingerprint, numerics_class=canary[0], numerics_detail=canary[1]
     )
 
 

@@ -10,16 +10,7 @@ from pathlib import Path
 import pytest
 
 import psserver.partition.ingress.handshake
-from harness.played import (
-    JOB,
-    TOKEN,
-    Network,
-    fill,
-    job_header,
-    played_partition,
-    played_plan,
-    played_spec,
-)
+from harness.played import JOB, TOKEN, Network, fill, job_header, played_partition, played_plan, played_spec
 from harness.played_caller import LEAF, Caller, push
 from pscluster.step.layout import Layout, TensorSpec
 from pscluster.step.summary import Summary
@@ -340,7 +331,7 @@ def test_a_gradient_that_was_ahead_when_it_began_counts_once_it_is_whole(
     header = replace(push(TRAINED, step=1), length=len(ONES))
     body = service.handler.body_target(caller.far, header)  # type: ignore[arg-type]
     body[:] = ONES
-    service.member = replace(service.member, step=1)
+    service.machine.member = replace(service.member, step=1)
     service.handler.frame(caller.far, header, body)  # type: ignore[arg-type]
     network.settle()
     assert caller.acks() == [AckResult.APPLIED]

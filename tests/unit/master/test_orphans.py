@@ -11,22 +11,21 @@ import pytest
 
 from pscluster.errors import DamagedError
 from psmaster.control.loop import Core, clock
-from psmaster.model.deletions import Deletion
 from psmaster.model.job import Best, Job, JobState
 from psmaster.model.snapshot_catalog import Catalogue
-from psmaster.model.state import Changes, State
-from psmaster.settings import MasterSettings
+from psmaster.model.state import Changes, Deletion, State
+from psmaster.server import MasterSettings
 from psmaster.storage import manifest, orphans, rebuild
 from psmaster.storage.manifest_publisher import Publisher
 from psmaster.storage.metrics_file import MetricsFile
 from psmaster.storage.persistence import Archive, Writes, batch_of
 from psmaster.storage.sqlite import DATABASE, SqliteStore
 from psmaster.storage.store import Batch
+from tests.harness.master_world import make_record
 from tests.unit.master.test_deletion import parts_of
-from tests.unit.master.test_publisher import complete
+from tests.unit.master.test_manifest_publisher import complete
 from tests.unit.master.test_rebuild import NOW_S, at_home, running, save
 from tests.unit.master.test_service import Client, with_master
-from tests.unit.master.world import make_record
 
 
 def files(directory: Path) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""A partition's line to its standby breaks, also while something is sent over it: nothing is lost, and nobody waits."""
+"""A connection from a primary to its standby breaks, also within a send: nothing is lost, and nobody waits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def line_of(job: PlayedJob, handler: object) -> PlayedConnection:
 
 
 def to_its_standby(job: PlayedJob, index: int) -> PlayedConnection:
-    return line_of(job, job.partition(index).replication._line)
+    return line_of(job, job.partition(index).replication._dialer)
 
 
 def versions(job: PlayedJob) -> list[int]:
@@ -70,7 +70,7 @@ def test_a_partition_outlives_a_standby_that_is_not_in_sync(takes: int, undistur
     line = to_its_standby(job, 0)
     line.reading, line.takes = False, takes  # that it holds the state is not heard
     job.network.settle(redial=False)
-    assert not partition.replication.bond.is_bound
+    assert not partition.replication.in_sync.ack_required
     for _ in range(2):
         job.push(0)
         job.network.settle(redial=False)
@@ -130,7 +130,7 @@ def test_an_evaluation_finalised_while_the_line_was_down_is_told_over_the_next(m
     else:
         to_its_standby(job, 0).takes = 0
     job.evaluate()
-    assert coordinator.notes.evaluated == 2
+    assert coordinator.metadata.evaluated == 2
     assert _resumed(job) == [FrameKind.METADATA]
     job.make_steps(1)
     job.lose_partition(0)
@@ -160,5 +160,5 @@ def test_it_is_told_after_the_decision_that_made_its_version_and_before_the_sums
     assert _resumed(job) == [FrameKind.DECISION, FrameKind.METADATA] + [FrameKind.PUSH] * num_sums
     job.settle()
     assert (coordinator.version, standby.version) == (4, 4)
-    assert standby.notes.evaluated == 3
+    assert standby.metadata.evaluated == 3
     job.close()

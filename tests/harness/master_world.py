@@ -1,4 +1,4 @@
-"""A master without I/O: turns taken on a virtual clock, agents that are values. For the master's own tests."""
+"""A master without I/O: transactions on a virtual clock, agents that are values."""
 
 from __future__ import annotations
 
@@ -9,17 +9,28 @@ from typing import Any
 
 from pscluster.job.spec import JobSpec, parse_spec
 from psmaster.control.transaction import Report, Transaction
-from psmaster.model.job import ErrorInfo, Event, Finished, Instant, Job, JobState
+from psmaster.model.job import (
+    Best,
+    Condition,
+    DataConnection,
+    ErrorInfo,
+    Event,
+    Finished,
+    Instant,
+    Job,
+    JobState,
+    JobWarning,
+    PreflightCheck,
+)
 from psmaster.model.membership import Node, Role, presumed
-from psmaster.model.plan import ProcessKind
+from psmaster.model.plan import Part, Placement, Plan, ProcessKind, RestorePoint
 from psmaster.model.process import Exit, Failure, PartitionFacts, Process, TrainerFacts, Unreached
 from psmaster.model.reports import Progress, StandbyState, StepRecord
-from psmaster.model.snapshot_catalog import Part
 from psmaster.model.state import Changes, State
 from psmaster.scheduling.draft import Limits
 from psmaster.scheduling.reconcile import Desired, desired
-from psmaster.storage.memory import MemoryStore
 from psmaster.storage.persistence import batch_of
+from tests.harness.memory_store import MemoryStore
 
 LIMITS = Limits()
 
@@ -50,6 +61,98 @@ def make_job(job_id: str = "job-aaaaaa", created_s: float = 1.0, **changes: Any)
         request_id=f"request of {job_id}",
         store=f"/store/{job_id}",
         data_token=b"token",
+    )
+
+
+def full_job() -> Job:
+    """A running job with something other than the default in every field that is stored, nested ones included."""
+    trainer = Placement(
+        kind=ProcessKind.TRAINER,
+        rank=1,
+        attempt=2,
+        node_id="w",
+        incarnation="i",
+        last_node_id="w0",
+        active=True,
+        suspect=True,
+        shards=((1, 3), (5, 2)),
+        device="cuda:0",
+        losses=2,
+        failed_on=("w8",),
+        not_before_s=3.5,
+    )
+    partition = replace(trainer, kind=ProcessKind.PARTITION, shards=(), device="", addresses=("unix:/x", "tcp:h:1"))
+    standby = replace(partition, node_id="s2", standby=True, synced=True, attempt=3)
+    error = ErrorInfo(code="PS-2001", cause="c", action="a", details=(("k", "v"),))
+    return Job(
+        job_id="job-aaaaaa",
+        name="job",
+        spec=make_spec(),
+        created_s=1.0,
+        request_id="r",
+        bundle_sha256="ab",
+        data_token=b"token",
+        store="/store",
+        directory="/directory",
+        state=JobState.RUNNING,
+        reason="trains",
+        started_s=2.0,
+        ended_s=3.0,
+        stopping=True,
+        trainers=(trainer,),
+        partitions=(partition,),
+        standbys=(standby,),
+        attempts=(("trainer-0", 2),),
+        excluded=(("w9", "i9", "why"),),
+        generation=7,
+        plan=_full_plan(trainer, partition, standby),
+        layout_json=b"\x00layout",
+        layout_sha256="L",
+        data_fingerprint="D",
+        numerics_mode="strict",
+        numerics_class="N",
+        optimizer_class="O",
+        numerics="strict: same bits",
+        final_step=100,
+        step=30,
+        high_step=31,
+        loss=float("inf"),
+        grad_norm=0.5,
+        nonfinite=1,
+        metrics=(("loss", 0.25),),
+        metrics_step=20,
+        best=Best(step=10, value=0.5),
+        next_best=Best(step=20, value=0.4),
+        finished=Finished(generation=7, step=100, stopped=True, parameters_sha256="f"),
+        snapshot_warning=JobWarning(step=5, error=error),
+        error=error,
+        traceback="Traceback",
+        saving=True,
+        held=20,
+        parameters_sha256="f00d",
+        checks=(PreflightCheck(name="n", ok=True, detail="d", node_id="w"),),
+        connections=(DataConnection(trainer=1, partition=2, transport="unix"),),
+        conditions=(Condition(type="Ready", status=True, reason="R", message="m", since_s=1.0),),
+        revision=17,
+    )
+
+
+def _full_plan(trainer: Placement, partition: Placement, standby: Placement) -> Plan:
+    part = Part(step=10, partition=1, generation=2, path="p", size_bytes=7, checksum="crc32c:1", nodes=("s", "s2"))
+    return Plan(
+        generation=7,
+        trainers=(trainer,),
+        partitions=(partition,),
+        standbys=(standby,),
+        restore_generation=2,
+        resume_step=10,
+        restore=RestorePoint(step=10, parts=(part,)),
+        stop=True,
+        save=True,
+        kept_steps=(10, 20),
+        final_step=100,
+        moved_generation=5,
+        coordinator_generation=4,
     )
 
 
@@ -90,11 +193,11 @@ class World:
 
     def take(self, *inputs: Callable[[Transaction], Any]) -> Changes:
         """One turn with these inputs; what follows is durable."""
-        turn = Transaction(self.state, self.now, self.limits)
-        turn.tick()
+        transaction = Transaction(self.state, self.now, self.limits)
+        transaction.tick()
         for apply in inputs:
-            apply(turn)
-        changes = turn.finish()
+            apply(transaction)
+        changes = transaction.finish()
         self.store.write(batch_of(self.state, changes))
         self.state = changes.state
         self.events += [event for _, event in changes.events]
@@ -110,13 +213,13 @@ class World:
             self.take(*(self._beat(node_id) for node_id in self.lives if node_id not in silent))
 
     def _beat(self, node_id: str) -> Callable[[Transaction], None]:
-        return lambda turn: turn.beat(node_id, self.lives[node_id])
+        return lambda tx: tx.beat(node_id, self.lives[node_id])
 
     def measure(self, name: str, microbatch_s: float) -> None:
         """A trainer's agent tells how long a microbatch took it."""
         placement = self.wanted()[name].placement
-        told = {placement.process_id(self.job().job_id): (microbatch_s, 1)}
-        self.take(lambda turn: turn.beat(placement.node_id, self.lives[placement.node_id], told))
+        received = {placement.process_id(self.job().job_id): (microbatch_s, 1)}
+        self.take(lambda tx: tx.beat(placement.node_id, self.lives[placement.node_id], received))
 
     def restart(self) -> None:
         """The master dies and starts again: what was stored is all it knows."""
@@ -151,13 +254,13 @@ class World:
             devices=tuple(f"cuda:{index}" for index in range(num_devices)),
         )
         self.lives[node_id] = node.incarnation
-        self.take(lambda turn: turn.register(node), lambda turn: turn.attend(node_id, node.incarnation, ()))
+        self.take(lambda tx: tx.register(node), lambda tx: tx.open_stream(node_id, node.incarnation, ()))
 
     def rejoin(self, node_id: str, *processes: Process, slots: int = 1) -> None:
         """A node comes back in the same life, with its processes."""
         role = Role.WORKER if node_id.startswith("worker") else Role.SERVER
         node = Node(node_id=node_id, role=role, incarnation=self.lives[node_id], slots=slots)
-        self.take(lambda turn: turn.register(node), lambda turn: turn.attend(node_id, self.lives[node_id], processes))
+        self.take(lambda tx: tx.register(node), lambda tx: tx.open_stream(node_id, self.lives[node_id], processes))
 
     def cluster(self, workers: int = 2, servers: int = 2) -> None:
         for index in range(workers):
@@ -181,26 +284,26 @@ class World:
         return self.report_as(process.placement.node_id, process.process_id, report)
 
     def report_as(self, node_id: str, process_id: str, report: Report) -> Changes:
-        return self.take(lambda turn: turn.reported(node_id, process_id, report))
+        return self.take(lambda tx: tx.reported(node_id, process_id, report))
 
     def exit(self, placement: str, job_id: str = "job-aaaaaa", **how: Any) -> Changes:
         """The process now in a placement ends."""
         process = self.wanted(job_id)[placement]
         ended = Exit(**how)
-        return self.take(lambda turn: turn.exited(process.placement.node_id, process.process_id, ended))
+        return self.take(lambda tx: tx.exited(process.placement.node_id, process.process_id, ended))
 
     def suspect(self, placement: str, suspicion: str, job_id: str = "job-aaaaaa") -> Changes:
         """The agent of the process now in a placement suspects it; empty: no longer."""
         process = self.wanted(job_id)[placement]
-        return self.take(lambda turn: turn.suspected(process.placement.node_id, process.process_id, suspicion))
+        return self.take(lambda tx: tx.suspected(process.placement.node_id, process.process_id, suspicion))
 
     def unreached(self, placement: str, *partitions: int, generation: int | None = None) -> Changes:
         """The agent of the process now in a placement says which partitions that cannot reach; none: it reaches all."""
         process = self.wanted()[placement]
-        told = Unreached(
+        received = Unreached(
             generation=self.job().generation if generation is None else generation, partitions=frozenset(partitions)
         )
-        return self.take(lambda turn: turn.suspected(process.placement.node_id, process.process_id, "", told))
+        return self.take(lambda tx: tx.suspected(process.placement.node_id, process.process_id, "", received))
 
     def ready(self, job_id: str = "job-aaaaaa") -> None:
         """Every process that has not said anything yet reports ready."""
@@ -230,10 +333,10 @@ class World:
         for rank in ranks:
             standby = self.job(job_id).standby(rank)
             assert standby is not None
-            said = StandbyState(
+            statement = StandbyState(
                 generation=self.job(job_id).generation, attempt=standby.attempt, in_sync=in_sync, detail="so it is"
             )
-            self.report(f"partition-{rank}", said, job_id)
+            self.report(f"partition-{rank}", statement, job_id)
 
     def part(self, step: int, index: int, job_id: str = "job-aaaaaa", generation: int | None = None) -> Part:
         current = self.job(job_id).generation if generation is None else generation
@@ -243,9 +346,7 @@ class World:
     def finish(self, step: int = 100, *, stopped: bool = False, job_id: str = "job-aaaaaa") -> Changes:
         generation = self.job(job_id).generation
         return self.report(
-            "partition-0",
-            Finished(generation=generation, step=step, stopped=stopped, parameters_sha256="f00d"),
-            job_id,
+            "partition-0", Finished(generation=generation, step=step, stopped=stopped, parameters_sha256="f00d"), job_id
         )
 
     def running(self, workers: int = 2, **changes: Any) -> None:
@@ -263,7 +364,7 @@ class World:
 
     def submit(self, job_id: str = "job-aaaaaa", **changes: Any) -> None:
         job = make_job(job_id, created_s=self.now.unix_s, **changes)
-        self.take(lambda turn: turn.submit(job))
+        self.take(lambda tx: tx.submit(job))
 
     def reasons(self) -> list[str]:
         """What happened, in words of one."""

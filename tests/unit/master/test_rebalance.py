@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psmaster.api import to_proto
+from psmaster.api import proto
 from psmaster.control.transaction import Transaction
-from psmaster.model import speed as pace
 from psmaster.model.job import Event, Instant
+from psmaster.model.process import with_measurement
 from psmaster.scheduling import rebalance
-from tests.unit.master.world import TRAINER, World
+from tests.harness.master_world import TRAINER, World
 
 Speed = Callable[[], float]
 
@@ -50,8 +50,8 @@ class Shop:
 
     def beat(self, node_id: str, process_id: str, microbatch_s: float) -> None:
         self.measured[process_id] = self.measured.get(process_id, 0) + 2
-        told = {process_id: (microbatch_s, self.measured[process_id])}
-        self.world.take(lambda turn: turn.beat(node_id, self.world.lives[node_id], told))
+        received = {process_id: (microbatch_s, self.measured[process_id])}
+        self.world.take(lambda tx: tx.beat(node_id, self.world.lives[node_id], received))
 
 
 def test_before_anything_is_measured_the_deal_is_even() -> None:
@@ -68,10 +68,10 @@ def test_shards_move_from_a_trainer_at_half_the_speed_and_back_when_it_recovers(
     shop.go_on(30, 0.1, 0.2)
     assert shop.sizes() == [8, 4]
     assert len(shop.moves()) <= 2
-    told = shop.moves()[-1]
-    assert told.warning
-    assert "trainer-1 on worker-1 takes 2.0 times as long" in told.message
-    assert "it has 4 of 12 shards now" in told.message
+    received = shop.moves()[-1]
+    assert received.warning
+    assert "trainer-1 on worker-1 takes 2.0 times as long" in received.message
+    assert "it has 4 of 12 shards now" in received.message
     shop.go_on(60, 0.1, 0.1)
     assert shop.sizes() == [6, 6]
     assert shop.moves()[-1].message.startswith("no trainer is slow")
@@ -133,20 +133,20 @@ class Bench:
             for placement, speed in zip(self.job.trainers, speeds, strict=True):
                 process = self.processes[placement.process_id(self.job.job_id)]
                 if placement.shards:
-                    heard = pace.heard(process.pace, speed(), process.pace.microbatches + 1, self.now.mono_s)
-                    self.processes[process.process_id] = replace(process, pace=heard)
+                    measured = with_measurement(process.speed, speed(), process.speed.microbatches + 1, self.now.mono_s)
+                    self.processes[process.process_id] = replace(process, speed=measured)
             self.job = replace(self.job, step=self.job.step + 1)
             move = rebalance.due(self.job, self.job.trainers, self.processes, self.now)
             if move is not None:
-                self.deal(move)
+                self.assign(move)
 
-    def deal(self, move: rebalance.Move) -> None:
+    def assign(self, move: rebalance.Move) -> None:
         self.num_moves += 1
-        paces = rebalance.paces_of(self.job.trainers, self.job.job_id, self.processes)
-        runs = rebalance.deal(self.job.num_shards, paces, move.probe)
-        dealing = replace(move.dealing, since_s=self.now.mono_s, step=self.job.step, probe=move.probe)
+        speeds = rebalance.measured_speeds(self.job.trainers, self.job.job_id, self.processes)
+        runs = rebalance.assign_shards(self.job.num_shards, speeds, move.probe)
+        assignment = replace(move.assignment, since_s=self.now.mono_s, step=self.job.step, probe=move.probe)
         placements = tuple(replace(placement, shards=runs[placement.rank]) for placement in self.job.trainers)
-        self.job = replace(self.job, trainers=placements, dealing=dealing)
+        self.job = replace(self.job, trainers=placements, assignment=assignment)
 
 
 @settings(max_examples=20, deadline=None)
@@ -250,11 +250,9 @@ def test_speeds_of_what_runs_no_more_are_not_kept() -> None:
     shop = Shop(2)
     shop.go_on(3, 0.1, 0.1)
     shop.world.exit("trainer-1", signal=9)
-    shop.world.take(
-        lambda turn: turn.beat("worker-1", shop.world.lives["worker-1"], {"job-aaaaaa/trainer-1/1": (1, 99)})
-    )
+    shop.world.take(lambda tx: tx.beat("worker-1", shop.world.lives["worker-1"], {"job-aaaaaa/trainer-1/1": (1, 99)}))
     assert "job-aaaaaa/trainer-1/1" not in shop.world.state.processes
-    shop.world.take(lambda turn: turn.beat("worker-0", shop.world.lives["worker-0"], {"nonsense": (1.0, 9)}))
+    shop.world.take(lambda tx: tx.beat("worker-0", shop.world.lives["worker-0"], {"nonsense": (1.0, 9)}))
     assert "nonsense" not in shop.world.state.processes
 
 
@@ -262,17 +260,17 @@ def test_people_see_how_fast_each_computes() -> None:
     shop = Shop(2)
     shop.go_on(3, 0.1, 0.3)
     world = shop.world
-    message = to_proto.job(world.job(), (), world.now, full=True, processes=world.state.processes)
+    message = proto.job(world.job(), (), world.now, full=True, processes=world.state.processes)
     assert [placement.microbatch_s for placement in message.plan.trainers] == pytest.approx([0.1, 0.3])
-    paces = rebalance.paces_of(world.job().trainers, "job-aaaaaa", world.state.processes)
-    assert rebalance.straggler_of(paces) == (1, pytest.approx(3.0))
+    speeds = rebalance.measured_speeds(world.job().trainers, "job-aaaaaa", world.state.processes)
+    assert rebalance.straggler_of(speeds) == (1, pytest.approx(3.0))
 
 
 def test_a_beat_with_speeds_is_still_a_beat() -> None:
     world = World()
     world.running()
-    turn = Transaction(world.state, world.now, world.limits)
-    turn.beat("worker-0", world.lives["worker-0"], {"job-aaaaaa/trainer-0/1": (0.1, 1)})
-    changes = turn.finish()
+    tx = Transaction(world.state, world.now, world.limits)
+    tx.beat("worker-0", world.lives["worker-0"], {"job-aaaaaa/trainer-0/1": (0.1, 1)})
+    changes = tx.finish()
     assert changes.state.jobs == world.state.jobs, "what beats say is not stored"
-    assert changes.state.processes["job-aaaaaa/trainer-0/1"].pace.microbatch_s == 0.1
+    assert changes.state.processes["job-aaaaaa/trainer-0/1"].speed.microbatch_s == 0.1

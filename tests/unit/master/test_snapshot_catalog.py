@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from psmaster.model import snapshot_catalog
-from psmaster.model.snapshot_catalog import Catalogue, Part
+from psmaster.model.plan import Part
+from psmaster.model.snapshot_catalog import Catalogue
 
 
 def part(step: int, index: int, generation: int = 1) -> Part:

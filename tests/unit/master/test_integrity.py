@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from pscluster.errors import DamagedError, StorageError
-from psmaster.model.deletions import Deletion
 from psmaster.model.job import Event
-from psmaster.model.snapshot_catalog import Part
+from psmaster.model.plan import Part
+from psmaster.model.state import Deletion
 from psmaster.storage import integrity, sqlite
 from psmaster.storage.sqlite import SqliteStore
 from psmaster.storage.store import Batch, BundleRecord
-from tests.unit.master.world import make_job
+from tests.harness.master_world import make_job
 
 GONE = Deletion(job_id="gone", store="/store/gone", deleted_s=2.0)
 EVENT = Event(time_s=1.0, reason="Something", message="happened")

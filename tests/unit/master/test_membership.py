@@ -8,7 +8,7 @@ from pscluster.errors import StateError
 from psmaster.model import membership
 from psmaster.model.job import Instant, JobState
 from psmaster.model.membership import Health, Node, Role
-from tests.unit.master.world import World
+from tests.harness.master_world import World
 
 SUSPICION_S = 3.0
 
@@ -23,7 +23,7 @@ def node(life: str = "a") -> Node:
 
 def attended(life: str = "a", when: float = 0.0) -> membership.Nodes:
     nodes = membership.register({}, node(life), at(when), SUSPICION_S)
-    return membership.attend(nodes, "worker-0", life, at(when))
+    return membership.open_stream(nodes, "worker-0", life, at(when))
 
 
 def health(nodes: membership.Nodes, when: float) -> Health:
@@ -33,7 +33,7 @@ def health(nodes: membership.Nodes, when: float) -> Health:
 def test_a_node_is_ready_once_it_attends_and_dead_after_the_suspicion() -> None:
     nodes = membership.register({}, node(), at(0), SUSPICION_S)
     assert health(nodes, 0) is Health.SUSPECT
-    nodes = membership.attend(nodes, "worker-0", "a", at(0))
+    nodes = membership.open_stream(nodes, "worker-0", "a", at(0))
     assert health(nodes, 1) is Health.READY
     assert health(nodes, 2) is Health.SUSPECT
     assert health(nodes, 3.1) is Health.DEAD
@@ -44,20 +44,20 @@ def test_a_broken_stream_is_suspect_at_once_and_dead_only_later() -> None:
     nodes = membership.detach(attended(), "worker-0", "a")
     assert health(nodes, 0.1) is Health.SUSPECT
     assert health(nodes, 3.1) is Health.DEAD
-    assert health(membership.attend(nodes, "worker-0", "a", at(1)), 1) is Health.READY
+    assert health(membership.open_stream(nodes, "worker-0", "a", at(1)), 1) is Health.READY
 
 
 def test_a_newer_life_replaces_an_older_one_and_not_the_reverse() -> None:
     nodes = membership.register(attended("a"), node("b"), at(1), SUSPICION_S)
     assert nodes["worker-0"].incarnation == "b"
-    assert not nodes["worker-0"].attended
+    assert not nodes["worker-0"].connected
     with pytest.raises(StateError):
         membership.register(nodes, node("a"), at(2), SUSPICION_S)
     again = membership.register(nodes, node("b"), at(2), SUSPICION_S)
     with pytest.raises(StateError):
         membership.register(again, node("a"), at(3), SUSPICION_S)
     with pytest.raises(StateError):
-        membership.attend(nodes, "worker-0", "a", at(2))
+        membership.open_stream(nodes, "worker-0", "a", at(2))
 
 
 def test_a_displaced_life_is_taken_back_when_the_one_in_its_place_is_dead() -> None:
@@ -84,7 +84,7 @@ def test_what_another_life_says_changes_nothing() -> None:
 
 def test_registering_again_keeps_the_stream() -> None:
     nodes = membership.register(attended("a"), node("a"), at(1), SUSPICION_S)
-    assert nodes["worker-0"].attended
+    assert nodes["worker-0"].connected
 
 
 def test_the_long_dead_are_forgotten() -> None:
@@ -108,7 +108,7 @@ def test_a_job_goes_on_without_a_node_that_said_goodbye() -> None:
     world.running()
     placement = next(placement for placement in world.job().trainers if placement.node_id == "worker-1")
     world.exit(placement.name, expected=True)
-    world.take(lambda turn: turn.detach("worker-1", world.lives["worker-1"], for_good=True))
+    world.take(lambda tx: tx.detach("worker-1", world.lives["worker-1"], for_good=True))
     del world.lives["worker-1"]
     world.wait(10)
     assert list(world.state.nodes) == ["worker-0", "server-0", "server-1"]
@@ -120,7 +120,7 @@ def test_a_job_goes_on_without_a_node_that_said_goodbye() -> None:
 
 
 def test_silence_that_nobody_could_hear_does_not_count() -> None:
-    nodes = membership.excuse(attended(), 10)
+    nodes = membership.shift_last_seen(attended(), 10)
     assert health(nodes, 11) is Health.READY
     assert health(nodes, 13.1) is Health.DEAD
 

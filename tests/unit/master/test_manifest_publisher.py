@@ -14,15 +14,15 @@ import pytest
 
 from pscluster.errors import DamagedError, PsError, StorageError
 from psmaster.model import snapshot_catalog
-from psmaster.model.deletions import Deletion
 from psmaster.model.job import Best, Job, JobState
-from psmaster.model.snapshot_catalog import Catalogue, Part
-from psmaster.model.state import State
+from psmaster.model.plan import Part
+from psmaster.model.snapshot_catalog import Catalogue
+from psmaster.model.state import Deletion, State
 from psmaster.storage import manifest, manifest_publisher
 from psmaster.storage.manifest import Manifest
 from psmaster.storage.manifest_publisher import Publisher
 from psmaster.storage.persistence import to_publish
-from tests.unit.master.world import make_job
+from tests.harness.master_world import make_job
 
 BUNDLE = b"code"
 SHA256 = hashlib.sha256(BUNDLE).hexdigest()
@@ -123,16 +123,16 @@ def test_what_cannot_be_written_is_told_and_tried_again(tmp_path: Path, monkeypa
     monkeypatch.setattr(manifest_publisher, "RETRY_S", 0.01)
     job = make(tmp_path)
     Path(job.store).write_text("in the way")
-    told: Queue[tuple[str, int, PsError]] = Queue()
+    received: Queue[tuple[str, int, PsError]] = Queue()
     with publishing(tmp_path) as made:
-        made.tell = lambda *what: told.put(what)
+        made.report_error = lambda *what: received.put(what)
         made.publish({"a": (job, complete(job, 5))})
-        job_id, step, error = told.get(timeout=20)
+        job_id, step, error = received.get(timeout=20)
         assert (job_id, step) == ("a", 5) and isinstance(error, StorageError)
         Path(job.store).unlink()
         made.publish({"a": (job, complete(job, 5))})
         assert read(job, 5).point.step == 5
-    assert told.empty(), "the same is told once"
+    assert received.empty(), "the same is told once"
 
 
 def test_a_store_that_hangs_holds_the_master_up_for_a_moment_only(
@@ -170,7 +170,7 @@ def test_removing_a_job_removes_its_store_and_its_directory(tmp_path: Path) -> N
     directory.mkdir(parents=True)
     gone: list[str] = []
     with publishing(tmp_path) as made:
-        made.removed = gone.append
+        made.report_removed = gone.append
         made.publish({"a": (job, complete(job, 5))})
         made.remove(deleted(job), directory)
         assert not Path(job.store).exists() and not directory.exists()
@@ -186,16 +186,16 @@ def test_a_store_that_is_away_is_removed_when_it_is_back(
     root, elsewhere, directory = tmp_path / "shared", tmp_path / "elsewhere", tmp_path / "jobs" / "a"
     job = make(tmp_path, store=str(root / "a"))
     directory.mkdir(parents=True)
-    told: Queue[tuple[str, int, PsError]] = Queue()
+    received: Queue[tuple[str, int, PsError]] = Queue()
     gone: Queue[str] = Queue()
     with publishing(tmp_path) as made:
-        made.tell, made.removed = lambda *what: told.put(what), gone.put
+        made.report_error, made.report_removed = lambda *what: received.put(what), gone.put
         made.publish({"a": (job, complete(job, 5))})
         root.rename(elsewhere)
         if away == "no directory":
             root.touch()
         made.remove(deleted(job), directory)
-        assert isinstance(told.get(timeout=20)[2], StorageError)
+        assert isinstance(received.get(timeout=20)[2], StorageError)
         assert not directory.exists(), "what can be removed is"
         assert gone.empty(), "nobody knows whether it is gone"
         root.unlink(missing_ok=True)
@@ -208,17 +208,17 @@ def test_what_was_removed_before_is_not_looked_for_again(tmp_path: Path) -> None
     job = make(tmp_path, store=str(tmp_path / "never" / "a"))
     gone: list[str] = []
     with publishing(tmp_path) as made:
-        made.removed = gone.append
+        made.report_removed = gone.append
         made.remove(replace(deleted(job), removed=True), tmp_path / "jobs" / "a")
     assert gone == ["a"]
 
 
 def test_a_store_that_stays_away_is_asked_less_and_less_often(tmp_path: Path) -> None:
     job = make(tmp_path)
-    wish = manifest_publisher._ManifestRequest(store=job.store, job=None)
+    wanted = manifest_publisher._ManifestRequest(store=job.store, job=None)
     pauses = []
-    for wish.failures in range(40):
-        pauses.append(manifest_publisher._pause_s(wish))
+    for wanted.failures in range(40):
+        pauses.append(manifest_publisher._pause_s(wanted))
     assert pauses[:3] == [5.0, 10.0, 20.0] and pauses[-1] == manifest_publisher.MAX_RETRY_S
 
 

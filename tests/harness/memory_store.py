@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from pscluster.errors import StateError
-from psmaster.model.deletions import Deletion, Deletions
 from psmaster.model.job import MAX_EVENTS, VOLATILE, Event, Job
-from psmaster.model.snapshot_catalog import Part
+from psmaster.model.plan import Part
+from psmaster.model.state import Deletion, Deletions
 from psmaster.storage.store import Batch, BundleRecord, Store
 
 

@@ -1,0 +1,214 @@
+"""How processes are lost: they end, go silent, or cannot be reached on the data plane although the master can. Pure.
+
+A trainer that cannot reach a partition which others reach is done without until it can. A partition that no trainer can
+reach is replaced, if there is room for it elsewhere. Where nothing tells which side is at fault (nobody reaches
+anybody), or nothing better is at hand, the job waits, its reason says for what, and its processes go on trying."""
+
+from __future__ import annotations
+
+import signal as signals
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pscluster.errors import OutOfMemoryError, ProcessLostError
+from pscluster.wire.backoff import delay_s
+from psmaster.model.job import ErrorInfo, Instant, Job
+from psmaster.model.plan import Placement, ProcessKind
+from psmaster.model.process import Exit, Process, Processes
+from psmaster.scheduling.draft import View
+
+REPORT_GRACE_S = 1.0  # how old a report on a connection must be to count: others may be about to report the same
+FIRST_RETRY_S = 0.5
+MAX_RETRY_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loss:
+    """A placement's process is gone. `counted`: it counts against the limit on losses; the loss of a node does not."""
+
+    cause: str  # "exit", "signal", "memory", "failure", "silence", "node", "reach"
+    message: str
+    error: ErrorInfo
+    counted: bool
+
+
+def loss_of(placement: Placement, job: Job, view: View) -> Loss | None:
+    """How the process in `placement` was lost; None while nothing says that it was."""
+    if not placement.placed:
+        return None
+    process = view.processes.get(placement.process_id(job.job_id))
+    if process is not None and process.failure is not None:
+        return _lost(placement, "failure", f"reported {process.failure.error}", process.failure.error)
+    if process is not None and process.exit is not None:
+        return _ended(placement, process.exit, job)
+    if process is not None and process.suspicion and (silence := _silence(placement, process, job, view)):
+        return silence
+    node = view.nodes.get(placement.node_id)
+    if node is None:
+        return _gone(placement, f"is lost: node {placement.node_id} has left")
+    if not node.alive:
+        return _gone(placement, f"is lost: node {placement.node_id} is silent")
+    if node.incarnation != placement.incarnation:
+        return _gone(placement, f"is lost: the daemon of {placement.node_id} was restarted")
+    return None
+
+
+def out_of_reach(placement: Placement, reports: str) -> Loss:
+    """The loss of a partition that lives where others cannot reach it; `reports` says who cannot."""
+    message = f"{placement.title} on {placement.node_id} is out of reach: {reports}"
+    return Loss(cause="reach", message=message, error=_unexplained(message), counted=False)
+
+
+def _silence(placement: Placement, process: Process, job: Job, view: View) -> Loss | None:
+    """A partition without heartbeats blocks every step and is replaced at once. A trainer has a grace period, since the
+    others compute its shards. When all trainers are stalled, something that they share may be slow, and ending them
+    would not help."""
+    if placement.kind is ProcessKind.TRAINER:
+        is_stalled = process.suspicion == "stalled"
+        is_first = is_stalled and not process.speed.is_known
+        grace_s = view.limits.first_grace_s if is_first else view.limits.trainer_grace_s
+        if view.now.mono_s - process.suspect_since_s < grace_s:
+            return None
+        others = any(own.active and not own.suspect for own in job.trainers)
+        if is_stalled and not others:
+            return None
+    return _lost(placement, "silence", "is alive, but sends no heartbeats or makes no progress", None)
+
+
+def _ended(placement: Placement, exit_: Exit, job: Job) -> Loss | None:
+    if exit_.expected:
+        return _gone(placement, f"is lost: the agent on {placement.node_id} ended it")
+    if exit_.out_of_memory:
+        error = exit_.error or ErrorInfo(
+            code=OutOfMemoryError.code,
+            cause=f"{placement.name} on {placement.node_id} ran out of memory",
+            action=OutOfMemoryError.default_action,
+        )
+        return _lost(placement, "memory", "ran out of memory", error)
+    if exit_.signal:
+        return _lost(
+            placement, "signal", f"was ended by signal {exit_.signal} ({_signal_name(exit_.signal)})", exit_.error
+        )
+    if job.finished is not None and exit_.exit_code == 0:
+        return None  # it has done its work
+    if exit_.error is not None and exit_.error.code != ProcessLostError.code:  # it is the agent's error
+        return _lost(placement, "exit", f"could not be started: {exit_.error}", exit_.error)
+    return _lost(placement, "exit", f"ended with exit code {exit_.exit_code}", exit_.error)
+
+
+def _lost(placement: Placement, cause: str, what: str, error: ErrorInfo | None) -> Loss:
+    message = f"{placement.title} on {placement.node_id} {what}"
+    return Loss(cause=cause, message=message, error=error or _unexplained(message), counted=True)
+
+
+def _gone(placement: Placement, what: str) -> Loss:
+    message = f"{placement.title} {what}"
+    return Loss(cause="node", message=message, error=_unexplained(message), counted=False)
+
+
+def _unexplained(message: str) -> ErrorInfo:
+    return ErrorInfo(code=ProcessLostError.code, cause=message, action="see the end of `psctl logs`")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signals.Signals(number).name
+    except ValueError:
+        return "unknown"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NetworkCut:
+    """`reports`: the partitions that each process cannot reach, by the name of its placement. `trainers`: ranks to do
+    without. `partitions`: indices to replace."""
+
+    reports: Mapping[str, frozenset[int]]
+    trainers: frozenset[int] = frozenset()
+    partitions: frozenset[int] = frozenset()
+
+
+NO_CUT = NetworkCut(reports={})
+
+
+def find_cut(job: Job, processes: Processes, now: Instant) -> NetworkCut:
+    """Which trainers and partitions to do without, given the connections that cannot be made."""
+    if not any(process.unreached.partitions for process in processes.values()):
+        return NO_CUT
+    if job.plan is None or job.finished is not None:
+        return NO_CUT
+    if not all(placement.active and job.plan.holds(placement) for placement in job.partitions):
+        return NO_CUT  # one is away, or not in the plan yet: it cannot be reached
+    trainers = {
+        placement: _unreached(placement, job, processes)
+        for placement in job.trainers
+        if _counts(placement, job, processes)
+    }
+    voters = {placement: _unreached(placement, job, processes) for placement in job.partitions if placement.rank}
+    reports = {placement.name: missing for placement, missing in (trainers | voters).items() if missing}
+    if not reports:
+        return NO_CUT
+    ripe = {placement for placement in (*trainers, *voters) if _is_ripe(placement, job, processes, now)}
+    lost = _lost_to_trainers(trainers, ripe, len(job.partitions)) | _lost_to_voters(voters, ripe)
+    cut_off = frozenset(
+        placement.rank for placement, missing in trainers.items() if placement in ripe and missing - lost
+    )
+    return NetworkCut(reports=reports, trainers=cut_off, partitions=lost)
+
+
+def describe_reports(reports: Mapping[str, frozenset[int]]) -> str:
+    """The reports in one line; empty when there are none."""
+    shown = [f"{name} {cannot_reach(missing)}" for name, missing in sorted(reports.items())[:4]]
+    return "; ".join(shown) + ("; ..." if len(reports) > 4 else "")
+
+
+def cannot_reach(missing: frozenset[int]) -> str:
+    """One report in words."""
+    return "cannot reach " + ", ".join(f"partition-{index}" for index in sorted(missing))
+
+
+def _counts(placement: Placement, job: Job, processes: Processes) -> bool:
+    """Whether a trainer's report counts; that of a silent one may be out of date."""
+    process = processes.get(placement.process_id(job.job_id))
+    return placement.active and process is not None and process.suspicion != "silent"
+
+
+def _unreached(placement: Placement, job: Job, processes: Processes) -> frozenset[int]:
+    """The partitions that it cannot reach at their present addresses. A restore and a takeover change these and
+    void older reports."""
+    process, plan = processes.get(placement.process_id(job.job_id)), job.plan
+    if process is None or plan is None:
+        return frozenset()
+    if process.unreached.generation < max(plan.restore_generation, plan.moved_generation):
+        return frozenset()
+    return process.unreached.partitions
+
+
+def _is_ripe(placement: Placement, job: Job, processes: Processes, now: Instant) -> bool:
+    process = processes.get(placement.process_id(job.job_id))
+    return process is not None and now.mono_s - process.unreached.since_s >= REPORT_GRACE_S
+
+
+def _lost_to_trainers(
+    trainers: Mapping[Placement, frozenset[int]], ripe: set[Placement], num_partitions: int
+) -> frozenset[int]:
+    """The partitions that no trainer reaches. None when that is all of them, since the trainers' network may be at
+    fault; of the only partition, several trainers must report it."""
+    if not trainers or not any(placement in ripe for placement in trainers):
+        return frozenset()
+    by_all = frozenset.intersection(*trainers.values())
+    if len(by_all) == num_partitions and not (num_partitions == 1 and len(trainers) > 1):
+        return frozenset()
+    return by_all
+
+
+def _lost_to_voters(voters: Mapping[Placement, frozenset[int]], ripe: set[Placement]) -> frozenset[int]:
+    """The partitions that cannot reach the coordinator and so cannot vote; the coordinator when no other reaches it."""
+    cut_off = frozenset(placement.rank for placement, missing in voters.items() if missing and placement in ripe)
+    if len(voters) > 1 and len(cut_off) == len(voters):
+        return frozenset({0})
+    return cut_off
+
+
+def retry_delay_s(losses: int) -> float:
+    """How long the process after the `losses`th loss (from 1) waits; five waits together are 15.5 s."""
+    return delay_s(losses, 0.0, first_s=FIRST_RETRY_S, cap_s=MAX_RETRY_S, jitter=0.0)
