@@ -17,7 +17,6 @@ from pscluster.wire.reactor import Reactor
 from pscluster.wire.transport import choose_address
 
 _FACTOR = 1.5  # by which the wait grows from one failure to the next
-MakeHello = Callable[[Connection], tuple[Header, Hello]]
 
 
 class Receiver(Protocol):
@@ -44,7 +43,7 @@ class ReconnectingConnection:
         self,
         reactor: Reactor,
         receiver: Receiver,
-        make_hello: MakeHello,
+        make_hello: Callable[[Connection], tuple[Header, Hello]],
         *,
         channel: Channel,
         kinds: frozenset[FrameKind],

@@ -145,17 +145,8 @@ def unpack(data: Buffer) -> Header:
         raise FrameError("a frame's header does not fit its checksum", details={"field": "header"})
     try:
         return Header(
-            kind=FrameKind(kind),
-            codec=Codec(codec),
-            flags=flags,
-            sender=sender,
-            job=job,
-            generation=generation,
-            step=step,
-            bucket=bucket,
-            node=TreeNode(first, count),
-            length=length,
-            checksum=body,
-        )
+            kind=FrameKind(kind), codec=Codec(codec), flags=flags, sender=sender, job=job, generation=generation,
+            step=step, bucket=bucket, node=TreeNode(first, count), length=length, checksum=body,
+        )  # fmt: skip
     except ValueError as error:
         raise FrameError(f"a frame has an unknown kind or codec: {error}", details={"field": "kind"}) from None

@@ -11,7 +11,6 @@ from pscluster.wire.frame import AckResult
 from psserver.partition.replication.in_sync import InSyncState
 
 PHASES = ("receive", "sum", "vote", "update", "send", "snapshot")
-_RESULTS = {AckResult.APPLIED: "applied", AckResult.DUPLICATE: "duplicate", AckResult.STALE: "stale"}
 
 
 class PartitionCounters:
@@ -22,7 +21,7 @@ class PartitionCounters:
         self.invalid: dict[str, int] = {}
         self.snapshots = 0
         self.replicated_bytes = 0  # sent to a standby
-        self._pushes = dict.fromkeys(_RESULTS, 0)
+        self._pushes = dict.fromkeys(AckResult, 0)
         self._push_bytes = 0
         self._phases = Phases(PHASES)
 
@@ -67,7 +66,7 @@ class PartitionCounters:
             return Counters.Sample(name=name, labels=where, value=value, gauge=True)
 
         found = [gauge("step", step), gauge("state_bytes", state_bytes)]
-        found += [counter("pushes_total", n, result=_RESULTS[result]) for result, n in self._pushes.items()]
+        found += [counter("pushes_total", n, result=result.name.lower()) for result, n in self._pushes.items()]
         found.append(counter("pushes_total", self.fenced, result="fenced"))
         found.append(counter("pushes_total", sum(self.invalid.values()), result="invalid"))
         found += [counter("refused_connections_total", n, code=code) for code, n in sorted(self.invalid.items())]

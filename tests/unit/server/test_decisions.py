@@ -16,6 +16,7 @@ from harness.played import played_spec
 from pscluster.errors import FrameError
 from pscluster.job.spec import ScheduleSection
 from pscluster.step.summary import Summary
+from pscluster.v1.plan_pb2 import Plan
 from pscluster.wire.frame import FrameKind, Header
 from psserver.partition.coordinator.coordinator import decide, evaluates_at, next_activity, snapshots_at
 from psserver.partition.step.commit import (
@@ -159,7 +160,9 @@ def test_clipping_is_torchs(clip: float) -> None:
 def test_a_decision_scales_to_the_clipped_mean() -> None:
     spec = played_spec(4, train={"clip_norm": 1.0})
 
-    answer = decide({0: vote(0, step=6, b0=400.0)}, summary(weight=4.0), spec, 100, generation=2, stop=False)
+    answer = decide(
+        {0: vote(0, step=6, b0=400.0)}, summary(weight=4.0), spec, Plan(final_step=100, generation=2, stop=False)
+    )
 
     assert (answer.step, answer.generation, answer.kind, answer.norm) == (6, 2, "commit", 5.0)
     assert answer.scale == (1.0 / (5.0 + 1e-6)) / 4.0
@@ -175,20 +178,20 @@ def test_what_is_not_finite_anywhere_is_skipped_or_stopped_everywhere(votes: lis
     by_partition = {v.partition: v for v in votes}
     for choice in ("stop", "skip"):
         spec = played_spec(4, on_nonfinite=choice, durability={"every_steps": 1})
-        answer = decide(by_partition, of, spec, 100, generation=1, stop=False)
+        answer = decide(by_partition, of, spec, Plan(final_step=100, generation=1, stop=False))
         assert answer.kind == choice
         assert math.isnan(answer.norm)
         assert answer.snapshot == (choice == "skip"), "a step that stops the job makes no version"
 
 
 def test_a_step_without_weight_moves_nothing_by_its_gradient() -> None:
-    answer = decide({0: vote(0)}, summary(weight=0.0), played_spec(4), 100, generation=1, stop=False)
+    answer = decide({0: vote(0)}, summary(weight=0.0), played_spec(4), Plan(final_step=100, generation=1, stop=False))
 
     assert (answer.kind, answer.scale, answer.norm) == ("commit", 0.0, 0.0)
 
 
 def test_a_stop_is_written() -> None:
-    answer = decide({0: vote(0)}, summary(), played_spec(4), 100, generation=1, stop=True)
+    answer = decide({0: vote(0)}, summary(), played_spec(4), Plan(final_step=100, generation=1, stop=True))
 
     assert answer.snapshot and answer.last
 
@@ -282,7 +285,7 @@ def test_a_rest_comes_at_the_next_written_version_and_before_its_evaluation() ->
     assert action(2, 2) == "hold"
     assert action(3, 3, stop=True) == "finish", "a stop goes first"
     assert action(5, 5) == "evaluate", "the last version is finished as such"
-    decided = decide({0: vote(0)}, summary(), spec, 5, generation=1, stop=False, save=True)
+    decided = decide({0: vote(0)}, summary(), spec, Plan(final_step=5, generation=1, stop=False, save=True))
     assert decided.snapshot and not decided.last
 
 

@@ -16,6 +16,7 @@ from pscluster.step.codec import DTYPES
 from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
 from pscluster.step.summary import Summary, touched_bits
 from pscluster.step.tree import TreeNode
+from pscluster.v1.plan_pb2 import Plan
 from psserver.partition.coordinator.coordinator import decide
 from psserver.partition.step.commit import CommitDecision, Vote
 from psserver.partition.step.open_step import OpenStep
@@ -107,7 +108,7 @@ def ours(layout: Layout, spec: JobSpec, count: int, sometimes: bool) -> list[tor
             partition.push(gradients, summary)
             squares, finite = partition.step.make_vote()
             votes[index] = Vote(generation=1, step=step, partition=index, squares=squares, finite=finite)
-        decision = decide(votes, summary, spec, STEPS, generation=1, stop=False)
+        decision = decide(votes, summary, spec, Plan(final_step=STEPS, generation=1, stop=False))
         norms.append(decision.norm)
         for partition in partitions:
             partition.carry_out(decision)

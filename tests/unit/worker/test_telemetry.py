@@ -41,7 +41,7 @@ def test_the_median_of_its_kind_is_typical(timer: ComputeTimer, clock: Clock) ->
         clock.now_s += 4.0
         assert timer.now() == (4.0, 2.0)
     assert timer.now() == (0.0, 0.0)
-    assert (timer.typical_s("train"), timer.typical_s("evaluate")) == (3.0, 7.0)
+    assert (timer._median("train"), timer._median("evaluate")) == (3.0, 7.0)
 
 
 def test_waiting_for_others_is_not_computing(timer: ComputeTimer, clock: Clock) -> None:
@@ -52,7 +52,7 @@ def test_waiting_for_others_is_not_computing(timer: ComputeTimer, clock: Clock) 
             assert timer.now() == (0.0, 0.0)
         clock.now_s += 1.0
         assert timer.now() == (2.0, 0.0)
-    assert timer.typical_s("train") == 2.0
+    assert timer._median("train") == 2.0
 
 
 def test_what_was_broken_off_is_not_remembered(timer: ComputeTimer, clock: Clock) -> None:
@@ -63,7 +63,7 @@ def test_what_was_broken_off_is_not_remembered(timer: ComputeTimer, clock: Clock
 
     with pytest.raises(KeyError):
         broken()
-    assert timer.typical_s("train") == 0.0
+    assert timer._median("train") == 0.0
     assert timer.now() == (0.0, 0.0)
 
 
@@ -72,7 +72,7 @@ def test_only_the_latest_count(timer: ComputeTimer, clock: Clock) -> None:
         take(timer, clock, 1.0)
     for _ in range(NUM_REMEMBERED):
         take(timer, clock, 5.0)
-    assert timer.typical_s("train") == 5.0
+    assert timer._median("train") == 5.0
 
 
 # ---- speed ----

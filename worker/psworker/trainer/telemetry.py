@@ -72,11 +72,6 @@ class ComputeTimer:
             took = self._took.get(kind)
             return took[-1] if took else 0.0
 
-    def typical_s(self, kind: str) -> float:
-        """The median of the latest of a kind; 0: none was finished."""
-        with self._lock:
-            return self._median(kind)
-
     def _median(self, kind: str) -> float:
         took = self._took.get(kind)
         return statistics.median(took) if took else 0.0

@@ -217,15 +217,7 @@ class Coordinator:
         return [actions.Report(ProcessReport(progress=progress))]
 
     def _decide(self, votes: Mapping[int, Vote]) -> CommitDecision:
-        return decide(
-            votes,
-            self.summaries[self.version],
-            self.spec,
-            self.plan.final_step,
-            generation=self.plan.generation,
-            stop=self.plan.stop,
-            save=self.plan.save,
-        )
+        return decide(votes, self.summaries[self.version], self.spec, self.plan)
 
     def _decided(self, decision: CommitDecision) -> list[Action]:
         if decision.kind == "stop":
@@ -331,16 +323,7 @@ def next_activity(
     return "finish" if version >= final_step else "train"
 
 
-def decide(
-    votes: Mapping[int, Vote],
-    summary: Summary,
-    spec: JobSpec,
-    final_step: int,
-    *,
-    generation: int,
-    stop: bool,
-    save: bool = False,
-) -> CommitDecision:
+def decide(votes: Mapping[int, Vote], summary: Summary, spec: JobSpec, plan: Plan) -> CommitDecision:
     """The decision on a step from all its votes and its summary; the same wherever and whenever it is reached."""
     step = next(iter(votes.values())).step
     finite = all(vote.finite for vote in votes.values()) and math.isfinite(summary.loss_sum)
@@ -349,7 +332,7 @@ def decide(
     scale = 1.0
     if finite:
         scale = clip_coefficient(norm, spec.train.clip_norm) / summary.weight if summary.weight > 0 else 0.0
-    snapshot = kind != "stop" and (stop or save or snapshots_at(step + 1, spec, final_step))
+    snapshot = kind != "stop" and (plan.stop or plan.save or snapshots_at(step + 1, spec, plan.final_step))
     return CommitDecision(
-        generation=generation, step=step, kind=kind, scale=scale, norm=norm, snapshot=snapshot, last=stop
+        generation=plan.generation, step=step, kind=kind, scale=scale, norm=norm, snapshot=snapshot, last=plan.stop
     )

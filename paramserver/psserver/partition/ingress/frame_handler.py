@@ -167,7 +167,9 @@ class FrameHandler:
         if header.codec is not expected:
             raise FrameError(f"words in {header.codec.name}, not {expected.name}", details={"field": "codec"})
         if header.flags & IN_MEMORY:
-            self._check_lane(client, header, trained)
+            _expect(header, 0)
+            if client.lanes is None or not trained or lane_of(header) >= client.lanes.num_lanes:
+                raise FrameError(f"no lane {lane_of(header)} of bucket {header.bucket}", details={"field": "flags"})
             return memoryview(b"")
         _expect(header, state.layout.wire_bytes(span, network.push_codec if trained else "fp32"))
         if trained:
@@ -179,11 +181,6 @@ class FrameHandler:
             client.landing = words
             return as_bytes(words)
         return memoryview(bytearray(header.length))
-
-    def _check_lane(self, client: Client, header: Header, trained: bool) -> None:
-        _expect(header, 0)
-        if client.lanes is None or not trained or lane_of(header) >= client.lanes.num_lanes:
-            raise FrameError(f"no lane {lane_of(header)} of bucket {header.bucket}", details={"field": "flags"})
 
     def _check_tree_node(self, header: Header) -> None:
         step = self._partition.step

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pscluster.errors import PsError
 from pscluster.step.codec import BufferNode, as_bytes
 from pscluster.step.layout import WORD_BYTES
+from pscluster.step.summary import Summary
 from pscluster.v1.plan_pb2 import Plan, ProcessReport, StandbyState
 from pscluster.wire.connection import Connection
 from pscluster.wire.dialer import ReconnectingConnection
@@ -135,34 +136,32 @@ class Replication:
     # ---- sending ----
 
     def _send_root(self, step: OpenStep, bucket: int) -> None:
-        at, header = self._partition.member.step, self._partition.header
-        if bucket == SUMMARY:
-            body: bytes | memoryview = step.summary.root.pack()
-            self._send(header(kind=FrameKind.PUSH, step=at, bucket=bucket, node=step.summary.tree.root), body)
-            return
-        sums = step.sums(bucket)
-        root, node = sums.root, sums.tree.root
-        if isinstance(root, BufferNode) and root.words is None:
-            body = pack_weight(root.weight)
-            self._send(header(kind=FrameKind.PUSH, step=at, bucket=bucket, node=node, flags=UNCHANGED), body)
-            return
-        words = root.words if isinstance(root, BufferNode) else root
-        assert words is not None
-        codec = Codec.of(self._partition.spec.network.push_codec) if bucket in step.trained else Codec.FP32
-        body = as_bytes(words)
-        self._queued_bytes += body.nbytes
-        push = header(kind=FrameKind.PUSH, step=at, bucket=bucket, node=node, codec=codec)
-        self._send(push, body, at_step=at, counts=body.nbytes)
+        sums = step.summary if bucket == SUMMARY else step.sums(bucket)
+        root, counts, flags, codec = sums.root, 0, 0, Codec.FP32
+        body: bytes | memoryview
+        if isinstance(root, Summary):
+            body = root.pack()
+        elif isinstance(root, BufferNode) and root.words is None:
+            body, flags = pack_weight(root.weight), UNCHANGED
+        else:
+            words = root.words if isinstance(root, BufferNode) else root
+            assert words is not None
+            body = as_bytes(words)
+            counts = body.nbytes
+            if bucket in step.trained:
+                codec = Codec.of(self._partition.spec.network.push_codec)
+        self._queued_bytes += counts
+        where = {"step": self._partition.member.step, "bucket": bucket, "node": sums.tree.root}
+        self._send(self._partition.header(kind=FrameKind.PUSH, flags=flags, codec=codec, **where), body, counts=counts)
 
-    def _send(
-        self, header: Header, body: bytes | bytearray | memoryview, *, at_step: int | None = None, counts: int = 0
-    ) -> None:
+    def _send(self, header: Header, body: bytes | bytearray | memoryview, *, counts: int = 0) -> None:
+        """`counts`: bytes of sums, which lie in memory that the decision on the step will overwrite."""
         connection = self._dialer.connection
         if connection is None:
             return
         self._partition.counters.replicated_bytes += memoryview(body).nbytes
         sent = (lambda: self._left(connection, counts)) if counts else None
-        connection.send(header, [body], tag=None if at_step is None else ("step", at_step), on_sent=sent)
+        connection.send(header, [body], tag=("step", header.step) if counts else None, on_sent=sent)
 
     def _left(self, connection: Connection, size_bytes: int) -> None:
         """Sums of that size are in the kernel's hands."""
