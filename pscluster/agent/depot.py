@@ -15,9 +15,9 @@ from typing import Any
 
 import grpc
 
-from pscluster import rpc
 from pscluster.errors import AddressInUseError, DamagedError, FrameError, NotFoundError, StateError, StorageError
-from pscluster.rpc import error_of, open_aio_channel
+from pscluster.rpc import SERVER_OPTIONS, error_of, open_aio_channel
+from pscluster.rpc.server import ErrorInterceptor, TokenInterceptor
 from pscluster.storage import Written
 from pscluster.storage.directory import DirectoryStore, Incoming
 from pscluster.storage.snapshot import parse_part_name, verify_file
@@ -73,7 +73,7 @@ class DepotService(depot_pb2_grpc.DepotServicer):
 async def serving(directory: Path, listen: str, token: str) -> AsyncIterator[str]:
     """Serve the depot of `directory` while the context lasts; yields its address. Raises AddressInUseError."""
     server = grpc.aio.server(
-        interceptors=[rpc.ErrorInterceptor(observe_rpc), rpc.TokenInterceptor(token)], options=rpc.SERVER_OPTIONS
+        interceptors=[ErrorInterceptor(observe_rpc), TokenInterceptor(token)], options=SERVER_OPTIONS
     )
     depot_pb2_grpc.add_DepotServicer_to_server(DepotService(directory, token), server)  # type: ignore[no-untyped-call]
     try:
