@@ -15,8 +15,8 @@ import grpc
 
 from pscluster import rpc
 from pscluster.client import calls, decode
+from pscluster.client.calls import STREAM_DEADLINE_S, LogCursor, ReconnectingStream
 from pscluster.client.goals import Goal, parse_goal, reached, wait_drained
-from pscluster.client.reconnecting_stream import STREAM_DEADLINE_S, LogCursor, ReconnectingStream
 from pscluster.client.records import Health, Job, LogLine, Node, Snapshot
 from pscluster.client.snapshots import choose, fetch
 from pscluster.errors import (
@@ -170,7 +170,7 @@ class Cluster:
 
         def open_stream() -> Any:
             name = newest.job_id if newest else job
-            return calls.open_stream(self._jobs.Watch, jobs_pb2.GetRequest(job=name), left_s())
+            return calls.stream(self._jobs.Watch, jobs_pb2.GetRequest(job=name), left_s())
 
         def expired() -> bool:
             return keep.monotonic() >= deadline
@@ -232,7 +232,7 @@ class Cluster:
             request = jobs_pb2.ReadLogsRequest(job=job, follow=follow, kind=kind, rank=rank)
             request.since_s = cursor.open()
             request.tail = tail if cursor.opened == 1 else 0
-            return calls.open_stream(self._jobs.ReadLogs, request, STREAM_DEADLINE_S)
+            return calls.stream(self._jobs.ReadLogs, request, STREAM_DEADLINE_S)
 
         keep = stream or ReconnectingStream(max_outage_s=600.0 if follow else 0.0)
         for message in keep.follow(open_stream, lambda: not follow or self.job(job).ended):

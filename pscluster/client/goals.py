@@ -50,13 +50,8 @@ def parse_goal(text: str) -> Goal:
 
 def reached(job: Job, goal: Goal) -> bool:
     """Whether `job` has reached `goal`. Raises the reason when it never will."""
-    if goal.state == "step" and job.step >= goal.step:
-        return True
-    if goal.state == "running" and (job.state in ("RUNNING", "SUCCEEDED")):
-        return True
-    if goal.state == "ended" and job.ended:
-        return True
-    if job.state == goal.state.upper():
+    further = {"step": job.step >= goal.step, "running": job.state == "SUCCEEDED", "ended": job.ended}
+    if job.state == goal.state.upper() or further.get(goal.state):
         return True
     if job.ended:
         raise end_error(job) or StateError(
