@@ -12,16 +12,7 @@ from typing import Any
 import click
 
 from pscluster.cli import formatting as fmt
-from pscluster.cli.session import (
-    Session,
-    Verb,
-    document,
-    output_option,
-    pass_session,
-    print_answer,
-    print_document,
-    print_info,
-)
+from pscluster.cli.session import Session, Verb, output_option, pass_session, print_answer, print_document, print_info
 from pscluster.errors import InternalError, from_dict
 
 COMMAND = (sys.executable, "-P", "-m", "psworker.tools")
@@ -84,7 +75,7 @@ def evaluate(session: Session, job: str, step: int | str, data_uri: str | None, 
         request["data_uri"] = data_uri
     found = _run(session, job, step, request)
     if form != "table":
-        print_document(document("Evaluation", {"job": job, **found}), form)
+        print_document("Evaluation", {"job": job, **found}, form)
         return
     print_info(f"step {found['step']}, {found.get('num_samples', '?')} samples")
     rows = [[name, fmt.number(value)] for name, value in sorted(found["metrics"].items())]

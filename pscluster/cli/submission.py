@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pscluster.cli.control import duration_option
-from pscluster.cli.session import Session, Verb, document, pass_session, print_answer, print_document, print_info
+from pscluster.cli.session import Session, Verb, pass_session, print_answer, print_document, print_info
 from pscluster.errors import SpecError, StateError, StorageError
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _show_arithmetic(path: Path, spec: JobSpec, bundle: Bundle | None, form: str
     if form == "text":
         print_answer(arithmetic.text(found))
     else:
-        print_document(document("DryRun", found), form)
+        print_document("DryRun", found, form)
 
 
 @click.command("follow", cls=Verb)

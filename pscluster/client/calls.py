@@ -1,4 +1,4 @@
-"""How the client calls the master: with a deadline, errors mapped, idempotent calls and streams retried in an outage."""
+"""How the client calls the master: with deadlines, errors mapped; calls and streams are retried in outages."""
 
 from __future__ import annotations
 
