@@ -15,17 +15,17 @@ from typing import Any
 import structlog
 
 from pscluster.agent import metrics, resources
-from pscluster.agent.child import Child, Ended, GracePeriods
+from pscluster.agent.child import Child, GracePeriods
 from pscluster.agent.copies import Copies
 from pscluster.agent.directories import AgentDirectories, BundleCache
 from pscluster.agent.launch import BUNDLE_DIR, SOCKET_DIR
-from pscluster.agent.output import Backlog
+from pscluster.agent.report_queue import Backlog
 from pscluster.agent.resources import DeviceLedger
-from pscluster.agent.status import LOADING_SILENCE_S, NOT_STARTED, SILENCE_S, Exit, LastHeartbeat, classify, detail_of
+from pscluster.agent.status import LOADING_SILENCE_S, NOT_STARTED, SILENCE_S, LastHeartbeat, classify, not_started
 from pscluster.devices import AUTO
 from pscluster.errors import InternalError, PsError, StorageError, UnreachableError
 from pscluster.v1.agents_pb2 import AgentMessage, LogLine, ProcessEvent, ProcessState, ProcessStatus
-from pscluster.v1.plan_pb2 import Failure, Plan, ProcessReport, ProcessSpec, Speed, Unreached
+from pscluster.v1.plan_pb2 import Beat, Failure, Plan, ProcessReport, ProcessSpec, Speed, Unreached
 from pscluster.wire.backoff import delay_s
 
 FLUSH_S = 0.2
@@ -96,11 +96,12 @@ class Process:
         except Exception as error:  # of any kind: nothing else reports what became of this process
             problem = _start_error(error)
         if self._child is None:
-            self._report_exit(self._not_started(problem))
+            self._report_exit(not_started(self.spec.process_id, problem, expected=self._ending))
         else:
             self._report_running(self._child)
-            ended = await self._child.wait()
-            self._report_exit(self._classify(self._child.pid, ended, resources.oom_kills() - kills_before))
+            seen = await self._child.wait()
+            seen = replace(seen, oom_kills=resources.oom_kills() - kills_before, failure=self._failure)
+            self._report_exit(classify(self.spec.process_id, self._child.pid, seen))
         await asyncio.to_thread(self._remove_directories)
 
     async def _started(self) -> Child | None:
@@ -163,13 +164,7 @@ class Process:
             self._context.metrics.keep(self.spec, report.counters)
             return
         if body == "beat":
-            now_s = asyncio.get_running_loop().time()
-            beat = report.beat
-            unreached = beat.unreached if beat.HasField("unreached") else None
-            self.last_heartbeat = LastHeartbeat(
-                at_s=now_s, busy_s=beat.busy_s, typical_s=beat.typical_s, unreached=unreached
-            )
-            self.speed = beat.speed if beat.HasField("speed") else None
+            self._handle_heartbeat(report.beat)
             return
         if body == "snapshot_part" and self._copies:
             self._context.copies.copy(self.spec, self.plan, report, self._emit_event, self._part_settled)
@@ -182,6 +177,15 @@ class Process:
             self._failure = report.failure
         self._send_lines(final=True)
         self._emit_event(report)
+
+    def _handle_heartbeat(self, beat: Beat) -> None:
+        self.last_heartbeat = LastHeartbeat(
+            at_s=asyncio.get_running_loop().time(),
+            busy_s=beat.busy_s,
+            typical_s=beat.typical_s,
+            unreached=beat.unreached if beat.HasField("unreached") else None,
+        )
+        self.speed = beat.speed if beat.HasField("speed") else None
 
     def _emit_event(self, report: ProcessReport) -> None:
         self._context.emit(AgentMessage(event=ProcessEvent(process_id=self.spec.process_id, report=report)))
@@ -245,9 +249,8 @@ class Process:
             "PYTHONUNBUFFERED": "1",
             "PYTHONFAULTHANDLER": "1",
         }
-        return Child.start(
-            self.spec, self._context.command, directory, environment, self._handle_report, self._handle_line
-        )
+        context = self._context
+        return Child.start(self.spec, context.command, directory, environment, self._handle_report, self._handle_line)
 
     def _report_running(self, child: Child) -> None:
         metrics.STARTED.inc()
@@ -258,27 +261,6 @@ class Process:
         self._log.info("process started", pid=child.pid)
 
     # End.
-
-    def _not_started(self, error: PsError | None) -> ProcessStatus:
-        status = ProcessStatus(
-            process_id=self.spec.process_id,
-            phase=ProcessStatus.PHASE_EXITED,
-            exit_code=NOT_STARTED,
-            expected=self._ending,
-        )
-        if error is not None:
-            status.error.CopyFrom(detail_of(error))
-        return status
-
-    def _classify(self, pid: int, ended: Ended, oom_kills: int) -> ProcessStatus:
-        facts = Exit(
-            returncode=ended.returncode,
-            expected=ended.expected,
-            oom_kills=oom_kills,
-            failure=self._failure,
-            stderr_tail=ended.stderr_tail,
-        )
-        return classify(self.spec.process_id, pid, facts)
 
     def _report_exit(self, status: ProcessStatus) -> None:
         self._status = status
