@@ -21,11 +21,21 @@ from pscluster.agent.directories import AgentDirectories, BundleCache
 from pscluster.agent.launch import BUNDLE_DIR, SOCKET_DIR
 from pscluster.agent.report_queue import Backlog
 from pscluster.agent.resources import DeviceLedger
-from pscluster.agent.status import LOADING_SILENCE_S, NOT_STARTED, SILENCE_S, LastHeartbeat, classify, not_started
+from pscluster.agent.status import (
+    LOADING_SILENCE_S,
+    NONE,
+    NOT_STARTED,
+    SILENCE_S,
+    SUSPICION_NAMES,
+    LastHeartbeat,
+    classify,
+    not_started,
+    suspicion_of,
+)
 from pscluster.devices import AUTO
 from pscluster.errors import InternalError, PsError, StorageError, UnreachableError
 from pscluster.v1.agents_pb2 import AgentMessage, LogLine, ProcessEvent, ProcessState, ProcessStatus
-from pscluster.v1.plan_pb2 import Beat, Failure, Plan, ProcessReport, ProcessSpec, Speed, Unreached
+from pscluster.v1.plan_pb2 import Beat, Failure, Plan, ProcessReport, ProcessSpec, Speed
 from pscluster.wire.backoff import delay_s
 
 FLUSH_S = 0.2
@@ -102,7 +112,8 @@ class Process:
             seen = await self._child.wait()
             seen = replace(seen, oom_kills=resources.oom_kills() - kills_before, failure=self._failure)
             self._report_exit(classify(self.spec.process_id, self._child.pid, seen))
-        await asyncio.to_thread(self._remove_directories)
+        for directory in (self._sockets, self._scratch):
+            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
     async def _started(self) -> Child | None:
         """None: it was ended before it could start."""
@@ -134,23 +145,33 @@ class Process:
             self._child.forward(plan)
 
     @property
-    def silence_s(self) -> float:
-        """How long it may send no heartbeat."""
-        return LOADING_SILENCE_S if self._ready is None else SILENCE_S[self.spec.kind]
+    def is_suspected(self) -> bool:
+        """Whether the master was told that it is silent or stalled."""
+        return self._status.suspicion != NONE
 
-    @property
-    def suspicion(self) -> ProcessStatus.Suspicion:
-        """The suspicion reported to the master last."""
-        return self._status.suspicion
-
-    @property
-    def unreached(self) -> Unreached | None:
-        """The unreached partitions reported to the master last."""
-        return self._status.unreached if self._status.HasField("unreached") else None
-
-    def report_suspicion(self, suspicion: ProcessStatus.Suspicion, unreached: Unreached | None) -> None:
-        """Report to the master whether the running process is suspected, and which partitions it cannot reach."""
-        self._status.suspicion = suspicion
+    def check_heartbeat(self, now_s: float) -> None:
+        """Report to the master if the running process has become suspected, or recovered, since the last check, or
+        reaches other partitions."""
+        silence_s = LOADING_SILENCE_S if self._ready is None else SILENCE_S[self.spec.kind]
+        found = suspicion_of(now_s, self.last_heartbeat, silence_s)
+        unreached = self.last_heartbeat.unreached if self.last_heartbeat is not None else None
+        before, reported = (
+            self._status.suspicion,
+            self._status.unreached if self._status.HasField("unreached") else None,
+        )
+        if (found, unreached) == (before, reported):
+            return
+        if found not in (before, NONE):
+            metrics.SUSPICIONS.labels(kind=SUSPICION_NAMES[found]).inc()
+            self._log.warning(f"a process is {SUSPICION_NAMES[found]}")
+        elif found != before:
+            self._log.info("a process recovered")
+        if unreached is not None and reported is None:
+            metrics.SUSPICIONS.labels(kind="cut off").inc()
+            self._log.warning("a process cannot reach partitions", partitions=list(unreached.partitions))
+        elif unreached is None and reported is not None:
+            self._log.info("a process reaches all partitions again")
+        self._status.suspicion = found
         self._status.ClearField("unreached")
         if unreached is not None:
             self._status.unreached.CopyFrom(unreached)
@@ -278,10 +299,6 @@ class Process:
             out_of_memory=status.out_of_memory,
             cause=status.error.cause,
         )
-
-    def _remove_directories(self) -> None:
-        for directory in (self._sockets, self._scratch):
-            shutil.rmtree(directory, ignore_errors=True)
 
 
 def num_threads(spec: ProcessSpec) -> int:

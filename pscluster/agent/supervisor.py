@@ -13,10 +13,10 @@ import structlog
 from pscluster.agent import metrics
 from pscluster.agent.child import GracePeriods
 from pscluster.agent.process import AgentContext, Process, wanted_device
-from pscluster.agent.status import NONE, SUSPICION_NAMES, not_started, suspicion_of
+from pscluster.agent.status import not_started
 from pscluster.devices import device_priority
-from pscluster.v1.agents_pb2 import AgentMessage, Assignment, ProcessState, ProcessStatus
-from pscluster.v1.plan_pb2 import Plan, ProcessSpec, Speed, Unreached
+from pscluster.v1.agents_pb2 import AgentMessage, Assignment, ProcessState
+from pscluster.v1.plan_pb2 import Plan, ProcessSpec, Speed
 
 WATCH_S = 0.25
 AT_ONCE = GracePeriods(terminate_s=0.0, kill_s=0.0)
@@ -49,7 +49,7 @@ class Supervisor:
         actions = reconcile(assignment.processes, running, self._ever_ran)
         for process_id in actions.stop:
             process = self._processes[process_id]
-            self._spawn(process.end(AT_ONCE if process.suspicion else self._grace))
+            self._spawn(process.end(AT_ONCE if process.is_suspected else self._grace))
         for spec in sorted(actions.start, key=_device_priority):
             self._num_started += 1
             self._ever_ran[spec.process_id] = None
@@ -102,11 +102,7 @@ class Supervisor:
         active = [process for process in self._processes.values() if process.is_active]
         metrics.PROCESSES.set(len(active))
         for process in active:
-            found = suspicion_of(now_s, process.last_heartbeat, process.silence_s)
-            unreached = process.last_heartbeat.unreached if process.last_heartbeat is not None else None
-            if (found, unreached) != (process.suspicion, process.unreached):
-                _log_suspicion(process, found, unreached)
-                process.report_suspicion(found, unreached)
+            process.check_heartbeat(now_s)
 
     async def close(self) -> None:
         """End every process and wait until each exit is reported. Later assignments are ignored."""
@@ -129,21 +125,6 @@ class Supervisor:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             _log.error("supervising a process failed", exc_info=task.exception())
-
-
-def _log_suspicion(process: Process, suspicion: ProcessStatus.Suspicion, unreached: Unreached | None) -> None:
-    """Log, and count, a change in a running process."""
-    log = _log.bind(process_id=process.spec.process_id)
-    if suspicion not in (process.suspicion, NONE):
-        metrics.SUSPICIONS.labels(kind=SUSPICION_NAMES[suspicion]).inc()
-        log.warning(f"a process is {SUSPICION_NAMES[suspicion]}")
-    elif suspicion != process.suspicion:
-        log.info("a process recovered")
-    if unreached is not None and process.unreached is None:
-        metrics.SUSPICIONS.labels(kind="cut off").inc()
-        log.warning("a process cannot reach partitions", partitions=list(unreached.partitions))
-    elif unreached is None and process.unreached is not None:
-        log.info("a process reaches all partitions again")
 
 
 def _device_priority(spec: ProcessSpec) -> int:
