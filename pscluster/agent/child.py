@@ -139,20 +139,13 @@ class Child:
         self._expected = True
         self._shutdown = True
         self._wake.set()
-        if await self._gone_within(grace.terminate_s):
-            return
-        self._signal(signal.SIGTERM)
-        if await self._gone_within(grace.kill_s - grace.terminate_s):
-            return
-        self._signal(signal.SIGKILL)
+        for wait_s, number in ((grace.terminate_s, signal.SIGTERM), (grace.kill_s - grace.terminate_s, signal.SIGKILL)):
+            try:
+                await asyncio.wait_for(self._exited.wait(), wait_s)
+                return
+            except TimeoutError:
+                self._signal(number)
         await self._exited.wait()
-
-    async def _gone_within(self, seconds: float) -> bool:
-        try:
-            await asyncio.wait_for(self._exited.wait(), seconds)
-        except TimeoutError:
-            return False
-        return True
 
     def _signal(self, number: signal.Signals) -> None:
         if not self._reaped:

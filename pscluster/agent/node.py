@@ -45,20 +45,16 @@ async def run_agent(role: AgentRole, settings: AgentSettings, environ: Mapping[s
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     token = read_token(settings.token_file)
-    directories = AgentDirectories.claim(settings.state_dir)
-    try:
+    async with AsyncExitStack() as stack:
+        directories = AgentDirectories.claim(settings.state_dir)
+        stack.callback(directories.release)
         endpoint = MetricsEndpoint(settings.metrics_listen)
-        try:
-            node = registration(role, settings, environ, endpoint.address)
-            async with AsyncExitStack() as stack:
-                if role.keeps_snapshots and settings.own_store:
-                    depot = serving(directories.snapshots, settings.depot_listen, token)
-                    node.depot_address = await stack.enter_async_context(depot)
-                await _Agent(role, settings, token, node, directories, environ, grace).run(stop)
-        finally:
-            endpoint.close()
-    finally:
-        directories.release()
+        stack.callback(endpoint.close)
+        node = registration(role, settings, environ, endpoint.address)
+        if role.keeps_snapshots and settings.own_store:
+            depot = serving(directories.snapshots, settings.depot_listen, token)
+            node.depot_address = await stack.enter_async_context(depot)
+        await _Agent(role, settings, token, node, directories, environ, grace).run(stop)
 
 
 def registration(

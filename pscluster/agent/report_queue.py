@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 
 from pscluster.v1.agents_pb2 import AgentMessage, LogLine, LogLines, ProcessStatus
@@ -25,18 +24,12 @@ MAX_BATCH_BYTES = 256 * 1024
 _LINE_OVERHEAD_BYTES = 64
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Queued:
-    message: AgentMessage
-    size_bytes: int
-
-
 class ReportQueue:
     """Not thread-safe; used from the agent's loop. Never blocks."""
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes = max_bytes
-        self._queued: dict[int, _Queued] = {}
+        self._queued: dict[int, AgentMessage] = {}
         self._latest_status: dict[str, int] = {}  # by process id: the queued status of the running process
         self._size_bytes = 0
         self._log_bytes = 0
@@ -59,9 +52,8 @@ class ReportQueue:
         message.sequence = self.last_sequence
         if message.WhichOneof("body") == "status":
             self._remove_superseded(message.status)
-        queued = _Queued(message=message, size_bytes=message.ByteSize())
-        self._queued[self.last_sequence] = queued
-        self._account(queued, 1)
+        self._queued[self.last_sequence] = message
+        self._account(message, 1)
         while self._size_bytes > self._max_bytes and len(self._queued) > 1:
             self._remove(next(self._drop_order()))
             self.num_dropped += 1
@@ -76,7 +68,7 @@ class ReportQueue:
         """At most `limit` messages above `sequence`, oldest first. They stay queued and must not be changed."""
         start = max(sequence + 1, next(iter(self._queued), self.last_sequence + 1))
         found = (self._queued.get(number) for number in range(start, self.last_sequence + 1))
-        return [queued.message for queued in islice(filter(None, found), limit)]
+        return list(islice((message for message in found if message is not None), limit))
 
     def _remove_superseded(self, status: ProcessStatus) -> None:
         """Remove the status that this one supersedes. An exit is the last status of a process."""
@@ -89,20 +81,20 @@ class ReportQueue:
     def _drop_order(self) -> Iterator[int]:
         """Sequences in the order in which they are dropped; never the newest."""
         older = list(self._queued.items())[:-1]
-        yield from (number for number, queued in older if _is_droppable(queued.message))
-        yield from (number for number, queued in older if not _is_droppable(queued.message))
+        for droppable in (True, False):
+            yield from (number for number, message in older if _is_droppable(message) == droppable)
 
     def _remove(self, sequence: int) -> None:
-        queued = self._queued.pop(sequence)
-        self._account(queued, -1)
-        process_id = queued.message.status.process_id
-        if self._latest_status.get(process_id) == sequence:
-            del self._latest_status[process_id]
+        message = self._queued.pop(sequence)
+        self._account(message, -1)
+        if self._latest_status.get(message.status.process_id) == sequence:
+            del self._latest_status[message.status.process_id]
 
-    def _account(self, queued: _Queued, sign: int) -> None:
-        self._size_bytes += sign * queued.size_bytes
-        if queued.message.WhichOneof("body") == "log":
-            self._log_bytes += sign * queued.size_bytes
+    def _account(self, message: AgentMessage, sign: int) -> None:
+        size_bytes = message.ByteSize()
+        self._size_bytes += sign * size_bytes
+        if message.WhichOneof("body") == "log":
+            self._log_bytes += sign * size_bytes
 
 
 def _is_droppable(message: AgentMessage) -> bool:

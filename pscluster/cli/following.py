@@ -97,18 +97,14 @@ def progress_parts(job: Job) -> list[str]:
     """The parts of a line of progress: step, loss, speed, time left, workers."""
     parts = [f"step {job.step}/{job.final_step}" if job.final_step else f"step {job.step}"]
     parts.append(f"loss {fmt.number(job.loss)}")
-    parts += rates(job)
+    if counts_tokens(job):
+        parts.append(f"{fmt.count(job.weight_per_s)} tokens/s")
+    elif job.samples_per_s > 0:
+        parts.append(f"{fmt.count(job.samples_per_s)} samples/s")
     left = eta_s(job)
     parts.append(f"{fmt.duration(left)} left" if left is not None else "")
     parts.append(f"{job.workers_active}/{job.workers_wanted} workers")
     return [part for part in parts if part]
-
-
-def rates(job: Job) -> list[str]:
-    """Tokens per second, or samples where the task counts no tokens; nothing before there is a rate."""
-    if counts_tokens(job):
-        return [f"{fmt.count(job.weight_per_s)} tokens/s"]
-    return [f"{fmt.count(job.samples_per_s)} samples/s"] if job.samples_per_s > 0 else []
 
 
 def ending_line(job: Job) -> str:

@@ -113,16 +113,15 @@ def _run(session: Session, job: str, step: int | str, request: dict[str, Any]) -
         with session.connect() as cluster:
             found = cluster.job(job)
             snapshot = cluster.snapshot(found.job_id, step)
-            bundle: Path | None = None
-            if found.bundle_sha256:
-                bundle = Path(temporary) / "bundle.tar.gz"
-                cluster.download_bundle(found.bundle_sha256, bundle)
+            bundle = str(Path(temporary) / "bundle.tar.gz") if found.bundle_sha256 else None
+            if found.bundle_sha256 and bundle:
+                cluster.download_bundle(found.bundle_sha256, Path(bundle))
             parts = cluster.locate_parts(found, snapshot, Path(temporary) / "parts")
         complete = {
             **request,
             "job": found.job_id,
             "spec": found.spec,
-            "bundle": str(bundle) if bundle else None,
+            "bundle": bundle and str(bundle),
             "parts": parts,
         }
         result = run_tool(complete)

@@ -85,7 +85,10 @@ def end(daemons: Sequence[Daemon], state_dir: Path, grace_s: float = GRACE_S) ->
     """
     processes = {d.name: process for d in daemons if (process := _process_of(d, state_dir)) is not None}
     # Listed before the parents end: afterwards their parent is unknown.
-    children = [child for process in processes.values() for child in _descendants(process)]
+    children: list[psutil.Process] = []
+    for process in processes.values():
+        with suppress(psutil.Error):
+            children += process.children(recursive=True)
     _signal(processes.values(), signal.SIGTERM)
     left = _await_end(list(processes.values()), grace_s)
     _signal(left, signal.SIGKILL)
@@ -123,13 +126,6 @@ def _has_ended(process: psutil.Process) -> bool:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.Error:
         return True
-
-
-def _descendants(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return list(process.children(recursive=True))
-    except psutil.Error:
-        return []
 
 
 def _signal(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
