@@ -52,7 +52,7 @@ BREAKS = {
     "versions_are_asked_for_across_timelines": f"computes step .* on another version|{LASTS}",
     "votes_do_not_wait_for_the_standby": f"computes step .* on another version|{DIFFERS}|{LASTS}|two steps apart",
     "a_standby_is_relied_on_before_it_is_in_sync": f"{DIFFERS}|{LASTS}|holds nothing|two steps apart|{NO_SUMMARY}",
-    "a_standby_begins_without_the_update_counts": DIFFERS,
+    "a_standby_begins_without_the_update_counts": f"(ages|update counts) differ|{DIFFERS}",
     "draining_nodes_are_given_processes": LASTS,
 }
 
