@@ -113,18 +113,12 @@ def _run(session: Session, job: str, step: int | str, request: dict[str, Any]) -
         with session.connect() as cluster:
             found = cluster.job(job)
             snapshot = cluster.snapshot(found.job_id, step)
-            bundle = str(Path(temporary) / "bundle.tar.gz") if found.bundle_sha256 else None
-            if found.bundle_sha256 and bundle:
+            bundle = None
+            if found.bundle_sha256:
+                bundle = str(Path(temporary) / "bundle.tar.gz")
                 cluster.download_bundle(found.bundle_sha256, Path(bundle))
             parts = cluster.locate_parts(found, snapshot, Path(temporary) / "parts")
-        complete = {
-            **request,
-            "job": found.job_id,
-            "spec": found.spec,
-            "bundle": bundle and str(bundle),
-            "parts": parts,
-        }
-        result = run_tool(complete)
+        result = run_tool({**request, "job": found.job_id, "spec": found.spec, "bundle": bundle, "parts": parts})
     return {"step": snapshot.step, **result}
 
 
