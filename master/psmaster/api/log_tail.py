@@ -31,7 +31,7 @@ async def logs(core: Core, request: jobs_pb2.ReadLogsRequest) -> AsyncIterator[j
     reader = LogReader(core.archive.logs_directory(job_id), request.kind, request.rank)
     first, lingered = True, False
     while True:
-        news, job = core.news, core.job(job_id)
+        news, job = core.news, core.state.jobs.get(job_id)
         entries = [entry for entry in await asyncio.to_thread(reader.read) if entry.time_s >= request.since_s]
         if first and request.tail:
             entries = entries[-request.tail :]
@@ -60,7 +60,7 @@ async def metrics(core: Core, request: jobs_pb2.ReadMetricsRequest) -> AsyncIter
     job_id = find(core.state.jobs, request.job, core.now()).job_id
     tail = MetricsTail(core.archive.directory(job_id) / FILE_NAME, request.from_step)
     while True:
-        news, job = core.news, core.job(job_id)
+        news, job = core.news, core.state.jobs.get(job_id)
         lines = await asyncio.to_thread(tail.read)
         for start in range(0, len(lines), _LINES_PER_MESSAGE):
             yield jobs_pb2.MetricsLines(lines=lines[start : start + _LINES_PER_MESSAGE])

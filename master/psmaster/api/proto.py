@@ -46,8 +46,8 @@ from psmaster.scheduling import rebalance
 from psmaster.scheduling.reconcile import Desired
 
 _wire = Wire()
-_CHECK = _wire.pair(PreflightCheck, plan_pb2.PreflightCheck)
-_CONNECTION = _wire.pair(DataConnection, plan_pb2.Connection)
+_wire.pair(PreflightCheck, plan_pb2.PreflightCheck)
+_wire.pair(DataConnection, plan_pb2.Connection)
 _PART = _wire.pair(Part, plan_pb2.SnapshotPart)
 _UNREACHED = _wire.pair(Unreached, plan_pb2.Unreached, only_value=["since_s"])
 _ERROR = _wire.pair(ErrorInfo, plan_pb2.ErrorDetail)
@@ -291,6 +291,6 @@ def snapshots(m: Job, catalogue: Catalogue) -> list[jobs_pb2.Snapshot]:
     """The complete snapshots, oldest first."""
     best = m.best.step if m.best is not None else None
     return [
-        jobs_pb2.Snapshot(step=step, parts=map(_PART.encode, catalogue.restore_point(step).parts), best=step == best)
-        for step in catalogue.complete_steps()
+        jobs_pb2.Snapshot(step=point.step, parts=map(_PART.encode, point.parts), best=point.step == best)
+        for point in catalogue.restore_points()
     ]

@@ -74,7 +74,7 @@ def reconcile(
     draft = Draft(job, snapshots, now)
     if job.state is JobState.QUEUED:
         _admit(draft, view, ahead)
-    if draft.job.state in (JobState.STARTING, JobState.RUNNING):
+    if draft.job.state.live:
         _run_stages(draft, view)
     if not draft.job.state.ended:
         draft.update(reason=conditions.reason(draft.job, view, draft.job.reason))

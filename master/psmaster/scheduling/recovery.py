@@ -226,9 +226,7 @@ def activate_ready(draft: Draft, view: View) -> None:
 
 def _unfit(draft: Draft, placement: Placement, facts: TrainerFacts | PartitionFacts) -> str:
     job = draft.job
-    report = numerics.Report(
-        node_id=placement.node_id, numerics_class=facts.numerics_class, detail=facts.numerics_detail
-    )
+    report = numerics.report_of(placement, facts)
     if isinstance(facts, PartitionFacts):
         return numerics.differs(job.numerics_mode, job.optimizer_class, report)
     if facts.layout_sha256 != job.layout_sha256:

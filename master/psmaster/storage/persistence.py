@@ -14,9 +14,9 @@ from pathlib import Path
 import structlog
 
 from pscluster.errors import StorageError
-from psmaster.model.job import Instant, Job, JobState
+from psmaster.model.job import Instant, Job
 from psmaster.model.membership import presumed
-from psmaster.model.plan import Part, RestorePoint
+from psmaster.model.plan import Part
 from psmaster.model.snapshot_catalog import Catalogue
 from psmaster.model.state import Changes, Deletion, State, deletion_changes
 from psmaster.storage.bundles import bundle_file
@@ -74,15 +74,11 @@ def to_publish(before: State, after: State) -> dict[str, tuple[Job, Catalogue]]:
     found = {}
     for job_id, job in after.jobs.items():
         held, snapshots, former = before.jobs.get(job_id), after.catalogues[job_id], before.catalogues.get(job_id)
-        points = _points(snapshots)
+        points = snapshots.restore_points()
         ends = held is not None and (held.state.ended, held.best) != (job.state.ended, job.best)
-        if (former is not snapshots and points != _points(former)) or (ends and points):
+        if (former is not snapshots and points != (former.restore_points() if former else [])) or (ends and points):
             found[job_id] = (job, snapshots)
     return found
-
-
-def _points(catalogue: Catalogue | None) -> list[RestorePoint]:
-    return [catalogue.restore_point(step) for step in catalogue.complete_steps()] if catalogue else []
 
 
 class Archive:
@@ -113,7 +109,7 @@ class Archive:
         deleted = self.store.deletions()
         refuse_older(self._jobs.parent, jobs, deleted)
         for job in jobs.values():
-            if job.state in (JobState.STARTING, JobState.RUNNING):
+            if job.state.live:
                 self._metrics_of(job.job_id).cut(max(job.step, job.metrics_step))
         catalogues = {job_id: self._catalogue(job) for job_id, job in jobs.items()}
         # A kill may have come between the store and a manifest.
@@ -150,9 +146,9 @@ class Archive:
             self._cut_pending()
         except StorageError as error:
             _log.error("metrics of a rolled back job cannot be cut yet", cause=error.cause)
+        self._release(writes.changes.state.jobs)
         for job_id in writes.batch.deleted_jobs:
             self._remove(writes.changes.state.deletions[job_id])
-        self._release(writes.changes.state.jobs)
 
     def _cut_pending(self) -> None:
         for job_id, step in list(self._cuts.items()):
@@ -176,13 +172,10 @@ class Archive:
         self._logs = {key: file for key, file in self._logs.items() if key[0] in live}
 
     def _remove(self, deletion: Deletion) -> None:
-        """Remove a deleted job's files. Its record is gone already: a failure is told, and tried again by whichever
-        master there is then."""
-        job_id = deletion.job_id
-        self._cuts.pop(job_id, None)
-        self._metrics.pop(job_id, None)
-        self._logs = {key: file for key, file in self._logs.items() if key[0] != job_id}
-        self.publisher.remove(deletion, self.directory(job_id))
+        """Remove a deleted job's files. Its record is gone already: the publisher reports a failure, and this or
+        the next master tries again."""
+        self._cuts.pop(deletion.job_id, None)
+        self.publisher.remove(deletion, self.directory(deletion.job_id))
 
     def close(self) -> None:
         """Release the store. Safe to repeat."""
