@@ -79,7 +79,7 @@ def classify(process_id: str, pid: int, seen: Exit) -> ProcessStatus:
 
 
 def detail_of(error: PsError) -> ErrorDetail:
-    """The error as a message; `pscluster.client.decode` has the inverse."""
+    """The error as a message; `pscluster.client.records` has the inverse."""
     return ErrorDetail(**error.to_dict())
 
 

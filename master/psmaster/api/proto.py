@@ -179,14 +179,15 @@ def master_message(message: Assignment | Acknowledgement) -> agents_pb2.MasterMe
         return agents_pb2.MasterMessage(ack=agents_pb2.Acknowledged(sequence=message.sequence))
     assignment = agents_pb2.Assignment(
         revision=message.revision,
-        processes=[_process_spec(job, process) for job, process in message.processes],
+        processes=map(_process_spec, message.processes),
         depots=[agents_pb2.DepotAddress(node_id=node_id, address=address) for node_id, address in message.depots],
         deleted_jobs=message.deleted,
     )
     return agents_pb2.MasterMessage(assignment=assignment)
 
 
-def _process_spec(job: Job, process: Desired) -> plan_pb2.ProcessSpec:
+def _process_spec(process: Desired) -> plan_pb2.ProcessSpec:
+    job = process.job
     spec = plan_pb2.ProcessSpec(
         process_id=process.process_id,
         kind=_KINDS[process.placement.kind],

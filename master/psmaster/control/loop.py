@@ -238,7 +238,7 @@ class Core:
         if not node.connected:
             return
         wanted = tuple(
-            (job, process)
+            process
             for job in self.state.jobs.values()
             for process in desired(job)
             if process.placement.node_id == stream.node_id

@@ -31,18 +31,8 @@ from psmaster.scheduling.admission import admit
 from psmaster.scheduling.draft import Limits
 from psmaster.scheduling.reconcile import reconcile
 
-Report = (
-    TrainerFacts
-    | PartitionFacts
-    | Failure
-    | Progress
-    | Evaluated
-    | Finished
-    | Part
-    | JobWarning
-    | Connected
-    | StandbyState
-)
+JobReport = Progress | Evaluated | Finished | Part | JobWarning | Connected | StandbyState
+Report = TrainerFacts | PartitionFacts | Failure | JobReport
 
 
 class Transaction:

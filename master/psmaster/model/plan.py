@@ -59,6 +59,10 @@ class Placement:
         return f"the standby of {self.name}" if self.standby else self.name
 
     @property
+    def num_shards(self) -> int:
+        return sum(count for _, count in self.shards)
+
+    @property
     def placed(self) -> bool:
         return bool(self.node_id)
 

@@ -37,11 +37,11 @@ class Catalogue:
 
     def restore_points(self) -> list[RestorePoint]:
         """The complete snapshots, oldest first."""
-        every = range(self.num_partitions)
-        return [
-            RestorePoint(step=step, parts=tuple(self.parts[step, index] for index in every))
-            for step in self.complete_steps()
-        ]
+        return [self.restore_point(step) for step in self.complete_steps()]
+
+    def restore_point(self, step: int) -> RestorePoint:
+        """The complete snapshot of `step`; KeyError when it is not complete."""
+        return RestorePoint(step=step, parts=tuple(self.parts[step, index] for index in range(self.num_partitions)))
 
 
 def kept_steps(catalogue: Catalogue, pinned: frozenset[int]) -> tuple[int, ...]:

@@ -60,17 +60,11 @@ def _doubts(job: Job, view: View) -> str:
 
 
 def _starting(job: Job, view: View) -> str:
-    away = [
-        placement
-        for placement in job.working
-        if not placement.placed or ready_facts(placement, job, view.processes) is None
-    ]
-    ready = {
-        kind: sum(1 for placement in job.working if placement.kind is kind and placement not in away)
-        for kind in (ProcessKind.TRAINER, ProcessKind.PARTITION)
-    }
-    counts = f"{ready[ProcessKind.TRAINER]} of {len(job.trainers)} trainers and "
-    counts += f"{ready[ProcessKind.PARTITION]} of {len(job.partitions)} partitions are ready"
+    away = [placement for placement in job.working if ready_facts(placement, job, view.processes) is None]
+    counts = " and ".join(
+        f"{len(placements) - sum(own in away for own in placements)} of {len(placements)} {what}"
+        for placements, what in ((job.trainers, "trainers"), (job.partitions, "partitions are ready"))
+    )
     shown = ", ".join(_where(placement, job) for placement in away[:4]) + (", ..." if len(away) > 4 else "")
     left_out = "; ".join(f"{node_id} is left out: {why}" for node_id, _, why in job.excluded)
     return counts + (f"; waits for {shown}" if away else "") + (f"; {left_out}" if left_out else "")
@@ -82,12 +76,10 @@ def _where(placement: Placement, job: Job) -> str:
     if not placement.placed:
         return f"a free server slot for {placement.name}"
     again = f", attempt {placement.attempt}" if placement.attempt > 1 else ""
-    waits = (
-        f", which starts {losses.retry_delay_s(placement.losses):g} s after the last one was lost"
-        if placement.held_back
-        else ""
-    )
-    return f"{placement.name} on {placement.node_id}{again}{waits}"
+    text = f"{placement.name} on {placement.node_id}{again}"
+    if placement.held_back:
+        text += f", which starts {losses.retry_delay_s(placement.losses):g} s after the last one was lost"
+    return text
 
 
 def conditions(job: Job, now: Instant) -> tuple[Condition, ...]:

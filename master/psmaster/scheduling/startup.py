@@ -30,10 +30,9 @@ def first_plan(draft: Draft, view: View) -> None:
     if error is not None:
         draft.fail(error)
         return
-    if not _settle_numerics(draft, trainers, partitions):
-        return
-    _adopt(draft, trainers, partitions)
-    make_plan(draft, view, restore=True)
+    if _settle_numerics(draft, trainers, partitions):
+        _adopt(draft, trainers, partitions)
+        make_plan(draft, view, restore=True)
 
 
 def ready(draft: Draft, view: View) -> tuple[ReadyTrainers, ReadyPartitions]:
@@ -126,9 +125,7 @@ def _adopt(draft: Draft, trainers: ReadyTrainers, partitions: ReadyPartitions) -
         layout_sha256=first.layout_sha256,
         data_fingerprint=first.data_fingerprint,
         final_step=first.final_step,
-        checks=tuple(
-            replace(check, node_id=placement.node_id) for placement, facts in trainers for check in facts.checks
-        ),
+        checks=tuple(replace(check, node_id=own.node_id) for own, facts in trainers for check in facts.checks),
         deadline_s=None,
     )
     everything: list[tuple[Placement, TrainerFacts | PartitionFacts]] = [*trainers, *partitions]

@@ -142,7 +142,7 @@ class LogReader:
             if current != inode:
                 entries += _rest_of_older(older(path), inode, offset)
                 inode, offset = current, 0
-            lines, offset = _whole_lines(path, offset)
+            lines, offset = whole_lines(path, offset)
         except FileNotFoundError:
             return entries  # rotated this very moment: the next call finds it
         self._at[path] = (inode, offset)
@@ -152,11 +152,12 @@ class LogReader:
 def _rest_of_older(path: Path, inode: int, offset: int) -> Iterator[LogEntry]:
     """What a reader that was at `offset` of file `inode` has not read of the older file."""
     if path.exists():
-        lines, _ = _whole_lines(path, offset if path.stat().st_ino == inode else 0)
+        lines, _ = whole_lines(path, offset if path.stat().st_ino == inode else 0)
         yield from _parsed(path.name.removesuffix(".log.1"), lines)
 
 
-def _whole_lines(path: Path, offset: int) -> tuple[list[bytes], int]:
+def whole_lines(path: Path, offset: int) -> tuple[list[bytes], int]:
+    """The complete lines of a file from `offset` on, and the offset after them. Raises FileNotFoundError."""
     with path.open("rb") as file:
         file.seek(offset)
         data = file.read()

@@ -124,10 +124,8 @@ class Publisher:
         if error is None and request.job is None:
             self.report_removed(job_id)
         if error is not None:
+            request.retry_at_s = time.monotonic() + _pause_s(request)
             request.failures += 1
-            cap_s = MAX_RETRY_S if request.job is None else RETRY_S
-            pause_s = delay_s(request.failures, 0.0, first_s=RETRY_S, cap_s=cap_s, jitter=0.0)
-            request.retry_at_s = time.monotonic() + pause_s
             newest = request.catalogue.newest() if request.catalogue else None
             if request.reported != error.cause:
                 request.reported = error.cause
@@ -169,6 +167,11 @@ class Publisher:
                 raise StorageError(f"cannot read the bundle {sha256[:12]}: {error.strerror}") from None
             store.write(name, [data])
         held[name] = None
+
+
+def _pause_s(request: _ManifestRequest) -> float:
+    cap_s = MAX_RETRY_S if request.job is None else RETRY_S
+    return delay_s(request.failures + 1, 0.0, first_s=RETRY_S, cap_s=cap_s, jitter=0.0)
 
 
 def _remove(request: _ManifestRequest) -> None:

@@ -18,7 +18,7 @@ from psmaster.model.job import Instant, Job
 from psmaster.model.membership import presumed
 from psmaster.model.plan import Part
 from psmaster.model.snapshot_catalog import Catalogue
-from psmaster.model.state import Changes, Deletion, State, deletion_changes
+from psmaster.model.state import Changes, Deletion, State
 from psmaster.storage.bundles import bundle_file
 from psmaster.storage.logs import LogMessage, ProcessLog
 from psmaster.storage.manifest_publisher import Publisher
@@ -41,7 +41,6 @@ def batch_of(before: State, changes: Changes) -> Batch:
         old = held.parts if held else {}
         put += [(job_id, part) for key, part in catalogue.parts.items() if old.get(key) != part]
         dropped += [(job_id, *key) for key in old if key not in catalogue.parts]
-    deleted, forgotten = deletion_changes(before.deletions, after.deletions)
     return Batch(
         jobs=tuple(job for job_id, job in after.jobs.items() if before.jobs.get(job_id) is not job),
         events=changes.events,
@@ -50,8 +49,8 @@ def batch_of(before: State, changes: Changes) -> Batch:
         deleted_jobs=tuple(job_id for job_id in before.jobs if job_id not in after.jobs),
         drained=tuple(entry for entry in after.drains.items() if entry not in before.drains.items()),
         undrained=tuple(node_id for node_id in before.drains if node_id not in after.drains),
-        deletions=deleted,
-        forgotten_deletions=forgotten,
+        deletions=tuple(one for job_id, one in after.deletions.items() if before.deletions.get(job_id) != one),
+        forgotten_deletions=tuple(job_id for job_id in before.deletions if job_id not in after.deletions),
     )
 
 
