@@ -33,8 +33,8 @@ def test_closing_is_reported_once_to_both_sides_and_nothing_is_sent_after(world:
     assert not connection.is_open
 
 
-@pytest.mark.parametrize("told", [False, True], ids=["idle", "in mid-frame"])
-def test_what_a_vanished_peer_shared_stays_readable(world: World, told: bool) -> None:
+@pytest.mark.parametrize("answer", [False, True], ids=["idle", "in mid-frame"])
+def test_what_a_vanished_peer_shared_stays_readable(world: World, answer: bool) -> None:
     """It is gone with its memory; what was mapped of it is not."""
     connection = world.dial()
     other = world.accepted(connection)
@@ -42,7 +42,7 @@ def test_what_a_vanished_peer_shared_stays_readable(world: World, told: bool) ->
     world.show(other, 1, b"values")
     world.until(lambda: bool(world.listening.frames and world.dialling.frames))
     shared = world.dialling.shared.get(connection)
-    if told:
+    if answer:
         other.pause_reading()
         for step in range(8):
             connection.send(header(step), [bytes(MIB)])

@@ -123,7 +123,7 @@ class PlayedConnection:
                 body[:] = data
             self.handler.frame(self, header, body)
         except PsError as error:
-            self.network.refusals.append(error)
+            self.network.refused.append(error)
             self.close(error)
         self._passed = _Passed(())  # nobody wanted them
 
@@ -142,11 +142,11 @@ class PlayedConnection:
 class Network:
     """Stands in for the reactor of every process in the test; also holds every open connection.
 
-    `refusals`: why a handler closed a connection, for all of them. `in_memory`: frames sent whose body lies in shared
+    `refused`: why a handler closed a connection, for all of them. `in_memory`: frames sent whose body lies in shared
     memory, by kind. `breaks`: how often a connection was found broken by who sent."""
 
     def __init__(self) -> None:
-        self.refusals: list[PsError] = []
+        self.refused: list[PsError] = []
         self.in_memory: Counter[FrameKind] = Counter()
         self.breaks = 0
         self.posted: deque[Callable[[], None]] = deque()

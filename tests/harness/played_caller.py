@@ -26,7 +26,7 @@ class Caller:
     def __init__(
         self, network: Network, service: PartitionService, channel: str = "", index: int = 0, *, local: bool = False
     ) -> None:
-        self.told: list[tuple[Header, bytes]] = []
+        self.received: list[tuple[Header, bytes]] = []
         self.values: dict[int, tuple[Header, bytes]] = {}  # by bucket: the frame that said the newest
         self.network = network
         self.service = service
@@ -73,7 +73,7 @@ class Caller:
         return memoryview(bytearray(header.length))
 
     def frame(self, connection: PlayedConnection, header: Header, body: memoryview) -> None:
-        self.told.append((header, bytes(body)))
+        self.received.append((header, bytes(body)))
         if header.kind is FrameKind.VALUES:
             run = header.node if header.flags & IN_MEMORY else TreeNode(header.bucket, 1)
             self.values |= {bucket: (header, bytes(body)) for bucket in range(run.first, run.first + run.leaves)}
@@ -86,14 +86,14 @@ class Caller:
     @property
     def granted(self) -> int:
         """The credit that it was welcomed with."""
-        return next(Welcome.unpack(body).granted_bytes for h, body in self.told if h.kind is FrameKind.WELCOME)
+        return next(Welcome.unpack(body).granted_bytes for h, body in self.received if h.kind is FrameKind.WELCOME)
 
     def kinds(self) -> list[FrameKind]:
-        return [header.kind for header, _ in self.told]
+        return [header.kind for header, _ in self.received]
 
     def acks(self) -> list[AckResult]:
         """What became of what was sent."""
-        return [AckResult(header.flags) for header, body in self.told if header.kind is FrameKind.ACK and body[0]]
+        return [AckResult(header.flags) for header, body in self.received if header.kind is FrameKind.ACK and body[0]]
 
     def _welcomed(self, fds: list[int], welcome: Welcome) -> None:
         state, network = self.service.state, self.service.spec.network

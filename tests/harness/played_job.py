@@ -261,9 +261,9 @@ class PlayedCluster:
         )  # fmt: skip
         for index, standby in self.standbys.items():
             placement, attempt = self.plan.partitions[index], self.partitions[index].attempt
-            for told, number in ((placement, attempt), (placement.standby, standby.attempt)):
-                told.attempt = number
-                told.addresses[:] = [f"{kind}:partition:{index}:{number}" for kind in ("unix", "tcp")]
+            for sent, number in ((placement, attempt), (placement.standby, standby.attempt)):
+                sent.attempt = number
+                sent.addresses[:] = [f"{kind}:partition:{index}:{number}" for kind in ("unix", "tcp")]
 
     def adopt(self, index: int) -> None:
         """A process hears of the plan: partitions first, then trainers, counted through."""
@@ -294,8 +294,8 @@ class PlayedCluster:
         """A partition is gone and its standby, if it is in sync, has its place; else nothing happens."""
         place = index % len(self.partitions)
         lost = self.partitions[place]
-        told = lost.replication.in_sync.reported_in_sync and lost.plan is not None
-        if place not in self.standbys or not told or lost.plan.restore_generation != self.restored:  # type: ignore[union-attr]
+        sent = lost.replication.in_sync.reported_in_sync and lost.plan is not None
+        if place not in self.standbys or not sent or lost.plan.restore_generation != self.restored:  # type: ignore[union-attr]
             return
         dismiss(lost)
         self.partitions[place] = self.standbys.pop(place)
@@ -318,10 +318,12 @@ class PlayedCluster:
 
     def check(self) -> None:
         """What holds at any time: nobody is two steps ahead, and nothing that came was refused."""
-        for timeline in {p.plan.restore_generation for p in self.partitions if p.plan}:
-            steps = [p.member.step for p in self.partitions if p.plan and p.plan.restore_generation == timeline]
-            assert max(steps) - min(steps) <= 1, f"two steps apart in timeline {timeline}: {steps}"
-        assert self.network.refusals == []
+        for restore_generation in {p.plan.restore_generation for p in self.partitions if p.plan}:
+            steps = [
+                p.member.step for p in self.partitions if p.plan and p.plan.restore_generation == restore_generation
+            ]
+            assert max(steps) - min(steps) <= 1, f"two steps apart in timeline {restore_generation}: {steps}"
+        assert self.network.refused == []
 
     def run_to_the_end(self) -> tuple[str, dict[int, float]]:
         """Without further faults. Returns the digest of the final values, and the evaluations by step."""

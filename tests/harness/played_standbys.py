@@ -268,7 +268,7 @@ class PlayedJob:
             if p.index == 0 and (p.standby is None or (self.master.synced[0] and p.standby.is_synced)):
                 noted = {evaluation.step for evaluation in p.metadata.evaluations}
                 assert noted >= self.evaluated & self.committed.keys(), f"evaluations are lost: {noted}"
-        serious = [error for error in self.network.refusals if error.code != "PS-3002"]
+        serious = [error for error in self.network.refused if error.code != "PS-3002"]
         assert serious == []
 
     def settle(self) -> None:

@@ -54,11 +54,11 @@ def test_a_short_spec_gets_the_defaults() -> None:
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:15"])
-def test_every_word_for_a_device_is_lawful(device: str) -> None:
+def test_every_word_for_a_device_is_valid(device: str) -> None:
     assert parse_spec(with_changes(workers__device=device)).workers.device == device
 
 
-def test_the_spec_of_the_manual_is_lawful() -> None:
+def test_the_spec_of_the_manual_is_valid() -> None:
     text = """
     apiVersion: ps/v1
     name: imdb-12l

@@ -192,7 +192,7 @@ class Agent:
             return
         while batch := self.report_queue.after(self._sent, _BATCH):
             for message in batch:
-                self._end.send(message, _describe(message) if self.sim.schedule.told is not None else "")
+                self._end.send(message, _describe(message) if self.sim.schedule.reported is not None else "")
                 self._sent = message.sequence
 
     def _receive(self, message: MasterMessage) -> None:

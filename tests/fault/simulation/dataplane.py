@@ -60,7 +60,7 @@ class Connection:
             return
         assert not fds, "no descriptors travel between hosts"
         data = b"".join(bytes(memoryview(part).cast("B")) for part in body if memoryview(part).nbytes)
-        what = _words(header) if self._end.network.schedule.told is not None else ""
+        what = _words(header) if self._end.network.schedule.reported is not None else ""
         self.sent_bytes += HEADER_BYTES + len(data)
         self._end.send((replace(header, length=len(data)), data), what)
         if on_sent is not None:

@@ -67,7 +67,8 @@ def describe(sim: Any) -> str:
     """Where everything stands, in a line, for the message of a failure."""
     jobs = [f"{job.job_id} {job.state} at step {job.step}, {job.reason}" for job in sim.jobs()]
     partitions = [
-        f"{watched.process.process_id} at {watched.process.service.member.step} in timeline {watched.timeline}"
+        f"{watched.process.process_id} at {watched.process.service.member.step}, restored in "
+        f"{watched.restore_generation}"
         for watched in sim.monitor._partitions
     ]
     master = "a master" if sim.master is not None else "no master"

@@ -22,7 +22,7 @@ from psserver.partition.step.commit import CommitDecision
 from tests.fault.simulation import model
 from tests.fault.simulation.model import LAYOUT, Reference
 
-Timeline = tuple[str, int]  # job, generation of the restore that began it
+Restore = tuple[str, int]  # job, generation of the restore that began it
 
 
 class Violation(AssertionError):
@@ -39,7 +39,7 @@ class _Watched:
     """A living partition process and what was seen of it last."""
 
     process: Any
-    timeline: int = -1
+    restore_generation: int = -1
     version: int = -1
     step: int = -1
     open_step: Any = None
@@ -54,7 +54,7 @@ class Monitor:
     recorded: Reference = field(default_factory=Reference)
     acknowledged: set[str] = field(default_factory=set)  # jobs of which a person was told that they are taken in
     damaged: set[str] = field(default_factory=set)  # files that a fault has spoilt
-    committed: dict[Timeline, int] = field(default_factory=dict)  # the newest step decided in a timeline
+    committed: dict[Restore, int] = field(default_factory=dict)  # the newest step decided in a timeline
     num_checks: int = 0
     num_turns: int = 0  # of the master
     _partitions: list[_Watched] = field(default_factory=list)
@@ -105,10 +105,12 @@ class Monitor:
     def _restored(self, watched: _Watched) -> None:
         """A partition began a timeline: its decisions are watched from here on."""
         service = watched.process.service
-        timeline = service.plan.restore_generation
-        rises = timeline > watched.timeline or (timeline == watched.timeline and _stands_by(service))
-        require(rises, f"{watched.process.process_id} went back to timeline {timeline}")
-        watched.timeline, watched.version, watched.was_filled = timeline, -1, False
+        restore_generation = service.plan.restore_generation
+        rises = restore_generation > watched.restore_generation or (
+            restore_generation == watched.restore_generation and _stands_by(service)
+        )
+        require(rises, f"{watched.process.process_id} went back to timeline {restore_generation}")
+        watched.restore_generation, watched.version, watched.was_filled = restore_generation, -1, False
         watched.open_step = service.step
         decide = service.step.decide
         service.step.decide = lambda decision: (self._decides(watched, decision), decide(decision))
@@ -116,19 +118,21 @@ class Monitor:
     def _decides(self, watched: _Watched, decision: CommitDecision) -> None:
         """A partition carries out a decision: it alone may, all carry out the same, and every shard is in once."""
         process, service = watched.process, watched.process.service
-        job_id, timeline, index = process.job_id, watched.timeline, service.index
-        place = (job_id, timeline, index, service.plan.generation)
+        job_id, restore_generation, index = process.job_id, watched.restore_generation, service.index
+        place = (job_id, restore_generation, index, service.plan.generation)
         owner = process.process_id if _stands_by(service) else self._owners.setdefault(place, process.process_id)
         require(owner == process.process_id, f"{owner} and {process.process_id} both commit for {place}")
         said = (decision.kind, decision.scale, decision.norm, decision.snapshot, decision.last)
-        known = self._decisions.setdefault((job_id, timeline, decision.step), said)
-        require(known == said, f"two decisions on step {decision.step} of timeline {timeline}: {known} and {said}")
+        known = self._decisions.setdefault((job_id, restore_generation, decision.step), said)
+        require(
+            known == said, f"two decisions on step {decision.step} of timeline {restore_generation}: {known} and {said}"
+        )
         tally = service.step.summary.root.samples
         wanted = model.tally_of(service.spec.train.num_shards)
         require(tally == wanted, f"step {decision.step}: shards count {int(tally):b} in twos, not {int(wanted):b}")
         require(decision.step == service.member.step - 1, "a decision on another step is carried out")
-        held = self.committed.get((job_id, timeline), -1)
-        self.committed[job_id, timeline] = max(held, decision.step + 1)
+        held = self.committed.get((job_id, restore_generation), -1)
+        self.committed[job_id, restore_generation] = max(held, decision.step + 1)
 
     def _new_version(self, watched: _Watched) -> None:
         """All of a partition is at a version: it must be that version, bit for bit."""
@@ -138,7 +142,7 @@ class Monitor:
         rises = service.version > watched.version or not watched.was_filled
         require(rises, f"{process.process_id} went from version {watched.version} to {service.version}")
         watched.version, watched.was_filled = service.version, True
-        what = f"{process.process_id}, timeline {watched.timeline}, version {service.version}"
+        what = f"{process.process_id}, timeline {watched.restore_generation}, version {service.version}"
         reference = self.reference
         if reference is None:
             self._record(service)
@@ -166,14 +170,14 @@ class Monitor:
 
     def _stay_together(self) -> None:
         """Of two processes of one partition that live in one timeline, the one before lags as it likes."""
-        steps: dict[Timeline, dict[int, int]] = {}
+        steps: dict[Restore, dict[int, int]] = {}
         for watched in sorted(self._partitions, key=lambda watched: watched.process.service.member.generation):
             if watched.step >= 0 and not _stands_by(watched.process.service):
-                timeline = (watched.process.job_id, watched.timeline)
-                steps.setdefault(timeline, {})[watched.process.service.index] = watched.step
-        for timeline, held in steps.items():
+                restore_generation = (watched.process.job_id, watched.restore_generation)
+                steps.setdefault(restore_generation, {})[watched.process.service.index] = watched.step
+        for restore_generation, held in steps.items():
             apart = max(held.values()) - min(held.values())
-            require(apart <= 1, f"partitions of {timeline} are at {held}, two steps apart")
+            require(apart <= 1, f"partitions of {restore_generation} are at {held}, two steps apart")
 
     def computes(self, name: str, work: Any, flats: Any) -> None:
         """A trainer begins a microbatch: on the version that its gradients will be for."""
@@ -224,9 +228,12 @@ class Monitor:
         """What people see was truly committed, in the job's present timeline."""
         if job.plan is None:
             return
-        timeline, resume = job.plan.restore_generation, job.plan.resume_step
-        committed = max(resume, self.committed.get((job.job_id, timeline), 0))
-        require(job.step <= committed, f"{job.job_id} shows step {job.step}; timeline {timeline} is at {committed}")
+        restore_generation, resume = job.plan.restore_generation, job.plan.resume_step
+        committed = max(resume, self.committed.get((job.job_id, restore_generation), 0))
+        require(
+            job.step <= committed,
+            f"{job.job_id} shows step {job.step}; timeline {restore_generation} is at {committed}",
+        )
         if job.finished is not None and not job.finished.stopped:
             require(job.finished.step == job.final_step, f"{job.job_id} finished at {job.finished.step}")
         if job.state is JobState.SUCCEEDED:

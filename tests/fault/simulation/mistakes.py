@@ -241,7 +241,7 @@ def snapshots_are_written_from_what_changes() -> Iterable[Patch]:
 
 
 @mistake_in(workers=2, compute_s=0.3, every_s=0.3, storm_s=8.0, faults={"kill_partition": 2.0, "kill_server": 1.0})
-def values_of_an_older_timeline_are_kept() -> Iterable[Patch]:
+def values_of_an_older_restore_are_kept() -> Iterable[Patch]:
     yield patch.object(Landing, "restart", lambda _self: None)
 
 

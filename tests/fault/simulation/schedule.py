@@ -27,7 +27,7 @@ class Schedule:
         self.now_s = 0.0
         self.wall_offset_s = EPOCH_S  # a clock that is set changes this, and nothing else
         self.num_events = 0
-        self.told: Callable[[str], None] | None = None  # hears what happens, when somebody wants to read it
+        self.reported: Callable[[str], None] | None = None  # hears what happens, when somebody wants to read it
         self._waiting: list[tuple[float, int, str, Call]] = []
         self._order = itertools.count()
 
@@ -52,8 +52,8 @@ class Schedule:
 
     def tell(self, what: str) -> None:
         """Write a line of the trace, if anybody reads it."""
-        if self.told is not None and what:
-            self.told(f"{self.now_s:10.5f}  {what}")
+        if self.reported is not None and what:
+            self.reported(f"{self.now_s:10.5f}  {what}")
 
     def between(self, low: float, high: float) -> float:
         return low + (high - low) * self.random.random()

@@ -40,14 +40,14 @@ def reference_of(shards: int) -> Reference:
 
 
 class Simulation:
-    """One history. `told` hears its trace, line by line."""
+    """One history. `reported` hears its trace, line by line."""
 
     def __init__(
-        self, setting: Setting, reference: Reference | None, told: Callable[[str], None] | None = None
+        self, setting: Setting, reference: Reference | None, reported: Callable[[str], None] | None = None
     ) -> None:
         self.setting = setting
         self.schedule = Schedule(setting.seed)
-        self.schedule.told = told
+        self.schedule.reported = reported
         self.network = Network(self.schedule, latency_s=setting.latency_s, unruly=setting.unruly)
         self.network.bears = bears_unruliness
         self.disk = Disks(self, sqlite=setting.sqlite)
@@ -215,11 +215,11 @@ class Simulation:
         shutil.rmtree(self.disk.directory, ignore_errors=True)
 
 
-def run_seed(seed: int, told: Callable[[str], None] | None = None, **changes: Any) -> Simulation:
+def run_seed(seed: int, reported: Callable[[str], None] | None = None, **changes: Any) -> Simulation:
     """The history of a seed, `changes` made to its setting. What ends it too early, a Violation most of all, names the
     seed."""
     setting = replace(Setting.of(seed), **changes)
-    simulation = Simulation(setting, reference_of(setting.shards), told)
+    simulation = Simulation(setting, reference_of(setting.shards), reported)
     try:
         simulation.run()
     except BaseException as error:

@@ -20,7 +20,7 @@ _KILLED = {"kill_partition": 3.0, "kill_server": 1.0}
 
 @mistake_in(tier="replica", partitions=1, servers=2, compute_s=0.1, every_s=0.5, storm_s=8.0, faults=_KILLED)
 def votes_do_not_wait_for_the_standby() -> Iterable[Patch]:
-    yield patch.object(in_sync, "may_vote", lambda _bond, _step: True)
+    yield patch.object(in_sync, "may_vote", lambda _in_sync_state, _step: True)
 
 
 @mistake_in(tier="replica", partitions=2, servers=3, compute_s=0.1, every_s=0.3, storm_s=8.0, faults=_KILLED)

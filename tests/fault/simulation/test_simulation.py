@@ -31,12 +31,12 @@ def test_every_fault_strikes_and_is_borne(kind: str) -> None:
 
 
 def test_a_seed_is_a_history() -> None:
-    told: list[list[str]] = [[], []]
-    for lines in told:
+    reported: list[list[str]] = [[], []]
+    for lines in reported:
         run_seed(7, lines.append)
 
-    assert told[0] == told[1]
-    assert any("FAULT" in line for line in told[0])
+    assert reported[0] == reported[1]
+    assert any("FAULT" in line for line in reported[0])
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])

@@ -107,7 +107,7 @@ def test_the_least_recently_used_goes_first_and_never_one_in_use(
     assert {path.name for path in store.iterdir()} == {names[0], names[4], names[1]}
 
 
-def test_a_predecessors_leftovers_are_removed(tmp_path: Path) -> None:
+def test_a_predecessors_files_are_removed(tmp_path: Path) -> None:
     state = tmp_path / "state"
     runtime = make_runtime_dir(state)
     (runtime / "p1").mkdir()

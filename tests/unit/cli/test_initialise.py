@@ -13,7 +13,7 @@ from tests.unit.cli.conftest import Psctl
 FILES = [".gitignore", "README.md", "spec.yaml", "task.py", "text.txt"]
 
 
-def test_init_writes_a_lawful_job(run_alone: Psctl, tmp_path: Path) -> None:
+def test_init_writes_a_valid_job(run_alone: Psctl, tmp_path: Path) -> None:
     directory = tmp_path / "My Job"
     result = run_alone("init", str(directory))
     assert (result.exit_code, result.stdout) == (0, f"{directory}/spec.yaml\n")

@@ -372,7 +372,7 @@ def test_when_all_leave_the_job_waits_and_does_not_fail(site: Site) -> None:
     assert all(placement.kind is ProcessKind.TRAINER for placement in site.job().trainers)
 
 
-def test_a_dead_node_is_a_problem_until_it_is_drained(site: Site) -> None:
+def test_a_dead_node_is_unhealthy_until_it_is_drained(site: Site) -> None:
     def problems() -> list[str]:
         return drain.problems(site.state, site.now, site.limits.suspicion_s)
 

@@ -121,7 +121,7 @@ def test_a_job_that_was_rebuilt_from_a_copy_does_not_answer_for_what_it_left(sit
     assert not orphans.may_go(site.state_dir / "jobs" / "a", {"a": elsewhere}, {})
 
 
-def test_leftovers_without_snapshots_go(site: MasterSettings) -> None:
+def test_orphans_without_snapshots_are_removed(site: MasterSettings) -> None:
     (site.state_dir / "jobs" / "b" / "logs").mkdir(parents=True)
     assert known(site) == set()
     assert not (site.state_dir / "jobs" / "b").exists()

@@ -395,7 +395,7 @@ def test_an_unreadable_snapshot_falls_back_to_the_one_before(world: World) -> No
     assert plan_of(world) == (3, 3, 10)
 
 
-def test_trouble_is_told_and_explains_the_end(world: World) -> None:
+def test_a_warning_is_reported_and_explains_the_end(world: World) -> None:
     details = (("generation", "1"), ("unwritten", "100"))
     info = ErrorInfo(code="PS-4002", cause="no space left", action="free space", details=details)
     full = JobWarning(step=100, error=info)

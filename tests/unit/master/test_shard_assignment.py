@@ -30,7 +30,7 @@ def test_shards_are_dealt_whole_contiguous_and_even(num_shards: int, num_ranks: 
 
 @pytest.mark.parametrize("num_shards", range(1, 13))
 @pytest.mark.parametrize("num_ranks", range(1, 6))
-def test_even_dealing_is_as_aligned_as_it_can_be(num_shards: int, num_ranks: int) -> None:
+def test_an_even_assignment_is_as_aligned_as_it_can_be(num_shards: int, num_ranks: int) -> None:
     small, num_large = divmod(num_shards, num_ranks)
 
     def cost(large: frozenset[int]) -> int:
@@ -51,7 +51,7 @@ def test_cover_size_counts_the_trees_own_nodes(shape: tuple[int, int, int]) -> N
     assert cover_size(num_leaves, first, count) == len(tree_of(num_leaves).cover(range(first, first + count)))
 
 
-def test_dealing_depends_on_the_ranks_order_alone() -> None:
+def test_an_assignment_depends_on_the_ranks_order_alone() -> None:
     assert split_shards(8, [5, 2]) == {2: ((0, 4),), 5: ((4, 4),)}
     assert split_shards(8, []) == {}
 

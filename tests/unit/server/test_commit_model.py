@@ -110,8 +110,8 @@ class Model:
         if member.vote is not None or member.step >= self.steps or w.coordinator is None or not w.is_open:
             return False
         together = all(
-            other is not None and timeline == w.timelines[p] and other.step >= member.step
-            for other, timeline in zip(w.members, w.timelines, strict=True)
+            other is not None and restore_generation == w.timelines[p] and other.step >= member.step
+            for other, restore_generation in zip(w.members, w.timelines, strict=True)
         )
         return together and w.coordinator.step >= member.step
 
@@ -260,8 +260,8 @@ class Model:
             if index == 0:
                 w = self.hear(w, 0, decision)
             else:
-                told = Message("decision", index, decision.generation, decision.step, decision.norm)
-                w = self.to_member(w, index, told)
+                reported = Message("decision", index, decision.generation, decision.step, decision.norm)
+                w = self.to_member(w, index, reported)
         return w
 
     # ---- connections ----
@@ -275,12 +275,12 @@ class Model:
 
 def check(w: World) -> None:
     """What must hold in every state."""
-    for timeline in set(w.timelines) - {0}:
-        held = [m for m, t in zip(w.members, w.timelines, strict=True) if m is not None and t == timeline]
+    for restore_generation in set(w.timelines) - {0}:
+        held = [m for m, t in zip(w.members, w.timelines, strict=True) if m is not None and t == restore_generation]
         steps = [member.step for member in held]
         assert max(steps) - min(steps) <= 1, f"two steps apart: {w}"
         decisions = {(m.last_decision.step, m.last_decision.norm) for m in held if m.last_decision is not None}
-        if w.coordinator is not None and w.timelines[0] == timeline and w.coordinator.last is not None:
+        if w.coordinator is not None and w.timelines[0] == restore_generation and w.coordinator.last is not None:
             decisions.add((w.coordinator.last.step, w.coordinator.last.norm))
         assert len({step for step, _ in decisions}) == len(decisions), f"two decisions on one step: {w}"
 

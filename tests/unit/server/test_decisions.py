@@ -56,16 +56,16 @@ def summary(weight: float = 1.0, loss: float = 1.0) -> Summary:
 
 def test_the_last_vote_decides_and_the_decision_is_for_all() -> None:
     coordinator = CoordinatorState(num_partitions=2, generation=1, step=0)
-    coordinator, told, _ = receive_vote(coordinator, vote(1), lambda _: decision())
-    assert told is None
-    coordinator, told, _ = receive_vote(coordinator, vote(1), lambda _: decision())
-    assert told is None, "one partition twice is not two"
+    coordinator, answer, _ = receive_vote(coordinator, vote(1), lambda _: decision())
+    assert answer is None
+    coordinator, answer, _ = receive_vote(coordinator, vote(1), lambda _: decision())
+    assert answer is None, "one partition twice is not two"
 
-    coordinator, told, to_all = receive_vote(
+    coordinator, answer, to_all = receive_vote(
         coordinator, vote(0), lambda votes: decision() if set(votes) == {0, 1} else decision(9)
     )
 
-    assert (told, to_all) == (decision(), True)
+    assert (answer, to_all) == (decision(), True)
     assert (coordinator.step, dict(coordinator.votes), coordinator.last) == (1, {}, decision())
 
 
@@ -74,10 +74,12 @@ def test_a_vote_on_the_step_just_decided_is_answered_with_the_same_decision() ->
         num_partitions=1, generation=3, step=5, last=CommitDecision(generation=1, step=4, kind="skip", norm=2.5)
     )
 
-    after, told, to_all = receive_vote(coordinator, vote(1, step=4, generation=3), pytest.fail)
+    after, answer, to_all = receive_vote(coordinator, vote(1, step=4, generation=3), pytest.fail)
 
     assert (after, to_all) == (coordinator, False)
-    assert told == CommitDecision(generation=3, step=4, kind="skip", norm=2.5), "of the generation in which it is told"
+    assert answer == CommitDecision(generation=3, step=4, kind="skip", norm=2.5), (
+        "of the generation in which it is told"
+    )
 
 
 @pytest.mark.parametrize("stray", [vote(0, generation=2), vote(0, generation=0), vote(0, step=1), vote(0, step=7)])
@@ -103,7 +105,7 @@ def test_a_vote_is_cast_again_under_a_new_generation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("member", "told"),
+    ("member", "answer"),
     [
         (Member(generation=1, step=0), decision()),
         (Member(generation=2, step=0, vote=vote(0)), decision()),
@@ -111,8 +113,8 @@ def test_a_vote_is_cast_again_under_a_new_generation() -> None:
     ],
     ids=["not voted", "other generation", "other step"],
 )
-def test_a_decision_that_does_not_fit_is_not_carried_out(member: Member, told: CommitDecision) -> None:
-    assert receive_decision(member, told) == (member, False)
+def test_a_decision_that_does_not_fit_is_not_carried_out(member: Member, answer: CommitDecision) -> None:
+    assert receive_decision(member, answer) == (member, False)
 
 
 def test_a_decision_is_carried_out_once() -> None:
@@ -157,11 +159,11 @@ def test_clipping_is_torchs(clip: float) -> None:
 def test_a_decision_scales_to_the_clipped_mean() -> None:
     spec = played_spec(4, train={"clip_norm": 1.0})
 
-    told = decide({0: vote(0, step=6, b0=400.0)}, summary(weight=4.0), spec, 100, generation=2, stop=False)
+    answer = decide({0: vote(0, step=6, b0=400.0)}, summary(weight=4.0), spec, 100, generation=2, stop=False)
 
-    assert (told.step, told.generation, told.kind, told.norm) == (6, 2, "commit", 5.0)
-    assert told.scale == (1.0 / (5.0 + 1e-6)) / 4.0
-    assert not told.snapshot and not told.last
+    assert (answer.step, answer.generation, answer.kind, answer.norm) == (6, 2, "commit", 5.0)
+    assert answer.scale == (1.0 / (5.0 + 1e-6)) / 4.0
+    assert not answer.snapshot and not answer.last
 
 
 @pytest.mark.parametrize(
@@ -173,22 +175,22 @@ def test_what_is_not_finite_anywhere_is_skipped_or_stopped_everywhere(votes: lis
     by_partition = {v.partition: v for v in votes}
     for choice in ("stop", "skip"):
         spec = played_spec(4, on_nonfinite=choice, durability={"every_steps": 1})
-        told = decide(by_partition, of, spec, 100, generation=1, stop=False)
-        assert told.kind == choice
-        assert math.isnan(told.norm)
-        assert told.snapshot == (choice == "skip"), "a step that stops the job makes no version"
+        answer = decide(by_partition, of, spec, 100, generation=1, stop=False)
+        assert answer.kind == choice
+        assert math.isnan(answer.norm)
+        assert answer.snapshot == (choice == "skip"), "a step that stops the job makes no version"
 
 
 def test_a_step_without_weight_moves_nothing_by_its_gradient() -> None:
-    told = decide({0: vote(0)}, summary(weight=0.0), played_spec(4), 100, generation=1, stop=False)
+    answer = decide({0: vote(0)}, summary(weight=0.0), played_spec(4), 100, generation=1, stop=False)
 
-    assert (told.kind, told.scale, told.norm) == ("commit", 0.0, 0.0)
+    assert (answer.kind, answer.scale, answer.norm) == ("commit", 0.0, 0.0)
 
 
 def test_a_stop_is_written() -> None:
-    told = decide({0: vote(0)}, summary(), played_spec(4), 100, generation=1, stop=True)
+    answer = decide({0: vote(0)}, summary(), played_spec(4), 100, generation=1, stop=True)
 
-    assert told.snapshot and told.last
+    assert answer.snapshot and answer.last
 
 
 # ---- messages ----
@@ -207,15 +209,15 @@ def test_a_vote_reads_back(squares: dict[int, float], finite: bool) -> None:
     st.floats(allow_nan=False), st.floats(allow_nan=False), st.booleans(), st.sampled_from(["commit", "skip", "stop"])
 )
 def test_a_decision_reads_back_to_the_bit(scale: float, norm: float, flag: bool, kind: Any) -> None:
-    told = CommitDecision(generation=1, step=2, kind=kind, scale=scale, norm=norm, snapshot=flag, last=not flag)
+    answer = CommitDecision(generation=1, step=2, kind=kind, scale=scale, norm=norm, snapshot=flag, last=not flag)
 
-    assert CommitDecision.unpack(memoryview(told.pack())) == told
+    assert CommitDecision.unpack(memoryview(answer.pack())) == answer
 
 
 def test_a_decision_without_a_norm_reads_back() -> None:
-    told = CommitDecision.unpack(CommitDecision(generation=1, step=2, kind="skip", norm=math.nan).pack())
+    answer = CommitDecision.unpack(CommitDecision(generation=1, step=2, kind="skip", norm=math.nan).pack())
 
-    assert math.isnan(told.norm)
+    assert math.isnan(answer.norm)
 
 
 @pytest.mark.parametrize("body", [b"", b"\1\2", bytes(12)])

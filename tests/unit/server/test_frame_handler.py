@@ -138,18 +138,18 @@ WRONG_GREETINGS: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("name", WRONG_GREETINGS)
-def test_a_greeting_that_does_not_fit_is_refused(name: str, network: Network, service: PartitionService) -> None:
+def test_a_hello_that_does_not_fit_is_refused(name: str, network: Network, service: PartitionService) -> None:
     caller = Caller(network, service)
 
     caller.say(job_header(FrameKind.HELLO, generation=1), WRONG_GREETINGS[name])
 
     assert not caller.near.is_open
-    assert caller.told == []
+    assert caller.received == []
     assert sum(service.counters.invalid.values()) == 1
 
 
 @pytest.mark.parametrize("kind", [k for k in FrameKind if k is not FrameKind.HELLO])
-def test_nobody_is_heard_before_the_greeting(kind: FrameKind, network: Network, service: PartitionService) -> None:
+def test_no_frame_is_taken_before_the_hello(kind: FrameKind, network: Network, service: PartitionService) -> None:
     for body in (b"", WEIGHT):
         caller = Caller(network, service)
         caller.say(job_header(kind, generation=1), body)
@@ -158,7 +158,7 @@ def test_nobody_is_heard_before_the_greeting(kind: FrameKind, network: Network, 
     assert untouched(service)
 
 
-def test_a_caller_of_an_older_timeline_is_fenced_with_the_newer_generation(
+def test_a_caller_of_an_older_restore_is_fenced_with_the_newer_generation(
     network: Network, service: PartitionService
 ) -> None:
     service.adopt(played_plan(LAYOUT, {0: [0, 1]}, generation=5, restore_generation=5))
@@ -235,7 +235,7 @@ def test_a_job_of_narrow_gradients_takes_no_others(network: Network) -> None:
 
 def told_credit(caller: Caller) -> list[tuple[int, int]]:
     """What it was told of its credit beside answers: bytes granted, and the open bucket."""
-    bodies = [Ack.unpack(body) for header, body in caller.told if header.kind is FrameKind.ACK]
+    bodies = [Ack.unpack(body) for header, body in caller.received if header.kind is FrameKind.ACK]
     return [(granted, bucket) for kind, granted, bucket in bodies if kind is None]
 
 
@@ -278,8 +278,10 @@ def test_a_whole_step_by_frames(local: bool, network: Network, service: Partitio
     values = {bucket: header.step for bucket, (header, _) in puller.values.items()}
     assert values == {TRAINED: 1, AVERAGED: 1, CARRIED: 1}, "the frozen bucket was not asked for"
     assert [len(body) for _, body in puller.values.values()] == ([0, 0, 0] if local else [64, 64, 64])
-    told = [Directive.unpack(header, body).action for header, body in puller.told if header.kind is FrameKind.DIRECTIVE]
-    assert told[-1] == "train"
+    hello = [
+        Directive.unpack(header, body).action for header, body in puller.received if header.kind is FrameKind.DIRECTIVE
+    ]
+    assert hello[-1] == "train"
 
 
 def test_a_summary_of_the_next_step_waits_for_it(local: bool, network: Network, service: PartitionService) -> None:
@@ -320,7 +322,7 @@ def test_a_gradient_that_is_ahead_is_not_taken_for_delivered(
     caller = Caller(network, service, "push", local=local)
     caller.give(push(TRAINED, step=1), ONES)
     assert not caller.near.is_open, "it is sent again over another connection"
-    assert caller.acks() == [] and untouched(service) and not network.refusals
+    assert caller.acks() == [] and untouched(service) and not network.refused
 
 
 def test_a_gradient_that_was_ahead_when_it_began_counts_once_it_is_whole(

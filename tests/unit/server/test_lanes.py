@@ -246,7 +246,7 @@ def test_a_lane_on_a_connection_for_pulls_is_refused(network: Network) -> None:
 
 
 @pytest.mark.parametrize("num_lanes", [None, 0, -1, 9, 2**70, 1.5, "2", [2]])
-def test_a_greeting_for_an_unlawful_number_of_lanes_is_refused(num_lanes: object, network: Network) -> None:
+def test_a_hello_for_an_invalid_number_of_lanes_is_refused(num_lanes: object, network: Network) -> None:
     service = started(network)
     caller = Caller(network, service, local=True)
     caller.greet("push", share=True, num_lanes=num_lanes)

@@ -102,9 +102,11 @@ class PlayedJob:
         service.carry_out([TryVote()])
 
     def check(self) -> None:
-        for timeline in {p.plan.restore_generation for p in self.partitions if p.plan}:
-            steps = [p.member.step for p in self.partitions if p.plan and p.plan.restore_generation == timeline]
-            assert max(steps) - min(steps) <= 1, f"two steps apart in timeline {timeline}: {steps}"
+        for restore_generation in {p.plan.restore_generation for p in self.partitions if p.plan}:
+            steps = [
+                p.member.step for p in self.partitions if p.plan and p.plan.restore_generation == restore_generation
+            ]
+            assert max(steps) - min(steps) <= 1, f"two steps apart in timeline {restore_generation}: {steps}"
 
     def run_to_the_end(self) -> list[torch.Tensor]:
         """Without further faults: every plan is adopted, every frame arrives. Returns each partition's values."""

@@ -69,14 +69,14 @@ def test_values_come_in_the_codec_and_by_the_shortest_way(
     caller = Caller(network, service, "pull", local=local)
     caller.say(job_header(FrameKind.PULL, generation=1, flags=WITH_FROZEN | (EXACT if exact else 0)))
 
-    told = {bucket: header for bucket, (header, _) in caller.values.items()}
-    assert sorted(told) == [TRAINED, AVERAGED, FROZEN]
+    answer = {bucket: header for bucket, (header, _) in caller.values.items()}
+    assert sorted(answer) == [TRAINED, AVERAGED, FROZEN]
     narrow = codec == "bf16" and not exact
-    assert {bucket: header.codec for bucket, header in told.items()} == {
+    assert {bucket: header.codec for bucket, header in answer.items()} == {
         TRAINED: Codec.BF16 if narrow else Codec.FP32, AVERAGED: Codec.FP32, FROZEN: Codec.FP32,
     }  # fmt: skip
-    assert all(bool(header.flags & EXACT) is exact for header in told.values())
-    shared = {bucket for bucket, header in told.items() if header.flags & IN_MEMORY}
+    assert all(bool(header.flags & EXACT) is exact for header in answer.values())
+    shared = {bucket for bucket, header in answer.items() if header.flags & IN_MEMORY}
     in_memory = local and not (exact and codec == "bf16")  # only the rounded ones lie in shared memory
     assert shared == ({TRAINED, AVERAGED, FROZEN} if in_memory else set())
     rounded = torch.full((16,), THIRD).to(DTYPES["bf16"]).view(torch.int16).numpy().tobytes()
@@ -142,9 +142,11 @@ def many(monkeypatch: pytest.MonkeyPatch, network: Network) -> PartitionService:
 
 def runs(caller: Caller) -> list[tuple[int, int, int]]:
     """First bucket, how many, and version of each frame of values; then forgets them."""
-    found = [(h.bucket, h.node.leaves, h.step) for h, _ in caller.told if h.kind is FrameKind.VALUES]
-    assert all(h.node.first == h.bucket for h, _ in caller.told if h.kind is FrameKind.VALUES and h.flags & IN_MEMORY)
-    caller.told.clear()
+    found = [(h.bucket, h.node.leaves, h.step) for h, _ in caller.received if h.kind is FrameKind.VALUES]
+    assert all(
+        h.node.first == h.bucket for h, _ in caller.received if h.kind is FrameKind.VALUES and h.flags & IN_MEMORY
+    )
+    caller.received.clear()
     return found
 
 
@@ -181,4 +183,4 @@ def test_over_a_socket_each_bucket_has_its_frame_and_a_checksum_of_its_newest_va
             for flags in (0, EXACT, 0):
                 caller.say(job_header(FrameKind.PULL, generation=1, step=version, sender=caller.index, flags=flags))
                 assert runs(caller) == [(bucket, 0, version) for bucket in range(6)]
-    assert network.refusals == []
+    assert network.refused == []

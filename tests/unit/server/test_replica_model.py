@@ -1,9 +1,9 @@
 """A model check of partitions with standbys: every order of events in a small job, with deaths, false deaths and cuts.
 
-The decisions are the real ones (`psserver.partition.step.commit` and `bond`); what surrounds them is modelled after the
-service, the coordinator, the replication and the master. A stream between partition and standby keeps its order, and a
-vote comes after the join; decisions and words to the master arrive in any order. Plans reach each process at a time of
-its own. Who was taken for dead may live on, with its older plan."""
+The decisions are the real ones (`psserver.partition.step.commit` and `sync`); what surrounds them is modelled
+after the service, the coordinator, the replication and the master. A stream between partition and standby keeps its
+order, and a vote comes after the join; decisions and words to the master arrive in any order. Plans reach each process
+at a time of its own. Who was taken for dead may live on, with its older plan."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.unit.server.test_commit_model import _cannot_reach, put
 
 class Plan(NamedTuple):
     generation: int
-    timeline: int
+    restored: int
     holders: tuple[int, ...]  # attempts of the partitions
     standbys: tuple[int, ...]  # of their standbys
 
@@ -52,7 +52,7 @@ class Process(NamedTuple):
     last: int = -1
     stands_by: bool = False
     synced: bool = False
-    bond: InSyncState = InSyncState()
+    sync: InSyncState = InSyncState()
     joined: int = 0
     coordinator: Leads | None = None
 
@@ -117,7 +117,7 @@ class Model:
 
     def count(self, w: World, process: Process, version: int) -> World:
         """Somebody was told that the step to this version is committed."""
-        mine = process.plan.timeline == w.plan.timeline
+        mine = process.plan.restored == w.plan.restored
         return w._replace(decided=max(w.decided, version)) if mine else w
 
     # ---- what happens by itself ----
@@ -153,7 +153,7 @@ class Model:
             and coordinator.coordinator.step >= process.step
         )
         together = all(
-            p is not None and not p.stands_by and p.plan.timeline == process.plan.timeline and p.step >= process.step
+            p is not None and not p.stands_by and p.plan.restored == process.plan.restored and p.step >= process.step
             for p in self.holders(w)
         )
         return asked and together
@@ -164,7 +164,7 @@ class Model:
 
     def may_vote(self, process: Process) -> bool:
         ready = process.full and not process.voted and not process.stands_by
-        return ready and in_sync.may_vote(process.bond, process.step)
+        return ready and in_sync.may_vote(process.sync, process.step)
 
     def vote(self, w: World, process: Process) -> World:
         after = process._replace(voted=True)
@@ -189,15 +189,15 @@ class Model:
         fits = (
             coordinator is not None
             and coordinator.coordinator is not None
-            and coordinator.plan.timeline == process.plan.timeline
+            and coordinator.plan.restored == process.plan.restored
         )
         known = coordinator is not None and fits and coordinator.plan.holders[process.index] == process.attempt
         return process.joined != attempt and known
 
     def join(self, w: World, process: Process) -> World:
         after = process._replace(joined=process.plan.holders[0])
-        told = ("join", after.index, after.joined, after.step, after.last)
-        return self.cast(self.swap(w, process, after)._replace(messages=w.messages | {told}), after)
+        reported = ("join", after.index, after.joined, after.step, after.last)
+        return self.cast(self.swap(w, process, after)._replace(messages=w.messages | {reported}), after)
 
     def take_join(self, w: World, index: int, attempt: int, step: int, last: int) -> World:
         process = self.find(w, 0, attempt)
@@ -256,19 +256,19 @@ class Model:
             return w
         if index == 0:
             return self.hear(w, after, decision)
-        told = ("decision", index, after.attempt, decision.generation, decision.step)
-        return w._replace(messages=w.messages | {told})
+        reported = ("decision", index, after.attempt, decision.generation, decision.step)
+        return w._replace(messages=w.messages | {reported})
 
     def tell_all(self, w: World, process: Process, state: CoordinatorState, decision: CommitDecision) -> World:
         assert process.coordinator is not None
         coordinator = process.coordinator._replace(step=state.step, votes=frozenset(), last=decision.step)
         after = process._replace(coordinator=coordinator)
         w = self.count(self.swap(w, process, after), after, decision.step + 1)
-        told = {
+        reported = {
             ("decision", index, after.attempt, decision.generation, decision.step)
             for index in range(1, len(w.plan.holders))
         }
-        return self.hear(w._replace(messages=w.messages | told), after, decision)
+        return self.hear(w._replace(messages=w.messages | reported), after, decision)
 
     def hear(self, w: World, process: Process, decision: CommitDecision) -> World:
         """Carry out a decision, if it is on the step that was voted on, under this generation."""
@@ -286,9 +286,9 @@ class Model:
         if kind == "join":
             return self.take_join(w, index, attempt, *message[3:])
         if kind == "in sync":
-            standby, timeline = message[3:]
+            standby, restored = message[3:]
             m = w.plan
-            holds = (m.holders[index], m.standbys[index], m.timeline) == (attempt, standby, timeline)
+            holds = (m.holders[index], m.standbys[index], m.restored) == (attempt, standby, restored)
             return w._replace(believed=put(w.believed, index, True)) if holds else w  # type: ignore[arg-type]
         if kind == "vote":
             coordinator = self.find(w, 0, attempt)
@@ -331,17 +331,17 @@ class Model:
                 continue
             standby = self.find(w, index, sender.plan.standbys[index])
             fits = standby is not None and standby.stands_by and standby.plan.holders[index] == sender.attempt
-            if standby is None or not fits or standby.plan.timeline != sender.plan.timeline:
+            if standby is None or not fits or standby.plan.restored != sender.plan.restored:
                 continue
             sums = (("sums", sender.step, -1),) if sender.full else ()
             acked_version = standby.acked_version if standby.synced else -1
-            if in_sync.resumes(sender.bond, acked_version, standby.step, sender.step):
+            if in_sync.resumes(sender.sync, acked_version, standby.step, sender.step):
                 missed = (("decision", sender.last, -1),) if standby.step < sender.step else ()
                 link = Link(sender.attempt, standby.attempt, (*missed, *sums), (acked_version,))
             else:
-                anew = in_sync.begin(sender.bond)
+                anew = in_sync.begin(sender.sync)
                 assert anew is not None, f"what the standby held is gone: {sender} {standby}"
-                w = self.swap(w, sender, sender._replace(bond=anew))
+                w = self.swap(w, sender, sender._replace(sync=anew))
                 link = Link(sender.attempt, standby.attempt, (("state", sender.step, sender.last), *sums))
             yield w._replace(links=put(w.links, index, link))  # type: ignore[arg-type]
 
@@ -359,12 +359,12 @@ class Model:
         return self.swap(w, standby, after)._replace(links=put(w.links, standby.index, link))  # type: ignore[arg-type]
 
     def acknowledged(self, w: World, process: Process, acked_version: int) -> World:
-        held, reports = in_sync.acknowledge(process.bond, acked_version, process.step + process.voted)
-        after = process._replace(bond=held)
+        held, reports = in_sync.acknowledge(process.sync, acked_version, process.step + process.voted)
+        after = process._replace(sync=held)
         w = self.swap(w, process, after)
         if not reports:
             return w
-        word = ("in sync", after.index, after.attempt, held.attempt, after.plan.timeline)
+        word = ("in sync", after.index, after.attempt, held.attempt, after.plan.restored)
         return w._replace(messages=w.messages | {word})
 
     # ---- plans ----
@@ -372,14 +372,14 @@ class Model:
     def adopt(self, w: World, process: Process) -> World:
         plan, index = w.plan, process.index
         stands_by = process.attempt == plan.standbys[index]
-        if process.plan.timeline != plan.timeline:
+        if process.plan.restored != plan.restored:
             return self.begin_anew(w, process, stands_by)
         takes_over = process.stands_by and not stands_by
         if takes_over:
             assert process.synced, "it is to take over and holds nothing"
             w = self.hang_up(w, process)
-        held = in_sync.adopt(process.bond, plan.standbys[index], restored=takes_over)
-        if held != process.bond and not stands_by:
+        held = in_sync.adopt(process.sync, plan.standbys[index], restored=takes_over)
+        if held != process.sync and not stands_by:
             w = self.hang_up(w, process)
         joined = process.joined if plan.holders[0] == process.joined else 0
         coordinator = process.coordinator
@@ -391,7 +391,7 @@ class Model:
             coordinator = coordinator._replace(
                 votes=frozenset(), step=commit.coordinator_adopts(self.coordinator_of(w, process), 0).step
             )
-        after = process._replace(plan=plan, stands_by=stands_by, bond=held, joined=joined, coordinator=coordinator)
+        after = process._replace(plan=plan, stands_by=stands_by, sync=held, joined=joined, coordinator=coordinator)
         w = self.swap(w, process, after)
         if after.coordinator is not None and after.coordinator.is_open:
             calls = {("call", other, after.attempt) for other in after.coordinator.joined if other}
@@ -403,7 +403,7 @@ class Model:
         leads = index == 0 and not stands_by
         after = Process(
             index, process.attempt, plan=w.plan, stands_by=stands_by,
-            bond=InSyncState() if stands_by else InSyncState(attempt=w.plan.standbys[index]),
+            sync=InSyncState() if stands_by else InSyncState(attempt=w.plan.standbys[index]),
             coordinator=Leads(step=0, joined=frozenset({0}), is_open=partitions == 1) if leads else None,
         )  # fmt: skip
         to_coordinator, from_coordinator = ("join", "vote"), ("decision", "call")
@@ -457,7 +457,7 @@ class Model:
         else:
             w, holder = self.new(w, index)
             standby, believed = plan.standbys[index], (False,) * len(w.believed)
-            plan = plan._replace(timeline=generation)
+            plan = plan._replace(restored=generation)
             w = w._replace(decided=0)
         plan = plan._replace(holders=put(plan.holders, index, holder), standbys=put(plan.standbys, index, standby))  # type: ignore[arg-type]
         return w._replace(plan=plan, believed=believed)  # type: ignore[arg-type]
@@ -470,7 +470,7 @@ class Model:
 
 def check(w: World, model: Model) -> None:
     """What must hold in every state."""
-    held = [p for p in model.holders(w) if p is not None and p.plan.timeline == w.plan.timeline]
+    held = [p for p in model.holders(w) if p is not None and p.plan.restored == w.plan.restored]
     steps = [p.step for p in held if not p.stands_by]
     assert not steps or max(steps) - min(steps) <= 1, f"two steps apart: {w}"
     for process in held:
@@ -563,11 +563,11 @@ ACKNOWLEDGE, RECEIVE_VOTE = in_sync.acknowledge, commit.receive_vote
 @pytest.mark.parametrize(
     ("where", "name", "mistake", "case"),
     [
-        (in_sync, "may_vote", lambda _bond, _step: True, CASES[0]),
+        (in_sync, "may_vote", lambda _in_sync_state, _step: True, CASES[0]),
         (in_sync, "acknowledge", _tells_at_once, CASES[0]),
         (in_sync, "acknowledge", _never_binds, CASES[0]),
         (in_sync, "adopt", _stays_bound, CASES[1]),
-        (in_sync, "begin", lambda _bond: None, ((True,), 2, (0, 0, 0, 1, 0))),
+        (in_sync, "begin", lambda _in_sync_state: None, ((True,), 2, (0, 0, 0, 1, 0))),
         (commit, "coordinator_learns", lambda coordinator, _decision: (coordinator, None), CASES[4]),
         (commit, "receive_vote", _forgets_decisions, CASES[4]),
     ],

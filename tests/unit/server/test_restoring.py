@@ -73,7 +73,7 @@ def test_a_store_that_is_away_is_waited_for_and_said_once(
 def test_nobody_is_welcome_meanwhile(waiting: PartitionService, network: Network, tmp_path: Path) -> None:
     early = Caller(network, waiting)
     early.greet("push", restore_generation=2)
-    assert not early.near.is_open and not early.told and not network.refusals
+    assert not early.near.is_open and not early.received and not network.refused
     write_snapshot(tmp_path / "mount")
     network.fire_timers()
     late = Caller(network, waiting)

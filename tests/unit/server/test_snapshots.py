@@ -32,13 +32,15 @@ class Desk:
     store: Path
     writer: SnapshotWriter
     posted: Queue[Any]
-    heard: list[tuple[Written | None, PsError | None]] = field(default_factory=list)
+    received: list[tuple[Written | None, PsError | None]] = field(default_factory=list)
 
     def write(self, step: int, *, generation: int = 1) -> tuple[Written | None, PsError | None]:
         meta = PartMeta(job="job", step=step, generation=generation, partition=0, num_partitions=1, update_counts=(0,))
-        self.writer.write(meta, LAYOUT, Held({(0, "values"): bytes(64)}), lambda *told: self.heard.append(told))
+        self.writer.write(
+            meta, LAYOUT, Held({(0, "values"): bytes(64)}), lambda *reported: self.received.append(reported)
+        )
         self.posted.get(timeout=DEADLINE_S)()
-        return self.heard[-1]
+        return self.received[-1]
 
     def steps(self) -> list[int]:
         names = [name for name in os.listdir(self.store) if not name.startswith(".")]
@@ -226,18 +228,20 @@ class SlowStore:
 def ask(desk: Desk, step: int, *, generation: int = 1, last: bool = False) -> None:
     """Ask for a snapshot, and do not wait for it."""
     meta = PartMeta(job="job", step=step, generation=generation, partition=0, num_partitions=1, update_counts=(0,))
-    desk.writer.write(meta, LAYOUT, Held({(0, "values"): bytes(64)}), lambda *told: desk.heard.append(told), last=last)
+    desk.writer.write(
+        meta, LAYOUT, Held({(0, "values"): bytes(64)}), lambda *reported: desk.received.append(reported), last=last
+    )
 
 
 def finish(desk: Desk, slow: SlowStore, num_asked: int) -> None:
     """Let every write go, until each snapshot that was asked for has been told of."""
-    while len(desk.heard) < num_asked:
+    while len(desk.received) < num_asked:
         slow.let_go.put(None)
         desk.posted.get(timeout=DEADLINE_S)()
 
 
 def left_out(desk: Desk) -> list[str]:
-    return [error.cause.split(" is left out")[0] for _, error in desk.heard if error is not None]
+    return [error.cause.split(" is left out")[0] for _, error in desk.received if error is not None]
 
 
 def test_a_slow_store_holds_nobody_back_and_what_is_left_out_is_told(
@@ -253,7 +257,7 @@ def test_a_slow_store_holds_nobody_back_and_what_is_left_out_is_told(
 
     assert slow.wrote == [1, 4]
     assert sorted(left_out(desk)) == [f"the snapshot of step {step}" for step in (2, 3, 5, 6, 7)]
-    assert all(isinstance(error, StorageError) for _, error in desk.heard if error)
+    assert all(isinstance(error, StorageError) for _, error in desk.received if error)
 
 
 def test_the_last_snapshot_gives_way_to_none(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

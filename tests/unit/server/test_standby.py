@@ -104,8 +104,8 @@ def _decided_behind_its_standby(job: PlayedJob) -> CommitDecision:
     for _ in range(1000):
         if member.member.step == done + 1:
             break
-        heard = standby.member.vote is not None  # it has the step: what follows would be the decision
-        waiting = [c for c in job.network.connections if c.inbox and not (heard and c.handler is standby.handler)]
+        received = standby.member.vote is not None  # it has the step: what follows would be the decision
+        waiting = [c for c in job.network.connections if c.inbox and not (received and c.handler is standby.handler)]
         waiting[0].deliver() if waiting else job.network.posted.popleft()()
     assert (member.member.step, standby.member.step) == (done + 1, done)
     assert member.member.last_decision is not None
@@ -290,7 +290,7 @@ def _many_storms(count: int) -> None:
 @pytest.mark.parametrize(
     ("where", "name", "mistake"),
     [
-        (in_sync, "may_vote", lambda _bond, _step: True),
+        (in_sync, "may_vote", lambda _in_sync_state, _step: True),
         (in_sync, "acknowledge", _tells_at_once),
         (in_sync, "acknowledge", _never_binds),
         (in_sync, "adopt", _stays_bound),

@@ -194,7 +194,7 @@ def test_a_skipped_step_changes_nothing_and_gives_everything_back() -> None:
         ({"mean": [1e30, 0.0, 0.0]}, True),
     ],
 )
-def test_the_ballot_says_what_is_finite(fields: dict[str, Any], finite: bool) -> None:
+def test_the_vote_says_what_is_finite(fields: dict[str, Any], finite: bool) -> None:
     played = Played()
     played.push(0, **fields)
     played.push(1)

@@ -150,7 +150,7 @@ class PlayedJob:
         self.network.settle()
         pending = {rank: len(self.trainers[rank].peer.pushes.queue) for rank in self.alive}
         assert self.partition.version == before + 1, f"stuck at {before}: owed {pending}"
-        assert self.network.refusals == []
+        assert self.network.refused == []
         for rank in self.alive:
             self.trainers[rank].enter(before + 1)
             lanes = self.trainers[rank].lanes

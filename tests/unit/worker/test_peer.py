@@ -212,7 +212,7 @@ def test_what_cannot_be_mapped_ends_the_connection_and_leaves_no_descriptor(
     before = num_descriptors()
     trainer = met(network, tmp_path)
 
-    assert [error.code for error in network.refusals] == ["PS-3002"]
+    assert [error.code for error in network.refused] == ["PS-3002"]
     assert not trainer.peer.is_connected
     trainer.close()
     assert num_descriptors() == before and shared
@@ -259,7 +259,7 @@ def test_what_does_not_fit_ends_the_connection_and_lands_nowhere(
     partition.callers[channel].send(header, [body])
     network.settle(redial=False)
 
-    assert [error.code for error in network.refusals] == ["PS-3002"]
+    assert [error.code for error in network.refused] == ["PS-3002"]
     assert not trainer.values.landing.is_complete and shared
     assert not trainer.memory.flats[0].any()
 

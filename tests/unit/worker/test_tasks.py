@@ -86,7 +86,7 @@ def test_the_real_library_trains(make_spec: Any) -> None:
     prepared = prepare(spec, None, "cpu")
 
     assert prepared.held_out is not None
-    assert prepared.preflight.num_samples > len(prepared.held_out) > 100
+    assert len(prepared.train) > len(prepared.held_out) > 100
 
 
 def test_windows_predict_every_byte_but_the_first_once() -> None:

@@ -228,19 +228,19 @@ class SharedStoreCheck:
     def __init__(self, partition: int, num_partitions: int) -> None:
         self._others = frozenset(range(num_partitions)) - {partition}
         self._since_s = math.inf  # when another partition's files were first missing
-        self._told = False
+        self._reported = False
 
     def check(self, location: str, seen: Iterable[int], now_s: float) -> StorageError | None:
         """After the catalogue has a snapshot of all partitions: what is wrong when only the files of the partitions
         `seen` are there. Told once; None: nothing, or nothing new."""
         missing = sorted(self._others.difference(seen))
-        if not missing or self._told:
+        if not missing or self._reported:
             self._since_s = math.inf
             return None
         self._since_s = min(self._since_s, now_s)
         if now_s - self._since_s < SHARING_PATIENCE_S:
             return None
-        self._told = True
+        self._reported = True
         names = ", ".join(f"partition-{index}" for index in missing)
         return StorageError(
             f"{location} shows nothing that {names} wrote there: it is not shared, and a lost partition that starts "
