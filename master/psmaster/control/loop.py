@@ -140,7 +140,7 @@ class Core:
     async def write_log(self, stream: AgentStream, sequence: int, job_id: str, message: LogMessage) -> None:
         """Queue lines of output for a job's log; acknowledged once written. Waits like `submit`."""
         await self._accepts.wait()
-        self._put(Input(apply=_no_change, ack=(stream, sequence), log=(job_id, message)))
+        self._put(Input(apply=lambda _: None, ack=(stream, sequence), log=(job_id, message)))
 
     def _put(self, item: Input) -> None:
         self._inputs.append(item)
@@ -265,10 +265,6 @@ class Core:
 def _from_thread(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments: Any) -> None:
     with contextlib.suppress(RuntimeError):  # the loop has ended, and the master with it
         loop.call_soon_threadsafe(call, *arguments)
-
-
-def _no_change(_transaction: Transaction) -> None:
-    """A log line changes no state."""
 
 
 def _outcome(item: Input, transaction: Transaction) -> Any:

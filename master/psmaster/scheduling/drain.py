@@ -1,9 +1,9 @@
 """Draining a node: its processes move elsewhere first, and no step is lost or computed again. Pure.
 
 A plan assigns the shards of a trainer on the node to others; it finishes its work and ends. Without others, another
-trainer is started first. A partition moves while the whole job rests: the plan asks to write the next step and to
+trainer is started first. A partition moves while the whole job is paused: the plan asks to write the next step and to
 compute nothing beyond it; once that snapshot is complete, all processes restore it, the partition's replacement
-included. With a standby in sync elsewhere, the standby takes over instead, without a rest. A standby is replaced on
+included. With a standby in sync elsewhere, the standby takes over instead, without a pause. A standby is replaced on
 another node. What has no other place stays; `psctl drain` and `psctl nodes` say so.
 """
 
@@ -137,7 +137,7 @@ def _handed_to_standby(draft: Draft, view: View, placement: Placement) -> bool:
 
 
 def _waits_in_vain(draft: Draft) -> bool:
-    """Whether the snapshot at which the job rests has not come in time; for a while nothing is tried then."""
+    """Whether the snapshot at which the job pauses is late; for a while nothing is tried then."""
     job, now_s = draft.job, draft.now.mono_s
     if job.held >= 0 and job.held_s is None:
         draft.update(held_s=now_s)

@@ -129,7 +129,8 @@ def _move(
     if ratio >= NAMED:
         microbatch_s = speeds[slowest].microbatch_s
         what = f"{placement.name} on {placement.node_id} takes {ratio:.1f} times as long as the median trainer"
-        what += f" for a microbatch ({microbatch_s:.3g} s): it has {sizes[slowest]} of {job.num_shards} shards now, {placement.num_shards} before"
+        what += f" for a microbatch ({microbatch_s:.3g} s): it has {sizes[slowest]} of {job.num_shards} shards now"
+        what += f", {placement.num_shards} before"
     else:
         what = f"no trainer is slow: they have {min(sizes.values())} to {max(sizes.values())} shards each now"
     tried = tuple((rank, count) for rank, count in assignment.tried if not sizes.get(rank))
