@@ -33,7 +33,7 @@
 
 An error carries fields: `cause` says what happened, `action` what to do next, `details` is machine-readable (strings
 only, so that every error crosses a process boundary unchanged). `to_dict` and `from_dict` are the one mapping to and
-from plain data; ErrorDetail messages use it, and `pscluster.rpc.status` maps it to gRPC status and back. PS-3003 is
+from plain data; ErrorDetail messages use it, and `pscluster.rpc` maps it to gRPC status and back. PS-3003 is
 retired: do not reuse it.
 """
 

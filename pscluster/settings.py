@@ -75,7 +75,9 @@ def resolve_with_origins(
         found = _lookup(name, flags, environ, table, file)
         if found is None:
             origins[name] = Origin(kind="default", name="")
-            _refuse_missing(name, field)
+            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+                action = f"give {_flag(name)} or {environment_name(name)}"
+                raise SettingsError(f"{name} is not set", action=action)
             continue
         raw, origins[name] = found
         values[name] = _convert(raw, hints[name], name, origins[name])
@@ -90,11 +92,15 @@ def environment_name(field: str) -> str:
     return "PS_" + field.upper()
 
 
+def _flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
 def _lookup(
     name: str, flags: Mapping[str, Any], environ: Mapping[str, str], table: Mapping[str, Any], file: Path | None
 ) -> tuple[Any, Origin] | None:
     if flags.get(name) is not None:
-        return flags[name], Origin(kind="flag", name="--" + name.replace("_", "-"))
+        return flags[name], Origin(kind="flag", name=_flag(name))
     variable = environment_name(name)
     if environ.get(variable):
         return environ[variable], Origin(kind="environment", name=variable)
@@ -121,28 +127,17 @@ def _refuse_unknown(given: Mapping[str, Any], fields: Mapping[str, Any], where: 
             raise SettingsError(f"unknown key {key} in {where}", action=action)
 
 
-def _refuse_missing(name: str, field: dataclasses.Field[Any]) -> None:
-    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-        flag = "--" + name.replace("_", "-")
-        raise SettingsError(f"{name} is not set", action=f"give {flag} or {environment_name(name)}")
-
-
 def _convert(raw: Any, hint: Any, name: str, origin: Origin) -> Any:
     """`raw` (text, or a value that TOML or a flag parser gave) as the annotated type."""
-    plain = _without_none(hint)
+    plain = hint
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (plain,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
     try:
         return _convert_plain(raw, plain)
     except (ValueError, TypeError):
         wanted = getattr(plain, "__name__", str(plain))
         where = f"{origin.kind} {origin.name}".strip()
         raise SettingsError(f"{name} must be {wanted}, not {raw!r} (from {where})") from None
-
-
-def _without_none(hint: Any) -> Any:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        (plain,) = (part for part in typing.get_args(hint) if part is not type(None))
-        return plain
-    return hint
 
 
 def _convert_plain(raw: Any, hint: Any) -> Any:
@@ -154,7 +149,10 @@ def _convert_plain(raw: Any, hint: Any) -> Any:
             raise TypeError
         return tuple(part for part in parts if part)
     if hint is bool:
-        return raw if isinstance(raw, bool) else _truth(raw)
+        if isinstance(raw, str) and raw.lower() in _WORDS:
+            return _WORDS[raw.lower()]
+        if isinstance(raw, bool):
+            return raw
     if hint in (int, float) and isinstance(raw, str | int | float) and not isinstance(raw, bool):
         if hint is int and isinstance(raw, float):
             raise TypeError
@@ -162,12 +160,6 @@ def _convert_plain(raw: Any, hint: Any) -> Any:
     if hint is str and isinstance(raw, str):
         return raw
     raise TypeError
-
-
-def _truth(raw: Any) -> bool:
-    if not isinstance(raw, str) or raw.lower() not in _WORDS:
-        raise ValueError
-    return _WORDS[raw.lower()]
 
 
 def default_state_dir(environ: Mapping[str, str]) -> Path:

@@ -17,16 +17,9 @@ from collections.abc import MutableMapping
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
+import prometheus_client as prometheus
 import structlog
-from prometheus_client import (
-    REGISTRY,
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    disable_created_metrics,
-    make_wsgi_app,
-)
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from pscluster.errors import AddressInUseError, SettingsError
 
@@ -34,7 +27,7 @@ LEVELS = ("debug", "info", "warning", "error", "critical")
 _SCRAPE_TIMEOUT_S = 10.0
 _POLL_S = 0.2
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # half of the series, without use
+prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]  # half of the series, without use
 
 BUILD_INFO = Gauge("ps_build_info", "Always 1; the labels identify the build.", ["version", "role", "python"])
 LOG_MESSAGES = Counter("ps_log_messages_total", "Log lines written.", ["level"])
@@ -106,7 +99,7 @@ class MetricsEndpoint:
         Raises AddressInUseError when it is taken, SettingsError when it cannot be an address of this machine.
         """
         host, port = split_address(listen)
-        metrics = make_wsgi_app(registry)
+        metrics = prometheus.make_wsgi_app(registry)
 
         def application(environ: dict[str, Any], start_response: Any) -> Any:
             if environ.get("PATH_INFO") == "/metrics":

@@ -21,6 +21,7 @@ from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined
 
 from pscluster import rpc, telemetry
 from pscluster.errors import AddressInUseError, StorageError
+from pscluster.rpc.server import ErrorInterceptor, TokenInterceptor
 from pscluster.v1 import agents_pb2_grpc, jobs_pb2_grpc
 from psmaster.api.agents import AgentsService
 from psmaster.api.jobs import JobsService
@@ -155,8 +156,7 @@ async def _listen(
     stack: AsyncExitStack, settings: MasterSettings, token: str, jobs: JobsService, agents: AgentsService, health: Any
 ) -> None:
     server = grpc.aio.server(
-        interceptors=[rpc.ErrorInterceptor(telemetry.observe_rpc), rpc.TokenInterceptor(token)],
-        options=rpc.SERVER_OPTIONS,
+        interceptors=[ErrorInterceptor(telemetry.observe_rpc), TokenInterceptor(token)], options=rpc.SERVER_OPTIONS
     )
     jobs_pb2_grpc.add_JobsServicer_to_server(jobs, server)  # type: ignore[no-untyped-call]
     agents_pb2_grpc.add_AgentsServicer_to_server(agents, server)  # type: ignore[no-untyped-call]

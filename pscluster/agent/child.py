@@ -12,7 +12,7 @@ import socket
 import subprocess
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from google.protobuf.message import DecodeError
 
 from pscluster.agent.launch import AGENT_PID, CONTROL_FD
 from pscluster.agent.link import FrameSplitter, encode_frame
-from pscluster.agent.output import LineSplitter
+from pscluster.agent.report_queue import LineSplitter
+from pscluster.agent.status import Exit
 from pscluster.errors import FrameError
 from pscluster.v1.plan_pb2 import PartSettled, Plan, ProcessOrder, ProcessReport, ProcessSpec, Shutdown
 
@@ -46,15 +47,6 @@ class GracePeriods:
     leave_s: float = 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ended:
-    """How a child ended: `returncode` is the exit code, or minus the signal."""
-
-    returncode: int
-    expected: bool
-    stderr_tail: tuple[str, ...]
-
-
 class Child:
     """A running process in its own session. Used from the loop it was started on."""
 
@@ -75,7 +67,6 @@ class Child:
         self._plan: Plan | None = None
         self._settled: list[str] = []
         self._shutdown = False
-        self._pumps: list[asyncio.Task[None]] = []
 
     @classmethod
     def start(
@@ -129,8 +120,8 @@ class Child:
         self._settled.append(path)
         self._wake.set()
 
-    async def wait(self) -> Ended:
-        """Wait until the process has exited and its reports and output are read. Call once.
+    async def wait(self) -> Exit:
+        """Wait until the process has exited and its reports and output are read; how it exited. Call once.
 
         What it left in its process group is killed first.
         """
@@ -139,29 +130,22 @@ class Child:
         self._signal(signal.SIGKILL)
         self._reaped = True
         returncode = self._process.wait()
-        await asyncio.wait(self._pumps, timeout=_DRAIN_S)
+        await asyncio.wait(self._readers, timeout=_DRAIN_S)
         await self._close()
-        return Ended(returncode=returncode, expected=self._expected, stderr_tail=tuple(self._last_words))
+        return Exit(returncode=returncode, expected=self._expected, stderr_tail=tuple(self._last_words))
 
     async def end(self, grace: GracePeriods) -> None:
         """Send the shutdown order, then SIGTERM, then SIGKILL to the whole group; returns when it has exited."""
         self._expected = True
         self._shutdown = True
         self._wake.set()
-        if await self._gone_within(grace.terminate_s):
-            return
-        self._signal(signal.SIGTERM)
-        if await self._gone_within(grace.kill_s - grace.terminate_s):
-            return
-        self._signal(signal.SIGKILL)
+        for wait_s, number in ((grace.terminate_s, signal.SIGTERM), (grace.kill_s - grace.terminate_s, signal.SIGKILL)):
+            try:
+                await asyncio.wait_for(self._exited.wait(), wait_s)
+                return
+            except TimeoutError:
+                self._signal(number)
         await self._exited.wait()
-
-    async def _gone_within(self, seconds: float) -> bool:
-        try:
-            await asyncio.wait_for(self._exited.wait(), seconds)
-        except TimeoutError:
-            return False
-        return True
 
     def _signal(self, number: signal.Signals) -> None:
         if not self._reaped:
@@ -172,17 +156,10 @@ class Child:
 
     def _begin(self) -> None:
         threading.Thread(target=self._await_exit, name=f"exit-{self.pid}", daemon=True).start()
-        for name, pipe in (("stdout", self._process.stdout), ("stderr", self._process.stderr)):
-            self._pump(self._read_output(name, pipe))
-        self._pump(self._read_reports())
-        self._pump(self._write_orders(), awaited=False)
-
-    def _pump(self, work: Coroutine[Any, Any, None], awaited: bool = True) -> None:
-        task = asyncio.create_task(work)
-        if awaited:
-            self._pumps.append(task)
-        else:
-            self._writer = task
+        output = (("stdout", self._process.stdout), ("stderr", self._process.stderr))
+        readers = [self._read_reports(), *(self._read_output(name, pipe) for name, pipe in output)]
+        self._readers = [asyncio.create_task(reader) for reader in readers]
+        self._writer = asyncio.create_task(self._write_orders())
 
     def _await_exit(self) -> None:
         """Run on a separate thread: wait for the exit without reaping, so that the pid is not reused."""
@@ -244,7 +221,7 @@ class Child:
         return orders
 
     async def _close(self) -> None:
-        tasks = [*self._pumps, self._writer]
+        tasks = [*self._readers, self._writer]
         for task in tasks:
             task.cancel()
         for outcome in await asyncio.gather(*tasks, return_exceptions=True):

@@ -16,17 +16,9 @@ from typing import Any
 
 import structlog
 
+from pscluster import errors
 from pscluster.agent import depot
 from pscluster.agent.status import detail_of
-from pscluster.errors import (
-    DamagedError,
-    FrameError,
-    InternalError,
-    NotFoundError,
-    PsError,
-    StorageError,
-    UnreachableError,
-)
 from pscluster.storage.directory import DirectoryStore
 from pscluster.v1.agents_pb2 import DepotAddress
 from pscluster.v1.depot_pb2 import TakePartRequest
@@ -145,11 +137,11 @@ class Copies:
         try:
             part.nodes.extend([self.node_id, await self._copy_to_peer(request)])
             emit(report)
-        except PsError as error:
+        except errors.PsError as error:
             emit(_copy_failed(part, error))
         except Exception as problem:  # a job that ends waits for one report or the other
             _log.exception("copying a snapshot part failed", part=part.path)
-            emit(_copy_failed(part, InternalError(f"copying {part.path} failed: {problem!r}")))
+            emit(_copy_failed(part, errors.InternalError(f"copying {part.path} failed: {problem!r}")))
         finally:
             on_settled(part.path)
 
@@ -163,11 +155,11 @@ class Copies:
                 try:
                     await depot.give(peers[node_id], self.token, request)
                     return node_id
-                except PsError as error:
+                except errors.PsError as error:
                     why = f"{node_id}: {error.cause}"
             failures += 1
             if loop.time() >= until:
-                raise StorageError(
+                raise errors.StorageError(
                     f"snapshot {request.part.step} is incomplete, a part is only on {self.node_id}: {why}",
                     action="start a second psserver --own-store, or give the job a shared durability.store",
                 )
@@ -190,17 +182,17 @@ class Copies:
         try:
             if await asyncio.to_thread(depot.is_sound, directory, part):
                 return None
-        except StorageError as error:
+        except errors.StorageError as error:
             away[self.node_id] = error.cause
         for node_id in [node_id for node_id in part.nodes if node_id != self.node_id]:
             try:
                 if node_id not in self._peers:
-                    raise UnreachableError("it is not connected")
+                    raise errors.UnreachableError("it is not connected")
                 await depot.get(self._peers[node_id], self.token, job_id, part, directory)
                 return None
-            except (NotFoundError, DamagedError, FrameError) as error:
+            except (errors.NotFoundError, errors.DamagedError, errors.FrameError) as error:
                 _log.warning("a node no longer has a part", node=node_id, part=part.path, cause=error.cause)
-            except PsError as error:
+            except errors.PsError as error:
                 away[node_id] = error.cause
         return away
 
@@ -208,7 +200,7 @@ class Copies:
         """Create the directory: a part that is missing in an existing store is lost; a missing store may come back."""
         try:
             await asyncio.to_thread(DirectoryStore(directory).create)
-        except StorageError as error:
+        except errors.StorageError as error:
             _log.warning("the store of this node cannot be created", cause=error.cause)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -236,14 +228,14 @@ def _part_to_restore(spec: ProcessSpec, plan: Plan | None) -> SnapshotPart | Non
     return None
 
 
-def _copy_failed(part: SnapshotPart, error: PsError) -> ProcessReport:
+def _copy_failed(part: SnapshotPart, error: errors.PsError) -> ProcessReport:
     error.details |= {"unwritten": str(part.step), "generation": str(part.generation)}
     return ProcessReport(warning=WarningMessage(error=detail_of(error), step=part.step))
 
 
 def _waiting(part: SnapshotPart, away: Mapping[str, str]) -> ProcessReport:
     nodes = "; ".join(f"{node_id}: {why}" for node_id, why in away.items())
-    error = UnreachableError(
+    error = errors.UnreachableError(
         f"restoring step {part.step} waits for the part of partition-{part.partition}: {nodes}",
         action=f"start {' or '.join(away)} again; after an hour the job goes back to an older snapshot",
     )

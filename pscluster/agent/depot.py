@@ -15,9 +15,9 @@ from typing import Any
 
 import grpc
 
-from pscluster import rpc
 from pscluster.errors import AddressInUseError, DamagedError, FrameError, NotFoundError, StateError, StorageError
-from pscluster.rpc import error_of, open_aio_channel
+from pscluster.rpc import SERVER_OPTIONS, error_of, open_aio_channel
+from pscluster.rpc.server import ErrorInterceptor, TokenInterceptor
 from pscluster.storage import Written
 from pscluster.storage.directory import DirectoryStore, Incoming
 from pscluster.storage.snapshot import parse_part_name, verify_file
@@ -73,7 +73,7 @@ class DepotService(depot_pb2_grpc.DepotServicer):
 async def serving(directory: Path, listen: str, token: str) -> AsyncIterator[str]:
     """Serve the depot of `directory` while the context lasts; yields its address. Raises AddressInUseError."""
     server = grpc.aio.server(
-        interceptors=[rpc.ErrorInterceptor(observe_rpc), rpc.TokenInterceptor(token)], options=rpc.SERVER_OPTIONS
+        interceptors=[ErrorInterceptor(observe_rpc), TokenInterceptor(token)], options=SERVER_OPTIONS
     )
     depot_pb2_grpc.add_DepotServicer_to_server(DepotService(directory, token), server)  # type: ignore[no-untyped-call]
     try:
@@ -89,21 +89,22 @@ async def serving(directory: Path, listen: str, token: str) -> AsyncIterator[str
 
 async def give(address: str, token: str, request: depot_pb2.TakePartRequest) -> None:
     """Have the depot at `address` fetch a copy of a part; it is durable there on return. Raises PsError."""
-    async with open_aio_channel(address, token) as channel:
-        stub: Any = depot_pb2_grpc.DepotStub(channel)  # type: ignore[no-untyped-call]
-        try:
-            await stub.TakePart(request, timeout=_deadline_s(request.part))
-        except grpc.RpcError as failure:
-            raise error_of(failure, f"the depot at {address}") from None
+    async with _connected(address, token) as stub:
+        await stub.TakePart(request, timeout=_deadline_s(request.part))
 
 
 async def get(address: str, token: str, job_id: str, part: SnapshotPart, directory: Path) -> None:
     """Copy a part from another node into `directory`, complete and verified. Raises PsError."""
-    async with open_aio_channel(address, token) as channel:
-        stub: Any = depot_pb2_grpc.DepotStub(channel)  # type: ignore[no-untyped-call]
+    async with _connected(address, token) as stub:
         call = stub.GetPart(depot_pb2.GetPartRequest(job_id=job_id, part=part), timeout=_deadline_s(part))
+        await _receive(directory, written_of(part), (chunk.data async for chunk in call))
+
+
+@asynccontextmanager
+async def _connected(address: str, token: str) -> AsyncIterator[Any]:
+    async with open_aio_channel(address, token) as channel:
         try:
-            await _receive(directory, written_of(part), (chunk.data async for chunk in call))
+            yield depot_pb2_grpc.DepotStub(channel)  # type: ignore[no-untyped-call]
         except grpc.RpcError as failure:
             raise error_of(failure, f"the depot at {address}") from None
 

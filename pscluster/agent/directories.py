@@ -66,9 +66,7 @@ class AgentDirectories:
             ) from None
         remove_runtime(state_dir)
         directories = cls(state_dir, make_runtime_dir(state_dir), lock)
-        directories._clear(directories.jobs)
-        directories._clear_unfinished()
-        directories._clear_half_written()
+        directories._clear()
         return directories
 
     def release(self) -> None:
@@ -76,21 +74,17 @@ class AgentDirectories:
         remove_runtime(self._state_dir)
         os.close(self._lock)
 
-    def _clear(self, directory: Path) -> None:
-        shutil.rmtree(directory, ignore_errors=True)
+    def _clear(self) -> None:
+        """Remove working directories, and bundles and snapshot parts that were not written completely."""
+        shutil.rmtree(self.jobs, ignore_errors=True)
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.jobs.mkdir(mode=0o700, exist_ok=True)
+            self.bundles.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
-            raise StorageError(f"cannot use {directory}: {error.strerror}") from None
-
-    def _clear_unfinished(self) -> None:
-        self.bundles.mkdir(mode=0o700, exist_ok=True)
+            raise StorageError(f"cannot use {error.filename}: {error.strerror}") from None
         for path in self.bundles.iterdir():
             if path.name.startswith(".") or path.suffix == ".part":
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-    def _clear_half_written(self) -> None:
-        """Parts of snapshots, and copies of others', that were not written completely."""
         for location in DirectoryStore(self.snapshots).below():
             DirectoryStore(Path(location)).sweep(lambda _: True)
 

@@ -153,41 +153,34 @@ class FrameSplitter:
         self._buffer += data
         messages = []
         start = 0
-        while (end := self._end_of_frame(start)) is not None:
+        while len(self._buffer) - start >= LENGTH.size:
+            (size,) = LENGTH.unpack_from(self._buffer, start)
+            if size > MAX_FRAME_BYTES:
+                raise FrameError(f"a control frame announces {size} bytes, more than {MAX_FRAME_BYTES}")
+            end = start + LENGTH.size + size
+            if end > len(self._buffer):
+                break
             messages.append(bytes(self._buffer[start + LENGTH.size : end]))
             start = end
         del self._buffer[:start]
         return messages
 
-    def _end_of_frame(self, start: int) -> int | None:
-        if len(self._buffer) - start < LENGTH.size:
-            return None
-        (size,) = LENGTH.unpack_from(self._buffer, start)
-        if size > MAX_FRAME_BYTES:
-            raise FrameError(f"a control frame announces {size} bytes, more than {MAX_FRAME_BYTES}")
-        end = start + LENGTH.size + int(size)
-        return end if end <= len(self._buffer) else None
 
-
-class HeartbeatThread:
-    """Reports what `beat` returns twice a second, whatever other threads do, until `close` or the agent's end."""
+class HeartbeatThread(threading.Thread):
+    """Reports what `beat` returns twice a second, whatever other threads do, until `close` or the end of the agent."""
 
     def __init__(self, link: ProcessLink, beat: Callable[[], Beat]) -> None:
         """`beat` is called on this thread and must not block."""
+        super().__init__(name="heartbeat", daemon=True)
         self._link = link
         self._beat = beat
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread; the first heartbeat is sent at once. Called once."""
-        self._thread.start()
 
     def close(self) -> None:
         """Send no more heartbeats. Safe to repeat, also before `start`."""
         self._ended.set()
 
-    def _run(self) -> None:
+    def run(self) -> None:
         try:
             while True:
                 self._link.report(ProcessReport(beat=self._beat()))

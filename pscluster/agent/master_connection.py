@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -38,33 +39,30 @@ class MasterConnection:
         self._node = node
         self._queue = ReportQueue()
         self._queued = asyncio.Event()
-        self._empty = asyncio.Event()
-        self._empty.set()
-        self._disconnected = asyncio.Event()
-        self._disconnected.set()
+        self.flushed = asyncio.Event()
+        """Set while the master has acknowledged everything."""
+        self.flushed.set()
+        self.disconnected = asyncio.Event()
+        """Set while no stream is open."""
+        self.disconnected.set()
         self._failures = 0
         self._reported_code = ""
-        self.connected = False
 
     def emit(self, message: AgentMessage) -> None:
         """Queue a durable message. It reaches the master at least once, in order, unless a newer one supersedes it (see
         `ReportQueue`). Never blocks."""
         self._queue.add(message)
-        self._empty.clear()
+        self.flushed.clear()
         self._queued.set()
         self._measure()
+
+    @property
+    def connected(self) -> bool:
+        return not self.disconnected.is_set()
 
     def log_bytes(self) -> int:
         """Bytes of output that the master has not acknowledged."""
         return self._queue.log_bytes
-
-    async def wait_flushed(self) -> None:
-        """Wait until the master has acknowledged everything."""
-        await self._empty.wait()
-
-    async def wait_disconnected(self) -> None:
-        """Wait until the stream is closed; returns at once when it is."""
-        await self._disconnected.wait()
 
     async def run(self, supervisor: Supervisor) -> None:
         """Keep a stream open and pass assignments to `supervisor`; never returns.
@@ -123,26 +121,29 @@ class MasterConnection:
         return float(reply.beat_interval_s) or 1.0
 
     async def _receive(self, call: Any, supervisor: Supervisor) -> None:
-        while (message := await self._read(call)) is not grpc.aio.EOF:
+        while True:
+            try:
+                async with asyncio.timeout(SILENCE_S):
+                    message = await call.read()
+            except TimeoutError:
+                raise UnreachableError(f"no message from the master for {SILENCE_S:g} s") from None
+            if message is grpc.aio.EOF:
+                break
             if not self.connected:
                 self._set_connected(True)
             if message.HasField("assignment"):
                 supervisor.apply(message.assignment)
             if message.HasField("ack"):
-                self._acknowledge(message.ack.sequence)
+                self._queue.acknowledge(message.ack.sequence)
+                if not len(self._queue):
+                    self.flushed.set()
+                self._measure()
         code = await call.code()
         if code is not grpc.StatusCode.OK:
             raise grpc.aio.AioRpcError(
                 code, await call.initial_metadata(), await call.trailing_metadata(), await call.details()
             )
         raise UnreachableError("the master closed the stream")
-
-    async def _read(self, call: Any) -> Any:
-        try:
-            async with asyncio.timeout(SILENCE_S):
-                return await call.read()
-        except TimeoutError:
-            raise UnreachableError(f"no message from the master for {SILENCE_S:g} s") from None
 
     async def _send(self, call: Any, supervisor: Supervisor, beat_interval_s: float) -> None:
         """Send everything unacknowledged, then what is added, and heartbeats in between, until the call ends.
@@ -161,19 +162,8 @@ class MasterConnection:
                 await call.write(AgentMessage(beat=_heartbeat(supervisor)))
                 beat_at = loop.time() + beat_interval_s
             if not waiting:
-                await self._wait_queued(beat_at - loop.time())
-
-    async def _wait_queued(self, seconds: float) -> None:
-        try:
-            await asyncio.wait_for(self._queued.wait(), max(0.0, seconds))
-        except TimeoutError:
-            return
-
-    def _acknowledge(self, sequence: int) -> None:
-        self._queue.acknowledge(sequence)
-        if not len(self._queue):
-            self._empty.set()
-        self._measure()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._queued.wait(), max(0.0, beat_at - loop.time()))
 
     def _measure(self) -> None:
         metrics.QUEUED_MESSAGES.set(len(self._queue))
@@ -183,11 +173,10 @@ class MasterConnection:
         if connected:
             self._failures = 0
             self._reported_code = ""
-            self._disconnected.clear()
+            self.disconnected.clear()
             _log.info("connected to the master", address=self._address)
         else:
-            self._disconnected.set()
-        self.connected = connected
+            self.disconnected.set()
         metrics.MASTER_CONNECTED.set(int(connected))
 
     def _log_outage(self, error: PsError) -> None:

@@ -55,21 +55,10 @@ class ProcessMetrics(Collector):
                 if not _NAME.fullmatch(sample.name):
                     continue
                 name = f"ps_{sample.name}"
-                family = families.get(name)
-                if family is None:
-                    family = families[name] = Metric(
-                        _family_name(name, sample), "Reported by a process.", _type(sample)
-                    )
-                family.add_sample(name, {**sample.labels, **labels}, sample.value)
+                if name not in families:
+                    # A counter's family has no suffix in prometheus_client's model; its text format adds it again.
+                    family_name = name if sample.gauge else name.removesuffix("_total")
+                    kind = "gauge" if sample.gauge else "counter" if name.endswith("_total") else "unknown"
+                    families[name] = Metric(family_name, "Reported by a process.", kind)
+                families[name].add_sample(name, {**sample.labels, **labels}, sample.value)
         return families.values()
-
-
-def _type(sample: Counters.Sample) -> str:
-    if sample.gauge:
-        return "gauge"
-    return "counter" if sample.name.endswith("_total") else "unknown"
-
-
-def _family_name(name: str, sample: Counters.Sample) -> str:
-    """A counter's family has no suffix in prometheus_client's model; its text format adds it again."""
-    return name if sample.gauge else name.removesuffix("_total")

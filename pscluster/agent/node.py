@@ -26,12 +26,11 @@ from pscluster.agent.role import AgentRole, AgentSettings
 from pscluster.agent.supervisor import Supervisor
 from pscluster.rpc import PROTOCOL, read_token
 from pscluster.telemetry import MetricsEndpoint
-from pscluster.v1.agents_pb2 import AgentMessage, Goodbye, Leaving, RegisterRequest, Role
+from pscluster.v1.agents_pb2 import AgentMessage, Goodbye, Leaving, RegisterRequest
 
 FLUSH_S = 5.0
 """How long an agent that ends waits for the master to acknowledge the last messages."""
 
-ROLES = {"worker": Role.ROLE_WORKER, "server": Role.ROLE_SERVER}
 _log = structlog.get_logger(__name__)
 
 
@@ -46,20 +45,16 @@ async def run_agent(role: AgentRole, settings: AgentSettings, environ: Mapping[s
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     token = read_token(settings.token_file)
-    directories = AgentDirectories.claim(settings.state_dir)
-    try:
+    async with AsyncExitStack() as stack:
+        directories = AgentDirectories.claim(settings.state_dir)
+        stack.callback(directories.release)
         endpoint = MetricsEndpoint(settings.metrics_listen)
-        try:
-            node = registration(role, settings, environ, endpoint.address)
-            async with AsyncExitStack() as stack:
-                if role.keeps_snapshots and settings.own_store:
-                    depot = serving(directories.snapshots, settings.depot_listen, token)
-                    node.depot_address = await stack.enter_async_context(depot)
-                await _Agent(role, settings, token, node, directories, environ, grace).run(stop)
-        finally:
-            endpoint.close()
-    finally:
-        directories.release()
+        stack.callback(endpoint.close)
+        node = registration(role, settings, environ, endpoint.address)
+        if role.keeps_snapshots and settings.own_store:
+            depot = serving(directories.snapshots, settings.depot_listen, token)
+            node.depot_address = await stack.enter_async_context(depot)
+        await _Agent(role, settings, token, node, directories, environ, grace).run(stop)
 
 
 def registration(
@@ -69,7 +64,7 @@ def registration(
     devices = resources.cuda_devices(environ)
     return RegisterRequest(
         node_id=settings.node_id,
-        role=ROLES[role.name],
+        role=f"ROLE_{role.name.upper()}",
         incarnation=secrets.token_hex(8),
         resources=resources.measure(settings.slots or role.slots(len(devices)), devices),
         version=pscluster.__version__,
@@ -137,9 +132,8 @@ class _Agent:
         if self._supervisor.is_empty or not self._master.connected or not self._grace.leave_s:
             return
         self._master.emit(AgentMessage(leaving=Leaving()))
-        waits = [
-            asyncio.create_task(wait) for wait in (self._supervisor.wait_empty(), self._master.wait_disconnected())
-        ]
+        ends = (self._supervisor.wait_empty(), self._master.disconnected.wait())
+        waits = [asyncio.ensure_future(end) for end in ends]
         await asyncio.wait(waits, timeout=self._grace.leave_s, return_when=asyncio.FIRST_COMPLETED)
         for task in waits:
             task.cancel()
@@ -147,6 +141,6 @@ class _Agent:
 
     async def _flush(self) -> None:
         try:
-            await asyncio.wait_for(self._master.wait_flushed(), FLUSH_S)
+            await asyncio.wait_for(self._master.flushed.wait(), FLUSH_S)
         except TimeoutError:
             _log.warning("the master did not acknowledge the last messages in time")

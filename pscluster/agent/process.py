@@ -15,17 +15,27 @@ from typing import Any
 import structlog
 
 from pscluster.agent import metrics, resources
-from pscluster.agent.child import Child, Ended, GracePeriods
+from pscluster.agent.child import Child, GracePeriods
 from pscluster.agent.copies import Copies
 from pscluster.agent.directories import AgentDirectories, BundleCache
 from pscluster.agent.launch import BUNDLE_DIR, SOCKET_DIR
-from pscluster.agent.output import Backlog
+from pscluster.agent.report_queue import Backlog
 from pscluster.agent.resources import DeviceLedger
-from pscluster.agent.status import LOADING_SILENCE_S, NOT_STARTED, SILENCE_S, Exit, LastHeartbeat, classify, detail_of
+from pscluster.agent.status import (
+    LOADING_SILENCE_S,
+    NONE,
+    NOT_STARTED,
+    SILENCE_S,
+    SUSPICION_NAMES,
+    LastHeartbeat,
+    classify,
+    not_started,
+    suspicion_of,
+)
 from pscluster.devices import AUTO
 from pscluster.errors import InternalError, PsError, StorageError, UnreachableError
 from pscluster.v1.agents_pb2 import AgentMessage, LogLine, ProcessEvent, ProcessState, ProcessStatus
-from pscluster.v1.plan_pb2 import Failure, Plan, ProcessReport, ProcessSpec, Speed, Unreached
+from pscluster.v1.plan_pb2 import Beat, Failure, Plan, ProcessReport, ProcessSpec, Speed
 from pscluster.wire.backoff import delay_s
 
 FLUSH_S = 0.2
@@ -96,12 +106,14 @@ class Process:
         except Exception as error:  # of any kind: nothing else reports what became of this process
             problem = _start_error(error)
         if self._child is None:
-            self._report_exit(self._not_started(problem))
+            self._report_exit(not_started(self.spec.process_id, problem, expected=self._ending))
         else:
             self._report_running(self._child)
-            ended = await self._child.wait()
-            self._report_exit(self._classify(self._child.pid, ended, resources.oom_kills() - kills_before))
-        await asyncio.to_thread(self._remove_directories)
+            seen = await self._child.wait()
+            seen = replace(seen, oom_kills=resources.oom_kills() - kills_before, failure=self._failure)
+            self._report_exit(classify(self.spec.process_id, self._child.pid, seen))
+        for directory in (self._sockets, self._scratch):
+            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
     async def _started(self) -> Child | None:
         """None: it was ended before it could start."""
@@ -133,23 +145,33 @@ class Process:
             self._child.forward(plan)
 
     @property
-    def silence_s(self) -> float:
-        """How long it may send no heartbeat."""
-        return LOADING_SILENCE_S if self._ready is None else SILENCE_S[self.spec.kind]
+    def is_suspected(self) -> bool:
+        """Whether the master was told that it is silent or stalled."""
+        return self._status.suspicion != NONE
 
-    @property
-    def suspicion(self) -> ProcessStatus.Suspicion:
-        """The suspicion reported to the master last."""
-        return self._status.suspicion
-
-    @property
-    def unreached(self) -> Unreached | None:
-        """The unreached partitions reported to the master last."""
-        return self._status.unreached if self._status.HasField("unreached") else None
-
-    def report_suspicion(self, suspicion: ProcessStatus.Suspicion, unreached: Unreached | None) -> None:
-        """Report to the master whether the running process is suspected, and which partitions it cannot reach."""
-        self._status.suspicion = suspicion
+    def check_heartbeat(self, now_s: float) -> None:
+        """Report to the master if the running process has become suspected, or recovered, since the last check, or
+        reaches other partitions."""
+        silence_s = LOADING_SILENCE_S if self._ready is None else SILENCE_S[self.spec.kind]
+        found = suspicion_of(now_s, self.last_heartbeat, silence_s)
+        unreached = self.last_heartbeat.unreached if self.last_heartbeat is not None else None
+        before, reported = (
+            self._status.suspicion,
+            self._status.unreached if self._status.HasField("unreached") else None,
+        )
+        if (found, unreached) == (before, reported):
+            return
+        if found not in (before, NONE):
+            metrics.SUSPICIONS.labels(kind=SUSPICION_NAMES[found]).inc()
+            self._log.warning(f"a process is {SUSPICION_NAMES[found]}")
+        elif found != before:
+            self._log.info("a process recovered")
+        if unreached is not None and reported is None:
+            metrics.SUSPICIONS.labels(kind="cut off").inc()
+            self._log.warning("a process cannot reach partitions", partitions=list(unreached.partitions))
+        elif unreached is None and reported is not None:
+            self._log.info("a process reaches all partitions again")
+        self._status.suspicion = found
         self._status.ClearField("unreached")
         if unreached is not None:
             self._status.unreached.CopyFrom(unreached)
@@ -163,13 +185,7 @@ class Process:
             self._context.metrics.keep(self.spec, report.counters)
             return
         if body == "beat":
-            now_s = asyncio.get_running_loop().time()
-            beat = report.beat
-            unreached = beat.unreached if beat.HasField("unreached") else None
-            self.last_heartbeat = LastHeartbeat(
-                at_s=now_s, busy_s=beat.busy_s, typical_s=beat.typical_s, unreached=unreached
-            )
-            self.speed = beat.speed if beat.HasField("speed") else None
+            self._handle_heartbeat(report.beat)
             return
         if body == "snapshot_part" and self._copies:
             self._context.copies.copy(self.spec, self.plan, report, self._emit_event, self._part_settled)
@@ -182,6 +198,15 @@ class Process:
             self._failure = report.failure
         self._send_lines(final=True)
         self._emit_event(report)
+
+    def _handle_heartbeat(self, beat: Beat) -> None:
+        self.last_heartbeat = LastHeartbeat(
+            at_s=asyncio.get_running_loop().time(),
+            busy_s=beat.busy_s,
+            typical_s=beat.typical_s,
+            unreached=beat.unreached if beat.HasField("unreached") else None,
+        )
+        self.speed = beat.speed if beat.HasField("speed") else None
 
     def _emit_event(self, report: ProcessReport) -> None:
         self._context.emit(AgentMessage(event=ProcessEvent(process_id=self.spec.process_id, report=report)))
@@ -245,9 +270,8 @@ class Process:
             "PYTHONUNBUFFERED": "1",
             "PYTHONFAULTHANDLER": "1",
         }
-        return Child.start(
-            self.spec, self._context.command, directory, environment, self._handle_report, self._handle_line
-        )
+        context = self._context
+        return Child.start(self.spec, context.command, directory, environment, self._handle_report, self._handle_line)
 
     def _report_running(self, child: Child) -> None:
         metrics.STARTED.inc()
@@ -258,27 +282,6 @@ class Process:
         self._log.info("process started", pid=child.pid)
 
     # End.
-
-    def _not_started(self, error: PsError | None) -> ProcessStatus:
-        status = ProcessStatus(
-            process_id=self.spec.process_id,
-            phase=ProcessStatus.PHASE_EXITED,
-            exit_code=NOT_STARTED,
-            expected=self._ending,
-        )
-        if error is not None:
-            status.error.CopyFrom(detail_of(error))
-        return status
-
-    def _classify(self, pid: int, ended: Ended, oom_kills: int) -> ProcessStatus:
-        facts = Exit(
-            returncode=ended.returncode,
-            expected=ended.expected,
-            oom_kills=oom_kills,
-            failure=self._failure,
-            stderr_tail=ended.stderr_tail,
-        )
-        return classify(self.spec.process_id, pid, facts)
 
     def _report_exit(self, status: ProcessStatus) -> None:
         self._status = status
@@ -296,10 +299,6 @@ class Process:
             out_of_memory=status.out_of_memory,
             cause=status.error.cause,
         )
-
-    def _remove_directories(self) -> None:
-        for directory in (self._sockets, self._scratch):
-            shutil.rmtree(directory, ignore_errors=True)
 
 
 def num_threads(spec: ProcessSpec) -> int:

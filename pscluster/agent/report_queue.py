@@ -1,4 +1,4 @@
-"""Messages for the master, kept until it acknowledges them.
+"""Messages for the master, kept until it acknowledges them, and the output of a process on its way there.
 
 Durable messages get a sequence number that rises by 1. They stay here, across any number of broken streams, until an
 acknowledgement covers them. Memory is bounded: in a long outage the oldest progress reports and log lines are dropped
@@ -10,19 +10,18 @@ returns from an outage does not act on a stale one. Sequences therefore have gap
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 
-from pscluster.v1.agents_pb2 import AgentMessage, ProcessStatus
+from pscluster.v1.agents_pb2 import AgentMessage, LogLine, LogLines, ProcessStatus
 
 MAX_BYTES = 64 * 1024 * 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Queued:
-    message: AgentMessage
-    size_bytes: int
+MAX_LINE_BYTES = 16 * 1024
+MAX_BACKLOG_BYTES = 1024 * 1024
+MAX_BACKLOG_LINES = 4_000
+MAX_BATCH_BYTES = 256 * 1024
+_LINE_OVERHEAD_BYTES = 64
 
 
 class ReportQueue:
@@ -30,7 +29,7 @@ class ReportQueue:
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes = max_bytes
-        self._queued: dict[int, _Queued] = {}
+        self._queued: dict[int, AgentMessage] = {}
         self._latest_status: dict[str, int] = {}  # by process id: the queued status of the running process
         self._size_bytes = 0
         self._log_bytes = 0
@@ -53,9 +52,8 @@ class ReportQueue:
         message.sequence = self.last_sequence
         if message.WhichOneof("body") == "status":
             self._remove_superseded(message.status)
-        queued = _Queued(message=message, size_bytes=message.ByteSize())
-        self._queued[self.last_sequence] = queued
-        self._account(queued, 1)
+        self._queued[self.last_sequence] = message
+        self._account(message, 1)
         while self._size_bytes > self._max_bytes and len(self._queued) > 1:
             self._remove(next(self._drop_order()))
             self.num_dropped += 1
@@ -70,7 +68,7 @@ class ReportQueue:
         """At most `limit` messages above `sequence`, oldest first. They stay queued and must not be changed."""
         start = max(sequence + 1, next(iter(self._queued), self.last_sequence + 1))
         found = (self._queued.get(number) for number in range(start, self.last_sequence + 1))
-        return [queued.message for queued in islice(filter(None, found), limit)]
+        return list(islice((message for message in found if message is not None), limit))
 
     def _remove_superseded(self, status: ProcessStatus) -> None:
         """Remove the status that this one supersedes. An exit is the last status of a process."""
@@ -83,20 +81,20 @@ class ReportQueue:
     def _drop_order(self) -> Iterator[int]:
         """Sequences in the order in which they are dropped; never the newest."""
         older = list(self._queued.items())[:-1]
-        yield from (number for number, queued in older if _is_droppable(queued.message))
-        yield from (number for number, queued in older if not _is_droppable(queued.message))
+        for droppable in (True, False):
+            yield from (number for number, message in older if _is_droppable(message) == droppable)
 
     def _remove(self, sequence: int) -> None:
-        queued = self._queued.pop(sequence)
-        self._account(queued, -1)
-        process_id = queued.message.status.process_id
-        if self._latest_status.get(process_id) == sequence:
-            del self._latest_status[process_id]
+        message = self._queued.pop(sequence)
+        self._account(message, -1)
+        if self._latest_status.get(message.status.process_id) == sequence:
+            del self._latest_status[message.status.process_id]
 
-    def _account(self, queued: _Queued, sign: int) -> None:
-        self._size_bytes += sign * queued.size_bytes
-        if queued.message.WhichOneof("body") == "log":
-            self._log_bytes += sign * queued.size_bytes
+    def _account(self, message: AgentMessage, sign: int) -> None:
+        size_bytes = message.ByteSize()
+        self._size_bytes += sign * size_bytes
+        if message.WhichOneof("body") == "log":
+            self._log_bytes += sign * size_bytes
 
 
 def _is_droppable(message: AgentMessage) -> bool:
@@ -104,3 +102,83 @@ def _is_droppable(message: AgentMessage) -> bool:
     if message.WhichOneof("body") == "log":
         return True
     return message.HasField("event") and message.event.report.WhichOneof("body") == "progress"
+
+
+class LineSplitter:
+    """Splits a stream of bytes into lines of at most 16 KiB; holds at most one unfinished line.
+
+    The rest of a longer line is dropped. Of a line that was overwritten by carriage returns (a progress bar)
+    only the last state is kept, as on a terminal.
+    """
+
+    def __init__(self, max_bytes: int = MAX_LINE_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._held = bytearray()
+
+    def feed(self, data: bytes) -> list[str]:
+        """The lines that `data` completes."""
+        *complete, rest = data.split(b"\n")
+        lines = []
+        for piece in complete:
+            self._hold(piece)
+            lines.append(self._take())
+        self._hold(rest)
+        return lines
+
+    def flush(self) -> list[str]:
+        """The unfinished line, if any: the stream has ended."""
+        return [self._take()] if self._held else []
+
+    def _hold(self, piece: bytes) -> None:
+        if b"\r" in piece.rstrip(b"\r"):
+            self._held.clear()
+            ending = piece[len(piece.rstrip(b"\r")) :]
+            piece = piece.rstrip(b"\r").rpartition(b"\r")[2] + ending
+        elif piece and self._held.endswith(b"\r"):
+            self._held.clear()
+        self._held += piece[: max(0, self._max_bytes - len(self._held))]
+
+    def _take(self) -> str:
+        line = bytes(self._held).rstrip(b"\r").decode("utf-8", "replace")
+        self._held.clear()
+        return line
+
+
+class Backlog:
+    """Lines of one process that wait to be sent; the oldest are dropped when it is full."""
+
+    def __init__(self, max_bytes: int = MAX_BACKLOG_BYTES, max_lines: int = MAX_BACKLOG_LINES) -> None:
+        self._max_bytes = max_bytes
+        self._max_lines = max_lines
+        self._lines: deque[LogLine] = deque()
+        self._size_bytes = 0
+        self._dropped = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._lines or self._dropped)
+
+    def add(self, line: LogLine) -> int:
+        """Append `line`. Returns how many older lines were dropped for it."""
+        self._lines.append(line)
+        self._size_bytes += _size(line)
+        before = self._dropped
+        while self._size_bytes > self._max_bytes or len(self._lines) > self._max_lines:
+            self._size_bytes -= _size(self._lines.popleft())
+            self._dropped += 1
+        return self._dropped - before
+
+    def take(self, process_id: str, max_bytes: int = MAX_BATCH_BYTES) -> LogLines:
+        """The oldest lines, up to about `max_bytes` of them, as one message; at least one if there is any."""
+        batch = LogLines(process_id=process_id, dropped=self._dropped)
+        self._dropped = 0
+        taken = 0
+        while self._lines and (taken == 0 or taken + _size(self._lines[0]) <= max_bytes):
+            line = self._lines.popleft()
+            taken += _size(line)
+            batch.lines.append(line)
+        self._size_bytes -= taken
+        return batch
+
+
+def _size(line: LogLine) -> int:
+    return len(line.text) + _LINE_OVERHEAD_BYTES

@@ -78,6 +78,16 @@ def classify(process_id: str, pid: int, seen: Exit) -> ProcessStatus:
     return status
 
 
+def not_started(process_id: str, error: PsError | None = None, *, expected: bool) -> ProcessStatus:
+    """The exit of a process that does not run: it could not be started, or was ended before it was."""
+    status = ProcessStatus(
+        process_id=process_id, phase=ProcessStatus.PHASE_EXITED, exit_code=NOT_STARTED, expected=expected
+    )
+    if error is not None:
+        status.error.CopyFrom(detail_of(error))
+    return status
+
+
 def detail_of(error: PsError) -> ErrorDetail:
     """The error as a message; `pscluster.client.records` has the inverse."""
     return ErrorDetail(**error.to_dict())

@@ -13,10 +13,10 @@ import structlog
 from pscluster.agent import metrics
 from pscluster.agent.child import GracePeriods
 from pscluster.agent.process import AgentContext, Process, wanted_device
-from pscluster.agent.status import NONE, NOT_STARTED, SUSPICION_NAMES, suspicion_of
+from pscluster.agent.status import not_started
 from pscluster.devices import device_priority
-from pscluster.v1.agents_pb2 import AgentMessage, Assignment, ProcessState, ProcessStatus
-from pscluster.v1.plan_pb2 import Plan, ProcessSpec, Speed, Unreached
+from pscluster.v1.agents_pb2 import AgentMessage, Assignment, ProcessState
+from pscluster.v1.plan_pb2 import Plan, ProcessSpec, Speed
 
 WATCH_S = 0.25
 AT_ONCE = GracePeriods(terminate_s=0.0, kill_s=0.0)
@@ -49,10 +49,12 @@ class Supervisor:
         actions = reconcile(assignment.processes, running, self._ever_ran)
         for process_id in actions.stop:
             process = self._processes[process_id]
-            self._spawn(process.end(AT_ONCE if process.suspicion else self._grace))
+            self._spawn(process.end(AT_ONCE if process.is_suspected else self._grace))
         for spec in sorted(actions.start, key=_device_priority):
             self._num_started += 1
-            self._remember(spec.process_id)
+            self._ever_ran[spec.process_id] = None
+            if len(self._ever_ran) > MAX_REMEMBERED:
+                self._ever_ran.popitem(last=False)
             process = Process(spec, self._num_started, self._context)
             self._processes[spec.process_id] = process
             self._spawn(self._run(process))
@@ -60,8 +62,10 @@ class Supervisor:
             self._processes[process_id].forward(plan)
         for spec in assignment.processes:
             if spec.process_id not in self._processes:
-                self._context.emit(AgentMessage(status=_already_exited(spec.process_id)))
-        self._forget_ended({spec.process_id for spec in assignment.processes})
+                # It has exited and is forgotten: a master with an older database assigns it again.
+                self._context.emit(AgentMessage(status=not_started(spec.process_id, expected=True)))
+        named = {spec.process_id for spec in assignment.processes}
+        self._processes = {id_: p for id_, p in self._processes.items() if p.is_active or id_ in named}
 
     def states(self) -> list[ProcessState]:
         """Every process that runs, or has exited and is still in the newest assignment."""
@@ -98,11 +102,7 @@ class Supervisor:
         active = [process for process in self._processes.values() if process.is_active]
         metrics.PROCESSES.set(len(active))
         for process in active:
-            found = suspicion_of(now_s, process.last_heartbeat, process.silence_s)
-            unreached = process.last_heartbeat.unreached if process.last_heartbeat is not None else None
-            if (found, unreached) != (process.suspicion, process.unreached):
-                _log_suspicion(process, found, unreached)
-                process.report_suspicion(found, unreached)
+            process.check_heartbeat(now_s)
 
     async def close(self) -> None:
         """End every process and wait until each exit is reported. Later assignments are ignored."""
@@ -125,35 +125,6 @@ class Supervisor:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             _log.error("supervising a process failed", exc_info=task.exception())
-
-    def _remember(self, process_id: str) -> None:
-        self._ever_ran[process_id] = None
-        if len(self._ever_ran) > MAX_REMEMBERED:
-            self._ever_ran.popitem(last=False)
-
-    def _forget_ended(self, named: set[str]) -> None:
-        for process_id in [id_ for id_, p in self._processes.items() if not p.is_active and id_ not in named]:
-            del self._processes[process_id]
-
-
-def _already_exited(process_id: str) -> ProcessStatus:
-    """The status of a forgotten process, which a master with an older database assigns again."""
-    return ProcessStatus(process_id=process_id, phase=ProcessStatus.PHASE_EXITED, exit_code=NOT_STARTED, expected=True)
-
-
-def _log_suspicion(process: Process, suspicion: ProcessStatus.Suspicion, unreached: Unreached | None) -> None:
-    """Log, and count, a change in a running process."""
-    log = _log.bind(process_id=process.spec.process_id)
-    if suspicion not in (process.suspicion, NONE):
-        metrics.SUSPICIONS.labels(kind=SUSPICION_NAMES[suspicion]).inc()
-        log.warning(f"a process is {SUSPICION_NAMES[suspicion]}")
-    elif suspicion != process.suspicion:
-        log.info("a process recovered")
-    if unreached is not None and process.unreached is None:
-        metrics.SUSPICIONS.labels(kind="cut off").inc()
-        log.warning("a process cannot reach partitions", partitions=list(unreached.partitions))
-    elif unreached is None and process.unreached is not None:
-        log.info("a process reaches all partitions again")
 
 
 def _device_priority(spec: ProcessSpec) -> int:

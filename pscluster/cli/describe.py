@@ -79,16 +79,10 @@ def eta_s(job: Job) -> float | None:
 def _identity(job: Job) -> Iterator[tuple[str, str]]:
     yield "Created", fmt.clock(job.created_s)
     yield "Generation", str(job.generation)
-    if job.numerics:
-        yield "Numerics", job.numerics
-    if job.parameters_sha256:
-        yield "Parameters", f"sha256:{job.parameters_sha256}"
-    if job.bundle_sha256:
-        yield "Bundle", f"sha256:{job.bundle_sha256}"
-    if job.store:
-        yield "Snapshots", job.store
-    if job.directory:
-        yield "Directory", job.directory
+    parameters, bundle = (digest and f"sha256:{digest}" for digest in (job.parameters_sha256, job.bundle_sha256))
+    optional = {"Numerics": job.numerics, "Parameters": parameters, "Bundle": bundle}
+    optional |= {"Snapshots": job.store, "Directory": job.directory}
+    yield from ((name, value) for name, value in optional.items() if value)
 
 
 def _task(spec: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -145,17 +139,10 @@ def _median_s(placements: Sequence[TrainerPlacement]) -> float:
 
 
 def _trainer(placement: TrainerPlacement, median_s: float) -> list[str]:
-    role = "active" if placement.active else "standing by"
+    name, role = f"trainer-{placement.rank}", "active" if placement.active else "standing by"
     time = _microbatch_time(placement.microbatch_s, median_s) if placement.active and placement.microbatch_s else ""
-    return [
-        f"trainer-{placement.rank}",
-        placement.node_id,
-        str(placement.attempt),
-        role,
-        placement.device or "",
-        time,
-        _shards(placement),
-    ]
+    device = placement.device or ""
+    return [name, placement.node_id, str(placement.attempt), role, device, time, _shards(placement)]
 
 
 def _microbatch_time(microbatch_s: float, median_s: float) -> str:

@@ -3,50 +3,127 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from pscluster.cli.narrator import Narrator, ProgressRate, ending_line, progress_line, progress_parts
+from pscluster.cli import formatting as fmt
+from pscluster.cli.describe import counts_tokens, eta_s
 from pscluster.cli.session import INTERRUPTED, print_info, stderr_is_terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pscluster.client import Cluster, Job
+    from pscluster.client import Cluster, Event, Job
     from pscluster.errors import UnreachableError
     from pscluster.settings import LocatedCluster
 
 MAX_OUTAGE_S = 600.0
 """How long to wait for an unreachable master."""
 
+LINE_INTERVAL_S = 2.0
+_FRESH_S = 5.0
+"""A warning older than this when following begins is printed with its age."""
+# States, bar and last lines show these already; `psctl describe` has them all.
+_ROUTINE = frozenset({"Submitted", "Admitted", "Running", "Snapshot", "Finished", "Succeeded", "Failed", "Stopped"})
 _BAR_WIDTH = 28
 _NARROWEST = 4  # a narrower bar shows nothing
 
 
-class View(Protocol):
-    """Where the progress of a job is shown."""
+class Narrator:
+    """Prints each change of state or reason, each new event and each evaluation once, in order."""
 
-    def __enter__(self) -> View: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-    def print_line(self, line: str) -> None:
-        """Print a permanent line."""
+    def __init__(self) -> None:
+        self._state = ""
+        self._reason = ""
+        self._last_event: Event | None = None
+        self._evaluated: int | None = None
+        self._seen_any = False
 
-    def update(self, job: Job) -> None:
-        """Show the job's current state."""
+    def news(self, job: Job, now_s: float) -> list[str]:
+        """The lines to print for this state of the job."""
+        lines = self._events(job) if self._seen_any else self._first_events(job, now_s)
+        if job.events:
+            self._last_event = job.events[-1]
+        if (job.state, job.reason) != (self._state, self._reason):
+            # A reason may change while a job waits or recovers; the end has its own line.
+            if not job.ended and (job.state != self._state or job.reason):
+                lines.append(f"{job.state}{': ' + fmt.one_line(job.reason) if job.reason else ''}")
+            self._state, self._reason = job.state, job.reason
+        if job.metrics and job.metrics_step != self._evaluated:
+            if self._seen_any or not job.ended:
+                lines.append(evaluation_line(job))
+            self._evaluated = job.metrics_step
+        self._seen_any = True
+        return lines
 
-    def note(self, text: str, since: str = "") -> None:
-        """Show a temporary note, or none. `since`: how long it has applied; a change of it alone is no new note."""
+    def _events(self, job: Job) -> list[str]:
+        """Events after the last printed one."""
+        fresh = list(job.events)
+        if self._last_event in fresh:
+            fresh = fresh[len(fresh) - fresh[::-1].index(self._last_event) :]
+        return [event_line(event) for event in fresh if _is_warning(event) or not _is_routine(event, job)]
+
+    def _first_events(self, job: Job, now_s: float) -> list[str]:
+        """Only warnings since the job was last resumed; the history is in `psctl describe`. An old one is printed with
+        its age, so that it does not look new."""
+        resumed = max((n for n, event in enumerate(job.events) if event.reason == "Resumed"), default=-1)
+        warnings = [event for event in job.events[resumed + 1 :] if _is_warning(event)]
+        return [event_line(e, now_s - e.time_s if now_s - e.time_s > _FRESH_S else None) for e in warnings]
+
+
+def _is_warning(event: Event) -> bool:
+    """Whether it must be printed in any case. The error that ends the job is not: it is the last line anyway."""
+    return event.warning and event.reason != "Failed"
+
+
+def _is_routine(event: Event, job: Job) -> bool:
+    return event.reason in _ROUTINE or (event.reason == "Planned" and job.step == 0)
+
+
+def event_line(event: Event, age_s: float | None = None) -> str:
+    """One event; with its age if that is given."""
+    when = f"{fmt.duration(age_s)} ago: " if age_s is not None else ""
+    return f"{'! ' if event.warning else ''}{when}{event.reason}: {fmt.one_line(event.message)}"
+
+
+def evaluation_line(job: Job) -> str:
+    values = ", ".join(f"{name} {fmt.number(value)}" for name, value in sorted(job.metrics.items()))
+    best = " (best)" if job.best and job.best.step == job.metrics_step else ""
+    return f"evaluated step {job.metrics_step}: {values}{best}"
+
+
+def progress_parts(job: Job) -> list[str]:
+    """The parts of a line of progress: step, loss, speed, time left, workers."""
+    parts = [f"step {job.step}/{job.final_step}" if job.final_step else f"step {job.step}"]
+    parts.append(f"loss {fmt.number(job.loss)}")
+    if counts_tokens(job):
+        parts.append(f"{fmt.count(job.weight_per_s)} tokens/s")
+    elif job.samples_per_s > 0:
+        parts.append(f"{fmt.count(job.samples_per_s)} samples/s")
+    left = eta_s(job)
+    parts.append(f"{fmt.duration(left)} left" if left is not None else "")
+    parts.append(f"{job.workers_active}/{job.workers_wanted} workers")
+    return [part for part in parts if part]
+
+
+def ending_line(job: Job) -> str:
+    """The line about how the job ended."""
+    ran = fmt.duration((job.ended_s or 0) - job.started_s) if job.started_s else "0s"
+    parts = [f"{job.job_id} {job.state} at step {job.step} after {ran}"]
+    if job.loss is not None:
+        parts.append(f"loss {fmt.number(job.loss)}")
+    if job.parameters_sha256:
+        parts.append(f"parameters {job.parameters_sha256[:12]}")
+    return ", ".join(parts)
 
 
 class PlainView:
-    """Lines: changes at once, progress at most every two seconds."""
+    """Shows the progress of a job as lines: changes at once, progress at most every two seconds."""
 
     def __init__(self) -> None:
-        self._rate = ProgressRate()
+        self._progress_s = float("-inf")
+        self._step = -1
         self._note = ""
 
     def __enter__(self) -> PlainView:
@@ -56,19 +133,24 @@ class PlainView:
         return None
 
     def print_line(self, line: str) -> None:
+        """Print a permanent line."""
         print_info(line)
 
     def update(self, job: Job) -> None:
-        if job.step and not job.ended and self._rate.allows(job.step, time.monotonic()):
-            print_info(progress_line(job))
+        """Show the job's current state."""
+        now_s = time.monotonic()
+        if job.step not in (0, self._step) and not job.ended and now_s - self._progress_s >= LINE_INTERVAL_S:
+            self._progress_s, self._step = now_s, job.step
+            print_info("  ".join(progress_parts(job)))
 
     def note(self, text: str, since: str = "") -> None:  # noqa: ARG002 - on a permanent line it would become outdated
+        """Show a temporary note, or none. `since`: how long it has applied; a change of it alone is no new note."""
         if text and text != self._note:
             print_info(text)
         self._note = text
 
 
-class BarView:
+class BarView(PlainView):
     """A bar in place, with changes printed above it. In a narrow terminal first the bar shrinks, then the text beside
     it; the name stays complete."""
 
@@ -80,7 +162,7 @@ class BarView:
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None, table_column=Column(max_width=_BAR_WIDTH)),
-            TextColumn("{task.fields[line]}"),
+            TextColumn("{task.fields[line]}", markup=False),
             console=console or Console(stderr=True),
             transient=True,
             refresh_per_second=4,
@@ -102,11 +184,11 @@ class BarView:
         columns = self.progress.console.width - len(job.name) - _NARROWEST - 2
         self._shown = bar_text(job, columns)
         self.progress.update(
-            self._task, description=job.name, total=job.final_step, completed=job.step, line=_literal(self._shown)
+            self._task, description=job.name, total=job.final_step, completed=job.step, line=self._shown
         )
 
     def note(self, text: str, since: str = "") -> None:
-        self.progress.update(self._task, line=_literal((text and f"{text} ({since})") or self._shown))
+        self.progress.update(self._task, line=f"{text} ({since})" if text else self._shown)
 
 
 def bar_text(job: Job, columns: int) -> str:
@@ -120,13 +202,7 @@ def bar_text(job: Job, columns: int) -> str:
     return "  ".join(parts)
 
 
-def _literal(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
-def follow(cluster: Cluster, job_id: str, view: View, located: LocatedCluster) -> Job:
+def follow(cluster: Cluster, job_id: str, view: PlainView, located: LocatedCluster) -> Job:
     """Show a job until it has ended; returns its last state. Blocks; an unreachable master is waited for."""
     from pscluster.client import ReconnectingStream
 
@@ -165,7 +241,7 @@ def follow_to_end(cluster: Cluster, job_id: str, located: LocatedCluster, *, tie
     """
     from pscluster.client import end_error
 
-    view: View = BarView() if stderr_is_terminal() else PlainView()
+    view = BarView() if stderr_is_terminal() else PlainView()
     try:
         job = follow(cluster, job_id, view, located)
     except KeyboardInterrupt:

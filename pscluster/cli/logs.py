@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pscluster.cli import formatting as fmt
-from pscluster.cli.session import Session, Verb, document, output_option, pass_session, print_answer, print_document
+from pscluster.cli.session import Session, Verb, output_option, pass_session, print_answer, print_document
 from pscluster.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def metrics(session: Session, job: str, from_step: int, form: str) -> None:
     with session.connect() as cluster:
         records = list(cluster.metrics(job, from_step))
     if form == "json":
-        print_document(document("MetricsList", {"job_id": job, "items": records}), form)
+        print_document("MetricsList", {"job_id": job, "items": records}, form)
     elif form == "csv":
         click.echo(metrics_csv(records), nl=False)
     elif records:

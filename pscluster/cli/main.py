@@ -28,15 +28,9 @@ def psctl() -> None:
     """
 
 
-for _command in (
-    *updown.COMMANDS,
-    *submission.COMMANDS,
-    *show.COMMANDS,
-    *logs.COMMANDS,
-    *control.COMMANDS,
-    *results.COMMANDS,
-):
-    psctl.add_command(_command)
+for _module in (updown, submission, show, logs, control, results):
+    for _command in _module.COMMANDS:
+        psctl.add_command(_command)
 
 
 def main() -> None:
@@ -44,7 +38,3 @@ def main() -> None:
     # psctl itself reports a restarting master; grpc's own log would tear the progress bar.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     psctl.main(prog_name="psctl")
-
-
-if __name__ == "__main__":
-    main()

@@ -12,16 +12,7 @@ from typing import Any
 import click
 
 from pscluster.cli import formatting as fmt
-from pscluster.cli.session import (
-    Session,
-    Verb,
-    document,
-    output_option,
-    pass_session,
-    print_answer,
-    print_document,
-    print_info,
-)
+from pscluster.cli.session import Session, Verb, output_option, pass_session, print_answer, print_document, print_info
 from pscluster.errors import InternalError, from_dict
 
 COMMAND = (sys.executable, "-P", "-m", "psworker.tools")
@@ -84,7 +75,7 @@ def evaluate(session: Session, job: str, step: int | str, data_uri: str | None, 
         request["data_uri"] = data_uri
     found = _run(session, job, step, request)
     if form != "table":
-        print_document(document("Evaluation", {"job": job, **found}), form)
+        print_document("Evaluation", {"job": job, **found}, form)
         return
     print_info(f"step {found['step']}, {found.get('num_samples', '?')} samples")
     rows = [[name, fmt.number(value)] for name, value in sorted(found["metrics"].items())]
@@ -122,19 +113,12 @@ def _run(session: Session, job: str, step: int | str, request: dict[str, Any]) -
         with session.connect() as cluster:
             found = cluster.job(job)
             snapshot = cluster.snapshot(found.job_id, step)
-            bundle: Path | None = None
+            bundle = None
             if found.bundle_sha256:
-                bundle = Path(temporary) / "bundle.tar.gz"
-                cluster.download_bundle(found.bundle_sha256, bundle)
+                bundle = str(Path(temporary) / "bundle.tar.gz")
+                cluster.download_bundle(found.bundle_sha256, Path(bundle))
             parts = cluster.locate_parts(found, snapshot, Path(temporary) / "parts")
-        complete = {
-            **request,
-            "job": found.job_id,
-            "spec": found.spec,
-            "bundle": str(bundle) if bundle else None,
-            "parts": parts,
-        }
-        result = run_tool(complete)
+        result = run_tool({**request, "job": found.job_id, "spec": found.spec, "bundle": bundle, "parts": parts})
     return {"step": snapshot.step, **result}
 
 

@@ -5,9 +5,12 @@ An answer is a table for people, versioned JSON or YAML for programs, or names f
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,7 +19,7 @@ import click
 
 from pscluster.cli import formatting as fmt
 from pscluster.errors import InternalError, PsError, UnreachableError
-from pscluster.settings import ClientSettings, LocatedCluster, Origin, Resolved, resolve_with_origins
+from pscluster.settings import ClientSettings, LocatedCluster, Resolved, resolve_with_origins
 
 if TYPE_CHECKING:
     from pscluster.client import Cluster
@@ -33,7 +36,10 @@ _GLOBALS: tuple[tuple[str, str, str], ...] = (
 )
 F = TypeVar("F", bound=Callable[..., Any])
 API_VERSION = "ps/v1"
-FORMATS = ("table", "wide", "json", "yaml", "name")
+DOCUMENTS = ("json", "yaml")
+FORMATS = ("table", "wide", *DOCUMENTS, "name")
+Table = Callable[[Any, bool, float], str]
+"""Formats records, wide or not, at a Unix time."""
 
 
 class Session:
@@ -58,7 +64,9 @@ class Session:
 
     def address_undo_hint(self) -> str:
         """What selects another cluster than the local one, and how to undo that; empty for the local one."""
-        return _undo_hint(self.resolved().origins["address"])
+        origin = self.resolved().origins["address"]
+        undo = {"environment": "is set: unset it", "file": "sets it: remove `address`", "flag": "sets it: omit it"}
+        return f"{origin.name} {undo[origin.kind]} to use the local cluster" if origin.kind in undo else ""
 
     def connect(self) -> Cluster:
         """Connect to the cluster; the caller closes it. Raises UnreachableError, AuthError, VersionSkewError."""
@@ -107,12 +115,12 @@ class Psctl(click.Group):
             print_error(_with_origin(error, ctx.ensure_object(Session)))
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
+            print_info("interrupted")
             ctx.exit(INTERRUPTED)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as error:
-            _show_traceback()
+            click.echo(traceback.format_exc(), err=True, nl=False)
             wrapped = InternalError(f"{type(error).__name__}: {error}")
             print_error(wrapped)
             ctx.exit(wrapped.exit_code)
@@ -121,7 +129,9 @@ class Psctl(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in self.commands and not args[0].startswith("-"):
-            _refuse_verb(ctx, args[0], sorted(self.commands))
+            near = difflib.get_close_matches(args[0], sorted(self.commands), n=1, cutoff=0.5)
+            suggestion = f" Did you mean {near[0]}?" if near else ""
+            raise click.UsageError(f"No such verb {args[0]!r}.{suggestion}", ctx)
         return super().resolve_command(ctx, args)
 
 
@@ -136,23 +146,10 @@ def print_error(error: PsError) -> None:
 
 def _with_origin(error: PsError, session: Session) -> PsError:
     """The error. When another cluster is selected, the hint to start a local one becomes what selected the other."""
-    if isinstance(error, UnreachableError) and error.action == UnreachableError.default_action:
-        resolved = session.resolved()
-        given = _undo_hint(resolved.origins["address"])
-        if given:
-            error.action = f"check that a master listens at {resolved.settings.address} ({given})"
+    unhelped = isinstance(error, UnreachableError) and error.action == UnreachableError.default_action
+    if unhelped and (given := session.address_undo_hint()):
+        error.action = f"check that a master listens at {session.located().address} ({given})"
     return error
-
-
-def _undo_hint(origin: Origin) -> str:
-    match origin.kind:
-        case "environment":
-            return f"{origin.name} is set: unset it to use the local cluster"
-        case "file":
-            return f"{origin.name} sets it: remove `address` to use the local cluster"
-        case "flag":
-            return f"{origin.name} sets it: omit it to use the local cluster"
-    return ""
 
 
 def print_info(text: str) -> None:
@@ -170,20 +167,6 @@ def stderr_is_terminal() -> bool:
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def _show_traceback() -> None:
-    import traceback
-
-    click.echo(traceback.format_exc(), err=True, nl=False)
-
-
-def _refuse_verb(ctx: click.Context, name: str, verbs: Sequence[str]) -> None:
-    import difflib
-
-    near = difflib.get_close_matches(name, verbs, n=1, cutoff=0.5)
-    suggestion = f" Did you mean {near[0]}?" if near else ""
-    raise click.UsageError(f"No such verb {name!r}.{suggestion}", ctx)
-
-
 def output_option(*formats: str) -> Callable[[F], F]:
     """-o/--output with the given formats; the first is the default."""
     choice = click.Choice(formats or FORMATS)
@@ -191,18 +174,23 @@ def output_option(*formats: str) -> Callable[[F], F]:
     return click.option("-o", "--output", "form", type=choice, default=default, help="form of the answer")
 
 
-def document(kind: str, body: dict[str, Any]) -> dict[str, Any]:
-    """A versioned object: keys are only ever added within an apiVersion."""
-    return {"apiVersion": API_VERSION, "kind": kind, **body}
+def print_records(kind: str, records: Sequence[Any], form: str, id_field: str, table: Table, otherwise: str) -> None:
+    """Print a list of records: as a table for people; without any, `otherwise` on stderr."""
+    if form == "name":
+        for record in records:
+            print_answer(getattr(record, id_field))
+    elif form in DOCUMENTS:
+        items = [{"apiVersion": API_VERSION, "kind": kind, **record.to_dict()} for record in records]
+        print_document(f"{kind}List", {"items": items}, form)
+    elif records:
+        print_answer(table(records, form == "wide", time.time()))
+    else:
+        print_info(otherwise)
 
 
-def list_document(kind: str, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A versioned list of objects of one kind."""
-    return document(f"{kind}List", {"items": [document(kind, item) for item in items]})
-
-
-def print_document(body: dict[str, Any], form: str) -> None:
-    """Print as "json" or "yaml" on stdout."""
+def print_document(kind: str, body: dict[str, Any], form: str) -> None:
+    """Print as "json" or "yaml" on stdout, versioned: keys are only ever added within an apiVersion."""
+    body = {"apiVersion": API_VERSION, "kind": kind, **body}
     if form == "json":
         print_answer(json.dumps(body, indent=2, allow_nan=False))
         return

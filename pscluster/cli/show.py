@@ -12,15 +12,15 @@ import click
 from pscluster import __version__
 from pscluster.cli import formatting as fmt
 from pscluster.cli.session import (
+    DOCUMENTS,
     Session,
     Verb,
-    document,
-    list_document,
     output_option,
     pass_session,
     print_answer,
     print_document,
     print_info,
+    print_records,
 )
 from pscluster.errors import PsError, UnhealthyError
 
@@ -41,15 +41,7 @@ def list_jobs(session: Session, form: str) -> None:
     """List all jobs, newest first."""
     with session.connect() as cluster:
         jobs = cluster.jobs()
-    if form == "name":
-        for job in jobs:
-            print_answer(job.job_id)
-    elif form in ("json", "yaml"):
-        print_document(list_document("Job", [job.to_dict() for job in jobs]), form)
-    elif jobs:
-        print_answer(jobs_table(jobs, form == "wide", time.time()))
-    else:
-        click.echo("no jobs; submit one with `psctl submit SPEC`", err=True)
+    print_records("Job", jobs, form, "job_id", jobs_table, "no jobs; submit one with `psctl submit SPEC`")
 
 
 @click.command("status", cls=Verb)
@@ -62,8 +54,8 @@ def status(session: Session, job: str, form: str) -> None:
         found = cluster.job(job)
     if form == "name":
         print_answer(found.job_id)
-    elif form in ("json", "yaml"):
-        print_document(document("Job", found.to_dict()), form)
+    elif form in DOCUMENTS:
+        print_document("Job", found.to_dict(), form)
     elif form == "wide":
         print_answer(jobs_table([found], True, time.time()))
     else:
@@ -83,8 +75,8 @@ def describe(session: Session, job: str, form: str) -> None:
     """
     with session.connect() as cluster:
         found = cluster.job(job)
-    if form in ("json", "yaml"):
-        print_document(document("Job", found.to_dict()), form)
+    if form in DOCUMENTS:
+        print_document("Job", found.to_dict(), form)
         return
     from pscluster.cli.describe import description
 
@@ -98,15 +90,7 @@ def nodes(session: Session, form: str) -> None:
     """List the nodes of the cluster."""
     with session.connect() as cluster:
         found = cluster.nodes()
-    if form == "name":
-        for node in found:
-            print_answer(node.node_id)
-    elif form in ("json", "yaml"):
-        print_document(list_document("Node", [node.to_dict() for node in found]), form)
-    elif found:
-        print_answer(nodes_table(found, form == "wide", time.time()))
-    else:
-        click.echo("no nodes have registered", err=True)
+    print_records("Node", found, form, "node_id", nodes_table, "no nodes have registered")
 
 
 @click.command("health", cls=Verb)
@@ -116,8 +100,8 @@ def health(session: Session, form: str) -> None:
     """Check the master and all nodes; exit 5 when any is unhealthy."""
     with session.connect() as cluster:
         found = cluster.health()
-    if form in ("json", "yaml"):
-        print_document(document("Health", found.to_dict()), form)
+    if form in DOCUMENTS:
+        print_document("Health", found.to_dict(), form)
     elif found.healthy:
         print_answer("healthy")
     if not found.healthy:
@@ -178,7 +162,7 @@ def version(session: Session, client: bool, form: str) -> None:
         except PsError as error:
             print_info(f"no master: {error.cause}")
     if form != "table":
-        print_document(document("Version", body), form)
+        print_document("Version", body, form)
         return
     print_answer(f"psctl {__version__}")
     if body["master"]:
@@ -210,7 +194,7 @@ def show(session: Session, origin: bool, form: str) -> None:
     body: dict[str, Any] = {"values": {key: value for key, value, _ in rows}}
     if origin:
         body["origins"] = {key: source for key, _, source in rows}
-    print_document(document("Config", body), form)
+    print_document("Config", body, form)
 
 
 COMMANDS = (list_jobs, status, describe, nodes, health, version, config)

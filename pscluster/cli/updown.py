@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import click
 
-from pscluster.cli.local.interruptions import interruptible_once
 from pscluster.cli.session import Session, Verb, pass_session, print_answer, print_info
-from pscluster.errors import SettingsError
+from pscluster.errors import PsError, SettingsError
 
 if TYPE_CHECKING:
     from pscluster.cli.local.cluster import LocalCluster
+    from pscluster.settings import LocatedCluster
 
 _LOOK_S = 0.5
+DEADLINE_S = 2.0
+"""For each query about jobs: an informational line must not delay the command."""
 
 
 @click.command("up", cls=Verb)
@@ -28,6 +31,8 @@ def up(session: Session, workers: int | None, servers: int | None, foreground: b
     Returns when it is ready. Safe to repeat: it restarts what has ended, and with other counts it adds or removes
     nodes. Prints the master's address.
     """
+    from pscluster.cli.local.cluster import interruptible_once
+
     cluster = _local(session)
     with interruptible_once():
         fresh = cluster.up(workers, servers)
@@ -48,8 +53,6 @@ def down(session: Session) -> None:
 
 def _end(cluster: LocalCluster) -> bool:
     """Stop the cluster, and print that and its unfinished jobs; returns whether one ran."""
-    from pscluster.cli.local.master_queries import unfinished_jobs
-
     left = unfinished_jobs(cluster.located)
     ran = cluster.down()
     if ran:
@@ -68,7 +71,6 @@ def _local(session: Session) -> LocalCluster:
 
 
 def _print_summary(cluster: LocalCluster, fresh: bool) -> None:
-    from pscluster.cli.local.master_queries import continued_jobs
     from pscluster.cli.local.processes import count_of
 
     names = [daemon.name for daemon in cluster.running]
@@ -97,6 +99,34 @@ def _stay(cluster: LocalCluster, fresh: bool) -> None:
         print_info("stopping the cluster")
     finally:
         _end(cluster)
+
+
+def unfinished_jobs(located: LocatedCluster) -> list[str]:
+    """One line for each unfinished job, to be requested before the cluster is stopped and printed afterwards. No lines
+    when the master does not answer: that must not keep the cluster from being stopped."""
+    from pscluster.client import Cluster
+
+    with suppress(PsError), Cluster.connect_to(located, deadline_s=DEADLINE_S) as cluster:
+        return [
+            f"{job.job_id} was {f'at step {job.step}' if job.step else job.state}; it continues after the next psctl up"
+            for job in reversed(cluster.jobs(DEADLINE_S))
+            if not job.ended
+        ]
+    return []
+
+
+def continued_jobs(located: LocatedCluster, anew: bool) -> list[str]:
+    """One line for each job that continues under a started master. `anew`: everything else was started, too, and each
+    job begins at its newest snapshot. No lines when the master does not answer."""
+    from pscluster.client import Cluster
+
+    lines = []
+    with suppress(PsError), Cluster.connect_to(located, deadline_s=DEADLINE_S) as cluster:
+        for job in reversed(cluster.jobs(DEADLINE_S)):
+            if not job.ended:
+                steps = [snapshot.step for snapshot in cluster.snapshots(job.job_id)] if anew else []
+                lines.append(f"continuing: {job.job_id}" + (f" (from step {steps[-1]})" if steps else ""))
+    return lines
 
 
 COMMANDS = (up, down)

@@ -5,52 +5,15 @@
         for job in cluster.watch(job_id):
             print(job.state, job.step, job.loss)
 
-All errors are `pscluster.errors.PsError`s.
+Results are the records of `pscluster.client.records`, and all errors `pscluster.errors.PsError`s.
 """
 
+from pscluster.client.calls import ReconnectingStream
 from pscluster.client.cluster import Cluster
 from pscluster.client.goals import Goal, end_error, parse_goal, reached
-from pscluster.client.reconnecting_stream import ReconnectingStream
-from pscluster.client.records import (
-    ENDED,
-    Best,
-    Condition,
-    DataConnection,
-    Event,
-    Health,
-    Job,
-    LogLine,
-    Node,
-    PartitionPlacement,
-    Plan,
-    PreflightCheck,
-    Snapshot,
-    SnapshotPart,
-    Standby,
-    TrainerPlacement,
-)
+from pscluster.client.records import ENDED, Event, Job, LogLine, Node, PartitionPlacement, Snapshot, TrainerPlacement
 
 __all__ = [
-    "ENDED",
-    "Best",
-    "Cluster",
-    "Condition",
-    "DataConnection",
-    "Event",
-    "Goal",
-    "Health",
-    "Job",
-    "LogLine",
-    "Node",
-    "PartitionPlacement",
-    "Plan",
-    "PreflightCheck",
-    "ReconnectingStream",
-    "Snapshot",
-    "SnapshotPart",
-    "Standby",
-    "TrainerPlacement",
-    "end_error",
-    "parse_goal",
-    "reached",
-]
+    "ENDED", "Cluster", "Event", "Goal", "Job", "LogLine", "Node", "PartitionPlacement", "ReconnectingStream",
+    "Snapshot", "TrainerPlacement", "end_error", "parse_goal", "reached",
+]  # fmt: skip

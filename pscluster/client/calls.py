@@ -1,23 +1,32 @@
-"""How the client calls the master: with a deadline, errors mapped, idempotent calls retried."""
+"""How the client calls the master: with deadlines, errors mapped; calls and streams are retried in outages."""
 
 from __future__ import annotations
 
 import random
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
 
 from pscluster import rpc
-from pscluster.client.reconnecting_stream import Outage
+from pscluster.client.records import LogLine
 from pscluster.errors import UnreachableError
 from pscluster.job.bundle import Bundle
 from pscluster.v1 import jobs_pb2
+from pscluster.wire.backoff import delay_s
 
 T = TypeVar("T")
 
 CHUNK_BYTES = 1 << 20
+STREAM_DEADLINE_S = 3600.0
+"""A stream is reopened after this long, so that every call has a deadline."""
+MAX_DELAY_S = 5.0
+OVERLAP_S = 30.0
+"""A reopened log stream is read again from this far back: agents send late what they queued during an outage."""
+_Key = tuple[str, float, str, str]
 
 
 def unary(method: Any, request: Any, deadline_s: float = rpc.DEADLINE_S) -> Any:
@@ -35,18 +44,13 @@ def stream(
 
     Raises PsError, which names `server` when nobody answers.
     """
-    call = open_stream(method, request, deadline_s)
+    call = method(request, timeout=deadline_s)
     try:
         yield from call
     except grpc.RpcError as failure:
         raise rpc.error_of(failure, server) from None
     finally:
         call.cancel()
-
-
-def open_stream(method: Any, request: Any, deadline_s: float) -> Any:
-    """A grpc call: an iterator that raises grpc.RpcError and has `cancel()`."""
-    return method(request, timeout=deadline_s)
 
 
 def upload_messages(bundle: Bundle) -> Iterator[jobs_pb2.UploadBundleRequest]:
@@ -58,16 +62,116 @@ def upload_messages(bundle: Bundle) -> Iterator[jobs_pb2.UploadBundleRequest]:
         yield jobs_pb2.UploadBundleRequest(data=bytes(view[start : start + CHUNK_BYTES]))
 
 
+@dataclass(kw_only=True)
+class Outage:
+    """A master that has not answered since `since_s` (monotonic), after `attempts` retries."""
+
+    since_s: float
+    attempts: int = 0
+
+    def next_delay_s(self, now_s: float, max_outage_s: float, draw: float) -> float | None:
+        """Count a retry; seconds to wait before it, or None when the outage has lasted `max_outage_s`.
+
+        It grows with jitter up to MAX_DELAY_S, and ends at the limit at the latest.
+        """
+        left_s = self.since_s + max_outage_s - now_s
+        if left_s <= 0:
+            return None
+        self.attempts += 1
+        return min(left_s, delay_s(self.attempts, draw, cap_s=MAX_DELAY_S))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconnectingStream:
+    """How a stream is kept open. `on_outage(error, seconds)` is called after each failed try, with how long the master
+    has not answered; `on_reconnect()` once it answers again. Both run in the caller's thread."""
+
+    max_outage_s: float = 600.0
+    on_outage: Callable[[UnreachableError, float], None] = lambda _error, _seconds: None
+    on_reconnect: Callable[[], None] = lambda: None
+    monotonic: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+    draw: Callable[[], float] = random.random
+
+    def follow(
+        self,
+        open_stream: Callable[[], Iterator[Any]],
+        finished: Callable[[], bool],
+        expired: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Any]:
+        """The messages of a stream, reopened whenever it breaks, or ends before `finished()` is true.
+
+        Blocks between messages. A break after `expired()` ends it without an error. Raises UnreachableError once the
+        master has not answered for `max_outage_s`, and any other error of the master at once.
+        """
+        outage: Outage | None = None
+        while True:
+            try:
+                for message in open_stream():
+                    if outage is not None:
+                        outage = None
+                        self.on_reconnect()
+                    yield message
+                if finished():
+                    return
+                error = UnreachableError("the master closed the stream")
+            except UnreachableError as broken:
+                error = broken
+            if expired():
+                return
+            outage = self.wait_retry(outage, error)
+
+    def wait_retry(self, outage: Outage | None, error: UnreachableError) -> Outage:
+        """Wait for the next try, or raise `error`. A stream that reached its own deadline is not reported."""
+        now_s = self.monotonic()
+        outage = outage or Outage(since_s=now_s)
+        wait_s = outage.next_delay_s(now_s, self.max_outage_s, self.draw())
+        if wait_s is None:
+            raise error
+        if error.details.get("grpc_code") != "DEADLINE_EXCEEDED":
+            self.on_outage(error, now_s - outage.since_s)
+        self.sleep(wait_s)
+        return outage
+
+
 def retry_unreachable(attempt: Callable[[], T], max_outage_s: float) -> T:
     """Retry an idempotent call while nobody answers, with growing jittered pauses, for `max_outage_s`. Blocks."""
-    outage: Outage | None = None
+    retries, outage = ReconnectingStream(max_outage_s=max_outage_s), None
     while True:
         try:
             return attempt()
-        except UnreachableError:
-            now_s = time.monotonic()
-            outage = outage or Outage(since_s=now_s)
-            wait_s = outage.next_delay_s(now_s, max_outage_s, random.random())
-            if wait_s is None:
-                raise
-            time.sleep(wait_s)
+        except UnreachableError as error:
+            outage = retries.wait_retry(outage, error)
+
+
+class LogCursor:
+    """Where a reader of a job's log is, so that a reopened stream repeats no line and loses none.
+
+    Remembers the lines of the last OVERLAP_S seconds (of log time) and drops repetitions. Bounded."""
+
+    def __init__(self, since_s: float, max_lines: int = 100_000) -> None:
+        self._since_s = since_s
+        self._newest_s = 0.0
+        self._recent: deque[_Key] = deque(maxlen=max_lines)
+        self._repeats: Counter[_Key] = Counter()
+        self.opened = 0
+
+    def open(self) -> float:
+        """Count a stream that is opened; the Unix time from which to request lines."""
+        self.opened += 1
+        if self.opened > 1:
+            self._repeats = Counter(self._recent)
+            return max(self._since_s, self._newest_s - OVERLAP_S)
+        return self._since_s
+
+    def is_new(self, line: LogLine) -> bool:
+        """Whether `line` was not returned before the last `open`."""
+        key = (line.source, line.time_s, line.stream, line.text)
+        if self._repeats[key] > 0:
+            self._repeats[key] -= 1
+            return False
+        self._newest_s = max(self._newest_s, line.time_s)
+        self._recent.append(key)
+        while self._recent and self._recent[0][1] < self._newest_s - 2 * OVERLAP_S:
+            self._recent.popleft()
+        return True

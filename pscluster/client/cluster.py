@@ -13,22 +13,12 @@ from typing import Any
 
 import grpc
 
-from pscluster import rpc
+from pscluster import errors, rpc
 from pscluster.client import calls, records
+from pscluster.client.calls import STREAM_DEADLINE_S, LogCursor, ReconnectingStream
 from pscluster.client.goals import Goal, parse_goal, reached, wait_drained
-from pscluster.client.reconnecting_stream import STREAM_DEADLINE_S, LogCursor, ReconnectingStream
 from pscluster.client.records import Health, Job, LogLine, Node, Snapshot
 from pscluster.client.snapshots import choose, fetch
-from pscluster.errors import (
-    BundleError,
-    InternalError,
-    NotFoundError,
-    PsError,
-    StorageError,
-    UnreachableError,
-    VersionSkewError,
-    WaitTimeoutError,
-)
 from pscluster.job.bundle import Bundle
 from pscluster.job.spec import JobSpec
 from pscluster.settings import ClientSettings, LocatedCluster, resolve
@@ -79,12 +69,12 @@ class Cluster:
     ) -> Cluster:
         """The same for settings already resolved, up to `deadline_s`."""
         if located.local and not Path(located.address.removeprefix("unix:")).exists():
-            raise UnreachableError(f"no cluster runs with state directory {located.state_dir}")
+            raise errors.UnreachableError(f"no cluster runs with state directory {located.state_dir}")
         known = token or rpc.read_token(located.token_file)
         cluster = cls(rpc.open_channel(located.address, known), known)
         try:
             cluster._check_protocol(located, deadline_s)
-        except PsError:
+        except errors.PsError:
             cluster.close()
             raise
         return cluster
@@ -92,16 +82,16 @@ class Cluster:
     def _check_protocol(self, located: LocatedCluster, deadline_s: float) -> None:
         try:
             health = self.health(deadline_s)
-        except UnreachableError as error:
+        except errors.UnreachableError as error:
             if not located.local:
                 raise
-            raise UnreachableError(
+            raise errors.UnreachableError(
                 f"the master of the local cluster in {located.state_dir} does not answer",
                 action="start it again with `psctl up`",
                 details=error.details,
             ) from None
         if health.protocol != rpc.PROTOCOL:
-            raise VersionSkewError(
+            raise errors.VersionSkewError(
                 f"the master at {located.address} is pscluster {health.version} with protocol "
                 f"{health.protocol}; this client needs protocol {rpc.PROTOCOL}"
             )
@@ -134,7 +124,7 @@ class Cluster:
                 self._upload(bundle)
             try:
                 return str(calls.unary(self._jobs.Submit, request).job_id)
-            except NotFoundError:  # meanwhile the last job with this bundle was deleted, and with it the bundle
+            except errors.NotFoundError:  # meanwhile the last job with this bundle was deleted, and with it the bundle
                 if bundle is None or uploads == 1:
                     raise
                 return attempt(uploads - 1)
@@ -170,7 +160,7 @@ class Cluster:
 
         def open_stream() -> Any:
             name = newest.job_id if newest else job
-            return calls.open_stream(self._jobs.Watch, jobs_pb2.GetRequest(job=name), left_s())
+            return calls.stream(self._jobs.Watch, jobs_pb2.GetRequest(job=name), left_s())
 
         def expired() -> bool:
             return keep.monotonic() >= deadline
@@ -195,7 +185,7 @@ class Cluster:
                 return found
             last = f": it is {found.state} at step {found.step}"
         within = f" within {timeout_s:g} s" if timeout_s is not None else ""
-        raise WaitTimeoutError(f"{job} did not reach {goal}{within}{last}")
+        raise errors.WaitTimeoutError(f"{job} did not reach {goal}{within}{last}")
 
     def stop(self, job: str) -> Job:
         """Stop a job at its next step boundary. Returns at once; `wait(job, "stopped")` waits. Idempotent."""
@@ -232,7 +222,7 @@ class Cluster:
             request = jobs_pb2.ReadLogsRequest(job=job, follow=follow, kind=kind, rank=rank)
             request.since_s = cursor.open()
             request.tail = tail if cursor.opened == 1 else 0
-            return calls.open_stream(self._jobs.ReadLogs, request, STREAM_DEADLINE_S)
+            return calls.stream(self._jobs.ReadLogs, request, STREAM_DEADLINE_S)
 
         keep = stream or ReconnectingStream(max_outage_s=600.0 if follow else 0.0)
         for message in keep.follow(open_stream, lambda: not follow or self.job(job).ended):
@@ -248,7 +238,7 @@ class Cluster:
                 try:
                     yield json.loads(line)
                 except ValueError:
-                    raise InternalError(f"a line of {job}'s metrics is not JSON: {line[:80]!r}") from None
+                    raise errors.InternalError(f"a line of {job}'s metrics is not JSON: {line[:80]!r}") from None
 
     def snapshots(self, job: str) -> list[Snapshot]:
         """The complete snapshots, oldest first."""
@@ -278,9 +268,9 @@ class Cluster:
                     digest.update(chunk.data)
                     sink.write(chunk.data)
         except OSError as error:
-            raise StorageError(f"cannot write {path}: {error.strerror}") from None
+            raise errors.StorageError(f"cannot write {path}: {error.strerror}") from None
         if digest.hexdigest() != sha256:
-            raise BundleError(f"the bundle {sha256[:12]} does not match its digest")
+            raise errors.BundleError(f"the bundle {sha256[:12]} does not match its digest")
 
     # --- the cluster ---
 

@@ -9,16 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 
+from pscluster import errors
 from pscluster.client.records import Job, Node
-from pscluster.errors import (
-    JobFailedError,
-    JobStoppedError,
-    PsError,
-    SettingsError,
-    StateError,
-    UnreachableError,
-    WaitTimeoutError,
-)
 
 _STATES = ("running", "succeeded", "failed", "stopped", "ended")
 _FRAME = re.compile(r'^\s*File "(?P<file>.+)", line (?P<line>\d+)(?:, in (?P<name>.+))?$', re.MULTILINE)
@@ -45,28 +37,23 @@ def parse_goal(text: str) -> Goal:
         return Goal(state="step", step=int(number))
     if text.strip().lower() in _STATES:
         return Goal(state=keyword)
-    raise SettingsError(f"cannot wait for {text!r}", action=f"one of {', '.join(_STATES)}, step=N")
+    raise errors.SettingsError(f"cannot wait for {text!r}", action=f"one of {', '.join(_STATES)}, step=N")
 
 
 def reached(job: Job, goal: Goal) -> bool:
     """Whether `job` has reached `goal`. Raises the reason when it never will."""
-    if goal.state == "step" and job.step >= goal.step:
-        return True
-    if goal.state == "running" and (job.state in ("RUNNING", "SUCCEEDED")):
-        return True
-    if goal.state == "ended" and job.ended:
-        return True
-    if job.state == goal.state.upper():
+    further = {"step": job.step >= goal.step, "running": job.state == "SUCCEEDED", "ended": job.ended}
+    if job.state == goal.state.upper() or further.get(goal.state):
         return True
     if job.ended:
-        raise end_error(job) or StateError(
+        raise end_error(job) or errors.StateError(
             f"{job.job_id} ended {job.state} at step {job.step}, before {goal}",
             action=f"see `psctl describe {job.job_id}`",
         )
     return False
 
 
-def end_error(job: Job) -> PsError | None:
+def end_error(job: Job) -> errors.PsError | None:
     """The error of a job that has ended without success; None: it succeeded.
 
     details["frame"] of a failed job is where the user's code raised, if known."""
@@ -77,9 +64,9 @@ def end_error(job: Job) -> PsError | None:
         action = action.replace("`psctl describe`", f"`psctl describe {job.job_id}`")
         frame = last_frame(job.traceback)
         details |= {"frame": frame} if frame else {}
-        return JobFailedError(f"{job.job_id} failed at step {job.step}: {why}", action=action, details=details)
+        return errors.JobFailedError(f"{job.job_id} failed at step {job.step}: {why}", action=action, details=details)
     if job.state == "STOPPED":
-        return JobStoppedError(
+        return errors.JobStoppedError(
             f"{job.job_id} was stopped at step {job.step}",
             action=f"`psctl resume {job.job_id}` continues from its newest snapshot",
             details=details,
@@ -122,10 +109,12 @@ def wait_drained(
     yield shown
     while shown.drain != DRAINED:
         if shown.drain is None:
-            raise StateError(f"node {shown.node_id} is no longer being drained", action="somebody has undone the drain")
+            raise errors.StateError(
+                f"node {shown.node_id} is no longer being drained", action="somebody has undone the drain"
+            )
         if monotonic() >= deadline:
             why = "; ".join(shown.waits_for)
-            raise WaitTimeoutError(
+            raise errors.WaitTimeoutError(
                 f"{shown.node_id} is not drained within {timeout_s:g} s" + (f": {why}" if why else ""),
                 action=f"the drain continues; `psctl drain {shown.node_id} --undo` ends it",
             )
@@ -133,7 +122,7 @@ def wait_drained(
         try:
             found = next((node for node in nodes() if node.node_id == shown.node_id), None) or _after_leaving(shown)
             answered_s = monotonic()
-        except UnreachableError:
+        except errors.UnreachableError:
             if monotonic() - answered_s >= MAX_OUTAGE_S or monotonic() >= deadline:
                 raise
             continue

@@ -111,10 +111,8 @@ def _collect(root: Path) -> Iterator[tuple[str, int]]:
 _LEAVE_OUT = "exclude what is not code with a .gitignore, and refer to data with data.uri"
 
 
-@dataclass(frozen=True)
-class _Ignore:
-    folder: Path
-    spec: pathspec.GitIgnoreSpec
+_Ignore = tuple[Path, pathspec.GitIgnoreSpec]
+"""A folder, and the patterns of its .gitignore."""
 
 
 def _with_ignore_file(folder: Path, ignores: tuple[_Ignore, ...]) -> tuple[_Ignore, ...]:
@@ -126,15 +124,15 @@ def _with_ignore_file(folder: Path, ignores: tuple[_Ignore, ...]) -> tuple[_Igno
         spec = pathspec.GitIgnoreSpec.from_lines(lines)
     except (OSError, ValueError) as error:
         raise BundleError(f"cannot read {file}: {error}") from None
-    return (*ignores, _Ignore(folder, spec))
+    return (*ignores, (folder, spec))
 
 
 def _ignored(path: Path, is_folder: bool, ignores: tuple[_Ignore, ...]) -> bool:
     """Git's rule: the last matching pattern decides, a deeper .gitignore after a shallower one."""
     decision = False
-    for ignore in ignores:
-        name = path.relative_to(ignore.folder).as_posix() + ("/" if is_folder else "")
-        match = ignore.spec.check_file(name)
+    for folder, spec in ignores:
+        name = path.relative_to(folder).as_posix() + ("/" if is_folder else "")
+        match = spec.check_file(name)
         if match.include is not None:
             decision = match.include
     return decision

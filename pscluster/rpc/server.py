@@ -5,7 +5,8 @@ from __future__ import annotations
 import hmac
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any, NoReturn
 
 import grpc
@@ -13,7 +14,7 @@ import structlog
 
 from pscluster import errors
 from pscluster.errors import PsError
-from pscluster.rpc.status import code_for, status_of
+from pscluster.rpc import code_for, status_of
 
 _HEALTH = "/grpc.health.v1.Health/"
 _log = structlog.get_logger(__name__)
@@ -47,38 +48,34 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
     def _unary(self, method: str, behaviour: Any, timed: bool) -> Any:
         async def guarded(request: Any, context: Any) -> Any:
-            started = time.monotonic()
-            code = grpc.StatusCode.CANCELLED
-            try:
-                answer = await behaviour(request, context)
-                code = grpc.StatusCode.OK
-                return answer
-            except Exception as error:
-                code = _code_of(error, context)
-                await _abort(method, error, context)
-            finally:
-                self._observe(method, time.monotonic() - started if timed else None, code.name)
+            async with self._guard(method, context, timed):
+                return await behaviour(request, context)
 
         return guarded
 
     def _stream(self, method: str, behaviour: Any) -> Any:
         async def guarded(request: Any, context: Any) -> Any:
-            code = grpc.StatusCode.CANCELLED
-            try:
+            async with self._guard(method, context, timed=False):
                 answer = behaviour(request, context)
                 if inspect.isawaitable(answer):
                     await answer
                 else:
                     async for message in answer:
                         yield message
-                code = grpc.StatusCode.OK
-            except Exception as error:
-                code = _code_of(error, context)
-                await _abort(method, error, context)
-            finally:
-                self._observe(method, None, code.name)
 
         return guarded
+
+    @asynccontextmanager
+    async def _guard(self, method: str, context: Any, timed: bool) -> AsyncIterator[None]:
+        started, code = time.monotonic(), grpc.StatusCode.CANCELLED
+        try:
+            yield
+            code = grpc.StatusCode.OK
+        except Exception as error:
+            code = _code_of(error, context)
+            await _abort(method, error, context)
+        finally:
+            self._observe(method, time.monotonic() - started if timed else None, code.name)
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):

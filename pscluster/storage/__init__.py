@@ -141,18 +141,14 @@ def check_location(text: str) -> str:
     if scheme == "file" and not rest.startswith("/"):
         raise ValueError(f"{text!r} names a host: write file:///directory")
     if scheme == "s3":
-        _check_bucket(text)
+        parts = urlsplit(text)
+        if "@" in parts.netloc:
+            raise ValueError("a spec must not hold credentials: daemons take them from their environment")
+        if not parts.netloc or parts.query or parts.fragment:
+            raise ValueError("write s3://bucket/prefix")
     return text
 
 
 def below(location: str, name: str) -> str:
     """The location of `name` under `location`."""
     return f"{location.rstrip('/')}/{name}"
-
-
-def _check_bucket(text: str) -> None:
-    parts = urlsplit(text)
-    if "@" in parts.netloc:
-        raise ValueError("a spec must not hold credentials: daemons take them from their environment")
-    if not parts.netloc or parts.query or parts.fragment:
-        raise ValueError("write s3://bucket/prefix")

@@ -28,10 +28,8 @@ class DirectoryStore(SnapshotStore):
 
     def create(self) -> None:
         """Create the directory durably. Safe to repeat. Raises StorageError."""
-        try:
+        with _named(f"cannot create {self._directory}"):
             _make_durably(self._directory)
-        except OSError as error:
-            raise _named(error, f"cannot create {self._directory}") from None
 
     def write(
         self,
@@ -53,49 +51,42 @@ class DirectoryStore(SnapshotStore):
     @contextlib.contextmanager
     def reading(self, name: str) -> Iterator[BinaryIO]:
         path = self._directory / name
-        try:
-            with path.open("rb") as file:
-                yield file
-        except FileNotFoundError as error:
-            if not self._directory.is_dir():
+        with _named(f"cannot read {path}"):
+            try:
+                with path.open("rb") as file:
+                    yield file
+            except FileNotFoundError as error:
+                if self._directory.is_dir():
+                    raise DamagedError(f"{path} is gone: {error.strerror}") from None
                 raise StorageError(
                     f"cannot read {path}: there is no directory {self._directory}",
                     action="mount it where this process runs, then resume",
                     details={"errno": str(error.errno)},
                 ) from None
-            raise DamagedError(f"{path} is gone: {error.strerror}") from None
-        except OSError as error:
-            raise _named(error, f"cannot read {path}") from None
 
     def names(self) -> list[str]:
-        with self._listing():
+        with _named(f"cannot list {self._directory}"):
             return [entry.name for entry in self._entries() if not entry.name.startswith(".") and entry.is_file()]
 
     def below(self) -> list[str]:
-        with self._listing():
+        with _named(f"cannot list {self._directory}"):
             return [entry.path for entry in self._entries() if entry.is_dir()]
 
     def delete(self, name: str) -> None:
         path = self._directory / name
-        try:
+        with _named(f"cannot delete {path}"), contextlib.suppress(NotADirectoryError):  # no such store, so no such file
             path.unlink(missing_ok=True)
-        except NotADirectoryError:
-            return  # no such store, so no such file
-        except OSError as error:
-            raise _named(error, f"cannot delete {path}") from None
 
     def set_aside(self, name: str) -> str:
-        try:
-            (self._directory / name).rename(_temporary(self._directory, name))
+        path = self._directory / name
+        with _named(f"cannot delete {path}"), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.rename(_temporary(self._directory, name))
             _sync_directory(self._directory)  # before its blocks are overwritten
-        except (FileNotFoundError, NotADirectoryError):
-            return ""
-        except OSError as error:
-            raise _named(error, f"cannot delete {self._directory / name}") from None
-        return name
+            return name
+        return ""
 
     def sweep(self, wanted: Callable[[str], bool]) -> None:
-        with self._listing():
+        with _named(f"cannot list {self._directory}"):
             entries = self._entries()
         for entry in entries:
             name = entry.name
@@ -103,12 +94,10 @@ class DirectoryStore(SnapshotStore):
                 self.delete(name)
 
     def remove(self) -> None:
-        try:
+        with _named(f"cannot remove {self._directory}"):
             while self._directory.exists():
                 with contextlib.suppress(FileNotFoundError):  # a file may be renamed meanwhile
                     shutil.rmtree(self._directory)
-        except OSError as error:
-            raise _named(error, f"cannot remove {self._directory}") from None
 
     def _entries(self) -> list[os.DirEntry[str]]:
         try:
@@ -116,14 +105,6 @@ class DirectoryStore(SnapshotStore):
                 return sorted(entries, key=lambda entry: entry.name)
         except (FileNotFoundError, NotADirectoryError):
             return []
-
-    @contextlib.contextmanager
-    def _listing(self) -> Iterator[None]:
-        """Inspecting an entry can fail like listing."""
-        try:
-            yield
-        except OSError as error:
-            raise _named(error, f"cannot list {self._directory}") from None
 
 
 class Incoming:
@@ -140,14 +121,14 @@ class Incoming:
         self._temporary = _temporary(directory, name)
         self._size = self._total = 0
         self._checksum = checksum
-        with self._named():
+        with _named(f"cannot write {self._path}"):
             _make_durably(directory)
             self._file = DirectFile(self._temporary, _temporary(directory, recycled_file) if recycled_file else None)
 
     def add(self, buffer: Buffer | Live) -> None:
         """Append a buffer."""
         view = memoryview(buffer.memory if isinstance(buffer, Live) else buffer).cast("B")
-        with self._named():
+        with _named(f"cannot write {self._path}"):
             self._size += view.nbytes
             self._file.write(view)
             if isinstance(buffer, Live) and (copy := buffer.instead()) is not None:
@@ -162,7 +143,7 @@ class Incoming:
         written = Written(name=self._path.name, size_bytes=self._size, checksum=f"crc32c:{total:08x}")
         if expected is not None and written != expected:
             raise DamagedError(f"{self._path} is not as expected: {written}, not {expected}")
-        with self._named():
+        with _named(f"cannot write {self._path}"):
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
@@ -175,13 +156,6 @@ class Incoming:
         with contextlib.suppress(OSError):  # what cannot be written may not be removable either
             self._file.close()
             self._temporary.unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise _named(error, f"cannot write {self._path}") from None
 
 
 def _temporary(directory: Path, name: str) -> Path:
@@ -206,6 +180,13 @@ def _sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _named(error: OSError, what: str) -> StorageError:
-    action = "free space; training continues, and the next snapshot is tried" if error.errno == errno.ENOSPC else ""
-    return StorageError(f"{what}: {error.strerror or error}", action=action, details={"errno": str(error.errno)})
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Raise StorageError for an OSError; inspecting an entry of a directory can fail like listing it."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno == errno.ENOSPC
+        action = "free space; training continues, and the next snapshot is tried" if full else ""
+        details = {"errno": str(error.errno)}
+        raise StorageError(f"{what}: {error.strerror or error}", action=action, details=details) from None

@@ -12,16 +12,8 @@ import pytest
 
 from harness.proxy import CuttingProxy
 from pscluster import errors
-from pscluster.rpc import (
-    SERVER_OPTIONS,
-    ErrorInterceptor,
-    TokenInterceptor,
-    error_of,
-    open_aio_channel,
-    open_channel,
-    read_token,
-    status_of,
-)
+from pscluster.rpc import SERVER_OPTIONS, error_of, open_aio_channel, open_channel, read_token, status_of
+from pscluster.rpc.server import ErrorInterceptor, TokenInterceptor
 
 TOKEN = "t0ken"
 

@@ -1,24 +1,34 @@
-"""Starts and stops a local cluster; both are idempotent."""
+"""Starts and stops a local cluster; both are idempotent, and an interrupted one leaves nothing half done."""
 
 from __future__ import annotations
 
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
 
 from pscluster.agent.resources import visible_devices
 from pscluster.cli.local import processes, record
-from pscluster.cli.local.interruptions import deferred
-from pscluster.cli.local.master_queries import wait_ready
-from pscluster.cli.local.processes import command, count_of, daemon_dir, exit_error, node_names, size_of, variables
+from pscluster.cli.local.processes import command, count_of, daemon_dir, exit_error, node_names, variables
 from pscluster.cli.local.record import Daemon, locked
-from pscluster.errors import StorageError
+from pscluster.errors import StorageError, UnhealthyError, UnreachableError
 from pscluster.settings import LocatedCluster, make_runtime_dir, runtime_dir
 
+if TYPE_CHECKING:
+    from pscluster.client import Cluster
+
 READY_DEADLINE_S = 60.0
+_POLL_S = 0.05
+_PRINT_AFTER_S = 3.0
+_NUMBERS = (signal.SIGINT, signal.SIGTERM)
 DEFAULT_WORKERS = 2
 DEFAULT_SERVERS = 1
 
@@ -119,7 +129,7 @@ class LocalCluster:
 
     def _start(self, name: str) -> None:
         log = self.log_of(name)
-        self._log_offsets[name] = size_of(log)
+        self._log_offsets[name] = log.stat().st_size if log.exists() else 0  # what follows belongs to this start
         words = command(name, self.state_dir, self.located.address, self.located.token_file)
         with deferred():  # a process that is started but not recorded would never be ended
             own = variables(name, visible_devices(os.environ))
@@ -193,3 +203,81 @@ def _remove_runtime_dir(state_dir: Path) -> None:
         return
     except OSError as error:
         raise StorageError(f"cannot remove {path}: {error.strerror}") from None
+
+
+def wait_ready(
+    located: LocatedCluster,
+    names: Sequence[str],
+    check: Callable[[], None],
+    print_info: Callable[[str], None],
+    deadline_s: float,
+) -> None:
+    """Block until the master answers and all nodes in `names` are ready.
+
+    `check` is called between polls and raises when a daemon has ended. Prints what is waited for after 3 seconds, and
+    when it changes. Raises UnhealthyError after `deadline_s`.
+    """
+    started = time.monotonic()
+    printed = ""
+    with ExitStack() as stack:
+        for missing in _poll(located, names, stack):
+            if not missing:
+                return
+            check()
+            elapsed = time.monotonic() - started
+            waits = f"waiting for {', '.join(missing)}"
+            if elapsed > deadline_s:
+                raise UnhealthyError(f"not ready after {deadline_s:g} s: {waits}")
+            if elapsed > _PRINT_AFTER_S and waits != printed:
+                print_info(waits)
+                printed = waits
+            time.sleep(_POLL_S)
+
+
+def _poll(located: LocatedCluster, names: Sequence[str], stack: ExitStack) -> Iterator[list[str]]:
+    """What is missing, at each poll; ["master"] while it does not answer."""
+    from pscluster.client import Cluster
+
+    cluster: Cluster | None = None
+    while True:
+        try:
+            cluster = cluster or stack.enter_context(Cluster.connect_to(located))
+            ready = {node.node_id for node in cluster.nodes() if node.ready}
+            yield [name for name in names if name not in ready]
+        except UnreachableError:
+            yield ["master"]
+
+
+@contextmanager
+def interruptible_once() -> Iterator[None]:
+    """The first SIGINT or SIGTERM raises KeyboardInterrupt; from then on both are ignored until the block is left, so
+    that the cleanup is not interrupted. Call on the main thread."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        for number in _NUMBERS:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in _NUMBERS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Defer SIGINT and SIGTERM until the block is done. Does nothing outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in _NUMBERS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])

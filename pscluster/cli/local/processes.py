@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -83,15 +85,15 @@ def end(daemons: Sequence[Daemon], state_dir: Path, grace_s: float = GRACE_S) ->
     """
     processes = {d.name: process for d in daemons if (process := _process_of(d, state_dir)) is not None}
     # Listed before the parents end: afterwards their parent is unknown.
-    children = [child for process in processes.values() for child in _descendants(process)]
+    children: list[psutil.Process] = []
     for process in processes.values():
-        _signal(process, kill=False)
+        with suppress(psutil.Error):
+            children += process.children(recursive=True)
+    _signal(processes.values(), signal.SIGTERM)
     left = _await_end(list(processes.values()), grace_s)
-    for process in left:
-        _signal(process, kill=True)
+    _signal(left, signal.SIGKILL)
     orphans = _await_end(children, _ORPHAN_GRACE_S)
-    for process in orphans:
-        _signal(process, kill=True)
+    _signal(orphans, signal.SIGKILL)
     _await_end([*left, *orphans], _KILL_WAIT_S)
     return sorted(name for name, process in processes.items() if process in left)
 
@@ -119,33 +121,17 @@ def _await_end(processes: list[psutil.Process], timeout_s: float) -> list[psutil
 
 def _has_ended(process: psutil.Process) -> bool:
     try:
-        # Reaps it when it is a child of this process.
-        process.wait(timeout=0)
-    except psutil.TimeoutExpired:
-        pass
-    except psutil.Error:
-        return True
-    try:
+        with suppress(psutil.TimeoutExpired):
+            process.wait(timeout=0)  # reaps it when it is a child of this process
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.Error:
         return True
 
 
-def _descendants(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return list(process.children(recursive=True))
-    except psutil.Error:
-        return []
-
-
-def _signal(process: psutil.Process, kill: bool) -> None:
-    try:
-        if kill:
-            process.kill()
-        else:
-            process.terminate()
-    except psutil.Error:
-        return  # already gone
+def _signal(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        with suppress(psutil.Error):  # already gone
+            process.send_signal(number)
 
 
 def node_names(workers: int, servers: int) -> tuple[str, ...]:
@@ -197,14 +183,6 @@ def name_of(command_line: Sequence[str], state_dir: Path) -> str | None:
     return name if matches and module == _MODULE.get(name.partition("-")[0]) else None
 
 
-def size_of(log: Path) -> int:
-    """Where the log ends now: later output belongs to the next start."""
-    try:
-        return log.stat().st_size
-    except OSError:
-        return 0
-
-
 def exit_error(name: str, log: Path, offset: int) -> PsError:
     """The error that the daemon printed after `offset`, else one that shows its last lines."""
     lines = _last_lines(log, offset)
@@ -212,9 +190,8 @@ def exit_error(name: str, log: Path, offset: int) -> PsError:
         match = _NAMED.match(line.strip())
         if match:
             code, cause, action = match.groups()
-            return from_dict(
-                {"code": code, "cause": f"{name} could not start: {cause}", "action": action or f"see {log}"}
-            )
+            cause = f"{name} could not start: {cause}"
+            return from_dict({"code": code, "cause": cause, "action": action or f"see {log}"})
     shown = "\n  ".join(lines[-_LINES:]) or "(no output)"
     return UnhealthyError(f"{name} ended while starting; its last output:\n  {shown}", action=f"see {log}")
 

@@ -21,7 +21,8 @@ from pscluster.agent.child import GracePeriods
 from pscluster.agent.node import run_agent
 from pscluster.agent.role import AgentRole, AgentSettings
 from pscluster.errors import NotFoundError, StateError
-from pscluster.rpc import SERVER_OPTIONS, ErrorInterceptor, TokenInterceptor
+from pscluster.rpc import SERVER_OPTIONS
+from pscluster.rpc.server import ErrorInterceptor, TokenInterceptor
 from pscluster.settings import runtime_dir
 from pscluster.v1 import agents_pb2 as pb
 from pscluster.v1 import plan_pb2 as plan

@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pscluster.agent.output import Backlog, LineSplitter
+from pscluster.agent.report_queue import Backlog, LineSplitter
 from pscluster.v1.agents_pb2 import LogLine
 
 

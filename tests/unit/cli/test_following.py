@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pscluster.cli.following import BarView
-from pscluster.cli.narrator import Narrator
+from pscluster.cli.following import BarView, Narrator
 from pscluster.client import Job
 from pscluster.client.records import job_of
 from pscluster.v1 import jobs_pb2

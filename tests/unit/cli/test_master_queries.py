@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pscluster.cli.local.cluster import LocalCluster
-from pscluster.cli.local.master_queries import continued_jobs, unfinished_jobs
+from pscluster.cli.updown import continued_jobs, unfinished_jobs
 from pscluster.errors import InternalError
 from pscluster.settings import ClientSettings, LocatedCluster
 from pscluster.v1 import jobs_pb2

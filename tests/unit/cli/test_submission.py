@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pscluster.cli.arithmetic import calculate
 from pscluster.cli.following import PlainView, outage_note
 from pscluster.cli.local import record
+from pscluster.cli.submission import calculate
 from pscluster.errors import UnreachableError
 from pscluster.job.bundle import extract
 from pscluster.job.spec import parse_spec
