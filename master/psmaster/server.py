@@ -24,7 +24,7 @@ from pscluster.errors import AddressInUseError, StorageError
 from pscluster.rpc.server import ErrorInterceptor, TokenInterceptor
 from pscluster.v1 import agents_pb2_grpc, jobs_pb2_grpc
 from psmaster.api.agents import AgentsService
-from psmaster.api.jobs import Identity, JobsService
+from psmaster.api.jobs import JobsService
 from psmaster.api.metrics import MasterMetrics
 from psmaster.control.loop import Core
 from psmaster.scheduling.draft import Limits
@@ -100,8 +100,8 @@ async def assembled(settings: MasterSettings) -> AsyncIterator[tuple[Core, Any]]
         endpoint = telemetry.MetricsEndpoint(settings.metrics_listen)
         stack.callback(endpoint.close)
         health = health_aio.HealthServicer()
-        identity = Identity(started_s=core.now().unix_s, metrics_address=endpoint.address)
-        await _listen(stack, settings, token, core, shelf, identity, health)
+        services = (JobsService(core, shelf, endpoint.address), AgentsService(core, shelf), health)
+        await _listen(stack, settings, token, *services)
         _log.info("serves", listen=list(settings.listen), metrics=endpoint.address, jobs=len(core.state.jobs))
         yield core, health
 
@@ -153,19 +153,13 @@ async def run_transactions(core: Core, health: Any, ending: asyncio.Event) -> No
 
 
 async def _listen(
-    stack: AsyncExitStack,
-    settings: MasterSettings,
-    token: str,
-    core: Core,
-    shelf: BundleShelf,
-    identity: Identity,
-    health: Any,
+    stack: AsyncExitStack, settings: MasterSettings, token: str, jobs: JobsService, agents: AgentsService, health: Any
 ) -> None:
     server = grpc.aio.server(
         interceptors=[ErrorInterceptor(telemetry.observe_rpc), TokenInterceptor(token)], options=rpc.SERVER_OPTIONS
     )
-    jobs_pb2_grpc.add_JobsServicer_to_server(JobsService(core, shelf, identity), server)  # type: ignore[no-untyped-call]
-    agents_pb2_grpc.add_AgentsServicer_to_server(AgentsService(core, shelf), server)  # type: ignore[no-untyped-call]
+    jobs_pb2_grpc.add_JobsServicer_to_server(jobs, server)  # type: ignore[no-untyped-call]
+    agents_pb2_grpc.add_AgentsServicer_to_server(agents, server)  # type: ignore[no-untyped-call]
     health_pb2_grpc.add_HealthServicer_to_server(health, server)  # type: ignore[no-untyped-call]
     for address in settings.listen:
         bind(server, address)
@@ -178,8 +172,7 @@ async def _listen(
 def claim(state_dir: Path) -> IO[str]:
     """Create the state directory and lock it for this process; closing the file unlocks it.
 
-    Raises StorageError when it cannot be written or another master has it.
-    """
+    Raises StorageError when it cannot be written or another master has it."""
     try:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = (state_dir / "lock").open("a+")

@@ -89,7 +89,7 @@ def not_started(process_id: str, error: PsError | None = None, *, expected: bool
 
 
 def detail_of(error: PsError) -> ErrorDetail:
-    """The error as a message; `pscluster.client.decode` has the inverse."""
+    """The error as a message; `pscluster.client.records` has the inverse."""
     return ErrorDetail(**error.to_dict())
 
 

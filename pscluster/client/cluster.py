@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 
 from pscluster import errors, rpc
-from pscluster.client import calls, decode
+from pscluster.client import calls, records
 from pscluster.client.calls import STREAM_DEADLINE_S, LogCursor, ReconnectingStream
 from pscluster.client.goals import Goal, parse_goal, reached, wait_drained
 from pscluster.client.records import Health, Job, LogLine, Node, Snapshot
@@ -138,11 +138,11 @@ class Cluster:
 
     def job(self, job: str) -> Job:
         """One job in its current state, with its plan."""
-        return decode.job_of(calls.unary(self._jobs.Get, jobs_pb2.GetRequest(job=job)))
+        return records.job_of(calls.unary(self._jobs.Get, jobs_pb2.GetRequest(job=job)))
 
     def jobs(self, deadline_s: float = rpc.DEADLINE_S) -> list[Job]:
         """All jobs, newest first, without plans and events."""
-        return [decode.job_of(m) for m in calls.unary(self._jobs.List, jobs_pb2.ListRequest(), deadline_s).jobs]
+        return [records.job_of(m) for m in calls.unary(self._jobs.List, jobs_pb2.ListRequest(), deadline_s).jobs]
 
     def watch(
         self, job: str, stream: ReconnectingStream | None = None, timeout_s: float | None = None
@@ -167,7 +167,7 @@ class Cluster:
 
         for message in keep.follow(open_stream, expired, expired):
             if newest is None or message.revision != newest.revision:
-                newest = decode.job_of(message)
+                newest = records.job_of(message)
                 yield newest
             if newest.ended:
                 return
@@ -189,11 +189,11 @@ class Cluster:
 
     def stop(self, job: str) -> Job:
         """Stop a job at its next step boundary. Returns at once; `wait(job, "stopped")` waits. Idempotent."""
-        return decode.job_of(calls.unary(self._jobs.Stop, jobs_pb2.GetRequest(job=job)))
+        return records.job_of(calls.unary(self._jobs.Stop, jobs_pb2.GetRequest(job=job)))
 
     def resume(self, job: str) -> Job:
         """Queue a stopped or failed job again, from its newest complete snapshot. Idempotent."""
-        return decode.job_of(calls.unary(self._jobs.Resume, jobs_pb2.GetRequest(job=job)))
+        return records.job_of(calls.unary(self._jobs.Resume, jobs_pb2.GetRequest(job=job)))
 
     def delete(self, job: str) -> str:
         """Forget an ended job and remove its files; returns its id. StateError while it runs."""
@@ -226,7 +226,7 @@ class Cluster:
 
         keep = stream or ReconnectingStream(max_outage_s=600.0 if follow else 0.0)
         for message in keep.follow(open_stream, lambda: not follow or self.job(job).ended):
-            line = decode.log_line_of(message)
+            line = records.log_line_of(message)
             if cursor.is_new(line):
                 yield line
 
@@ -243,7 +243,7 @@ class Cluster:
     def snapshots(self, job: str) -> list[Snapshot]:
         """The complete snapshots, oldest first."""
         reply = calls.unary(self._jobs.ListSnapshots, jobs_pb2.GetRequest(job=job))
-        return [decode.snapshot_of(m) for m in reply.snapshots]
+        return [records.snapshot_of(m) for m in reply.snapshots]
 
     def snapshot(self, job: str, which: int | str = "last") -> Snapshot:
         """One complete snapshot: "last", "best" or a step. NotFoundError names the existing ones."""
@@ -277,17 +277,17 @@ class Cluster:
     def nodes(self) -> list[Node]:
         """The nodes, by role, then id."""
         reply = calls.unary(self._jobs.ListNodes, jobs_pb2.ListNodesRequest())
-        return [decode.node_of(m) for m in reply.nodes]
+        return [records.node_of(m) for m in reply.nodes]
 
     def drain(self, node_id: str) -> Node:
         """Move everything away from a node and place nothing new there; returns at once, and `drained` waits.
 
         Holds until `undrain`, across restarts of the node and the master. Idempotent. Raises NotFoundError."""
-        return decode.node_of(calls.unary(self._jobs.Drain, jobs_pb2.DrainRequest(node_id=node_id)))
+        return records.node_of(calls.unary(self._jobs.Drain, jobs_pb2.DrainRequest(node_id=node_id)))
 
     def undrain(self, node_id: str) -> Node:
         """End a drain: the node gets processes again. Idempotent. Raises NotFoundError."""
-        return decode.node_of(calls.unary(self._jobs.Drain, jobs_pb2.DrainRequest(node_id=node_id, undo=True)))
+        return records.node_of(calls.unary(self._jobs.Drain, jobs_pb2.DrainRequest(node_id=node_id, undo=True)))
 
     def drained(self, asked: Node, timeout_s: float | None = None) -> Iterator[Node]:
         """Yield `asked`, which `drain` returned, then the node after each change, until it is drained; the last one is.
@@ -299,4 +299,4 @@ class Cluster:
 
     def health(self, deadline_s: float = rpc.DEADLINE_S) -> Health:
         """Whether the master and the nodes are healthy, and which version runs."""
-        return decode.health_of(calls.unary(self._jobs.GetCluster, jobs_pb2.GetClusterRequest(), deadline_s))
+        return records.health_of(calls.unary(self._jobs.GetCluster, jobs_pb2.GetClusterRequest(), deadline_s))

@@ -1,18 +1,21 @@
 """What a client reads of a cluster, as plain frozen records.
 
 `to_dict` gives a record as JSON: enum states are words, times are Unix seconds, what is not known yet is
-None. A record never changes; ask again for newer ones. `pscluster.client.decode` makes them from protobuf
-messages.
+None. A record never changes; ask again for newer ones. They are decoded from the master's protobuf messages by field
+names (see `pscluster.rpc.codec`); zero or empty there is None where a record allows it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
-from pscluster.errors import PsError
+from pscluster.errors import PsError, from_dict
+from pscluster.rpc.codec import Wire
+from pscluster.v1 import agents_pb2, jobs_pb2, plan_pb2
 
 ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 """The states in which nothing of a job runs."""
@@ -26,9 +29,7 @@ class _Record:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, _Record):
-        return value.to_dict()
-    if isinstance(value, PsError):
+    if isinstance(value, _Record | PsError):
         return value.to_dict()
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
@@ -225,3 +226,56 @@ class LogLine(_Record):
     time_s: float
     stream: str
     text: str
+
+
+def _error_of(m: plan_pb2.ErrorDetail) -> PsError:
+    return from_dict({"code": m.code, "cause": m.cause, "action": m.action, "details": m.details})
+
+
+_wire = Wire()
+_wire.adapt(PsError, plan_pb2.ErrorDetail, _error_of, lambda error: plan_pb2.ErrorDetail(**error.to_dict()))
+_wire.pair(Best, plan_pb2.BestSnapshot)
+_wire.pair(Condition, jobs_pb2.Condition)
+_wire.pair(Event, jobs_pb2.Event)
+_wire.pair(DataConnection, plan_pb2.Connection)
+_wire.pair(PreflightCheck, plan_pb2.PreflightCheck)
+_wire.pair(Standby, plan_pb2.Standby)
+_wire.pair(TrainerPlacement, plan_pb2.TrainerPlacement)
+_wire.pair(PartitionPlacement, plan_pb2.PartitionPlacement)
+_wire.pair(
+    Plan,
+    plan_pb2.Plan,
+    only_message=[
+        "job_id", "layout_json", "data_token", "restore", "kept_steps", "final_step", "moved_generation",
+        "coordinator_generation", "save",
+    ],
+)  # fmt: skip
+_JOB = _wire.pair(Job, jobs_pb2.Job, only_value=["spec"], only_message=["spec_json"])
+_NODE = _wire.pair(
+    Node,
+    jobs_pb2.Node,
+    renamed={name: f"resources.{name}" for name in ("cpu_cores", "memory_bytes", "devices", "slots")},
+)
+_PART = _wire.pair(SnapshotPart, plan_pb2.SnapshotPart, only_message=["step", "generation"])
+_SNAPSHOT = _wire.pair(Snapshot, jobs_pb2.Snapshot)
+health_of = _wire.pair(Health, jobs_pb2.Cluster).decode
+log_line_of = _wire.pair(
+    LogLine, jobs_pb2.LogRecord, renamed={name: f"line.{name}" for name in ("time_s", "stream", "text")}
+).decode
+
+
+def job_of(m: jobs_pb2.Job) -> Job:
+    return _JOB.decode(
+        m,
+        loss=m.loss if m.step and math.isfinite(m.loss) else None,
+        spec=json.loads(m.spec_json) if m.spec_json else {},
+    )
+
+
+def node_of(m: jobs_pb2.Node) -> Node:
+    return _NODE.decode(m, role=agents_pb2.Role.Name(m.role).removeprefix("ROLE_").lower())
+
+
+def snapshot_of(m: jobs_pb2.Snapshot) -> Snapshot:
+    parts = sorted(m.parts, key=lambda part: part.partition)
+    return _SNAPSHOT.decode(m, parts=tuple(map(_PART.decode, parts)))

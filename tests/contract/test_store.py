@@ -41,7 +41,6 @@ def test_a_new_store_is_empty(store: Store) -> None:
     assert store.job_of_request("r") is None
     assert store.events("x") == ()
     assert store.parts("x") == ()
-    assert store.bundle("x") is None
 
 
 def test_a_job_comes_back_as_it_was_but_for_what_is_volatile(store: Store) -> None:
@@ -118,7 +117,6 @@ def test_a_deleted_job_takes_everything_with_it(store: Store) -> None:
 def test_bundles_are_known_and_forgotten(store: Store) -> None:
     store.write(Batch(bundles=(BUNDLE,)))
     store.write(Batch(bundles=(BUNDLE,)))
-    assert store.bundle(BUNDLE.sha256) == BUNDLE
     assert store.bundles() == (BUNDLE,)
     store.write(Batch(deleted_bundles=(BUNDLE.sha256, "nobody")))
     assert store.bundles() == ()

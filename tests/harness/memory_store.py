@@ -69,9 +69,6 @@ class MemoryStore(Store):
     def parts(self, job_id: str) -> tuple[Part, ...]:
         return tuple(part for key, part in sorted(self._parts.items()) if key[0] == job_id)
 
-    def bundle(self, sha256: str) -> BundleRecord | None:
-        return self._bundles.get(sha256)
-
     def bundles(self) -> tuple[BundleRecord, ...]:
         return tuple(record for _, record in sorted(self._bundles.items()))
 

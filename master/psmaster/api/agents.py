@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from pscluster.errors import CallerError, VersionSkewError
@@ -13,8 +13,7 @@ from pscluster.v1 import agents_pb2, agents_pb2_grpc
 from psmaster.api import proto
 from psmaster.control.agent_stream import AgentStream
 from psmaster.control.loop import Core
-from psmaster.control.transaction import Report
-from psmaster.model.process import Exit
+from psmaster.control.transaction import Transaction
 from psmaster.storage.bundles import BundleShelf
 from psmaster.storage.logs import LogMessage
 
@@ -29,7 +28,7 @@ class AgentsService(agents_pb2_grpc.AgentsServicer):
         self._core = core
         self._shelf = shelf
 
-    async def Register(self, request: agents_pb2.RegisterRequest, context: Any) -> agents_pb2.RegisterReply:  # noqa: ARG002, N802
+    async def Register(self, request: agents_pb2.RegisterRequest, context: Any) -> agents_pb2.RegisterReply:
         if request.protocol != PROTOCOL:
             raise VersionSkewError(
                 f"node {request.node_id} speaks protocol {request.protocol} (pscluster {request.version}), "
@@ -40,10 +39,8 @@ class AgentsService(agents_pb2_grpc.AgentsServicer):
         suspicion_s = self._core.limits.suspicion_s
         return agents_pb2.RegisterReply(beat_interval_s=min(BEAT_INTERVAL_S, suspicion_s / 3), suspicion_s=suspicion_s)
 
-    async def Attend(  # noqa: N802
-        self,
-        request_iterator: AsyncIterator[agents_pb2.AgentMessage],
-        context: Any,  # noqa: ARG002
+    async def Attend(
+        self, request_iterator: AsyncIterator[agents_pb2.AgentMessage], context: Any
     ) -> AsyncIterator[agents_pb2.MasterMessage]:
         first = await anext(request_iterator, None)
         if first is None or not first.HasField("hello"):
@@ -72,43 +69,40 @@ class AgentsService(agents_pb2_grpc.AgentsServicer):
 
     async def _submit(self, stream: AgentStream, message: agents_pb2.AgentMessage) -> None:
         """Queue one message. One without meaning is acknowledged, since the agent would otherwise repeat it."""
-        core, node_id, sequence = self._core, stream.node_id, message.sequence
-        body = message.WhichOneof("body")
-        if body == "log" and (log := _log_message(message)) is not None:
-            await core.write_log(stream, sequence, *log)
+        log = _log_message(message) if message.HasField("log") else None
+        if log is not None:
+            await self._core.write_log(stream, message.sequence, *log)
             return
-        status, report = message.status, proto.report(message.event.report)
-        exit_ = proto.exit_of(status) if body == "status" else None
-        if exit_ is not None:
-            await self._submit_exit(stream, sequence, status.process_id, exit_)
-        elif body == "status":
-            looks = proto.suspicion_of(status), proto.unreached_of(status)
-            await core.submit(stream, sequence, lambda tx: tx.suspected(node_id, status.process_id, *looks))
-        elif body == "event" and report is not None:
-            await self._submit_report(stream, sequence, message.event.process_id, report)
-        elif body == "goodbye":
-            await core.submit(stream, sequence, lambda tx: tx.detach(node_id, stream.incarnation, for_good=True))
-        elif body == "leaving":
-            await core.submit(stream, sequence, lambda tx: tx.leaving(node_id, stream.incarnation))
-        else:
-            speeds = proto.speeds(message.beat)
-            await core.submit(stream, sequence, lambda tx: tx.beat(node_id, stream.incarnation, speeds))
+        await self._core.submit(stream, message.sequence, _change(stream, message))
+        if message.HasField("beat"):
             stream.answer_beat()
 
-    async def _submit_exit(self, stream: AgentStream, sequence: int, process_id: str, exit_: Exit) -> None:
-        await self._core.submit(stream, sequence, lambda tx: tx.exited(stream.node_id, process_id, exit_))
-
-    async def _submit_report(self, stream: AgentStream, sequence: int, process_id: str, report: Report) -> None:
-        await self._core.submit(stream, sequence, lambda tx: tx.reported(stream.node_id, process_id, report))
-
-    async def DownloadBundle(  # noqa: N802
-        self,
-        request: agents_pb2.DownloadBundleRequest,
-        context: Any,  # noqa: ARG002
+    async def DownloadBundle(
+        self, request: agents_pb2.DownloadBundleRequest, context: Any
     ) -> AsyncIterator[agents_pb2.BundleChunk]:
         chunks = self._shelf.chunks(request.sha256)
         while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
             yield agents_pb2.BundleChunk(data=chunk)
+
+
+def _change(stream: AgentStream, message: agents_pb2.AgentMessage) -> Callable[[Transaction], None]:
+    """What a message changes; one without meaning is a sign of life."""
+    node, status, event = (stream.node_id, stream.incarnation), message.status, message.event
+    exit_, report = proto.exit_of(status), proto.report(event.report)
+    match message.WhichOneof("body"):
+        case "status" if exit_ is not None:
+            return lambda tx: tx.exited(stream.node_id, status.process_id, exit_)
+        case "status":
+            looks = proto.suspicion_of(status), proto.unreached_of(status)
+            return lambda tx: tx.suspected(stream.node_id, status.process_id, *looks)
+        case "event" if report is not None:
+            return lambda tx: tx.reported(stream.node_id, event.process_id, report)
+        case "goodbye":
+            return lambda tx: tx.detach(*node, for_good=True)
+        case "leaving":
+            return lambda tx: tx.leaving(*node)
+    speeds = proto.speeds(message.beat)
+    return lambda tx: tx.beat(*node, speeds)
 
 
 def _log_message(message: agents_pb2.AgentMessage) -> tuple[str, LogMessage] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
 import pscluster
@@ -13,9 +12,8 @@ from pscluster.rpc import PROTOCOL
 from pscluster.v1 import jobs_pb2, jobs_pb2_grpc
 from psmaster.api import log_tail, proto
 from psmaster.control.loop import Core
-from psmaster.control.submission import new_job
 from psmaster.model import membership
-from psmaster.model.job import Job
+from psmaster.model.job import Job, new_job
 from psmaster.model.membership import Node
 from psmaster.model.state import find
 from psmaster.scheduling import drain
@@ -25,25 +23,19 @@ from psmaster.storage.store import Batch, BundleRecord
 PROGRESS_INTERVAL_S = 1.0  # how often a watcher receives mere progress
 
 
-@dataclass(frozen=True, kw_only=True)
-class Identity:
-    """What the master reports about itself. `started_s` is a Unix time."""
-
-    started_s: float
-    metrics_address: str
-
-
 class JobsService(jobs_pb2_grpc.JobsServicer):
     """Raises PsError from every method; the server's interceptor maps it."""
 
-    def __init__(self, core: Core, shelf: BundleShelf, identity: Identity) -> None:
+    def __init__(self, core: Core, shelf: BundleShelf, metrics_address: str) -> None:
+        """`metrics_address`: where the master's metrics are, which `GetCluster` reports."""
         self._core = core
         self._shelf = shelf
-        self._identity = identity
+        self._started_s = core.now().unix_s
+        self._metrics_address = metrics_address
         # Held from the check for a bundle to its use: an accepted job must find its code.
         self._claiming = asyncio.Lock()
 
-    async def Submit(self, request: jobs_pb2.SubmitRequest, context: Any) -> jobs_pb2.SubmitReply:  # noqa: ARG002, N802
+    async def Submit(self, request: jobs_pb2.SubmitRequest, context: Any) -> jobs_pb2.SubmitReply:
         sha256, jobs_directory = request.bundle_sha256, self._core.archive.directory("")
         async with self._claiming:
             if sha256 and not await asyncio.to_thread(self._shelf.has, sha256):
@@ -51,13 +43,11 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
             job = new_job(request.spec_json, sha256, request.request_id, jobs_directory, self._core.now())
             return jobs_pb2.SubmitReply(job_id=await self._core.ask(lambda tx: tx.submit(job)))
 
-    async def HasBundle(self, request: jobs_pb2.HasBundleRequest, context: Any) -> jobs_pb2.HasBundleReply:  # noqa: ARG002, N802
+    async def HasBundle(self, request: jobs_pb2.HasBundleRequest, context: Any) -> jobs_pb2.HasBundleReply:
         return jobs_pb2.HasBundleReply(present=await asyncio.to_thread(self._shelf.has, request.sha256))
 
-    async def UploadBundle(  # noqa: N802
-        self,
-        request_iterator: AsyncIterator[jobs_pb2.UploadBundleRequest],
-        context: Any,  # noqa: ARG002
+    async def UploadBundle(
+        self, request_iterator: AsyncIterator[jobs_pb2.UploadBundleRequest], context: Any
     ) -> jobs_pb2.UploadBundleReply:
         first = await anext(request_iterator, None)
         if first is None or not first.HasField("header"):
@@ -74,14 +64,14 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         await self._core.on_disk(self._core.archive.store.write, Batch(bundles=(record,)))
         return jobs_pb2.UploadBundleReply(sha256=record.sha256)
 
-    async def Get(self, request: jobs_pb2.GetRequest, context: Any) -> jobs_pb2.Job:  # noqa: ARG002, N802
+    async def Get(self, request: jobs_pb2.GetRequest, context: Any) -> jobs_pb2.Job:
         return self._message(self._find(request.job), full=True)
 
-    async def List(self, request: jobs_pb2.ListRequest, context: Any) -> jobs_pb2.ListReply:  # noqa: ARG002, N802
+    async def List(self, request: jobs_pb2.ListRequest, context: Any) -> jobs_pb2.ListReply:
         newest_first = sorted(self._core.state.jobs.values(), key=lambda job: (-job.created_s, job.job_id))
         return jobs_pb2.ListReply(jobs=[self._message(job, full=False) for job in newest_first])
 
-    async def Watch(self, request: jobs_pb2.GetRequest, context: Any) -> AsyncIterator[jobs_pb2.Job]:  # noqa: ARG002, N802
+    async def Watch(self, request: jobs_pb2.GetRequest, context: Any) -> AsyncIterator[jobs_pb2.Job]:
         job_id = self._find(request.job).job_id
         shown: Job | None = None
         shown_at = 0.0
@@ -97,15 +87,15 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
                 return
             await log_tail.wait(news, wait_s if job.revision != shown.revision else None)
 
-    async def Stop(self, request: jobs_pb2.GetRequest, context: Any) -> jobs_pb2.Job:  # noqa: ARG002, N802
+    async def Stop(self, request: jobs_pb2.GetRequest, context: Any) -> jobs_pb2.Job:
         job_id = await self._core.ask(lambda tx: tx.stop(request.job))
         return self._message(self._find(job_id), full=True)
 
-    async def Resume(self, request: jobs_pb2.GetRequest, context: Any) -> jobs_pb2.Job:  # noqa: ARG002, N802
+    async def Resume(self, request: jobs_pb2.GetRequest, context: Any) -> jobs_pb2.Job:
         job_id = await self._core.ask(lambda tx: tx.resume(request.job))
         return self._message(self._find(job_id), full=True)
 
-    async def Delete(self, request: jobs_pb2.GetRequest, context: Any) -> jobs_pb2.DeleteReply:  # noqa: ARG002, N802
+    async def Delete(self, request: jobs_pb2.GetRequest, context: Any) -> jobs_pb2.DeleteReply:
         # To its end even when the caller hangs up: the lock must outlast a removal that has begun.
         return jobs_pb2.DeleteReply(job_id=await asyncio.shield(self._delete(request.job)))
 
@@ -120,29 +110,27 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
                 await self._core.on_disk(self._core.archive.store.write, batch)
         return job.job_id
 
-    async def ReadLogs(self, request: jobs_pb2.ReadLogsRequest, context: Any) -> AsyncIterator[jobs_pb2.LogRecord]:  # noqa: ARG002, N802
+    async def ReadLogs(self, request: jobs_pb2.ReadLogsRequest, context: Any) -> AsyncIterator[jobs_pb2.LogRecord]:
         async for record in log_tail.logs(self._core, request):
             yield record
 
-    async def ReadMetrics(  # noqa: N802
-        self,
-        request: jobs_pb2.ReadMetricsRequest,
-        context: Any,  # noqa: ARG002
+    async def ReadMetrics(
+        self, request: jobs_pb2.ReadMetricsRequest, context: Any
     ) -> AsyncIterator[jobs_pb2.MetricsLines]:
         async for lines in log_tail.metrics(self._core, request):
             yield lines
 
-    async def ListSnapshots(self, request: jobs_pb2.GetRequest, context: Any) -> jobs_pb2.ListSnapshotsReply:  # noqa: ARG002, N802
+    async def ListSnapshots(self, request: jobs_pb2.GetRequest, context: Any) -> jobs_pb2.ListSnapshotsReply:
         state = self._core.state
         job = self._find(request.job)
         return jobs_pb2.ListSnapshotsReply(snapshots=proto.snapshots(job, state.catalogues[job.job_id]))
 
-    async def ListNodes(self, request: jobs_pb2.ListNodesRequest, context: Any) -> jobs_pb2.ListNodesReply:  # noqa: ARG002, N802
+    async def ListNodes(self, request: jobs_pb2.ListNodesRequest, context: Any) -> jobs_pb2.ListNodesReply:
         nodes = self._core.state.nodes.values()
         ordered = sorted(nodes, key=lambda node: (node.role is not membership.Role.WORKER, node.node_id))
         return jobs_pb2.ListNodesReply(nodes=[self._node(node) for node in ordered])
 
-    async def Drain(self, request: jobs_pb2.DrainRequest, context: Any) -> jobs_pb2.Node:  # noqa: ARG002, N802
+    async def Drain(self, request: jobs_pb2.DrainRequest, context: Any) -> jobs_pb2.Node:
         await self._core.ask(lambda tx: (tx.undrain if request.undo else tx.drain)(request.node_id))
         node = self._core.state.nodes.get(request.node_id)
         if node is None:  # drained, and away
@@ -161,15 +149,15 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         status = drain.status(state, node)
         return proto.cluster_node(node, running, now, limits.suspicion_s, drain=status, waits_for=waits_for)
 
-    async def GetCluster(self, request: jobs_pb2.GetClusterRequest, context: Any) -> jobs_pb2.Cluster:  # noqa: ARG002, N802
+    async def GetCluster(self, request: jobs_pb2.GetClusterRequest, context: Any) -> jobs_pb2.Cluster:
         problems = drain.problems(self._core.state, self._core.now(), self._core.limits.suspicion_s)
         return jobs_pb2.Cluster(
             version=pscluster.__version__,
             protocol=PROTOCOL,
             healthy=not problems,
             problems=problems,
-            started_s=self._identity.started_s,
-            metrics_address=self._identity.metrics_address,
+            started_s=self._started_s,
+            metrics_address=self._metrics_address,
         )
 
     def _find(self, name: str) -> Job:

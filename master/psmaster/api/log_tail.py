@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from pscluster.v1 import agents_pb2, jobs_pb2
 from psmaster.control.loop import Core
 from psmaster.model.state import find
-from psmaster.storage.logs import LogEntry, LogReader
+from psmaster.storage.logs import LogReader, whole_lines
 from psmaster.storage.metrics_file import FILE_NAME, step_and_kind
 
 _LINES_PER_MESSAGE = 500
@@ -31,13 +31,14 @@ async def logs(core: Core, request: jobs_pb2.ReadLogsRequest) -> AsyncIterator[j
     reader = LogReader(core.archive.logs_directory(job_id), request.kind, request.rank)
     first, lingered = True, False
     while True:
-        news, job = core.news, core.job(job_id)
+        news, job = core.news, core.state.jobs.get(job_id)
         entries = [entry for entry in await asyncio.to_thread(reader.read) if entry.time_s >= request.since_s]
         if first and request.tail:
             entries = entries[-request.tail :]
         first = False
         for entry in entries:
-            yield _record(entry)
+            line = agents_pb2.LogLine(time_s=entry.time_s, stream=entry.stream, text=entry.text)
+            yield jobs_pb2.LogRecord(source=entry.source, line=line)
         if not request.follow or job is None or lingered:
             return
         if job.state.ended:
@@ -48,11 +49,6 @@ async def logs(core: Core, request: jobs_pb2.ReadLogsRequest) -> AsyncIterator[j
         await wait(news, None)
 
 
-def _record(entry: LogEntry) -> jobs_pb2.LogRecord:
-    line = agents_pb2.LogLine(time_s=entry.time_s, stream=entry.stream, text=entry.text)
-    return jobs_pb2.LogRecord(source=entry.source, line=line)
-
-
 async def metrics(core: Core, request: jobs_pb2.ReadMetricsRequest) -> AsyncIterator[jobs_pb2.MetricsLines]:
     """The lines of a job's metrics.jsonl above a step; with `follow`, on until the job has ended. Raises NotFoundError.
 
@@ -60,7 +56,7 @@ async def metrics(core: Core, request: jobs_pb2.ReadMetricsRequest) -> AsyncIter
     job_id = find(core.state.jobs, request.job, core.now()).job_id
     tail = MetricsTail(core.archive.directory(job_id) / FILE_NAME, request.from_step)
     while True:
-        news, job = core.news, core.job(job_id)
+        news, job = core.news, core.state.jobs.get(job_id)
         lines = await asyncio.to_thread(tail.read)
         for start in range(0, len(lines), _LINES_PER_MESSAGE):
             yield jobs_pb2.MetricsLines(lines=lines[start : start + _LINES_PER_MESSAGE])
@@ -81,24 +77,16 @@ class MetricsTail:
 
     def read(self) -> list[str]:
         """The lines that were not read yet. Blocks on the disk."""
-        return list(self._read())
-
-    def _read(self) -> Iterator[str]:
+        fresh: list[str] = []
         try:
-            file = self._path.open("rb")
-        except FileNotFoundError:
-            return
-        with file:
             inode = self._path.stat().st_ino
-            if inode != self._inode:
-                self._inode, self._offset = inode, 0
-            file.seek(self._offset)
-            for raw in file:
-                if not raw.endswith(b"\n"):
-                    return
-                self._offset += len(raw)
-                line = raw.decode().rstrip("\n")
-                step, evaluation = step_and_kind(line)
-                if step > self._sent[evaluation]:
-                    self._sent[evaluation] = step
-                    yield line
+            lines, self._offset = whole_lines(self._path, self._offset if inode == self._inode else 0)
+            self._inode = inode
+        except FileNotFoundError:
+            return []
+        for line in map(bytes.decode, lines):
+            step, evaluation = step_and_kind(line)
+            if step > self._sent[evaluation]:
+                self._sent[evaluation] = step
+                fresh.append(line)
+        return fresh

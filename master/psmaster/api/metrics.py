@@ -23,6 +23,13 @@ _LOSSES = {
     "PartitionLost": ProcessKind.PARTITION.value,
     "StandbyLost": "standby",
 }
+_GAUGES = (  # of a live job: name, help, field
+    ("ps_job_step", "Committed step.", "step"),
+    ("ps_job_final_step", "Step at which the job ends; 0 until known.", "final_step"),
+    ("ps_job_loss", "Loss of the last committed step.", "loss"),
+    ("ps_job_grad_norm", "Gradient norm of the last committed step.", "grad_norm"),
+    ("ps_generation", "Generation of the newest plan.", "generation"),
+)
 _RECOVERY_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
 
 Family = GaugeMetricFamily | CounterMetricFamily
@@ -36,13 +43,8 @@ class MasterMetrics(Collector):
         self._core = core
         self._registry = metrics
         self._failovers = CounterMetric("ps_failovers_total", "Processes lost.", ["cause"], registry=metrics)
-        self._recovery = Histogram(
-            "ps_recovery_seconds",
-            "From a loss to the next committed step.",
-            ["kind"],
-            buckets=_RECOVERY_BUCKETS,
-            registry=metrics,
-        )
+        what = "From a loss to the next committed step."
+        self._recovery = Histogram("ps_recovery_seconds", what, ["kind"], buckets=_RECOVERY_BUCKETS, registry=metrics)
         for cause in _LOSSES.values():
             self._failovers.labels(cause=cause)
         for kind in ProcessKind:
@@ -99,25 +101,19 @@ def _of_jobs(state: State) -> Iterator[Family]:
 
 
 def _of_live_jobs(jobs: list[Job]) -> Iterator[Family]:
-    step = GaugeMetricFamily("ps_job_step", "Committed step.", labels=["job"])
-    target = GaugeMetricFamily("ps_job_final_step", "Step at which the job ends; 0 until known.", labels=["job"])
-    loss = GaugeMetricFamily("ps_job_loss", "Loss of the last committed step.", labels=["job"])
-    norm = GaugeMetricFamily("ps_job_grad_norm", "Gradient norm of the last committed step.", labels=["job"])
+    for name, help_text, field in _GAUGES:
+        gauge = GaugeMetricFamily(name, help_text, labels=["job"])
+        for job in jobs:
+            gauge.add_metric([job.job_id], getattr(job, field))
+        yield gauge
     skipped = CounterMetricFamily("ps_job_nonfinite", "Steps skipped as not finite.", labels=["job"])
-    generation = GaugeMetricFamily("ps_generation", "Generation of the newest plan.", labels=["job"])
     active = GaugeMetricFamily("ps_job_trainers", "Trainers by state.", labels=["job", "state"])
     for job in jobs:
-        name = [job.job_id]
-        step.add_metric(name, job.step)
-        target.add_metric(name, job.final_step)
-        loss.add_metric(name, job.loss)
-        norm.add_metric(name, job.grad_norm)
-        skipped.add_metric(name, job.nonfinite)
-        generation.add_metric(name, job.generation)
+        skipped.add_metric([job.job_id], job.nonfinite)
         num_active = sum(1 for placement in job.trainers if placement.active)
-        active.add_metric([*name, "active"], num_active)
-        active.add_metric([*name, "waiting"], len(job.trainers) - num_active)
-    yield from (step, target, loss, norm, skipped, generation, active)
+        active.add_metric([job.job_id, "active"], num_active)
+        active.add_metric([job.job_id, "waiting"], len(job.trainers) - num_active)
+    yield from (skipped, active)
 
 
 def _stragglers(jobs: list[Job], state: State) -> Family:
@@ -125,8 +121,7 @@ def _stragglers(jobs: list[Job], state: State) -> Family:
         "ps_job_straggler_ratio", "Time of the slowest trainer for a microbatch over the median one's.", labels=["job"]
     )
     for job in jobs:
-        speeds = rebalance.measured_speeds(
-            [placement for placement in job.trainers if placement.active], job.job_id, state.processes
-        )
+        active = (placement for placement in job.trainers if placement.active)
+        speeds = rebalance.measured_speeds(active, job.job_id, state.processes)
         ratios.add_metric([job.job_id], rebalance.straggler_of(speeds)[1])
     return ratios

@@ -46,8 +46,8 @@ from psmaster.scheduling import rebalance
 from psmaster.scheduling.reconcile import Desired
 
 _wire = Wire()
-_CHECK = _wire.pair(PreflightCheck, plan_pb2.PreflightCheck)
-_CONNECTION = _wire.pair(DataConnection, plan_pb2.Connection)
+_wire.pair(PreflightCheck, plan_pb2.PreflightCheck)
+_wire.pair(DataConnection, plan_pb2.Connection)
 _PART = _wire.pair(Part, plan_pb2.SnapshotPart)
 _UNREACHED = _wire.pair(Unreached, plan_pb2.Unreached, only_value=["since_s"])
 _ERROR = _wire.pair(ErrorInfo, plan_pb2.ErrorDetail)
@@ -179,14 +179,15 @@ def master_message(message: Assignment | Acknowledgement) -> agents_pb2.MasterMe
         return agents_pb2.MasterMessage(ack=agents_pb2.Acknowledged(sequence=message.sequence))
     assignment = agents_pb2.Assignment(
         revision=message.revision,
-        processes=[_process_spec(job, process) for job, process in message.processes],
+        processes=map(_process_spec, message.processes),
         depots=[agents_pb2.DepotAddress(node_id=node_id, address=address) for node_id, address in message.depots],
         deleted_jobs=message.deleted,
     )
     return agents_pb2.MasterMessage(assignment=assignment)
 
 
-def _process_spec(job: Job, process: Desired) -> plan_pb2.ProcessSpec:
+def _process_spec(process: Desired) -> plan_pb2.ProcessSpec:
+    job = process.job
     spec = plan_pb2.ProcessSpec(
         process_id=process.process_id,
         kind=_KINDS[process.placement.kind],
@@ -291,6 +292,6 @@ def snapshots(m: Job, catalogue: Catalogue) -> list[jobs_pb2.Snapshot]:
     """The complete snapshots, oldest first."""
     best = m.best.step if m.best is not None else None
     return [
-        jobs_pb2.Snapshot(step=step, parts=map(_PART.encode, catalogue.restore_point(step).parts), best=step == best)
-        for step in catalogue.complete_steps()
+        jobs_pb2.Snapshot(step=point.step, parts=map(_PART.encode, point.parts), best=point.step == best)
+        for point in catalogue.restore_points()
     ]

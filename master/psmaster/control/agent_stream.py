@@ -7,7 +7,6 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
-from psmaster.model.job import Job
 from psmaster.scheduling.reconcile import Desired
 
 
@@ -17,13 +16,13 @@ class Assignment:
     jobs whose copies may go."""
 
     revision: int
-    processes: tuple[tuple[Job, Desired], ...]
+    processes: tuple[Desired, ...]
     depots: tuple[tuple[str, str], ...] = ()
     deleted: tuple[str, ...] = ()
 
     def names(self) -> tuple[object, ...]:
         """What an agent acts on; an assignment with equal names need not be sent."""
-        return self.depots, self.deleted, *((process.process_id, process.plan) for _, process in self.processes)
+        return self.depots, self.deleted, *((process.process_id, process.plan) for process in self.processes)
 
 
 @dataclass(frozen=True, kw_only=True)

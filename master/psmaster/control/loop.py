@@ -20,10 +20,11 @@ from typing import Any, TypeVar
 
 import structlog
 
-from pscluster.errors import PsError, StateError, StorageError, UnreachableError
+from pscluster.errors import PsError, StorageError, UnreachableError
 from psmaster.control.agent_stream import AgentStream, Assignment
 from psmaster.control.transaction import Transaction
-from psmaster.model.job import ErrorInfo, Event, Instant, Job, JobWarning
+from psmaster.model.job import ErrorInfo, Event, Instant, JobWarning
+from psmaster.model.membership import is_current, require_current
 from psmaster.model.process import Process
 from psmaster.model.state import State, newest_deleted
 from psmaster.scheduling.draft import Limits
@@ -139,7 +140,7 @@ class Core:
     async def write_log(self, stream: AgentStream, sequence: int, job_id: str, message: LogMessage) -> None:
         """Queue lines of output for a job's log; acknowledged once written. Waits like `submit`."""
         await self._accepts.wait()
-        self._put(Input(apply=_no_change, ack=(stream, sequence), log=(job_id, message)))
+        self._put(Input(apply=lambda _: None, ack=(stream, sequence), log=(job_id, message)))
 
     def _put(self, item: Input) -> None:
         self._inputs.append(item)
@@ -209,9 +210,7 @@ class Core:
 
     async def open_stream(self, node_id: str, incarnation: str, processes: tuple[Process, ...]) -> AgentStream:
         """Open a node's stream and close the former one. Raises StateError for an unregistered incarnation."""
-        held = self.state.nodes.get(node_id)
-        if held is None or held.incarnation != incarnation:
-            raise StateError(f"node {node_id} is not registered in this incarnation", action="register first")
+        require_current(self.state.nodes, node_id, incarnation)
         stream = AgentStream(node_id, incarnation)
         former = self._streams.pop(node_id, None)
         self._streams[node_id] = stream
@@ -233,11 +232,13 @@ class Core:
 
     def _assign(self, stream: AgentStream, all_deleted: tuple[str, ...]) -> None:
         """Send the node its assignment if that has changed; nothing before its Hello was applied."""
-        node = self.state.nodes.get(stream.node_id)
-        if node is None or node.incarnation != stream.incarnation or not node.connected:
+        if not is_current(self.state.nodes, stream.node_id, stream.incarnation):
+            return
+        node = self.state.nodes[stream.node_id]
+        if not node.connected:
             return
         wanted = tuple(
-            (job, process)
+            process
             for job in self.state.jobs.values()
             for process in desired(job)
             if process.placement.node_id == stream.node_id
@@ -260,18 +261,10 @@ class Core:
         """Nothing is left in a deleted job's store: no later master has to try again."""
         self._put(Input(apply=lambda tx: tx.removed(job_id)))
 
-    def job(self, job_id: str) -> Job | None:
-        """The job as it is now."""
-        return self.state.jobs.get(job_id)
-
 
 def _from_thread(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments: Any) -> None:
     with contextlib.suppress(RuntimeError):  # the loop has ended, and the master with it
         loop.call_soon_threadsafe(call, *arguments)
-
-
-def _no_change(_transaction: Transaction) -> None:
-    """A log line changes no state."""
 
 
 def _outcome(item: Input, transaction: Transaction) -> Any:

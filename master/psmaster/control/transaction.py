@@ -16,7 +16,6 @@ from psmaster.model.membership import Node, NodeView
 from psmaster.model.plan import Part, Placement, ProcessKind
 from psmaster.model.process import (
     REACHES_ALL,
-    UNKNOWN_SPEED,
     Exit,
     Failure,
     PartitionFacts,
@@ -32,18 +31,8 @@ from psmaster.scheduling.admission import admit
 from psmaster.scheduling.draft import Limits
 from psmaster.scheduling.reconcile import reconcile
 
-Report = (
-    TrainerFacts
-    | PartitionFacts
-    | Failure
-    | Progress
-    | Evaluated
-    | Finished
-    | Part
-    | JobWarning
-    | Connected
-    | StandbyState
-)
+JobReport = Progress | Evaluated | Finished | Part | JobWarning | Connected | StandbyState
+Report = TrainerFacts | PartitionFacts | Failure | JobReport
 
 
 class Transaction:
@@ -76,14 +65,10 @@ class Transaction:
         self.nodes = membership.open_stream(self.nodes, node_id, incarnation, self.now)
         for process in processes:
             if self._placement_of(process.process_id, node_id) is not None:
-                known = self.processes.get(process.process_id)
-                failure, known_speed = (known.failure, known.speed) if known else (None, UNKNOWN_SPEED)
+                known, now_s = self.processes.get(process.process_id, process), self.now.mono_s
+                unreached = replace(process.unreached, since_s=now_s)
                 self.processes[process.process_id] = replace(
-                    process,
-                    failure=failure,
-                    speed=known_speed,
-                    suspect_since_s=self.now.mono_s,
-                    unreached=replace(process.unreached, since_s=self.now.mono_s),
+                    process, failure=known.failure, speed=known.speed, suspect_since_s=now_s, unreached=unreached
                 )
         self._unsettled = True
 
@@ -97,7 +82,7 @@ class Transaction:
         self.nodes = membership.beat(self.nodes, node_id, incarnation, self.now)
         for process_id, (microbatch_s, microbatches) in (speeds or {}).items():
             if self._placement_of(process_id, node_id) is not None:
-                held = self.processes.get(process_id) or Process(process_id=process_id, node_id=node_id)
+                held = self._known(process_id, node_id)
                 measured = with_measurement(held.speed, microbatch_s, microbatches, self.now.mono_s)
                 self.processes[process_id] = replace(held, speed=measured)
 
@@ -116,7 +101,7 @@ class Transaction:
         Repeats change nothing."""
         if self._placement_of(process_id, node_id) is None:
             return
-        held = self.processes.get(process_id) or Process(process_id=process_id, node_id=node_id)
+        held = self._known(process_id, node_id)
         since_s = held.unreached.since_s if held.unreached.partitions else self.now.mono_s
         if replace(unreached, since_s=held.unreached.since_s) != held.unreached:
             self._know(process_id, node_id, unreached=replace(unreached, since_s=since_s))
@@ -130,9 +115,8 @@ class Transaction:
         if job is None:
             return
         if isinstance(report, Part):
-            applied, self.catalogues[job.job_id] = reports.snapshot_part(
-                job, self.catalogues[job.job_id], report, self.now
-            )
+            snapshots = self.catalogues[job.job_id]
+            applied, self.catalogues[job.job_id] = reports.snapshot_part(job, snapshots, report, self.now)
             self._take(applied)
             return
         placement = self._placement_of(process_id, node_id)
@@ -149,8 +133,14 @@ class Transaction:
             self._take(reports.standby_state(job, report, placement.rank, self.now))
         elif isinstance(report, Connected):
             self._take(reports.connected(job, report, placement.rank))
-        elif placement.kind is ProcessKind.PARTITION and placement.rank == 0:
-            self._take(self._of_coordinator(job, report))
+        elif placement.kind is not ProcessKind.PARTITION or placement.rank:
+            return  # only the coordinator's reports on the whole job count
+        elif isinstance(report, Progress):
+            self._take(reports.progress(job, report, self.now))
+        elif isinstance(report, Evaluated):
+            self._take(reports.evaluated(job, report, self.catalogues[job.job_id]))
+        else:
+            self._take(reports.finished(job, report, self.now))
 
     def warned(self, job_id: str, warning: JobWarning, source: str) -> None:
         """The master itself has a warning about a job."""
@@ -162,16 +152,11 @@ class Transaction:
         if job_id in self.deletions:
             self.deletions = {**self.deletions, job_id: replace(self.deletions[job_id], removed=True)}
 
-    def _of_coordinator(self, job: Job, report: Progress | Evaluated | Finished) -> Applied:
-        if isinstance(report, Progress):
-            return reports.progress(job, report, self.now)
-        if isinstance(report, Evaluated):
-            return reports.evaluated(job, report, self.catalogues[job.job_id])
-        return reports.finished(job, report, self.now)
+    def _known(self, process_id: str, node_id: str) -> Process:
+        return self.processes.get(process_id) or Process(process_id=process_id, node_id=node_id)
 
     def _know(self, process_id: str, node_id: str, **facts: Any) -> None:
-        held = self.processes.get(process_id) or Process(process_id=process_id, node_id=node_id)
-        self.processes[process_id] = replace(held, **facts)
+        self.processes[process_id] = replace(self._known(process_id, node_id), **facts)
         self._unsettled = True
 
     def _placement_of(self, process_id: str, node_id: str) -> Placement | None:
@@ -232,17 +217,16 @@ class Transaction:
     def drain(self, node_id: str) -> str:
         """Have everything moved away from a node, and nothing placed there; its id. Repeating it changes nothing.
         NotFoundError."""
-        if node_id not in self.nodes and node_id not in self.drains:
-            raise NotFoundError(f"there is no node {node_id!r}", action="see `psctl nodes`")
-        self.drains = {**self.drains, node_id: self.drains.get(node_id, self.now.unix_s)}
-        self._unsettled = True
-        return node_id
+        return self._set_drain(node_id, {**self.drains, node_id: self.drains.get(node_id, self.now.unix_s)})
 
     def undrain(self, node_id: str) -> str:
         """Let a node be given processes again; its id. Repeating it changes nothing. NotFoundError."""
+        return self._set_drain(node_id, {k: since_s for k, since_s in self.drains.items() if k != node_id})
+
+    def _set_drain(self, node_id: str, drains: Mapping[str, float]) -> str:
         if node_id not in self.nodes and node_id not in self.drains:
             raise NotFoundError(f"there is no node {node_id!r}", action="see `psctl nodes`")
-        self.drains = {other_id: since_s for other_id, since_s in self.drains.items() if other_id != node_id}
+        self.drains = drains
         self._unsettled = True
         return node_id
 
@@ -293,7 +277,7 @@ class Transaction:
     def _settle(self) -> None:
         """Live jobs first (they may free slots), then the queue in its order, then growth with what is left."""
         self.nodes = membership.forget(self.nodes, self.now)
-        for job in [job for job in self.jobs.values() if job.state in (JobState.STARTING, JobState.RUNNING)]:
+        for job in [job for job in self.jobs.values() if job.state.live]:
             self._reconcile(job.job_id)
         ahead = ""
         for job in queue(self.jobs):
@@ -303,7 +287,7 @@ class Transaction:
                 ahead = job.job_id  # it gets the next free slots; a job that can never run does not block others
         if not ahead:
             for job in sorted(self.jobs.values(), key=queue_key):
-                if job.state in (JobState.STARTING, JobState.RUNNING):
+                if job.state.live:
                     self._reconcile(job.job_id, grow=True)
         wanted = {
             placement.process_id(job.job_id)
@@ -314,16 +298,8 @@ class Transaction:
         self.processes = {key: process for key, process in self.processes.items() if key in wanted}
 
     def _reconcile(self, job_id: str, *, grow: bool = False, ahead: str = "") -> None:
-        outcome = reconcile(
-            self.jobs[job_id],
-            self._views(job_id),
-            self.processes,
-            self.catalogues[job_id],
-            self.now,
-            self.limits,
-            grow=grow,
-            ahead=ahead,
-        )
+        job, nodes, snapshots = self.jobs[job_id], self._views(job_id), self.catalogues[job_id]
+        outcome = reconcile(job, nodes, self.processes, snapshots, self.now, self.limits, grow=grow, ahead=ahead)
         self.jobs[job_id] = outcome.job
         self.catalogues[job_id] = outcome.snapshots
         self._events += [(job_id, event) for event in outcome.events]

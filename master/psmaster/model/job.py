@@ -9,12 +9,19 @@ A transition takes a job and the time, and returns the changed job with an event
 
 from __future__ import annotations
 
+import base64
+import json
 import math
-from dataclasses import dataclass, field, replace
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
+from pathlib import Path
+from typing import Any
 
-from pscluster.errors import InternalError, PsError, StateError
-from pscluster.job.spec import JobSpec
+from pscluster.errors import InternalError, PsError, SpecError, StateError
+from pscluster.job.spec import JobSpec, parse_spec
+from pscluster.storage import below
 from psmaster.model.plan import Placement, Plan, ProcessKind
 
 MAX_EVENTS = 200  # how many events of a job are remembered, the newest
@@ -39,6 +46,11 @@ class JobState(StrEnum):
     @property
     def ended(self) -> bool:
         return self in (JobState.SUCCEEDED, JobState.FAILED, JobState.STOPPED)
+
+    @property
+    def live(self) -> bool:
+        """Whether the job holds placements."""
+        return self in (JobState.STARTING, JobState.RUNNING)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,13 +232,11 @@ class Job:
     best: Best | None = None
     next_best: Best | None = None  # reported, but its snapshot is not complete yet
     finished: Finished | None = None
-    snapshot_warning: JobWarning | None = (
-        None  # the newest part of a snapshot that could not be written, and still counts
-    )
+    snapshot_warning: JobWarning | None = None  # the newest part that could not be written, and still counts
     error: ErrorInfo | None = None
     traceback: str = ""
-    saving: bool = False  # a partition is about to move: the next step is to be written, and the job to rest there
-    held: int = -1  # the step at which it rests for that; -1: it does not
+    saving: bool = False  # a partition is about to move: the job pauses at the next step and writes it
+    held: int = -1  # the step at which it pauses for that; -1: it does not
     parameters_sha256: str = ""
     checks: tuple[PreflightCheck, ...] = ()
     connections: tuple[DataConnection, ...] = ()
@@ -237,7 +247,7 @@ class Job:
     window: tuple[Point, ...] = ()
     recovery: Recovery | None = None
     assignment: ShardAssignment | None = None
-    held_s: float | None = None  # monotonic: since when it rests at `held`, or rested in vain
+    held_s: float | None = None  # monotonic: since when it pauses at `held`, or paused in vain
 
     @property
     def num_shards(self) -> int:
@@ -288,6 +298,20 @@ _ALLOWED: dict[JobState, frozenset[JobState]] = {
 }
 
 
+# What a job has only while it is live; what its last run left; what binds it to the model and data of its snapshots.
+_WHILE_LIVE = """trainers partitions standbys excluded stopping deadline_s recovery assignment saving held held_s
+    window"""
+_OF_LAST_RUN = "ended_s plan finished snapshot_warning error traceback parameters_sha256 checks connections"
+_OF_SNAPSHOTS = """layout_json layout_sha256 data_fingerprint numerics_mode numerics_class optimizer_class
+    numerics"""
+
+
+def _defaults(names: str) -> dict[str, Any]:
+    """These fields of a job, each with its default."""
+    defaults = {own.name: own.default for own in fields(Job)}
+    return {name: defaults[name] for name in names.split()}
+
+
 def enter_state(job: Job, state: JobState, reason: str) -> Job:
     """The job in `state`. Raises InternalError for a transition that the state machine does not have."""
     if state not in _ALLOWED[job.state]:
@@ -297,22 +321,7 @@ def enter_state(job: Job, state: JobState, reason: str) -> Job:
 
 def end_job(job: Job, state: JobState, reason: str, now: Instant, *, warning: bool = False) -> tuple[Job, Event]:
     """The job ended as `state`, with all placements released and all waits cancelled."""
-    ended = replace(
-        enter_state(job, state, reason),
-        ended_s=now.unix_s,
-        trainers=(),
-        partitions=(),
-        standbys=(),
-        excluded=(),
-        stopping=False,
-        deadline_s=None,
-        recovery=None,
-        assignment=None,
-        saving=False,
-        held=-1,
-        held_s=None,
-        window=(),
-    )
+    ended = replace(enter_state(job, state, reason), ended_s=now.unix_s, **_defaults(_WHILE_LIVE))
     event = Event(time_s=now.unix_s, reason=state.value.capitalize(), message=reason, warning=warning)
     return ended, event
 
@@ -344,27 +353,42 @@ def resume_job(job: Job, has_snapshot: bool, now: Instant) -> tuple[Job, Event |
         raise StateError(f"job {job.job_id} {what}", action="only a stopped or failed job can be resumed")
     if not job.state.ended:
         return job, None
-    queued = replace(
-        enter_state(job, JobState.QUEUED, "waits for its turn"),
-        ended_s=0.0,
-        plan=None,
-        finished=None,
-        snapshot_warning=None,
-        error=None,
-        traceback="",
-        parameters_sha256="",
-        checks=(),
-        connections=(),
-    )
-    if not has_snapshot:
-        queued = replace(
-            queued,
-            layout_json=b"",
-            layout_sha256="",
-            data_fingerprint="",
-            numerics_mode="",
-            numerics_class="",
-            optimizer_class="",
-            numerics="",
-        )
+    forgotten = _defaults(_OF_LAST_RUN if has_snapshot else f"{_OF_LAST_RUN} {_OF_SNAPSHOTS}")
+    queued = replace(enter_state(job, JobState.QUEUED, "waits for its turn"), **forgotten)
     return queued, Event(time_s=now.unix_s, reason="Resumed", message="queued again")
+
+
+def new_job(
+    spec_json: str,
+    bundle_sha256: str,
+    request_id: str,
+    jobs_directory: Path,
+    now: Instant,
+    random_bytes: Callable[[int], bytes] = secrets.token_bytes,
+) -> Job:
+    """A queued job of a name of its own: "<spec's name>-<6 characters>". Raises SpecError."""
+    spec = read_spec(spec_json)
+    suffix = base64.b32encode(random_bytes(4)).decode().lower()[:6]
+    job_id = f"{spec.name}-{suffix}"
+    directory, chosen = jobs_directory / job_id, spec.durability.store
+    return Job(
+        job_id=job_id,
+        name=spec.name,
+        spec=spec,
+        created_s=now.unix_s,
+        request_id=request_id or random_bytes(16).hex(),
+        bundle_sha256=bundle_sha256,
+        data_token=random_bytes(32),
+        store=below(chosen, job_id) if chosen is not None else str(directory / "snapshots"),
+        directory=str(directory),
+        reason="waits for its turn",
+    )
+
+
+def read_spec(spec_json: str) -> JobSpec:
+    """The spec that a client sent. Raises SpecError."""
+    try:
+        data = json.loads(spec_json)
+    except (ValueError, RecursionError) as error:
+        raise SpecError(f"the spec is not JSON: {error}") from None
+    return parse_spec(data)

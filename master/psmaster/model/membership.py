@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 from pscluster.devices import AUTO, CPU, fitting
 from pscluster.errors import StateError
@@ -95,40 +96,46 @@ def register(nodes: Nodes, node: Node, now: Instant, suspicion_s: float) -> Node
 
 def open_stream(nodes: Nodes, node_id: str, incarnation: str, now: Instant) -> Nodes:
     """With the node's stream open. Raises StateError for an incarnation that is not the registered one."""
-    held = _current(nodes, node_id, incarnation)
-    return {**nodes, node_id: replace(held, connected=True, seen_s=now.mono_s, last_beat_s=now.unix_s)}
+    require_current(nodes, node_id, incarnation)
+    return _with(nodes, node_id, incarnation, connected=True, seen_s=now.mono_s, last_beat_s=now.unix_s)
 
 
 def beat(nodes: Nodes, node_id: str, incarnation: str, now: Instant) -> Nodes:
     """With the node's heartbeat at `now`. One of another incarnation changes nothing."""
-    held = nodes.get(node_id)
-    if held is None or held.incarnation != incarnation:
-        return nodes
-    return {**nodes, node_id: replace(held, seen_s=now.mono_s, last_beat_s=now.unix_s)}
+    return _with(nodes, node_id, incarnation, seen_s=now.mono_s, last_beat_s=now.unix_s)
 
 
 def detach(nodes: Nodes, node_id: str, incarnation: str) -> Nodes:
     """With the node's stream broken; its processes live on until suspicion runs out."""
-    held = nodes.get(node_id)
-    if held is None or held.incarnation != incarnation:
-        return nodes
-    return {**nodes, node_id: replace(held, connected=False)}
+    return _with(nodes, node_id, incarnation, connected=False)
 
 
 def leave(nodes: Nodes, node_id: str, incarnation: str) -> Nodes:
     """Without a node that ended in its present incarnation. Safe to repeat."""
-    held = nodes.get(node_id)
-    if held is None or held.incarnation != incarnation:
-        return nodes
-    return {other_id: node for other_id, node in nodes.items() if other_id != node_id}
+    return {k: node for k, node in nodes.items() if (k, node.incarnation) != (node_id, incarnation)}
 
 
 def announce_leave(nodes: Nodes, node_id: str, incarnation: str) -> Nodes:
     """With a node that is about to end, so that its processes move elsewhere. Safe to repeat."""
-    held = nodes.get(node_id)
-    if held is None or held.incarnation != incarnation:
+    return _with(nodes, node_id, incarnation, leaving=True)
+
+
+def is_current(nodes: Nodes, node_id: str, incarnation: str) -> bool:
+    """Whether the node is registered in that incarnation."""
+    return node_id in nodes and nodes[node_id].incarnation == incarnation
+
+
+def require_current(nodes: Nodes, node_id: str, incarnation: str) -> None:
+    """Raises StateError unless the node is registered in that incarnation."""
+    if not is_current(nodes, node_id, incarnation):
+        raise StateError(f"node {node_id} is not registered in this incarnation", action="register first")
+
+
+def _with(nodes: Nodes, node_id: str, incarnation: str, **fields: Any) -> Nodes:
+    """With `fields` of a node changed; another incarnation's message changes nothing."""
+    if not is_current(nodes, node_id, incarnation):
         return nodes
-    return {**nodes, node_id: replace(held, leaving=True)}
+    return {**nodes, node_id: replace(nodes[node_id], **fields)}
 
 
 def forget(nodes: Nodes, now: Instant) -> Nodes:
@@ -155,13 +162,6 @@ def presumed(jobs: Mapping[str, Job], now: Instant) -> Nodes:
                     seen_s=now.mono_s,
                 )
     return nodes
-
-
-def _current(nodes: Nodes, node_id: str, incarnation: str) -> Node:
-    held = nodes.get(node_id)
-    if held is None or held.incarnation != incarnation:
-        raise StateError(f"node {node_id} is not registered in this incarnation", action="register first")
-    return held
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

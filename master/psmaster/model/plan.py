@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 
 class ProcessKind(StrEnum):
@@ -58,6 +59,10 @@ class Placement:
         return f"the standby of {self.name}" if self.standby else self.name
 
     @property
+    def num_shards(self) -> int:
+        return sum(count for _, count in self.shards)
+
+    @property
     def placed(self) -> bool:
         return bool(self.node_id)
 
@@ -65,6 +70,12 @@ class Placement:
     def held_back(self) -> bool:
         """Whether its process is not to start yet."""
         return self.not_before_s > 0.0
+
+    def without_process(self, **fields: Any) -> Placement:
+        """The same placement, vacant but for `fields`: what belonged to its process or node is reset."""
+        vacant = Placement(kind=self.kind, rank=self.rank, attempt=self.attempt, standby=self.standby)
+        kept = {name: getattr(self, name) for name in ("last_node_id", "losses", "failed_on", "not_before_s")}
+        return replace(vacant, **(kept | fields))
 
     def process_id(self, job_id: str) -> str:
         """The id of the process that fills this placement now; unique for ever."""
@@ -99,6 +110,11 @@ def counted_on(trainers: Iterable[Placement]) -> tuple[Placement, ...]:
     return tuple(placement for placement in active if not placement.suspect) or tuple(active)
 
 
+def process_keys(placements: Iterable[Placement]) -> frozenset[tuple[int, int]]:
+    """(rank, attempt) of placements of one kind: it tells processes apart."""
+    return frozenset((placement.rank, placement.attempt) for placement in placements)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """The plan of one generation. `restore_generation` is the generation that ordered the newest restore,
@@ -119,21 +135,11 @@ class Plan:
     moved_generation: int = 0
     coordinator_generation: int = 0
 
-    @property
-    def active(self) -> frozenset[tuple[int, int]]:
-        """(rank, attempt) of the trainers that are counted on."""
-        return frozenset((placement.rank, placement.attempt) for placement in counted_on(self.trainers))
-
-    @property
-    def standing_by(self) -> frozenset[tuple[int, int]]:
-        """(rank, attempt) of the standbys."""
-        return frozenset((placement.rank, placement.attempt) for placement in self.standbys)
-
     def holds(self, placement: Placement) -> bool:
         """Whether the very process in `placement` is a partition in this plan."""
-        return any((own.rank, own.attempt) == (placement.rank, placement.attempt) for own in self.partitions)
+        return process_keys([placement]) <= process_keys(self.partitions)
 
     def names(self, placement: Placement) -> bool:
         """Whether this plan was made for the very process that fills `placement`."""
         placements = self.trainers if placement.kind is ProcessKind.TRAINER else self.partitions + self.standbys
-        return any(own.rank == placement.rank and own.attempt == placement.attempt for own in placements)
+        return process_keys([placement]) <= process_keys(placements)

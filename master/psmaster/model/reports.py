@@ -7,7 +7,7 @@ nobody's work, going back voids it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from psmaster.model import snapshot_catalog
 from psmaster.model.job import (
@@ -85,12 +85,12 @@ class Applied:
 
     job: Job
     events: tuple[Event, ...] = ()
-    lines: tuple[MetricLine, ...] = field(default=())
+    lines: tuple[MetricLine, ...] = ()
 
 
 def progress(job: Job, report: Progress, now: Instant) -> Applied:
     """Committed steps. The first one makes the job RUNNING."""
-    if job.state not in (JobState.STARTING, JobState.RUNNING) or not job.counts(report.generation):
+    if not job.state.live or not job.counts(report.generation):
         return Applied(job=job)
     records = tuple(record for record in report.records if record.step > job.step)
     step = max([job.step, report.step, *(record.step for record in records)])
@@ -107,14 +107,14 @@ def progress(job: Job, report: Progress, now: Instant) -> Applied:
             nonfinite=job.nonfinite + sum(record.skipped for record in records),
             window=_window(job.window, records),
         )
-    job, recovered = _mended(job, report.generation, step > job.step, now)
+    job, recovered = _end_recovery(job, report.generation, step > job.step, now)
     if step > job.high_step:
         job = _reset_losses(replace(job, high_step=step))
-    job = replace(job, step=step, held=report.step if _rests(job, report) else job.held)
+    job = replace(job, step=step, held=report.step if _is_held(job, report) else job.held)
     return Applied(job=job, events=(*events, *recovered), lines=records)
 
 
-def _rests(job: Job, report: Progress) -> bool:
+def _is_held(job: Job, report: Progress) -> bool:
     """Whether nothing is computed beyond the reported step: as the newest plan asked, not an older one."""
     return report.held and job.saving and job.plan is not None and job.plan.save and report.generation == job.generation
 
@@ -126,7 +126,7 @@ def _window(window: tuple[Point, ...], records: tuple[StepRecord, ...]) -> tuple
     return tuple(recent if len(recent) >= 2 else everything[-2:])  # a rate needs a span, however slow the steps
 
 
-def _mended(job: Job, generation: int, advanced: bool, now: Instant) -> tuple[Job, tuple[Event, ...]]:
+def _end_recovery(job: Job, generation: int, advanced: bool, now: Instant) -> tuple[Job, tuple[Event, ...]]:
     """The first step committed under the plan that answered a loss ends the recovery."""
     held = job.recovery
     if held is None or not advanced or held.generation == 0 or generation < held.generation:
@@ -139,15 +139,13 @@ def _mended(job: Job, generation: int, advanced: bool, now: Instant) -> tuple[Jo
 
 def _reset_losses(job: Job) -> Job:
     """A step beyond all earlier ones: what was lost before no longer counts against placements that work."""
-    if not any(placement.losses and placement.active for placement in job.placements):
+    if not any(placement.losses and placement.active for placement in job.working):
         return job
-    return replace(
-        job,
-        trainers=tuple(replace(placement, losses=0) if placement.active else placement for placement in job.trainers),
-        partitions=tuple(
-            replace(placement, losses=0) if placement.active else placement for placement in job.partitions
-        ),
+    trainers, partitions = (
+        tuple(replace(placement, losses=0) if placement.active else placement for placement in placements)
+        for placements in (job.trainers, job.partitions)
     )
+    return replace(job, trainers=trainers, partitions=partitions)
 
 
 def evaluated(job: Job, report: Evaluated, snapshots: Catalogue) -> Applied:
@@ -189,15 +187,13 @@ def standby_state(job: Job, report: StandbyState, rank: int, now: Instant) -> Ap
     """Partition `rank` reports on its standby. A report on a former standby, or from before a restore, changes nothing.
     A standby that does not answer is given up, since the partition's steps wait for a plan without it."""
     held = job.standby(rank)
-    if job.state.ended or held is None or held.attempt != report.attempt or not job.counts(report.generation):
-        return Applied(job=job)
-    if not held.active or (report.in_sync and held.synced):
+    is_current = held is not None and held.attempt == report.attempt and job.counts(report.generation)
+    if job.state.ended or held is None or not is_current or not held.active or (report.in_sync and held.synced):
         return Applied(job=job)
     if report.in_sync:
         placement = replace(held, synced=True, losses=0)
-        event = Event(
-            time_s=now.unix_s, reason="StandbyInSync", message=f"{held.title} on {held.node_id} is {report.detail}"
-        )
+        message = f"{held.title} on {held.node_id} is {report.detail}"
+        event = Event(time_s=now.unix_s, reason="StandbyInSync", message=message)
     else:
         placement = Placement(kind=held.kind, rank=rank, standby=True, losses=held.losses + 1)
         message = f"{held.title} on {held.node_id} is given up: {report.detail}"
@@ -208,9 +204,7 @@ def standby_state(job: Job, report: StandbyState, rank: int, now: Instant) -> Ap
 
 def finished(job: Job, report: Finished, now: Instant) -> Applied:
     """The coordinator reports that training has ended. A repeat changes nothing."""
-    if job.state not in (JobState.STARTING, JobState.RUNNING) or not job.counts(report.generation):
-        return Applied(job=job)
-    if job.finished is not None:
+    if not job.state.live or not job.counts(report.generation) or job.finished is not None:
         return Applied(job=job)
     event = Event(time_s=now.unix_s, reason="Finished", message=f"the coordinator finished at step {report.step}")
     step = max(job.step, report.step)

@@ -6,6 +6,7 @@ job's newest restore are refused by the caller of `add` (see `jobs.Job.counts`);
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -24,9 +25,7 @@ class Catalogue:
 
     def complete_steps(self) -> tuple[int, ...]:
         """The steps of which every part is there, rising."""
-        counts: dict[int, int] = {}
-        for step, _ in self.parts:
-            counts[step] = counts.get(step, 0) + 1
+        counts = Counter(step for step, _ in self.parts)
         return tuple(sorted(step for step, count in counts.items() if count == self.num_partitions))
 
     def complete(self, step: int) -> bool:
@@ -34,8 +33,11 @@ class Catalogue:
 
     def newest(self) -> RestorePoint | None:
         """The newest complete snapshot; None: go back to the seed."""
-        steps = self.complete_steps()
-        return self.restore_point(steps[-1]) if steps else None
+        return next(reversed(self.restore_points()), None)
+
+    def restore_points(self) -> list[RestorePoint]:
+        """The complete snapshots, oldest first."""
+        return [self.restore_point(step) for step in self.complete_steps()]
 
     def restore_point(self, step: int) -> RestorePoint:
         """The complete snapshot of `step`; KeyError when it is not complete."""

@@ -40,26 +40,17 @@ Deletions = Mapping[str, Deletion]
 
 def prune_deletions(deletions: Deletions, now_s: float) -> Deletions:
     """Drop the deletions that are complete or past their wait."""
-    if not any(_is_over(one, now_s) for one in deletions.values()):
-        return deletions
-    return {job_id: one for job_id, one in deletions.items() if not _is_over(one, now_s)}
-
-
-def _is_over(one: Deletion, now_s: float) -> bool:
-    return now_s - one.deleted_s > (NODE_WAIT_S if one.removed else STORE_WAIT_S)
+    kept = {
+        job_id: one
+        for job_id, one in deletions.items()
+        if now_s - one.deleted_s <= (NODE_WAIT_S if one.removed else STORE_WAIT_S)
+    }
+    return deletions if len(kept) == len(deletions) else kept
 
 
 def newest_deleted(deletions: Deletions) -> tuple[str, ...]:
     """The job ids that assignments name, the newest first."""
     return tuple(islice(reversed(list(deletions)), MAX_DELETED_SENT))
-
-
-def deletion_changes(before: Deletions, after: Deletions) -> tuple[tuple[Deletion, ...], tuple[str, ...]]:
-    """The records to write and the job ids to forget, to get from `before` to `after`."""
-    if before is after:
-        return (), ()
-    put = tuple(one for job_id, one in after.items() if before.get(job_id) != one)
-    return put, tuple(job_id for job_id in before if job_id not in after)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,10 +20,6 @@ class Admission:
     reason: str = ""
     possible: bool = True
 
-    @property
-    def admitted(self) -> bool:
-        return bool(self.trainers)
-
 
 def admit(spec: JobSpec, nodes: Mapping[str, NodeView]) -> Admission:
     """Placements for all of a job or for nothing of it: between workers.min and workers.max trainers, all its
@@ -106,9 +102,8 @@ def _shortages(spec: JobSpec, trainers: Mapping[str, int], partitions: Mapping[s
 
 def _waits(missing: Sequence[str], never: Sequence[str]) -> str:
     """`never`: what would be missing if no other job held anything."""
-    if never:
-        return "waits for " + " and ".join(f"{shortage} ready" for shortage in never)
-    return "waits for " + " and ".join(f"{shortage} free, other jobs hold the rest" for shortage in missing)
+    what = "ready" if never else "free, other jobs hold the rest"
+    return "waits for " + " and ".join(f"{shortage} {what}" for shortage in never or missing)
 
 
 def _spread(slots: Mapping[str, int], count: int) -> tuple[str, ...]:
@@ -116,9 +111,7 @@ def _spread(slots: Mapping[str, int], count: int) -> tuple[str, ...]:
     left = dict(slots)
     places: list[str] = []
     while len(places) < count:
-        for node_id in [node_id for node_id, free in left.items() if free > 0]:
-            left[node_id] -= 1
-            places.append(node_id)
-            if len(places) == count:
-                break
-    return tuple(places)
+        turn = [node_id for node_id, free in left.items() if free > 0]
+        left = {node_id: left[node_id] - 1 for node_id in turn}
+        places += turn
+    return tuple(places[:count])

@@ -61,9 +61,8 @@ def _with_place(placement: Placement, failure: Failure, placements: list[Placeme
     where = ", ".join(f"{other.name} on {other.node_id}" for other in placements)
     step = f", step {failure.step}" if failure.step else ""
     details = {**dict(failure.error.details), "process": placement.name, "node": placement.node_id}
-    return replace(
-        failure.error, cause=f"{failure.error.cause} ({where}{step})", details=tuple(sorted(details.items()))
-    )
+    cause = f"{failure.error.cause} ({where}{step})"
+    return replace(failure.error, cause=cause, details=tuple(sorted(details.items())))
 
 
 def end_if_finished(draft: Draft, view: View) -> None:
@@ -92,9 +91,8 @@ def end_if_finished(draft: Draft, view: View) -> None:
 
 def _unwritten(job: Job, step: int) -> ErrorInfo | None:
     """Why a partition could not write its part of a step."""
-    return (
-        job.snapshot_warning.error if job.snapshot_warning is not None and job.snapshot_warning.step == step else None
-    )
+    warning = job.snapshot_warning
+    return warning.error if warning is not None and warning.step == step else None
 
 
 def end_if_stopping(draft: Draft, view: View) -> None:
@@ -110,9 +108,8 @@ def end_if_stopping(draft: Draft, view: View) -> None:
     else:
         idle = not any(placement.active for placement in job.trainers)
         if draft.has_waited(view.limits.stop_idle_grace_s if idle else view.limits.stop_grace_s):
-            draft.end(
-                JobState.STOPPED, f"stopped: no step boundary came; it resumes from step {_newest(draft)}", warning=True
-            )
+            why = f"stopped: no step boundary came; it resumes from step {_newest(draft)}"
+            draft.end(JobState.STOPPED, why, warning=True)
 
 
 def _newest(draft: Draft) -> int:

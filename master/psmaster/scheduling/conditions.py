@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from psmaster.model.job import Condition, Instant, Job, JobState
 from psmaster.model.plan import Placement, ProcessKind, counted_on
 from psmaster.model.process import ready_facts
 from psmaster.scheduling import losses, standbys
 from psmaster.scheduling.admission import with_device
 from psmaster.scheduling.draft import View
+
+_Row = tuple[str, bool, tuple[str, str], tuple[str, str]]
+"""A condition's type and status, its reason and its message, each for when it holds and for when not."""
 
 
 def reason(job: Job, view: View, queued: str) -> str:
@@ -26,7 +27,7 @@ def reason(job: Job, view: View, queued: str) -> str:
     if away:
         return "recovers: waits for " + ", ".join(_where(placement, job) for placement in away)
     if job.held >= 0:
-        return f"rests at step {job.held}, to move a partition"
+        return f"pauses at step {job.held}, to move a partition"
     active = counted_on(job.trainers)
     if not active:
         return "waits for a trainer: " + ", ".join(_where(placement, job) for placement in job.trainers)
@@ -59,17 +60,11 @@ def _doubts(job: Job, view: View) -> str:
 
 
 def _starting(job: Job, view: View) -> str:
-    away = [
-        placement
-        for placement in job.working
-        if not placement.placed or ready_facts(placement, job, view.processes) is None
-    ]
-    ready = {
-        kind: sum(1 for placement in job.working if placement.kind is kind and placement not in away)
-        for kind in (ProcessKind.TRAINER, ProcessKind.PARTITION)
-    }
-    counts = f"{ready[ProcessKind.TRAINER]} of {len(job.trainers)} trainers and "
-    counts += f"{ready[ProcessKind.PARTITION]} of {len(job.partitions)} partitions are ready"
+    away = [placement for placement in job.working if ready_facts(placement, job, view.processes) is None]
+    counts = " and ".join(
+        f"{len(placements) - sum(own in away for own in placements)} of {len(placements)} {what}"
+        for placements, what in ((job.trainers, "trainers"), (job.partitions, "partitions are ready"))
+    )
     shown = ", ".join(_where(placement, job) for placement in away[:4]) + (", ..." if len(away) > 4 else "")
     left_out = "; ".join(f"{node_id} is left out: {why}" for node_id, _, why in job.excluded)
     return counts + (f"; waits for {shown}" if away else "") + (f"; {left_out}" if left_out else "")
@@ -81,66 +76,46 @@ def _where(placement: Placement, job: Job) -> str:
     if not placement.placed:
         return f"a free server slot for {placement.name}"
     again = f", attempt {placement.attempt}" if placement.attempt > 1 else ""
-    waits = (
-        f", which starts {losses.retry_delay_s(placement.losses):g} s after the last one was lost"
-        if placement.held_back
-        else ""
-    )
-    return f"{placement.name} on {placement.node_id}{again}{waits}"
+    text = f"{placement.name} on {placement.node_id}{again}"
+    if placement.held_back:
+        text += f", which starts {losses.retry_delay_s(placement.losses):g} s after the last one was lost"
+    return text
 
 
 def conditions(job: Job, now: Instant) -> tuple[Condition, ...]:
     """Admitted, Ready, Progressing, Recovering; `since_s` is kept while a status holds."""
-    live = job.state in (JobState.STARTING, JobState.RUNNING)
+    live = job.state.live
     all_active = live and bool(job.placements) and all(placement.active for placement in job.working)
     partitions = live and bool(job.partitions) and all(placement.active for placement in job.partitions)
     active = sum(1 for placement in job.trainers if placement.active)
     progressing = job.state is JobState.RUNNING and partitions and active > 0
     recovering = live and (job.recovery is not None or (job.plan is not None and not (partitions and active)))
     ended = job.state.value.capitalize() if job.state.ended else ""
-    found: tuple[Condition, ...] = (
-        _condition(
-            "Admitted", live, ("PlacementsHeld", ended or "Queued"), ("placements are held", "no placements are held")
-        ),
-        _condition(
-            "Ready",
-            all_active,
-            ("AllReady", ended or "Waiting"),
-            ("every process is ready", "not every process is ready"),
-        ),
-        _condition("Progressing", progressing, ("Training", ended or "Waiting"), ("steps go on", "no steps are made")),
-        _condition(
-            "Recovering",
-            recovering,
-            ("ProcessLost", "NothingLost"),
-            ("the job recovers from a loss", "nothing is lost"),
-        ),
-    )
+    waiting = ended or "Waiting"
+    rows: list[_Row] = [
+        ("Admitted", live, ("PlacementsHeld", ended or "Queued"), ("placements are held", "no placements are held")),
+        ("Ready", all_active, ("AllReady", waiting), ("every process is ready", "not every process is ready")),
+        ("Progressing", progressing, ("Training", waiting), ("steps are committed", "no steps are committed")),
+        ("Recovering", recovering, ("ProcessLost", "NothingLost"), ("the job recovers from a loss", "nothing is lost")),
+    ]
     if job.spec.durability.tier == "replica":
-        found += (_replicated(job, live, ended),)
+        rows.append(_replicated(job, live, ended))
     before = {condition.type: condition for condition in job.conditions}
-    return tuple(_with_since(condition, before.get(condition.type), now) for condition in found)
+    return tuple(_condition(*row, before.get(row[0]), now) for row in rows)
 
 
-def _replicated(job: Job, live: bool, ended: str) -> Condition:
+def _replicated(job: Job, live: bool, ended: str) -> _Row:
     """Whether losing any one partition costs no step."""
     shortfall = standbys.shortfall(job)
-    every = live and bool(job.standbys) and not shortfall
-    reasons = (
-        "InSync",
-        ended or ("NoStandby" if any(not placement.placed for placement in job.standbys) else "CatchingUp"),
-    )
-    return _condition(
-        "Replicated", every, reasons, ("every partition has a standby in sync", shortfall or "no standby")
-    )
+    why = "NoStandby" if any(not placement.placed for placement in job.standbys) else "CatchingUp"
+    messages = ("every partition has a standby in sync", shortfall or "no standby")
+    return "Replicated", live and bool(job.standbys) and not shortfall, ("InSync", ended or why), messages
 
 
-def _condition(kind: str, status: bool, reasons: tuple[str, str], messages: tuple[str, str]) -> Condition:
-    """`reasons` and `messages`: when it holds, and when not."""
+def _condition(
+    kind: str, status: bool, reasons: tuple[str, str], messages: tuple[str, str], before: Condition | None, now: Instant
+) -> Condition:
+    """`reasons` and `messages`: when it holds, and when not. `since_s` is kept while the status is as `before`."""
+    since_s = before.since_s if before is not None and before.status == status else now.unix_s
     which = 0 if status else 1
-    return Condition(type=kind, status=status, reason=reasons[which], message=messages[which], since_s=0)
-
-
-def _with_since(condition: Condition, before: Condition | None, now: Instant) -> Condition:
-    kept = before is not None and before.status == condition.status
-    return replace(condition, since_s=before.since_s if kept and before else now.unix_s)
+    return Condition(type=kind, status=status, reason=reasons[which], message=messages[which], since_s=since_s)

@@ -82,38 +82,12 @@ class Draft:
         attempts = dict(self.job.attempts)
         attempt = attempts[held.name] = attempts.get(held.name, 0) + 1
         self.update(attempts=tuple(sorted(attempts.items())))
-        self.set_placement(
-            replace(
-                held,
-                attempt=attempt,
-                node_id=node.node_id,
-                incarnation=node.incarnation,
-                active=False,
-                suspect=False,
-                shards=(),
-                addresses=(),
-                device="",
-                synced=False,
-            )
-        )
+        self.set_placement(held.without_process(attempt=attempt, node_id=node.node_id, incarnation=node.incarnation))
 
     def vacate(self, placement: Placement, *, losses: int | None = None) -> None:
         """Take a placement's node away; its process, if alive, is ended."""
-        self.set_placement(
-            replace(
-                placement,
-                node_id="",
-                incarnation="",
-                last_node_id=placement.node_id,
-                active=False,
-                suspect=False,
-                shards=(),
-                addresses=(),
-                device="",
-                synced=False,
-                losses=placement.losses if losses is None else losses,
-            )
-        )
+        losses = placement.losses if losses is None else losses
+        self.set_placement(placement.without_process(last_node_id=placement.node_id, losses=losses))
 
     def remove_trainer(self, placement: Placement) -> None:
         """Remove a trainer's placement; its process, if alive, is ended and not replaced."""

@@ -1,9 +1,9 @@
 """Draining a node: its processes move elsewhere first, and no step is lost or computed again. Pure.
 
 A plan assigns the shards of a trainer on the node to others; it finishes its work and ends. Without others, another
-trainer is started first. A partition moves while the whole job rests: the plan asks to write the next step and to
+trainer is started first. A partition moves while the whole job is paused: the plan asks to write the next step and to
 compute nothing beyond it; once that snapshot is complete, all processes restore it, the partition's replacement
-included. With a standby in sync elsewhere, the standby takes over instead, without a rest. A standby is replaced on
+included. With a standby in sync elsewhere, the standby takes over instead, without a pause. A standby is replaced on
 another node. What has no other place stays; `psctl drain` and `psctl nodes` say so.
 """
 
@@ -50,18 +50,14 @@ def move_off_draining(draft: Draft, view: View) -> None:
 
 
 def _start_elsewhere(draft: Draft, view: View, leaving: Sequence[Placement]) -> None:
-    """What has not done anything yet is simply started on another node, if there is room."""
+    """Start what has not done anything yet on another node, if there is room."""
     for placement in leaving:
         if _have_room(draft.job, view.nodes, draft.excluded(view.nodes), [placement]):
             draft.vacate(placement)
 
 
 def _move_trainers(draft: Draft, view: View, leaving: Sequence[Placement]) -> None:
-    staying = [
-        placement
-        for placement in draft.job.trainers
-        if placement.placed and not is_draining(view.nodes, placement.node_id)
-    ]
+    staying = _staying(draft.job, view.nodes)
     if any(placement.active for placement in staying):
         for placement in leaving:
             if _has_handed_over(draft.job, placement):
@@ -85,7 +81,7 @@ def _has_handed_over(job: Job, placement: Placement) -> bool:
 
 
 def _release(draft: Draft, placement: Placement) -> None:
-    """Its process may end; the placement stays where the job may have as many, and goes to another node with room."""
+    """Let a trainer end. Its placement is filled again on another node, or removed if it is one too many."""
     draft.emit("TrainerMoved", f"{placement.name} leaves {placement.node_id}, which drains; the others have its shards")
     if len(draft.job.trainers) > max_trainers(draft.job.spec):
         draft.remove_trainer(placement)
@@ -94,7 +90,7 @@ def _release(draft: Draft, placement: Placement) -> None:
 
 
 def _start_another(draft: Draft, view: View, leaving: Sequence[Placement]) -> None:
-    """Nobody could take the shards over: one trainer more is started elsewhere, for as long as both are needed."""
+    """Start one more trainer elsewhere, since no other could take the shards over."""
     node = _choose(draft.job, view.nodes, draft.excluded(view.nodes), ProcessKind.TRAINER, ())
     if node is None:
         return
@@ -122,7 +118,7 @@ def _move_partitions(draft: Draft, view: View, held: Sequence[Placement]) -> Non
     elif not job.saving:
         draft.update(saving=True, held=-1, held_s=None)
         nodes = ", ".join(dict.fromkeys(placement.node_id for placement in leaving))
-        draft.emit("PartitionMoves", f"rests after the next step, to move {_names(leaving)} away from {nodes}")
+        draft.emit("PartitionMoves", f"pauses after the next step, to move {_names(leaving)} away from {nodes}")
     elif job.held >= 0 and draft.snapshots.complete(job.held):
         draft.update(saving=False, held=-1, held_s=None)
         for placement in leaving:
@@ -141,7 +137,7 @@ def _handed_to_standby(draft: Draft, view: View, placement: Placement) -> bool:
 
 
 def _waits_in_vain(draft: Draft) -> bool:
-    """Whether the snapshot at which the job rests has not come in time; for a while nothing is tried then."""
+    """Whether the snapshot at which the job pauses is late; for a while nothing is tried then."""
     job, now_s = draft.job, draft.now.mono_s
     if job.held >= 0 and job.held_s is None:
         draft.update(held_s=now_s)
@@ -149,7 +145,7 @@ def _waits_in_vain(draft: Draft) -> bool:
         return False
     waited_s = now_s - draft.job.held_s
     if job.saving and job.held >= 0 and waited_s >= SAVE_S and not draft.snapshots.complete(job.held):
-        draft.emit("PartitionStays", f"the snapshot of step {job.held} does not come; steps go on", warning=True)
+        draft.emit("PartitionStays", f"the snapshot of step {job.held} is late; training continues", warning=True)
         return True
     return not job.saving and waited_s < SAVE_S + RETRY_S
 
@@ -187,13 +183,12 @@ def status(state: State, node: Node) -> str:
 
 def problems(state: State, now: Instant, suspicion_s: float) -> list[str]:
     """What is wrong with the nodes, one line each. A drained node may be away, since it holds nothing."""
-    found = []
-    for node in state.nodes.values():
-        health = membership.health(node, now.mono_s, suspicion_s)
-        if health is Health.READY or (health is Health.DEAD and status(state, node) == DRAINED):
-            continue
-        found.append(f"node {node.node_id} is {health}")
-    return sorted(found)
+    found = {node: membership.health(node, now.mono_s, suspicion_s) for node in state.nodes.values()}
+    return sorted(
+        f"node {node.node_id} is {health}"
+        for node, health in found.items()
+        if health is not Health.READY and not (health is Health.DEAD and status(state, node) == DRAINED)
+    )
 
 
 def waits_for(state: State, node: Node, now: Instant, suspicion_s: float) -> list[str]:
@@ -214,27 +209,25 @@ def _waits(job: Job, nodes: Nodes, leaving: Sequence[Placement]) -> str:
         return "is about to end"
     if any(placement.kind is ProcessKind.PARTITION for placement in leaving):
         return _partitions_wait(job, nodes, leaving)
-    staying = [
-        placement for placement in job.trainers if placement.placed and not is_draining(nodes, placement.node_id)
-    ]
+    staying = _staying(job, nodes)
     if any(placement.active for placement in staying) and job.plan is not None:
-        return f"{_names(leaving)} hands its shards over"
+        return f"{_names(leaving)} hands over its shards"
     if staying:
         return f"waits until {_names(staying)} is ready on {', '.join(placement.node_id for placement in staying)}"
-    return f"no other worker has room for {_names(leaving)}, without which it cannot go on"
+    return f"no other worker has room for {_names(leaving)}, without which it cannot continue"
 
 
 def _partitions_wait(job: Job, nodes: Nodes, leaving: Sequence[Placement]) -> str:
     if job.held >= 0:
-        return f"rests at step {job.held} until its snapshot is complete"
+        return f"is paused at step {job.held} until its snapshot is complete"
     if job.saving:
-        return "goes on to the end of the step"
+        return "completes its step"
     away = [placement for placement in job.partitions if not placement.active]
     if away and job.plan is not None:
         return f"waits for {_names(away)}"
     excluded = frozenset(node_id for node_id, _, _ in job.excluded)
     if not _have_room(job, nodes, excluded, leaving):
-        return f"no other server has room for {_names(leaving)}, without which it cannot go on"
+        return f"no other server has room for {_names(leaving)}, without which it cannot continue"
     return f"{_names(leaving)} moves"
 
 

@@ -2,7 +2,7 @@
 
 A trainer that cannot reach a partition which others reach is done without until it can. A partition that no trainer can
 reach is replaced, if there is room for it elsewhere. Where nothing tells which side is at fault (nobody reaches
-anybody), or nothing better is at hand, the job waits, its reason says for what, and its processes go on trying."""
+anybody), or nothing better is at hand, the job waits, its reason says for what, and its processes keep trying."""
 
 from __future__ import annotations
 
@@ -37,77 +37,64 @@ def loss_of(placement: Placement, job: Job, view: View) -> Loss | None:
     if not placement.placed:
         return None
     process = view.processes.get(placement.process_id(job.job_id))
+    here = f"on {placement.node_id}"
     if process is not None and process.failure is not None:
-        return _lost(placement, "failure", f"reported {process.failure.error}", process.failure.error)
+        return _lost(placement, "failure", f"{here} reported {process.failure.error}", process.failure.error)
     if process is not None and process.exit is not None:
         return _ended(placement, process.exit, job)
-    if process is not None and process.suspicion and (silence := _silence(placement, process, job, view)):
-        return silence
+    if process is not None and process.suspicion and _is_given_up(placement, process, job, view):
+        return _lost(placement, "silence", f"{here} is alive, but sends no heartbeats or makes no progress")
     node = view.nodes.get(placement.node_id)
+    if node is not None and node.alive and node.incarnation == placement.incarnation:
+        return None
     if node is None:
-        return _gone(placement, f"is lost: node {placement.node_id} has left")
-    if not node.alive:
-        return _gone(placement, f"is lost: node {placement.node_id} is silent")
-    if node.incarnation != placement.incarnation:
-        return _gone(placement, f"is lost: the daemon of {placement.node_id} was restarted")
-    return None
+        what = f"node {placement.node_id} has left"
+    elif not node.alive:
+        what = f"node {placement.node_id} is silent"
+    else:
+        what = f"the daemon of {placement.node_id} was restarted"
+    return _lost(placement, "node", f"is lost: {what}", counted=False)
 
 
 def out_of_reach(placement: Placement, reports: str) -> Loss:
     """The loss of a partition that lives where others cannot reach it; `reports` says who cannot."""
-    message = f"{placement.title} on {placement.node_id} is out of reach: {reports}"
-    return Loss(cause="reach", message=message, error=_unexplained(message), counted=False)
+    return _lost(placement, "reach", f"on {placement.node_id} is out of reach: {reports}", counted=False)
 
 
-def _silence(placement: Placement, process: Process, job: Job, view: View) -> Loss | None:
+def _is_given_up(placement: Placement, process: Process, job: Job, view: View) -> bool:
     """A partition without heartbeats blocks every step and is replaced at once. A trainer has a grace period, since the
     others compute its shards. When all trainers are stalled, something that they share may be slow, and ending them
     would not help."""
-    if placement.kind is ProcessKind.TRAINER:
-        is_stalled = process.suspicion == "stalled"
-        is_first = is_stalled and not process.speed.is_known
-        grace_s = view.limits.first_grace_s if is_first else view.limits.trainer_grace_s
-        if view.now.mono_s - process.suspect_since_s < grace_s:
-            return None
-        others = any(own.active and not own.suspect for own in job.trainers)
-        if is_stalled and not others:
-            return None
-    return _lost(placement, "silence", "is alive, but sends no heartbeats or makes no progress", None)
+    if placement.kind is ProcessKind.PARTITION:
+        return True
+    is_stalled = process.suspicion == "stalled"
+    is_first = is_stalled and not process.speed.is_known
+    grace_s = view.limits.first_grace_s if is_first else view.limits.trainer_grace_s
+    others = any(own.active and not own.suspect for own in job.trainers)
+    return view.now.mono_s - process.suspect_since_s >= grace_s and (others or not is_stalled)
 
 
 def _ended(placement: Placement, exit_: Exit, job: Job) -> Loss | None:
+    here, error = f"on {placement.node_id}", exit_.error
     if exit_.expected:
-        return _gone(placement, f"is lost: the agent on {placement.node_id} ended it")
+        return _lost(placement, "node", f"is lost: the agent {here} ended it", counted=False)
     if exit_.out_of_memory:
-        error = exit_.error or ErrorInfo(
-            code=OutOfMemoryError.code,
-            cause=f"{placement.name} on {placement.node_id} ran out of memory",
-            action=OutOfMemoryError.default_action,
-        )
-        return _lost(placement, "memory", "ran out of memory", error)
+        error = error or ErrorInfo.of(OutOfMemoryError(f"{placement.name} {here} ran out of memory"))
+        return _lost(placement, "memory", f"{here} ran out of memory", error)
     if exit_.signal:
-        return _lost(
-            placement, "signal", f"was ended by signal {exit_.signal} ({_signal_name(exit_.signal)})", exit_.error
-        )
+        what = f"{here} was ended by signal {exit_.signal} ({_signal_name(exit_.signal)})"
+        return _lost(placement, "signal", what, error)
     if job.finished is not None and exit_.exit_code == 0:
         return None  # it has done its work
-    if exit_.error is not None and exit_.error.code != ProcessLostError.code:  # it is the agent's error
-        return _lost(placement, "exit", f"could not be started: {exit_.error}", exit_.error)
-    return _lost(placement, "exit", f"ended with exit code {exit_.exit_code}", exit_.error)
+    if error is not None and error.code != ProcessLostError.code:  # it is the agent's error
+        return _lost(placement, "exit", f"{here} could not be started: {error}", error)
+    return _lost(placement, "exit", f"{here} ended with exit code {exit_.exit_code}", error)
 
 
-def _lost(placement: Placement, cause: str, what: str, error: ErrorInfo | None) -> Loss:
-    message = f"{placement.title} on {placement.node_id} {what}"
-    return Loss(cause=cause, message=message, error=error or _unexplained(message), counted=True)
-
-
-def _gone(placement: Placement, what: str) -> Loss:
+def _lost(placement: Placement, cause: str, what: str, error: ErrorInfo | None = None, *, counted: bool = True) -> Loss:
     message = f"{placement.title} {what}"
-    return Loss(cause="node", message=message, error=_unexplained(message), counted=False)
-
-
-def _unexplained(message: str) -> ErrorInfo:
-    return ErrorInfo(code=ProcessLostError.code, cause=message, action="see the end of `psctl logs`")
+    unexplained = ProcessLostError(message, action="see the end of `psctl logs`")
+    return Loss(cause=cause, message=message, error=error or ErrorInfo.of(unexplained), counted=counted)
 
 
 def _signal_name(number: int) -> str:
@@ -132,11 +119,10 @@ NO_CUT = NetworkCut(reports={})
 
 def find_cut(job: Job, processes: Processes, now: Instant) -> NetworkCut:
     """Which trainers and partitions to do without, given the connections that cannot be made."""
-    if not any(process.unreached.partitions for process in processes.values()):
+    plan, is_reported = job.plan, any(process.unreached.partitions for process in processes.values())
+    if not is_reported or plan is None or job.finished is not None:
         return NO_CUT
-    if job.plan is None or job.finished is not None:
-        return NO_CUT
-    if not all(placement.active and job.plan.holds(placement) for placement in job.partitions):
+    if not all(placement.active and plan.holds(placement) for placement in job.partitions):
         return NO_CUT  # one is away, or not in the plan yet: it cannot be reached
     trainers = {
         placement: _unreached(placement, job, processes)

@@ -6,6 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from psmaster.model.plan import Placement
+from psmaster.model.process import PartitionFacts, TrainerFacts
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
@@ -14,6 +17,11 @@ class Report:
     node_id: str
     numerics_class: str
     detail: str = ""
+
+
+def report_of(placement: Placement, facts: TrainerFacts | PartitionFacts) -> Report:
+    """The report of the ready process in `placement`."""
+    return Report(node_id=placement.node_id, numerics_class=facts.numerics_class, detail=facts.numerics_detail)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from psmaster.model import snapshot_catalog
 from psmaster.model.job import Job, ShardAssignment
-from psmaster.model.plan import Placement, Plan, counted_on
+from psmaster.model.plan import Placement, Plan, counted_on, process_keys
 from psmaster.scheduling import rebalance
 from psmaster.scheduling.draft import Draft, View
 
@@ -31,9 +31,8 @@ def replan(draft: Draft, view: View) -> None:
         draft.update(assignment=move.assignment)
         make_plan(draft, view, restore=False, probe=move.probe)
     elif job.assignment is None:
-        draft.update(
-            assignment=ShardAssignment(since_s=view.now.mono_s, step=job.step)
-        )  # a restarted master begins to measure
+        # A restarted master begins to measure.
+        draft.update(assignment=ShardAssignment(since_s=view.now.mono_s, step=job.step))
     kept = snapshot_catalog.kept_steps(draft.snapshots, draft.job.pinned)
     if draft.job.plan is not None and kept != draft.job.plan.kept_steps:
         draft.update(plan=replace(draft.job.plan, kept_steps=kept))
@@ -41,9 +40,9 @@ def replan(draft: Draft, view: View) -> None:
 
 def _is_stale(job: Job, plan: Plan, view: View) -> bool:
     """Whether the plan counts on others than there are, has shards where none should be, or asks for something else."""
-    active = frozenset((placement.rank, placement.attempt) for placement in counted_on(job.trainers))
-    standing_by = frozenset((placement.rank, placement.attempt) for placement in job.standbys if placement.active)
-    if active and (active, standing_by) != (plan.active, plan.standing_by):
+    active = process_keys(counted_on(job.trainers))
+    standing_by = process_keys(placement for placement in job.standbys if placement.active)
+    if active and (active, standing_by) != (process_keys(counted_on(plan.trainers)), process_keys(plan.standbys)):
         return True
     if (job.stopping, job.saving) != (plan.stop, plan.save):
         return True
@@ -57,31 +56,30 @@ def make_plan(draft: Draft, view: View, *, restore: bool, probe: int = -1) -> No
     `probe`: the rank that gets one shard to be measured again; -1: all get what their speed is good for."""
     job = draft.job
     generation = job.generation + 1
+    old = job.plan or Plan(generation=0, trainers=(), partitions=(), restore_generation=generation)
     speeds = rebalance.measured_speeds(rebalance.trainers_for_shards(job, view.nodes), job.job_id, view.processes)
     runs = rebalance.assign_shards(job.num_shards, speeds, probe)
     trainers = tuple(replace(placement, shards=runs.get(placement.rank, ())) for placement in job.trainers)
-    taken = [] if restore or job.plan is None else [s.rank for s in job.partitions if not job.plan.holds(s)]
+    taken = [] if restore else [own.rank for own in job.partitions if not old.holds(own)]
     partitions = tuple(replace(placement, synced=True) for placement in job.partitions)
-    plan = Plan(
+    plan = replace(
+        old,
         generation=generation,
         trainers=trainers,
         partitions=partitions,
         standbys=tuple(replace(placement, synced=False) for placement in job.standbys if placement.active),
-        moved_generation=generation if taken else 0 if job.plan is None else job.plan.moved_generation,
-        coordinator_generation=generation if 0 in taken else 0 if job.plan is None else job.plan.coordinator_generation,
-        restore_generation=generation if restore or job.plan is None else job.plan.restore_generation,
-        resume_step=0 if job.plan is None else job.plan.resume_step,
-        restore=None if job.plan is None else job.plan.restore,
+        moved_generation=generation if taken else old.moved_generation,
+        coordinator_generation=generation if 0 in taken else old.coordinator_generation,
+        restore_generation=generation if restore else old.restore_generation,
         stop=job.stopping,
         save=job.saving,
-        kept_steps=() if job.plan is None else job.plan.kept_steps,
         final_step=job.final_step,
     )
     draft.update(trainers=trainers, partitions=partitions, plan=plan, generation=generation)
     if job.recovery is not None:
         draft.update(recovery=replace(job.recovery, generation=generation))
     if restore:
-        _restore(draft, plan, fresh=job.plan is None, rested=job.plan is not None and job.plan.save)
+        _restore(draft, plan, fresh=job.plan is None, rested=old.save)
     assignment = job.assignment or ShardAssignment(since_s=0.0, step=0)
     draft.update(assignment=replace(assignment, since_s=view.now.mono_s, step=draft.job.step, probe=probe))
     draft.emit("Planned", f"generation {generation}: " + _assigned(trainers))
@@ -110,12 +108,12 @@ def _restore(draft: Draft, plan: Plan, *, fresh: bool, rested: bool) -> None:
     draft.cut_to = step
     where = f"the snapshot of step {step}" if step else "the seed"
     if rested and job.step <= step:
-        draft.emit("Moved", f"goes on from {where}, where it rested")
+        draft.emit("Moved", f"continues from {where}, where it paused")
     elif not fresh:
         lost = job.step > step
         draft.emit("RolledBack", f"went back from step {job.step} to {where}{_again(step, job.step)}", warning=lost)
     elif plan.generation > 1:
-        draft.emit("Restored", f"goes on from {where}{_again(step, job.step)}", warning=job.step > step)
+        draft.emit("Restored", f"continues from {where}{_again(step, job.step)}", warning=job.step > step)
 
 
 def _again(step: int, reached: int) -> str:

@@ -1,14 +1,15 @@
 """The desired state of a job, given its actual state: one pure function, called after every change.
 
-`reconcile` compares a job with its nodes, processes and snapshots and returns its next state, the processes
-that should run, and the events that say why. Applying it again to its own outcome changes nothing. The stages are in
-the order in which they matter: what ends the job, what was lost, where it goes, what joins, what the plan becomes.
+`reconcile` compares a job with its nodes, processes and snapshots and returns its next state and the events that say
+why; `desired` lists the processes that should run then. Applying it again to its own outcome changes nothing. The
+stages are in the order in which they matter: what ends the job, what was lost, where it goes, what joins, what the plan
+becomes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from pscluster.errors import InternalError
 from psmaster.model.job import Event, Instant, Job, JobState, enter_state
@@ -41,7 +42,7 @@ class Desired:
     """One process that should run. `plan` is unset until a plan names this very process."""
 
     process_id: str
-    job_id: str
+    job: Job = field(compare=False, repr=False)
     placement: Placement
     plan: Plan | None
 
@@ -51,7 +52,6 @@ class Outcome:
     """`snapshots`: the next catalogue. `cut_to`: metrics after this step are void; None: none are."""
 
     job: Job
-    processes: tuple[Desired, ...]
     events: tuple[Event, ...]
     snapshots: Catalogue
     cut_to: int | None = None
@@ -74,14 +74,13 @@ def reconcile(
     draft = Draft(job, snapshots, now)
     if job.state is JobState.QUEUED:
         _admit(draft, view, ahead)
-    if draft.job.state in (JobState.STARTING, JobState.RUNNING):
+    if draft.job.state.live:
         _run_stages(draft, view)
     if not draft.job.state.ended:
         draft.update(reason=conditions.reason(draft.job, view, draft.job.reason))
     draft.update(conditions=conditions.conditions(draft.job, now))
     return Outcome(
         job=draft.job if draft.job != job else job,
-        processes=desired(draft.job),
         events=tuple(draft.events),
         snapshots=draft.snapshots,
         cut_to=draft.cut_to,
@@ -93,7 +92,7 @@ def desired(job: Job) -> tuple[Desired, ...]:
     return tuple(
         Desired(
             process_id=placement.process_id(job.job_id),
-            job_id=job.job_id,
+            job=job,
             placement=placement,
             plan=job.plan if job.plan is not None and job.plan.names(placement) else None,
         )
@@ -111,7 +110,7 @@ def _admit(draft: Draft, view: View, ahead: str) -> None:
         draft.update(reason=f"waits for its turn: {ahead} is ahead in the queue")
         return
     admission = admit(job.spec, view.nodes)
-    if not admission.admitted:
+    if not admission.trainers:
         draft.update(reason=admission.reason)
         return
     draft.job = replace(
@@ -124,11 +123,8 @@ def _admit(draft: Draft, view: View, ahead: str) -> None:
     for kind, places in ((ProcessKind.TRAINER, admission.trainers), (ProcessKind.PARTITION, admission.partitions)):
         for rank, node_id in enumerate(places):
             draft.assign_node(kind, rank, view.nodes[node_id])
-    draft.emit(
-        "Admitted",
-        f"trainers on {', '.join(dict.fromkeys(admission.trainers))}; "
-        f"partitions on {', '.join(dict.fromkeys(admission.partitions))}",
-    )
+    trainers, partitions = (", ".join(dict.fromkeys(places)) for places in (admission.trainers, admission.partitions))
+    draft.emit("Admitted", f"trainers on {trainers}; partitions on {partitions}")
 
 
 def _run_stages(draft: Draft, view: View) -> None:

@@ -30,42 +30,41 @@ def vacate_lost(draft: Draft, view: View) -> None:
     cut = losses.find_cut(draft.job, view.processes, view.now)
     for placement in (*draft.job.standbys, *draft.job.working):
         loss = loss_of(placement, draft.job, view) or _out_of_reach(draft, view, placement, cut)
-        if placement.standby and loss is not None:
-            _vacate_standby(draft, view, placement, loss)
-            continue
         if loss is None or (draft.job.finished is not None and placement.kind is ProcessKind.TRAINER):
             continue
-        if failure_of(placement, draft.job, view.processes) is not None:
+        if not placement.standby and failure_of(placement, draft.job, view.processes) is not None:
             continue  # `completion.fail_on_reports` ends the job
-        draft.emit(f"{placement.kind.value.capitalize()}Lost", loss.message, warning=True)
-        _void_snapshot(draft, loss.error)
+        draft.emit(f"{_event_name(placement)}Lost", loss.message, warning=True)
         count = placement.losses + loss.counted
-        if count > view.limits.max_losses and _is_dispensable(draft, placement):
-            why = f"{placement.name} was lost {count} times before it was ready, the last time there"
+        if count > view.limits.max_losses and (placement.standby or _is_dispensable(draft, placement)):
+            before = "in sync" if placement.standby else "ready"
+            why = f"{placement.title} was lost {count} times before it was {before}, the last time there"
             draft.exclude(placement.node_id, placement.incarnation, why)
             count = 0
+        if placement.standby:
+            _vacate(draft, view, placement, loss, count)
+            continue
+        _void_snapshot(draft, loss.error)
         if count > view.limits.max_losses:
             cause = f"{loss.error.cause}; {placement.name} was lost {count} times without a new step in between"
             draft.fail(replace(loss.error, cause=cause))
             return
-        if draft.job.plan is not None and placement.active:
-            _begin_recovery(draft, placement.kind)
-        _vacate(draft, view, placement, loss, count)
-        if placement.kind is ProcessKind.PARTITION:
-            standbys.take_over(draft, placement, count)
-        if loss.cause == "reach":
-            _place_elsewhere(draft, view, placement)
+        _replace(draft, view, placement, loss, count)
 
 
-def _vacate_standby(draft: Draft, view: View, placement: Placement, loss: Loss) -> None:
-    """A standby is lost: the next plan does without it. A node where none gets in sync is excluded in the end."""
-    draft.emit("StandbyLost", loss.message, warning=True)
-    count = placement.losses + loss.counted
-    if count > view.limits.max_losses:
-        why = f"{placement.title} was lost {count} times before it was in sync, the last time there"
-        draft.exclude(placement.node_id, placement.incarnation, why)
-        count = 0
+def _replace(draft: Draft, view: View, placement: Placement, loss: Loss, count: int) -> None:
+    """Vacate the placement of a trainer or partition after its `count`th loss. What can take it over at once does."""
+    if draft.job.plan is not None and placement.active:
+        _begin_recovery(draft, placement.kind)
     _vacate(draft, view, placement, loss, count)
+    if placement.kind is ProcessKind.PARTITION:
+        standbys.take_over(draft, placement, count)
+    if loss.cause == "reach":
+        _place_elsewhere(draft, view, placement)
+
+
+def _event_name(placement: Placement) -> str:
+    return "Standby" if placement.standby else placement.kind.value.capitalize()
 
 
 def _vacate(draft: Draft, view: View, placement: Placement, loss: Loss, count: int) -> None:
@@ -129,12 +128,9 @@ def _void_snapshot(draft: Draft, error: ErrorInfo) -> None:
 
 
 def _begin_recovery(draft: Draft, kind: ProcessKind) -> None:
-    held = draft.job.recovery
-    since = held.since_s if held else draft.now.mono_s
-    worst = (
-        ProcessKind.PARTITION if ProcessKind.PARTITION in (kind, held.kind if held else kind) else ProcessKind.TRAINER
-    )
-    draft.update(recovery=Recovery(kind=worst, since_s=since))
+    held = draft.job.recovery or Recovery(kind=kind, since_s=draft.now.mono_s)
+    worst = ProcessKind.PARTITION if ProcessKind.PARTITION in (kind, held.kind) else ProcessKind.TRAINER
+    draft.update(recovery=Recovery(kind=worst, since_s=held.since_s))
 
 
 def mark_suspects(draft: Draft, view: View) -> None:
@@ -171,9 +167,8 @@ def fill_placements(draft: Draft, view: View) -> None:
     if not view.grow or any(not placement.placed for placement in draft.job.trainers):
         return
     while len(draft.job.trainers) < max_trainers(job.spec):
-        placement = Placement(
-            kind=ProcessKind.TRAINER, rank=max((own.rank for own in draft.job.trainers), default=-1) + 1
-        )
+        rank = max((own.rank for own in draft.job.trainers), default=-1) + 1
+        placement = Placement(kind=ProcessKind.TRAINER, rank=rank)
         node = _choose(draft, view, placement, excluded)
         if node is None:
             return
@@ -196,10 +191,8 @@ def _choose(draft: Draft, view: View, placement: Placement, excluded: frozenset[
     taken = Counter(own.node_id for own in draft.job.placements if own.placed)
     device = draft.job.spec.workers.device if placement.kind is ProcessKind.TRAINER else CPU
     for avoided in _avoided(placement):
-        node = choose_node(
-            view.nodes, Role.of(placement.kind), taken, excluded | avoided, placement.last_node_id, device
-        )
-        if node is not None:
+        role, preferred = Role.of(placement.kind), placement.last_node_id
+        if node := choose_node(view.nodes, role, taken, excluded | avoided, preferred, device):
             return node
     return None
 
@@ -220,15 +213,12 @@ def activate_ready(draft: Draft, view: View) -> None:
             draft.vacate(placement)
             continue
         draft.set_placement(facts.activate(placement))
-        kind = "Standby" if placement.standby else placement.kind.value.capitalize()
-        draft.emit(f"{kind}Ready", f"{placement.title} on {placement.node_id} is ready")
+        draft.emit(f"{_event_name(placement)}Ready", f"{placement.title} on {placement.node_id} is ready")
 
 
 def _unfit(draft: Draft, placement: Placement, facts: TrainerFacts | PartitionFacts) -> str:
     job = draft.job
-    report = numerics.Report(
-        node_id=placement.node_id, numerics_class=facts.numerics_class, detail=facts.numerics_detail
-    )
+    report = numerics.report_of(placement, facts)
     if isinstance(facts, PartitionFacts):
         return numerics.differs(job.numerics_mode, job.optimizer_class, report)
     if facts.layout_sha256 != job.layout_sha256:

@@ -46,9 +46,8 @@ def preempt_standby(draft: Draft, view: View, excluded: frozenset[str]) -> NodeV
     for placement in sorted(draft.job.standbys, key=lambda placement: (placement.synced, placement.rank)):
         node = view.nodes.get(placement.node_id)
         if placement.placed and node is not None and node.ready and node.node_id not in excluded:
-            draft.emit(
-                "StandbyLost", f"{placement.title} on {placement.node_id} makes room for a partition", warning=True
-            )
+            message = f"{placement.title} on {placement.node_id} makes room for a partition"
+            draft.emit("StandbyLost", message, warning=True)
             draft.vacate(placement)
             return node
     return None
@@ -63,7 +62,6 @@ def shortfall(job: Job) -> str:
         listed = ", ".join(f"partition-{rank}" for rank in alone)
         reasons.append(f"without standby for {listed}: no other server has room")
     if behind:
-        reasons.append(
-            "not in sync yet: " + ", ".join(f"{placement.title} on {placement.node_id}" for placement in behind)
-        )
+        listed = ", ".join(f"{placement.title} on {placement.node_id}" for placement in behind)
+        reasons.append(f"not in sync yet: {listed}")
     return "; ".join(reasons)

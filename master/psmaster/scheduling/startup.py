@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 
 from pscluster.errors import DataError, LayoutError
@@ -31,10 +30,9 @@ def first_plan(draft: Draft, view: View) -> None:
     if error is not None:
         draft.fail(error)
         return
-    if not _settle_numerics(draft, trainers, partitions):
-        return
-    _adopt(draft, trainers, partitions)
-    make_plan(draft, view, restore=True)
+    if _settle_numerics(draft, trainers, partitions):
+        _adopt(draft, trainers, partitions)
+        make_plan(draft, view, restore=True)
 
 
 def ready(draft: Draft, view: View) -> tuple[ReadyTrainers, ReadyPartitions]:
@@ -54,12 +52,8 @@ def disagreement(trainers: ReadyTrainers, layout_json: bytes, layout: str, finge
     """The error when trainers built different models or see different data, from each other or from what the job's
     snapshots hold (`layout_json`, `layout`, `fingerprint`; empty: no snapshot binds the job)."""
     first_placement, first = trainers[0]
-    wanted_json, wanted, where = (
-        first.layout_json,
-        first.layout_sha256,
-        f"{first_placement.name} on {first_placement.node_id}",
-    )
-    data, data_where = first.data_fingerprint, where
+    where = f"{first_placement.name} on {first_placement.node_id}"
+    wanted_json, wanted, data, data_where = first.layout_json, first.layout_sha256, first.data_fingerprint, where
     if layout:
         wanted_json, wanted, where = layout_json, layout, "the job's snapshots"
     if fingerprint:
@@ -68,17 +62,10 @@ def disagreement(trainers: ReadyTrainers, layout_json: bytes, layout: str, finge
         name = f"{placement.name} on {placement.node_id}"
         if facts.layout_sha256 != wanted:
             difference = first_difference(wanted_json, facts.layout_json)
-            return ErrorInfo(
-                code=LayoutError.code,
-                cause=f"{name} built another model than {where}: {difference}",
-                action=LayoutError.default_action,
-            )
+            return ErrorInfo.of(LayoutError(f"{name} built another model than {where}: {difference}"))
         if facts.data_fingerprint != data:
-            return ErrorInfo(
-                code=DataError.code,
-                cause=f"{name} sees other data ({facts.data_fingerprint[:12]}) than {data_where} ({data[:12]})",
-                action=DataError.default_action,
-            )
+            found = facts.data_fingerprint[:12]
+            return ErrorInfo.of(DataError(f"{name} sees other data ({found}) than {data_where} ({data[:12]})"))
     return None
 
 
@@ -99,22 +86,19 @@ def _walk(left: object, right: object, path: str) -> str:
                 return found
         return ""
     if isinstance(left, list) and isinstance(right, list):
-        return _walk_lists(left, right, path)
+        for index, (one, other) in enumerate(zip(left, right, strict=False)):
+            if found := _walk(one, other, f"{path}[{index}]"):
+                return found
+        return "" if len(left) == len(right) else f"{path.lstrip('.')} has {len(left)} entries, not {len(right)}"
     return "" if left == right else f"{path.lstrip('.') or 'value'}: {left!r:.80} is not {right!r:.80}"
-
-
-def _walk_lists(left: Sequence[object], right: Sequence[object], path: str) -> str:
-    for index, (one, other) in enumerate(zip(left, right, strict=False)):
-        if found := _walk(one, other, f"{path}[{index}]"):
-            return found
-    return "" if len(left) == len(right) else f"{path.lstrip('.')} has {len(left)} entries, not {len(right)}"
 
 
 def _settle_numerics(draft: Draft, trainers: ReadyTrainers, partitions: ReadyPartitions) -> bool:
     """Decide the mode; False when a strict job left nodes out and must look again."""
     job = draft.job
     bound = (job.numerics_class, job.optimizer_class) if job.spec.train.numerics == "strict" else ("", "")
-    choice = numerics.choose(job.spec.train.numerics, _reports(trainers), _reports(partitions), bound)
+    reports = [[numerics.report_of(*one) for one in ready_ones] for ready_ones in (trainers, partitions)]
+    choice = numerics.choose(job.spec.train.numerics, reports[0], reports[1], bound)
     for node_id, why in choice.left_out:
         placements = [placement for placement in draft.job.placements if placement.node_id == node_id]
         draft.exclude(node_id, placements[0].incarnation, why)
@@ -133,13 +117,6 @@ def _settle_numerics(draft: Draft, trainers: ReadyTrainers, partitions: ReadyPar
     return True
 
 
-def _reports(ready_placements: ReadyTrainers | ReadyPartitions) -> list[numerics.Report]:
-    return [
-        numerics.Report(node_id=placement.node_id, numerics_class=facts.numerics_class, detail=facts.numerics_detail)
-        for placement, facts in ready_placements
-    ]
-
-
 def _adopt(draft: Draft, trainers: ReadyTrainers, partitions: ReadyPartitions) -> None:
     """Store what the first trainer reported with the job, and activate all placements."""
     first = trainers[0][1]
@@ -148,12 +125,9 @@ def _adopt(draft: Draft, trainers: ReadyTrainers, partitions: ReadyPartitions) -
         layout_sha256=first.layout_sha256,
         data_fingerprint=first.data_fingerprint,
         final_step=first.final_step,
-        checks=tuple(
-            replace(check, node_id=placement.node_id) for placement, facts in trainers for check in facts.checks
-        ),
+        checks=tuple(replace(check, node_id=own.node_id) for own, facts in trainers for check in facts.checks),
         deadline_s=None,
     )
-    for placement, facts in trainers:
+    everything: list[tuple[Placement, TrainerFacts | PartitionFacts]] = [*trainers, *partitions]
+    for placement, facts in everything:
         draft.set_placement(facts.activate(placement))
-    for placement, holds in partitions:
-        draft.set_placement(holds.activate(placement))

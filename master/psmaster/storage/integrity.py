@@ -71,17 +71,15 @@ def migration() -> tuple[str, ...]:
 
 def keep_books(table: str) -> tuple[str, ...]:
     """The statements that begin to count a table's rows and to sum their checksums. It must have a column crc."""
-    statements = [f"INSERT INTO digests SELECT '{table}', count(*), coalesce(sum(crc), 0) FROM {table}"]
-    for event, rows, total in (
-        ("INSERT", "+ 1", "+ NEW.crc"),
-        ("DELETE", "- 1", "- OLD.crc"),
-        ("UPDATE", "+ 0", "+ NEW.crc - OLD.crc"),
-    ):
-        statements.append(
+    changes = {"INSERT": ("+ 1", "+ NEW.crc"), "DELETE": ("- 1", "- OLD.crc"), "UPDATE": ("+ 0", "+ NEW.crc - OLD.crc")}
+    return (
+        f"INSERT INTO digests SELECT '{table}', count(*), coalesce(sum(crc), 0) FROM {table}",
+        *(
             f"CREATE TRIGGER {table}_{event.lower()} AFTER {event} ON {table} BEGIN UPDATE digests "
             f"SET num_rows = num_rows {rows}, total = total {total} WHERE name = '{table}'; END"
-        )
-    return tuple(statements)
+            for event, (rows, total) in changes.items()
+        ),
+    )
 
 
 def insert(table: str) -> str:
@@ -160,9 +158,7 @@ def check_log(path: Path) -> None:
     when it cannot be read. (A change in the last transaction alone looks like a torn end, and counts as one.)"""
     log = _log(path)
     try:
-        data = log.read_bytes()
-    except FileNotFoundError:
-        return
+        data = log.read_bytes() if log.exists() else b""
     except OSError as error:
         raise StorageError(f"cannot read {log}: {error.strerror}") from None
     lost = _lost_commits(data)

@@ -8,6 +8,7 @@ after a broken stream or a restart is recognised by its sequence. Everything her
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from pscluster.errors import StorageError
 from psmaster.model.plan import ProcessKind
+from psmaster.storage.metrics_file import append_whole
 
 MAX_BYTES = 16 << 20
 _TAIL_BYTES = 1 << 20  # at least one whole message lies in it
@@ -62,22 +64,12 @@ class ProcessLog:
             if self._size + len(data) > self._max_bytes and self._size:
                 self._path.replace(older(self._path))
                 self._size = 0
-            self._write(data)
+            append_whole(self._path, data)
         except OSError as error:
             raise StorageError(f"cannot write {self._path}: {error.strerror}") from error
         self._size += len(data)
         self._last[message.attempt] = message.sequence
         return True
-
-    def _write(self, data: bytes) -> None:
-        with self._path.open("ab", buffering=0) as file:
-            try:
-                written = 0
-                while written < len(data):
-                    written += file.write(data[written:])
-            except OSError:
-                file.truncate(self._size)
-                raise
 
 
 def older(path: Path) -> Path:
@@ -109,17 +101,11 @@ def _last_sequences(path: Path) -> dict[int, int]:
             if whole < len(tail):
                 file.truncate(start + whole)
         for raw in tail[:whole].splitlines():
-            _note_sequence(last, raw)
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # the cut beginning of the tail
+                data = json.loads(raw)
+                attempt, sequence = int(data["a"]), int(data["q"])
+                last[attempt] = max(last.get(attempt, 0), sequence)
     return last
-
-
-def _note_sequence(last: dict[int, int], raw: bytes) -> None:
-    try:
-        data = json.loads(raw)
-        attempt, sequence = int(data["a"]), int(data["q"])
-    except (ValueError, KeyError, TypeError):
-        return  # the cut beginning of the tail
-    last[attempt] = max(last.get(attempt, 0), sequence)
 
 
 def paths_of(directory: Path, kind: str = "", rank: int = -1) -> list[Path]:
@@ -156,7 +142,7 @@ class LogReader:
             if current != inode:
                 entries += _rest_of_older(older(path), inode, offset)
                 inode, offset = current, 0
-            lines, offset = _whole_lines(path, offset)
+            lines, offset = whole_lines(path, offset)
         except FileNotFoundError:
             return entries  # rotated this very moment: the next call finds it
         self._at[path] = (inode, offset)
@@ -166,11 +152,12 @@ class LogReader:
 def _rest_of_older(path: Path, inode: int, offset: int) -> Iterator[LogEntry]:
     """What a reader that was at `offset` of file `inode` has not read of the older file."""
     if path.exists():
-        lines, _ = _whole_lines(path, offset if path.stat().st_ino == inode else 0)
+        lines, _ = whole_lines(path, offset if path.stat().st_ino == inode else 0)
         yield from _parsed(path.name.removesuffix(".log.1"), lines)
 
 
-def _whole_lines(path: Path, offset: int) -> tuple[list[bytes], int]:
+def whole_lines(path: Path, offset: int) -> tuple[list[bytes], int]:
+    """The complete lines of a file from `offset` on, and the offset after them. Raises FileNotFoundError."""
     with path.open("rb") as file:
         file.seek(offset)
         data = file.read()

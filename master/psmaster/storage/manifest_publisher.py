@@ -31,8 +31,6 @@ RETRY_S = 5.0
 MAX_RETRY_S = 600.0  # of a removal, which is not urgent: a store that hangs must not delay other writes
 _log = structlog.get_logger(__name__)
 
-BundleFile = Callable[[str], Path]
-ReportError = Callable[[str, int, PsError], None]
 _Held = dict[str, tuple[RestorePoint, int] | None]
 """By name: what this process wrote, and under which revision of the job; None: an earlier one did."""
 
@@ -55,9 +53,9 @@ class Publisher:
     """`bundle_file` is where the master has a bundle. It calls `report_error` (job id, step,
     why) and `report_removed` (job id) on its own thread."""
 
-    def __init__(self, bundle_file: BundleFile, patience_s: float = PATIENCE_S) -> None:
-        self.report_error: ReportError = _only_log
-        self.report_removed: Callable[[str], None] = _only_forget
+    def __init__(self, bundle_file: Callable[[str], Path], patience_s: float = PATIENCE_S) -> None:
+        self.report_error: Callable[[str, int, PsError], None] = lambda *_: None
+        self.report_removed: Callable[[str], None] = lambda _: None
         self._bundle_file = bundle_file
         self._patience_s = patience_s
         self._changed = threading.Condition()
@@ -69,10 +67,8 @@ class Publisher:
 
     def publish(self, jobs: Mapping[str, tuple[Job, Catalogue]], *, wait: bool = True) -> None:
         """Bring these jobs' manifests up to date. Blocks until they are, or patience is at an end; or not at all."""
-        requests = {
-            k: _ManifestRequest(store=job.store, job=job, catalogue=snapshots) for k, (job, snapshots) in jobs.items()
-        }
-        self._request(requests, wait=wait)
+        found = {k: _ManifestRequest(store=job.store, job=job, catalogue=held) for k, (job, held) in jobs.items()}
+        self._request(found, wait=wait)
 
     def remove(self, deletion: Deletion, directory: Path, *, wait: bool = True) -> None:
         """Remove a deleted job's `directory` on this machine and, unless that was done, its store. Blocks as `publish`
@@ -142,7 +138,7 @@ class Publisher:
             _remove(request)
             return
         store = open_store(request.store)
-        points = _complete(request.catalogue)
+        points = request.catalogue.restore_points() if request.catalogue else []
         held = self._published.get(job_id)
         if held is None:  # the first time since this process started: an earlier one may have left others
             held = self._published[job_id] = {n: None for n in store.names() if manifest.step_of(n) is not None}
@@ -173,41 +169,22 @@ class Publisher:
         held[name] = None
 
 
-def _complete(catalogue: Catalogue | None) -> list[RestorePoint]:
-    """The complete snapshots, oldest first."""
-    return [catalogue.restore_point(step) for step in catalogue.complete_steps()] if catalogue else []
-
-
 def _pause_s(request: _ManifestRequest) -> float:
-    """Until it is tried again."""
-    if request.job is not None:
-        return RETRY_S
-    return delay_s(request.failures + 1, 0.0, first_s=RETRY_S, cap_s=MAX_RETRY_S, jitter=0.0)
+    cap_s = MAX_RETRY_S if request.job is None else RETRY_S
+    return delay_s(request.failures + 1, 0.0, first_s=RETRY_S, cap_s=cap_s, jitter=0.0)
 
 
 def _remove(request: _ManifestRequest) -> None:
-    """The directory first: it can be reached. Raises StorageError when the store cannot."""
+    """The directory first: it can be reached. Raises StorageError when the store cannot: what is not mounted here looks
+    as if it had been removed."""
     if request.directory is not None:
         DirectoryStore(request.directory).remove()
         if Path(request.store).is_relative_to(request.directory):
             return
-    if request.store:
-        _refuse_missing_root(request.store)
-        open_store(request.store).remove()
-
-
-def _refuse_missing_root(store: str) -> None:
-    """What is not mounted here looks as if it had been removed. Raises StorageError."""
-    root = Path(store.removeprefix("file://")).parent
-    if not store.startswith("s3://") and not root.is_dir():
-        raise StorageError(
-            f"cannot remove {store}: there is no directory {root}", action="mount it where psmaster runs"
-        )
-
-
-def _only_log(job_id: str, step: int, error: PsError) -> None:
-    _log.warning("a manifest cannot be written", job=job_id, step=step, code=error.code, cause=error.cause)
-
-
-def _only_forget(_job_id: str) -> None:
-    """Nothing to report."""
+    if not request.store:
+        return
+    root = Path(request.store.removeprefix("file://")).parent
+    if not request.store.startswith("s3://") and not root.is_dir():
+        what = f"cannot remove {request.store}: there is no directory {root}"
+        raise StorageError(what, action="mount it where psmaster runs")
+    open_store(request.store).remove()

@@ -10,11 +10,12 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from pscluster.errors import StorageError
-from psmaster.model.reports import Evaluated, MetricLine
+from psmaster.model.reports import Evaluated, MetricLine, StepRecord
 
 FILE_NAME = "metrics.jsonl"
 
@@ -24,16 +25,8 @@ def line_of(entry: MetricLine) -> str:
     if isinstance(entry, Evaluated):
         data: dict[str, Any] = {"step": entry.step, "eval": {name: _number(value) for name, value in entry.metrics}}
     else:
-        data = {
-            "step": entry.step,
-            "loss": _number(entry.loss),
-            "grad_norm": _number(entry.grad_norm),
-            "lr": _number(entry.lr),
-            "weight": _number(entry.weight),
-            "samples": _number(entry.samples),
-            "skipped": entry.skipped,
-            "time_s": entry.time_s,
-        }
+        data = {own.name: getattr(entry, own.name) for own in fields(StepRecord)}
+        data |= {name: _number(data[name]) for name in ("loss", "grad_norm", "lr", "weight", "samples")}
     return json.dumps(data, allow_nan=False)
 
 
@@ -72,7 +65,7 @@ class MetricsFile:
         text = "".join(line_of(entry) + "\n" for entry in fresh).encode()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _append_whole(self.path, text)
+            append_whole(self.path, text)
         except OSError as error:
             raise StorageError(f"cannot write {self.path}: {error.strerror}") from error
         for entry in fresh:
@@ -102,7 +95,7 @@ class MetricsFile:
         self._last[evaluation] = max(self._last[evaluation], step)
 
 
-def _append_whole(path: Path, data: bytes) -> None:
+def append_whole(path: Path, data: bytes) -> None:
     """Append all of `data` or nothing of it, as far as a full disk goes."""
     with path.open("ab", buffering=0) as file:
         size = file.tell()
@@ -117,11 +110,9 @@ def _append_whole(path: Path, data: bytes) -> None:
 
 def _complete_lines(path: Path) -> Iterator[tuple[str, int]]:
     """Every line that has its end and is one of ours, with the offset after it; stops at the first that is not."""
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
+    if not path.exists():
         return
-    with file:
+    with path.open("rb") as file:
         end = 0
         for raw in file:
             end += len(raw)

@@ -26,19 +26,13 @@ _MANIFESTS = "snapshots/step-*.manifest"
 _log = structlog.get_logger(__name__)
 
 
-def unclaimed(state_dir: Path) -> list[str]:
-    """The jobs of a state directory that has snapshots of them but no database: starting there would remove them."""
-    database = state_dir / DATABASE
-    if database.exists() and database.stat().st_size:
-        return []
-    return sorted({path.parts[-3] for path in state_dir.glob(f"jobs/*/{_MANIFESTS}")})
-
-
 def refuse_unclaimed(state_dir: Path) -> None:
-    """Raises DamagedError when `unclaimed` finds jobs."""
-    if jobs := unclaimed(state_dir):
+    """Raises DamagedError when there are snapshots of jobs but no database: starting there would remove them."""
+    database = state_dir / DATABASE
+    jobs = sorted({path.parts[-3] for path in state_dir.glob(f"jobs/*/{_MANIFESTS}")})
+    if jobs and not (database.exists() and database.stat().st_size):
         raise DamagedError(
-            f"{state_dir / DATABASE} is gone, but there are snapshots of {', '.join(jobs)}",
+            f"{database} is gone, but there are snapshots of {', '.join(jobs)}",
             action="run `psmaster rebuild`, which brings these jobs back; or move jobs/ away to begin anew",
         )
 

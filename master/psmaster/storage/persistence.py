@@ -14,11 +14,11 @@ from pathlib import Path
 import structlog
 
 from pscluster.errors import StorageError
-from psmaster.model.job import Instant, Job, JobState
+from psmaster.model.job import Instant, Job
 from psmaster.model.membership import presumed
-from psmaster.model.plan import Part, RestorePoint
+from psmaster.model.plan import Part
 from psmaster.model.snapshot_catalog import Catalogue
-from psmaster.model.state import Changes, Deletion, State, deletion_changes
+from psmaster.model.state import Changes, Deletion, State
 from psmaster.storage.bundles import bundle_file
 from psmaster.storage.logs import LogMessage, ProcessLog
 from psmaster.storage.manifest_publisher import Publisher
@@ -41,7 +41,6 @@ def batch_of(before: State, changes: Changes) -> Batch:
         old = held.parts if held else {}
         put += [(job_id, part) for key, part in catalogue.parts.items() if old.get(key) != part]
         dropped += [(job_id, *key) for key in old if key not in catalogue.parts]
-    deleted, forgotten = deletion_changes(before.deletions, after.deletions)
     return Batch(
         jobs=tuple(job for job_id, job in after.jobs.items() if before.jobs.get(job_id) is not job),
         events=changes.events,
@@ -50,8 +49,8 @@ def batch_of(before: State, changes: Changes) -> Batch:
         deleted_jobs=tuple(job_id for job_id in before.jobs if job_id not in after.jobs),
         drained=tuple(entry for entry in after.drains.items() if entry not in before.drains.items()),
         undrained=tuple(node_id for node_id in before.drains if node_id not in after.drains),
-        deletions=deleted,
-        forgotten_deletions=forgotten,
+        deletions=tuple(one for job_id, one in after.deletions.items() if before.deletions.get(job_id) != one),
+        forgotten_deletions=tuple(job_id for job_id in before.deletions if job_id not in after.deletions),
     )
 
 
@@ -74,15 +73,11 @@ def to_publish(before: State, after: State) -> dict[str, tuple[Job, Catalogue]]:
     found = {}
     for job_id, job in after.jobs.items():
         held, snapshots, former = before.jobs.get(job_id), after.catalogues[job_id], before.catalogues.get(job_id)
-        points = _points(snapshots)
+        points = snapshots.restore_points()
         ends = held is not None and (held.state.ended, held.best) != (job.state.ended, job.best)
-        if (former is not snapshots and points != _points(former)) or (ends and points):
+        if (former is not snapshots and points != (former.restore_points() if former else [])) or (ends and points):
             found[job_id] = (job, snapshots)
     return found
-
-
-def _points(catalogue: Catalogue | None) -> list[RestorePoint]:
-    return [catalogue.restore_point(step) for step in catalogue.complete_steps()] if catalogue else []
 
 
 class Archive:
@@ -113,7 +108,7 @@ class Archive:
         deleted = self.store.deletions()
         refuse_older(self._jobs.parent, jobs, deleted)
         for job in jobs.values():
-            if job.state in (JobState.STARTING, JobState.RUNNING):
+            if job.state.live:
                 self._metrics_of(job.job_id).cut(max(job.step, job.metrics_step))
         catalogues = {job_id: self._catalogue(job) for job_id, job in jobs.items()}
         # A kill may have come between the store and a manifest.
@@ -150,9 +145,9 @@ class Archive:
             self._cut_pending()
         except StorageError as error:
             _log.error("metrics of a rolled back job cannot be cut yet", cause=error.cause)
+        self._release(writes.changes.state.jobs)
         for job_id in writes.batch.deleted_jobs:
             self._remove(writes.changes.state.deletions[job_id])
-        self._release(writes.changes.state.jobs)
 
     def _cut_pending(self) -> None:
         for job_id, step in list(self._cuts.items()):
@@ -176,13 +171,10 @@ class Archive:
         self._logs = {key: file for key, file in self._logs.items() if key[0] in live}
 
     def _remove(self, deletion: Deletion) -> None:
-        """Remove a deleted job's files. Its record is gone already: a failure is told, and tried again by whichever
-        master there is then."""
-        job_id = deletion.job_id
-        self._cuts.pop(job_id, None)
-        self._metrics.pop(job_id, None)
-        self._logs = {key: file for key, file in self._logs.items() if key[0] != job_id}
-        self.publisher.remove(deletion, self.directory(job_id))
+        """Remove a deleted job's files. Its record is gone already: the publisher reports a failure, and this or
+        the next master tries again."""
+        self._cuts.pop(deletion.job_id, None)
+        self.publisher.remove(deletion, self.directory(deletion.job_id))
 
     def close(self) -> None:
         """Release the store. Safe to repeat."""

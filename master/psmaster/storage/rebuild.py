@@ -1,7 +1,7 @@
 """`psmaster rebuild`: the master's database made again from the manifests in the jobs' stores. Blocks on everything.
 
 A manifest counts only when it fits its checksum, and a snapshot only when every part of it was read and
-fits what the manifest says. Jobs that had not ended come back STOPPED; `psctl resume` goes on from their newest sound
+fits what the manifest says. Jobs that had not ended come back STOPPED; `psctl resume` continues from their newest sound
 snapshot, to the same bits. A job without a sound snapshot is not there any more: it must be submitted again.
 """
 
@@ -17,7 +17,7 @@ from pscluster.errors import DamagedError, PsError, StateError, StorageError
 from pscluster.storage import SnapshotStore, open_store
 from pscluster.storage.snapshot import verify_file
 from psmaster.model.job import Event, Job, JobState
-from psmaster.model.plan import Part, RestorePoint
+from psmaster.model.plan import RestorePoint
 from psmaster.model.snapshot_catalog import Catalogue
 from psmaster.model.state import Deletions
 from psmaster.storage import manifest
@@ -62,18 +62,17 @@ def rebuild(state_dir: Path, stores: Iterable[str], now_s: float) -> list[Found]
         one = read_job(open_store(location), now_s)
         if one is None or one.job.job_id in deletions:
             continue
-        if _is_newer(one, found.get(one.job.job_id)):
+        other = found.get(one.job.job_id)  # in a copy of the store, say: the one that knows more counts
+        if other is None or one.job.revision > other.job.revision:
             found[one.job.job_id] = one
     shelf = BundleShelf(state_dir / "bundles")
-    kept = [_with_bundle(replace(one, job=_at_home(one.job, state_dir)), shelf) for one in found.values()]
+    kept = [
+        _with_bundle(replace(one, job=replace(one.job, directory=str(state_dir / "jobs" / k))), shelf)
+        for k, one in found.items()
+    ]
     _put_aside(state_dir, {one.job.job_id for one in kept}, now_s)
     _write(state_dir / DATABASE, replace(_batch(kept, state_dir, now_s), deletions=tuple(deletions.values())))
     return sorted(kept, key=lambda one: (one.job.created_s, one.job.job_id))
-
-
-def _is_newer(one: Found, other: Found | None) -> bool:
-    """Of two stores with the same job (a copy, say) the one that knows more of it."""
-    return other is None or one.job.revision > other.job.revision
 
 
 def read_job(store: SnapshotStore, now_s: float) -> Found | None:
@@ -89,7 +88,8 @@ def read_job(store: SnapshotStore, now_s: float) -> Found | None:
             one = manifest.read(store, name)
             readable.append(one)
             for part in one.point.parts:
-                _verify(store, part)
+                if not part.nodes:  # one on nodes is verified by the partition that restores it
+                    verify_file(store, part.path, part.size_bytes, part.checksum)
             sound.append(one)
         except DamagedError as error:
             problems.append(str(error))
@@ -97,20 +97,9 @@ def read_job(store: SnapshotStore, now_s: float) -> Found | None:
         return None
     points = {one.point.step: one.point for one in sound}
     record = max(readable, key=lambda one: one.job.revision).job
-    return Found(
-        job=_come_back(record, points, store, now_s), catalogue=_catalogue(record, points), problems=tuple(problems)
-    )
-
-
-def _verify(store: SnapshotStore, part: Part) -> None:
-    """Read a part that lies in the store; a part on nodes is verified by the partition that restores it."""
-    if not part.nodes:
-        verify_file(store, part.path, part.size_bytes, part.checksum)
-
-
-def _catalogue(job: Job, points: dict[int, RestorePoint]) -> Catalogue:
     parts = {(part.step, part.partition): part for point in points.values() for part in point.parts}
-    return Catalogue(num_partitions=job.spec.servers.partitions, parts=MappingProxyType(parts))
+    catalogue = Catalogue(num_partitions=record.spec.servers.partitions, parts=MappingProxyType(parts))
+    return Found(job=_come_back(record, points, store, now_s), catalogue=catalogue, problems=tuple(problems))
 
 
 def _come_back(record: Job, points: dict[int, RestorePoint], store: SnapshotStore, now_s: float) -> Job:
@@ -136,10 +125,6 @@ def _come_back(record: Job, points: dict[int, RestorePoint], store: SnapshotStor
         metrics=() if stale else record.metrics,
         metrics_step=0 if stale else record.metrics_step,
     )
-
-
-def _at_home(job: Job, state_dir: Path) -> Job:
-    return replace(job, directory=str(state_dir / "jobs" / job.job_id))
 
 
 def _with_bundle(one: Found, shelf: BundleShelf) -> Found:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import astuple, fields
 from pathlib import Path
+from typing import Any
 
 from pscluster.errors import StateError, StorageError
 from psmaster.model.job import MAX_EVENTS, Event, Job
@@ -54,6 +56,9 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ),
     (),  # fields of records were renamed: `records` reads both names, a 0.1 master would lose the new ones
 )
+
+
+_PART_FIELDS = tuple(own.name for own in fields(Part))  # the columns after job_id, in this order; nodes is the last
 
 
 class SqliteStore(Store):
@@ -107,15 +112,15 @@ class SqliteStore(Store):
             self._write_events(batch)
             self._db.executemany("DELETE FROM parts WHERE job_id=? AND step=? AND part=?", batch.dropped_parts)
             self._db.executemany(integrity.replace("parts"), map(_part_row, batch.parts))
-            self._db.executemany(
-                integrity.replace("bundles"),
-                [(bundle.sha256, bundle.size_bytes, bundle.created_s) for bundle in batch.bundles],
-            )
+            self._db.executemany(integrity.replace("bundles"), map(astuple, batch.bundles))
             self._db.executemany("DELETE FROM bundles WHERE sha256=?", [(sha256,) for sha256 in batch.deleted_bundles])
             self._db.executemany(integrity.replace("drains"), batch.drained)
             self._db.executemany("DELETE FROM drains WHERE node_id=?", [(node_id,) for node_id in batch.undrained])
             self._db.executemany("DELETE FROM jobs WHERE job_id=?", [(job_id,) for job_id in batch.deleted_jobs])
-            self._write_deletions(batch)
+            rows = [(one.job_id, one.store, one.deleted_s, int(one.removed)) for one in batch.deletions]
+            self._db.executemany(integrity.replace("deletions"), rows)
+            forgotten = [(job_id,) for job_id in batch.forgotten_deletions]
+            self._db.executemany("DELETE FROM deletions WHERE job_id=?", forgotten)
 
     def _write_job(self, job: Job) -> None:
         try:
@@ -147,67 +152,40 @@ class SqliteStore(Store):
                 (job_id, MAX_EVENTS),
             )
 
-    def _write_deletions(self, batch: Batch) -> None:
-        rows = [(one.job_id, one.store, one.deleted_s, int(one.removed)) for one in batch.deletions]
-        self._db.executemany(integrity.replace("deletions"), rows)
-        forgotten = [(job_id,) for job_id in batch.forgotten_deletions]
-        self._db.executemany("DELETE FROM deletions WHERE job_id=?", forgotten)
-
     def jobs(self) -> tuple[Job, ...]:
         query = "SELECT record, layout FROM jobs LEFT JOIN layouts USING (job_id) ORDER BY created_s, job_id"
-        with self._named("read"):
-            return tuple(records.job_of(text, layout or b"") for text, layout in self._db.execute(query))
+        return tuple(records.job_of(text, layout or b"") for text, layout in self._rows(query))
 
     def job_of_request(self, request_id: str) -> str | None:
-        with self._named("read"):
-            row = self._db.execute("SELECT job_id FROM jobs WHERE request_id=?", (request_id,)).fetchone()
-        return None if row is None else str(row[0])
+        rows = self._rows("SELECT job_id FROM jobs WHERE request_id=?", request_id)
+        return str(rows[0][0]) if rows else None
 
     def events(self, job_id: str) -> tuple[Event, ...]:
-        query = "SELECT record FROM events WHERE job_id=? ORDER BY sequence"
-        with self._named("read"):
-            return tuple(records.event_of(text) for (text,) in self._db.execute(query, (job_id,)))
+        rows = self._rows("SELECT record FROM events WHERE job_id=? ORDER BY sequence", job_id)
+        return tuple(records.event_of(text) for (text,) in rows)
 
     def parts(self, job_id: str) -> tuple[Part, ...]:
-        columns = "step, part, generation, path, size_bytes, checksum, nodes"
-        query = f"SELECT {columns} FROM parts WHERE job_id=? ORDER BY step, part"
-        with self._named("read"):
-            return tuple(
-                Part(
-                    step=row[0],
-                    partition=row[1],
-                    generation=row[2],
-                    path=row[3],
-                    size_bytes=row[4],
-                    checksum=row[5],
-                    nodes=tuple(row[6].split()),
-                )
-                for row in self._db.execute(query, (job_id,))
-            )
-
-    def bundle(self, sha256: str) -> BundleRecord | None:
-        return next((bundle for bundle in self.bundles() if bundle.sha256 == sha256), None)
+        columns = ", ".join(name.replace("partition", "part") for name in _PART_FIELDS)
+        rows = self._rows(f"SELECT {columns} FROM parts WHERE job_id=? ORDER BY step, part", job_id)
+        return tuple(Part(**dict(zip(_PART_FIELDS, (*row, tuple(nodes.split())), strict=True))) for *row, nodes in rows)
 
     def bundles(self) -> tuple[BundleRecord, ...]:
-        query = "SELECT sha256, size_bytes, created_s FROM bundles ORDER BY sha256"
-        with self._named("read"):
-            return tuple(
-                BundleRecord(sha256=row[0], size_bytes=row[1], created_s=row[2]) for row in self._db.execute(query)
-            )
+        rows = self._rows("SELECT sha256, size_bytes, created_s FROM bundles ORDER BY sha256")
+        return tuple(BundleRecord(sha256=row[0], size_bytes=row[1], created_s=row[2]) for row in rows)
 
     def drains(self) -> Mapping[str, float]:
-        with self._named("read"):
-            return {
-                str(node_id): since_s for node_id, since_s in self._db.execute("SELECT node_id, since_s FROM drains")
-            }
+        return dict(self._rows("SELECT node_id, since_s FROM drains"))
 
     def deletions(self) -> Deletions:
-        query = "SELECT job_id, store, deleted_s, removed FROM deletions ORDER BY deleted_s, job_id"
+        rows = self._rows("SELECT job_id, store, deleted_s, removed FROM deletions ORDER BY deleted_s, job_id")
+        return {
+            job_id: Deletion(job_id=job_id, store=store, deleted_s=deleted_s, removed=bool(removed))
+            for job_id, store, deleted_s, removed in rows
+        }
+
+    def _rows(self, query: str, *parameters: str) -> list[Any]:
         with self._named("read"):
-            return {
-                row[0]: Deletion(job_id=row[0], store=row[1], deleted_s=row[2], removed=bool(row[3]))
-                for row in self._db.execute(query)
-            }
+            return self._db.execute(query, parameters).fetchall()
 
     def close(self) -> None:
         self._db.close()
@@ -236,7 +214,6 @@ class SqliteStore(Store):
             ) from error
 
 
-def _part_row(entry: tuple[str, Part]) -> tuple[str, int, int, int, str, int, str, str]:
+def _part_row(entry: tuple[str, Part]) -> tuple[Any, ...]:
     job_id, part = entry
-    nodes = " ".join(part.nodes)
-    return job_id, part.step, part.partition, part.generation, part.path, part.size_bytes, part.checksum, nodes
+    return (job_id, *(getattr(part, name) for name in _PART_FIELDS[:-1]), " ".join(part.nodes))

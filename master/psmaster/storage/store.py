@@ -75,10 +75,6 @@ class Store(ABC):
         """A job's snapshot parts, by step and partition."""
 
     @abstractmethod
-    def bundle(self, sha256: str) -> BundleRecord | None:
-        """The bundle of that digest."""
-
-    @abstractmethod
     def bundles(self) -> tuple[BundleRecord, ...]:
         """All bundles, by digest."""
 

@@ -17,7 +17,7 @@ from pscluster.step.codec import as_bytes
 from pscluster.storage.snapshot import read_part
 from psmaster.control.loop import MAX_WAITING, Core
 from psmaster.model.job import MAX_EVENTS, Job, JobState
-from psmaster.model.plan import Part
+from psmaster.model.plan import Part, counted_on
 from psserver.partition.step.commit import CommitDecision
 from tests.fault.simulation import model
 from tests.fault.simulation.model import LAYOUT, Reference
@@ -247,7 +247,7 @@ class Monitor:
             starts_in_vain = process_id not in self._places and placement.node_id in drained
             require(not starts_in_vain, f"{process_id} is to start on {placement.node_id}, which drains")
             require(self._places.setdefault(process_id, place) == place, f"the process id {process_id} was used twice")
-        if plan is None or not plan.active:
+        if plan is None or not counted_on(plan.trainers):
             return
         dealt = sorted(
             s for placement in plan.trainers for first, count in placement.shards for s in range(first, first + count)

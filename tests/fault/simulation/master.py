@@ -237,7 +237,7 @@ class Master:
             self.core.close_stream(stream)
             return
         for message in stream.pending():
-            names = ", ".join(job_process[1].process_id for job_process in getattr(message, "processes", ()))
+            names = ", ".join(process.process_id for process in getattr(message, "processes", ()))
             what = f"that it is to run {names or 'nothing'}" if isinstance(message, Assignment) else ""
             end.send(proto.master_message(message), what)
 

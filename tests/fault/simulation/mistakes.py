@@ -98,7 +98,7 @@ def a_shard_is_assigned_to_nobody() -> Iterable[Patch]:
         runs = split(num_shards, *arguments, **how)
         return {rank: () if len(runs) > 1 and rank == max(runs) else run for rank, run in runs.items()}
 
-    yield patch.object(rebalance, "deal_shards", split_fewer)
+    yield patch.object(rebalance, "split_shards", split_fewer)
 
 
 @mistake

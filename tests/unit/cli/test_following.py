@@ -10,7 +10,7 @@ from rich.console import Console
 
 from pscluster.cli.following import BarView, Narrator
 from pscluster.client import Job
-from pscluster.client.decode import job_of
+from pscluster.client.records import job_of
 from pscluster.v1 import jobs_pb2
 from tests.unit.cli.fake_master import job_message
 

@@ -16,7 +16,7 @@ import pytest
 
 from pscluster.errors import NotFoundError, StateError
 from pscluster.v1 import jobs_pb2
-from psmaster.api.jobs import Identity, JobsService
+from psmaster.api.jobs import JobsService
 from psmaster.control.loop import Core
 from psmaster.model.job import Instant, Job, JobState
 from psmaster.model.plan import Part
@@ -79,7 +79,7 @@ def test_a_job_submitted_while_its_bundle_goes_has_it_or_is_refused(
 
     async def test(client: Client, core: Core) -> None:
         shelf = BundleShelf(site.state_dir / "bundles")
-        service = JobsService(core, shelf, Identity(started_s=0.0, metrics_address=""))
+        service = JobsService(core, shelf, "")
         await upload(client)
         deleting = asyncio.create_task(service.Delete(jobs_pb2.GetRequest(job=await submit(client)), None))
         assert await asyncio.to_thread(removing.wait, DEADLINE_S)

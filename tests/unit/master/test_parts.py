@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pscluster.errors import InternalError, SpecError
-from psmaster.control.submission import new_job
 from psmaster.model import reports
-from psmaster.model.job import Instant, JobState, Point, enter_state
+from psmaster.model.job import Instant, JobState, Point, enter_state, new_job
 from psmaster.scheduling import numerics
 from psmaster.scheduling.numerics import Report
 from psmaster.scheduling.startup import first_difference

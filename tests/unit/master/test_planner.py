@@ -40,7 +40,7 @@ def views(*nodes: NodeView) -> dict[str, NodeView]:
 def test_all_or_nothing_is_admitted() -> None:
     spec = make_spec(workers={"min": 3, "max": None}, servers={"partitions": 2})
     few = admit(spec, views(view("worker-0"), view("worker-1"), view("server-0", 2)))
-    assert not few.admitted
+    assert not few.trainers
     assert few.reason == "waits for 3 workers: 2 ready"
     assert not few.possible
     enough = admit(spec, views(*(view(f"worker-{i}") for i in range(4)), view("server-0", 2)))
@@ -62,7 +62,7 @@ def test_both_shortages_are_told() -> None:
 
 def test_a_node_that_is_not_ready_gets_nothing() -> None:
     spec = make_spec(servers={"partitions": 1})
-    assert not admit(spec, views(view("worker-0", ready=False), view("server-0"))).admitted
+    assert not admit(spec, views(view("worker-0", ready=False), view("server-0"))).trainers
 
 
 def test_partitions_go_round_the_servers() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from google.protobuf.message import Message
 
-from pscluster.client import decode
+from pscluster.client import records
 from pscluster.errors import CallerError, InternalError
 from pscluster.v1 import agents_pb2, jobs_pb2, plan_pb2
 from psmaster.api import proto
@@ -68,7 +68,7 @@ def test_every_field_of_a_job_reaches_the_client() -> None:
     message = proto.job(job, events, NOW, full=True, processes=processes)
     left_out = ("plan.layout_json", "plan.data_token")  # secret, or large
     assert sorted(unset(message)) == sorted(left_out)
-    found = decode.job_of(jobs_pb2.Job.FromString(message.SerializeToString()))
+    found = records.job_of(jobs_pb2.Job.FromString(message.SerializeToString()))
     assert found.plan is not None and found.plan.partitions[0].standby is not None and found.error is not None
     assert found.plan.trainers[0].shards == ((1, 3), (5, 2))
     assert found.plan.partitions[0].standby.in_sync
@@ -136,5 +136,5 @@ def test_every_field_of_a_node_reaches_the_client() -> None:
     node = replace(proto.node(filled(agents_pb2.RegisterRequest())), last_beat_s=5.0, connected=True)
     message = proto.cluster_node(node, ["p"], Instant(mono_s=0.0, unix_s=0.0), 3.0, drain="draining", waits_for=["x"])
     assert list(unset(message)) == []
-    found = decode.node_of(message)
+    found = records.node_of(message)
     assert (found.slots, found.devices, found.role, found.ready) == (node.slots, node.devices, "worker", True)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pscluster.step.tree import tree_of
-from psmaster.scheduling.shard_assignment import cover_size, least_makespan_s, makespan_s, split_shards
+from psmaster.scheduling.rebalance import cover_size, least_makespan_s, makespan_s, split_shards
 
 SPEEDS = st.lists(st.floats(0.01, 10.0), min_size=1, max_size=12)
 

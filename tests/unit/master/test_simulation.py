@@ -13,7 +13,7 @@ import pytest
 
 from psmaster.control.transaction import Transaction
 from psmaster.model.job import VOLATILE, Job, JobState
-from psmaster.model.plan import Placement, ProcessKind
+from psmaster.model.plan import Placement, ProcessKind, counted_on
 from psmaster.model.reports import Progress, StandbyState
 from psmaster.scheduling.reconcile import reconcile
 from tests.harness.master_world import PARTITION, TRAINER, World, failure
@@ -274,7 +274,7 @@ def _check_plan(job: Job) -> None:
     if plan.restore is not None:
         assert plan.restore.step == plan.resume_step
         assert [part.partition for part in plan.restore.parts] == [0, 1]
-    if plan.active:
+    if counted_on(plan.trainers):
         _check_shards(job, plan.trainers)
 
 
