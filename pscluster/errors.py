@@ -22,10 +22,10 @@
     |   `-- OutOfMemoryError   PS-3006  a process ran out of memory
     `-- LocalError           this machine or this program is at fault
         |-- AddressInUseError  PS-4001  a port or socket is taken
-        |-- StorageError       PS-4002  a directory is not writable, a disk is full, a file is torn
+        |-- StorageError       PS-4002  a directory is not writable, a disk is full
+        |   `-- DamagedError       PS-4005  data read differs from data written: torn, bit-flipped, gone
         |-- UnhealthyError     PS-4003  a daemon of the cluster is unhealthy
         |-- DeviceError        PS-4004  a CUDA device that does not exist, is taken, or that torch cannot use
-        |-- DamagedError       PS-4005  data read differs from data written: torn, bit-flipped, gone
         |-- JobFailedError     PS-4100  the job awaited ended FAILED
         |-- JobStoppedError    PS-4103  the job awaited ended STOPPED
         |-- WaitTimeoutError   PS-4101  the job awaited did not reach its goal in time

@@ -26,7 +26,7 @@ from pscluster.v1 import agents_pb2_grpc, jobs_pb2_grpc
 from psmaster.api.agents import AgentsService
 from psmaster.api.jobs import JobsService
 from psmaster.api.metrics import MasterMetrics
-from psmaster.control.loop import Core
+from psmaster.control.loop import ControlLoop
 from psmaster.scheduling.draft import Limits
 from psmaster.storage.bundles import BundleShelf
 from psmaster.storage.orphans import may_go, refuse_unclaimed
@@ -85,7 +85,7 @@ async def serve(settings: MasterSettings) -> None:
 
 
 @asynccontextmanager
-async def assembled(settings: MasterSettings) -> AsyncIterator[tuple[Core, Any]]:
+async def assembled(settings: MasterSettings) -> AsyncIterator[tuple[ControlLoop, Any]]:
     """The master with its doors open and its state loaded, and its health service; `run_transactions` makes it work.
 
     Everything is released at the end. Raises PsError when it cannot start."""
@@ -106,17 +106,17 @@ async def assembled(settings: MasterSettings) -> AsyncIterator[tuple[Core, Any]]
         yield core, health
 
 
-async def _load(stack: AsyncExitStack, settings: MasterSettings, shelf: BundleShelf) -> Core:
+async def _load(stack: AsyncExitStack, settings: MasterSettings, shelf: BundleShelf) -> ControlLoop:
     refuse_unclaimed(settings.state_dir)
     archive = Archive(SqliteStore(settings.state_dir / DATABASE), settings.state_dir)
-    core = Core(archive, Limits(suspicion_s=settings.suspicion_s))
+    core = ControlLoop(archive, Limits(suspicion_s=settings.suspicion_s))
     stack.push_async_callback(core.close)
     await core.load()
     await core.on_disk(tidy, core, shelf, settings.state_dir / "jobs")
     return core
 
 
-def tidy(core: Core, shelf: BundleShelf, jobs_directory: Path) -> None:
+def tidy(core: ControlLoop, shelf: BundleShelf, jobs_directory: Path) -> None:
     """Remove what nothing refers to: files of deleted jobs, bundles that were never used. Blocks."""
     for directory in jobs_directory.iterdir() if jobs_directory.is_dir() else ():
         if may_go(directory, core.state.jobs, core.state.deletions):
@@ -133,7 +133,7 @@ def tidy(core: Core, shelf: BundleShelf, jobs_directory: Path) -> None:
     store.write(Batch(deleted_bundles=tuple(unclaimed)))
 
 
-async def run_transactions(core: Core, health: Any, ending: asyncio.Event) -> None:
+async def run_transactions(core: ControlLoop, health: Any, ending: asyncio.Event) -> None:
     """Commit transactions until `ending`. Whatever ends the loop ends the master: a supervisor restarts it."""
     running = asyncio.create_task(core.run())
     ended = asyncio.create_task(ending.wait())

@@ -87,7 +87,7 @@ def submit(
 
 
 def _show_arithmetic(path: Path, spec: JobSpec, bundle: Bundle | None, form: str) -> None:
-    from pscluster.cli.entrypoint import never_evaluates
+    from pscluster.cli.task_entrypoint import never_evaluates
 
     evaluates = not never_evaluates(spec.task.entrypoint, _spec_file(path).absolute().parent)
     found = calculate(spec, bundle, evaluates=evaluates)
@@ -111,7 +111,7 @@ def follow_job(session: Session, job: str) -> None:
 
 def prepare(path: Path, overrides: tuple[str, ...], name: str | None) -> tuple[JobSpec, Bundle | None]:
     """The validated spec and, unless its task is built in, the bundle of its directory, which holds the task's file."""
-    from pscluster.cli.entrypoint import check_entrypoint, is_built_in
+    from pscluster.cli.task_entrypoint import check_entrypoint, is_built_in
     from pscluster.job.bundle import pack
     from pscluster.job.spec import apply_override, parse_spec, read_spec_file
 

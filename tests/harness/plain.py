@@ -21,8 +21,8 @@ from pscluster.step.sampling import ShardSampler
 from psworker.numerics import settle_numerics
 from psworker.replica import named_bytes
 from psworker.trainer.data.batches import Batches, EvalBatches, seed_step
-from psworker.trainer.data.evaluation import evaluate
 from psworker.trainer.data.loading import build_model, load_task
+from psworker.trainer.evaluation import evaluate
 
 
 @dataclass

@@ -40,8 +40,8 @@ from pscluster.task import Task
 from psworker.numerics import precision, settle_numerics
 from psworker.replica import load_words, named_bytes, state_tensors
 from psworker.trainer.data.batches import EvalBatches
-from psworker.trainer.data.evaluation import evaluate
 from psworker.trainer.data.loading import build_model, load_data, load_task, user_code
+from psworker.trainer.evaluation import evaluate
 
 _DEVICE = "cpu"
 

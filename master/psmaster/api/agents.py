@@ -12,7 +12,7 @@ from pscluster.rpc import PROTOCOL
 from pscluster.v1 import agents_pb2, agents_pb2_grpc
 from psmaster.api import proto
 from psmaster.control.agent_stream import AgentStream
-from psmaster.control.loop import Core
+from psmaster.control.loop import ControlLoop
 from psmaster.control.transaction import Transaction
 from psmaster.storage.bundles import BundleShelf
 from psmaster.storage.logs import LogMessage
@@ -24,7 +24,7 @@ _PROCESS_ID = re.compile(r"([a-z0-9-]+)/((?:trainer|partition)-\d+)/(\d+)")
 class AgentsService(agents_pb2_grpc.AgentsServicer):
     """Raises PsError from every method; the server's interceptor maps it."""
 
-    def __init__(self, core: Core, shelf: BundleShelf) -> None:
+    def __init__(self, core: ControlLoop, shelf: BundleShelf) -> None:
         self._core = core
         self._shelf = shelf
 

@@ -11,7 +11,7 @@ from pscluster.errors import BundleError, NotFoundError
 from pscluster.rpc import PROTOCOL
 from pscluster.v1 import jobs_pb2, jobs_pb2_grpc
 from psmaster.api import log_tail, proto
-from psmaster.control.loop import Core
+from psmaster.control.loop import ControlLoop
 from psmaster.model import membership
 from psmaster.model.job import Job, new_job
 from psmaster.model.membership import Node
@@ -26,7 +26,7 @@ PROGRESS_INTERVAL_S = 1.0  # how often a watcher receives mere progress
 class JobsService(jobs_pb2_grpc.JobsServicer):
     """Raises PsError from every method; the server's interceptor maps it."""
 
-    def __init__(self, core: Core, shelf: BundleShelf, metrics_address: str) -> None:
+    def __init__(self, core: ControlLoop, shelf: BundleShelf, metrics_address: str) -> None:
         """`metrics_address`: where the master's metrics are, which `GetCluster` reports."""
         self._core = core
         self._shelf = shelf

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from pscluster.v1 import agents_pb2, jobs_pb2
-from psmaster.control.loop import Core
+from psmaster.control.loop import ControlLoop
 from psmaster.model.state import find
 from psmaster.storage.logs import LogReader, whole_lines
 from psmaster.storage.metrics_file import FILE_NAME, step_and_kind
@@ -25,7 +25,7 @@ async def wait(news: asyncio.Event, seconds: float | None) -> None:
             await news.wait()
 
 
-async def logs(core: Core, request: jobs_pb2.ReadLogsRequest) -> AsyncIterator[jobs_pb2.LogRecord]:
+async def logs(core: ControlLoop, request: jobs_pb2.ReadLogsRequest) -> AsyncIterator[jobs_pb2.LogRecord]:
     """A job's output, oldest first; with `follow`, on until the job has ended. Raises NotFoundError."""
     job_id = find(core.state.jobs, request.job, core.now()).job_id
     reader = LogReader(core.archive.logs_directory(job_id), request.kind, request.rank)
@@ -49,7 +49,7 @@ async def logs(core: Core, request: jobs_pb2.ReadLogsRequest) -> AsyncIterator[j
         await wait(news, None)
 
 
-async def metrics(core: Core, request: jobs_pb2.ReadMetricsRequest) -> AsyncIterator[jobs_pb2.MetricsLines]:
+async def metrics(core: ControlLoop, request: jobs_pb2.ReadMetricsRequest) -> AsyncIterator[jobs_pb2.MetricsLines]:
     """The lines of a job's metrics.jsonl above a step; with `follow`, on until the job has ended. Raises NotFoundError.
 
     A step after a rollback is sent again only if the file has a new line for it."""

@@ -10,7 +10,7 @@ from prometheus_client import Counter as CounterMetric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from psmaster.control.loop import Core
+from psmaster.control.loop import ControlLoop
 from psmaster.model import membership
 from psmaster.model.job import Event, Job, JobState
 from psmaster.model.membership import Health, Role
@@ -38,7 +38,7 @@ Family = GaugeMetricFamily | CounterMetricFamily
 class MasterMetrics(Collector):
     """Reads the core's newest state, which is immutable, from the endpoint's thread."""
 
-    def __init__(self, core: Core, metrics: CollectorRegistry = REGISTRY) -> None:
+    def __init__(self, core: ControlLoop, metrics: CollectorRegistry = REGISTRY) -> None:
         """Register with `metrics` and listen to `core`; `close` undoes both."""
         self._core = core
         self._registry = metrics

@@ -57,7 +57,7 @@ class Input:
     log: tuple[str, LogMessage] | None = None
 
 
-class Core:
+class ControlLoop:
     """Belongs to one event loop. `state` is always the newest durable one and may be read from any thread."""
 
     def __init__(self, archive: Archive, limits: Limits, now: Callable[[], Instant] = clock) -> None:

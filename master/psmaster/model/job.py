@@ -174,7 +174,7 @@ class Recovery:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ShardAssignment:
+class RebalanceState:
     """When shards were assigned last, and what `scheduling.rebalance` remembers.
 
     `since_s` is monotonic, `step` what was committed then. `moves`: made for speed, one soon after the other, the last
@@ -246,7 +246,7 @@ class Job:
     deadline_s: float | None = None  # monotonic: when a wait in progress (stop, finish, failures) is over
     window: tuple[Point, ...] = ()
     recovery: Recovery | None = None
-    assignment: ShardAssignment | None = None
+    assignment: RebalanceState | None = None
     held_s: float | None = None  # monotonic: since when it pauses at `held`, or paused in vain
 
     @property

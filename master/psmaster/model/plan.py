@@ -25,7 +25,8 @@ class Placement:
     `shards` are (first, count) runs, trainers only; `addresses` are where a partition listens; `device` is where a
     trainer computes, once it is active. `losses`: processes lost here since the job last reached a new step.
 
-    `failed_on`: the nodes where processes of it were lost before they became ready, oldest first, since one last was.
+    `failed_on`: the nodes where its processes were lost before they became ready, since one last became ready; oldest
+    first.
     `not_before_s`: when the next one may start, on the master's monotonic clock; 0: at once. See `recovery`.
 
     `standby`: for the partition of this rank rather than being it. `synced`: what the partition voted on is held here,

@@ -1,7 +1,7 @@
 """Which snapshots of a job exist. Pure: a catalogue is a value, every change gives a new one.
 
 A snapshot exists only when every partition's part of that step has been reported. Parts of an older generation than the
-job's newest restore are refused by the caller of `add` (see `jobs.Job.counts`); a restore drops the half-reported rest.
+job's newest restore are refused by the caller of `add` (see `job.Job.counts`); a restore drops the half-reported rest.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def kept_steps(catalogue: Catalogue, pinned: frozenset[int]) -> tuple[int, ...]:
     """The steps to keep: the two newest complete ones and the pinned (best) ones before them, complete yet or not;
     rising.
 
-    Partitions delete what is older than the last of these. So it is a complete one: parts of a step before a pinned one
-    that is still on its way may be, too, and will count."""
+    Partitions delete what is older than the last of these, so the last is always a complete one: with a pinned step
+    that is still being written, they would delete parts of an earlier step that is still being written, too."""
     complete = catalogue.complete_steps()
     if not complete:
         return ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from psmaster.model.job import Condition, Instant, Job, JobState
 from psmaster.model.plan import Placement, ProcessKind, counted_on
 from psmaster.model.process import ready_facts
-from psmaster.scheduling import losses, standbys
+from psmaster.scheduling import process_losses, standbys
 from psmaster.scheduling.admission import with_device
 from psmaster.scheduling.draft import View
 
@@ -51,11 +51,11 @@ def _missing(job: Job) -> str:
 
 def _doubts(job: Job, view: View) -> str:
     """The processes that make no progress, as a suffix."""
-    cut = losses.find_cut(job, view.processes, view.now)
+    cut = process_losses.find_cut(job, view.processes, view.now)
     silent = [placement for placement in job.trainers if placement.suspect and placement.rank not in cut.trainers]
     stuck = ", ".join(f"{placement.name} on {placement.node_id}" for placement in silent)
     return (f"; no progress from {stuck}" if stuck else "") + (
-        f"; {losses.describe_reports(cut.reports)}" if cut.reports else ""
+        f"; {process_losses.describe_reports(cut.reports)}" if cut.reports else ""
     )
 
 
@@ -78,7 +78,7 @@ def _where(placement: Placement, job: Job) -> str:
     again = f", attempt {placement.attempt}" if placement.attempt > 1 else ""
     text = f"{placement.name} on {placement.node_id}{again}"
     if placement.held_back:
-        text += f", which starts {losses.retry_delay_s(placement.losses):g} s after the last one was lost"
+        text += f", which starts {process_losses.retry_delay_s(placement.losses):g} s after the last one was lost"
     return text
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from psmaster.model import snapshot_catalog
-from psmaster.model.job import Job, ShardAssignment
+from psmaster.model.job import Job, RebalanceState
 from psmaster.model.plan import Placement, Plan, counted_on, process_keys
 from psmaster.scheduling import rebalance
 from psmaster.scheduling.draft import Draft, View
 
 
 def replan(draft: Draft, view: View) -> None:
-    """A new generation when who computes, who holds, or whether to stop has changed, or shards should move for speed's
-    sake; new kept steps in the same one.
+    """Make a plan of a new generation when its trainers, its partitions or a request to stop have changed, or when
+    moving shards makes steps faster. New kept steps go into the plan in force.
 
     While a partition is away there is no new plan: nothing can be committed, and the next one restores. Where a standby
     in sync has the placement, the partition is not away, and the next plan restores nothing."""
@@ -32,7 +32,7 @@ def replan(draft: Draft, view: View) -> None:
         make_plan(draft, view, restore=False, probe=move.probe)
     elif job.assignment is None:
         # A restarted master begins to measure.
-        draft.update(assignment=ShardAssignment(since_s=view.now.mono_s, step=job.step))
+        draft.update(assignment=RebalanceState(since_s=view.now.mono_s, step=job.step))
     kept = snapshot_catalog.kept_steps(draft.snapshots, draft.job.pinned)
     if draft.job.plan is not None and kept != draft.job.plan.kept_steps:
         draft.update(plan=replace(draft.job.plan, kept_steps=kept))
@@ -53,7 +53,7 @@ def _is_stale(job: Job, plan: Plan, view: View) -> bool:
 def make_plan(draft: Draft, view: View, *, restore: bool, probe: int = -1) -> None:
     """The plan of the next generation over the placements that are active; with `restore`, from the newest snapshot.
 
-    `probe`: the rank that gets one shard to be measured again; -1: all get what their speed is good for."""
+    `probe`: the rank that gets one shard to be measured again; -1: each gets shards by its speed."""
     job = draft.job
     generation = job.generation + 1
     old = job.plan or Plan(generation=0, trainers=(), partitions=(), restore_generation=generation)
@@ -80,7 +80,7 @@ def make_plan(draft: Draft, view: View, *, restore: bool, probe: int = -1) -> No
         draft.update(recovery=replace(job.recovery, generation=generation))
     if restore:
         _restore(draft, plan, fresh=job.plan is None, rested=old.save)
-    assignment = job.assignment or ShardAssignment(since_s=0.0, step=0)
+    assignment = job.assignment or RebalanceState(since_s=0.0, step=0)
     draft.update(assignment=replace(assignment, since_s=view.now.mono_s, step=draft.job.step, probe=probe))
     draft.emit("Planned", f"generation {generation}: " + _assigned(trainers))
 

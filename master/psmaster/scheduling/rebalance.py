@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from pscluster.wire.backoff import delay_s
-from psmaster.model.job import Instant, Job, ShardAssignment
+from psmaster.model.job import Instant, Job, RebalanceState
 from psmaster.model.membership import NodeView, is_draining
 from psmaster.model.plan import Placement, counted_on
 from psmaster.model.process import MeasuredSpeed, Processes
@@ -41,7 +41,7 @@ class Move:
 
     reason: str
     message: str
-    assignment: ShardAssignment
+    assignment: RebalanceState
     warning: bool = False
     probe: int = -1
 
@@ -102,12 +102,12 @@ def due(job: Job, placements: Sequence[Placement], processes: Processes, now: In
     return _probe(placements, speeds, sizes, after_s, assignment, now)
 
 
-def wait_s(assignment: ShardAssignment) -> float:
+def wait_s(assignment: RebalanceState) -> float:
     """How long shards stay where they are, at least."""
     return float(min(MAX_WAIT_S, WAIT_S * 2**assignment.moves))
 
 
-def _after_move(assignment: ShardAssignment, probed: bool, now: Instant) -> ShardAssignment:
+def _after_move(assignment: RebalanceState, probed: bool, now: Instant) -> RebalanceState:
     """Moves that follow one another are waited for longer. The end of a probe is none: it has its own waits."""
     if probed:
         return replace(assignment, probe=-1)
@@ -120,7 +120,7 @@ def _move(
     placements: Sequence[Placement],
     speeds: Mapping[int, MeasuredSpeed],
     gain: float,
-    assignment: ShardAssignment,
+    assignment: RebalanceState,
 ) -> Move:
     slowest, ratio = straggler_of(speeds)
     runs = assign_shards(job.num_shards, speeds)
@@ -147,7 +147,7 @@ def _probe(
     speeds: Mapping[int, MeasuredSpeed],
     sizes: Mapping[int, int],
     least_s: float,
-    assignment: ShardAssignment,
+    assignment: RebalanceState,
     now: Instant,
 ) -> Move | None:
     """Who was too slow to have shards may have become faster: the one that was measured longest ago is tried again."""

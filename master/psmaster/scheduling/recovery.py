@@ -16,10 +16,10 @@ from psmaster.model.job import ErrorInfo, Recovery
 from psmaster.model.membership import NodeView, Role
 from psmaster.model.plan import Placement, ProcessKind
 from psmaster.model.process import PartitionFacts, TrainerFacts, failure_of, ready_facts, was_ready
-from psmaster.scheduling import losses, numerics, standbys
+from psmaster.scheduling import numerics, process_losses, standbys
 from psmaster.scheduling.admission import choose_node, max_trainers
 from psmaster.scheduling.draft import Draft, View
-from psmaster.scheduling.losses import Loss, NetworkCut, loss_of, out_of_reach
+from psmaster.scheduling.process_losses import NetworkCut, ProcessLoss, loss_of, out_of_reach
 
 _SUSPICIONS = {"silent": "sends no heartbeats", "stalled": "is stalled at one microbatch"}
 
@@ -27,7 +27,7 @@ _SUSPICIONS = {"silent": "sends no heartbeats", "stalled": "is stalled at one mi
 def vacate_lost(draft: Draft, view: View) -> None:
     """Vacate the placements whose process is lost. FAILED when one placement loses too many without a new step in
     between."""
-    cut = losses.find_cut(draft.job, view.processes, view.now)
+    cut = process_losses.find_cut(draft.job, view.processes, view.now)
     for placement in (*draft.job.standbys, *draft.job.working):
         loss = loss_of(placement, draft.job, view) or _out_of_reach(draft, view, placement, cut)
         if loss is None or (draft.job.finished is not None and placement.kind is ProcessKind.TRAINER):
@@ -52,7 +52,7 @@ def vacate_lost(draft: Draft, view: View) -> None:
         _replace(draft, view, placement, loss, count)
 
 
-def _replace(draft: Draft, view: View, placement: Placement, loss: Loss, count: int) -> None:
+def _replace(draft: Draft, view: View, placement: Placement, loss: ProcessLoss, count: int) -> None:
     """Vacate the placement of a trainer or partition after its `count`th loss. What can take it over at once does."""
     if draft.job.plan is not None and placement.active:
         _begin_recovery(draft, placement.kind)
@@ -67,11 +67,11 @@ def _event_name(placement: Placement) -> str:
     return "Standby" if placement.standby else placement.kind.value.capitalize()
 
 
-def _vacate(draft: Draft, view: View, placement: Placement, loss: Loss, count: int) -> None:
+def _vacate(draft: Draft, view: View, placement: Placement, loss: ProcessLoss, count: int) -> None:
     """Vacate a placement after its `count`th loss (0: the count begins anew), and note where and when to retry."""
     if loss.counted and count and not was_ready(placement, draft.job, view.processes):
         others = tuple(node_id for node_id in placement.failed_on if node_id != placement.node_id)
-        until_s = draft.now.mono_s + losses.retry_delay_s(count)
+        until_s = draft.now.mono_s + process_losses.retry_delay_s(count)
         placement = replace(placement, failed_on=(*others, placement.node_id), not_before_s=until_s)
     draft.vacate(placement, losses=count)
 
@@ -86,18 +86,18 @@ def end_retry_waits(draft: Draft, _view: View) -> None:
     """Let the processes start whose retry delay is over. A wait longer than the maximum was begun on another clock,
     before the master's machine restarted."""
     for placement in draft.job.placements:
-        if placement.held_back and not 0.0 < placement.not_before_s - draft.now.mono_s <= losses.MAX_RETRY_S:
+        if placement.held_back and not 0.0 < placement.not_before_s - draft.now.mono_s <= process_losses.MAX_RETRY_S:
             draft.set_placement(replace(placement, not_before_s=0.0))
 
 
-def _out_of_reach(draft: Draft, view: View, placement: Placement, cut: NetworkCut) -> Loss | None:
+def _out_of_reach(draft: Draft, view: View, placement: Placement, cut: NetworkCut) -> ProcessLoss | None:
     """The loss of a partition that others cannot reach and that can run elsewhere."""
     if placement.kind is not ProcessKind.PARTITION or placement.standby or placement.rank not in cut.partitions:
         return None
     standby = draft.job.standby(placement.rank)
     if _elsewhere(draft, view, placement) is None and (standby is None or not standby.synced):
         return None
-    return out_of_reach(placement, losses.describe_reports(cut.reports))
+    return out_of_reach(placement, process_losses.describe_reports(cut.reports))
 
 
 def _elsewhere(draft: Draft, view: View, placement: Placement) -> NodeView | None:
@@ -137,7 +137,7 @@ def mark_suspects(draft: Draft, view: View) -> None:
     """Mark the trainers that are alive but make no progress; others compute their shards until they recover.
 
     A wrong suspicion costs nothing: what two trainers compute counts once."""
-    cut = losses.find_cut(draft.job, view.processes, view.now)
+    cut = process_losses.find_cut(draft.job, view.processes, view.now)
     for placement in draft.job.trainers:
         process = view.processes.get(placement.process_id(draft.job.job_id))
         suspicion = process.suspicion if process is not None and placement.active else ""
@@ -147,7 +147,7 @@ def mark_suspects(draft: Draft, view: View) -> None:
             continue
         draft.set_placement(replace(placement, suspect=bool(suspicion)))
         if suspicion:
-            what = _SUSPICIONS.get(suspicion) or losses.cannot_reach(cut.reports[placement.name])
+            what = _SUSPICIONS.get(suspicion) or process_losses.cannot_reach(cut.reports[placement.name])
             draft.emit("TrainerSuspect", f"{placement.name} on {placement.node_id} {what}", warning=True)
             _begin_recovery(draft, placement.kind)
         elif placement.active:

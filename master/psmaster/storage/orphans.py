@@ -1,4 +1,4 @@
-"""Whether files in the state directory that the database does not know are orphans, or the database is older.
+"""Whether files that the database does not know are orphans, or the database is older than the snapshots.
 
 A master removes what its database does not know. So it must not work with one that is gone, or older than the snapshots
 beside it: a backup that was restored, a disk that was set back. A manifest is written after the transaction that it
@@ -38,7 +38,8 @@ def refuse_unclaimed(state_dir: Path) -> None:
 
 
 def refuse_older(state_dir: Path, jobs: Mapping[str, Job], deletions: Deletions) -> None:
-    """Raises DamagedError when manifests in `state_dir` tell more than these jobs and deletions, its database's.
+    """Raises DamagedError when a manifest in `state_dir` is newer than the database, whose jobs and deletions these
+    are.
 
     Reads two small files of each job and changes nothing. What cannot be read is warned of and proves nothing."""
     newer = [

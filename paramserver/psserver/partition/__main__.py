@@ -14,7 +14,7 @@ from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.v1.plan_pb2 import PartitionReady, ProcessReport
 from pscluster.wire.reactor import Reactor
 from pscluster.wire.transport import check_congestion_control
-from psserver.canary import numerics_class, settle_numerics
+from psserver.numerics import numerics_class, settle_numerics
 from psserver.partition.process import PartitionService
 from psserver.partition.telemetry import PartitionCounters
 

@@ -15,7 +15,7 @@ from typing import Any
 from pscluster.errors import StorageError
 from pscluster.step.codec import as_bytes
 from pscluster.storage.snapshot import read_part
-from psmaster.control.loop import MAX_WAITING, Core
+from psmaster.control.loop import MAX_WAITING, ControlLoop
 from psmaster.model.job import MAX_EVENTS, Job, JobState
 from psmaster.model.plan import Part, counted_on
 from psserver.partition.step.commit import CommitDecision
@@ -65,7 +65,7 @@ class Monitor:
     _known_parts: dict[str, Mapping[tuple[int, int], Part]] = field(default_factory=dict)
     _places: dict[str, tuple[str, str]] = field(default_factory=dict)
     _drained: frozenset[str] = frozenset()  # nodes of which a turn before knew that they drain
-    _core: Core | None = None
+    _core: ControlLoop | None = None
 
     # who is watched
 
@@ -201,14 +201,14 @@ class Monitor:
 
     # the master
 
-    def master_loaded(self, core: Core) -> None:
+    def master_loaded(self, core: ControlLoop) -> None:
         """A master starts again: what was acknowledged is there."""
         self._core = core
         lost = self.acknowledged - core.state.jobs.keys()
         require(not lost, f"acknowledged and lost: {sorted(lost)}")
         self.master_committed(core)
 
-    def master_committed(self, core: Core) -> None:
+    def master_committed(self, core: ControlLoop) -> None:
         """The master's state is another one."""
         self.num_turns += 1
         drained, self._drained = self._drained & core.state.drains.keys(), frozenset(core.state.drains)
@@ -254,7 +254,7 @@ class Monitor:
         )
         require(dealt == list(range(job.num_shards)), f"generation {plan.generation} deals the shards {dealt}")
 
-    def _judge_parts(self, core: Core, job: Job) -> None:
+    def _judge_parts(self, core: ControlLoop, job: Job) -> None:
         """A part that is new in the catalogue is of the present, is on the disk, and is what that step is."""
         parts = core.state.catalogues[job.job_id].parts
         known = self._known_parts.get(job.job_id, {})

@@ -1,5 +1,5 @@
-"""The master: the real `Core`, `AgentsService`, `Transaction` and stores, driven without an event loop, on a disk that
-takes time and may be lost in the middle of a write."""
+"""The master: the real `ControlLoop`, `AgentsService`, `Transaction` and stores, driven without an event loop, on a
+disk that takes time and may be lost in the middle of a write."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pscluster.v1.agents_pb2 import AgentMessage, RegisterRequest
 from psmaster.api import proto
 from psmaster.api.agents import AgentsService
 from psmaster.control.agent_stream import AgentStream, Assignment
-from psmaster.control.loop import RETRY_S, Core, Input
+from psmaster.control.loop import RETRY_S, ControlLoop, Input
 from psmaster.control.transaction import Transaction
 from psmaster.model.job import Instant
 from psmaster.scheduling.draft import Limits
@@ -75,7 +75,7 @@ def drive(
         awaited.then(lambda: drive(coroutine, done, failed))
 
 
-class SimulatedCore(Core):
+class SimulatedCore(ControlLoop):
     """The product's core, whose disk work takes virtual time, and whose callers are no tasks of a loop."""
 
     master: Master

@@ -14,7 +14,7 @@ from psmaster.model.job import Job
 from psmaster.model.membership import Node as ClusterNode
 from psmaster.model.plan import RestorePoint
 from psmaster.model.snapshot_catalog import Catalogue
-from psmaster.scheduling import losses, rebalance, recovery
+from psmaster.scheduling import process_losses, rebalance, recovery
 from psmaster.storage.persistence import Archive
 from psserver.partition.checkpoint.saving import Frozen
 from psserver.partition.checkpoint.snapshots import SnapshotWriter
@@ -105,7 +105,7 @@ def a_shard_is_assigned_to_nobody() -> Iterable[Patch]:
 def restarted_daemons_are_not_noticed() -> Iterable[Patch]:
     def loss_of(placement: Any, job: Any, view: Any) -> Any:
         same = {node_id: replace(node, incarnation=placement.incarnation) for node_id, node in view.nodes.items()}
-        return losses.loss_of(placement, job, replace(view, nodes=same))
+        return process_losses.loss_of(placement, job, replace(view, nodes=same))
 
     yield patch.object(recovery, "loss_of", loss_of)
 

@@ -17,7 +17,7 @@ import pytest
 from pscluster.errors import NotFoundError, StateError
 from pscluster.v1 import jobs_pb2
 from psmaster.api.jobs import JobsService
-from psmaster.control.loop import Core
+from psmaster.control.loop import ControlLoop
 from psmaster.model.job import Instant, Job, JobState
 from psmaster.model.plan import Part
 from psmaster.model.state import MAX_DELETED_SENT, NODE_WAIT_S, Deletion, newest_deleted
@@ -77,7 +77,7 @@ def test_a_job_submitted_while_its_bundle_goes_has_it_or_is_refused(
         assert go_on.wait(DEADLINE_S)
         remove(shelf, sha256)
 
-    async def test(client: Client, core: Core) -> None:
+    async def test(client: Client, core: ControlLoop) -> None:
         shelf = BundleShelf(site.state_dir / "bundles")
         service = JobsService(core, shelf, "")
         await upload(client)
@@ -163,7 +163,7 @@ def test_a_node_that_was_away_hears_from_another_master_of_all_that_was_deleted(
         gone = tuple(replace(deletion(f"gone-{number}", now_s - 300 + number), removed=True) for number in range(150))
         store.write(Batch(deletions=gone))
 
-    async def test(client: Client, _core: Core) -> None:
+    async def test(client: Client, _core: ControlLoop) -> None:
         await upload(client)
         job_id = await submit(client)
         await client.call("Delete", jobs_pb2.GetRequest(job=job_id))
@@ -187,7 +187,7 @@ def test_a_removal_that_a_kill_prevented_is_done_by_the_next_master(
     job, outside = stopped_job(site, tmp_path / "shared")
     directory = site.state_dir / "jobs" / job.job_id
 
-    async def delete(client: Client, core: Core) -> None:
+    async def delete(client: Client, core: ControlLoop) -> None:
         await client.call("Delete", jobs_pb2.GetRequest(job=job.job_id))
         assert not core.state.deletions[job.job_id].removed
 
@@ -198,7 +198,7 @@ def test_a_removal_that_a_kill_prevented_is_done_by_the_next_master(
     copy = shutil.copytree(site.state_dir, tmp_path / "copy")
     assert rebuild.rebuild(copy, (str(tmp_path / "shared"),), 1.0) == [], "it was deleted"
 
-    async def look(_client: Client, core: Core) -> None:
+    async def look(_client: Client, core: ControlLoop) -> None:
         while not core.state.deletions[job.job_id].removed:
             await core.news.wait()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pscluster.errors import DamagedError
-from psmaster.control.loop import Core, clock
+from psmaster.control.loop import ControlLoop, clock
 from psmaster.model.job import Best, Job, JobState
 from psmaster.model.snapshot_catalog import Catalogue
 from psmaster.model.state import Changes, Deletion, State
@@ -45,7 +45,7 @@ def known(site: MasterSettings) -> set[str]:
     """The jobs that a master knows that starts and ends in good order."""
     found: set[str] = set()
 
-    async def test(_client: Client, core: Core) -> None:
+    async def test(_client: Client, core: ControlLoop) -> None:
         found.update(core.state.jobs)
 
     with_master(site, test)
@@ -90,7 +90,7 @@ def test_what_is_left_of_a_deleted_job_is_no_loss_and_goes(site: MasterSettings)
     going = Deletion(job_id="b", store=str(at_home(site.state_dir, "b")), deleted_s=clock().unix_s)
     stored(site, deletions=(going, replace(going, job_id="c", removed=True)))
 
-    async def test(_client: Client, core: Core) -> None:
+    async def test(_client: Client, core: ControlLoop) -> None:
         while not core.state.deletions["b"].removed:
             await core.news.wait()
 

@@ -10,7 +10,7 @@ import pytest
 from psmaster.model.job import ErrorInfo, Instant, Job, JobState
 from psmaster.model.plan import Placement, ProcessKind
 from psmaster.model.process import Exit, Process
-from psmaster.scheduling import losses
+from psmaster.scheduling import process_losses
 from tests.harness.master_world import PARTITION, TRAINER, World
 
 FULL = ErrorInfo(code="PS-4002", cause="cannot create /state/jobs/p1: No space left on device")
@@ -52,7 +52,7 @@ def site() -> Site:
 
 
 def test_the_waits() -> None:
-    assert [losses.retry_delay_s(count) for count in range(1, 9)] == [0.5, 1, 2, 4, 8, 16, 30, 30]
+    assert [process_losses.retry_delay_s(count) for count in range(1, 9)] == [0.5, 1, 2, 4, 8, 16, 30, 30]
 
 
 def test_what_had_worked_is_replaced_at_once_and_where_it_was(site: Site) -> None:

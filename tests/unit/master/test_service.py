@@ -27,7 +27,7 @@ from pscluster.errors import (
 )
 from pscluster.v1 import agents_pb2, agents_pb2_grpc, jobs_pb2, jobs_pb2_grpc, plan_pb2
 from psmaster.control.agent_stream import AgentStream
-from psmaster.control.loop import Core
+from psmaster.control.loop import ControlLoop
 from psmaster.model.job import Instant
 from psmaster.server import MasterSettings, assembled, run_transactions
 from tests.harness.master_world import make_spec
@@ -37,7 +37,7 @@ TOKEN = "a-token"
 
 
 @asynccontextmanager
-async def master(settings: MasterSettings) -> AsyncIterator[Core]:
+async def master(settings: MasterSettings) -> AsyncIterator[ControlLoop]:
     """A working master; its end is an orderly one."""
     async with assembled(settings) as (core, health):
         ending = asyncio.Event()
@@ -243,7 +243,7 @@ def with_master(site: MasterSettings, test: Any) -> None:
 
 
 def test_wrong_requests_get_their_own_errors(site: MasterSettings) -> None:
-    async def test(client: Client, _core: Core) -> None:
+    async def test(client: Client, _core: ControlLoop) -> None:
         with pytest.raises(SpecError, match="did you mean"):
             await client.call("Submit", jobs_pb2.SubmitRequest(spec_json='{"naem": "x"}'))
         with pytest.raises(SpecError, match="not JSON"):
@@ -264,7 +264,7 @@ def test_wrong_requests_get_their_own_errors(site: MasterSettings) -> None:
 
 
 def test_nobody_without_the_token_is_heard_but_health_is_open(site: MasterSettings) -> None:
-    async def test(_client: Client, _core: Core) -> None:
+    async def test(_client: Client, _core: ControlLoop) -> None:
         stranger = Client(site.listen[0], "another-token")
         with pytest.raises(AuthError):
             await stranger.submit()
@@ -296,7 +296,7 @@ def test_bundles_go_up_and_come_down(site: MasterSettings) -> None:
         chunks = [data[at : at + (1 << 20)] for at in range(0, len(data), 1 << 20)]
         return [jobs_pb2.UploadBundleRequest(header=header), *(jobs_pb2.UploadBundleRequest(data=c) for c in chunks)]
 
-    async def test(client: Client, core: Core) -> None:
+    async def test(client: Client, core: ControlLoop) -> None:
         with pytest.raises(BundleError):
             await client.call("UploadBundle", iter(messages("ab" * 32)))
         assert not (await client.call("HasBundle", jobs_pb2.HasBundleRequest(sha256=digest))).present
@@ -319,7 +319,7 @@ def test_bundles_go_up_and_come_down(site: MasterSettings) -> None:
 
 
 def test_other_protocols_and_older_lives_are_refused(site: MasterSettings) -> None:
-    async def test(_client: Client, core: Core) -> None:
+    async def test(_client: Client, core: ControlLoop) -> None:
         stranger = FakeAgent(site.listen[0], TOKEN, "worker-0")
         stranger.node.protocol = rpc.PROTOCOL + 1
         with pytest.raises(VersionSkewError):
@@ -337,7 +337,7 @@ def test_other_protocols_and_older_lives_are_refused(site: MasterSettings) -> No
 
 
 def test_nodes_cluster_and_metrics_tell_the_same(site: MasterSettings) -> None:
-    async def test(client: Client, _core: Core) -> None:
+    async def test(client: Client, _core: ControlLoop) -> None:
         job_id = await client.submit()
         agents = [FakeAgent(site.listen[0], TOKEN, name) for name in ("worker-0", "server-0")]
         for agent in agents:
@@ -368,7 +368,7 @@ def _scrape(address: str) -> str:
 
 
 def test_messages_that_make_no_sense_are_acknowledged_and_dropped(site: MasterSettings) -> None:
-    async def test(_client: Client, core: Core) -> None:
+    async def test(_client: Client, core: ControlLoop) -> None:
         agent = FakeAgent(site.listen[0], TOKEN, "worker-0")
         await agent.open_stream()
         await agent.log("../../etc/trainer-0/1", "escape")
@@ -387,7 +387,7 @@ def test_messages_that_make_no_sense_are_acknowledged_and_dropped(site: MasterSe
 def test_a_disk_that_cannot_be_written_acknowledges_nothing_and_heals(
     site: MasterSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def test(client: Client, core: Core) -> None:
+    async def test(client: Client, core: ControlLoop) -> None:
         monkeypatch.setattr("psmaster.control.loop.RETRY_S", 0.01)
         job_id = await client.submit()
         agent = FakeAgent(site.listen[0], TOKEN, "worker-0")
@@ -421,10 +421,10 @@ def test_a_master_that_was_stopped_hears_what_was_said_meanwhile_before_it_judge
     """That a process is silent, and that this is over, must not get a turn each."""
     turns: list[object] = []
 
-    async def reported(core: Core) -> None:
+    async def reported(core: ControlLoop) -> None:
         await core.submit(AgentStream("server-0", "its life"), 0, turns.append)
 
-    async def test(_client: Client, core: Core) -> None:
+    async def test(_client: Client, core: ControlLoop) -> None:
         clock = core.now
         core.now = lambda: Instant(mono_s=clock().mono_s + 60, unix_s=clock().unix_s + 60)
         await reported(core)

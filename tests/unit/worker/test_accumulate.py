@@ -25,7 +25,7 @@ from psworker.trainer.work import Work
 
 WORK = Work(restore_generation=1, generation=1, version=0, action="train")
 
-Loss = Callable[[nn.Module, int], torch.Tensor]
+ProcessLoss = Callable[[nn.Module, int], torch.Tensor]
 Flat = dict[int, torch.Tensor]  # bucket -> words
 
 
@@ -63,7 +63,7 @@ class Played:
         self.pushed[bucket, node] = words_of(self.layout, bucket, gradients, self.dtype).clone()
         self.during_backward.append(self.in_backward)
 
-    def microbatch(self, loss: Loss, shard: int) -> set[int]:
+    def microbatch(self, loss: ProcessLoss, shard: int) -> set[int]:
         torch.manual_seed(shard)
         self.accumulator.begin(shard)
         value = loss(self.model, shard)
@@ -73,7 +73,7 @@ class Played:
         assert all(p.grad is None for p in self.parameters.values() if p.numel())
         return self.accumulator.finish()
 
-    def run(self, loss: Loss, shards: Sequence[int], roots: Sequence[TreeNode] | None = None) -> list[set[int]]:
+    def run(self, loss: ProcessLoss, shards: Sequence[int], roots: Sequence[TreeNode] | None = None) -> list[set[int]]:
         self.accumulator.begin_run(WORK, self.tree.cover(shards) if roots is None else roots)
         touched = [self.microbatch(loss, shard) for shard in shards]
         self.accumulator.flush()
@@ -92,7 +92,7 @@ class Played:
         return {bucket: words for (bucket, _), words in held.items()}
 
 
-def by_hand(model: nn.Module, loss: Loss, shards: int, dtype: torch.dtype = torch.float32) -> Flat:
+def by_hand(model: nn.Module, loss: ProcessLoss, shards: int, dtype: torch.dtype = torch.float32) -> Flat:
     """Each microbatch's gradient by plain PyTorch, rounded, added in the tree's order; zeros where there is none."""
     layout = layout_of(model, OptimizerSection())
     leaves: list[Flat] = []

@@ -12,7 +12,7 @@ import torch
 from pscluster.errors import TaskError
 from psworker.tasks.synthetic import SyntheticNorm
 from psworker.trainer.data.batches import EvalBatches
-from psworker.trainer.data.evaluation import (
+from psworker.trainer.evaluation import (
     batch_statistics,
     evaluate,
     finalised,

@@ -24,8 +24,8 @@ from pscluster.storage.snapshot import PartMeta, write_part
 from psworker.replica import Replica, named_bytes
 from psworker.tools import answer_request, write_weights
 from psworker.trainer.data.batches import EvalBatches
-from psworker.trainer.data.evaluation import evaluate
 from psworker.trainer.data.loading import build_model, load_task
+from psworker.trainer.evaluation import evaluate
 
 STEP = 7
 NORM = "psworker.tasks.synthetic:SyntheticNorm"

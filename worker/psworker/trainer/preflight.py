@@ -26,8 +26,8 @@ from pscluster.task import MapDataset, Task
 from psworker.numerics import arithmetic, numerics_class, precision
 from psworker.replica import layout_of
 from psworker.trainer.data.batches import data_fingerprint, preserved_generators, seed_step, to_device
-from psworker.trainer.data.evaluation import batch_statistics, check_metric, finalised, loss_of
 from psworker.trainer.data.loading import build_model, load_data, load_task, user_code
+from psworker.trainer.evaluation import batch_statistics, check_metric, finalised, loss_of
 
 # A mean for a sum is wrong by a factor of two; honest float32 sums differ by about 1e-6, bf16 ones by its 8 bits.
 _TOLERANCE, _NARROW_TOLERANCE = 1e-3, 3e-2

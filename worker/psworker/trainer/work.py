@@ -21,7 +21,7 @@ class Work:
     """`shards`: this trainer's that are not done yet for this key.
 
     `restore_generation`: generation of the newest restore; `version`: of the parameters that the step starts from.
-    `moved_generation`: generation since which the partitions (for "train", else the coordinator) are the same. Where a
+    `moved_generation`: generation of the newest takeover of any partition (for "train"), or of the coordinator. Where a
     standby has taken over, what its partition had collected of the open step is gone, and the work is done again; the
     other partitions drop it as a duplicate. `action`: "initialise" (give the first values to `shards`, here
     partitions), "train", "evaluate", "finalise" (turn `statistics` into metrics), "finish" (digest the final

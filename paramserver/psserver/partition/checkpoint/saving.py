@@ -120,7 +120,8 @@ class Saving:
 
 
 RESTORE_PATIENCE_S = 100.0
-"""How long a process asks. Then it ends, and another asks in its place: six of them outlast ten minutes."""
+"""How long a process retries to read its store. Then it ends and is replaced; with the losses that a placement may
+have, a job so waits for more than ten minutes."""
 RESTORE_RETRY_S = 2.0
 
 

@@ -27,7 +27,7 @@ _log = structlog.get_logger(__name__)
 
 
 def roundness(step: int, every_steps: int) -> int:
-    """How often the snapshot's number is divisible by 2; -1 beside the grid of `every_steps`.
+    """How often step / every_steps is divisible by 2; -1: the step is no multiple of `every_steps`.
 
     Of two snapshots that wait, the rounder is kept, and of equals the newer. Whatever the partitions' disks do,
     they then agree on some: where no write takes longer than 2^m intervals, every 2^m-th snapshot is written

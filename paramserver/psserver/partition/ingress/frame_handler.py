@@ -43,7 +43,9 @@ _TO_STANDBY = _FITTING["replica"] - {FrameKind.PUSH}
 
 
 class FrameHandler:
-    """The `Handler` of every connection that a partition accepts. What follows from a frame, `carry_out` does."""
+    """The `ConnectionHandler` of every connection that a partition accepts. `carry_out` executes what follows.
+
+    The connection has verified checksums. A gradient in shared memory has none: the trainer wrote it on this host."""
 
     def __init__(self, partition: Partition, carry_out: Callable[[list[Action]], None]) -> None:
         self._partition = partition
@@ -153,7 +155,9 @@ class FrameHandler:
             _expect(header, summary_bytes(len(state.layout.tensors)))
             return memoryview(bytearray(header.length))
         if header.bucket >= len(state.spans):
-            raise FrameError(f"bucket {header.bucket} of {len(state.spans)}", details={"field": "bucket"})
+            raise FrameError(
+                f"there is no bucket {header.bucket}: the layout has {len(state.spans)}", details={"field": "bucket"}
+            )
         span = state.spans[header.bucket]
         if not span.num_words:
             raise FrameError(f"bucket {header.bucket}, of which there is nothing here", details={"field": "bucket"})

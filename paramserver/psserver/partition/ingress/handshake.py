@@ -51,7 +51,9 @@ def _fits_plan(partition: Partition, client: Client, plan: Plan, header: Header,
     if channel in ("push", "pull"):
         return partition.standby is None
     if channel == "replica" and header.sender != partition.index:
-        raise FrameError(f"the state of partition {header.sender}", details={"field": "sender"})
+        raise FrameError(
+            f"partition {header.sender} replicates to the standby of another partition", details={"field": "sender"}
+        )
     if header.sender >= len(plan.partitions):
         raise FrameError(f"partition {header.sender} of {len(plan.partitions)}", details={"field": "sender"})
     known = plan.partitions[header.sender].attempt

@@ -67,7 +67,10 @@ class Standby:
         """A whole state follows: drop what was held until now."""
         state = self._state
         if len(sync.update_counts) != len(state.layout.tensors):
-            raise FrameError(f"{len(sync.update_counts)} update counts of a state", details={"field": "body"})
+            raise FrameError(
+                f"a SYNC with {len(sync.update_counts)} update counts, which is not one for each tensor",
+                details={"field": "body"},
+            )
         self.is_synced = False
         state.reset()
         state.update_counts = sync.update_counts

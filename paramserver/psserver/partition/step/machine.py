@@ -1,6 +1,6 @@
 """The step of a partition as a state machine: events in, actions out. No sockets, clocks or callbacks.
 
-try_vote          -> SendVote (a standby: SendHeld)
+vote              -> SendVote (a standby: SendHeld)
 receive_decision  -> ReplicateDecision, OpenNextStep
 open_next, apply  -> ApplyBucket, bucket by bucket; after the last one:
                      ServePulls, WriteSnapshot, SyncStandby, ReplayEarly, TryVote"""

@@ -78,7 +78,8 @@ class OpenStep:
         return [*complete, SUMMARY] if self.summary.is_complete else complete
 
     def offer_trained(self, bucket: int, node: TreeNode, words: torch.Tensor, release: Callable[[], None]) -> bool:
-        """Take a gradient node, whose memory is summed in, until `release` is called. False: a duplicate."""
+        """Take a gradient node; sums are made in its memory, which is owned until `release` is called. False: a
+        duplicate."""
         sums = self.trained[bucket]
         fresh = sums.offer(node, Entry(words, release))
         if fresh and sums.is_complete and bucket not in self._squares:  # it came whole

@@ -1,8 +1,9 @@
 """How processes are lost: they end, go silent, or cannot be reached on the data plane although the master can. Pure.
 
-A trainer that cannot reach a partition which others reach is done without until it can. A partition that no trainer can
-reach is replaced, if there is room for it elsewhere. Where nothing tells which side is at fault (nobody reaches
-anybody), or nothing better is at hand, the job waits, its reason says for what, and its processes keep trying."""
+The plan leaves out a trainer that cannot reach a partition which others reach, until it can. A partition that no
+trainer can reach is replaced, if there is room for it elsewhere. Where nothing tells which side is at fault (nobody
+reaches anybody), or nothing better is at hand, the job waits, its reason says for what, and its processes keep
+trying."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ MAX_RETRY_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Loss:
+class ProcessLoss:
     """A placement's process is gone. `counted`: it counts against the limit on losses; the loss of a node does not."""
 
     cause: str  # "exit", "signal", "memory", "failure", "silence", "node", "reach"
@@ -32,7 +33,7 @@ class Loss:
     counted: bool
 
 
-def loss_of(placement: Placement, job: Job, view: View) -> Loss | None:
+def loss_of(placement: Placement, job: Job, view: View) -> ProcessLoss | None:
     """How the process in `placement` was lost; None while nothing says that it was."""
     if not placement.placed:
         return None
@@ -56,7 +57,7 @@ def loss_of(placement: Placement, job: Job, view: View) -> Loss | None:
     return _lost(placement, "node", f"is lost: {what}", counted=False)
 
 
-def out_of_reach(placement: Placement, reports: str) -> Loss:
+def out_of_reach(placement: Placement, reports: str) -> ProcessLoss:
     """The loss of a partition that lives where others cannot reach it; `reports` says who cannot."""
     return _lost(placement, "reach", f"on {placement.node_id} is out of reach: {reports}", counted=False)
 
@@ -74,7 +75,7 @@ def _is_given_up(placement: Placement, process: Process, job: Job, view: View) -
     return view.now.mono_s - process.suspect_since_s >= grace_s and (others or not is_stalled)
 
 
-def _ended(placement: Placement, exit_: Exit, job: Job) -> Loss | None:
+def _ended(placement: Placement, exit_: Exit, job: Job) -> ProcessLoss | None:
     here, error = f"on {placement.node_id}", exit_.error
     if exit_.expected:
         return _lost(placement, "node", f"is lost: the agent {here} ended it", counted=False)
@@ -91,10 +92,12 @@ def _ended(placement: Placement, exit_: Exit, job: Job) -> Loss | None:
     return _lost(placement, "exit", f"{here} ended with exit code {exit_.exit_code}", error)
 
 
-def _lost(placement: Placement, cause: str, what: str, error: ErrorInfo | None = None, *, counted: bool = True) -> Loss:
+def _lost(
+    placement: Placement, cause: str, what: str, error: ErrorInfo | None = None, *, counted: bool = True
+) -> ProcessLoss:
     message = f"{placement.title} {what}"
     unexplained = ProcessLostError(message, action="see the end of `psctl logs`")
-    return Loss(cause=cause, message=message, error=error or ErrorInfo.of(unexplained), counted=counted)
+    return ProcessLoss(cause=cause, message=message, error=error or ErrorInfo.of(unexplained), counted=counted)
 
 
 def _signal_name(number: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from psmaster.scheduling import losses
+from psmaster.scheduling import process_losses
 from tests.harness.master_world import PARTITION, World
 
 
@@ -28,7 +28,7 @@ def homes(world: World) -> list[str]:
 def test_a_trainer_that_is_cut_off_is_done_without_until_it_is_back(world: World) -> None:
     world.unreached("trainer-0", 1)
     assert shards(world) == [((0, 4),), ((4, 4),)], "others may be about to say the same"
-    world.wait(losses.REPORT_GRACE_S)
+    world.wait(process_losses.REPORT_GRACE_S)
     assert shards(world) == [(), ((0, 8),)]
     assert any(e.message == "trainer-0 on worker-0 cannot reach partition-1" for e in world.events)
     assert world.job().reason == "trains on 1 worker; trainer-0 cannot reach partition-1"
@@ -44,7 +44,7 @@ def test_a_trainer_that_is_cut_off_is_done_without_until_it_is_back(world: World
 def test_a_partition_that_no_trainer_reaches_goes_elsewhere(world: World) -> None:
     world.unreached("trainer-0", 1)
     world.unreached("trainer-1", 1)
-    world.wait(losses.REPORT_GRACE_S)
+    world.wait(process_losses.REPORT_GRACE_S)
     assert homes(world) == ["server-0", "server-2"]
     assert "TrainerSuspect" not in world.reasons()
     (lost,) = [e.message for e in world.events if e.reason == "PartitionLost"]
@@ -78,13 +78,13 @@ def test_when_nobody_reaches_anybody_nobody_is_to_blame(world: World) -> None:
 def test_a_silent_trainers_word_does_not_count(world: World) -> None:
     world.suspect("trainer-1", "silent")
     world.unreached("trainer-0", 1)
-    world.wait(losses.REPORT_GRACE_S)
+    world.wait(process_losses.REPORT_GRACE_S)
     assert homes(world) == ["server-0", "server-2"]
 
 
 def test_a_partition_that_does_not_reach_the_coordinator_goes_elsewhere(world: World) -> None:
     world.unreached("partition-1", 0)
-    world.wait(losses.REPORT_GRACE_S)
+    world.wait(process_losses.REPORT_GRACE_S)
     assert homes(world) == ["server-0", "server-2"]
 
 
@@ -97,7 +97,7 @@ def test_a_coordinator_that_no_partition_reaches_goes_elsewhere() -> None:
     world.commit(1)
     for name in ("partition-1", "partition-2"):
         world.unreached(name, 0)
-    world.wait(losses.REPORT_GRACE_S)
+    world.wait(process_losses.REPORT_GRACE_S)
     assert homes(world) == ["server-3", "server-1", "server-2"]
 
 
@@ -113,7 +113,7 @@ def test_a_standby_in_sync_takes_over_from_a_partition_out_of_reach() -> None:
     assert place is not None
     for name in ("trainer-0", "trainer-1"):
         world.unreached(name, 1)
-    world.wait(losses.REPORT_GRACE_S)
+    world.wait(process_losses.REPORT_GRACE_S)
     assert homes(world)[1] == place.node_id
     assert world.job().plan is not None and world.job().plan.restore_generation == 1, "no step is repeated"
 
@@ -134,17 +134,17 @@ def test_partitions_that_are_replaced_are_not_missed_where_they_were(lost: tuple
 
 def test_a_restarted_master_hears_of_it_again(world: World) -> None:
     world.unreached("trainer-0", 1)
-    world.wait(losses.REPORT_GRACE_S)
+    world.wait(process_losses.REPORT_GRACE_S)
     held = [world.state.processes[f"job-aaaaaa/trainer-{rank}/1"] for rank in (0, 1)]
     world.restart()
     for process in held:
         world.rejoin(process.node_id, process)
-    world.wait(losses.REPORT_GRACE_S)
+    world.wait(process_losses.REPORT_GRACE_S)
     assert shards(world) == [(), ((0, 8),)]
 
 
 def test_only_so_many_reports_are_told() -> None:
     reports = {f"trainer-{rank}": frozenset({2, 10}) for rank in range(6)}
-    received = losses.describe_reports(reports)
+    received = process_losses.describe_reports(reports)
     assert received.startswith("trainer-0 cannot reach partition-2, partition-10; ") and received.endswith("; ...")
     assert received.count("cannot") == 4
