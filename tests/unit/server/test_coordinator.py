@@ -306,6 +306,32 @@ def test_a_new_generation_in_mid_evaluation_keeps_what_is_in() -> None:
     assert played.log == [("call", 0), ("call", 1), ("merged",), ("direct", 2, "evaluate")]
 
 
+@pytest.mark.parametrize("pause_after", [0, 1, 2, 3])
+def test_a_pause_in_mid_evaluation_loses_nothing(pause_after: int) -> None:
+    """A partition is about to move: trainers have computed shards that they do not compute again."""
+    played = Played(evaluate={"every_steps": 3}).open()
+    for _ in range(3):
+        played.vote()
+    assert (played.coordinator.activity, played.coordinator.saved) == ("evaluate", 3)
+    version, value = played.coordinator.version, np.array([1.0, 2.0])
+    sends = [
+        lambda: played.statistics(version, TreeNode(0, 1), value),
+        lambda: played.statistics(version, TreeNode(1, 1), value),
+        lambda: played.outcome(version, Outcome(metrics={"loss": 0.5})),
+    ]
+
+    for number, send in enumerate(sends):
+        if number == pause_after:
+            played.adopt(played.plan(2, save=True))
+            assert played.coordinator.activity == "hold"
+        send()
+    played.adopt(played.plan(3))
+
+    assert played.coordinator.evaluated == version
+    assert [dict(r.evaluated.metrics) for r in played.reports if r.HasField("evaluated")] == [{"loss": 0.5}]
+    assert played.coordinator.activity == "train"
+
+
 def test_statistics_that_do_not_add_fail_the_job_by_name() -> None:
     played = Played().open()
     played.vote()

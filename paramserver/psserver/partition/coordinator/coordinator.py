@@ -49,6 +49,7 @@ class Coordinator:
     records: list[StepRecord] = field(default_factory=list)
     summaries: dict[int, Summary] = field(default_factory=dict)  # of the open step and the one before
     _statistics: Sums[Statistics] = field(init=False)
+    _evaluating: int = -1  # the version that `_statistics` and `merged` are of
     _reported_step: int = -1
     _reported_at: float = -math.inf
     _is_over: bool = False
@@ -156,7 +157,7 @@ class Coordinator:
 
     def statistics(self, step: int, node: TreeNode, value: Statistics) -> list[Action]:
         """A node of the evaluation at `step`. A duplicate, or one of another evaluation, changes nothing."""
-        if self.activity != "evaluate" or step != self.version or self.merged is not None or self._is_over:
+        if not self._takes_evaluation(step) or self.merged is not None:
             return []
         try:
             self._statistics.offer(node, Entry(value))
@@ -169,6 +170,12 @@ class Coordinator:
             return []
         self.merged = self._statistics.take_root().value
         return self.send_merged()
+
+    def _takes_evaluation(self, step: int) -> bool:
+        """Whether a part of the evaluation at `step` counts. A pause in the middle keeps what has arrived, and more counts
+        meanwhile: trainers compute no shard of an evaluation twice."""
+        is_open = self._evaluating == step == self.version and self.evaluated != step
+        return is_open and self.activity in ("evaluate", "hold") and not self._is_over
 
     def send_merged(self) -> list[Action]:
         """Send the merged statistics, if there are any, to the trainer of shard 0, which finalises them."""
@@ -185,8 +192,8 @@ class Coordinator:
         """The trainer of shard 0 finalised an evaluation, or digested the final values. Repeats change nothing."""
         if step != self.version or self._is_over:
             return []
-        if self.activity == "evaluate" and outcome.metrics is not None:
-            return self._evaluated(outcome.metrics)
+        if outcome.metrics is not None:
+            return self._evaluated(outcome.metrics) if self._takes_evaluation(step) else []
         if self.activity != "finish" or not outcome.sha256:
             return []
         self._is_over = True
@@ -246,11 +253,9 @@ class Coordinator:
             stop=self.plan.stop and self.version > self.undecided,
             save=self.plan.save,
         )
-        if activity != "evaluate":
-            self.merged = None
-        elif self.activity != "evaluate":
+        if activity == "evaluate" and self._evaluating != self.version:
+            self._evaluating, self.merged = self.version, None
             self._statistics = _statistics_sums(self.spec.train.num_shards)
-            self.merged = None
         self.activity = activity
         found: list[Action] = [actions.BroadcastDirective(self.directive)]
         if activity == "hold":
