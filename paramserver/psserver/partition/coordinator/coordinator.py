@@ -172,8 +172,10 @@ class Coordinator:
         return self.send_merged()
 
     def _takes_evaluation(self, step: int) -> bool:
-        """Whether a part of the evaluation at `step` counts. A pause in the middle keeps what has arrived, and more counts
-        meanwhile: trainers compute no shard of an evaluation twice."""
+        """Whether a part of the evaluation at `step` counts.
+
+        A pause in the middle keeps what has arrived, and more counts meanwhile: trainers compute no shard of an
+        evaluation twice."""
         is_open = self._evaluating == step == self.version and self.evaluated != step
         return is_open and self.activity in ("evaluate", "hold") and not self._is_over
 
