@@ -14,6 +14,7 @@ from pscluster.errors import DataError, LayoutError, OutOfMemoryError, TaskError
 from pscluster.task import Task
 from psworker.tasks.synthetic import SyntheticLm
 from psworker.trainer.data.loading import build_model, load_data, load_task, user_code
+from psworker.trainer.exchange import SupersededError
 
 
 @pytest.fixture(autouse=True)
@@ -170,6 +171,20 @@ def test_errors_that_are_not_the_users_pass_unchanged(error: BaseException) -> N
         raise error
 
     assert caught.value is error
+
+
+def test_a_step_that_is_no_longer_wanted_passes_through_user_code() -> None:
+    """It is raised within the user's forward, where an operation waits for its parameters: no fault of the task, and
+    not to be swallowed there."""
+
+    def careful_forward() -> None:
+        try:
+            raise SupersededError("step 5 is no longer wanted")
+        except Exception:
+            pytest.fail("user code caught it")
+
+    with pytest.raises(SupersededError), user_code("loss"):
+        careful_forward()
 
 
 @pytest.mark.parametrize("take", [lambda: bytearray(1 << 62), lambda: torch.empty(1 << 60)])

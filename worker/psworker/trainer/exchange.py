@@ -29,8 +29,11 @@ from psworker.trainer.work import Agenda, Work
 COUNTERS_S = 1.0
 
 
-class SupersededError(Exception):
-    """The step being computed is no longer wanted: it was committed without this trainer, or undone."""
+class SupersededError(BaseException):
+    """The step being computed is no longer wanted: it was committed without this trainer, or undone.
+
+    Raised within the user's forward, too, where an operation waits for its parameters: no Exception, as asyncio's
+    CancelledError is none, so that it passes through user code that catches errors of its own."""
 
 
 class Exchange:
