@@ -92,6 +92,7 @@ def test_an_interrupted_demo_leaves_nothing(demo: Demo, tmp_path: Path) -> None:
     assert not runtime_dir(tmp_path / "pscluster-demo" / "cluster").exists()
 
 
+@pytest.mark.slow
 def test_the_demo_works_after_one_that_was_killed(demo: Demo, tmp_path: Path) -> None:
     killed = demo.start(steps=5000)
     read_until(killed, "step ")

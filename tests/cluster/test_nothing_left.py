@@ -125,6 +125,7 @@ def test_after_kill_9_of_everything_and_a_new_start_that_finishes_the_job(site: 
     assert site.left() == []
 
 
+@pytest.mark.slow
 def test_after_sigterm_of_each_daemon_in_the_middle_of_a_job(site: Site, tmp_path: Path) -> None:
     """Each ends with exit code 0, and so do the processes that it started."""
     state = site.state_dir
@@ -154,6 +155,7 @@ def test_after_sigterm_of_each_daemon_in_the_middle_of_a_job(site: Site, tmp_pat
     assert site.left() == []
 
 
+@pytest.mark.slow
 def test_after_ctrl_c_of_a_cluster_in_the_foreground(site: Site, tmp_path: Path) -> None:
     """Ctrl-C is pressed repeatedly."""
     process = site.start("up", "--workers", "1", "--servers", "1", "--foreground")
