@@ -18,8 +18,6 @@ from tests.fault.simulation.simulation import reference_of, run_seed
 WITHIN = 60  # seeds
 # The seed to begin with, where the first 100 histories break nothing.
 FIRST = {"votes_do_not_wait_for_the_standby": 100}
-    "votes_do_not_wait_for_the_standby": 100
-}  # the seed to begin with, where the first 100 histories break nothing
 LIVENESS_S = 40.0  # more than any history takes that has no mistake in it
 
 LASTS = "not over"  # a job does not end after the last fault
