@@ -69,10 +69,11 @@ class Segment:
                 raise FrameError(f"shared memory of {size} bytes where {size_bytes} of a fixed size were promised")
             access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
             memory = mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=access)
-        except (OSError, FrameError) as error:
+        except FrameError:
             os.close(fd)
-            if isinstance(error, FrameError):
-                raise
+            raise
+        except OSError as error:
+            os.close(fd)
             raise FrameError(f"shared memory cannot be mapped: {error}") from None
         return cls(fd, memory)
 
