@@ -21,11 +21,12 @@ from psmaster.model.job import (
     JobState,
     JobWarning,
     PreflightCheck,
+    StepRecord,
 )
 from psmaster.model.membership import Node, Role, presumed
 from psmaster.model.plan import Part, Placement, Plan, ProcessKind, RestorePoint
 from psmaster.model.process import Exit, Failure, PartitionFacts, Process, TrainerFacts, Unreached
-from psmaster.model.reports import Progress, StandbyState, StepRecord
+from psmaster.model.reports import Progress, StandbyState
 from psmaster.model.state import Changes, State
 from psmaster.scheduling.draft import Limits
 from psmaster.scheduling.reconcile import Desired, desired

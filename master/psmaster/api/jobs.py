@@ -131,7 +131,7 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         return jobs_pb2.ListNodesReply(nodes=[self._node(node) for node in ordered])
 
     async def Drain(self, request: jobs_pb2.DrainRequest, context: Any) -> jobs_pb2.Node:
-        await self._core.ask(lambda tx: (tx.undrain if request.undo else tx.drain)(request.node_id))
+        await self._core.ask(lambda tx: tx.drain(request.node_id, undo=request.undo))
         node = self._core.state.nodes.get(request.node_id)
         if node is None:  # drained, and away
             return jobs_pb2.Node(node_id=request.node_id, drain="" if request.undo else drain.DRAINED)

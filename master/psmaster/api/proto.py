@@ -27,6 +27,7 @@ from psmaster.model.job import (
     Job,
     JobWarning,
     PreflightCheck,
+    StepRecord,
 )
 from psmaster.model.membership import Health, Node
 from psmaster.model.plan import Part, Placement, Plan, ProcessKind, RestorePoint, counted_on
@@ -40,7 +41,7 @@ from psmaster.model.process import (
     TrainerFacts,
     Unreached,
 )
-from psmaster.model.reports import Connected, Evaluated, Progress, StandbyState, StepRecord
+from psmaster.model.reports import Connected, Evaluated, Progress, StandbyState
 from psmaster.model.snapshot_catalog import Catalogue
 from psmaster.scheduling import rebalance
 from psmaster.scheduling.reconcile import Desired
@@ -239,7 +240,6 @@ _NODE = _wire.pair(
     only_value=_OF_THE_MASTER,
     only_message=["ready", "processes", "drain", "waits_for"],
 )
-_RATES = ("steps_per_s", "samples_per_s", "weight_per_s")
 _JOB = _wire.pair(
     Job,
     jobs_pb2.Job,
@@ -249,7 +249,7 @@ _JOB = _wire.pair(
         "optimizer_class", "high_step", "grad_norm", "nonfinite", "next_best", "finished", "snapshot_warning", "saving",
         "held",
     ],
-    only_message=["spec_json", "workers_active", "workers_wanted", "events", *_RATES],
+    only_message=["spec_json", "workers_active", "workers_wanted", "events", *reports.Rates._fields],
 )  # fmt: skip
 
 
@@ -257,8 +257,7 @@ def job(
     m: Job, events: tuple[Event, ...], now: Instant, *, full: bool, processes: Processes = MappingProxyType({})
 ) -> jobs_pb2.Job:
     """A job as clients see it; `full` adds its plan, with how fast its `processes` compute, events and checks."""
-    rates = reports.rates(m, now)
-    given: dict[str, Any] = {name: getattr(rates, name) for name in _RATES}
+    given: dict[str, Any] = reports.rates(m, now)._asdict()
     if full:
         speeds = rebalance.measured_speeds(m.trainers, m.job_id, processes)
         by_rank = {rank: speed.microbatch_s for rank, speed in speeds.items()}

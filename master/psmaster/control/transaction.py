@@ -214,21 +214,14 @@ class Transaction:
         self._unsettled = True
         return job
 
-    def drain(self, node_id: str) -> str:
-        """Have everything moved away from a node, and nothing placed there; its id. Repeating it changes nothing.
-        NotFoundError."""
-        return self._set_drain(node_id, {**self.drains, node_id: self.drains.get(node_id, self.now.unix_s)})
-
-    def undrain(self, node_id: str) -> str:
-        """Let a node be given processes again; its id. Repeating it changes nothing. NotFoundError."""
-        return self._set_drain(node_id, {k: since_s for k, since_s in self.drains.items() if k != node_id})
-
-    def _set_drain(self, node_id: str, drains: Mapping[str, float]) -> str:
+    def drain(self, node_id: str, *, undo: bool = False) -> None:
+        """Have everything moved away from a node, and nothing placed there; `undo`: let it be given processes again.
+        Repeating it changes nothing. NotFoundError."""
         if node_id not in self.nodes and node_id not in self.drains:
             raise NotFoundError(f"there is no node {node_id!r}", action="see `psctl nodes`")
-        self.drains = drains
+        drains = {**self.drains, node_id: self.drains.get(node_id, self.now.unix_s)}
+        self.drains = {k: since_s for k, since_s in drains.items() if not (undo and k == node_id)}
         self._unsettled = True
-        return node_id
 
     def _asked(self, job: Job, event: Event | None) -> str:
         if event is not None:

@@ -154,13 +154,17 @@ class DataConnection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Point:
-    """One committed step in the window that rates are measured over."""
+class StepRecord:
+    """One committed step. `grad_norm` is NaN when it was skipped."""
 
-    time_s: float
     step: int
-    samples: float
+    loss: float
+    grad_norm: float
+    lr: float
     weight: float
+    samples: float
+    skipped: bool
+    time_s: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -244,7 +248,7 @@ class Job:
     revision: int = 0
     # volatile
     deadline_s: float | None = None  # monotonic: when a wait in progress (stop, finish, failures) is over
-    window: tuple[Point, ...] = ()
+    window: tuple[StepRecord, ...] = ()  # the newest steps, over which rates are measured
     recovery: Recovery | None = None
     assignment: RebalanceState | None = None
     held_s: float | None = None  # monotonic: since when it pauses at `held`, or paused in vain

@@ -29,8 +29,9 @@ class Placement:
     first.
     `not_before_s`: when the next one may start, on the master's monotonic clock; 0: at once. See `recovery`.
 
-    `standby`: for the partition of this rank rather than being it. `synced`: what the partition voted on is held here,
-    so that a takeover by this process loses nothing; true of every partition in the newest plan.
+    `standby`: for the partition of this rank rather than being it; attempts are counted over both, so that the process
+    that takes over keeps its id. `synced`: what the partition voted on is held here, so that a takeover by this process
+    loses nothing, until either process is lost or the job is restored; true of every partition in the newest plan.
     """
 
     kind: ProcessKind

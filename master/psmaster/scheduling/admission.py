@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pscluster.devices import AUTO, CPU, CUDA
 from pscluster.job.spec import JobSpec
+from psmaster.model.job import Job
 from psmaster.model.membership import NodeView, Role
+from psmaster.model.plan import ProcessKind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +66,20 @@ def choose_node(
         return nodes[preferred]
     best = max(sorted(free), key=lambda node_id: free[node_id], default=None)
     return nodes[best] if best is not None and free[best] > 0 else None
+
+
+def choose_another(
+    job: Job,
+    nodes: Mapping[str, NodeView],
+    kind: ProcessKind,
+    excluded: frozenset[str],
+    preferred: str = "",
+    planned: Sequence[str] = (),
+) -> NodeView | None:
+    """A node for one more process of a job, where those for `planned` are taken already; see `choose_node`."""
+    taken = Counter([*(own.node_id for own in job.placements if own.placed), *planned])
+    device = job.spec.workers.device if kind is ProcessKind.TRAINER else CPU
+    return choose_node(nodes, Role.of(kind), taken, excluded, preferred, device)
 
 
 def with_device(device: str) -> str:

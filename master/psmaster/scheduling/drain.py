@@ -9,18 +9,16 @@ another node. What has no other place stays; `psctl drain` and `psctl nodes` say
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from pscluster.devices import CPU
 from psmaster.model import membership
 from psmaster.model.job import Instant, Job
-from psmaster.model.membership import Health, Node, NodeView, Role, is_draining
+from psmaster.model.membership import Health, Node, NodeView, is_draining
 from psmaster.model.plan import Placement, ProcessKind
 from psmaster.model.state import State, node_views
-from psmaster.scheduling import standbys
-from psmaster.scheduling.admission import choose_node, max_trainers
+from psmaster.scheduling.admission import choose_another, max_trainers
 from psmaster.scheduling.draft import Draft, View
+from psmaster.scheduling.recovery import take_over
 
 DRAINING = "draining"
 DRAINED = "drained"
@@ -91,13 +89,8 @@ def _release(draft: Draft, placement: Placement) -> None:
 
 def _start_another(draft: Draft, view: View, leaving: Sequence[Placement]) -> None:
     """Start one more trainer elsewhere, since no other could take the shards over."""
-    node = _choose(draft.job, view.nodes, draft.excluded(view.nodes), ProcessKind.TRAINER, ())
-    if node is None:
-        return
-    placement = Placement(kind=ProcessKind.TRAINER, rank=max(own.rank for own in draft.job.trainers) + 1)
-    draft.assign_node(placement.kind, placement.rank, node)
-    where = f"{leaving[0].name} on {leaving[0].node_id}, which drains"
-    draft.emit("TrainerAdded", f"{placement.name} starts on {node.node_id}, to take over from {where}")
+    if node := choose_another(draft.job, view.nodes, ProcessKind.TRAINER, draft.excluded(view.nodes)):
+        draft.add_trainer(node, f"to take over from {leaving[0].name} on {leaving[0].node_id}, which drains")
 
 
 def _move_partitions(draft: Draft, view: View, held: Sequence[Placement]) -> None:
@@ -132,7 +125,7 @@ def _handed_to_standby(draft: Draft, view: View, placement: Placement) -> bool:
         return False
     draft.emit("PartitionMoves", f"{placement.name} leaves {placement.node_id}, which drains; its standby takes over")
     draft.vacate(placement)
-    standbys.take_over(draft, placement, placement.losses)
+    take_over(draft, placement, placement.losses)
     return True
 
 
@@ -154,20 +147,11 @@ def _have_room(job: Job, nodes: Nodes, excluded: frozenset[str], placements: Seq
     """Whether all of these have another place."""
     planned: list[str] = []
     for placement in placements:
-        node = _choose(job, nodes, excluded, placement.kind, planned)
+        node = choose_another(job, nodes, placement.kind, excluded, planned=planned)
         if node is None:
             return False
         planned.append(node.node_id)
     return True
-
-
-def _choose(
-    job: Job, nodes: Nodes, excluded: frozenset[str], kind: ProcessKind, planned: Sequence[str]
-) -> NodeView | None:
-    """A node for one process more, where those for `planned` are taken already."""
-    taken = Counter([own.node_id for own in job.placements if own.placed] + list(planned))
-    device = job.spec.workers.device if kind is ProcessKind.TRAINER else CPU
-    return choose_node(nodes, Role.of(kind), taken, excluded, "", device)
 
 
 # ---- for clients ----

@@ -97,8 +97,7 @@ def _settle_numerics(draft: Draft, trainers: ReadyTrainers, partitions: ReadyPar
     """Decide the mode; False when a strict job left nodes out and must look again."""
     job = draft.job
     bound = (job.numerics_class, job.optimizer_class) if job.spec.train.numerics == "strict" else ("", "")
-    reports = [[numerics.report_of(*one) for one in ready_ones] for ready_ones in (trainers, partitions)]
-    choice = numerics.choose(job.spec.train.numerics, reports[0], reports[1], bound)
+    choice = numerics.choose(job.spec.train.numerics, trainers, partitions, bound)
     for node_id, why in choice.left_out:
         placements = [placement for placement in draft.job.placements if placement.node_id == node_id]
         draft.exclude(node_id, placements[0].incarnation, why)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pscluster.errors import StorageError
-from psmaster.model.reports import Evaluated, MetricLine, StepRecord
+from psmaster.model.job import StepRecord
+from psmaster.model.reports import Evaluated, MetricLine
 
 FILE_NAME = "metrics.jsonl"
 

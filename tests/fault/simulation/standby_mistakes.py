@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
+from psmaster.model.job import Job
 from psmaster.model.membership import NodeView
 from psmaster.scheduling import recovery
 from psserver.partition.actions import Action
@@ -47,9 +48,9 @@ def a_standby_begins_without_the_update_counts() -> Iterable[Patch]:
     workers=1, servers=1, partitions=1, tier="snapshot", storm_s=8.0, faults={"drain": 1.0, "kill_partition": 1.0}
 )
 def draining_nodes_are_given_processes() -> Iterable[Patch]:
-    choose = recovery.choose_node
+    choose = recovery.choose_another
 
-    def choose_any(nodes: Mapping[str, NodeView], *others: Any) -> NodeView | None:
-        return choose({node_id: replace(node, ready=node.alive) for node_id, node in nodes.items()}, *others)
+    def choose_any(job: Job, nodes: Mapping[str, NodeView], *others: Any) -> NodeView | None:
+        return choose(job, {node_id: replace(node, ready=node.alive) for node_id, node in nodes.items()}, *others)
 
-    yield patch.object(recovery, "choose_node", choose_any)
+    yield patch.object(recovery, "choose_another", choose_any)

@@ -21,7 +21,7 @@ class Site(World):
         self.take(lambda tx: tx.drain(node_id))
 
     def undrain(self, node_id: str) -> None:
-        self.take(lambda tx: tx.undrain(node_id))
+        self.take(lambda tx: tx.drain(node_id, undo=True))
 
     def status(self, node_id: str) -> str:
         return drain.status(self.state, self.state.nodes[node_id])

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from pscluster.errors import InternalError, SpecError
 from psmaster.model import reports
-from psmaster.model.job import Instant, JobState, Point, enter_state, new_job
+from psmaster.model.job import Instant, JobState, enter_state, new_job
+from psmaster.model.plan import Placement, ProcessKind
+from psmaster.model.process import PartitionFacts
 from psmaster.scheduling import numerics
-from psmaster.scheduling.numerics import Report
 from psmaster.scheduling.startup import first_difference
 from psmaster.storage import records
 from tests.harness.master_world import TRAINER, World, make_job, make_record, make_spec
@@ -21,8 +22,9 @@ from tests.harness.master_world import TRAINER, World, make_job, make_record, ma
 NOW = Instant(mono_s=1.0, unix_s=1000.0)
 
 
-def report(node_id: str, numerics_class: str) -> Report:
-    return Report(node_id=node_id, numerics_class=numerics_class * 16, detail=f"cpu {numerics_class}")
+def report(node_id: str, numerics_class: str) -> tuple[Placement, PartitionFacts]:
+    facts = PartitionFacts(addresses=(), numerics_class=numerics_class * 16, numerics_detail=f"cpu {numerics_class}")
+    return Placement(kind=ProcessKind.TRAINER, rank=0, node_id=node_id), facts
 
 
 A, B, C = report("worker-0", "a"), report("worker-1", "b"), report("worker-2", "a")
@@ -59,9 +61,9 @@ def test_mixed_takes_everybody() -> None:
 
 
 def test_a_late_comer_of_another_class_is_welcome_in_mixed_only() -> None:
-    assert numerics.differs("mixed", "", B) == ""
-    assert numerics.differs("strict", "a" * 16, A) == ""
-    assert numerics.differs("strict", "a" * 16, B)
+    assert numerics.differs("mixed", "", B[1]) == ""
+    assert numerics.differs("strict", "a" * 16, A[1]) == ""
+    assert numerics.differs("strict", "a" * 16, B[1])
 
 
 def test_a_strict_job_starts_without_the_other_class_and_says_so() -> None:
@@ -131,7 +133,7 @@ def test_rates_are_measured_over_the_last_seconds() -> None:
     assert rates.samples_per_s == 16.0
     assert rates.weight_per_s == 64.0
     assert reports.rates(job, Instant(mono_s=0, unix_s=1100.0)).steps_per_s == 0.0
-    one = replace(job, window=(Point(time_s=1.0, step=1, samples=1, weight=1),))
+    one = replace(job, window=(make_record(1),))
     assert reports.rates(one, NOW).steps_per_s == 0.0
 
 
