@@ -164,7 +164,7 @@ async def _listen(
     for address in settings.listen:
         bind(server, address)
         if address.startswith("unix:"):
-            stack.callback(_remove_socket, Path(address.removeprefix("unix:")))
+            stack.callback(Path(address.removeprefix("unix:")).unlink, missing_ok=True)
     await server.start()
     stack.push_async_callback(server.stop, STOP_GRACE_S)
 
@@ -221,7 +221,3 @@ def _replace_stale(path: Path) -> None:
         except OSError as error:
             raise AddressInUseError(f"cannot listen on {path}: {error.strerror}") from None
     raise AddressInUseError(f"{path} is served by another process")
-
-
-def _remove_socket(path: Path) -> None:
-    path.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from operator import attrgetter
 from typing import Any
 
 import pscluster
@@ -21,6 +22,7 @@ from psmaster.storage.bundles import BundleShelf
 from psmaster.storage.store import Batch, BundleRecord
 
 PROGRESS_INTERVAL_S = 1.0  # how often a watcher receives mere progress
+_beside_progress = attrgetter("state", "reason", "generation", "conditions")  # a change of these is sent at once
 
 
 class JobsService(jobs_pb2_grpc.JobsServicer):
@@ -79,7 +81,9 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
             news = self._core.news
             job = self._find(job_id)
             wait_s = shown_at + PROGRESS_INTERVAL_S - self._core.now().mono_s
-            if shown is None or (job.revision != shown.revision and (wait_s <= 0 or _matters(shown, job))):
+            if shown is None or (
+                job.revision != shown.revision and (wait_s <= 0 or _beside_progress(job) != _beside_progress(shown))
+            ):
                 yield self._message(job, full=True)
                 shown, shown_at = job, self._core.now().mono_s
                 continue
@@ -167,13 +171,3 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         state = self._core.state
         events = state.events.get(job.job_id, ())
         return proto.job(job, events, self._core.now(), full=full, processes=state.processes)
-
-
-def _matters(shown: Job, job: Job) -> bool:
-    """Whether a change is more than progress, and sent at once."""
-    return (shown.state, shown.reason, shown.generation, shown.conditions) != (
-        job.state,
-        job.reason,
-        job.generation,
-        job.conditions,
-    )

@@ -192,7 +192,7 @@ class Model:
     def vote(self, w: World, p: int, member: Member) -> World:
         """`try_vote`: every bucket of the open step is complete."""
         vote = Vote(generation=member.generation, step=member.step, partition=p)
-        return self.cast(w._replace(members=put(w.members, p, commit.cast_vote(member, vote))), p)
+        return self.cast(w._replace(members=put(w.members, p, replace(member, vote=vote))), p)
 
     def cast(self, w: World, p: int) -> World:
         """`_send_vote`."""

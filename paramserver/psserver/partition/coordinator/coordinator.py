@@ -29,10 +29,6 @@ from psserver.partition.step.sums import Entry, Sums
 REPORT_INTERVAL_S = 1.0
 
 
-def _statistics_sums(num_shards: int) -> Sums[Statistics]:
-    return Sums(tree_of(num_shards), lambda left, right, _: add_statistics(left, right))
-
-
 @dataclass(kw_only=True)
 class Coordinator:
     """Made anew at each restore, at the restored version. A pure machine: calls return what is to be done, in order."""
@@ -48,14 +44,11 @@ class Coordinator:
     merged: Statistics | None = None
     records: list[StepRecord] = field(default_factory=list)
     summaries: dict[int, Summary] = field(default_factory=dict)  # of the open step and the one before
-    _statistics: Sums[Statistics] = field(init=False)
+    _statistics: Sums[Statistics] | None = None
     _evaluating: int = -1  # the version that `_statistics` and `merged` are of
     _reported_step: int = -1
     _reported_at: float = -math.inf
     _is_over: bool = False
-
-    def __post_init__(self) -> None:
-        self._statistics = _statistics_sums(self.spec.train.num_shards)
 
     @classmethod
     def at(cls, spec: JobSpec, plan: Plan) -> Coordinator:
@@ -157,7 +150,7 @@ class Coordinator:
 
     def statistics(self, step: int, node: TreeNode, value: Statistics) -> list[Action]:
         """A node of the evaluation at `step`. A duplicate, or one of another evaluation, changes nothing."""
-        if not self._takes_evaluation(step) or self.merged is not None:
+        if not self._takes_evaluation(step) or self.merged is not None or self._statistics is None:
             return []
         try:
             self._statistics.offer(node, Entry(value))
@@ -257,7 +250,8 @@ class Coordinator:
         )
         if activity == "evaluate" and self._evaluating != self.version:
             self._evaluating, self.merged = self.version, None
-            self._statistics = _statistics_sums(self.spec.train.num_shards)
+            tree = tree_of(self.spec.train.num_shards)
+            self._statistics = Sums(tree, lambda left, right, _: add_statistics(left, right))
         self.activity = activity
         found: list[Action] = [actions.BroadcastDirective(self.directive)]
         if activity == "hold":

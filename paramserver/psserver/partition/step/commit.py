@@ -77,11 +77,6 @@ def coordinator_learns(
     return replace(coordinator, step=coordinator.step + 1, votes={}, last=decision), decision
 
 
-def cast_vote(member: Member, vote: Vote) -> Member:
-    """The partition's buckets are complete: it votes."""
-    return replace(member, vote=vote)
-
-
 def member_adopts(member: Member, generation: int) -> Member:
     """A new generation begins: the vote on the open step, being pure, is cast again under it."""
     vote = replace(member.vote, generation=generation) if member.vote else None
