@@ -46,29 +46,6 @@ def max_trainers(spec: JobSpec) -> int:
 
 
 def choose_node(
-    nodes: Mapping[str, NodeView],
-    role: Role,
-    taken: Mapping[str, int],
-    excluded: frozenset[str],
-    preferred: str = "",
-    device: str = CPU,
-) -> NodeView | None:
-    """A ready node with room for a process on `device`: `preferred` if it has some, else the emptiest, then the first
-    by id.
-
-    `taken` counts the slots that the job itself holds on each node."""
-    free = {
-        node.node_id: node.free_slots(device) - taken.get(node.node_id, 0)
-        for node in nodes.values()
-        if node.role is role and node.ready and node.node_id not in excluded
-    }
-    if free.get(preferred, 0) > 0:
-        return nodes[preferred]
-    best = max(sorted(free), key=lambda node_id: free[node_id], default=None)
-    return nodes[best] if best is not None and free[best] > 0 else None
-
-
-def choose_another(
     job: Job,
     nodes: Mapping[str, NodeView],
     kind: ProcessKind,
@@ -76,10 +53,19 @@ def choose_another(
     preferred: str = "",
     planned: Sequence[str] = (),
 ) -> NodeView | None:
-    """A node for one more process of a job, where those for `planned` are taken already; see `choose_node`."""
+    """A ready node with room for one more process of a job: `preferred` if it has some, else the emptiest, then the
+    first by id. `planned`: the nodes of processes that are to be placed before."""
+    role, device = Role.of(kind), job.spec.workers.device if kind is ProcessKind.TRAINER else CPU
     taken = Counter([*(own.node_id for own in job.placements if own.placed), *planned])
-    device = job.spec.workers.device if kind is ProcessKind.TRAINER else CPU
-    return choose_node(nodes, Role.of(kind), taken, excluded, preferred, device)
+    free = {
+        node.node_id: node.free_slots(device) - taken[node.node_id]
+        for node in nodes.values()
+        if node.role is role and node.ready and node.node_id not in excluded
+    }
+    if free.get(preferred, 0) > 0:
+        return nodes[preferred]
+    best = max(sorted(free), key=lambda node_id: free[node_id], default=None)
+    return nodes[best] if best is not None and free[best] > 0 else None
 
 
 def with_device(device: str) -> str:

@@ -16,7 +16,7 @@ from psmaster.model.job import Instant, Job
 from psmaster.model.membership import Health, Node, NodeView, is_draining
 from psmaster.model.plan import Placement, ProcessKind
 from psmaster.model.state import State, node_views
-from psmaster.scheduling.admission import choose_another, max_trainers
+from psmaster.scheduling.admission import choose_node, max_trainers
 from psmaster.scheduling.draft import Draft, View
 from psmaster.scheduling.recovery import take_over
 
@@ -89,7 +89,7 @@ def _release(draft: Draft, placement: Placement) -> None:
 
 def _start_another(draft: Draft, view: View, leaving: Sequence[Placement]) -> None:
     """Start one more trainer elsewhere, since no other could take the shards over."""
-    if node := choose_another(draft.job, view.nodes, ProcessKind.TRAINER, draft.excluded(view.nodes)):
+    if node := choose_node(draft.job, view.nodes, ProcessKind.TRAINER, draft.excluded(view.nodes)):
         draft.add_trainer(node, f"to take over from {leaving[0].name} on {leaving[0].node_id}, which drains")
 
 
@@ -147,7 +147,7 @@ def _have_room(job: Job, nodes: Nodes, excluded: frozenset[str], placements: Seq
     """Whether all of these have another place."""
     planned: list[str] = []
     for placement in placements:
-        node = choose_another(job, nodes, placement.kind, excluded, planned=planned)
+        node = choose_node(job, nodes, placement.kind, excluded, planned=planned)
         if node is None:
             return False
         planned.append(node.node_id)

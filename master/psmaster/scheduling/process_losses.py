@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pscluster.errors import OutOfMemoryError, ProcessLostError
 from pscluster.wire.backoff import delay_s
 from psmaster.model.job import ErrorInfo, Instant, Job
-from psmaster.model.plan import Placement, ProcessKind
+from psmaster.model.plan import Placement, Plan, ProcessKind
 from psmaster.model.process import Exit, Process, Processes
 from psmaster.scheduling.draft import View
 
@@ -127,16 +127,19 @@ def find_cut(job: Job, processes: Processes, now: Instant) -> NetworkCut:
         return NO_CUT
     if not all(placement.active and plan.holds(placement) for placement in job.partitions):
         return NO_CUT  # one is away, or not in the plan yet: it cannot be reached
-    trainers = {
-        placement: _unreached(placement, job, processes)
+    held = {placement: processes.get(placement.process_id(job.job_id)) for placement in job.working}
+    trainers = {  # that of a silent one may be out of date
+        placement: _unreached(process, plan)
         for placement in job.trainers
-        if _counts(placement, job, processes)
+        if placement.active and (process := held[placement]) is not None and process.suspicion != "silent"
     }
-    voters = {placement: _unreached(placement, job, processes) for placement in job.partitions if placement.rank}
+    voters = {placement: _unreached(held[placement], plan) for placement in job.partitions if placement.rank}
     reports = {placement.name: missing for placement, missing in (trainers | voters).items() if missing}
     if not reports:
         return NO_CUT
-    ripe = {placement for placement in (*trainers, *voters) if _is_ripe(placement, job, processes, now)}
+    ripe = {
+        own for own, process in held.items() if process and now.mono_s - process.unreached.since_s >= REPORT_GRACE_S
+    }
     lost = _lost_to_trainers(trainers, ripe, len(job.partitions)) | _lost_to_voters(voters, ripe)
     cut_off = frozenset(
         placement.rank for placement, missing in trainers.items() if placement in ripe and missing - lost
@@ -155,26 +158,12 @@ def cannot_reach(missing: frozenset[int]) -> str:
     return "cannot reach " + ", ".join(f"partition-{index}" for index in sorted(missing))
 
 
-def _counts(placement: Placement, job: Job, processes: Processes) -> bool:
-    """Whether a trainer's report counts; that of a silent one may be out of date."""
-    process = processes.get(placement.process_id(job.job_id))
-    return placement.active and process is not None and process.suspicion != "silent"
-
-
-def _unreached(placement: Placement, job: Job, processes: Processes) -> frozenset[int]:
+def _unreached(process: Process | None, plan: Plan) -> frozenset[int]:
     """The partitions that it cannot reach at their present addresses. A restore and a takeover change these and
     void older reports."""
-    process, plan = processes.get(placement.process_id(job.job_id)), job.plan
-    if process is None or plan is None:
-        return frozenset()
-    if process.unreached.generation < max(plan.restore_generation, plan.moved_generation):
+    if process is None or process.unreached.generation < max(plan.restore_generation, plan.moved_generation):
         return frozenset()
     return process.unreached.partitions
-
-
-def _is_ripe(placement: Placement, job: Job, processes: Processes, now: Instant) -> bool:
-    process = processes.get(placement.process_id(job.job_id))
-    return process is not None and now.mono_s - process.unreached.since_s >= REPORT_GRACE_S
 
 
 def _lost_to_trainers(

@@ -15,7 +15,7 @@ from psmaster.model.membership import NodeView
 from psmaster.model.plan import Placement, ProcessKind
 from psmaster.model.process import PartitionFacts, TrainerFacts, failure_of, ready_facts, was_ready
 from psmaster.scheduling import numerics, process_losses
-from psmaster.scheduling.admission import choose_another, max_trainers
+from psmaster.scheduling.admission import choose_node, max_trainers
 from psmaster.scheduling.draft import Draft, View
 from psmaster.scheduling.process_losses import NetworkCut, ProcessLoss, loss_of, out_of_reach
 
@@ -167,7 +167,7 @@ def fill_placements(draft: Draft, view: View) -> None:
     if not view.grow or any(not placement.placed for placement in draft.job.trainers):
         return
     while len(draft.job.trainers) < max_trainers(job.spec):
-        node = choose_another(draft.job, view.nodes, ProcessKind.TRAINER, excluded)
+        node = choose_node(draft.job, view.nodes, ProcessKind.TRAINER, excluded)
         if node is None:
             return
         draft.add_trainer(node, "which has room")
@@ -191,7 +191,7 @@ def _choose(draft: Draft, view: View, placement: Placement, excluded: frozenset[
     failed last."""
     failed_on, kind, last = placement.failed_on, placement.kind, placement.last_node_id
     for avoided in dict.fromkeys((failed_on, failed_on[-1:], ())):
-        if node := choose_another(draft.job, view.nodes, kind, excluded.union(avoided), last):
+        if node := choose_node(draft.job, view.nodes, kind, excluded.union(avoided), last):
             return node
     return None
 

@@ -48,9 +48,9 @@ def a_standby_begins_without_the_update_counts() -> Iterable[Patch]:
     workers=1, servers=1, partitions=1, tier="snapshot", storm_s=8.0, faults={"drain": 1.0, "kill_partition": 1.0}
 )
 def draining_nodes_are_given_processes() -> Iterable[Patch]:
-    choose = recovery.choose_another
+    choose = recovery.choose_node
 
     def choose_any(job: Job, nodes: Mapping[str, NodeView], *others: Any) -> NodeView | None:
         return choose(job, {node_id: replace(node, ready=node.alive) for node_id, node in nodes.items()}, *others)
 
-    yield patch.object(recovery, "choose_another", choose_any)
+    yield patch.object(recovery, "choose_node", choose_any)

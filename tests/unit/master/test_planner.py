@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from psmaster.model.membership import NodeView, Role
+from psmaster.model.plan import Placement, ProcessKind
 from psmaster.scheduling.admission import admit, choose_node, max_trainers
-from tests.harness.master_world import make_spec
+from tests.harness.master_world import make_job, make_spec
 
 
 def view(
@@ -78,13 +81,20 @@ def test_no_more_trainers_than_shards() -> None:
 
 
 def test_a_replacement_prefers_its_former_node() -> None:
-    nodes = views(view("worker-0", 4), view("worker-1", 1))
-    none = frozenset[str]()
-    assert choose_node(nodes, Role.WORKER, {}, none, preferred="worker-1") is nodes["worker-1"]
-    assert choose_node(nodes, Role.WORKER, {"worker-1": 1}, none, preferred="worker-1") is nodes["worker-0"]
-    assert choose_node(nodes, Role.WORKER, {"worker-0": 4, "worker-1": 1}, none) is None
-    assert choose_node(nodes, Role.WORKER, {}, frozenset({"worker-0", "worker-1"})) is None
-    assert choose_node(nodes, Role.SERVER, {}, none) is None
+    job, nodes = make_job(), views(view("worker-0", 4), view("worker-1", 1))
+    trainer, none = ProcessKind.TRAINER, frozenset[str]()
+    assert choose_node(job, nodes, trainer, none, "worker-1") is nodes["worker-1"]
+    assert choose_node(job, nodes, trainer, none, "worker-1", ["worker-1"]) is nodes["worker-0"]
+    assert choose_node(job, nodes, trainer, none, planned=[*["worker-0"] * 4, "worker-1"]) is None
+    assert choose_node(job, nodes, trainer, frozenset({"worker-0", "worker-1"})) is None
+    assert choose_node(job, nodes, ProcessKind.PARTITION, none) is None
+
+
+def test_what_the_job_itself_holds_is_taken() -> None:
+    nodes = views(view("worker-0", 1), view("worker-1", 1))
+    held = Placement(kind=ProcessKind.TRAINER, rank=0, node_id="worker-0")
+    job = replace(make_job(), trainers=(held,))
+    assert choose_node(job, nodes, ProcessKind.TRAINER, frozenset(), "worker-0") is nodes["worker-1"]
 
 
 # ---- devices ----
@@ -145,7 +155,8 @@ def test_a_replacement_goes_where_its_device_is() -> None:
     nodes = views(view("worker-0", 4), view("worker-1", 2, devices=2, held="0"))
 
     def chosen(device: str, taken: int = 0, preferred: str = "") -> NodeView | None:
-        return choose_node(nodes, Role.WORKER, {"worker-1": taken}, none, preferred, device)
+        job = make_job(workers={"device": device})
+        return choose_node(job, nodes, ProcessKind.TRAINER, none, preferred, ["worker-1"] * taken)
 
     assert chosen("auto") is nodes["worker-0"]
     assert chosen("cuda") is nodes["worker-1"]
