@@ -1,8 +1,5 @@
-"""What the coordinator and the partitions report about a job, applied to it. Pure; repeats and the past change nothing.
-
-A report counts when it was made under a generation that is not older than the job's newest restore: moving shards cuts
-nobody's work, going back voids it.
-"""
+"""What the coordinator and the partitions report about a job, applied to it. Pure; repeats change nothing, nor do
+reports of a generation before the job's newest restore: moving shards voids nobody's work, going back does."""
 
 from __future__ import annotations
 
@@ -161,7 +158,7 @@ def promote(job: Job, snapshots: Catalogue) -> Job:
 
 
 def connected(job: Job, report: Connected, trainer: int) -> Applied:
-    """What a trainer is connected to; it replaces what was known of that trainer."""
+    """It replaces what was known of that trainer."""
     if job.state.ended:
         return Applied(job=job)
     others = [held for held in job.connections if held.trainer != trainer]

@@ -15,8 +15,8 @@ from psmaster.model.plan import ProcessKind
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Admission:
-    """Where a job's processes go: one node id for each trainer and partition. Empty when it must wait: `reason` says
-    for what. `possible`: the ready nodes could hold the job if no other job held slots."""
+    """The node id of each trainer and partition of a job; empty when it must wait, for `reason`. `possible`: the ready
+    nodes could hold the job if no other job held slots."""
 
     trainers: tuple[str, ...] = ()
     partitions: tuple[str, ...] = ()
@@ -84,7 +84,7 @@ def _rooms(nodes: Mapping[str, NodeView], role: Role, device: str, of_all: bool 
 
 
 def _natural(node_id: str) -> tuple[str, int, str]:
-    """Sorts worker-2 before worker-10."""
+    """Worker-2 before worker-10."""
     stem = node_id.rstrip("0123456789")
     number = node_id[len(stem) :]
     return stem, int(number or 0), node_id
@@ -110,7 +110,7 @@ def _waits(missing: Sequence[str], never: Sequence[str]) -> str:
 
 
 def _spread(slots: Mapping[str, int], count: int) -> tuple[str, ...]:
-    """`count` places, one on each node in turn."""
+    """One on each node in turn."""
     left = dict(slots)
     places: list[str] = []
     while len(places) < count:

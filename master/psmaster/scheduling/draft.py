@@ -95,6 +95,20 @@ class Draft:
         losses = placement.losses if losses is None else losses
         self.set_placement(placement.without_process(last_node_id=placement.node_id, losses=losses))
 
+    def take_over(self, lost: Placement, losses: int) -> None:
+        """Give a lost partition's placement to its standby, if it has one. In sync, the standby continues; otherwise it
+        restores, which still saves the start of a process."""
+        standby = self.job.standby(lost.rank)
+        if standby is None or not standby.placed:
+            return
+        self.set_placement(replace(standby, standby=False, losses=losses))
+        vacant = Placement(kind=ProcessKind.PARTITION, rank=lost.rank, standby=True, last_node_id=lost.node_id)
+        self.set_placement(vacant)
+        if standby.synced:
+            self.emit("TookOver", f"the standby on {standby.node_id} takes over as {lost.name}; no step is repeated")
+        else:
+            self.emit("Placed", f"{lost.name} goes to {standby.node_id}, whose standby was not in sync")
+
     def remove_trainer(self, placement: Placement) -> None:
         """Remove a trainer's placement; its process, if alive, is ended and not replaced."""
         self.update(

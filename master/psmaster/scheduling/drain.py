@@ -1,11 +1,9 @@
 """Draining a node: its processes move elsewhere first, and no step is lost or computed again. Pure.
 
-A plan assigns the shards of a trainer on the node to others; it finishes its work and ends. Without others, another
-trainer is started first. A partition moves while the whole job is paused: the plan asks to write the next step and to
-compute nothing beyond it; once that snapshot is complete, all processes restore it, the partition's replacement
-included. With a standby in sync elsewhere, the standby takes over instead, without a pause. A standby is replaced on
-another node. What has no other place stays; `psctl drain` and `psctl nodes` say so.
-"""
+The shards of a trainer on the node go to others; without others, another trainer is started first. A partition moves
+while the whole job is paused: the plan asks to write the next step and to compute nothing beyond it; once that snapshot
+is complete, all processes restore it. With a standby in sync elsewhere, the standby takes over instead, without a
+pause. A standby is replaced on another node. What has no other place stays; `psctl drain` and `psctl nodes` say so."""
 
 from __future__ import annotations
 
@@ -18,7 +16,6 @@ from psmaster.model.plan import Placement, ProcessKind
 from psmaster.model.state import State, node_views
 from psmaster.scheduling.admission import choose_node, max_trainers
 from psmaster.scheduling.draft import Draft, View
-from psmaster.scheduling.recovery import take_over
 
 DRAINING = "draining"
 DRAINED = "drained"
@@ -68,7 +65,6 @@ def _move_trainers(draft: Draft, view: View, leaving: Sequence[Placement]) -> No
 
 
 def _staying(job: Job, nodes: Nodes) -> list[Placement]:
-    """The trainers on nodes that do not drain."""
     return [own for own in job.trainers if own.placed and not is_draining(nodes, own.node_id)]
 
 
@@ -125,7 +121,7 @@ def _handed_to_standby(draft: Draft, view: View, placement: Placement) -> bool:
         return False
     draft.emit("PartitionMoves", f"{placement.name} leaves {placement.node_id}, which drains; its standby takes over")
     draft.vacate(placement)
-    take_over(draft, placement, placement.losses)
+    draft.take_over(placement, placement.losses)
     return True
 
 

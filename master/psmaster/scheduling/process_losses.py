@@ -2,8 +2,7 @@
 
 The plan leaves out a trainer that cannot reach a partition which others reach, until it can. A partition that no
 trainer can reach is replaced, if there is room for it elsewhere. Where nothing tells which side is at fault (nobody
-reaches anybody), or nothing better is at hand, the job waits, its reason says for what, and its processes keep
-trying."""
+reaches anybody), or there is no room, the job waits, and its processes keep trying."""
 
 from __future__ import annotations
 
@@ -63,9 +62,8 @@ def out_of_reach(placement: Placement, reports: str) -> ProcessLoss:
 
 
 def _is_given_up(placement: Placement, process: Process, job: Job, view: View) -> bool:
-    """A partition without heartbeats blocks every step and is replaced at once. A trainer has a grace period, since the
-    others compute its shards. When all trainers are stalled, something that they share may be slow, and ending them
-    would not help."""
+    """A partition without heartbeats blocks every step and is replaced at once. A trainer has a grace period: others
+    compute its shards. When all trainers are stalled, what they share may be slow, and ending them would not help."""
     if placement.kind is ProcessKind.PARTITION:
         return True
     is_stalled = process.suspicion == "stalled"
@@ -154,7 +152,6 @@ def describe_reports(reports: Mapping[str, frozenset[int]]) -> str:
 
 
 def cannot_reach(missing: frozenset[int]) -> str:
-    """One report in words."""
     return "cannot reach " + ", ".join(f"partition-{index}" for index in sorted(missing))
 
 

@@ -1,8 +1,7 @@
 """Rebalancing: when shards move from slow trainers to fast ones, by what the trainers measure. Pure.
 
-Any trainer may compute any shard, so moving them changes no bit; what it costs is a new generation. So they move only
-for a gain that is worth it, not again at once, and less and less often when one move follows the other.
-"""
+Any trainer may compute any shard, so moving them changes no bit, but costs a new generation. So they move only for a
+gain that is worth it, and less and less often when one move follows the other."""
 
 from __future__ import annotations
 
@@ -36,8 +35,7 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Move:
-    """Shards are to move. `warning`: a trainer is slow. `probe`: the rank that gets one shard to be measured;
-    -1: none."""
+    """Shards are to move. `warning`: a trainer is slow. `probe`: the rank that gets one shard to be measured, or -1."""
 
     reason: str
     message: str
@@ -190,7 +188,7 @@ def split_shards(num_shards: int, speeds: Mapping[int, float], single: int = -1)
 
 
 def makespan_s(sizes: Mapping[int, int], speeds: Mapping[int, float]) -> float:
-    """When the last rank is done with its shards; waiting for each other left out."""
+    """When the last rank is done with its shards."""
     return max((size * speeds[rank] for rank, size in sizes.items()), default=0.0)
 
 

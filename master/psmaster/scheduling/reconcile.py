@@ -1,10 +1,7 @@
 """The desired state of a job, given its actual state: one pure function, called after every change.
 
-`reconcile` compares a job with its nodes, processes and snapshots and returns its next state and the events that say
-why; `desired` lists the processes that should run then. Applying it again to its own outcome changes nothing. The
-stages are in the order in which they matter: what ends the job, what was lost, where it goes, what joins, what the plan
-becomes.
-"""
+`desired` lists the processes that should run then. Applying `reconcile` again to its own outcome changes nothing. The
+stages are in the order in which they matter: what ends the job, what was lost, where it goes, what joins, the plan."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The stages of reconciliation for processes that are lost, replaced and become ready again. Pure.
 
-A process that had been ready is replaced at once, preferably on the same node. One that was lost before it became ready
-suggests that something is missing on its node, such as disk space. So its replacement goes to another node if one has
-room, and starts after a delay that doubles with each loss: a fault of some seconds does not use up all the losses that
-a placement may have. The placement keeps its slot meanwhile."""
+A process that had been ready is replaced at once, preferably on the same node. Where one was lost before it became
+ready, something may be missing on its node, such as disk space: its replacement goes to another node if one has room,
+and starts after a delay that doubles with each loss, so that a fault of some seconds does not use up all the losses
+that a placement may have. The placement keeps its slot meanwhile."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ _SUSPICIONS = {"silent": "sends no heartbeats", "stalled": "is stalled at one mi
 
 
 def vacate_lost(draft: Draft, view: View) -> None:
-    """Vacate the placements whose process is lost. FAILED when one placement loses too many without a new step in
-    between."""
+    """Vacate the placements whose process is lost. FAILED when one loses too many without a new step in between."""
     cut = process_losses.find_cut(draft.job, view.processes, view.now)
     for placement in (*draft.job.standbys, *draft.job.working):
         loss = loss_of(placement, draft.job, view) or _out_of_reach(draft, view, placement, cut)
@@ -56,23 +55,9 @@ def _replace(draft: Draft, view: View, placement: Placement, loss: ProcessLoss, 
         _begin_recovery(draft, placement.kind)
     _vacate(draft, view, placement, loss, count)
     if placement.kind is ProcessKind.PARTITION:
-        take_over(draft, placement, count)
+        draft.take_over(placement, count)
     if loss.cause == "reach":
         _place_elsewhere(draft, view, placement)
-
-
-def take_over(draft: Draft, lost: Placement, losses: int) -> None:
-    """Give a lost partition's placement to its standby, if it has one. In sync, the standby continues; otherwise it
-    restores, which still saves the start of a process."""
-    standby = draft.job.standby(lost.rank)
-    if standby is None or not standby.placed:
-        return
-    draft.set_placement(replace(standby, standby=False, losses=losses))
-    draft.set_placement(Placement(kind=ProcessKind.PARTITION, rank=lost.rank, standby=True, last_node_id=lost.node_id))
-    if standby.synced:
-        draft.emit("TookOver", f"the standby on {standby.node_id} takes over as {lost.name}; no step is repeated")
-    else:
-        draft.emit("Placed", f"{lost.name} goes to {standby.node_id}, whose standby was not in sync")
 
 
 def _event_name(placement: Placement) -> str:
@@ -134,9 +119,8 @@ def _begin_recovery(draft: Draft, kind: ProcessKind) -> None:
 
 
 def mark_suspects(draft: Draft, view: View) -> None:
-    """Mark the trainers that are alive but make no progress; others compute their shards until they recover.
-
-    A wrong suspicion costs nothing: what two trainers compute counts once."""
+    """Mark the trainers that are alive but make no progress: others compute their shards until they recover. A wrong
+    suspicion costs nothing: what two trainers compute counts once."""
     cut = process_losses.find_cut(draft.job, view.processes, view.now)
     for placement in draft.job.trainers:
         process = view.processes.get(placement.process_id(draft.job.job_id))
@@ -155,8 +139,7 @@ def mark_suspects(draft: Draft, view: View) -> None:
 
 
 def fill_placements(draft: Draft, view: View) -> None:
-    """Assign nodes to empty placements, and add trainers when the job may grow. Does nothing for a job that is about to
-    end."""
+    """Assign nodes to empty placements, and add trainers when the job may grow. Nothing for a job about to end."""
     job = draft.job
     if job.stopping or (job.finished is not None and all(placement.placed for placement in job.partitions)):
         return
