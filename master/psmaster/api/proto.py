@@ -105,7 +105,7 @@ def processes(node_id: str, states: Sequence[agents_pb2.ProcessState]) -> tuple[
 
 
 def _process(node_id: str, state: agents_pb2.ProcessState) -> Process:
-    ready = report(state.ready) if state.HasField("ready") else None
+    ready = report(state.ready)
     return Process(
         process_id=state.status.process_id,
         node_id=node_id,

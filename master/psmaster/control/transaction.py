@@ -97,8 +97,7 @@ class Transaction:
             self._know(process_id, node_id, exit=exit_)
 
     def suspected(self, node_id: str, process_id: str, suspicion: str, unreached: Unreached = REACHES_ALL) -> None:
-        """A process is alive but makes no progress ("silent", "stalled"), or recovered (empty); what it cannot reach.
-        Repeats change nothing."""
+        """A process makes no progress ("silent", "stalled"), or recovered (empty); what it cannot reach."""
         if self._placement_of(process_id, node_id) is None:
             return
         held = self._known(process_id, node_id)
@@ -109,8 +108,7 @@ class Transaction:
             self._know(process_id, node_id, suspicion=suspicion, suspect_since_s=self.now.mono_s)
 
     def reported(self, node_id: str, process_id: str, report: Report) -> None:
-        """A process reported something. Reports of replaced processes change nothing, except that a snapshot part which
-        was durable in time counts whoever wrote it."""
+        """Of a replaced process only a snapshot part that was durable in time counts, whoever wrote it."""
         job = self.jobs.get(process_id.partition("/")[0])
         if job is None:
             return
@@ -231,7 +229,6 @@ class Transaction:
     # the outcome
 
     def tick(self) -> None:
-        """Time has passed."""
         self._unsettled = True
 
     def event_loop_stalled(self, seconds: float) -> None:

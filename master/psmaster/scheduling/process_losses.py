@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal as signals
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pscluster.errors import OutOfMemoryError, ProcessLostError
 from pscluster.wire.backoff import delay_s
@@ -24,12 +24,13 @@ MAX_RETRY_S = 30.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProcessLoss:
-    """A placement's process is gone. `counted`: it counts against the limit on losses; the loss of a node does not."""
+    """A placement's process is gone. `counted`: it counts against the limit on losses; the loss of a node does not.
+    `elsewhere`: its replacement is to run on another node."""
 
-    cause: str  # "exit", "signal", "memory", "failure", "silence", "node", "reach"
     message: str
     error: ErrorInfo
     counted: bool
+    elsewhere: bool = False
 
 
 def loss_of(placement: Placement, job: Job, view: View) -> ProcessLoss | None:
@@ -39,11 +40,11 @@ def loss_of(placement: Placement, job: Job, view: View) -> ProcessLoss | None:
     process = view.processes.get(placement.process_id(job.job_id))
     here = f"on {placement.node_id}"
     if process is not None and process.failure is not None:
-        return _lost(placement, "failure", f"{here} reported {process.failure.error}", process.failure.error)
+        return _lost(placement, f"{here} reported {process.failure.error}", process.failure.error)
     if process is not None and process.exit is not None:
         return _ended(placement, process.exit, job)
     if process is not None and process.suspicion and _is_given_up(placement, process, job, view):
-        return _lost(placement, "silence", f"{here} is alive, but sends no heartbeats or makes no progress")
+        return _lost(placement, f"{here} is alive, but sends no heartbeats or makes no progress")
     node = view.nodes.get(placement.node_id)
     if node is not None and node.alive and node.incarnation == placement.incarnation:
         return None
@@ -53,12 +54,13 @@ def loss_of(placement: Placement, job: Job, view: View) -> ProcessLoss | None:
         what = f"node {placement.node_id} is silent"
     else:
         what = f"the daemon of {placement.node_id} was restarted"
-    return _lost(placement, "node", f"is lost: {what}", counted=False)
+    return _lost(placement, f"is lost: {what}", counted=False)
 
 
 def out_of_reach(placement: Placement, reports: str) -> ProcessLoss:
     """The loss of a partition that lives where others cannot reach it; `reports` says who cannot."""
-    return _lost(placement, "reach", f"on {placement.node_id} is out of reach: {reports}", counted=False)
+    lost = _lost(placement, f"on {placement.node_id} is out of reach: {reports}", counted=False)
+    return replace(lost, elsewhere=True)
 
 
 def _is_given_up(placement: Placement, process: Process, job: Job, view: View) -> bool:
@@ -76,26 +78,24 @@ def _is_given_up(placement: Placement, process: Process, job: Job, view: View) -
 def _ended(placement: Placement, exit_: Exit, job: Job) -> ProcessLoss | None:
     here, error = f"on {placement.node_id}", exit_.error
     if exit_.expected:
-        return _lost(placement, "node", f"is lost: the agent {here} ended it", counted=False)
+        return _lost(placement, f"is lost: the agent {here} ended it", counted=False)
     if exit_.out_of_memory:
         error = error or ErrorInfo.of(OutOfMemoryError(f"{placement.name} {here} ran out of memory"))
-        return _lost(placement, "memory", f"{here} ran out of memory", error)
+        return _lost(placement, f"{here} ran out of memory", error)
     if exit_.signal:
         what = f"{here} was ended by signal {exit_.signal} ({_signal_name(exit_.signal)})"
-        return _lost(placement, "signal", what, error)
+        return _lost(placement, what, error)
     if job.finished is not None and exit_.exit_code == 0:
         return None  # it has done its work
     if error is not None and error.code != ProcessLostError.code:  # it is the agent's error
-        return _lost(placement, "exit", f"{here} could not be started: {error}", error)
-    return _lost(placement, "exit", f"{here} ended with exit code {exit_.exit_code}", error)
+        return _lost(placement, f"{here} could not be started: {error}", error)
+    return _lost(placement, f"{here} ended with exit code {exit_.exit_code}", error)
 
 
-def _lost(
-    placement: Placement, cause: str, what: str, error: ErrorInfo | None = None, *, counted: bool = True
-) -> ProcessLoss:
+def _lost(placement: Placement, what: str, error: ErrorInfo | None = None, *, counted: bool = True) -> ProcessLoss:
     message = f"{placement.title} {what}"
     unexplained = ProcessLostError(message, action="see the end of `psctl logs`")
-    return ProcessLoss(cause=cause, message=message, error=error or ErrorInfo.of(unexplained), counted=counted)
+    return ProcessLoss(message=message, error=error or ErrorInfo.of(unexplained), counted=counted)
 
 
 def _signal_name(number: int) -> str:

@@ -56,7 +56,7 @@ def _replace(draft: Draft, view: View, placement: Placement, loss: ProcessLoss, 
     _vacate(draft, view, placement, loss, count)
     if placement.kind is ProcessKind.PARTITION:
         draft.take_over(placement, count)
-    if loss.cause == "reach":
+    if loss.elsewhere:
         _place_elsewhere(draft, view, placement)
 
 

@@ -1,8 +1,7 @@
 """A job's metrics.jsonl: one JSON object per committed step and per evaluation.
 
-Appending is idempotent (what is not newer than the last line of its kind is dropped), so reports may be repeated. Going
-back cuts the file by writing a new one beside it and renaming. Everything here blocks on the disk.
-"""
+Appending is idempotent: what is not newer than the last line of its kind is dropped. Going back cuts the file by
+writing a new one beside it and renaming. Everything here blocks on the disk."""
 
 from __future__ import annotations
 

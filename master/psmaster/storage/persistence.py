@@ -56,7 +56,7 @@ def batch_of(before: State, changes: Changes) -> Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Writes:
-    """What one transaction writes. `before` is the state that it started from."""
+    """What one transaction writes, which started from the state `before`."""
 
     before: State
     batch: Batch
@@ -99,11 +99,8 @@ class Archive:
         return self._jobs / job_id / "logs"
 
     def load(self, now: Instant) -> State:
-        """What was there before: jobs, snapshots, events, and the nodes with placements of jobs.
-
-        Metrics that were written but whose step was not stored are cut: they will be reported again. Raises
-        DamagedError, before anything is changed, for a store that is older than the snapshots.
-        """
+        """What was there before. Metrics that were written but whose step was not stored are cut: they will be reported
+        again. Raises DamagedError, before anything is changed, for a store that is older than the snapshots."""
         jobs = {job.job_id: job for job in self.store.jobs()}
         deleted = self.store.deletions()
         refuse_older(self._jobs.parent, jobs, deleted)

@@ -53,10 +53,8 @@ class Store(ABC):
 
     @abstractmethod
     def write(self, batch: Batch) -> None:
-        """Apply `batch` durably. Raises StorageError when it could not be written; then nothing of it is.
-
-        Raises StateError when a job brings a request id that another job has.
-        """
+        """Apply `batch` durably. Raises StorageError, then nothing of it is written; StateError when a job brings a
+        request id that another job has."""
 
     @abstractmethod
     def jobs(self) -> tuple[Job, ...]:

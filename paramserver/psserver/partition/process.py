@@ -38,9 +38,7 @@ SLICE_S = 0.0015  # of updates, after which trainers get them: long enough not t
 
 
 class PartitionService(Partition):
-    """Carries out the actions of one partition, or of its standby.
-
-    Everything happens on the reactor's thread but the writing of snapshots."""
+    """One partition, or its standby. All but the writing of snapshots happens on the reactor's thread."""
 
     def __init__(self, link: ProcessLink, spec: JobSpec, reactor: Reactor, counters: PartitionCounters) -> None:
         super().__init__(spec, link.start, counters)
@@ -77,7 +75,6 @@ class PartitionService(Partition):
             pending.extendleft(reversed(self._carry_out(pending.popleft())))
 
     def _carry_out(self, action: Action) -> list[Action]:
-        """Carry out one action; what follows from it."""
         match action:
             case actions.TryVote():
                 return self._try_vote()
@@ -243,7 +240,6 @@ class PartitionService(Partition):
         self._reactor.call_later(COUNTERS_S, self._report_counters)
 
     def sample_counters(self) -> Counters:
-        """Every counter as it is now."""
         state_bytes = self.state.size_bytes if self.state else 0
         if self.standby is not None:
             return self.counters.sample_standby(self.index, self.version, state_bytes)

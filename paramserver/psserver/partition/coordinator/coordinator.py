@@ -165,10 +165,7 @@ class Coordinator:
         return self.send_merged()
 
     def _takes_evaluation(self, step: int) -> bool:
-        """Whether a part of the evaluation at `step` counts.
-
-        A pause in the middle keeps what has arrived, and more counts meanwhile: trainers compute no shard of an
-        evaluation twice."""
+        """Whether a part of the evaluation at `step` counts; also during a pause: no shard is computed twice."""
         is_open = self._evaluating == step == self.version and self.evaluated != step
         return is_open and self.activity in ("evaluate", "hold") and not self._is_over
 
@@ -201,8 +198,7 @@ class Coordinator:
         return [*self.report_progress(time.monotonic(), force=True), actions.Report(ProcessReport(finished=finished))]
 
     def report_progress(self, now_s: float, *, force: bool = False) -> list[Action]:
-        """Report the steps committed since the last report, at most once a second unless forced. `now_s` is monotonic:
-        a wall clock that is set back would silence the job for as long."""
+        """Report the steps committed since the last report, at most once a second unless forced. `now_s`: monotonic."""
         due = now_s - self._reported_at >= REPORT_INTERVAL_S or len(self.records) >= MAX_RECORDS
         if not self.is_open and not (force and self.records):
             return []
@@ -313,10 +309,8 @@ def snapshots_at(version: int, spec: JobSpec, final_step: int) -> bool:
 def next_activity(
     version: int, spec: JobSpec, final_step: int, *, evaluated: int, saved: int, stop: bool, save: bool = False
 ) -> Activity:
-    """What comes at `version`, of which `evaluated` and `saved` are the newest evaluated and written ones.
-
-    A stop takes effect at a version that is written, and so does a rest (`save`); the vote on the next step sees to it
-    that there is one."""
+    """What comes at `version`; `evaluated` and `saved` are the newest evaluated and written ones. A stop and a rest
+    (`save`) take effect at a version that is written; the decision on the next step sees to it that there is one."""
     if (stop or save) and saved == version and version < final_step:
         return "finish" if stop else "hold"
     if evaluates_at(version, spec, final_step) and evaluated != version:
