@@ -142,16 +142,20 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         return self._node(node)
 
     def _node(self, node: Node) -> jobs_pb2.Node:
-        state, now, limits = self._core.state, self._core.now(), self._core.limits
+        state, now, suspicion_s = self._core.state, self._core.now(), self._core.limits.suspicion_s
         running = [
             placement.process_id(job.job_id)
             for job in state.jobs.values()
             for placement in job.placements
             if placement.node_id == node.node_id
         ]
-        waits_for = drain.waits_for(state, node, now, limits.suspicion_s)
-        status = drain.status(state, node)
-        return proto.cluster_node(node, running, now, limits.suspicion_s, drain=status, waits_for=waits_for)
+        return proto.CLUSTER_NODE.encode(
+            node,
+            ready=membership.health(node, now.mono_s, suspicion_s) is membership.Health.READY,
+            processes=sorted(running),
+            drain=drain.status(state, node),
+            waits_for=drain.waits_for(state, node, now, suspicion_s),
+        )
 
     async def GetCluster(self, request: jobs_pb2.GetClusterRequest, context: Any) -> jobs_pb2.Cluster:
         problems = drain.problems(self._core.state, self._core.now(), self._core.limits.suspicion_s)

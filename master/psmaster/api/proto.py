@@ -5,7 +5,7 @@ fails when a field of one side is neither on the other side nor in its table."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -14,7 +14,7 @@ from pscluster.rpc.codec import Codec, Wire
 from pscluster.v1 import agents_pb2, jobs_pb2, plan_pb2
 from psmaster.control.agent_stream import Acknowledgement, Assignment
 from psmaster.control.transaction import Report
-from psmaster.model import membership, reports
+from psmaster.model import reports
 from psmaster.model.job import (
     VOLATILE,
     Best,
@@ -29,7 +29,7 @@ from psmaster.model.job import (
     PreflightCheck,
     StepRecord,
 )
-from psmaster.model.membership import Health, Node
+from psmaster.model.membership import Node
 from psmaster.model.plan import Part, Placement, Plan, ProcessKind, RestorePoint, counted_on
 from psmaster.model.process import (
     REACHES_ALL,
@@ -233,7 +233,7 @@ def _standby(job: Job, m: Plan, rank: int) -> plan_pb2.Standby | None:
 _wire.pair(Best, plan_pb2.BestSnapshot)
 _wire.pair(Condition, jobs_pb2.Condition)
 _EVENT = _wire.pair(Event, jobs_pb2.Event, only_value=["subject", "seconds"])
-_NODE = _wire.pair(
+CLUSTER_NODE = _wire.pair(
     Node,
     jobs_pb2.Node,
     renamed=_RESOURCES,
@@ -271,20 +271,6 @@ def job(
         workers_wanted=len(m.trainers),
         **given,
     )
-
-
-def cluster_node(
-    m: Node,
-    processes: Iterable[str],
-    now: Instant,
-    suspicion_s: float,
-    *,
-    drain: str = "",
-    waits_for: Iterable[str] = (),
-) -> jobs_pb2.Node:
-    """A node as clients see it, with the ids of the processes that it is to run."""
-    ready = membership.health(m, now.mono_s, suspicion_s) is Health.READY
-    return _NODE.encode(m, ready=ready, processes=sorted(processes), drain=drain, waits_for=waits_for)
 
 
 def snapshots(m: Job, catalogue: Catalogue) -> list[jobs_pb2.Snapshot]:

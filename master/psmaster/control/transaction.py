@@ -97,7 +97,8 @@ class Transaction:
             self._know(process_id, node_id, exit=exit_)
 
     def suspected(self, node_id: str, process_id: str, suspicion: str, unreached: Unreached = REACHES_ALL) -> None:
-        """A process makes no progress ("silent", "stalled"), or recovered (empty); what it cannot reach."""
+        """A process makes no progress ("silent", "stalled"), or recovered (empty); what it cannot reach. Repeats change
+        nothing."""
         if self._placement_of(process_id, node_id) is None:
             return
         held = self._known(process_id, node_id)

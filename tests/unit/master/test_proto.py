@@ -134,7 +134,7 @@ def test_a_node_of_an_unknown_role_is_refused() -> None:
 
 def test_every_field_of_a_node_reaches_the_client() -> None:
     node = replace(proto.node(filled(agents_pb2.RegisterRequest())), last_beat_s=5.0, connected=True)
-    message = proto.cluster_node(node, ["p"], Instant(mono_s=0.0, unix_s=0.0), 3.0, drain="draining", waits_for=["x"])
+    message = proto.CLUSTER_NODE.encode(node, ready=True, processes=["p"], drain="draining", waits_for=["x"])
     assert list(unset(message)) == []
     found = records.node_of(message)
     assert (found.slots, found.devices, found.role, found.ready) == (node.slots, node.devices, "worker", True)

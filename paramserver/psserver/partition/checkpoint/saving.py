@@ -36,9 +36,8 @@ class Saving:
         self._frozen: list[Frozen] = []  # what may still be written from the partition's memory
         self._start = start
         self._post = post
+        self._spec = spec
         self._partition = start.rank
-        self._num_partitions = spec.servers.partitions
-        self._every_steps = spec.durability.every_steps
         self._counters = counters
         self._carry_out = carry_out
 
@@ -46,12 +45,12 @@ class Saving:
         """This process is the partition from now on: unfinished files of earlier ones are deleted."""
         if self.writer is None:
             own = self._start.own_store
-            shared_store_check = None if own else SharedStoreCheck(self._partition, self._num_partitions)
+            shared_store_check = None if own else SharedStoreCheck(self._partition, self._spec.servers.partitions)
             self.writer = SnapshotWriter(
                 self._start.store,
                 self._partition,
                 self._post,
-                every_steps=self._every_steps,
+                every_steps=self._spec.durability.every_steps,
                 copied=own,
                 shared_store_check=shared_store_check,
                 warn=self._warn,
@@ -59,7 +58,7 @@ class Saving:
 
     def write(self, state: PartitionState, step: int, generation: int, *, last: bool) -> None:
         """Have the state, which is that of committed `step`, written. `last`: the job may end with it."""
-        meta = state.meta(self._start.job_id, step, generation, self._partition, self._num_partitions)
+        meta = state.meta(self._start.job_id, step, generation, self._partition, self._spec.servers.partitions)
         with self._counters.phase("snapshot"):
             pieces = Frozen(state.places())
         self._frozen = [*(frozen for frozen in self._frozen if not frozen.is_over), pieces]

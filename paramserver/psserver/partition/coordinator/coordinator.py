@@ -198,7 +198,8 @@ class Coordinator:
         return [*self.report_progress(time.monotonic(), force=True), actions.Report(ProcessReport(finished=finished))]
 
     def report_progress(self, now_s: float, *, force: bool = False) -> list[Action]:
-        """Report the steps committed since the last report, at most once a second unless forced. `now_s`: monotonic."""
+        """Report the steps committed since the last report, at most once a second unless forced. `now_s` is monotonic:
+        a wall clock that is set back would silence the job for as long."""
         due = now_s - self._reported_at >= REPORT_INTERVAL_S or len(self.records) >= MAX_RECORDS
         if not self.is_open and not (force and self.records):
             return []
