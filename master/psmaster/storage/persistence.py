@@ -18,7 +18,7 @@ from psmaster.model.job import Instant, Job
 from psmaster.model.membership import presumed
 from psmaster.model.plan import Part
 from psmaster.model.snapshot_catalog import Catalogue
-from psmaster.model.state import Changes, Deletion, State
+from psmaster.model.state import Changes, State
 from psmaster.storage.bundles import bundle_file
 from psmaster.storage.logs import LogMessage, ProcessLog
 from psmaster.storage.manifest_publisher import Publisher
@@ -144,7 +144,9 @@ class Archive:
             _log.error("metrics of a rolled back job cannot be cut yet", cause=error.cause)
         self._release(writes.changes.state.jobs)
         for job_id in writes.batch.deleted_jobs:
-            self._remove(writes.changes.state.deletions[job_id])
+            # The record is gone already: the publisher reports a failure, and this or the next master tries again.
+            self._cuts.pop(job_id, None)
+            self.publisher.remove(writes.changes.state.deletions[job_id], self.directory(job_id))
 
     def _cut_pending(self) -> None:
         for job_id, step in list(self._cuts.items()):
@@ -166,12 +168,6 @@ class Archive:
         live = {job_id for job_id, job in jobs.items() if not job.state.ended}
         self._metrics = {job_id: file for job_id, file in self._metrics.items() if job_id in live}
         self._logs = {key: file for key, file in self._logs.items() if key[0] in live}
-
-    def _remove(self, deletion: Deletion) -> None:
-        """Remove a deleted job's files. Its record is gone already: the publisher reports a failure, and this or
-        the next master tries again."""
-        self._cuts.pop(deletion.job_id, None)
-        self.publisher.remove(deletion, self.directory(deletion.job_id))
 
     def close(self) -> None:
         """Release the store. Safe to repeat."""
