@@ -51,17 +51,12 @@ class MemoryStore(Store):
 
     def _refuse_conflicts(self, batch: Batch) -> None:
         for job in batch.jobs:
-            holder = self.job_of_request(job.request_id)
-            if holder not in (None, job.job_id):
-                raise StateError(f"request {job.request_id} has created job {holder} already")
+            for held in self._jobs.values():
+                if job.request_id and held.request_id == job.request_id and held.job_id != job.job_id:
+                    raise StateError(f"request {job.request_id} has created job {held.job_id} already")
 
     def jobs(self) -> tuple[Job, ...]:
         return tuple(sorted(self._jobs.values(), key=lambda job: (job.created_s, job.job_id)))
-
-    def job_of_request(self, request_id: str) -> str | None:
-        if not request_id:
-            return None
-        return next((job.job_id for job in self._jobs.values() if job.request_id == request_id), None)
 
     def events(self, job_id: str) -> tuple[Event, ...]:
         return tuple(self._events.get(job_id, ()))

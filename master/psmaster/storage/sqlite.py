@@ -127,7 +127,7 @@ class SqliteStore(Store):
                 (job.job_id, job.request_id or None, job.created_s, records.job_text(job)),
             )
         except sqlite3.IntegrityError:
-            holder = self.job_of_request(job.request_id)
+            ((holder,),) = self._rows("SELECT job_id FROM jobs WHERE request_id=?", job.request_id)
             raise StateError(f"request {job.request_id} has created job {holder} already") from None
         if not job.layout_json:
             self._db.execute("DELETE FROM layouts WHERE job_id=?", (job.job_id,))
@@ -152,10 +152,6 @@ class SqliteStore(Store):
     def jobs(self) -> tuple[Job, ...]:
         query = "SELECT record, layout FROM jobs LEFT JOIN layouts USING (job_id) ORDER BY created_s, job_id"
         return tuple(records.job_of(text, layout or b"") for text, layout in self._rows(query))
-
-    def job_of_request(self, request_id: str) -> str | None:
-        rows = self._rows("SELECT job_id FROM jobs WHERE request_id=?", request_id)
-        return str(rows[0][0]) if rows else None
 
     def events(self, job_id: str) -> tuple[Event, ...]:
         rows = self._rows("SELECT record FROM events WHERE job_id=? ORDER BY sequence", job_id)

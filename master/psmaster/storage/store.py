@@ -61,10 +61,6 @@ class Store(ABC):
         """All jobs, oldest first."""
 
     @abstractmethod
-    def job_of_request(self, request_id: str) -> str | None:
-        """The id of the job that this request created."""
-
-    @abstractmethod
     def events(self, job_id: str) -> tuple[Event, ...]:
         """A job's newest 200 events, oldest first."""
 
