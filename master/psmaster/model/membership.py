@@ -146,14 +146,11 @@ def presumed(jobs: Mapping[str, Job], now: Instant) -> Nodes:
     """The nodes that a restarted master assumes because its jobs have placements there: not connected, not yet dead."""
     nodes: dict[str, Node] = {}
     for job in jobs.values():
-        for placement in job.placements:
-            if placement.placed and placement.node_id not in nodes:
-                nodes[placement.node_id] = Node(
-                    node_id=placement.node_id,
-                    role=Role.of(placement.kind),
-                    incarnation=placement.incarnation,
-                    seen_s=now.mono_s,
-                )
+        for own in job.placements:
+            if own.placed and own.node_id not in nodes:
+                role = Role.of(own.kind)
+                node = Node(node_id=own.node_id, role=role, incarnation=own.incarnation, seen_s=now.mono_s)
+                nodes[own.node_id] = node
     return nodes
 
 

@@ -115,7 +115,16 @@ def conditions(job: Job, now: Instant) -> tuple[Condition, ...]:
     if job.spec.durability.tier == "replica":
         rows.append(_replicated(job, live, ended))
     before = {condition.type: condition for condition in job.conditions}
-    return tuple(_condition(*row, before.get(row[0]), now) for row in rows)
+    return tuple(
+        Condition(
+            type=kind,
+            status=status,
+            reason=reasons[0 if status else 1],
+            message=messages[0 if status else 1],
+            since_s=held.since_s if (held := before.get(kind)) and held.status == status else now.unix_s,
+        )
+        for kind, status, reasons, messages in rows
+    )
 
 
 def _replicated(job: Job, live: bool, ended: str) -> _Row:
@@ -124,12 +133,3 @@ def _replicated(job: Job, live: bool, ended: str) -> _Row:
     why = "NoStandby" if any(not placement.placed for placement in job.standbys) else "CatchingUp"
     messages = ("every partition has a standby in sync", shortfall or "no standby")
     return "Replicated", live and bool(job.standbys) and not shortfall, ("InSync", ended or why), messages
-
-
-def _condition(
-    kind: str, status: bool, reasons: tuple[str, str], messages: tuple[str, str], before: Condition | None, now: Instant
-) -> Condition:
-    """`reasons` and `messages`: when it holds, and when not. `since_s` is kept while the status is as `before`."""
-    since_s = before.since_s if before is not None and before.status == status else now.unix_s
-    which = 0 if status else 1
-    return Condition(type=kind, status=status, reason=reasons[which], message=messages[which], since_s=since_s)
