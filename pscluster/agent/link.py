@@ -1,4 +1,5 @@
-"""A trainer's or partition's connection to its agent: orders in, reports out, heartbeats from a separate thread.
+"""A trainer's or partition's connection to its agent: orders in, reports out, heartbeats from a separate thread; and
+the time by phase that it reports.
 
 Frames on it are 4 bytes of little-endian length, then a protobuf message.
 """
@@ -9,8 +10,10 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from google.protobuf.message import DecodeError
 
@@ -188,3 +191,24 @@ class HeartbeatThread(threading.Thread):
                     return
         except EOFError:
             return  # the agent is gone, and this process ends with it
+
+
+class Phases:
+    """Wall-clock seconds by phase since the start, exported as ps_phase_seconds_total. One thread measures; any may read
+    `seconds`."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.seconds = dict.fromkeys(names, 0.0)
+        self._inner_s = 0.0  # spent in phases inside the running one
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Time the block as part of a phase; a phase within a phase counts as the inner one alone."""
+        outer, self._inner_s = self._inner_s, 0.0
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - started
+            self.seconds[name] += spent - self._inner_s
+            self._inner_s = outer + spent

@@ -1,21 +1,24 @@
-"""How the client calls the master: with deadlines, errors mapped; calls and streams are retried in outages."""
+"""How the client calls the master and depots: with deadlines, errors mapped; calls and streams are retried in outages."""
 
 from __future__ import annotations
 
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
 
 from pscluster import rpc
-from pscluster.client.records import LogLine
-from pscluster.errors import UnreachableError
+from pscluster.client.records import LogLine, SnapshotPart
+from pscluster.errors import NotFoundError, PsError, UnreachableError
 from pscluster.job.bundle import Bundle
-from pscluster.v1 import jobs_pb2
+from pscluster.storage import Written
+from pscluster.storage.directory import Incoming
+from pscluster.v1 import depot_pb2, depot_pb2_grpc, jobs_pb2, plan_pb2
 from pscluster.wire.backoff import delay_s
 
 T = TypeVar("T")
@@ -60,6 +63,36 @@ def upload_messages(bundle: Bundle) -> Iterator[jobs_pb2.UploadBundleRequest]:
     view = memoryview(bundle.data)
     for start in range(0, len(view), CHUNK_BYTES):
         yield jobs_pb2.UploadBundleRequest(data=bytes(view[start : start + CHUNK_BYTES]))
+
+
+def fetch(depots: Mapping[str, str], token: str, job_id: str, part: SnapshotPart, directory: Path) -> Path:
+    """Write the part into `directory`, complete and verified, from any node that has it. Blocks.
+
+    `depots`: the addresses of nodes, by name. Raises NotFoundError when no node delivers it."""
+    why = "none of them is connected"
+    for address in (depots[node_id] for node_id in part.nodes if depots.get(node_id)):
+        try:
+            return _fetch(address, token, job_id, part, directory)
+        except PsError as error:
+            why = str(error)
+    raise NotFoundError(
+        f"{part.path} of {job_id} is on {', '.join(part.nodes)}: {why}", action="start one of these servers"
+    )
+
+
+def _fetch(address: str, token: str, job_id: str, part: SnapshotPart, directory: Path) -> Path:
+    wanted = plan_pb2.SnapshotPart(path=part.path, size_bytes=part.size_bytes, checksum=part.checksum)
+    incoming = Incoming(directory, part.path)
+    try:
+        with rpc.open_channel(address, token) as channel:
+            stub: Any = depot_pb2_grpc.DepotStub(channel)  # type: ignore[no-untyped-call]
+            request = depot_pb2.GetPartRequest(job_id=job_id, part=wanted)
+            for chunk in stream(stub.GetPart, request, server=f"the depot at {address}"):
+                incoming.add(chunk.data)
+        incoming.commit(Written(name=part.path, size_bytes=part.size_bytes, checksum=part.checksum))
+    finally:
+        incoming.abort()
+    return directory / part.path
 
 
 @dataclass(kw_only=True)

@@ -18,7 +18,6 @@ from pscluster.client import calls, records
 from pscluster.client.calls import STREAM_DEADLINE_S, LogCursor, ReconnectingStream
 from pscluster.client.goals import Goal, parse_goal, reached, wait_drained
 from pscluster.client.records import Health, Job, LogLine, Node, Snapshot
-from pscluster.client.snapshots import choose, fetch
 from pscluster.job.bundle import Bundle
 from pscluster.job.spec import JobSpec
 from pscluster.settings import ClientSettings, LocatedCluster, resolve
@@ -247,7 +246,7 @@ class Cluster:
 
     def snapshot(self, job: str, which: int | str = "last") -> Snapshot:
         """One complete snapshot: "last", "best" or a step. NotFoundError names the existing ones."""
-        return choose(self.snapshots(job), which, job)
+        return records.choose(self.snapshots(job), which, job)
 
     def locate_parts(self, job: Job, snapshot: Snapshot, directory: Path) -> list[str]:
         """Where this machine can read the snapshot's parts, by partition: in the job's store, or fetched
@@ -256,7 +255,7 @@ class Cluster:
         if not any(part.nodes for part in snapshot.parts):
             return [below(job.store, part.path) for part in snapshot.parts]
         depots = {node.node_id: node.depot_address for node in self.nodes()}
-        return [str(fetch(depots, self._token, job.job_id, part, directory)) for part in snapshot.parts]
+        return [str(calls.fetch(depots, self._token, job.job_id, part, directory)) for part in snapshot.parts]
 
     def download_bundle(self, sha256: str, path: Path) -> None:
         """Write a code bundle to `path`. Raises BundleError when it does not match the digest."""

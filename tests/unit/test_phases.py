@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pscluster import phases
-from pscluster.phases import Phases
+from pscluster.agent.link import Phases
 
 
 class Clock:
