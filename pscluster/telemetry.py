@@ -74,7 +74,7 @@ def record_build(role: str, version: str) -> None:
 
 
 def observe_rpc(method: str, seconds: float | None, code: str) -> None:
-    """Record one served call, for `pscluster.rpc.ErrorInterceptor`. `seconds` is None for a stream."""
+    """Record one served call, with the name of its status code. `seconds` is None for a stream."""
     if seconds is not None:
         RPC_SECONDS.labels(method=method).observe(seconds)
     if code != "OK":

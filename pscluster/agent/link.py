@@ -194,8 +194,7 @@ class HeartbeatThread(threading.Thread):
 
 
 class Phases:
-    """Wall-clock seconds by phase since the start, exported as ps_phase_seconds_total. One thread measures; any may read
-    `seconds`."""
+    """Wall-clock seconds by phase (ps_phase_seconds_total). One thread measures; any may read `seconds`."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.seconds = dict.fromkeys(names, 0.0)

@@ -32,7 +32,8 @@ class ReportQueue:
         self._queued: dict[int, AgentMessage] = {}
         self._latest_status: dict[str, int] = {}  # by process id: the queued status of the running process
         self._size_bytes = 0
-        self._log_bytes = 0
+        self.log_bytes = 0
+        """Bytes of queued log lines: callers hold back further lines while this is high."""
         self.last_sequence = 0
         """The sequence of the newest message ever added; 0: none."""
         self.num_dropped = 0
@@ -40,11 +41,6 @@ class ReportQueue:
 
     def __len__(self) -> int:
         return len(self._queued)
-
-    @property
-    def log_bytes(self) -> int:
-        """Bytes of queued log lines: callers hold back further lines while this is high."""
-        return self._log_bytes
 
     def add(self, message: AgentMessage) -> int:
         """Take ownership of `message` and queue it in place of the one it supersedes. Returns its sequence."""
@@ -94,7 +90,7 @@ class ReportQueue:
         size_bytes = message.ByteSize()
         self._size_bytes += sign * size_bytes
         if message.WhichOneof("body") == "log":
-            self._log_bytes += sign * size_bytes
+            self.log_bytes += sign * size_bytes
 
 
 def _is_droppable(message: AgentMessage) -> bool:

@@ -1,4 +1,4 @@
-"""How the client calls the master and depots: with deadlines, errors mapped; calls and streams are retried in outages."""
+"""How the client calls the master and depots: with deadlines, errors mapped, retried in outages."""
 
 from __future__ import annotations
 

@@ -90,11 +90,6 @@ class Connection:
     def wants_write(self) -> bool:
         return bool(self._outgoing)
 
-    @property
-    def queued_bytes(self) -> int:
-        """Bytes handed to `send` and not yet taken by the kernel."""
-        return sum(view.nbytes for item in self._outgoing for view in item.views)
-
     def send(
         self,
         header: Header,
