@@ -1,12 +1,9 @@
-"""Settings: a frozen, keyword-only dataclass beside what it configures, resolved once at start.
+"""Settings: a frozen, keyword-only dataclass beside what it configures, resolved once at start; and the paths of a
+local cluster.
 
-`resolve(cls, flags, environ, file)` fills such a dataclass: a flag beats the `PS_<FIELD>` environment
-variable, which beats the TOML file, which beats the field's default. `resolve_with_origins` also returns where each
-value came from. Fields may be str, int, float, bool, Path, tuple[str, ...] (comma-separated in the
-environment) and each of them `| None`. Unknown keys of flags and file are
-`SettingsError`s; environment variables are shared by all processes, so unknown ones are ignored.
-
-The second half defines the paths of a local cluster: `default_state_dir`, `runtime_dir`, `master_address`.
+A flag beats the `PS_<FIELD>` environment variable, which beats the TOML file, which beats the field's default. Fields
+may be str, int, float, bool, Path, tuple[str, ...] (comma-separated in the environment) and each of them `| None`.
+Unknown keys of flags and file are errors; environment variables are shared by all processes: unknown ones are ignored.
 """
 
 from __future__ import annotations
@@ -15,6 +12,7 @@ import dataclasses
 import difflib
 import hashlib
 import os
+import shutil
 import stat
 import tempfile
 import tomllib
@@ -163,9 +161,7 @@ def _convert_plain(raw: Any, hint: Any) -> Any:
 
 
 def default_state_dir(environ: Mapping[str, str]) -> Path:
-    """The default state directory of the local cluster: $PS_STATE_DIR, else ~/.local/state/pscluster."""
-    if environ.get("PS_STATE_DIR"):
-        return Path(environ["PS_STATE_DIR"]).expanduser().absolute()
+    """The default state directory of the local cluster: ~/.local/state/pscluster."""
     base = environ.get("XDG_STATE_HOME") or "~/.local/state"
     return (Path(base).expanduser() / "pscluster").absolute()
 
@@ -199,6 +195,19 @@ def make_runtime_dir(state_dir: Path) -> Path:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
         raise StorageError(f"{path} is not a directory that only this user may enter", action=f"remove {path}")
     return path
+
+
+def remove_runtime_dir(state_dir: Path) -> None:
+    """Remove the sockets' directory of what does not run any more. Idempotent. A link, or what belongs to another user,
+    is left: `make_runtime_dir` refuses it."""
+    path = runtime_dir(state_dir)
+    try:
+        if path.lstat().st_uid == os.getuid() and not path.is_symlink():
+            shutil.rmtree(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StorageError(f"cannot remove {path}: {error.strerror}") from None
 
 
 def master_address(state_dir: Path) -> str:

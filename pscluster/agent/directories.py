@@ -6,8 +6,7 @@
     <state_dir>/snapshots/   of a server with --own-store: its partitions' parts, and copies of others'; kept
     <runtime dir>/           sockets of its processes; the path is derived from the state directory
 
-The processes of a killed agent end with it. Their sockets remain, and are removed at the next start or by
-`remove_runtime`.
+The processes of a killed agent end with it. Their sockets remain, and are removed at the next start.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import structlog
 
 from pscluster.errors import BundleError, StateError, StorageError
 from pscluster.job.bundle import CAP_BYTES, extract
-from pscluster.settings import make_runtime_dir, runtime_dir
+from pscluster.settings import make_runtime_dir, remove_runtime_dir
 from pscluster.storage.directory import DirectoryStore
 
 KEPT = 16
@@ -64,14 +63,14 @@ class AgentDirectories:
             raise StateError(
                 f"another agent runs in {state_dir}", action="stop it, or give this one its own --state-dir"
             ) from None
-        remove_runtime(state_dir)
+        remove_runtime_dir(state_dir)
         directories = cls(state_dir, make_runtime_dir(state_dir), lock)
         directories._clear()
         return directories
 
     def release(self) -> None:
         """Remove the sockets' directory and release the lock."""
-        remove_runtime(self._state_dir)
+        remove_runtime_dir(self._state_dir)
         os.close(self._lock)
 
     def _clear(self) -> None:
@@ -87,19 +86,6 @@ class AgentDirectories:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         for location in DirectoryStore(self.snapshots).below():
             DirectoryStore(Path(location)).sweep(lambda _: True)
-
-
-def remove_runtime(state_dir: Path) -> None:
-    """Remove the sockets' directory of an agent that does not run. Idempotent; never follows a link."""
-    path = runtime_dir(state_dir)
-    if path.is_symlink():
-        raise StorageError(f"{path} is a link, not a directory", action=f"remove {path}")
-    try:
-        shutil.rmtree(path)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise StorageError(f"cannot remove {path}: {error.strerror}") from None
 
 
 class BundleCache:
