@@ -56,12 +56,9 @@ def resolve(cls: type[S], flags: Mapping[str, Any], environ: Mapping[str, str], 
 def resolve_with_origins(
     cls: type[S], flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None = None
 ) -> Resolved[S]:
-    """Fill dataclass `cls` and return where each value came from.
-
-    `flags` maps field names to parsed values; None means "not given". `file` is a TOML file that must exist
-    when named. Raises SettingsError for an unknown or missing key, a value of the wrong type, or one that
-    `cls` refuses by raising ValueError from `__post_init__`. Paths come out absolute.
-    """
+    """Fill dataclass `cls` and return where each value came from. `flags`: parsed values by field, None where not
+    given. `file`: a TOML file, which must exist. Paths come out absolute. Raises SettingsError for an unknown or
+    missing key, a wrong type, or what `cls` refuses by ValueError."""
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     table = _read_table(file) if file is not None else {}
@@ -167,11 +164,8 @@ def default_state_dir(environ: Mapping[str, str]) -> Path:
 
 
 def runtime_dir(state_dir: Path) -> Path:
-    """The directory of a local cluster's sockets, derived from the state directory but always short.
-
-    Only the path; `make_runtime_dir` creates it. Raises SettingsError when no temporary directory is short
-    enough.
-    """
+    """The path of a local cluster's sockets, derived from the state directory but always short. Raises SettingsError
+    when no temporary directory is short enough."""
     digest = hashlib.sha256(os.fsencode(state_dir.expanduser().resolve())).hexdigest()[:8]
     name = f"ps-{os.getuid()}-{digest}"
     for base in (tempfile.gettempdir(), "/tmp"):
@@ -182,10 +176,8 @@ def runtime_dir(state_dir: Path) -> Path:
 
 
 def make_runtime_dir(state_dir: Path) -> Path:
-    """Create `runtime_dir(state_dir)` with mode 0700, or check that an existing one is safe. Idempotent.
-
-    Raises StorageError when another user owns it, it is a link, or others may enter it.
-    """
+    """Create `runtime_dir(state_dir)` with mode 0700. Idempotent. Raises StorageError when another user owns what is
+    there, it is a link, or others may enter it."""
     path = runtime_dir(state_dir)
     try:
         path.mkdir(mode=0o700, exist_ok=True)

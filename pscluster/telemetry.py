@@ -36,10 +36,8 @@ RPC_ERRORS = Counter("ps_rpc_errors_total", "Calls that ended in an error.", ["m
 
 
 def configure_logging(role: str, level: str = "info") -> None:
-    """Send structlog's and the standard library's log lines to stderr: key=value on a terminal, else JSON.
-
-    Counts them in ps_log_messages_total. Raises SettingsError for an unknown level. Safe to repeat.
-    """
+    """Send structlog's and the standard library's log lines to stderr: key=value on a terminal, else JSON. Counts them
+    in ps_log_messages_total. Raises SettingsError for an unknown level. Safe to repeat."""
     if level not in LEVELS:
         raise SettingsError(f"log level {level!r} is not one of {', '.join(LEVELS)}")
     threshold = getattr(logging, level.upper())
@@ -94,10 +92,8 @@ class MetricsEndpoint:
     """Serves a registry as Prometheus text on http://<address>/metrics, from its own thread."""
 
     def __init__(self, listen: str, registry: CollectorRegistry = REGISTRY) -> None:
-        """Bind `listen` ("host:port"; port 0 takes a free one) and serve.
-
-        Raises AddressInUseError when it is taken, SettingsError when it cannot be an address of this machine.
-        """
+        """Bind `listen` ("host:port"; port 0 takes a free one) and serve. Raises AddressInUseError when it is taken,
+        SettingsError when it cannot be an address of this machine."""
         host, port = split_address(listen)
         metrics = prometheus.make_wsgi_app(registry)
 

@@ -35,9 +35,8 @@ _log = structlog.get_logger(__name__)
 
 @dataclass
 class Copies:
-    """Used from the agent's loop. `directory` None: the store is shared, and nothing is copied.
-
-    `address`: where other nodes reach the depot of this one."""
+    """Used from the agent's loop. `directory` None: the store is shared, and nothing is copied. `address`: of this
+    node's depot."""
 
     node_id: str
     token: str = field(repr=False)

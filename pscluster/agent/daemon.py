@@ -19,9 +19,7 @@ LEAVE_S = 4.0
 @dataclass(frozen=True, kw_only=True)
 class AgentRole:
     """`name` is "worker" or "server"; `module` is what its processes run; `runs` names them in the plural.
-
-    `default_slots`: how many run at once; with `one_per_device`, one for each CUDA device if there are more.
-    """
+    `default_slots`: how many run at once; with `one_per_device`, one for each CUDA device if there are more."""
 
     name: str
     module: str
@@ -60,10 +58,8 @@ class AgentSettings:
 
 
 def run(role: AgentRole, argv: Sequence[str]) -> int:
-    """Run the agent that `argv` describes; returns the exit code. Must be called on the main thread.
-
-    An error that keeps it from starting is printed on stderr, in one line.
-    """
+    """Run the agent that `argv` describes, on the main thread; returns the exit code. An error that keeps it from
+    starting is printed on stderr, in one line."""
     arguments = vars(parse(role, argv))
     # Read when grpc is imported: its core logs every broken connection, which we do ourselves.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

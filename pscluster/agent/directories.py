@@ -47,10 +47,8 @@ class AgentDirectories:
 
     @classmethod
     def claim(cls, state_dir: Path) -> AgentDirectories:
-        """Create what is missing, lock it, and remove what a predecessor left.
-
-        Raises StorageError when the directory cannot be written, StateError when another agent runs in it.
-        """
+        """Create what is missing, lock it, and remove what a predecessor left. Raises StorageError, and StateError when
+        another agent runs in it."""
         try:
             state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = os.open(state_dir / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -101,9 +99,7 @@ class BundleCache:
     async def ensure(self, sha256: str) -> Path:
         """The directory of the bundle, downloaded if it is missing. Safe to call concurrently and to repeat.
 
-        Raises BundleError for content that does not match its digest or cannot be extracted safely, StorageError when
-        it cannot be written, and what `fetch` raises.
-        """
+        Raises BundleError for content that is damaged or unsafe, StorageError, and what `fetch` raises."""
         if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
             raise BundleError(f"{sha256!r} is not a sha256 digest")
         target = self._directory / sha256

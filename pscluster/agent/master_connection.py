@@ -28,10 +28,7 @@ _log = structlog.get_logger(__name__)
 
 
 class MasterConnection:
-    """Registers the node, sends heartbeats and queued messages, and applies the master's assignments.
-
-    Used from the agent's loop.
-    """
+    """Registers the node, sends heartbeats and queued messages, applies assignments. Used from the agent's loop."""
 
     def __init__(self, address: str, token: str, node: RegisterRequest) -> None:
         self._address = address
@@ -90,10 +87,8 @@ class MasterConnection:
                 raise error_of(failure) from None
 
     async def _session(self, supervisor: Supervisor) -> None:
-        """One registration and one stream, until it breaks.
-
-        Raises grpc.RpcError or UnreachableError for what a retry may fix, StateError when superseded.
-        """
+        """One registration and one stream, until it breaks: grpc.RpcError, UnreachableError, or StateError when
+        superseded."""
         async with open_aio_channel(self._address, self._token) as channel:
             stub: Any = AgentsStub(channel)  # type: ignore[no-untyped-call]
             beat_interval_s = await self._register(stub)

@@ -101,11 +101,8 @@ def _is_droppable(message: AgentMessage) -> bool:
 
 
 class LineSplitter:
-    """Splits a stream of bytes into lines of at most 16 KiB; holds at most one unfinished line.
-
-    The rest of a longer line is dropped. Of a line that was overwritten by carriage returns (a progress bar)
-    only the last state is kept, as on a terminal.
-    """
+    """Splits a stream of bytes into lines of at most 16 KiB, the rest of a longer one dropped. Of a line that was
+    overwritten by carriage returns (a progress bar) only the last state is kept, as on a terminal."""
 
     def __init__(self, max_bytes: int = MAX_LINE_BYTES) -> None:
         self._max_bytes = max_bytes

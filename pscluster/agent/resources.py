@@ -114,11 +114,9 @@ class DeviceLedger:
         self._released = asyncio.Event()
 
     async def claim(self, process_id: str, wanted: str) -> str:
-        """A device for a process, which holds it until `release`. Raises DeviceError.
-
-        Waits while all devices that fit are held and a holder is being ended: a job that preempts another starts before
-        the last process of the other has exited.
-        """
+        """A device for a process, which holds it until `release`. Raises DeviceError. Waits while all that fit are held
+        and a holder is being ended: a job that preempts another starts before the last process of the other has
+        exited."""
         while (device := self._choose(wanted)) is None:
             await self._released.wait()
         self._held[process_id] = device

@@ -46,12 +46,9 @@ FIRST_STALL_S = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class Exit:
-    """What is known of a process that exited.
-
-    `returncode` is the exit code, or minus the signal. `expected`: its agent ended it. `oom_kills`:
-    how many processes the kernel killed for lack of memory in this control group while it ran. `failure`:
-    the failure it reported last. `stderr_tail`: its last lines on stderr, oldest first.
-    """
+    """How a process exited. `returncode` is the exit code, or minus the signal. `expected`: its agent ended it.
+    `oom_kills`: processes of this control group that the kernel killed for lack of memory meanwhile. `failure`: the
+    last one that it reported. `stderr_tail`: oldest line first."""
 
     returncode: int
     expected: bool

@@ -146,10 +146,8 @@ class Actions:
 def reconcile(desired: Iterable[ProcessSpec], running: Mapping[str, Plan | None], ever_ran: Container[str]) -> Actions:
     """The actions that turn `running` into `desired`. Pure; after applying them there are none left.
 
-    `running` maps the ids of processes that run, or are being started, to the newest plan sent to each, None before the
-    first. `ever_ran` holds every id started here before: none is started twice, because the master decides on a new
-    attempt.
-    """
+    `running`: the newest plan sent to each process that runs, or is being started; None before the first. `ever_ran`:
+    all ids started here before; none is started twice, because the master decides on a new attempt."""
     wanted: dict[str, ProcessSpec] = {}
     for spec in desired:
         wanted.setdefault(spec.process_id, spec)

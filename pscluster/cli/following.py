@@ -236,9 +236,7 @@ def outage_note(located: LocatedCluster, patience_s: float) -> str:
 def follow_to_end(cluster: Cluster, job_id: str, located: LocatedCluster, *, tied: bool = False) -> None:
     """Follow a job until it ends: returns when it succeeded, else raises JobFailedError or JobStoppedError.
 
-    Ctrl-C detaches: prints that and exits 130; the job continues. A job that is `tied` to the caller is left to it, and
-    nothing is printed.
-    """
+    Ctrl-C exits 130; the job continues, which is printed unless the caller ends it (`tied`)."""
     from pscluster.client import end_error
 
     view = BarView() if stderr_is_terminal() else PlainView()

@@ -123,10 +123,8 @@ def _run(session: Session, job: str, step: int | str, request: dict[str, Any]) -
 
 
 def run_tool(request: dict[str, Any], command: tuple[str, ...] = COMMAND) -> dict[str, Any]:
-    """Send a request to `psworker.tools`; its reply, without "ok". Blocks until it is done; Ctrl-C ends it, too.
-
-    Raises the error in the reply; InternalError with its last output when there is no reply.
-    """
+    """Send a request to `psworker.tools`; its reply, without "ok". Blocks; Ctrl-C ends it, too. Raises the error in the
+    reply, or InternalError when there is none."""
     process = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True, check=False)
     stderr = process.stderr.decode("utf-8", "replace").splitlines()[-_LINES:]
     try:

@@ -43,10 +43,8 @@ def unary(method: Any, request: Any, deadline_s: float = rpc.DEADLINE_S) -> Any:
 def stream(
     method: Any, request: Any, deadline_s: float = rpc.TRANSFER_DEADLINE_S, *, server: str = "the master"
 ) -> Iterator[Any]:
-    """All replies of a stub's streaming method, within `deadline_s`. Closing the iterator ends the call.
-
-    Raises PsError, which names `server` when nobody answers.
-    """
+    """All replies of a streaming method, within `deadline_s`. Closing the iterator ends the call. Raises PsError, which
+    names `server` when nobody answers."""
     call = method(request, timeout=deadline_s)
     try:
         yield from call
@@ -103,10 +101,8 @@ class Outage:
     attempts: int = 0
 
     def next_delay_s(self, now_s: float, max_outage_s: float, draw: float) -> float | None:
-        """Count a retry; seconds to wait before it, or None when the outage has lasted `max_outage_s`.
-
-        It grows with jitter up to MAX_DELAY_S, and ends at the limit at the latest.
-        """
+        """Count a retry; the seconds to wait before it, growing with jitter; None once the outage has lasted
+        `max_outage_s`."""
         left_s = self.since_s + max_outage_s - now_s
         if left_s <= 0:
             return None
@@ -178,9 +174,8 @@ def retry_unreachable(attempt: Callable[[], T], max_outage_s: float) -> T:
 
 
 class LogCursor:
-    """Where a reader of a job's log is, so that a reopened stream repeats no line and loses none.
-
-    Remembers the lines of the last OVERLAP_S seconds (of log time) and drops repetitions. Bounded."""
+    """Where a reader of a job's log is, so that a reopened stream repeats no line and loses none: it remembers the
+    lines of the last OVERLAP_S seconds (of log time). Bounded."""
 
     def __init__(self, since_s: float, max_lines: int = 100_000) -> None:
         self._since_s = since_s

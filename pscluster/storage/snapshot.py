@@ -240,11 +240,9 @@ def _read_pieces(file: Any, index: Sequence[Mapping[str, Any]]) -> dict[PieceKey
 
 
 def combine_crc32c(first: int, second: int, second_bytes: int) -> int:
-    """The CRC-32C of two byte strings in sequence, from that of each and the length of the second.
-
-    A CRC is a remainder of polynomials over GF(2), whose coefficients are bits; appending n bytes multiplies by x^(8n).
-    The bits are reversed: the coefficient of x^0 is the highest of 32.
-    """
+    """The CRC-32C of two byte strings in sequence, from that of each and the length of the second. A CRC is a remainder
+    of polynomials over GF(2), whose coefficients are bits, that of x^0 the highest of 32; appending n bytes multiplies
+    by x^(8n)."""
     return _times(_shift(second_bytes), first) ^ second
 
 

@@ -183,10 +183,7 @@ def _write_token(token_file: Path) -> None:
 
 
 def remove_runtime_dirs(state_dir: Path) -> None:
-    """Remove the sockets' directories of the cluster and of every node it ever had. Idempotent.
-
-    A node removes its own when it ends; one that was killed could not.
-    """
+    """Remove the sockets' directories of the cluster and of all nodes: a killed one could not. Idempotent."""
     nodes = [path for role in ("worker", "server") for path in sorted(state_dir.glob(f"{role}-*"))]
     for directory in (state_dir, *nodes):
         remove_runtime_dir(directory)
@@ -199,11 +196,8 @@ def wait_ready(
     print_info: Callable[[str], None],
     deadline_s: float,
 ) -> None:
-    """Block until the master answers and all nodes in `names` are ready.
-
-    `check` is called between polls and raises when a daemon has ended. Prints what is waited for after 3 seconds, and
-    when it changes. Raises UnhealthyError after `deadline_s`.
-    """
+    """Block until the master answers and all nodes in `names` are ready. `check` is called between polls and raises
+    when a daemon has ended. Prints what is waited for after 3 seconds. Raises UnhealthyError after `deadline_s`."""
     started = time.monotonic()
     printed = ""
     with ExitStack() as stack:
