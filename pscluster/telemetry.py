@@ -1,9 +1,7 @@
 """A daemon's log lines on stderr and its metrics over HTTP.
 
-Every metric here is in prometheus_client's default registry, which also has the process's CPU, memory and descriptors.
-A daemon serves it with one MetricsEndpoint, which unlike prometheus_client's own HTTP server resolves no host names,
-limits the time of a scrape and serves no other path.
-"""
+Metrics are in prometheus_client's default registry. Unlike its own HTTP server, MetricsEndpoint resolves no host names,
+limits the time of a scrape and serves no other path."""
 
 from __future__ import annotations
 
@@ -66,7 +64,6 @@ def configure_logging(role: str, level: str = "info") -> None:
 
 
 def record_build(role: str, version: str) -> None:
-    """Export ps_build_info for this process."""
     python = ".".join(str(part) for part in sys.version_info[:3])
     BUILD_INFO.labels(version=version, role=role, python=python).set(1)
 

@@ -1,7 +1,5 @@
-"""One process of an agent: its start, its socket, its output, its end.
-
-Start children from the loop's thread: the kernel kills them when that thread ends.
-"""
+"""One process of an agent: its start, its socket, its output, its end. Start children from the loop's thread: the
+kernel kills them when that thread ends."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""Copies of snapshot parts on a server node whose disk is not shared.
-
-Each part is copied to a second node before it is reported to the master, and fetched from a node that has it before a
-partition is ordered to restore it.
-"""
+"""Copies of snapshot parts on a server node whose disk is not shared: each is made before the part is reported to the
+master, and fetched before a partition is ordered to restore it."""
 
 from __future__ import annotations
 
@@ -122,7 +119,6 @@ class Copies:
         return None
 
     async def close(self) -> None:
-        """Cancel running transfers."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -203,14 +199,20 @@ class Copies:
             _log.warning("the store of this node cannot be created", cause=error.cause)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._finished)
+        spawn(self._tasks, work, "copying a snapshot failed")
 
-    def _finished(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+
+def spawn(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None], failure: str) -> None:
+    """Run `work` as one of `tasks`; if it raises, `failure` is logged with the traceback."""
+
+    def finished(task: asyncio.Task[None]) -> None:
+        tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            _log.error("copying a snapshot failed", exc_info=task.exception())
+            _log.error(failure, exc_info=task.exception())
+
+    task = asyncio.create_task(work)
+    tasks.add(task)
+    task.add_done_callback(finished)
 
 
 def _part_to_restore(spec: ProcessSpec, plan: Plan | None) -> SnapshotPart | None:

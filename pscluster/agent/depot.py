@@ -1,8 +1,7 @@
 """The Depot service of a server node: fetches copies of snapshot parts from other nodes on request, and serves them.
 
-A copy is fetched by the node that keeps it rather than pushed to it: when a server ends a call to which the client
-still writes, grpc.aio may lose the status; and a part that is refused is not transferred in vain.
-"""
+A copy is not pushed: when a server ends a call to which the client still writes, grpc.aio may lose the status; and a
+part that is refused is not transferred in vain."""
 
 from __future__ import annotations
 

@@ -25,9 +25,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_agent() -> None:
-    """Have the kernel SIGKILL this process when the agent's thread that started it ends. Safe to repeat.
-
-    Exits at once when that agent is already gone. Does nothing in a process that no agent started."""
+    """Have the kernel SIGKILL this process when the agent's thread that started it ends; exits at once when that agent
+    is already gone. Does nothing in a process that no agent started. Safe to repeat."""
     agent = os.environ.get(AGENT_PID, "")
     if not agent:
         return

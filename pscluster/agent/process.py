@@ -298,7 +298,6 @@ def num_threads(spec: ProcessSpec) -> int:
 
 
 def wanted_device(spec: ProcessSpec) -> str:
-    """The spec's `workers.device`."""
     return str(_workers(spec).get("device", AUTO))
 
 
@@ -315,7 +314,6 @@ def _optional(message: Any, name: str) -> Any:
 
 
 def _start_error(error: Exception) -> PsError:
-    """The error of a process that could not be started."""
     if isinstance(error, PsError):
         return error
     if isinstance(error, OSError):

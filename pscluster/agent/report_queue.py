@@ -1,12 +1,9 @@
 """Messages for the master, kept until it acknowledges them, and the output of a process on its way there.
 
-Durable messages get a sequence number that rises by 1. They stay here, across any number of broken streams, until an
-acknowledgement covers them. Memory is bounded: in a long outage the oldest progress reports and log lines are dropped
-first, and the loss is counted.
-
-Every message must arrive, except the status of a running process: only the newest one is kept, so that a master that
-returns from an outage does not act on a stale one. Sequences therefore have gaps.
-"""
+Messages get sequence numbers and stay here, across any number of broken streams, until an acknowledgement covers them.
+All must arrive, except a running process's status, of which only the newest is kept, so that a master that returns from
+an outage does not act on a stale one; sequences therefore have gaps. In a long outage the oldest progress reports and
+log lines are dropped first, and the loss is counted."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
-"""What this node has: cores, memory, CUDA devices, and which process holds which device.
+"""What this node has: cores, memory, CUDA devices, and which process holds which device. Imports no torch.
 
-Imports no torch: devices are counted, not initialised. Memory limits and out-of-memory kills are read from the control
-group of this process, in either hierarchy, also in a container that shows its own group at the root. Without one, there
-is no limit, and the kills are the machine's.
-"""
+Memory limits and out-of-memory kills are read from the control group of this process, in either hierarchy, also in a
+container that shows its own group at the root. Without one, there is no limit, and the kills are the machine's."""
 
 from __future__ import annotations
 

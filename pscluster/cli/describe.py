@@ -152,7 +152,6 @@ def _trainer(placement: TrainerPlacement, median_s: float) -> list[str]:
 
 
 def _partition(placement: PartitionPlacement) -> list[list[str]]:
-    """A partition's row, and its standby's."""
     name = f"partition-{placement.index}"
     role = "coordinator" if placement.index == 0 else ""
     rows = [[name, placement.node_id, str(placement.attempt), role, "", "", " ".join(placement.addresses)]]

@@ -215,7 +215,6 @@ def _split(shards: int, workers: int) -> dict[str, Any]:
 
 
 def text(found: dict[str, Any]) -> str:
-    """The arithmetic for people."""
     batch, micro, shards = found["global_batch"], found["microbatch"], found["num_shards"]
     lines = [
         f"{found['name']}: {found['entrypoint']}",

@@ -228,7 +228,6 @@ class Cluster:
                     raise errors.InternalError(f"a line of {job}'s metrics is not JSON: {line[:80]!r}") from None
 
     def snapshots(self, job: str) -> list[Snapshot]:
-        """The complete snapshots, oldest first."""
         reply = calls.unary(self._jobs.ListSnapshots, jobs_pb2.GetRequest(job=job))
         return [records.snapshot_of(m) for m in reply.snapshots]
 

@@ -1,9 +1,5 @@
-"""What a client reads of a cluster, as plain frozen records.
-
-`to_dict` gives a record as JSON: enum states are words, times are Unix seconds, what is not known yet is
-None. A record never changes; ask again for newer ones. They are decoded from the master's protobuf messages by field
-names (see `pscluster.rpc.codec`); zero or empty there is None where a record allows it.
-"""
+"""What a client reads of a cluster, as plain frozen records, decoded from the master's messages by field names (see
+`pscluster.rpc.codec`). States are words, times are Unix seconds, what is not known yet is None."""
 
 from __future__ import annotations
 

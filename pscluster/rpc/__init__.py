@@ -1,12 +1,7 @@
 """gRPC between our processes: channels with the cluster's token and our options; errors mapped in one place, both ways.
 
 Callers pass the grpc error to `error_of` and get the PsError that the handler raised. `pscluster.rpc.server` has the
-server's side, for grpc.aio:
-
-    grpc.aio.server(interceptors=[ErrorInterceptor(), TokenInterceptor(token)], options=SERVER_OPTIONS)
-
-Handlers are coroutine functions or asynchronous generators and raise PsError.
-"""
+server's side, for grpc.aio."""
 
 from __future__ import annotations
 
@@ -163,7 +158,6 @@ def status_of(error: PsError) -> Any:
 
 
 def code_for(error: PsError) -> grpc.StatusCode:
-    """The gRPC status code of an error."""
     return next(_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS)
 
 

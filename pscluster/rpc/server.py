@@ -1,4 +1,5 @@
-"""Server interceptors for grpc.aio: every handler's errors mapped, every call's token checked."""
+"""Server interceptors for grpc.aio: every handler's errors mapped, every call's token checked. Handlers are coroutine
+functions or asynchronous generators and raise PsError."""
 
 from __future__ import annotations
 

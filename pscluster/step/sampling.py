@@ -1,9 +1,7 @@
 """Which samples a shard takes in a step: a pure function of (seed, data set length, D, microbatch).
 
-An epoch is a seeded permutation of the data set, cut into runs of `microbatch` samples that are assigned to
-the shards of successive steps. Nothing is stored or requested: any worker can compute the samples of any
-(step, shard), in constant memory, for any number of workers.
-"""
+An epoch is a seeded permutation of the data set, cut into runs of `microbatch` samples for the shards of successive
+steps. Any worker can compute the samples of any (step, shard), in constant memory, for any number of workers."""
 
 from __future__ import annotations
 

@@ -17,8 +17,6 @@ from urllib.parse import urlsplit
 
 from pscluster.errors import StorageError
 
-__all__ = ["Buffer", "Live", "SnapshotStore", "Written", "below", "check_location", "open_store", "split"]
-
 Buffer = bytes | bytearray | memoryview
 T = TypeVar("T")
 

@@ -59,7 +59,6 @@ class LocalCluster:
         return {daemon.name for daemon in self._started} == {daemon.name for daemon in self.running}
 
     def log_of(self, name: str) -> Path:
-        """The file with a daemon's output."""
         return self.state_dir / "logs" / f"{name}.log"
 
     def up(self, workers: int | None, servers: int | None) -> bool:

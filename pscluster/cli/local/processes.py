@@ -144,7 +144,6 @@ def count_of(names: Iterable[str], role: str) -> int:
 
 
 def daemon_dir(name: str, state_dir: Path) -> Path:
-    """A daemon's own directory."""
     return state_dir / name
 
 
