@@ -55,8 +55,7 @@ class Copies:
                     self._spawn(asyncio.to_thread(DirectoryStore(self.directory / job_id).remove))
 
     def use_own_store(self, spec: ProcessSpec) -> bool:
-        """Make a partition keep its snapshots on this node, unless its job has a shared store; returns whether it does.
-
+        """Make a partition keep its snapshots on this node unless its job has a shared store; returns whether it does.
         Raises ValueError for a spec that is not JSON."""
         if self.directory is None or spec.kind != ProcessSpec.KIND_PARTITION:
             return False
@@ -216,9 +215,7 @@ def spawn(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None], failu
 
 
 def _part_to_restore(spec: ProcessSpec, plan: Plan | None) -> SnapshotPart | None:
-    """The part that a plan orders a partition to restore from nodes' own stores; a standby restores none.
-
-    A copy, since plans are overwritten."""
+    """A copy of the part that a plan orders a partition to restore from nodes' own stores; a standby restores none."""
     if plan is None or not plan.generation or plan.partitions[spec.rank].attempt not in (0, spec.attempt):
         return None
     for part in plan.restore.parts:

@@ -97,9 +97,8 @@ class BundleCache:
         self._used: OrderedDict[str, None] = OrderedDict.fromkeys(present)
 
     async def ensure(self, sha256: str) -> Path:
-        """The directory of the bundle, downloaded if it is missing. Safe to call concurrently and to repeat.
-
-        Raises BundleError for content that is damaged or unsafe, StorageError, and what `fetch` raises."""
+        """The directory of the bundle, downloaded if missing. Safe to call concurrently and to repeat. Raises
+        BundleError for content that is damaged or unsafe, StorageError, and what `fetch` raises."""
         if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
             raise BundleError(f"{sha256!r} is not a sha256 digest")
         target = self._directory / sha256

@@ -62,9 +62,8 @@ class MasterConnection:
         return self._queue.log_bytes
 
     async def run(self, supervisor: Supervisor) -> None:
-        """Keep a stream open and pass assignments to `supervisor`; never returns.
-
-        Raises StateError when a newer incarnation of this node has registered."""
+        """Keep a stream open and pass assignments to `supervisor`; never returns. Raises StateError when a newer
+        incarnation of this node has registered."""
         while True:
             try:
                 await self._session(supervisor)
@@ -141,9 +140,8 @@ class MasterConnection:
         raise UnreachableError("the master closed the stream")
 
     async def _send(self, call: Any, supervisor: Supervisor, beat_interval_s: float) -> None:
-        """Send everything unacknowledged, then what is added, and heartbeats in between, until the call ends.
-
-        One message at a time: the next one may be superseded while this one waits to be written."""
+        """Send everything unacknowledged, then what is added, one message at a time since the next may be superseded
+        meanwhile, and heartbeats in between, until the call ends."""
         loop = asyncio.get_running_loop()
         sent = 0
         beat_at = loop.time()

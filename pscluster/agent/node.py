@@ -38,9 +38,8 @@ _log = structlog.get_logger(__name__)
 
 
 async def run_agent(role: AgentRole, settings: AgentSettings, environ: Mapping[str, str], grace: GracePeriods) -> None:
-    """Run an agent until SIGTERM or SIGINT, then end its processes, which inherit `environ`, and return.
-
-    Raises PsError when it cannot start, or when a newer incarnation of the node has registered."""
+    """Run an agent until SIGTERM or SIGINT, then end its processes, which inherit `environ`, and return. Raises PsError
+    when it cannot start, or when a newer incarnation of the node has registered."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

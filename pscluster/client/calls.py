@@ -64,9 +64,8 @@ def upload_messages(bundle: Bundle) -> Iterator[jobs_pb2.UploadBundleRequest]:
 
 
 def fetch(depots: Mapping[str, str], token: str, job_id: str, part: SnapshotPart, directory: Path) -> Path:
-    """Write the part into `directory`, complete and verified, from any node that has it. Blocks.
-
-    `depots`: the addresses of nodes, by name. Raises NotFoundError when no node delivers it."""
+    """Write the part into `directory`, complete and verified, from any node that has it. `depots`: the nodes'
+    addresses. Blocks. Raises NotFoundError when no node delivers it."""
     why = "none of them is connected"
     for address in (depots[node_id] for node_id in part.nodes if depots.get(node_id)):
         try:

@@ -54,9 +54,8 @@ def reached(job: Job, goal: Goal) -> bool:
 
 
 def end_error(job: Job) -> errors.PsError | None:
-    """The error of a job that has ended without success; None: it succeeded.
-
-    details["frame"] of a failed job is where the user's code raised, if known."""
+    """The error of a job that has ended without success, with details["frame"], where the user's code raised, if known;
+    None: it succeeded."""
     details = {"job_id": job.job_id, "state": job.state, "step": str(job.step)}
     if job.state == "FAILED":
         why = f"{job.error.code}: {job.error.cause}" if job.error else job.reason

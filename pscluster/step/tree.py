@@ -142,9 +142,8 @@ Statistics = NDArray[np.float64]
 
 
 def add_statistics(left: Statistics, right: Statistics) -> Statistics:
-    """The parent of two nodes of an evaluation. An empty vector (a shard without a batch) adds nothing.
-
-    Raises FrameError when two vectors differ in length: the task's statistics must not change their shape."""
+    """The parent of two nodes of an evaluation; an empty vector (a shard without a batch) adds nothing. Raises
+    FrameError when they differ in length."""
     if not left.size or not right.size:
         return left if left.size else right
     if left.shape != right.shape:

@@ -102,9 +102,8 @@ class SnapshotStore(ABC):
 
 
 def open_store(location: str | Path) -> SnapshotStore:
-    """The store at a directory or URL; nothing is created or contacted yet.
-
-    Raises StorageError for a location that `check_location` refuses, or whose client is not installed."""
+    """The store at a directory or URL; nothing is created or contacted yet. Raises StorageError for a location that
+    `check_location` refuses, or whose client is not installed."""
     from pscluster.storage.directory import DirectoryStore
 
     text = str(location)

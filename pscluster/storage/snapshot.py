@@ -178,9 +178,8 @@ def verify_file(store: SnapshotStore, name: str, size_bytes: int, checksum: str)
 
 
 def read_parts(paths: Sequence[Location]) -> tuple[Layout, list[bytearray]]:
-    """The whole model's values from all parts of one snapshot: the layout, and each bucket's words.
-
-    Raises StorageError when a part is missing, of another step, or torn."""
+    """The layout, and each bucket's words, from all parts of one snapshot. Raises StorageError when a part is missing,
+    of another step, or torn."""
     parts = [read_part(path) for path in paths]
     if not parts:
         raise StorageError("a snapshot without parts cannot be read")
