@@ -117,7 +117,7 @@ def prepare(path: Path, overrides: tuple[str, ...], name: str | None) -> tuple[J
     from pscluster.job.spec import load_spec
 
     file = _spec_file(path)
-    spec = load_spec(file, overrides if name is None else [*overrides, f"name={json.dumps(name)}"])
+    spec = load_spec(file, overrides if name is None else [*overrides, f"name={json.dumps(name, ensure_ascii=False)}"])
     if is_built_in(spec.task.entrypoint):
         return spec, None
     directory = file.absolute().parent

@@ -164,8 +164,8 @@ class Cluster:
                 return
 
     def wait(self, job: str, until: Goal | str = "succeeded", timeout_s: float | None = None) -> Job:
-        """Block until the job has reached `until`. Raises JobFailedError or JobStoppedError when it ended otherwise,
-        WaitTimeoutError after `timeout_s`."""
+        """Block until the job has reached `until` (see `client.goals`). Raises JobFailedError or JobStoppedError when
+        it ended otherwise, WaitTimeoutError after `timeout_s`."""
         goal = parse_goal(until) if isinstance(until, str) else until
         max_outage_s = 600.0 if timeout_s is None else min(600.0, timeout_s)
         last = ""
@@ -228,6 +228,7 @@ class Cluster:
                     raise errors.InternalError(f"a line of {job}'s metrics is not JSON: {line[:80]!r}") from None
 
     def snapshots(self, job: str) -> list[Snapshot]:
+        """The complete snapshots, oldest first."""
         reply = calls.unary(self._jobs.ListSnapshots, jobs_pb2.GetRequest(job=job))
         return [records.snapshot_of(m) for m in reply.snapshots]
 
