@@ -158,7 +158,9 @@ def _convert_plain(raw: Any, hint: Any) -> Any:
 
 
 def default_state_dir(environ: Mapping[str, str]) -> Path:
-    """The default state directory of the local cluster: ~/.local/state/pscluster."""
+    """The default state directory of the local cluster: $PS_STATE_DIR, else ~/.local/state/pscluster."""
+    if environ.get("PS_STATE_DIR"):
+        return Path(environ["PS_STATE_DIR"]).expanduser().absolute()
     base = environ.get("XDG_STATE_HOME") or "~/.local/state"
     return (Path(base).expanduser() / "pscluster").absolute()
 

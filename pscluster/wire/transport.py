@@ -40,7 +40,8 @@ def bind(address: str) -> tuple[socket.socket, str]:
     kind, _, rest = address.partition(":")
     try:
         if kind == "unix":
-            listener, bound = socket.create_server(rest, family=socket.AF_UNIX, backlog=_BACKLOG), address
+            listener = _bind_unix(rest)
+            bound = address
         else:
             host, _, port = rest.rpartition(":")
             listener = socket.create_server((host, int(port)), backlog=_BACKLOG)
@@ -49,8 +50,19 @@ def bind(address: str) -> tuple[socket.socket, str]:
         if error.errno == errno.EADDRINUSE:
             raise AddressInUseError(f"{address} is in use") from None
         raise
+    listener.listen(_BACKLOG)
     listener.setblocking(False)
     return listener, bound
+
+
+def _bind_unix(path: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(path)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def accept(listener: socket.socket) -> socket.socket | None:

@@ -103,6 +103,7 @@ def test_a_file_that_is_missing_or_torn_is_named(tmp_path: Path) -> None:
 
 
 def test_the_default_state_dir_follows_the_environment() -> None:
+    assert settings.default_state_dir({"PS_STATE_DIR": "/a"}) == Path("/a")
     assert settings.default_state_dir({"XDG_STATE_HOME": "/b"}) == Path("/b/pscluster")
     assert settings.default_state_dir({}) == Path("~/.local/state/pscluster").expanduser()
 
