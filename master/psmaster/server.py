@@ -151,9 +151,7 @@ async def run_transactions(core: ControlLoop, health: Any, ending: asyncio.Event
 async def _listen(
     stack: AsyncExitStack, settings: MasterSettings, token: str, jobs: JobsService, agents: AgentsService, health: Any
 ) -> None:
-    server = grpc.aio.server(
-        interceptors=[ErrorInterceptor(telemetry.observe_rpc), TokenInterceptor(token)], options=rpc.SERVER_OPTIONS
-    )
+    server = grpc.aio.server(interceptors=[ErrorInterceptor(), TokenInterceptor(token)], options=rpc.SERVER_OPTIONS)
     jobs_pb2_grpc.add_JobsServicer_to_server(jobs, server)  # type: ignore[no-untyped-call]
     agents_pb2_grpc.add_AgentsServicer_to_server(agents, server)  # type: ignore[no-untyped-call]
     health_pb2_grpc.add_HealthServicer_to_server(health, server)  # type: ignore[no-untyped-call]

@@ -14,8 +14,7 @@ from harness.played import JOB, Network, PlayedLink, dismiss, played_partition, 
 from pscluster.job.spec import JobSpec
 from pscluster.step.codec import DTYPES, as_bytes
 from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
-from pscluster.step.summary import Statistics, Summary, add_statistics, touched_bits
-from pscluster.step.tree import TreeNode, tree_of
+from pscluster.step.tree import Statistics, Summary, TreeNode, add_statistics, touched_bits, tree_of
 from pscluster.v1.plan_pb2 import Plan, ProcessSpec
 from pscluster.wire.protocol import Outcome
 from psserver.partition.process import PartitionService

@@ -14,8 +14,7 @@ from harness.played import Network, dismiss, fill, played_partition, played_plan
 from pscluster.job.spec import JobSpec
 from pscluster.step.codec import DTYPES, BufferNode
 from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
-from pscluster.step.summary import Summary, touched_bits
-from pscluster.step.tree import TreeNode
+from pscluster.step.tree import Summary, TreeNode, touched_bits
 from pscluster.v1.plan_pb2 import Plan
 from pscluster.wire.partition_protocol import Evaluation
 from psserver.partition.actions import ReplicateEvaluation, TryVote

@@ -14,8 +14,7 @@ import pytest
 from pscluster.client import Cluster, Goal, LogLine, ReconnectingStream, Snapshot, end_error, parse_goal, reached
 from pscluster.client.calls import OVERLAP_S, LogCursor, Outage
 from pscluster.client.goals import last_frame
-from pscluster.client.records import job_of
-from pscluster.client.snapshots import choose
+from pscluster.client.records import choose, job_of
 from pscluster.errors import (
     AuthError,
     BundleError,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pscluster import phases
-from pscluster.phases import Phases
+from pscluster.agent import link
+from pscluster.agent.link import Phases
 
 
 class Clock:
@@ -21,7 +21,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(phases, "time", made)
+    monkeypatch.setattr(link, "time", made)
     return made
 
 

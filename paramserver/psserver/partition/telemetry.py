@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
+from pscluster.agent.link import Phases
 from pscluster.errors import PsError
-from pscluster.phases import Phases
 from pscluster.v1.plan_pb2 import Counters
 from pscluster.wire.frame import AckResult
 from psserver.partition.replication.in_sync import InSyncState

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 from harness.played import played_spec
 from pscluster.errors import FrameError
 from pscluster.job.spec import ScheduleSection
-from pscluster.step.summary import Summary
+from pscluster.step.tree import Summary
 from pscluster.v1.plan_pb2 import Plan
 from pscluster.wire.frame import FrameKind, Header
 from psserver.partition.coordinator.coordinator import decide, evaluates_at, next_activity, snapshots_at

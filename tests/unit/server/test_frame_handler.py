@@ -13,8 +13,7 @@ import psserver.partition.ingress.handshake
 from harness.played import JOB, TOKEN, Network, fill, job_header, played_partition, played_plan, played_spec
 from harness.played_caller import LEAF, Caller, push
 from pscluster.step.layout import Layout, TensorSpec
-from pscluster.step.summary import Summary
-from pscluster.step.tree import TreeNode
+from pscluster.step.tree import Summary, TreeNode
 from pscluster.wire.frame import SUMMARY, UNCHANGED, AckResult, Codec, FrameKind, Header, job_number
 from pscluster.wire.protocol import Ack, Directive
 from psserver.partition.process import PartitionService

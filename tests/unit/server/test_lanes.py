@@ -13,8 +13,7 @@ from harness.played import Network, fill, job_header, played_partition, played_p
 from harness.played_caller import LEAF, NUM_LANES, Caller, push
 from pscluster.step.codec import as_bytes
 from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
-from pscluster.step.summary import Summary
-from pscluster.step.tree import TreeNode
+from pscluster.step.tree import Summary, TreeNode
 from pscluster.wire.frame import IN_MEMORY, SUMMARY, UNCHANGED, Codec, FrameKind, Header, in_lane
 from psserver.partition.process import PartitionService
 

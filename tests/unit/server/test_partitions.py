@@ -13,8 +13,7 @@ from harness.played import Network, PlayedLink, dismiss, fill, played_partition,
 from pscluster.job.spec import JobSpec
 from pscluster.step.codec import BufferNode
 from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
-from pscluster.step.summary import Summary, touched_bits
-from pscluster.step.tree import TreeNode
+from pscluster.step.tree import Summary, TreeNode, touched_bits
 from pscluster.v1.plan_pb2 import Plan
 from psserver.partition.actions import TryVote
 from psserver.partition.process import PartitionService

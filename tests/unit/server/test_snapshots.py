@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.held_pieces import Held, write_part
 from pscluster.errors import InternalError, PsError, StorageError
 from pscluster.step.layout import Layout, TensorSpec
 from pscluster.storage import Written
-from pscluster.storage.snapshot import Held, PartMeta, part_name, read_part, write_part
+from pscluster.storage.snapshot import PartMeta, part_name, read_part
 from psserver.partition.checkpoint import snapshots
 from psserver.partition.checkpoint.snapshots import ALWAYS, SnapshotWriter, roundness
 

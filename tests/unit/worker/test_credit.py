@@ -15,8 +15,7 @@ import pscluster.step.layout
 import psserver.partition.ingress.handshake
 from harness.played import JOB, Network, dismiss, fill, job_header, played_partition, played_plan, played_spec
 from pscluster.step.layout import Layout, TensorSpec
-from pscluster.step.summary import Summary, touched_bits
-from pscluster.step.tree import TreeNode
+from pscluster.step.tree import Summary, TreeNode, touched_bits
 from pscluster.v1.plan_pb2 import ProcessSpec
 from pscluster.wire.frame import SUMMARY, UNCHANGED, Buffer, FrameKind, Header
 from pscluster.wire.memory import Lanes

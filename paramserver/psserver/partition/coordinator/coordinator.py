@@ -12,8 +12,7 @@ import numpy as np
 from pscluster.agent.status import detail_of
 from pscluster.errors import FrameError, NonFiniteError, TaskError
 from pscluster.job.spec import JobSpec
-from pscluster.step.summary import Statistics, Summary, add_statistics
-from pscluster.step.tree import TreeNode, tree_of
+from pscluster.step.tree import Statistics, Summary, TreeNode, add_statistics, tree_of
 from pscluster.v1.plan_pb2 import Evaluated, Failure, Finished, Plan, ProcessReport, Progress, StepRecord
 from pscluster.wire.partition_protocol import CommitDecision, DecisionKind, Evaluation, Vote
 from pscluster.wire.protocol import Action as Activity
