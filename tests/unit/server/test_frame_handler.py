@@ -131,7 +131,7 @@ WRONG_GREETINGS: dict[str, bytes] = {
     "a token that is no text": b'{"token": "\\ud800", "channel": "push"}',
     "a token of another type": json.dumps({"token": [1], "channel": "push"}).encode(),
     "a channel of no kind": json.dumps({"token": TOKEN.hex(), "channel": "x", "restore_generation": 1}).encode(),
-    "a timeline that is no number": json.dumps({"token": TOKEN.hex(), "restore_generation": "x"}).encode(),
+    "a restore generation that is no number": json.dumps({"token": TOKEN.hex(), "restore_generation": "x"}).encode(),
     "too much": b" " * 5000,
     "too deep": b"[" * 4000,
 }
