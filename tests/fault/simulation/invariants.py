@@ -125,7 +125,8 @@ class Monitor:
         said = (decision.kind, decision.scale, decision.norm, decision.snapshot, decision.last)
         known = self._decisions.setdefault((job_id, restore_generation, decision.step), said)
         require(
-            known == said, f"two decisions on step {decision.step} since restore {restore_generation}: {known} and {said}"
+            known == said,
+            f"two decisions on step {decision.step} since restore {restore_generation}: {known} and {said}",
         )
         tally = service.step.summary.root.samples
         wanted = model.tally_of(service.spec.train.num_shards)
@@ -231,8 +232,7 @@ class Monitor:
         restore_generation, resume = job.plan.restore_generation, job.plan.resume_step
         committed = max(resume, self.committed.get((job.job_id, restore_generation), 0))
         require(
-            job.step <= committed,
-            f"{job.job_id} shows step {job.step}; restore {restore_generation} is at {committed}",
+            job.step <= committed, f"{job.job_id} shows step {job.step}; restore {restore_generation} is at {committed}"
         )
         if job.finished is not None and not job.finished.stopped:
             require(job.finished.step == job.final_step, f"{job.job_id} finished at {job.finished.step}")

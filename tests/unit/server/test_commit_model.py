@@ -321,5 +321,5 @@ def test_the_model_finds_what_is_wrong(name: str, mistake: object, monkeypatch: 
     """The check can fail: each of these mistakes sticks, or takes partitions or decisions apart."""
     monkeypatch.setattr(commit, name, mistake)
 
-    with pytest.raises(AssertionError, match="stuck|apart|two decisions|votes o"):
+    with pytest.raises(AssertionError, match=r"stuck|apart|two decisions|votes o"):
         explore(beginning(2, (1, 0, 1, 1)), CommitModel(2))
