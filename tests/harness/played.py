@@ -26,6 +26,7 @@ psserver.partition.process.SLICE_S = 0.0  # updates take turns with frames after
 
 JOB = "job-played"
 TOKEN = b"0123456789abcdef"
+NOWHERE = Path("/nonexistent")
 
 
 class _Passed:
@@ -281,7 +282,9 @@ def played_plan(
     )  # fmt: skip
 
 
-def played_partition(network: Network, spec: JobSpec, index: int, store: Path, *, attempt: int = 0) -> PartitionService:
+def played_partition(
+    network: Network, spec: JobSpec, index: int = 0, store: Path = NOWHERE, *, attempt: int = 0
+) -> PartitionService:
     """A real partition on the played network; it listens over both transports, has no plan yet, writes no snapshot.
 
     With an attempt it has an address of its own, which names it."""
@@ -312,6 +315,20 @@ def fill(service: PartitionService) -> None:
     for span in service.state.spans:
         if service.state.fill(span.bucket):
             service.carry_out([JoinJob()])
+
+
+def started(network: Network, layout: Layout, num_shards: int = 1, /, **sections: Any) -> PartitionService:
+    """The only partition of a job with one trainer, in generation 1; not yet filled."""
+    service = played_partition(network, played_spec(num_shards, **sections))
+    service.adopt(played_plan(layout, {0: list(range(num_shards))}))
+    return service
+
+
+def filled(network: Network, layout: Layout, num_shards: int = 1, /, **sections: Any) -> PartitionService:
+    """The same, with zeros."""
+    service = started(network, layout, num_shards, **sections)
+    fill(service)
+    return service
 
 
 def job_header(kind: FrameKind, **fields: Any) -> Header:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from harness.played import Network, dismiss, played_partition, played_plan
@@ -23,7 +22,6 @@ LAYOUT = Layout(
 )
 W, B, MEAN, COUNT, FIXED = range(5)
 TRAINED, AVERAGED, CARRIED, FROZEN = range(4)  # buckets
-NOWHERE = Path("/nonexistent")
 
 
 class Master:
@@ -61,7 +59,7 @@ class PlayedJob:
                 self.place_standby(index)
 
     def _start(self, index: int, attempt: int) -> None:
-        self.processes[index, attempt] = played_partition(self.network, self.spec, index, NOWHERE, attempt=attempt)
+        self.processes[index, attempt] = played_partition(self.network, self.spec, index, attempt=attempt)
 
     def _start_next(self, index: int) -> int:
         self.master.attempts[index] += 1
