@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psserver.partition.process
+from harness.frame_end import FrameEnd, joined
 from pscluster.errors import FrameError, PsError
 from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.step.layout import Layout
@@ -44,21 +45,15 @@ class _Passed:
             os.close(fd)
 
 
-class PlayedConnection:
-    """One end of a connection; stands in for `pscluster.wire.connection.Connection`.
+class PlayedConnection(FrameEnd):
+    """One end of a connection on the played network.
 
     A local one passes descriptors to the end that dialled, as a Unix socket does. `takes`: so many frames more, and
     `send` finds it broken at the next; None: it does not break by itself."""
 
     def __init__(self, network: Network, handler: Any, *, is_local: bool, takes_fds: bool) -> None:
+        super().__init__(handler, is_local=is_local)
         self.network = network
-        self.handler = handler
-        self.context: object = None
-        self.is_open = True
-        self.is_local = is_local
-        self.wants_write = False
-        self.reading = True
-        self.sent_bytes = 0
         self.takes: int | None = None
         self.inbox: deque[tuple[Header, bytes, _Passed]] = deque()
         self.other: PlayedConnection | None = None
@@ -83,7 +78,7 @@ class PlayedConnection:
             return
         self.takes = None if self.takes is None else self.takes - 1
         assert self.is_local or not fds, "descriptors do not travel over TCP"
-        data = b"".join(bytes(memoryview(part).cast("B")) for part in body if memoryview(part).nbytes)
+        data = joined(body)
         assert body_checksum in (None, checksum([data])), "what the sender knows of its body is not so"
         header = unpack(pack(replace(header, length=len(data), checksum=checksum([data]) if data else 0)))
         if header.kind in (FrameKind.PUSH, FrameKind.VALUES) and header.flags & IN_MEMORY:
@@ -101,28 +96,14 @@ class PlayedConnection:
             self.network.post(other.close)
         self.close(FrameError("a data connection broke while sending: reset"))
 
-    def detach(self, tag: object) -> None:
-        """Bodies were copied when they were sent."""
-
-    def pause_reading(self) -> None:
-        self.reading = False
-
-    def resume_reading(self) -> None:
-        self.reading = True
-
     def take_fds(self) -> list[int]:
         return self._passed.take()
 
     def deliver(self) -> None:
-        """Hand the oldest waiting frame to the handler, as a `Connection` does."""
+        """Hand the oldest waiting frame to the handler."""
         header, data, self._passed = self.inbox.popleft()
         try:
-            body = memoryview(b"")
-            if header.length:
-                body = self.handler.body_target(self, header)
-                assert body.nbytes == header.length
-                body[:] = data
-            self.handler.frame(self, header, body)
+            self.hand_over(header, data)
         except PsError as error:
             self.network.refused.append(error)
             self.close(error)
