@@ -145,6 +145,11 @@ class OfferedJob(PlayedJob):
         return whole
 
 
+def same(mine: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    """Whether two jobs came to the same bits."""
+    return all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
+
+
 Events = list[tuple[str, int]]
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from harness.clock import Clock
 from pscluster.client.goals import MAX_OUTAGE_S, wait_drained
 from pscluster.client.records import Node
 from pscluster.errors import StateError, UnreachableError, WaitTimeoutError
@@ -16,17 +17,6 @@ NODE = Node(
     last_beat_s=None, version="0", hostname="h", processes=("p",), metrics_address="", drain="draining",
     waits_for=("job: moves",),
 )  # fmt: skip
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-    def sleep(self, seconds: float) -> None:
-        self.now_s += seconds
 
 
 def replies(*answers: list[Node] | Exception) -> Callable[[], list[Node]]:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.offered_job import FINAL_STEP, Events, OfferedJob, events_of, play
+from harness.offered_job import FINAL_STEP, Events, OfferedJob, events_of, play, same
 from harness.played import PlayedLink
 from harness.played_job import AVERAGED, TRAINED
 
@@ -19,10 +19,6 @@ def made(count: int, transport: str = "tcp") -> OfferedJob:
 @pytest.fixture(scope="module")
 def undisturbed() -> list[torch.Tensor]:
     return made(1).run_to_the_end()
-
-
-def same(mine: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
 
 
 @pytest.mark.parametrize("transport", ["tcp", "shm"])

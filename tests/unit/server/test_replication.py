@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness.offered_job import FINAL_STEP, OfferedJob
+from harness.offered_job import FINAL_STEP, OfferedJob, same
 from harness.played import PlayedConnection
 from pscluster.wire.frame import FrameKind
 
@@ -35,7 +35,7 @@ def undisturbed() -> list[torch.Tensor]:
 
 def goes_on_as_if_nothing_had_been(job: OfferedJob, undisturbed: list[torch.Tensor]) -> None:
     values = job.run_to_the_end()
-    assert all(torch.equal(mine, other) for mine, other in zip(values, undisturbed, strict=True))
+    assert same(values, undisturbed)
     assert (job.network.breaks, job.master.restores) == (1, 1)
     assert all(job.master.standbys), "a healthy standby was given up"
     job.close()
@@ -99,7 +99,7 @@ def test_a_line_may_break_within_any_send(number: int, end: str, undisturbed: li
         broken.takes = takes
         values = job.run_to_the_end()
         struck = job.network.breaks > 0
-        assert all(torch.equal(mine, other) for mine, other in zip(values, undisturbed, strict=True)), takes
+        assert same(values, undisturbed), takes
         assert job.master.restores == 1 and all(job.master.standbys)
         job.close()
         takes += 1

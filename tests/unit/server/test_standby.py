@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.offered_job import FINAL_STEP, Events, OfferedJob, events_of, play, seeded
+from harness.offered_job import FINAL_STEP, Events, OfferedJob, events_of, play, same, seeded
 from harness.played import PlayedConnection
 from harness.wrong_decisions import keeps_former_acks, never_requires_acks, reports_at_once
 from pscluster.step.layout import BLOCK_WORDS, WORD_BYTES
@@ -22,10 +22,6 @@ from psserver.partition.replication import in_sync
 from psserver.partition.replication.primary import PATIENCE_S, Replication
 from psserver.partition.step import commit
 from psserver.partition.step.commit import CommitDecision
-
-
-def same(mine: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
 
 
 @pytest.fixture(scope="module")
