@@ -4,18 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from harness.clock import Clock
 from pscluster.agent import link
 from pscluster.agent.link import Phases
-
-
-class Clock:
-    """Stands in for the `time` module: goes on when told."""
-
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-
-    def perf_counter(self) -> float:
-        return self.now_s
 
 
 @pytest.fixture

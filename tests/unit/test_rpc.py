@@ -277,7 +277,7 @@ def test_a_call_that_ended_while_something_was_sent_may_be_tried_again() -> None
     failure = grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, nothing, nothing, "Internal error from Core")
     error = error_of(failure, "the depot at a:1")
     assert type(error) is errors.UnreachableError
-    assert error.cause == "the depot at a:1 ended the call"
+    assert "a:1" in error.cause
 
 
 def test_token_file(tmp_path: Path) -> None:

@@ -384,11 +384,11 @@ def test_who_cannot_reach_the_source_says_so(tmp_path: Path) -> None:
         async with nodes(tmp_path, "server-0", "server-1") as made:
             part, address = write(tmp_path / "server-0"), made.addresses["server-0"]
             await made.stop("server-0")
-            with pytest.raises(UnreachableError, match=f"the depot at {address} does not answer"):
+            with pytest.raises(UnreachableError, match=address):
                 await made.take("server-1", part)
             assert [path for path in (tmp_path / "server-1").rglob("*") if path.is_file()] == []
             await made.stop("server-1")
-            with pytest.raises(UnreachableError, match=f"the depot at {made.addresses['server-1']} does not answer"):
+            with pytest.raises(UnreachableError, match=made.addresses["server-1"]):
                 await made.take("server-1", part)
 
     run(test())

@@ -152,7 +152,7 @@ def test_a_link_in_place_of_the_runtime_directory_is_not_followed(tmp_path: Path
 
 def test_a_state_directory_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "state").touch()
-    with pytest.raises(StorageError, match="cannot use the state directory"):
+    with pytest.raises(StorageError, match="state directory"):
         AgentDirectories.claim(tmp_path / "state")
 
 

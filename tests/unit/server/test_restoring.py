@@ -40,11 +40,6 @@ def write_snapshot(store: Path) -> None:
 
 
 @pytest.fixture
-def network() -> Network:
-    return Network()
-
-
-@pytest.fixture
 def waiting(network: Network, tmp_path: Path) -> PartitionService:
     """A partition whose store is not there; its plan says to go back to step 4."""
     service = played_partition(network, played_spec(1), 0, tmp_path / "mount")
