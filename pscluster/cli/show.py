@@ -13,6 +13,7 @@ from pscluster import __version__
 from pscluster.cli import formatting as fmt
 from pscluster.cli.session import (
     DOCUMENTS,
+    Group,
     Session,
     Verb,
     output_option,
@@ -169,7 +170,7 @@ def version(session: Session, client: bool, form: str) -> None:
         print_answer(f"psmaster {body['master']} (protocol {body['protocol']})")
 
 
-@click.group("config")
+@click.group("config", cls=Group)
 def config() -> None:
     """Show psctl's settings."""
 

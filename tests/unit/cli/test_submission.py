@@ -44,7 +44,7 @@ def spec(tmp_path: Path) -> Path:
 def own(spec: Path) -> Path:
     """The spec of a task in the spec's directory."""
     spec.write_text(yaml.safe_dump({**BUILT_IN, "task": {"entrypoint": "task:MyTask"}}))
-    (spec.parent / "task.py").write_text("class MyTask: ...\n")
+    (spec.parent / "task.py").write_text("import torch\nfrom pscluster import Task\nclass MyTask(Task): ...\n")
     return spec
 
 
@@ -101,6 +101,48 @@ def test_an_entrypoint_that_is_not_there_is_refused_at_once(
     assert hint in result.stderr
     assert fake.submitted == []
     assert fake.bundles == {}
+
+
+OWN_TASKS = """
+import dataclasses, torch, base
+from torch import nn
+from torch.utils.data import Dataset
+from pscluster import Task as Base
+from psworker.tasks.byte_lm import ByteLm
+from base import Mixed, Plain
+class Data(Dataset): ...
+class Model(nn.Module): ...
+class Mine(Base): ...
+class Bytes(nn.Identity, ByteLm): ...
+class Heir(Mine): ...
+class Mixture(Mixed): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("Hair", "did you mean task:Heir?"),
+        ("Mix", "did you mean task:Mixed?"),
+        ("NoSuch", "its tasks: task:Bytes, task:Heir, task:Mine, task:Mixed, task:Mixture"),
+        ("Torch", "its tasks: "),
+        ("Modle", "its tasks: "),
+    ],
+)
+def test_only_tasks_of_the_users_own_are_suggested(run: Psctl, own: Path, name: str, hint: str) -> None:
+    (own.parent / "task.py").write_text(OWN_TASKS)
+    base = "import pscluster, task\nclass Plain: ...\nclass Mixed(Plain, pscluster.Task): ...\n"
+    (own.parent / "base.py").write_text(base)
+    result = run("submit", str(own), "--set", f"task.entrypoint=task:{name}")
+    assert result.exit_code == 2
+    assert f"hint: {hint}" in result.stderr
+    assert "torch" not in result.stderr
+
+
+def test_a_module_without_a_task_is_told_what_it_lacks(run: Psctl, own: Path) -> None:
+    (own.parent / "task.py").write_text("import torch\nclass Model(torch.nn.Module): ...\n")
+    result = run("submit", str(own))
+    assert "hint: define a subclass of pscluster.Task" in result.stderr
 
 
 @pytest.mark.parametrize(
