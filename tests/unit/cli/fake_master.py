@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -152,7 +153,8 @@ class FakeMaster(jobs_pb2_grpc.JobsServicer, agents_pb2_grpc.AgentsServicer):
 
     def ReadMetrics(self, request: Any, context: Any) -> Any:
         self._enter("ReadMetrics", context)
-        yield jobs_pb2.MetricsLines(lines=self.metric_lines)
+        lines = [line for line in self.metric_lines if json.loads(line)["step"] > request.from_step]
+        yield jobs_pb2.MetricsLines(lines=lines)
 
     def ListSnapshots(self, request: Any, context: Any) -> Any:
         self._enter("ListSnapshots", context)
