@@ -75,7 +75,7 @@ def evaluate(session: Session, job: str, step: int | str, data_uri: str | None, 
         request["data_uri"] = data_uri
     found = _run(session, job, step, request)
     if form != "table":
-        print_document("Evaluation", {"job": job, **found}, form)
+        print_document("Evaluation", found, form)
         return
     print_info(f"step {found['step']}, {found.get('num_samples', '?')} samples")
     rows = [[name, fmt.number(value)] for name, value in sorted(found["metrics"].items())]
@@ -119,7 +119,7 @@ def _run(session: Session, job: str, step: int | str, request: dict[str, Any]) -
                 cluster.download_bundle(found.bundle_sha256, Path(bundle))
             parts = cluster.locate_parts(found, snapshot, Path(temporary) / "parts")
         result = run_tool({**request, "job": found.job_id, "spec": found.spec, "bundle": bundle, "parts": parts})
-    return {"step": snapshot.step, **result}
+    return {"job": found.job_id, "job_id": found.job_id, "name": found.name, "step": snapshot.step, **result}
 
 
 def run_tool(request: dict[str, Any], command: tuple[str, ...] = COMMAND) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def health(session: Session, form: str) -> None:
     with session.connect() as cluster:
         found = cluster.health()
     if form in DOCUMENTS:
-        print_document("Health", found.to_dict(), form)
+        print_document("Health", {"address": session.located().address, **found.to_dict()}, form)
     elif found.healthy:
         print_answer("healthy")
     if not found.healthy:
@@ -154,8 +154,9 @@ def nodes_table(found: list[Node], wide: bool, now_s: float) -> str:
 @pass_session
 def version(session: Session, client: bool, form: str) -> None:
     """Print the versions of psctl and, if it answers, the master."""
-    body: dict[str, Any] = {"client": __version__, "master": None, "protocol": None}
+    body: dict[str, Any] = {"client": __version__, "address": None, "master": None, "protocol": None}
     if not client:
+        body.update(address=session.located().address)
         try:
             with session.connect() as cluster:
                 health = cluster.health()

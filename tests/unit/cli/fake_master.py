@@ -74,6 +74,8 @@ class FakeMaster(jobs_pb2_grpc.JobsServicer, agents_pb2_grpc.AgentsServicer):
         self.log_streams: list[list[jobs_pb2.LogRecord | PsError]] = []
         self.log_requests: list[jobs_pb2.ReadLogsRequest] = []
         self.metric_lines: list[str] = []
+        self.metric_reads: list[list[str]] = []
+        """What the first calls of ReadMetrics find instead of `metric_lines`."""
         self.snapshots: list[jobs_pb2.Snapshot] = []
         self.drain_states = ["draining"]
         self.drained_away: set[str] = set()
@@ -153,7 +155,8 @@ class FakeMaster(jobs_pb2_grpc.JobsServicer, agents_pb2_grpc.AgentsServicer):
 
     def ReadMetrics(self, request: Any, context: Any) -> Any:
         self._enter("ReadMetrics", context)
-        lines = [line for line in self.metric_lines if json.loads(line)["step"] > request.from_step]
+        lines = self.metric_reads.pop(0) if self.metric_reads else self.metric_lines
+        lines = [line for line in lines if json.loads(line)["step"] > request.from_step]
         yield jobs_pb2.MetricsLines(lines=lines)
 
     def ListSnapshots(self, request: Any, context: Any) -> Any:

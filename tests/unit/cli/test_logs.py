@@ -7,7 +7,7 @@ import io
 import json
 
 from tests.unit.cli.conftest import Psctl
-from tests.unit.cli.fake_master import FakeMaster, log_record
+from tests.unit.cli.fake_master import FakeMaster, job_message, log_record
 
 LINES = [
     '{"step": 1, "loss": 2.5, "lr": 0.001, "skipped": false, "time_s": 1.7e9}',
@@ -37,6 +37,7 @@ def test_timestamps_come_first(run: Psctl, fake: FakeMaster) -> None:
 
 
 def test_metrics_as_table_csv_and_json(run: Psctl, fake: FakeMaster) -> None:
+    fake.jobs["x"] = job_message()
     fake.metric_lines = LINES
     table = [line.split() for line in run("metrics", "lm").stdout.splitlines()]
     assert table[0] == ["STEP", "LOSS", "LR", "SKIPPED", "METRICS.LOSS", "METRICS.BITS-PER-BYTE"]
@@ -46,12 +47,14 @@ def test_metrics_as_table_csv_and_json(run: Psctl, fake: FakeMaster) -> None:
     assert [row["loss"] for row in rows] == ["2.5", "2.25", ""]
     assert rows[2]["metrics.bits_per_byte"] == "3.0"
     document = json.loads(run("metrics", "lm", "-o", "json").stdout)
-    assert document["kind"] == "MetricsList"
+    assert (document["kind"], document["job_id"], document["name"]) == ("MetricsList", "lm-abc123", "lm")
     assert document["items"] == [json.loads(line) for line in LINES]
 
 
-def test_no_metrics_yet(run: Psctl) -> None:
+def test_no_metrics_yet(run: Psctl, fake: FakeMaster) -> None:
+    fake.jobs["x"] = job_message()
     result = run("metrics", "lm")
     assert (result.exit_code, result.stdout) == (0, "")
     assert "no step yet" in result.stderr
+    assert "no step above 7" in run("metrics", "lm", "--from-step", "7").stderr
     assert run("metrics", "lm", "-o", "csv").stdout == "\n"

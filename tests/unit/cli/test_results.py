@@ -87,6 +87,7 @@ def test_eval_prints_metrics(run: Psctl, asked: list[dict[str, Any]]) -> None:
     assert asked[0]["data_uri"] == "other"
     document = json.loads(run("eval", "lm", "-o", "json").stdout)
     assert (document["kind"], document["metrics"]) == ("Evaluation", {"loss": 2.0, "accuracy": 0.5})
+    assert (document["job_id"], document["name"], document["step"]) == ("lm-abc123", "lm", 50)
     assert "data_uri" not in asked[1]
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from pscluster.v1 import agents_pb2, jobs_pb2, plan_pb2
 from tests.unit.cli.conftest import Psctl
-from tests.unit.cli.fake_master import FakeMaster, ended_message, job_message
+from tests.unit.cli.fake_master import FakeMaster, Serving, ended_message, job_message
 
 
 def node_message(node_id: str = "worker-0", **changes: object) -> jobs_pb2.Node:
@@ -180,7 +180,8 @@ def test_nodes(run: Psctl, fake: FakeMaster) -> None:
     assert run("nodes", "-o", "name").stdout == "worker-0\nserver-0\n"
 
 
-def test_health_exits_5_when_any_is_sick(run: Psctl, fake: FakeMaster) -> None:
+def test_health_exits_5_when_any_is_sick(run: Psctl, serving: Serving) -> None:
+    fake = serving.fake
     assert (run("health").exit_code, run("health").stdout) == (0, "healthy\n")
     fake.cluster.healthy = False
     fake.cluster.problems.extend(["worker-1 is silent"])
@@ -190,7 +191,8 @@ def test_health_exits_5_when_any_is_sick(run: Psctl, fake: FakeMaster) -> None:
     assert "psctl drain NODE" in result.stderr
     document = run("health", "-o", "json")
     assert document.exit_code == 5
-    assert json.loads(document.stdout)["problems"] == ["worker-1 is silent"]
+    found = json.loads(document.stdout)
+    assert (found["address"], found["problems"]) == (serving.address, ["worker-1 is silent"])
 
 
 @pytest.mark.parametrize("verb", ["status", "describe", "stop", "resume", "delete", "wait", "follow", "logs", "export"])

@@ -254,7 +254,7 @@ def evaluated(result: Result) -> list[tuple[int, bool]]:
 
 def test_follow_tells_states_events_and_the_end_in_plain_lines(run: Psctl, fake: FakeMaster, spec: Path) -> None:
     fake.watches = [training]
-    fake.metric_lines = [evaluation(50, 2.0)]
+    fake.metric_reads, fake.metric_lines = [[]], [evaluation(50, 2.0)]
     result = run("submit", str(spec), "--follow")
     assert (result.exit_code, result.stdout) == (0, "lm-abc123\n")
     assert result.stderr.splitlines() == [
