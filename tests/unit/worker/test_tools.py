@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -124,12 +125,62 @@ def test_safetensors_name_their_origin(make_spec: Any, ask: Any, tmp_path: Path)
 @pytest.mark.parametrize("form", ["safetensors", "pth"])
 def test_an_export_that_fails_leaves_the_old_file(tmp_path: Path, form: str) -> None:
     with pytest.raises(StorageError, match="there is no such directory"):
-        write_weights({"x": torch.ones(2)}, form, tmp_path / "none" / "x", {})
+        write_weights({"x": torch.ones(2)}, form, tmp_path / "none" / "x", {}, aside=tmp_path / "aside")
 
     (tmp_path / "taken").mkdir()
-    with pytest.raises(StorageError, match="cannot write"):
-        write_weights({"x": torch.ones(2)}, form, tmp_path / "taken", {})
+    for force in (False, True):
+        with pytest.raises(StateError, match="taken"):
+            write_weights({"x": torch.ones(2)}, form, tmp_path / "taken", {}, aside=tmp_path / "aside", force=force)
     assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pth"])
+def test_an_export_overwrites_only_by_force(tmp_path: Path, form: str) -> None:
+    path, aside = tmp_path / "x", tmp_path / "aside"
+    path.write_text("old")
+    with pytest.raises(StateError, match="exists already"):
+        write_weights({"x": torch.ones(2)}, form, path, {}, aside=aside)
+    assert path.read_text() == "old"
+    size = write_weights({"x": torch.ones(2)}, form, path, {}, aside=aside, force=True)
+    assert path.stat().st_size == size > 3
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pth"])
+def test_a_file_that_appears_during_an_export_is_kept(
+    tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two exports to one path: the first to be complete stays."""
+    path, aside = tmp_path / "x", tmp_path / "aside"
+    monkeypatch.setattr(os, "fsync", lambda _: path.write_text("theirs"))
+    with pytest.raises(StateError, match="exists already"):
+        write_weights({"x": torch.ones(2)}, form, path, {}, aside=aside)
+    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("x", "theirs")]
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pth"])
+def test_an_interrupted_export_leaves_nothing(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: int) -> None:
+        assert (tmp_path / "aside").stat().st_size > 0
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_weights({"x": torch.ones(2)}, form, tmp_path / "x", {}, aside=tmp_path / "aside")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pth"])
+def test_an_export_that_the_disk_has_no_room_for_leaves_nothing(form: str, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk: writing fails in the middle."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(StorageError, match="cannot write"):
+            write_weights({"x": torch.ones(1 << 20)}, form, tmp_path / "x", {}, aside=tmp_path / "aside")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("form", ["safetensors", "pth"])
@@ -141,14 +192,14 @@ def test_a_full_disk_is_a_storage_error(form: str, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError, match="No space left on device"):
-        write_weights({"x": torch.ones(2)}, form, tmp_path / "x", {})
+        write_weights({"x": torch.ones(2)}, form, tmp_path / "x", {}, aside=tmp_path / "aside", force=True)
 
     assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("x", "old")]
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="no export format 'onnx'"):
-        write_weights({}, "onnx", tmp_path / "x", {})
+        write_weights({}, "onnx", tmp_path / "x", {}, aside=tmp_path / "aside")
 
 
 def test_evaluation_gives_the_numbers_of_the_job(make_spec: Any, ask: Any, tmp_path: Path) -> None:
