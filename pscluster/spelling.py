@@ -1,7 +1,7 @@
 """Which known word a misspelt one may be: the rule behind every "did you mean".
 
 Letters are wrong, missing, superfluous or swapped with their neighbour: one mistake in four letters is a misspelling.
-A word of three letters has only swapped ones, or it abbreviates: a distance says nothing there (`top` is not `stop`).
+Of a shorter word two are swapped, or one behind the first is missing: `lst` is `list`, but `top` is not `stop`.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ def _plain(word: str) -> str:
 def _likeness(word: str, name: str) -> tuple[int, int] | None:
     """(kind of likeness, number of mistakes), the smaller the likelier; None when they are not alike."""
     mistakes, allowed = _FAR, len(word) // _LETTERS_PER_MISTAKE
-    if abs(len(word) - len(name)) <= allowed:  # a foreign word may be long
+    if abs(len(word) - len(name)) <= max(1, allowed):  # a foreign word may be long
         mistakes = distance(word, name)
-    if mistakes <= allowed or (mistakes == 1 and sorted(word) == sorted(name)):
+    lacks_one = len(name) > len(word) >= _SHORTEST_PART and name[0] == word[0]
+    if mistakes <= allowed or (mistakes == 1 and (lacks_one or sorted(word) == sorted(name))):
         return 0, mistakes
     shorter, longer = sorted((word, name), key=len)
     if len(shorter) >= _SHORTEST_PART and longer.startswith(shorter):

@@ -47,9 +47,12 @@ def logs(
     rank = trainer if trainer is not None else partition if partition is not None else -1
     since_s = _since(since)
     with session.connect() as cluster:
-        lines = cluster.logs(job, follow=follow, kind=kind, rank=rank, tail=tail, since_s=since_s)
-        for line in lines:
+        lines = 0
+        for line in cluster.logs(job, follow=follow, kind=kind, rank=rank, tail=tail, since_s=since_s):
             click.echo(log_text(line, timestamps))
+            lines += 1
+    if not lines:
+        print_info("no output" + (" of this process or time" if kind or since_s else ""))
 
 
 def log_text(line: LogLine, timestamps: bool) -> str:

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +58,9 @@ def export(session: Session, job: str, step: int | str, form: str | None, output
     """
     path, form = _target(job, form, output)
     check_free(path, force=force)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    request = {"command": "export", "format": form, "output": str(path), "aside": str(aside), "force": force}
-    try:
-        found = _run(session, job, step, request)
-    finally:
-        aside.unlink(missing_ok=True)  # a process that was killed, by Ctrl-C or for its memory, could not
+    request = {"command": "export", "format": form, "output": str(path), "force": force}
+    with _aside(path) as aside:
+        found = _run(session, job, step, {**request, "aside": aside})
     print_info(
         f"step {found['step']}: {found.get('tensors', '?')} tensors, {fmt.size(found.get('size_bytes', 0))}, "
         f"parameters_sha256 {found['parameters_sha256']}"
@@ -81,6 +80,18 @@ def _target(job: str, form: str | None, output: str | None) -> tuple[Path, str]:
     if output.endswith(os.sep):
         raise StorageError(f"there is no directory {path}", action=f"mkdir -p {path}")
     return path, format_of(path, form)
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[str]:
+    """A directory beside `path`, removed with all that is left in it: a process that is killed by Ctrl-C, or for its
+    memory, removes nothing. Raises StorageError."""
+    try:
+        directory = tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".writing", dir=path.parent)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from None
+    with directory as name:
+        yield name
 
 
 @click.command("eval", cls=Verb)

@@ -29,7 +29,8 @@ def test_a_distance_counts_letters_and_swaps(one: str, other: str, mistakes: int
 @pytest.mark.parametrize(
     ("word", "verb"),
     [
-        ("sumbit", "submit"), ("SUBMIT", "submit"), ("lsit", "list"), ("pu", "up"), ("log", "logs"), ("node", "nodes"),
+        ("sumbit", "submit"), ("SUBMIT", "submit"), ("lsit", "list"), ("pu", "up"), ("lst", "list"), ("log", "logs"),
+        ("node", "nodes"),
         ("desc", "describe"), ("evaluate", "eval"), ("exprot", "export"), ("delet", "delete"), ("gen", "generate"),
     ],
 )  # fmt: skip

@@ -21,6 +21,11 @@ def test_logs_are_prefixed_by_role_and_rank(run: Psctl, fake: FakeMaster) -> Non
     assert run("logs", "lm").stdout == "trainer-0 | hello\npartition-1 | there\n"
 
 
+def test_a_job_without_output_says_so_beside_the_answer(run: Psctl) -> None:
+    result = run("logs", "lm")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "no output\n")
+
+
 def test_logs_can_be_narrowed(run: Psctl, fake: FakeMaster) -> None:
     assert run("logs", "lm", "--worker", "2", "--tail", "5", "--since", "1970-01-01T00:01:40+00:00").exit_code == 0
     assert run("logs", "lm", "--server", "1", "--timestamps").exit_code == 0

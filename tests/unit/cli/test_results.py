@@ -79,6 +79,7 @@ def test_the_format_follows_the_path_unless_given(
     assert run("export", "lm", *arguments).exit_code == 0
     assert (asked[0]["format"], asked[0]["force"]) == (form, False)
     assert Path(asked[0]["aside"]).parent == Path(asked[0]["output"]).parent == tmp_path
+    assert not Path(asked[0]["aside"]).exists()
 
 
 @pytest.mark.parametrize(
@@ -136,12 +137,26 @@ def test_a_directory_that_is_missing_is_named_at_once(
 def test_a_tool_that_is_killed_while_it_writes_leaves_nothing(
     run: Psctl, asked: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
-    write = f"import json, os, sys; open(json.load(sys.stdin)['aside'], 'w').write('half'); {ending}"
+    write = f"import json, os, sys; open(json.load(sys.stdin)['aside'] + '/half', 'w').write('half'); {ending}"
     monkeypatch.setattr(results, "run_tool", lambda request: run_tool(request, program(write)))
     (tmp_path / "out").mkdir()
     result = run("export", "lm", "-o", str(tmp_path / "out/m.pth"))
     assert result.exit_code == 1
     assert ("PS-3005" if "kill" in ending else "PS-9001") in result.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+    assert asked == []
+
+
+def test_ctrl_c_during_an_export_leaves_nothing(
+    run: Psctl, asked: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(request: dict[str, Any]) -> dict[str, Any]:
+        (Path(request["aside"]) / ".tmp-of-a-library").write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(results, "run_tool", interrupted)
+    (tmp_path / "out").mkdir()
+    assert run("export", "lm", "-o", str(tmp_path / "out")).exit_code == 130
     assert list((tmp_path / "out").iterdir()) == []
     assert asked == []
 

@@ -153,6 +153,14 @@ def test_describe_has_a_section_for_everything(run: Psctl, fake: FakeMaster) -> 
     assert "Warning" in warning
 
 
+def test_describe_of_a_job_that_has_ended_shows_no_plan_as_if_it_held(run: Psctl, fake: FakeMaster) -> None:
+    fake.jobs["a"] = full_job()
+    fake.jobs["a"].state = jobs_pb2.JOB_STATE_SUCCEEDED
+    titles = run("describe", "lm").stdout.splitlines()
+    assert {"Last plan:", "Last transports:"} <= set(titles)
+    assert not {"Plan:", "Transports:"} & set(titles)
+
+
 def test_describe_of_a_fresh_job_leaves_out_what_is_not_known(run: Psctl, fake: FakeMaster) -> None:
     fake.jobs["a"] = jobs_pb2.Job(job_id="lm-abc123", name="lm", state=jobs_pb2.JOB_STATE_QUEUED, created_s=1.7e9)
     text = run("describe", "lm").stdout

@@ -80,6 +80,7 @@ def test_ones_own_task_is_bundled(run: Psctl, fake: FakeMaster, own: Path, tmp_p
     ("entrypoint", "words", "hint"),
     [
         ("tsak:MyTask", "no module tsak", "did you mean task:MyTask?"),
+        ("tsk:MyTask", "no module tsk", "did you mean task:MyTask?"),
         ("task:MyTusk", "task.py defines no MyTusk", "did you mean task:MyTask?"),
         ("pkg.modle:T", "no module pkg.modle", "did you mean pkg.model:T?"),
         ("zzz:T", "no module zzz", "put zzz.py there"),
