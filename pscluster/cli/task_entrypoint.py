@@ -10,6 +10,8 @@ from pscluster.errors import SpecError
 from pscluster.spelling import nearest
 
 _BUILT_IN = "psworker.tasks."
+_TASK_MODULES = ("pscluster", "pscluster.task")
+_TASK_NAMES = frozenset(f"{module}.Task" for module in _TASK_MODULES)
 
 
 def is_built_in(entrypoint: str) -> bool:
@@ -53,9 +55,9 @@ def never_evaluates(entrypoint: str, directory: Path) -> bool:
     bases = [
         list(map(ast.unparse, node.bases)) for node in body if isinstance(node, ast.ClassDef) and node.name == name
     ]
-    imported = [node for node in body if isinstance(node, ast.ImportFrom) and node.module == "pscluster"]
+    imported = [node for node in body if isinstance(node, ast.ImportFrom) and node.module in _TASK_MODULES]
     names = {alias.asname or alias.name for node in imported for alias in node.names if alias.name == "Task"}
-    return len(bases) == 1 and len(bases[0]) == 1 and bases[0][0] in {*names, "pscluster.Task"}
+    return len(bases) == 1 and len(bases[0]) == 1 and bases[0][0] in names | _TASK_NAMES
 
 
 def _where(module: str) -> str:
@@ -103,7 +105,7 @@ def own_tasks(file: Path, directory: Path, readers: frozenset[Path] = frozenset(
         body = ast.parse(file.read_bytes()).body
     except (OSError, SyntaxError, ValueError):
         return set()
-    bases, own = {"pscluster.Task", "pscluster.task.Task"}, set()
+    bases, own = set(_TASK_NAMES), set[str]()
     for node in body:
         if isinstance(node, ast.ImportFrom):
             names = {alias.asname or alias.name: alias.name for alias in node.names}
@@ -119,7 +121,7 @@ def own_tasks(file: Path, directory: Path, readers: frozenset[Path] = frozenset(
 
 def _is_ours(module: str, name: str) -> bool:
     """Whether a name that is imported from a module is Task or a built-in task."""
-    return module.startswith(_BUILT_IN) or (module in ("pscluster", "pscluster.task") and name == "Task")
+    return module.startswith(_BUILT_IN) or (module in _TASK_MODULES and name == "Task")
 
 
 def _bound_names(tree: ast.Module) -> tuple[set[str], bool]:

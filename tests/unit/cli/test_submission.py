@@ -206,6 +206,7 @@ def test_dry_run_touches_nothing_and_prints_the_arithmetic(run_alone: Psctl, own
     [
         ("from pscluster import Task\nclass MyTask(Task): ...", "no evaluation: the task has no eval_data"),
         ("import pscluster\nclass MyTask(pscluster.Task): ...", "no evaluation"),
+        ("from pscluster.task import Task as T\nclass MyTask(T): ...", "no evaluation"),
         ("from pscluster import Task\nclass MyTask(Task):\n    def eval_data(self): ...", "evaluation at the end"),
         ("from base import Task\nclass MyTask(Task): ...", "evaluation at the end"),
         ("from pscluster import Task\nclass MyTask(Mixed, Task): ...", "evaluation at the end"),
