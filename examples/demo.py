@@ -133,7 +133,7 @@ def show(psctl: Psctl, overrides: Sequence[str], output: Path) -> None:
     print("".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in sample), flush=True)
     output.mkdir(parents=True, exist_ok=True)
     for form in ("safetensors", "pth"):
-        psctl("export", job_id, "--format", form, "-o", str(output / f"model.{form}"))
+        psctl("export", job_id, "--format", form, "-o", str(output / f"model.{form}"), "--force")
     print(f"\nthe trained model is in\n  {output / 'model.safetensors'}\n  {output / 'model.pth'}", flush=True)
 
 

@@ -42,6 +42,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+TRACEBACK_HINT = "; the traceback is in `psctl describe`"
+"""The end of an action, which a job without a traceback is shown without."""
+
 
 class PsError(Exception):
     """Root of the tree. `code` is stable; `exit_code` is what psctl exits with."""
@@ -127,7 +130,7 @@ class SettingsError(CallerError):
 class TaskError(CallerError):
     code = "PS-2001"
     exit_code = 100
-    default_action = "correct the task; the traceback is in `psctl describe`"
+    default_action = "correct the task" + TRACEBACK_HINT
 
 
 class LossContractError(TaskError):

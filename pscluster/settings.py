@@ -9,7 +9,6 @@ Unknown keys of flags and file are errors; environment variables are shared by a
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import os
 import shutil
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pscluster.errors import SettingsError, StorageError
+from pscluster.spelling import nearest
 
 S = TypeVar("S")
 
@@ -117,8 +117,8 @@ def _read_table(file: Path) -> dict[str, Any]:
 def _refuse_unknown(given: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> None:
     for key in given:
         if key not in fields:
-            near = difflib.get_close_matches(key, list(fields), n=1, cutoff=0.5)
-            action = f"did you mean {near[0]}?" if near else f"the keys are: {', '.join(fields)}"
+            near = nearest(key, fields)
+            action = f"did you mean {near}?" if near else f"the keys are: {', '.join(fields)}"
             raise SettingsError(f"unknown key {key} in {where}", action=action)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pscluster.cli import formatting as fmt
-from pscluster.client.goals import last_frame
+from pscluster.client.goals import action_of, last_frame
 
 if TYPE_CHECKING:
     from pscluster.client import Job, PartitionPlacement, TrainerPlacement
@@ -30,8 +30,8 @@ def description(job: Job, now_s: float) -> str:
         ("Task", _aligned(list(_task(job.spec)))),
         ("Conditions", _conditions(job, now_s)),
         ("Evaluation", _evaluation(job)),
-        ("Plan", _plan(job)),
-        ("Transports", _transports(job)),
+        ("Last plan" if job.ended else "Plan", _plan(job)),
+        ("Last transports" if job.ended else "Transports", _transports(job)),
         ("Checks", _checks(job)),
         ("Events", _events(job, now_s)),
         ("Traceback", job.traceback.rstrip()),
@@ -190,8 +190,8 @@ def _error(job: Job) -> str:
     lines = [f"{job.error.code}: {job.error.cause}"]
     if frame := last_frame(job.traceback):
         lines.append(f"at: {fmt.one_line(frame)}")
-    if job.error.action:
-        lines.append(f"hint: {job.error.action}")
+    if action := action_of(job):
+        lines.append(f"hint: {action}")
     lines += [f"{key}: {value}" for key, value in sorted(job.error.details.items())]
     return "\n".join(lines)
 

@@ -9,6 +9,7 @@ import click
 
 from pscluster.cli import formatting as fmt
 from pscluster.cli.describe import counts_tokens, eta_s
+from pscluster.cli.evaluations import Evaluations
 from pscluster.cli.session import INTERRUPTED, print_info, stderr_is_terminal
 
 if TYPE_CHECKING:
@@ -31,13 +32,12 @@ _NARROWEST = 4  # a narrower bar shows nothing
 
 
 class Narrator:
-    """Prints each change of state or reason, each new event and each evaluation once, in order."""
+    """Prints each change of state or reason and each new event once, in order."""
 
     def __init__(self) -> None:
         self._state = ""
         self._reason = ""
         self._last_event: Event | None = None
-        self._evaluated: int | None = None
         self._seen_any = False
 
     def news(self, job: Job, now_s: float) -> list[str]:
@@ -50,10 +50,6 @@ class Narrator:
             if not job.ended and (job.state != self._state or job.reason):
                 lines.append(f"{job.state}{': ' + fmt.one_line(job.reason) if job.reason else ''}")
             self._state, self._reason = job.state, job.reason
-        if job.metrics and job.metrics_step != self._evaluated:
-            if self._seen_any or not job.ended:
-                lines.append(evaluation_line(job))
-            self._evaluated = job.metrics_step
         self._seen_any = True
         return lines
 
@@ -85,12 +81,6 @@ def event_line(event: Event, age_s: float | None = None) -> str:
     """One event; with its age if that is given."""
     when = f"{fmt.duration(age_s)} ago: " if age_s is not None else ""
     return f"{'! ' if event.warning else ''}{when}{event.reason}: {fmt.one_line(event.message)}"
-
-
-def evaluation_line(job: Job) -> str:
-    values = ", ".join(f"{name} {fmt.number(value)}" for name, value in sorted(job.metrics.items()))
-    best = " (best)" if job.best and job.best.step == job.metrics_step else ""
-    return f"evaluated step {job.metrics_step}: {values}{best}"
 
 
 def progress_parts(job: Job) -> list[str]:
@@ -210,8 +200,9 @@ def follow(cluster: Cluster, job_id: str, view: PlainView, located: LocatedClust
     job: Job | None = None
     with view:
         stream = ReconnectingStream(max_outage_s=MAX_OUTAGE_S, on_outage=on_outage, on_reconnect=lambda: view.note(""))
+        evaluations = Evaluations(cluster, stream)
         for job in cluster.watch(job_id, stream):
-            for line in narrator.news(job, time.time()):
+            for line in narrator.news(job, time.time()) + evaluations.news(job):
                 view.print_line(line)
             view.update(job)
     if job is None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pscluster.cli import formatting as fmt
-from pscluster.cli.session import Session, Verb, output_option, pass_session, print_answer, print_document
+from pscluster.cli.session import Session, Verb, output_option, pass_session, print_answer, print_document, print_info
 from pscluster.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -47,9 +47,12 @@ def logs(
     rank = trainer if trainer is not None else partition if partition is not None else -1
     since_s = _since(since)
     with session.connect() as cluster:
-        lines = cluster.logs(job, follow=follow, kind=kind, rank=rank, tail=tail, since_s=since_s)
-        for line in lines:
+        lines = 0
+        for line in cluster.logs(job, follow=follow, kind=kind, rank=rank, tail=tail, since_s=since_s):
             click.echo(log_text(line, timestamps))
+            lines += 1
+    if not lines:
+        print_info("no output" + (" of this process or time" if kind or since_s else ""))
 
 
 def log_text(line: LogLine, timestamps: bool) -> str:
@@ -77,15 +80,16 @@ def _since(text: str | None) -> float:
 def metrics(session: Session, job: str, from_step: int, form: str) -> None:
     """Print JOB's committed steps and evaluations, oldest first."""
     with session.connect() as cluster:
-        records = list(cluster.metrics(job, from_step))
+        found = cluster.job(job)
+        records = list(cluster.metrics(found.job_id, from_step))
     if form == "json":
-        print_document("MetricsList", {"job_id": job, "items": records}, form)
+        print_document("MetricsList", {"job_id": found.job_id, "name": found.name, "items": records}, form)
     elif form == "csv":
         click.echo(metrics_csv(records), nl=False)
     elif records:
         print_answer(metrics_table(records))
     else:
-        click.echo(f"{job} has committed no step yet", err=True)
+        print_info(f"{found.job_id} has committed no step {f'above {from_step}' if from_step else 'yet'}")
 
 
 def flatten(record: dict[str, Any]) -> dict[str, Any]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,8 @@ import click
 
 from pscluster.cli import formatting as fmt
 from pscluster.cli.session import Session, Verb, output_option, pass_session, print_answer, print_document, print_info
-from pscluster.errors import InternalError, from_dict
+from pscluster.errors import InternalError, ProcessLostError, StorageError, from_dict
+from pscluster.storage.exports import DEFAULT_FORMAT, SUFFIXES, check_free, format_of
 
 COMMAND = (sys.executable, "-P", "-m", "psworker.tools")
 _LINES = 12
@@ -39,24 +44,54 @@ _step = click.option(
 @click.option(
     "--format",
     "form",
-    type=click.Choice(("safetensors", "pth")),
+    type=click.Choice(tuple(SUFFIXES)),
     default=None,
-    help="by default the suffix of PATH, else safetensors; pth is a plain state_dict",
+    help="by default that of PATH's suffix, else safetensors; pth is a plain state_dict",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=None, metavar="PATH", help="file to write")
+@click.option("-o", "--output", default=None, metavar="PATH", help="file to write, or a directory for model.FORMAT")
+@click.option("--force", is_flag=True, help="overwrite PATH")
 @pass_session
-def export(session: Session, job: str, step: int | str, form: str | None, output: Path | None) -> None:
-    """Write the parameters of JOB to a file. Prints its path."""
-    form = form or ("pth" if output is not None and output.suffix in (".pth", ".pt") else "safetensors")
-    path = (output or Path(f"{job}.{form}")).absolute()
-    if path.is_dir():
-        path = path / f"model.{form}"
-    found = _run(session, job, step, {"command": "export", "format": form, "output": str(path)})
+def export(session: Session, job: str, step: int | str, form: str | None, output: str | None, force: bool) -> None:
+    """Write the parameters of JOB to a file. Prints its path.
+
+    The file appears once it is complete. An existing one is kept, unless --force is given.
+    """
+    path, form = _target(job, form, output)
+    check_free(path, force=force)
+    request = {"command": "export", "format": form, "output": str(path), "force": force}
+    with _aside(path) as aside:
+        found = _run(session, job, step, {**request, "aside": aside})
     print_info(
         f"step {found['step']}: {found.get('tensors', '?')} tensors, {fmt.size(found.get('size_bytes', 0))}, "
         f"parameters_sha256 {found['parameters_sha256']}"
     )
     print_answer(str(found.get("path", path)))
+
+
+def _target(job: str, form: str | None, output: str | None) -> tuple[Path, str]:
+    """The absolute path to write, and the format. Raises SettingsError, StorageError."""
+    if output is None:
+        form = form or DEFAULT_FORMAT
+        return Path(f"{job}.{form}").absolute(), form
+    path = Path(output).absolute()
+    if path.is_dir():
+        form = form or DEFAULT_FORMAT
+        return path / f"model.{form}", form
+    if output.endswith(os.sep):
+        raise StorageError(f"there is no directory {path}", action=f"mkdir -p {path}")
+    return path, format_of(path, form)
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[str]:
+    """A directory beside `path`, removed with all that is left in it: a process that is killed by Ctrl-C, or for its
+    memory, removes nothing. Raises StorageError."""
+    try:
+        directory = tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".writing", dir=path.parent)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from None
+    with directory as name:
+        yield name
 
 
 @click.command("eval", cls=Verb)
@@ -75,7 +110,7 @@ def evaluate(session: Session, job: str, step: int | str, data_uri: str | None, 
         request["data_uri"] = data_uri
     found = _run(session, job, step, request)
     if form != "table":
-        print_document("Evaluation", {"job": job, **found}, form)
+        print_document("Evaluation", found, form)
         return
     print_info(f"step {found['step']}, {found.get('num_samples', '?')} samples")
     rows = [[name, fmt.number(value)] for name, value in sorted(found["metrics"].items())]
@@ -119,12 +154,14 @@ def _run(session: Session, job: str, step: int | str, request: dict[str, Any]) -
                 cluster.download_bundle(found.bundle_sha256, Path(bundle))
             parts = cluster.locate_parts(found, snapshot, Path(temporary) / "parts")
         result = run_tool({**request, "job": found.job_id, "spec": found.spec, "bundle": bundle, "parts": parts})
-    return {"step": snapshot.step, **result}
+    return {"job": found.job_id, "job_id": found.job_id, "name": found.name, "step": snapshot.step, **result}
 
 
 def run_tool(request: dict[str, Any], command: tuple[str, ...] = COMMAND) -> dict[str, Any]:
-    """Send a request to `psworker.tools`; its reply, without "ok". Blocks; Ctrl-C ends it, too. Raises the error in the
-    reply, or InternalError when there is none."""
+    """Send a request to `psworker.tools`; its reply, without "ok". Blocks; Ctrl-C ends it, too.
+
+    Raises the error in the reply. Without a reply: ProcessLostError when a signal ended it, else InternalError with its
+    last output."""
     process = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True, check=False)
     stderr = process.stderr.decode("utf-8", "replace").splitlines()[-_LINES:]
     try:
@@ -132,6 +169,10 @@ def run_tool(request: dict[str, Any], command: tuple[str, ...] = COMMAND) -> dic
     except ValueError:
         reply = None
     if not isinstance(reply, dict) or "ok" not in reply:
+        if process.returncode < 0:
+            number = signal.Signals(-process.returncode)
+            action = "check how much memory is free" if number is signal.SIGKILL else ""
+            raise ProcessLostError(f"psworker.tools was ended by signal {number} ({number.name})", action=action)
         raise InternalError(
             f"psworker.tools ended with status {process.returncode} and no reply; its last output:\n  "
             + "\n  ".join(stderr or ["(none)"])

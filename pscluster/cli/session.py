@@ -5,13 +5,13 @@ An answer is a table for people, versioned JSON or YAML for programs, or names f
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,6 +20,7 @@ import click
 from pscluster.cli import formatting as fmt
 from pscluster.errors import InternalError, PsError, UnreachableError
 from pscluster.settings import ClientSettings, LocatedCluster, Resolved, resolve_with_origins
+from pscluster.spelling import nearest
 
 if TYPE_CHECKING:
     from pscluster.client import Cluster
@@ -97,8 +98,47 @@ class Verb(click.Command):
         super().__init__(*args, **kwargs)
         self.params.extend(global_options(hidden=True))
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        with _options_suggested(self):
+            return super().parse_args(ctx, args)
 
-class Psctl(click.Group):
+
+@contextmanager
+def _options_suggested(command: click.Command) -> Iterator[None]:
+    """In place of click's suggestion for an unknown option: the nearest that `command` shows, or none."""
+    try:
+        yield
+    except click.NoSuchOption as error:
+        shown = {flag for flag, _, _ in _GLOBALS} | {
+            name
+            for param in command.params
+            if isinstance(param, click.Option) and not param.hidden
+            for name in param.opts
+        }
+        near = nearest(error.option_name.lstrip("-"), [name.removeprefix("--") for name in shown])
+        suggestion = f" Did you mean --{near}?" if near else ""
+        message = f"No such option {error.option_name!r}.{suggestion}"
+        raise click.NoSuchOption(error.option_name, message, ctx=error.ctx) from None
+
+
+class Group(click.Group):
+    """A command with verbs below it. The nearest verb or option is suggested for one that does not exist."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        with _options_suggested(self):
+            return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            near = nearest(args[0], self.commands)
+            suggestion = f" Did you mean {near}?" if near else ""
+            raise click.UsageError(f"No such verb {args[0]!r}.{suggestion}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+class Psctl(Group):
     """The root group, which turns an error into a message on stderr and an exit code."""
 
     command_class = Verb
@@ -123,15 +163,6 @@ class Psctl(click.Group):
             wrapped = InternalError(f"{type(error).__name__}: {error}")
             print_error(wrapped)
             ctx.exit(wrapped.exit_code)
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in self.commands and not args[0].startswith("-"):
-            near = difflib.get_close_matches(args[0], sorted(self.commands), n=1, cutoff=0.5)
-            suggestion = f" Did you mean {near[0]}?" if near else ""
-            raise click.UsageError(f"No such verb {args[0]!r}.{suggestion}", ctx)
-        return super().resolve_command(ctx, args)
 
 
 def print_error(error: PsError) -> None:

@@ -13,6 +13,7 @@ from pscluster import __version__
 from pscluster.cli import formatting as fmt
 from pscluster.cli.session import (
     DOCUMENTS,
+    Group,
     Session,
     Verb,
     output_option,
@@ -101,7 +102,7 @@ def health(session: Session, form: str) -> None:
     with session.connect() as cluster:
         found = cluster.health()
     if form in DOCUMENTS:
-        print_document("Health", found.to_dict(), form)
+        print_document("Health", {"address": session.located().address, **found.to_dict()}, form)
     elif found.healthy:
         print_answer("healthy")
     if not found.healthy:
@@ -151,8 +152,9 @@ def nodes_table(found: list[Node], wide: bool, now_s: float) -> str:
 @pass_session
 def version(session: Session, client: bool, form: str) -> None:
     """Print the versions of psctl and, if it answers, the master."""
-    body: dict[str, Any] = {"client": __version__, "master": None, "protocol": None}
+    body: dict[str, Any] = {"client": __version__, "address": None, "master": None, "protocol": None}
     if not client:
+        body.update(address=session.located().address)
         try:
             with session.connect() as cluster:
                 health = cluster.health()
@@ -167,7 +169,7 @@ def version(session: Session, client: bool, form: str) -> None:
         print_answer(f"psmaster {body['master']} (protocol {body['protocol']})")
 
 
-@click.group("config")
+@click.group("config", cls=Group)
 def config() -> None:
     """Show psctl's settings."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,18 +152,24 @@ def init(directory: Path) -> None:
 
 
 def write_job(directory: Path) -> Path:
-    """Write the templates; returns the spec's path. Raises StateError for a directory that is not empty."""
+    """Write the templates, all or none; returns the spec's path. Raises StateError for a directory that is not empty,
+    StorageError when it cannot be written."""
     name = job_name(directory.absolute().name)
     templates = importlib.resources.files("pscluster.cli") / "templates"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if any(directory.iterdir()):
-            raise StateError(f"{directory} is not empty", action="give a new directory")
-        for source, target in _FILES.items():
-            text = (templates / source).read_text(encoding="utf-8")
-            (directory / target).write_text(text.replace("my-first-job", name), encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"cannot write to {directory}: {error.strerror}") from None
+    with ExitStack() as undo:
+        try:
+            if not directory.exists():
+                directory.mkdir(parents=True)
+                undo.callback(directory.rmdir)
+            if any(directory.iterdir()):
+                raise StateError(f"{directory} is not empty", action="give a new directory")
+            for source, target in _FILES.items():
+                text = (templates / source).read_text(encoding="utf-8")
+                undo.callback((directory / target).unlink, missing_ok=True)
+                (directory / target).write_text(text.replace("my-first-job", name), encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"cannot write to {directory}: {error.strerror}") from None
+        undo.pop_all()  # all are written: they stay
     return directory / "spec.yaml"
 
 

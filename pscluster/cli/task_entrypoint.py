@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
-import difflib
 from collections.abc import Collection
 from pathlib import Path
 
 from pscluster.errors import SpecError
+from pscluster.spelling import nearest
 
 _BUILT_IN = "psworker.tasks."
+_TASK_MODULES = ("pscluster", "pscluster.task")
+_TASK_NAMES = frozenset(f"{module}.Task" for module in _TASK_MODULES)
 
 
 def is_built_in(entrypoint: str) -> bool:
@@ -23,10 +25,10 @@ def check_entrypoint(entrypoint: str, directory: Path, packed: Collection[str] |
     module, _, name = entrypoint.partition(":")
     found = _module_file(module, directory)
     if found is None:
-        near = difflib.get_close_matches(module, _modules(directory), n=1, cutoff=0.5)
+        near = nearest(module, _modules(directory))
         raise SpecError(
             f"task.entrypoint {entrypoint}: there is no module {module} in {directory}",
-            action=f"did you mean {near[0]}:{name}?" if near else _where(module),
+            action=f"did you mean {near}:{name}?" if near else _where(module),
         )
     relative = found.relative_to(directory).as_posix()
     if packed is not None and relative not in packed:
@@ -34,7 +36,7 @@ def check_entrypoint(entrypoint: str, directory: Path, packed: Collection[str] |
             f"task.entrypoint {entrypoint}: {relative} is left out of the bundle by a .gitignore",
             action=f"add the line !{relative}",
         )
-    _check_name(entrypoint, name, found, relative)
+    _check_name(entrypoint, found, directory)
 
 
 def never_evaluates(entrypoint: str, directory: Path) -> bool:
@@ -51,9 +53,9 @@ def never_evaluates(entrypoint: str, directory: Path) -> bool:
     bases = [
         list(map(ast.unparse, node.bases)) for node in body if isinstance(node, ast.ClassDef) and node.name == name
     ]
-    imported = [node for node in body if isinstance(node, ast.ImportFrom) and node.module == "pscluster"]
+    imported = [node for node in body if isinstance(node, ast.ImportFrom) and node.module in _TASK_MODULES]
     names = {alias.asname or alias.name for node in imported for alias in node.names if alias.name == "Task"}
-    return len(bases) == 1 and len(bases[0]) == 1 and bases[0][0] in {*names, "pscluster.Task"}
+    return len(bases) == 1 and len(bases[0]) == 1 and bases[0][0] in names | _TASK_NAMES
 
 
 def _where(module: str) -> str:
@@ -75,7 +77,9 @@ def _modules(directory: Path) -> list[str]:
     return sorted(names)
 
 
-def _check_name(entrypoint: str, name: str, file: Path, relative: str) -> None:
+def _check_name(entrypoint: str, file: Path, directory: Path) -> None:
+    module, _, name = entrypoint.partition(":")
+    relative = file.relative_to(directory).as_posix()
     try:
         tree = ast.parse(file.read_bytes(), filename=relative)
     except (OSError, SyntaxError, ValueError) as error:
@@ -84,9 +88,38 @@ def _check_name(entrypoint: str, name: str, file: Path, relative: str) -> None:
         raise SpecError(f"task.entrypoint {entrypoint}: {relative}{where}: {reason}") from None
     names, complete = _bound_names(tree)
     if complete and name not in names:
-        near = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.5)
-        hint = f"did you mean {entrypoint.partition(':')[0]}:{near[0]}?" if near else ""
-        raise SpecError(f"task.entrypoint {entrypoint}: {relative} defines no {name}", action=hint)
+        tasks = sorted(own_tasks(file, directory))
+        near = nearest(name, tasks)
+        its = f"its tasks: {', '.join(f'{module}:{task}' for task in tasks)}"
+        some = its if tasks else "define a subclass of pscluster.Task in it"
+        action = f"did you mean {module}:{near}?" if near else some
+        raise SpecError(f"task.entrypoint {entrypoint}: {relative} defines no {name}", action=action)
+
+
+def own_tasks(file: Path, directory: Path, readers: frozenset[Path] = frozenset()) -> set[str]:
+    """The subclasses of Task that a module of `directory` defines or imports from another one there, as far as the
+    source shows; none of a file that does not parse. `readers`: the modules that import it. Runs no user code."""
+    try:
+        body = ast.parse(file.read_bytes()).body
+    except (OSError, SyntaxError, ValueError):
+        return set()
+    bases, own = set(_TASK_NAMES), set[str]()
+    for node in body:
+        if isinstance(node, ast.ImportFrom):
+            names = {alias.asname or alias.name: alias.name for alias in node.names}
+            bases |= {name for name, source in names.items() if _is_ours(node.module or "", source)}
+            found = _module_file(node.module or "", file.parents[node.level - 1] if node.level else directory)
+            if found is not None and found not in readers:
+                there = own_tasks(found, directory, readers | {file})
+                own |= {name for name, source in names.items() if source in there}
+        elif isinstance(node, ast.ClassDef) and (bases | own) & set(map(ast.unparse, node.bases)):
+            own.add(node.name)
+    return own
+
+
+def _is_ours(module: str, name: str) -> bool:
+    """Whether a name that is imported from a module is Task or a built-in task."""
+    return module.startswith(_BUILT_IN) or (module in _TASK_MODULES and name == "Task")
 
 
 def _bound_names(tree: ast.Module) -> tuple[set[str], bool]:

@@ -161,15 +161,18 @@ class ReconnectingStream:
         self.sleep(wait_s)
         return outage
 
-
-def retry_unreachable(attempt: Callable[[], T], max_outage_s: float) -> T:
-    """Retry an idempotent call while nobody answers, with growing jittered pauses, for `max_outage_s`. Blocks."""
-    retries, outage = ReconnectingStream(max_outage_s=max_outage_s), None
-    while True:
-        try:
-            return attempt()
-        except UnreachableError as error:
-            outage = retries.wait_retry(outage, error)
+    def retry(self, attempt: Callable[[], T]) -> T:
+        """The result of an idempotent call, repeated while nobody answers. Blocks; raises as `follow` does."""
+        outage: Outage | None = None
+        while True:
+            try:
+                result = attempt()
+            except UnreachableError as error:
+                outage = self.wait_retry(outage, error)
+                continue
+            if outage is not None:
+                self.on_reconnect()
+            return result
 
 
 class LogCursor:

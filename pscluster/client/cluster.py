@@ -122,7 +122,7 @@ class Cluster:
                     raise
                 return attempt(uploads - 1)
 
-        return calls.retry_unreachable(attempt, _SUBMIT_OUTAGE_S)
+        return ReconnectingStream(max_outage_s=_SUBMIT_OUTAGE_S).retry(attempt)
 
     def _upload(self, bundle: Bundle) -> None:
         asked = jobs_pb2.HasBundleRequest(sha256=bundle.sha256)

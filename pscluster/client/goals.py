@@ -59,7 +59,7 @@ def end_error(job: Job) -> errors.PsError | None:
     details = {"job_id": job.job_id, "state": job.state, "step": str(job.step)}
     if job.state == "FAILED":
         why = f"{job.error.code}: {job.error.cause}" if job.error else job.reason
-        action = job.error.action if job.error and job.error.action else "see `psctl describe`"
+        action = action_of(job) or "see `psctl describe`"
         action = action.replace("`psctl describe`", f"`psctl describe {job.job_id}`")
         frame = last_frame(job.traceback)
         details |= {"frame": frame} if frame else {}
@@ -71,6 +71,12 @@ def end_error(job: Job) -> errors.PsError | None:
             details=details,
         )
     return None
+
+
+def action_of(job: Job) -> str:
+    """What the error of a failed job asks for; empty when it has none. A traceback is mentioned where there is one."""
+    action = job.error.action if job.error else ""
+    return action if job.traceback else action.removesuffix(errors.TRACEBACK_HINT)
 
 
 def last_frame(traceback: str) -> str:

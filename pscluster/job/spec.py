@@ -7,7 +7,6 @@ immutable; `canonical_json` is what is stored, hashed and sent.
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from pscluster.devices import AUTO, is_valid_device
 from pscluster.errors import SpecError
+from pscluster.spelling import nearest
 from pscluster.storage import check_location
 
 # Strict: `true` is not a number of steps. Floats stay lax, since YAML reads 1e-3 as text.
@@ -324,7 +324,8 @@ def _near(location: Sequence[int | str], root: type[BaseModel]) -> list[str]:
     for part in section:
         model = model.model_fields[part].annotation
     elsewhere = [path for path in _paths(root) if path.rpartition(".")[2] == key]
-    return difflib.get_close_matches(key, list(model.model_fields), n=1, cutoff=0.5) + elsewhere
+    near = nearest(key, model.model_fields)
+    return [*([near] if near else []), *elsewhere]
 
 
 def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

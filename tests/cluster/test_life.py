@@ -245,7 +245,7 @@ def test_the_next_job_is_queued_and_a_stopped_one_resumes_with_the_same_bits(
     wide: Wide, cluster: LocalCluster, root: Path, plain: Plain
 ) -> None:
     path = root / "next.json"
-    path.write_text(json.dumps(spec(name="next", workers={"max": 1}, evaluate={})))
+    path.write_text(json.dumps(spec(name="next", workers={"max": 1}, evaluate={"every_steps": 1})))
     follower = cluster.start("submit", str(path), "--follow")
     assert follower.stdout is not None
     following = follower.stdout.readline().strip()
@@ -267,6 +267,8 @@ def test_the_next_job_is_queued_and_a_stopped_one_resumes_with_the_same_bits(
     assert "\x1b" not in lines + rest
     assert "\r" not in lines
     assert re.search(rf"{following} SUCCEEDED at step {STEPS}", lines)
+    evaluated = [int(step) for step in re.findall(r"^evaluated step (\d+): ", lines, re.MULTILINE)]
+    assert evaluated == list(range(1, STEPS + 1))
     assert cluster.psctl("resume", wide.job).stdout == f"{wide.job}\n"
     cluster.wait(wide.job, "succeeded")
     assert cluster.describe(wide.job)["parameters_sha256"] == plain.digest

@@ -379,6 +379,15 @@ def test_what_the_users_code_raised_is_told_with_its_place_and_the_jobs_name() -
     assert failed.details["frame"] == "parts/shrinking.py:4 in shrink"
 
 
+def test_a_job_that_failed_without_a_traceback_promises_none() -> None:
+    error = plan_pb2.ErrorDetail(**TaskError("no such class").to_dict())
+    for traceback, promised in (("", False), (RAISED, True)):
+        failed = end_error(job_of(ended_message(jobs_pb2.JOB_STATE_FAILED, error=error, traceback=traceback)))
+        assert failed is not None
+        assert ("traceback" in failed.action) is promised
+        assert failed.action.startswith("correct the task")
+
+
 # --- logs, metrics, snapshots ---
 
 

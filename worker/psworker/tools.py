@@ -6,6 +6,7 @@ One JSON request on stdin, one JSON answer on stdout; whatever user code prints 
      "spec": {...} or its JSON text, "bundle": path of an archive or directory or null,
      "parts": [absolute paths or URLs of all parts of one snapshot], "job": id,
      "format": "safetensors" | "pth", "output": path,                               export
+     "aside": a directory on its file system, to write it in first, "force": overwrite,
      "data_uri": another data.uri, or absent,                                        eval
      "prompt": text, "max_new_tokens": 200, "temperature": 0.8, "seed": 0}           generate
 
@@ -35,6 +36,7 @@ from pscluster.errors import InternalError, PsError, SpecError, StateError, Stor
 from pscluster.job.bundle import extract
 from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.step.layout import Layout, parameters_sha256
+from pscluster.storage.exports import SUFFIXES, check_free
 from pscluster.storage.snapshot import read_part, read_parts
 from pscluster.task import Task
 from psworker.numerics import precision, settle_numerics
@@ -100,7 +102,8 @@ def _export(spec: JobSpec, snapshot: Snapshot, request: Mapping[str, Any]) -> di
     tensors = state_tensors(snapshot.layout, snapshot.words)
     facts = {"job": snapshot.job, "step": str(snapshot.step), "parameters_sha256": snapshot.sha256}
     path = Path(request["output"]).absolute()
-    size = write_weights(tensors, request["format"], path, facts)
+    aside, force = Path(request["aside"]), bool(request.get("force"))
+    size = write_weights(tensors, request["format"], path, facts, aside=aside, force=force)
     return {"path": str(path), "format": request["format"], "tensors": len(tensors), "size_bytes": size}
 
 
@@ -170,32 +173,40 @@ def _claim_stdout() -> IO[str]:
 # ---- trained weights as files ----
 
 
-FORMATS = ("safetensors", "pth")
-
-
-def write_weights(tensors: Mapping[str, Tensor], form: str, path: Path, facts: Mapping[str, str]) -> int:
+def write_weights(
+    tensors: Mapping[str, Tensor], form: str, path: Path, facts: Mapping[str, str], *, aside: Path, force: bool = False
+) -> int:
     """Write every tensor under its name; tied weights under each of theirs. Returns the file's length in bytes.
 
-    Written aside, synced and renamed: `path` is whole or as it was. `facts` go into safetensors' metadata. Both
-    forms load with `model.load_state_dict(..., strict=True)`, and pth with weights_only=True. Blocks on the disk.
-    Raises SpecError for an unknown form, StorageError when the file cannot be written."""
-    if form not in FORMATS:
-        raise SpecError(f"no export format {form!r}; there are {', '.join(FORMATS)}")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    Written in the directory `aside`, synced and renamed: `path` is whole or as it was. What an error leaves aside is
+    the caller's to remove. `facts` go into safetensors' metadata. Both forms load with `model.load_state_dict(...,
+    strict=True)`, and pth with weights_only=True. Blocks on the disk. Raises SpecError for an unknown form,
+    StorageError when the file cannot be written, and StateError when there is one already and not `force`."""
+    if form not in SUFFIXES:
+        raise SpecError(f"no export format {form!r}; there are {', '.join(SUFFIXES)}")
+    check_free(path, force=force)
+    written = aside / path.name
     try:
         if form == "safetensors":
-            save_file(_private(tensors, tied=False), str(temporary), metadata={"format": "pt", **facts})
+            save_file(_private(tensors, tied=False), str(written), metadata={"format": "pt", **facts})
+            _give_usual_mode(written)
         else:
-            torch.save(_private(tensors, tied=True), temporary)
-        _sync(temporary)
-        os.replace(temporary, path)
+            torch.save(_private(tensors, tied=True), written)
+        _sync(written)
+        check_free(path, force=force)  # writing may have taken minutes
+        os.replace(written, path)
         _sync(path.parent)
         return path.stat().st_size
     except (OSError, RuntimeError, SafetensorError) as error:
-        # torch.save and safetensors report a full disk or a missing directory as errors of their own.
-        temporary.unlink(missing_ok=True)
-        reason = "there is no such directory" if not path.parent.is_dir() else str(error).splitlines()[0]
-        raise StorageError(f"cannot write {path}: {reason}") from error
+        # torch.save and safetensors report a full disk as errors of their own.
+        raise StorageError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+
+
+def _give_usual_mode(path: Path) -> None:
+    """Give a file the mode of a new one: safetensors writes it where only its owner may read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def _private(tensors: Mapping[str, Tensor], *, tied: bool) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -73,6 +74,8 @@ class FakeMaster(jobs_pb2_grpc.JobsServicer, agents_pb2_grpc.AgentsServicer):
         self.log_streams: list[list[jobs_pb2.LogRecord | PsError]] = []
         self.log_requests: list[jobs_pb2.ReadLogsRequest] = []
         self.metric_lines: list[str] = []
+        self.metric_reads: list[list[str]] = []
+        """What the first calls of ReadMetrics find instead of `metric_lines`."""
         self.snapshots: list[jobs_pb2.Snapshot] = []
         self.drain_states = ["draining"]
         self.drained_away: set[str] = set()
@@ -152,7 +155,9 @@ class FakeMaster(jobs_pb2_grpc.JobsServicer, agents_pb2_grpc.AgentsServicer):
 
     def ReadMetrics(self, request: Any, context: Any) -> Any:
         self._enter("ReadMetrics", context)
-        yield jobs_pb2.MetricsLines(lines=self.metric_lines)
+        lines = self.metric_reads.pop(0) if self.metric_reads else self.metric_lines
+        lines = [line for line in lines if json.loads(line)["step"] > request.from_step]
+        yield jobs_pb2.MetricsLines(lines=lines)
 
     def ListSnapshots(self, request: Any, context: Any) -> Any:
         self._enter("ListSnapshots", context)

@@ -33,6 +33,27 @@ def test_init_refuses_a_directory_that_is_not_empty(run_alone: Psctl, tmp_path: 
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.parametrize("existing", [True, False])
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_init_writes_all_files_or_none(
+    run_alone: Psctl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException, existing: bool
+) -> None:
+    directory, write = tmp_path / "job", Path.write_text
+    if existing:
+        directory.mkdir()
+
+    def fails(path: Path, text: str, encoding: str) -> int:
+        written = write(path, text, encoding=encoding)
+        if path.name == "text.txt":
+            raise failure
+        return written
+
+    monkeypatch.setattr(Path, "write_text", fails)
+    result = run_alone("init", str(directory))
+    assert (result.exit_code, result.stdout) == (1 if isinstance(failure, OSError) else 130, "")
+    assert [path.name for path in tmp_path.rglob("*")] == (["job"] if existing else [])
+
+
 def test_init_where_nothing_can_be_written(run_alone: Psctl, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = run_alone("init", str(tmp_path / "file" / "job"))

@@ -7,7 +7,7 @@ import io
 import json
 
 from tests.unit.cli.conftest import Psctl
-from tests.unit.cli.fake_master import FakeMaster, log_record
+from tests.unit.cli.fake_master import FakeMaster, job_message, log_record
 
 LINES = [
     '{"step": 1, "loss": 2.5, "lr": 0.001, "skipped": false, "time_s": 1.7e9}',
@@ -19,6 +19,11 @@ LINES = [
 def test_logs_are_prefixed_by_role_and_rank(run: Psctl, fake: FakeMaster) -> None:
     fake.log_streams = [[log_record("trainer-0", 1.7e9, "hello"), log_record("partition-1", 1.7e9, "there")]]
     assert run("logs", "lm").stdout == "trainer-0 | hello\npartition-1 | there\n"
+
+
+def test_a_job_without_output_says_so_beside_the_answer(run: Psctl) -> None:
+    result = run("logs", "lm")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "no output\n")
 
 
 def test_logs_can_be_narrowed(run: Psctl, fake: FakeMaster) -> None:
@@ -37,6 +42,7 @@ def test_timestamps_come_first(run: Psctl, fake: FakeMaster) -> None:
 
 
 def test_metrics_as_table_csv_and_json(run: Psctl, fake: FakeMaster) -> None:
+    fake.jobs["x"] = job_message()
     fake.metric_lines = LINES
     table = [line.split() for line in run("metrics", "lm").stdout.splitlines()]
     assert table[0] == ["STEP", "LOSS", "LR", "SKIPPED", "METRICS.LOSS", "METRICS.BITS-PER-BYTE"]
@@ -46,12 +52,14 @@ def test_metrics_as_table_csv_and_json(run: Psctl, fake: FakeMaster) -> None:
     assert [row["loss"] for row in rows] == ["2.5", "2.25", ""]
     assert rows[2]["metrics.bits_per_byte"] == "3.0"
     document = json.loads(run("metrics", "lm", "-o", "json").stdout)
-    assert document["kind"] == "MetricsList"
+    assert (document["kind"], document["job_id"], document["name"]) == ("MetricsList", "lm-abc123", "lm")
     assert document["items"] == [json.loads(line) for line in LINES]
 
 
-def test_no_metrics_yet(run: Psctl) -> None:
+def test_no_metrics_yet(run: Psctl, fake: FakeMaster) -> None:
+    fake.jobs["x"] = job_message()
     result = run("metrics", "lm")
     assert (result.exit_code, result.stdout) == (0, "")
     assert "no step yet" in result.stderr
+    assert "no step above 7" in run("metrics", "lm", "--from-step", "7").stderr
     assert run("metrics", "lm", "-o", "csv").stdout == "\n"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pscluster.cli import results
+from pscluster.cli.results import run_tool
 from pscluster.errors import InternalError, TaskError
 from tests.unit.cli.conftest import Psctl
 from tests.unit.cli.fake_master import FakeMaster, ended_message, snapshot_message
@@ -58,14 +59,106 @@ def test_export_prints_the_path(run: Psctl, asked: list[dict[str, Any]], tmp_pat
         (["-o", "m.safetensors"], "safetensors"),
         (["-o", "m"], "safetensors"),
         (["-o", "m", "--format", "pth"], "pth"),
+        (["-o", "m.pt"], "pth"),
+        (["-o", "m.PTH"], "pth"),
+        (["-o", "m.v2.pth"], "pth"),
+        (["--format", "pth"], "pth"),
+        (["-o", "."], "safetensors"),
         ([], "safetensors"),
     ],
 )
 def test_the_format_follows_the_path_unless_given(
-    run: Psctl, asked: list[dict[str, Any]], arguments: list[str], form: str
+    run: Psctl,
+    asked: list[dict[str, Any]],
+    arguments: list[str],
+    form: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     assert run("export", "lm", *arguments).exit_code == 0
-    assert asked[0]["format"] == form
+    assert (asked[0]["format"], asked[0]["force"]) == (form, False)
+    assert Path(asked[0]["aside"]).parent == Path(asked[0]["output"]).parent == tmp_path
+    assert not Path(asked[0]["aside"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "suffixes"),
+    [
+        (["-o", "m.onnx"], [".safetensors", ".pth", ".pt"]),
+        (["-o", "m.gguf"], [".safetensors", ".pth", ".pt"]),
+        (["-o", "m.h5", "--format", "pth"], [".pth", ".pt"]),
+        (["-o", "m.pth", "--format", "safetensors"], [".safetensors"]),
+        (["-o", "m.safetensors", "--format", "pth", "--force"], [".pth", ".pt"]),
+    ],
+)
+def test_a_suffix_that_is_not_what_is_written_is_refused(
+    run: Psctl, asked: list[dict[str, Any]], tmp_path: Path, arguments: list[str], suffixes: list[str]
+) -> None:
+    name, *options = arguments[1:]
+    result = run("export", "lm", "-o", str(tmp_path / name), *options)
+    assert (result.exit_code, result.stdout, asked) == (2, "", [])
+    assert f"PS-1006: {name}: {Path(name).suffix} is not" in result.stderr
+    assert f"give one of {', '.join(suffixes)}, or none" in result.stderr
+
+
+def test_an_existing_file_is_overwritten_by_force_alone(
+    run: Psctl, asked: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "m.pth").write_text("mine")
+    (tmp_path / "dangling.pth").symlink_to("nowhere")
+    (tmp_path / "model.safetensors").write_text("mine")
+    for name in ("m.pth", "dangling.pth", "."):
+        result = run("export", "lm", "-o", str(tmp_path / name))
+        assert (result.exit_code, result.stdout, asked) == (1, "", [])
+        assert "PS-1004" in result.stderr
+        assert "--force" in result.stderr
+    assert run("export", "lm", "-o", str(tmp_path / "m.pth"), "--force").exit_code == 0
+    assert asked[0]["force"] is True
+
+
+def test_what_is_no_regular_file_is_not_overwritten_at_all(run: Psctl, asked: list[dict[str, Any]]) -> None:
+    result = run("export", "lm", "-o", "/dev/null", "--force")
+    assert (result.exit_code, asked) == (1, [])
+    assert "PS-1004: /dev/null is not a regular file" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["none/m.pth", "none/"])
+def test_a_directory_that_is_missing_is_named_at_once(
+    run: Psctl, asked: list[dict[str, Any]], tmp_path: Path, name: str
+) -> None:
+    result = run("export", "lm", "-o", f"{tmp_path}/{name}")
+    assert (result.exit_code, asked) == (1, [])
+    assert "PS-4002" in result.stderr
+    assert f"mkdir -p {tmp_path}/none" in result.stderr
+
+
+@pytest.mark.parametrize("ending", ["os.kill(os.getpid(), 9)", "sys.exit(3)"])
+def test_a_tool_that_is_killed_while_it_writes_leaves_nothing(
+    run: Psctl, asked: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    write = f"import json, os, sys; open(json.load(sys.stdin)['aside'] + '/half', 'w').write('half'); {ending}"
+    monkeypatch.setattr(results, "run_tool", lambda request: run_tool(request, program(write)))
+    (tmp_path / "out").mkdir()
+    result = run("export", "lm", "-o", str(tmp_path / "out/m.pth"))
+    assert result.exit_code == 1
+    assert ("PS-3005" if "kill" in ending else "PS-9001") in result.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+    assert asked == []
+
+
+def test_ctrl_c_during_an_export_leaves_nothing(
+    run: Psctl, asked: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(request: dict[str, Any]) -> dict[str, Any]:
+        (Path(request["aside"]) / ".tmp-of-a-library").write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(results, "run_tool", interrupted)
+    (tmp_path / "out").mkdir()
+    assert run("export", "lm", "-o", str(tmp_path / "out")).exit_code == 130
+    assert list((tmp_path / "out").iterdir()) == []
+    assert asked == []
 
 
 def test_the_step_chooses_the_snapshot(run: Psctl, asked: list[dict[str, Any]]) -> None:
@@ -87,6 +180,7 @@ def test_eval_prints_metrics(run: Psctl, asked: list[dict[str, Any]]) -> None:
     assert asked[0]["data_uri"] == "other"
     document = json.loads(run("eval", "lm", "-o", "json").stdout)
     assert (document["kind"], document["metrics"]) == ("Evaluation", {"loss": 2.0, "accuracy": 0.5})
+    assert (document["job_id"], document["name"], document["step"]) == ("lm-abc123", "lm", 50)
     assert "data_uri" not in asked[1]
 
 

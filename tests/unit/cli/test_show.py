@@ -10,7 +10,7 @@ import yaml
 
 from pscluster.v1 import agents_pb2, jobs_pb2, plan_pb2
 from tests.unit.cli.conftest import Psctl
-from tests.unit.cli.fake_master import FakeMaster, ended_message, job_message
+from tests.unit.cli.fake_master import FakeMaster, Serving, ended_message, job_message
 
 
 def node_message(node_id: str = "worker-0", **changes: object) -> jobs_pb2.Node:
@@ -126,7 +126,8 @@ def test_describe_has_a_section_for_everything(run: Psctl, fake: FakeMaster) -> 
     fake.jobs["a"] = full_job()
     text = run("describe", "lm").stdout
     titles = [line for line in text.splitlines() if re.fullmatch(r"[A-Z][A-Za-z ]+:", line)]
-    wanted = ["Last error", "Task", "Conditions", "Evaluation", "Plan", "Transports", "Checks", "Events", "Traceback"]
+    wanted = ["Last error", "Task", "Conditions", "Evaluation", "Last plan", "Last transports"]
+    wanted += ["Checks", "Events", "Traceback"]
     assert [title.rstrip(":") for title in titles] == wanted
     for piece in (
         "sha256:" + "f" * 64,
@@ -151,6 +152,14 @@ def test_describe_has_a_section_for_everything(run: Psctl, fake: FakeMaster) -> 
     assert check.split() == ["worker-0", "imports", "ok", "fine"]
     warning = next(line for line in text.splitlines() if "TrainerLost" in line)
     assert "Warning" in warning
+
+
+def test_describe_of_a_running_job_shows_the_plan_that_holds(run: Psctl, fake: FakeMaster) -> None:
+    fake.jobs["a"] = full_job()
+    fake.jobs["a"].state = jobs_pb2.JOB_STATE_RUNNING
+    titles = set(run("describe", "lm").stdout.splitlines())
+    assert {"Plan:", "Transports:"} <= titles
+    assert not {"Last plan:", "Last transports:"} & titles
 
 
 def test_describe_of_a_fresh_job_leaves_out_what_is_not_known(run: Psctl, fake: FakeMaster) -> None:
@@ -180,7 +189,8 @@ def test_nodes(run: Psctl, fake: FakeMaster) -> None:
     assert run("nodes", "-o", "name").stdout == "worker-0\nserver-0\n"
 
 
-def test_health_exits_5_when_any_is_sick(run: Psctl, fake: FakeMaster) -> None:
+def test_health_exits_5_when_any_is_sick(run: Psctl, serving: Serving) -> None:
+    fake = serving.fake
     assert (run("health").exit_code, run("health").stdout) == (0, "healthy\n")
     fake.cluster.healthy = False
     fake.cluster.problems.extend(["worker-1 is silent"])
@@ -190,7 +200,8 @@ def test_health_exits_5_when_any_is_sick(run: Psctl, fake: FakeMaster) -> None:
     assert "psctl drain NODE" in result.stderr
     document = run("health", "-o", "json")
     assert document.exit_code == 5
-    assert json.loads(document.stdout)["problems"] == ["worker-1 is silent"]
+    found = json.loads(document.stdout)
+    assert (found["address"], found["problems"]) == (serving.address, ["worker-1 is silent"])
 
 
 @pytest.mark.parametrize("verb", ["status", "describe", "stop", "resume", "delete", "wait", "follow", "logs", "export"])

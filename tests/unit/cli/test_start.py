@@ -73,6 +73,33 @@ def test_wrong_usage_exits_2_and_says_so_on_stderr(run: Psctl, arguments: list[s
 
 def test_a_misspelt_verb_is_corrected(run_alone: Psctl) -> None:
     assert "Did you mean submit?" in run_alone("sumbit").stderr
+    assert "Did you mean show?" in run_alone("config", "shwo").stderr
+    for stranger in ("get", "top"):
+        result = run_alone(stranger, "jobs")
+        assert result.exit_code == 2
+        assert f"No such verb {stranger!r}" in result.stderr
+        assert "Did you mean" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["submit", "x", "--folow"], "follow"),
+        (["submit", "x", "--adress", "a"], "address"),
+        (["--adress", "a", "list"], "address"),
+        (["config", "show", "--orign"], "origin"),
+        (["submit", "x", "--tide"], None),
+        (["list", "--get"], None),
+    ],
+)
+def test_a_misspelt_option_is_corrected_with_one_that_is_shown(
+    run_alone: Psctl, arguments: list[str], option: str | None
+) -> None:
+    result = run_alone(*arguments)
+    assert result.exit_code == 2
+    assert "No such option" in result.stderr
+    suggested = result.stderr.partition("Did you mean ")[2]
+    assert suggested.strip() == (f"--{option}?" if option else "")
 
 
 def test_no_cluster_exits_3(run_alone: Psctl, tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import Result
 
 from pscluster.cli.following import PlainView, outage_note
 from pscluster.cli.local import record
 from pscluster.cli.submission import calculate
-from pscluster.errors import UnreachableError
+from pscluster.errors import NotFoundError, UnreachableError
 from pscluster.job.bundle import extract
 from pscluster.job.spec import parse_spec
 from pscluster.settings import ClientSettings
@@ -44,7 +45,7 @@ def spec(tmp_path: Path) -> Path:
 def own(spec: Path) -> Path:
     """The spec of a task in the spec's directory."""
     spec.write_text(yaml.safe_dump({**BUILT_IN, "task": {"entrypoint": "task:MyTask"}}))
-    (spec.parent / "task.py").write_text("class MyTask: ...\n")
+    (spec.parent / "task.py").write_text("import torch\nfrom pscluster import Task\nclass MyTask(Task): ...\n")
     return spec
 
 
@@ -79,6 +80,7 @@ def test_ones_own_task_is_bundled(run: Psctl, fake: FakeMaster, own: Path, tmp_p
     ("entrypoint", "words", "hint"),
     [
         ("tsak:MyTask", "no module tsak", "did you mean task:MyTask?"),
+        ("tsk:MyTask", "no module tsk", "did you mean task:MyTask?"),
         ("task:MyTusk", "task.py defines no MyTusk", "did you mean task:MyTask?"),
         ("pkg.modle:T", "no module pkg.modle", "did you mean pkg.model:T?"),
         ("zzz:T", "no module zzz", "put zzz.py there"),
@@ -101,6 +103,48 @@ def test_an_entrypoint_that_is_not_there_is_refused_at_once(
     assert hint in result.stderr
     assert fake.submitted == []
     assert fake.bundles == {}
+
+
+OWN_TASKS = """
+import dataclasses, torch, base
+from torch import nn
+from torch.utils.data import Dataset
+from pscluster import Task as Base
+from psworker.tasks.byte_lm import ByteLm
+from base import Mixed, Plain
+class Data(Dataset): ...
+class Model(nn.Module): ...
+class Mine(Base): ...
+class Bytes(nn.Identity, ByteLm): ...
+class Heir(Mine): ...
+class Mixture(Mixed): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("Hair", "did you mean task:Heir?"),
+        ("Mix", "did you mean task:Mixed?"),
+        ("NoSuch", "its tasks: task:Bytes, task:Heir, task:Mine, task:Mixed, task:Mixture"),
+        ("Torch", "its tasks: "),
+        ("Modle", "its tasks: "),
+    ],
+)
+def test_only_tasks_of_the_users_own_are_suggested(run: Psctl, own: Path, name: str, hint: str) -> None:
+    (own.parent / "task.py").write_text(OWN_TASKS)
+    base = "import pscluster, task\nclass Plain: ...\nclass Mixed(Plain, pscluster.Task): ...\n"
+    (own.parent / "base.py").write_text(base)
+    result = run("submit", str(own), "--set", f"task.entrypoint=task:{name}")
+    assert result.exit_code == 2
+    assert f"hint: {hint}" in result.stderr
+    assert "torch" not in result.stderr
+
+
+def test_a_module_without_a_task_is_told_what_it_lacks(run: Psctl, own: Path) -> None:
+    (own.parent / "task.py").write_text("import torch\nclass Model(torch.nn.Module): ...\n")
+    result = run("submit", str(own))
+    assert "hint: define a subclass of pscluster.Task" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -162,6 +206,7 @@ def test_dry_run_touches_nothing_and_prints_the_arithmetic(run_alone: Psctl, own
     [
         ("from pscluster import Task\nclass MyTask(Task): ...", "no evaluation: the task has no eval_data"),
         ("import pscluster\nclass MyTask(pscluster.Task): ...", "no evaluation"),
+        ("from pscluster.task import Task as T\nclass MyTask(T): ...", "no evaluation"),
         ("from pscluster import Task\nclass MyTask(Task):\n    def eval_data(self): ...", "evaluation at the end"),
         ("from base import Task\nclass MyTask(Task): ...", "evaluation at the end"),
         ("from pscluster import Task\nclass MyTask(Mixed, Task): ...", "evaluation at the end"),
@@ -198,8 +243,20 @@ def training() -> Iterator[jobs_pb2.Job]:
     yield ended_message(loss=1.5, events=[lost], metrics={"loss": 2.0}, metrics_step=50)
 
 
+def evaluation(step: int, loss: float | None) -> str:
+    """A line of the metrics that the master keeps."""
+    return json.dumps({"step": step, "eval": {"loss": loss}})
+
+
+def evaluated(result: Result) -> list[tuple[int, bool]]:
+    """(step, whether it is called the best) of each evaluation that was printed."""
+    lines = [line.split() for line in result.stderr.splitlines() if line.startswith("evaluated step")]
+    return [(int(words[2].rstrip(":")), words[-1] == "(best)") for words in lines]
+
+
 def test_follow_tells_states_events_and_the_end_in_plain_lines(run: Psctl, fake: FakeMaster, spec: Path) -> None:
     fake.watches = [training]
+    fake.metric_reads, fake.metric_lines = [[]], [evaluation(50, 2.0)]
     result = run("submit", str(spec), "--follow")
     assert (result.exit_code, result.stdout) == (0, "lm-abc123\n")
     assert result.stderr.splitlines() == [
@@ -207,7 +264,7 @@ def test_follow_tells_states_events_and_the_end_in_plain_lines(run: Psctl, fake:
         "RUNNING",
         "step 20/100  loss 2.5000  8192 tokens/s  20s left  2/2 workers",
         "! TrainerLost: trainer-1: SIGKILL",
-        "evaluated step 50: loss 2.0000",
+        "evaluated step 50: loss 2.0000 (best)",
         "lm-abc123 SUCCEEDED at step 100 after 25s, loss 1.5000, parameters ffffffffffff",
     ]
 
@@ -269,6 +326,58 @@ def test_follow_goes_on_while_the_master_is_away(run: Psctl, fake: FakeMaster) -
     assert result.exit_code == 0
     assert "the master does not answer" in result.stderr
     assert result.stderr.splitlines()[-1].startswith("lm-abc123 SUCCEEDED")
+
+
+def test_every_evaluation_is_printed_once_however_few_states_arrive(run: Psctl, fake: FakeMaster) -> None:
+    """Several between two states, across a break with a rollback, and the last one together with the end."""
+    fake.jobs["x"] = job_message()
+
+    def breaks() -> Iterator[jobs_pb2.Job]:
+        fake.metric_lines = ['{"step": 9, "loss": 2.5}', evaluation(10, 2.0)]
+        yield job_message(step=15, metrics={"loss": 2.0}, metrics_step=10, revision=2)
+        fake.metric_lines += [evaluation(20, 3.0), evaluation(30, 1.5), evaluation(40, None)]
+        yield job_message(step=44, metrics={"loss": 1.5}, metrics_step=40, revision=3)
+        raise UnreachableError("restarting")
+
+    def returns() -> Iterator[jobs_pb2.Job]:
+        fake.metric_lines = [evaluation(10, 2.0), evaluation(20, 3.0)]  # back at a snapshot of step 25
+        yield job_message(step=25, metrics_step=0, revision=4)
+        fake.metric_lines += [evaluation(step, loss) for step, loss in ((30, 1.5), (40, None), (50, 1.5), (60, 1.0))]
+        yield job_message(step=60, metrics={"loss": 1.0}, metrics_step=60, revision=5)
+        fake.metric_lines += [evaluation(90, 0.9), evaluation(100, 0.8)]
+        yield ended_message(metrics={"loss": 0.8}, metrics_step=100)
+
+    fake.watches = [breaks, returns]
+    result = run("follow", "lm")
+    assert result.exit_code == 0
+    best = {10, 30, 60, 90, 100}
+    assert evaluated(result) == [(step, step in best) for step in (10, 20, 30, 40, 50, 60, 90, 100)]
+
+
+def test_a_follower_that_comes_after_the_end_sees_the_evaluations_too(run: Psctl, fake: FakeMaster) -> None:
+    fake.jobs["x"] = ended_message()
+    fake.jobs["x"].spec_json = json.dumps({**BUILT_IN, "evaluate": {"metric": "loss", "goal": "max"}})
+    fake.metric_lines = [evaluation(50, 2.0), evaluation(100, 1.0)]
+    result = run("follow", "lm")
+    assert (result.exit_code, evaluated(result)) == (0, [(50, True), (100, False)])
+    assert result.stderr.splitlines()[-1].startswith("lm-abc123 SUCCEEDED")
+
+
+def test_evaluations_are_read_again_when_the_master_goes_away_in_between(run: Psctl, fake: FakeMaster) -> None:
+    fake.jobs["x"] = job_message()
+    fake.watches = [lambda: iter([ended_message()])]
+    fake.metric_lines = [evaluation(100, 1.0)]
+    fake.failures["ReadMetrics"] = [UnreachableError("restarting"), UnreachableError("restarting")]
+    result = run("follow", "lm")
+    assert (result.exit_code, evaluated(result)) == (0, [(100, True)])
+    assert fake.failures["ReadMetrics"] == []
+
+
+def test_a_job_that_is_deleted_as_soon_as_it_ended_keeps_its_exit_code(run: Psctl, fake: FakeMaster) -> None:
+    fake.jobs["x"] = job_message()
+    fake.watches = [lambda: iter([ended_message(jobs_pb2.JOB_STATE_STOPPED)])]
+    fake.failures["ReadMetrics"] = [NotFoundError("no job lm-abc123")]
+    assert run("follow", "lm").exit_code == 103
 
 
 def test_a_follower_knows_that_the_local_cluster_was_taken_down(serving: Serving, tmp_path: Path) -> None:
@@ -336,6 +445,7 @@ def test_ctrl_c_says_nothing_where_the_caller_ends_the_cluster(
 def test_on_a_terminal_the_bar_goes_to_stderr_and_the_news_above_it(serving: Serving) -> None:
     serving.fake.jobs["x"] = job_message()
     serving.fake.watches = [training]
+    serving.fake.metric_lines = [evaluation(50, 2.0)]
     ours, theirs = os.openpty()
     environ = {**os.environ, "TERM": "xterm", "COLUMNS": "150"}
     environ.pop("NO_COLOR", None)

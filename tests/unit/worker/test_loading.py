@@ -54,6 +54,8 @@ def test_a_bundles_module_comes_before_an_installed_one_of_the_same_name(make_sp
         ("mime:Mine", "", "no module 'mime' in the submitted directory .*did you mean mine"),
         ("mine:Mina", "class Mine(Task): pass", "mine has no Mina; did you mean Mine"),
         ("mine:Other", "class Mine(Task): pass", "mine has no Other; its tasks: Mine"),
+        ("mine:torch", "import torch\nclass Mine(Task): pass", "mine:torch is not a subclass .*; its tasks: Mine"),
+        ("mine:Task", "class Mine(Task): pass", "mine:Task is not a subclass .*; its tasks: Mine"),
         ("mine:Mine", "class Mine: pass", "not a subclass of pscluster.task.Task"),
         ("mine:Mine", "import nowhere_to_be_found", "importing mine raised ModuleNotFoundError"),
         ("mine:Mine", "def broken(:", "importing mine raised SyntaxError"),
@@ -67,6 +69,11 @@ def test_what_cannot_be_imported_is_named(
 
     with pytest.raises(TaskError, match=expected):
         load_task(make_spec(entrypoint), directory)
+
+
+def test_a_misspelt_built_in_task_is_named_with_the_nearest(make_spec: Any) -> None:
+    with pytest.raises(TaskError, match=r"no module .* did you mean psworker\.tasks\.byte_lm\?"):
+        load_task(make_spec("psworker.tasks.byt_lm:ByteLm"), None)
 
 
 def test_the_traceback_is_the_users_alone(make_spec: Any, tmp_path: Path) -> None:

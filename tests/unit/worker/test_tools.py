@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -29,6 +32,7 @@ from psworker.trainer.data.loading import build_model, load_task
 from psworker.trainer.evaluation import evaluate
 
 STEP = 7
+WEIGHTS = {"x": torch.ones(2)}
 NORM = "psworker.tasks.synthetic:SyntheticNorm"
 LM = "psworker.tasks.synthetic:SyntheticLm"
 
@@ -83,7 +87,8 @@ def ask(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
     def asking(spec: JobSpec, parts: list[str], **request: Any) -> dict[str, Any]:
         base = {"spec": spec.model_dump(mode="json"), "bundle": None, "parts": parts, "job": "job-1"}
-        return answer_request({"output": str(tmp_path / "out"), **base, **request})
+        with TemporaryDirectory(dir=tmp_path) as aside:
+            return answer_request({"output": str(tmp_path / "out"), "aside": aside, **base, **request})
 
     return asking
 
@@ -122,19 +127,56 @@ def test_safetensors_name_their_origin(make_spec: Any, ask: Any, tmp_path: Path)
     assert facts == expected
 
 
+@pytest.fixture
+def write(tmp_path: Path) -> Iterator[Callable[..., int]]:
+    """Write weights to a path; afterwards only what the test wrote is beside them."""
+    with TemporaryDirectory(dir=tmp_path) as aside:
+        yield partial(write_weights, facts={}, aside=Path(aside))
+
+
 @pytest.mark.parametrize("form", ["safetensors", "pth"])
-def test_an_export_that_fails_leaves_the_old_file(tmp_path: Path, form: str) -> None:
+def test_an_export_that_fails_leaves_what_is_there(write: Any, tmp_path: Path, form: str) -> None:
     with pytest.raises(StorageError, match="there is no such directory"):
-        write_weights({"x": torch.ones(2)}, form, tmp_path / "none" / "x", {})
+        write(WEIGHTS, form, tmp_path / "none" / "x")
 
     (tmp_path / "taken").mkdir()
-    with pytest.raises(StorageError, match="cannot write"):
-        write_weights({"x": torch.ones(2)}, form, tmp_path / "taken", {})
-    assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]
+    for force in (False, True):
+        with pytest.raises(StateError, match="taken"):
+            write(WEIGHTS, form, tmp_path / "taken", force=force)
+    assert list((tmp_path / "taken").iterdir()) == []
 
 
 @pytest.mark.parametrize("form", ["safetensors", "pth"])
-def test_a_full_disk_is_a_storage_error(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_overwrites_only_by_force(write: Any, tmp_path: Path, form: str) -> None:
+    path = tmp_path / "x"
+    path.write_text("old")
+    with pytest.raises(StateError, match="exists already"):
+        write(WEIGHTS, form, path)
+    assert path.read_text() == "old"
+    assert path.stat().st_size != write(WEIGHTS, form, path, force=True) == path.stat().st_size
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pth"])
+def test_an_export_has_the_mode_of_a_new_file(write: Any, tmp_path: Path, form: str) -> None:
+    (tmp_path / "new").touch()
+    write(WEIGHTS, form, tmp_path / "x")
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pth"])
+def test_a_file_that_appears_during_an_export_is_kept(
+    write: Any, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two exports to one path: the first to be complete stays."""
+    path = tmp_path / "x"
+    monkeypatch.setattr(os, "fsync", lambda _: path.write_text("theirs"))
+    with pytest.raises(StateError, match="exists already"):
+        write(WEIGHTS, form, path)
+    assert path.read_text() == "theirs"
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pth"])
+def test_a_full_disk_is_a_storage_error(write: Any, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x").write_text("old")
 
     def full(_: int) -> None:
@@ -142,14 +184,26 @@ def test_a_full_disk_is_a_storage_error(form: str, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError, match="No space left on device"):
-        write_weights({"x": torch.ones(2)}, form, tmp_path / "x", {})
+        write(WEIGHTS, form, tmp_path / "x", force=True)
+    assert (tmp_path / "x").read_text() == "old"
 
-    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("x", "old")]
+
+@pytest.mark.parametrize("form", ["safetensors", "pth"])
+def test_a_disk_that_fills_up_during_an_export_leaves_nothing(write: Any, form: str, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk: writing fails in the middle."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(StorageError, match="cannot write"):
+            write({"x": torch.ones(1 << 20)}, form, tmp_path / "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "x").exists()
 
 
-def test_another_format_is_refused(tmp_path: Path) -> None:
+def test_another_format_is_refused(write: Any, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="no export format 'onnx'"):
-        write_weights({}, "onnx", tmp_path / "x", {})
+        write({}, "onnx", tmp_path / "x")
 
 
 def test_evaluation_gives_the_numbers_of_the_job(make_spec: Any, ask: Any, tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from pscluster.errors import LossContractError, TaskError
+from pscluster.spelling import did_you_mean
 from pscluster.step.tree import Statistics, TreeNode, add_statistics, tree_of
 from pscluster.task import Task
 from psworker.trainer.data.batches import EvalBatches, to_device
-from psworker.trainer.data.loading import did_you_mean, user_code
+from psworker.trainer.data.loading import user_code
 from psworker.trainer.gradients.accumulate import Counter
 
 LOSS_SUM, WEIGHT = "loss_sum", "weight"

@@ -244,7 +244,8 @@ def _metrics(probe: _Probe, held_out: MapDataset | None, spec: JobSpec) -> tuple
 
 def _layout(model: nn.Module, spec: JobSpec) -> tuple[None, str]:
     layout = layout_of(model, spec.train.optimizer)
-    return None, f"{len(layout.tensors)} tensors in {len(layout.buckets)} buckets"
+    buckets = len(layout.buckets)
+    return None, f"{len(layout.tensors)} tensors in {buckets} bucket{'s' if buckets > 1 else ''}"
 
 
 def _canary(spec: JobSpec, device: str) -> tuple[tuple[str, str], str]:

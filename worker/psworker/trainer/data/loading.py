@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import inspect
+import pkgutil
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -17,8 +17,10 @@ import torch
 from torch import nn
 
 import pscluster
+import psworker.tasks
 from pscluster.errors import DataError, OutOfMemoryError, PsError, TaskError
 from pscluster.job.spec import JobSpec
+from pscluster.spelling import did_you_mean
 from pscluster.task import MapDataset, Task
 
 # Frames under these directories are ours, not the user's, except in the tasks that come with us.
@@ -122,13 +124,21 @@ def _import(name: str, bundle_dir: Path | None) -> ModuleType:
         # traceback.
         if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
             raise _import_error(name, error) from error
-        modules = sorted(path.stem for path in bundle_dir.glob("*.py")) if bundle_dir else []
         where = "the submitted directory and the installed packages" if bundle_dir else "the installed packages"
-        raise TaskError(f"task.entrypoint: no module {name!r} in {where}{did_you_mean(name, modules)}") from None
+        raise TaskError(
+            f"task.entrypoint: no module {name!r} in {where}{did_you_mean(name, _modules(bundle_dir))}"
+        ) from None
     except PsError:
         raise
     except (Exception, SystemExit) as error:
         raise _import_error(name, error) from error
+
+
+def _modules(bundle_dir: Path | None) -> list[str]:
+    """The modules that an entry point may name: those in the bundle, without one the built-in tasks."""
+    if bundle_dir is not None:
+        return [path.stem for path in bundle_dir.glob("*.py")]
+    return [f"{psworker.tasks.__name__}.{found.name}" for found in pkgutil.iter_modules(psworker.tasks.__path__)]
 
 
 def _import_error(name: str, error: BaseException) -> TaskError:
@@ -137,12 +147,12 @@ def _import_error(name: str, error: BaseException) -> TaskError:
 
 def _find_class(module: ModuleType, name: str) -> type[Task]:
     found = getattr(module, name, None)
-    if isinstance(found, type) and issubclass(found, Task):
+    if isinstance(found, type) and issubclass(found, Task) and found is not Task:
         return found
-    if found is not None:
-        raise TaskError(f"task.entrypoint: {module.__name__}:{name} is not a subclass of pscluster.task.Task")
     tasks = [k for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, Task) and v is not Task]
     hint = did_you_mean(name, tasks) or f"; its tasks: {', '.join(tasks) or 'none'}"
+    if found is not None:
+        raise TaskError(f"task.entrypoint: {module.__name__}:{name} is not a subclass of pscluster.task.Task{hint}")
     raise TaskError(f"task.entrypoint: {module.__name__} has no {name}{hint}")
 
 
@@ -155,12 +165,6 @@ def _check_args(kind: type[Task], spec: JobSpec) -> None:
         if key not in parameters:
             hint = did_you_mean(key, parameters) or f"; it takes {', '.join(parameters) or 'none'}"
             raise TaskError(f"task.args: {kind.__name__} takes no {key!r}{hint}")
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The nearest known word, as the end of a message; empty when none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _length(dataset: MapDataset, what: str) -> int:
