@@ -19,6 +19,7 @@ from pscluster.agent.child import Child, GracePeriods
 from pscluster.agent.copies import Copies
 from pscluster.agent.directories import AgentDirectories, BundleCache
 from pscluster.agent.launch import BUNDLE_DIR, SOCKET_DIR
+from pscluster.agent.position import last_position, stack_of
 from pscluster.agent.report_queue import Backlog
 from pscluster.agent.resources import DeviceLedger
 from pscluster.agent.status import (
@@ -84,6 +85,7 @@ class Process:
         self._flush: asyncio.TimerHandle | None = None
         self._sockets = context.directories.runtime / f"p{number}"
         self._scratch = context.directories.jobs / f"p{number}"
+        self._directory = self._scratch  # where it is started
 
     @property
     def is_active(self) -> bool:
@@ -114,6 +116,10 @@ class Process:
             self._report_running(self._child)
             seen = await self._child.wait()
             seen = replace(seen, oom_kills=resources.oom_kills() - kills_before, failure=self._failure)
+            if self.spec.kind == ProcessSpec.KIND_TRAINER:
+                seen = replace(seen, position=await asyncio.to_thread(last_position, self._sockets, self._directory))
+                for line in stack_of(self._sockets).splitlines():
+                    self._handle_line("stderr", line)
             self._report_exit(classify(self.spec.process_id, self._child.pid, seen))
         for directory in (self._sockets, self._scratch):
             await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
@@ -124,9 +130,9 @@ class Process:
         await asyncio.wait({self._preparation})
         if self._preparation.cancelled():
             return None
-        directory = self._preparation.result()
+        self._directory = self._preparation.result()
         # Also when it was ended after the preparation, but before this task resumed.
-        return None if self._ending else self._start(directory)
+        return None if self._ending else self._start(self._directory)
 
     async def end(self, grace: GracePeriods) -> None:
         """End it; returns when the process has exited. `run` returns soon after. Safe to repeat."""

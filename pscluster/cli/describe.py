@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pscluster.cli import formatting as fmt
-from pscluster.client.goals import last_frame
+from pscluster.user_frames import OF_FRAME, place_of
 
 if TYPE_CHECKING:
     from pscluster.client import Job, PartitionPlacement, TrainerPlacement
@@ -188,11 +188,11 @@ def _error(job: Job) -> str:
         return ""
     # A preflight table has several lines: only the cause keeps its line breaks.
     lines = [f"{job.error.code}: {job.error.cause}"]
-    if frame := last_frame(job.traceback):
+    if frame := place_of(job.error.details):
         lines.append(f"at: {fmt.one_line(frame)}")
     if job.error.action:
         lines.append(f"hint: {job.error.action}")
-    lines += [f"{key}: {value}" for key, value in sorted(job.error.details.items())]
+    lines += [f"{key}: {value}" for key, value in sorted(job.error.details.items()) if key not in OF_FRAME]
     return "\n".join(lines)
 
 

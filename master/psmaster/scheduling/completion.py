@@ -29,7 +29,9 @@ def fail_on_reports(draft: Draft, view: View) -> None:
             return
         draft.update(checks=_checks(draft, view))
     placement, first = failures[0]
-    draft.fail(_with_place(placement, first, [other for other, _ in failures]), first.traceback)
+    if draft.awaits_record(first.committed, view.limits.record_s):
+        return
+    draft.fail(with_place(placement, first, [other for other, _ in failures]), first.traceback)
 
 
 def _leave_out(draft: Draft, placement: Placement, failure: Failure) -> bool:
@@ -55,10 +57,13 @@ def _checks(draft: Draft, view: View) -> tuple[PreflightCheck, ...]:
     return tuple(found)
 
 
-def _with_place(placement: Placement, failure: Failure, placements: list[Placement]) -> ErrorInfo:
+def with_place(placement: Placement, failure: Failure, placements: list[Placement]) -> ErrorInfo:
+    """The error of a failure, with where it happened. `placements`: all that failed."""
     where = ", ".join(f"{other.name} on {other.node_id}" for other in placements)
     step = f", step {failure.step}" if failure.step else ""
     details = {**dict(failure.error.details), "process": placement.name, "node": placement.node_id}
+    if failure.step:
+        details["step"] = str(failure.step)
     cause = f"{failure.error.cause} ({where}{step})"
     return replace(failure.error, cause=cause, details=tuple(sorted(details.items())))
 

@@ -59,7 +59,9 @@ def full_job() -> jobs_pb2.Job:
         ),
         connections=[plan_pb2.Connection(trainer=0, partition=0, transport="unix")],
         checks=[plan_pb2.PreflightCheck(name="imports", ok=True, detail="fine", node_id="worker-0")],
-        error=plan_pb2.ErrorDetail(code="PS-2005", cause="NaN at step 7", action="clip", details={"step": "7"}),
+        error=plan_pb2.ErrorDetail(
+            code="PS-2005", cause="NaN at step 7", action="clip", details={"step": "7", "file": "task.py", "line": "3"}
+        ),
         traceback='Traceback:\n  File "task.py", line 3\nValueError: x\n',
         metrics={"loss": 2.25, "bits_per_byte": 3.5},
         metrics_step=50,
