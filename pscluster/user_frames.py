@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import linecache
+import importlib.util
 import re
 import sysconfig
 import traceback
@@ -10,11 +10,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pscluster
 
-_TASKS = "/psworker/tasks/"  # built-in tasks stand for the user's
-_OURS = (f"{Path(pscluster.__file__).parent}/", "/psworker/")
+def _directories(package: str) -> Iterator[str]:
+    """Where a package of ours is; nowhere if it is not installed here. Does not import it."""
+    spec = importlib.util.find_spec(package)
+    yield from (f"{place}/" for place in (spec.submodule_search_locations or () if spec else ()))
+
+
+_WORKER = tuple(_directories("psworker"))
+_TASKS = tuple(f"{place}tasks/" for place in _WORKER)  # built-in tasks stand for the user's
+_OURS = (*_directories("pscluster"), *_WORKER)
 _INSTALLED = tuple(f"{sysconfig.get_path(name)}/" for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+_PACKAGES = ("/site-packages/", "/dist-packages/")
 
 
 OF_FRAME = frozenset({"file", "line", "function"})
@@ -38,22 +45,31 @@ class Frame:
         """With the file relative to `code`, if it is there, and the text of its line."""
         if not self.file.startswith(f"{code}/"):
             return self
-        text = linecache.getline(self.file, self.line).strip() if Path(self.file).is_file() else ""
-        return replace(self, file=self.file.removeprefix(f"{code}/"), text=text)
+        return replace(self, file=self.file.removeprefix(f"{code}/"), text=_line(Path(self.file), self.line))
+
+
+def _line(file: Path, number: int) -> str:
+    """One line of a file; empty if it cannot be read. Not by linecache, which would keep the file for ever."""
+    try:
+        lines = file.read_bytes().splitlines() if file.is_file() else []
+    except OSError:
+        return ""
+    return lines[number - 1].decode("utf-8", "replace").strip() if 0 < number <= len(lines) else ""
 
 
 def is_users(file: str) -> bool:
     """Whether a file is neither ours nor installed. Files of the built-in tasks count as the user's."""
-    if _TASKS in file:
+    if file.startswith(_TASKS):
         return True
-    return file.startswith("/") and not file.startswith(_INSTALLED) and not any(ours in file for ours in _OURS)
+    is_installed = file.startswith(_INSTALLED) or any(name in file for name in _PACKAGES)
+    return file.startswith("/") and not is_installed and not file.startswith(_OURS)
 
 
 def is_ours(file: str) -> bool:
     """Whether a file is a part of pscluster, or of the machinery by which it imports the user's."""
     if file.startswith("<frozen importlib") or file.endswith("importlib/__init__.py"):
         return True
-    return _TASKS not in file and any(ours in file for ours in _OURS)
+    return file.startswith(_OURS) and not file.startswith(_TASKS)
 
 
 def traceback_of(frames: Iterable[Frame]) -> str:

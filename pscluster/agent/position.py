@@ -110,7 +110,7 @@ def last_position(directory: Path, code: Path) -> LastPosition | None:
         version=version,
         shard=shard,
         call=_text(noted[_CALL]),
-        traceback=traceback_of(user_frames_of(stack_of(directory), code)),
+        traceback=traceback_of(user_frames_of(stack_of(directory), code.resolve())),
     )
 
 

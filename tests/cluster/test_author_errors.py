@@ -95,3 +95,31 @@ def test_a_fault_of_user_code_fails_the_job_with_its_place(
     losses = [event for event in found.events if event.reason == "TrainerLost"]
     assert len(losses) == signals  # a fatal signal is given one more try, the rest none
     assert details.get("signal") == (case[0] if signals else None)
+
+
+@pytest.mark.parametrize("case", EVALUATED, ids=lambda case: "-".join(map(str, case)))
+def test_a_fault_in_an_evaluation_names_the_evaluated_step(
+    case: tuple[str, str, int], cluster: LocalCluster, jobs: dict[tuple[str, str, int], str]
+) -> None:
+    found = failed(cluster, jobs[case])
+    assert found.error is not None
+    text = RAISED[1] if case[0] == "raise" else EXITED[1]
+    place = (found.error.details["file"], int(found.error.details["line"]), int(found.error.details["step"]))
+    assert place == ("author_task.py", line_of(text), 20)
+    assert found.error.cause.startswith(case[1])
+    assert (found.step, recorded(cluster, found.job_id)) == (20, list(range(1, 21)))
+
+
+def test_follow_and_describe_show_it_once(cluster: LocalCluster, directory: Path) -> None:
+    job = author_spec("raise", "loss", STEP, SHARD, 1)
+    (directory / "spec.json").write_text(json.dumps({**job, "name": "shown"}))
+    followed = cluster.psctl("submit", str(directory / "spec.json"), "--follow", expect=100).stderr
+    place = f"at: author_task.py:{line_of(RAISED[1])} in go_wrong"
+    assert followed.count("no such colour") == 1
+    assert followed.count(place) == 1
+    assert f"failed at step {STEP - 1}: PS-2001" in followed
+    with cluster.client() as client:
+        (shown,) = [found for found in client.jobs() if found.name == "shown"]
+    sections = cluster.psctl("describe", shown.job_id).stdout.partition("\nTraceback:\n")
+    assert [part.count("ValueError: no such colour") for part in (sections[0], sections[2])] == [1, 1]
+    assert sections[0].count(place) == 1

@@ -9,6 +9,7 @@ import pytest
 
 from pscluster.agent.position import user_frames_of
 from pscluster.user_frames import Frame, frame_details, is_users, traceback_of, user_traceback
+from psworker.trainer.data import loading
 
 RAISED = """Traceback (most recent call last):
   File "task.py", line 30, in batches
@@ -71,15 +72,15 @@ def test_ours_and_what_is_installed_are_not_the_users() -> None:
     import torch
 
     import psworker.tasks.gpt
-    import psworker.trainer.data.loading as ours
 
-    assert [is_users(str(module.__file__)) for module in (torch, pytest, ours, psworker.tasks.gpt)] == [
+    assert [is_users(str(module.__file__)) for module in (torch, pytest, loading, psworker.tasks.gpt)] == [
         False,
         False,
         False,
         True,
     ]
     assert not is_users("<string>")
+    assert is_users("/var/lib/psworker/jobs/p1/task.py"), "a state directory may have any name"
 
 
 STACK = """Fatal Python error: Segmentation fault
@@ -91,7 +92,7 @@ Current thread 0x00007f0000000002 (most recent call first):
   File "{stdlib}/ctypes/__init__.py", line 519 in string_at
   File "{code}/mine.py", line 3 in <lambda>
   File "{code}/mine.py", line 2 in loss
-  File "/x/psworker/trainer/loop.py", line 181 in _forward
+  File "{ours}", line 181 in _forward
 
 Extension modules: numpy._core
 """
@@ -100,7 +101,9 @@ Extension modules: numpy._core
 def test_the_stack_at_a_signal_is_that_of_its_thread_without_what_is_not_the_users(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("one\n  two\nthree\n")
     frames = user_frames_of(
-        "Stack (most recent call first):\n" + STACK.format(code=tmp_path, stdlib=sysconfig.get_path("stdlib")), tmp_path
+        "Stack (most recent call first):\n"
+        + STACK.format(code=tmp_path, stdlib=sysconfig.get_path("stdlib"), ours=loading.__file__),
+        tmp_path,
     )
     assert frames == [Frame("mine.py", 2, "loss", "two"), Frame("mine.py", 3, "<lambda>", "three")]
     assert traceback_of(frames).splitlines()[1:3] == ['  File "mine.py", line 2, in loss', "    two"]

@@ -32,7 +32,7 @@ def fail_if_repeated(draft: Draft, view: View, placement: Placement) -> bool:
         draft.update(crashes=(*draft.job.crashes, place)[-MAX_REMEMBERED:])
         return False
     if not draft.awaits_record(exit_.position.version, view.limits.record_s):
-        failure = exit_failure(_error(exit_.signal, exit_.position), exit_.position)
+        failure = exit_failure(_error(exit_, exit_.position), exit_.position)
         draft.fail(with_place(placement, failure, [placement]), failure.traceback)
     return True
 
@@ -42,9 +42,9 @@ def is_fatal(exit_: Exit) -> bool:
     return exit_.signal in FATAL and not exit_.out_of_memory and not exit_.expected
 
 
-def _error(number: int, position: LastPosition) -> ErrorInfo:
-    name = signal.Signals(number).name
+def _error(exit_: Exit, position: LastPosition) -> ErrorInfo:
+    name = signal.Signals(exit_.signal).name
     where = f" in {position.call}" if position.call else ""
     cause = f"the task was ended by {name}{where}, twice at the same place"
     details = {**frame_details(position.traceback), "signal": name}
-    return ErrorInfo.of(TaskExitError(cause, details=details))
+    return ErrorInfo.of(TaskExitError(cause, action=exit_.error.action if exit_.error else "", details=details))

@@ -31,7 +31,7 @@ def vacate_lost(draft: Draft, view: View) -> None:
             continue
         if not placement.standby and failure_of(placement, draft.job, view.processes) is not None:
             continue  # `completion.fail_on_reports` ends the job
-        if crashes.fail_if_repeated(draft, view, placement):
+        if not draft.is_dispensable(placement) and crashes.fail_if_repeated(draft, view, placement):
             return
         draft.emit(f"{_event_name(placement)}Lost", loss.message, warning=True)
         count = placement.losses + loss.counted

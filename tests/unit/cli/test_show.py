@@ -102,7 +102,8 @@ def test_documents_are_versioned_and_words(run: Psctl, fake: FakeMaster) -> None
     assert found["parameters_sha256"] == "f" * 64
     assert found["plan"]["trainers"][0]["shards"] == [[0, 3], [5, 1]]
     assert [placement["device"] for placement in found["plan"]["trainers"]] == ["cuda:0", None]
-    assert found["error"] == {"code": "PS-2005", "cause": "NaN at step 7", "action": "clip", "details": {"step": "7"}}
+    details = {"step": "7", "file": "task.py", "line": "3"}
+    assert found["error"] == {"code": "PS-2005", "cause": "NaN at step 7", "action": "clip", "details": details}
     assert found["spec"]["name"] == "lm"
     assert json.loads(run("status", "lm", "-o", "json").stdout) == found
     assert yaml.safe_load(run("describe", "lm", "-o", "yaml").stdout) == found

@@ -10,6 +10,7 @@ import traceback
 from dataclasses import asdict
 from pathlib import Path
 
+from pscluster.agent.cache import hold
 from pscluster.agent.launch import SOCKET_DIR
 from pscluster.agent.link import HeartbeatThread, ProcessLink
 from pscluster.agent.position import position
@@ -17,6 +18,7 @@ from pscluster.agent.status import detail_of
 from pscluster.errors import InternalError, OutOfMemoryError, PreflightError, PsError, TaskError
 from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.step.sampling import ShardSampler
+from pscluster.task import Task
 from pscluster.user_frames import frame_details, is_users, relative_to, user_traceback
 from pscluster.v1.plan_pb2 import Beat, Failure, PreflightCheck, ProcessReport, TrainerReady
 from pscluster.wire.transport import check_congestion_control
@@ -43,7 +45,8 @@ def main() -> int:
     loading = HeartbeatThread(link, Beat)
     loading.start()
     try:
-        _train(link, loading)
+        with hold(Path(link.start.cache_dir)):
+            _train(link, loading)
     except BaseException as error:  # of any kind: nothing else reports what became of this process
         named = _named(error)
         print(named, *traceback.format_exception(error), sep="\n", file=sys.stderr)
@@ -69,6 +72,7 @@ def _train(link: ProcessLink, loading: HeartbeatThread) -> None:
     """`loading` sends heartbeats until the exchange does."""
     start = link.start
     spec = parse_spec(json.loads(start.spec_json))
+    Task.scratch_dir, Task.cache_dir = Path(start.scratch_dir), Path(start.cache_dir)
     position.begin("load")
     device = usable_device(start.device, spec.workers.device)
     check_congestion_control(spec.network.congestion_control)

@@ -32,6 +32,7 @@ def load_task(spec: JobSpec, bundle_dir: Path | None) -> Task:
         path = str(bundle_dir.resolve())
         sys.path[:] = [path, *(other for other in sys.path if other != path)]
         importlib.invalidate_caches()
+        sys.dont_write_bytecode = True  # the directory stays as it was submitted
     module = _import(module_name, bundle_dir)
     kind = _find_class(module, class_name)
     _check_args(kind, spec)
