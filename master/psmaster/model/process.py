@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from psmaster.model.job import ErrorInfo, Job, PreflightCheck
@@ -199,6 +199,17 @@ def exit_failure(error: ErrorInfo, position: LastPosition | None) -> Failure:
         step=position.step,
         committed=position.version,
     )
+
+
+def with_place(placement: Placement, failure: Failure, placements: Sequence[Placement]) -> ErrorInfo:
+    """The error of a failure, with where it happened. `placements`: all that failed."""
+    where = ", ".join(f"{other.name} on {other.node_id}" for other in placements)
+    step = f", step {failure.step}" if failure.step else ""
+    details = {**dict(failure.error.details), "process": placement.name, "node": placement.node_id}
+    if failure.step:
+        details["step"] = str(failure.step)
+    cause = f"{failure.error.cause} ({where}{step})"
+    return replace(failure.error, cause=cause, details=tuple(sorted(details.items())))
 
 
 def ready_facts(placement: Placement, job: Job, processes: Processes) -> TrainerFacts | PartitionFacts | None:

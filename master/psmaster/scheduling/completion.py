@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from psmaster.model.job import ErrorInfo, Job, JobState, PreflightCheck
 from psmaster.model.plan import Placement
-from psmaster.model.process import Failure, failure_of
+from psmaster.model.process import Failure, failure_of, with_place
 from psmaster.scheduling.draft import Draft, View
 
 
@@ -55,17 +55,6 @@ def _checks(draft: Draft, view: View) -> tuple[PreflightCheck, ...]:
         facts = (process.trainer or process.failure) if process else None
         found.extend(replace(check, node_id=placement.node_id) for check in (facts.checks if facts else ()))
     return tuple(found)
-
-
-def with_place(placement: Placement, failure: Failure, placements: list[Placement]) -> ErrorInfo:
-    """The error of a failure, with where it happened. `placements`: all that failed."""
-    where = ", ".join(f"{other.name} on {other.node_id}" for other in placements)
-    step = f", step {failure.step}" if failure.step else ""
-    details = {**dict(failure.error.details), "process": placement.name, "node": placement.node_id}
-    if failure.step:
-        details["step"] = str(failure.step)
-    cause = f"{failure.error.cause} ({where}{step})"
-    return replace(failure.error, cause=cause, details=tuple(sorted(details.items())))
 
 
 def end_if_finished(draft: Draft, view: View) -> None:

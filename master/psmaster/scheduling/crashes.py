@@ -11,8 +11,7 @@ from pscluster.errors import TaskExitError
 from pscluster.user_frames import frame_details
 from psmaster.model.job import ErrorInfo
 from psmaster.model.plan import Placement
-from psmaster.model.process import Exit, LastPosition, exit_failure
-from psmaster.scheduling.completion import with_place
+from psmaster.model.process import Exit, LastPosition, exit_failure, with_place
 from psmaster.scheduling.draft import Draft, View
 
 FATAL = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT})

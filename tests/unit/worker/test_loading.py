@@ -165,7 +165,15 @@ def test_the_same_seed_builds_the_same_model(make_spec: Any) -> None:
     assert not torch.equal(first["tokens.weight"], third["tokens.weight"])
 
 
-@pytest.mark.parametrize("error", [LayoutError("x"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), ValueError("3")])
+def test_whatever_user_code_raises_is_a_task_error(error: BaseException) -> None:
+    with pytest.raises(TaskError, match=f"loss raised {type(error).__name__}") as caught, user_code("loss"):
+        raise error
+
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [LayoutError("x"), GeneratorExit()])
 def test_errors_that_are_not_the_users_pass_unchanged(error: BaseException) -> None:
     with pytest.raises(type(error)) as caught, user_code("loss"):
         raise error
