@@ -26,10 +26,8 @@ LEFT = "PS-2010", "os._exit(int(self.way[-2]))", "go_wrong"
 FAULTS: dict[tuple[str, str, int], tuple[str, str, str]] = {
     ("raise", "loss", 2): RAISED,
     ("raise", "backward", 1): RAISED,
-    ("raise", "collate", 1): RAISED,
     ("raise", "getitem", 1): RAISED,
     ("exit", "loss", 2): EXITED,
-    ("exit", "backward", 1): EXITED,
     ("interrupt", "collate", 1): ("PS-2001", "raise KeyboardInterrupt", "go_wrong"),
     ("os._exit(3)", "loss", 2): LEFT,
     ("os._exit(0)", "loss", 1): LEFT,

@@ -12,6 +12,7 @@ import torch
 
 from pscluster.errors import DataError, LayoutError, OutOfMemoryError, TaskError
 from pscluster.task import Task
+from pscluster.user_frames import frame_details
 from psworker.tasks.synthetic import SyntheticLm
 from psworker.trainer.data.loading import build_model, load_data, load_task, user_code
 from psworker.trainer.exchange import SupersededError
@@ -171,6 +172,16 @@ def test_whatever_user_code_raises_is_a_task_error(error: BaseException) -> None
         raise error
 
     assert caught.value.__cause__ is error
+
+
+def test_what_a_hook_raises_in_backward_is_a_task_error_too() -> None:
+    doubled = torch.ones(1, requires_grad=True) * 2
+    doubled.register_hook(lambda _: sys.exit(3))
+
+    with pytest.raises(TaskError, match="backward raised SystemExit: 3") as caught, user_code("backward"):
+        doubled.sum().backward()  # type: ignore[no-untyped-call]
+
+    assert frame_details(caught.value.details["traceback"])["file"] == __file__
 
 
 @pytest.mark.parametrize("error", [LayoutError("x"), GeneratorExit()])
