@@ -13,7 +13,8 @@
     |   |-- DataError          PS-2003  data missing, unreadable, or differing between nodes
     |   |-- LayoutError        PS-2004  a model that cannot be laid out, or differs between trainers
     |   |-- NonFiniteError     PS-2005  NaN or infinity in loss or gradient
-    |   `-- PreflightError     PS-2006  failed checks: one table of what is wrong on which node
+    |   |-- PreflightError     PS-2006  failed checks: one table of what is wrong on which node
+    |   `-- TaskExitError      PS-2009  user code ends its process: os._exit, a fatal signal twice at one place
     |-- PeerError            the peer is at fault or unreachable: it must act, or recover
     |   |-- UnreachableError   PS-3001  nobody answers (no cluster, master down)
     |   |-- FrameError         PS-3002  a data-plane frame that breaks the protocol
@@ -156,6 +157,13 @@ class NonFiniteError(TaskError):
 class PreflightError(TaskError):
     code = "PS-2006"
     default_action = "fix the failing checks on each node"
+
+
+class TaskExitError(TaskError):
+    """User code ended its process without an exception."""
+
+    code = "PS-2009"
+    default_action = "correct the task; `psctl logs` has the last output and the stacks of all threads"
 
 
 class PeerError(PsError):

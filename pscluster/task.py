@@ -19,6 +19,7 @@ number of workers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -42,10 +43,22 @@ class Task:
 
     `data_uri` (the spec's data.uri, unread) and `seed` (train.seed) are set after the constructor and before
     anything else is called.
+
+    Each process has a working directory of its own, which begins as a copy of the submitted directory and is removed
+    with the process: relative paths lead to the submitted files, and what is written there nobody else ever reads. What
+    must outlive a process goes to one of two directories, which are there before the constructor runs:
+
+    - `scratch_dir`: this job's on this node. Its trainers here share it; it is empty at first and removed when the job
+      ends.
+    - `cache_dir`: this node's. All jobs share it, now and later, so it is for what is the same for everyone, such as a
+      download: write it under another name and rename it when it is whole. Beyond a limit (`psworker --cache-bytes`)
+      the entries that were used least recently are removed, while no trainer runs on the node.
     """
 
     data_uri: str = ""
     seed: int = 0
+    scratch_dir: Path = Path()
+    cache_dir: Path = Path()
     # False: the loss couples the samples of a batch (in-batch negatives), so the preflight cannot halve one.
     loss_adds_up: bool = True
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from pscluster.agent.cache import DEFAULT_BYTES
 from pscluster.errors import InternalError, PsError
 
 LEAVE_S = 4.0
@@ -36,7 +37,8 @@ class AgentRole:
 @dataclass(frozen=True, kw_only=True)
 class AgentSettings:
     """Settings of psworker and psserver. `slots: None` takes the role's default. `own_store`: a server's disk is not
-    shared; it keeps snapshots of jobs without a durability.store there, and copies each to a second node."""
+    shared; it keeps snapshots of jobs without a durability.store there, and copies each to a second node.
+    `cache_bytes`: how much a worker keeps of what tasks put into their cache_dir."""
 
     node_id: str
     master: str
@@ -47,10 +49,13 @@ class AgentSettings:
     own_store: bool = False
     depot_listen: str = "127.0.0.1:0"
     log_level: str = "info"
+    cache_bytes: int = DEFAULT_BYTES
 
     def __post_init__(self) -> None:
         if self.slots is not None and self.slots < 1:
             raise ValueError(f"slots must be at least 1, not {self.slots}")
+        if self.cache_bytes < 0:
+            raise ValueError(f"cache_bytes must not be negative, as {self.cache_bytes} is")
         if not self.node_id or "/" in self.node_id:
             raise ValueError(f"node_id {self.node_id!r} is empty or contains a slash")
         if ":" not in self.master:
@@ -116,6 +121,10 @@ def parse(role: AgentRole, argv: Sequence[str]) -> argparse.Namespace:
         )
         parser.add_argument(
             "--depot-listen", metavar="HOST:PORT", help="where to accept such copies (default 127.0.0.1:0)"
+        )
+    else:
+        parser.add_argument(
+            "--cache-bytes", type=int, metavar="N", help="how much to keep of what tasks put into cache_dir (10 GiB)"
         )
     parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning, error or critical (default info)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of the same settings")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -17,7 +17,14 @@ from pscluster.agent.report_queue import ReportQueue
 from pscluster.agent.supervisor import Supervisor
 from pscluster.errors import PsError, StateError, UnreachableError
 from pscluster.rpc import DEADLINE_S, TRANSFER_DEADLINE_S, error_of, open_aio_channel
-from pscluster.v1.agents_pb2 import AgentMessage, DownloadBundleRequest, Hello, NodeBeat, RegisterRequest
+from pscluster.v1.agents_pb2 import (
+    AgentMessage,
+    DownloadBundleRequest,
+    FindUnusedRequest,
+    Hello,
+    NodeBeat,
+    RegisterRequest,
+)
 from pscluster.v1.agents_pb2_grpc import AgentsStub
 from pscluster.wire.backoff import delay_s
 
@@ -84,6 +91,17 @@ class MasterConnection:
                     yield chunk.data
             except grpc.RpcError as failure:
                 raise error_of(failure) from None
+
+    async def find_unused(self, bundles: Sequence[str], jobs: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+        """Of these bundles and jobs, the bundles that no job has, and the jobs that have ended. Raises PsError."""
+        async with open_aio_channel(self._address, self._token) as channel:
+            stub: Any = AgentsStub(channel)  # type: ignore[no-untyped-call]
+            try:
+                request = FindUnusedRequest(bundles=bundles, jobs=jobs)
+                reply = await stub.FindUnused(request, timeout=DEADLINE_S)
+            except grpc.RpcError as failure:
+                raise error_of(failure) from None
+        return reply.bundles, reply.jobs
 
     async def _session(self, supervisor: Supervisor) -> None:
         """One registration and one stream, until it breaks: grpc.RpcError, UnreachableError, or StateError when

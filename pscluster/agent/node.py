@@ -17,6 +17,7 @@ from prometheus_client import REGISTRY
 import pscluster
 from pscluster.agent import metrics, resources
 from pscluster.agent.child import GracePeriods
+from pscluster.agent.cleanup import Cleanup
 from pscluster.agent.copies import Copies
 from pscluster.agent.depot import serving
 from pscluster.agent.directories import AgentDirectories, BundleCache
@@ -89,11 +90,13 @@ class _Agent:
         self._metrics = metrics.ProcessMetrics()
         own_store = directories.snapshots if node.depot_address else None
         self._copies = Copies(node.node_id, token, own_store, node.depot_address)
+        bundles = BundleCache(directories.bundles, self._master.download_bundle)
+        self._cleanup = Cleanup(directories, bundles, settings.cache_bytes, self._master.find_unused)
         context = AgentContext(
             command=(sys.executable, "-P", "-m", "pscluster.agent.launch", role.module),
             environ=environ,
             directories=directories,
-            bundles=BundleCache(directories.bundles, self._master.download_bundle),
+            bundles=bundles,
             devices=DeviceLedger(node.resources.devices),
             copies=self._copies,
             metrics=self._metrics,
@@ -109,6 +112,7 @@ class _Agent:
         connection = asyncio.create_task(self._master.run(self._supervisor))
         watching = asyncio.create_task(self._supervisor.watch())
         stopping = asyncio.create_task(stop.wait())
+        cleaning = asyncio.create_task(self._cleanup.run(self._supervisor))
         try:
             done, _ = await asyncio.wait({connection, watching, stopping}, return_when=asyncio.FIRST_COMPLETED)
             _log.info("agent ends")
@@ -122,9 +126,10 @@ class _Agent:
                 task.result()
         finally:
             await self._copies.close()
-            for task in (connection, watching, stopping):
+            tasks = (connection, watching, stopping, cleaning)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(connection, watching, stopping, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             REGISTRY.unregister(self._metrics)
 
     async def _wait_drained(self) -> None:

@@ -19,6 +19,7 @@ from pscluster.agent.child import Child, GracePeriods
 from pscluster.agent.copies import Copies
 from pscluster.agent.directories import AgentDirectories, BundleCache
 from pscluster.agent.launch import BUNDLE_DIR, SOCKET_DIR
+from pscluster.agent.position import last_position, stack_of
 from pscluster.agent.report_queue import Backlog
 from pscluster.agent.resources import DeviceLedger
 from pscluster.agent.status import (
@@ -77,13 +78,13 @@ class Process:
         self._ready: ProcessReport | None = None
         self._failure: Failure | None = None
         self._child: Child | None = None
-        self._preparation: asyncio.Task[Path] | None = None
+        self._preparation: asyncio.Task[None] | None = None
         self._ending = False
         self._copies = False  # its snapshots are in this node's own store, and are copied to a second node
         self._backlog = Backlog()
         self._flush: asyncio.TimerHandle | None = None
         self._sockets = context.directories.runtime / f"p{number}"
-        self._scratch = context.directories.jobs / f"p{number}"
+        self._directory = context.directories.jobs / f"p{number}"  # where it is started
 
     @property
     def is_active(self) -> bool:
@@ -114,8 +115,12 @@ class Process:
             self._report_running(self._child)
             seen = await self._child.wait()
             seen = replace(seen, oom_kills=resources.oom_kills() - kills_before, failure=self._failure)
+            if self.spec.kind == ProcessSpec.KIND_TRAINER:
+                seen = replace(seen, position=await asyncio.to_thread(last_position, self._sockets, self._directory))
+                for line in stack_of(self._sockets).splitlines():
+                    self._handle_line("stderr", line)
             self._report_exit(classify(self.spec.process_id, self._child.pid, seen))
-        for directory in (self._sockets, self._scratch):
+        for directory in (self._sockets, self._directory):
             await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
     async def _started(self) -> Child | None:
@@ -124,9 +129,9 @@ class Process:
         await asyncio.wait({self._preparation})
         if self._preparation.cancelled():
             return None
-        directory = self._preparation.result()
+        self._preparation.result()
         # Also when it was ended after the preparation, but before this task resumed.
-        return None if self._ending else self._start(directory)
+        return None if self._ending else self._start()
 
     async def end(self, grace: GracePeriods) -> None:
         """End it; returns when the process has exited. `run` returns soon after. Safe to repeat."""
@@ -224,37 +229,41 @@ class Process:
 
     # Start.
 
-    async def _prepare(self) -> Path:
-        for directory in (self._sockets, self._scratch):
-            try:
-                directory.mkdir(mode=0o700)
-            except OSError as error:
-                raise StorageError(f"cannot create {directory}: {error.strerror}") from None
-        if self.spec.kind == ProcessSpec.KIND_TRAINER:
+    async def _prepare(self) -> None:
+        is_trainer = self.spec.kind == ProcessSpec.KIND_TRAINER
+        _make(self._sockets)
+        if is_trainer:
+            scratch = self._context.directories.scratch / self.spec.job_id
+            _make(scratch, exist_ok=True)
+            self.spec.scratch_dir, self.spec.cache_dir = str(scratch), str(self._context.directories.cache)
             self.spec.device = await self._context.devices.claim(self.spec.process_id, wanted_device(self.spec))
         self._copies = self._context.copies.use_own_store(self.spec)
         if self._copies:
             await self._context.copies.wait_for_part(self.spec, lambda: self.spec.plan, self._emit_event)
-        return await self._bundle() if self.spec.bundle_sha256 else self._scratch
+        if is_trainer and self.spec.bundle_sha256:
+            await self._unpack_bundle()
+        else:
+            _make(self._directory)
 
-    async def _bundle(self) -> Path:
-        """The directory of the job's code, once it is downloaded."""
+    async def _unpack_bundle(self) -> None:
+        """Write the job's code to a directory of this process alone. Waits for the master if it must be downloaded."""
         failures = 0
         while True:
             try:
-                return await self._context.bundles.ensure(self.spec.bundle_sha256)
+                await self._context.bundles.unpack(self.spec.bundle_sha256, self._directory)
+                return
             except UnreachableError as error:
                 failures += 1
                 if failures == 1:
                     self._log.warning("waiting for the code bundle", cause=error.cause)
             await asyncio.sleep(delay_s(failures, random.random()))
 
-    def _start(self, directory: Path) -> Child:
+    def _start(self) -> Child:
         threads = str(num_threads(self.spec))
         environment = {
             **self._context.environ,
             SOCKET_DIR: str(self._sockets),
-            BUNDLE_DIR: str(directory),
+            BUNDLE_DIR: str(self._directory),
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "OMP_DYNAMIC": "false",
@@ -262,7 +271,9 @@ class Process:
             "PYTHONFAULTHANDLER": "1",
         }
         context = self._context
-        return Child.start(self.spec, context.command, directory, environment, self._handle_report, self._handle_line)
+        return Child.start(
+            self.spec, context.command, self._directory, environment, self._handle_report, self._handle_line
+        )
 
     def _report_running(self, child: Child) -> None:
         metrics.STARTED.inc()
@@ -290,6 +301,13 @@ class Process:
             out_of_memory=status.out_of_memory,
             cause=status.error.cause,
         )
+
+
+def _make(directory: Path, *, exist_ok: bool = False) -> None:
+    try:
+        directory.mkdir(mode=0o700, exist_ok=exist_ok)
+    except OSError as error:
+        raise StorageError(f"cannot create {directory}: {error.strerror}") from None
 
 
 def num_threads(spec: ProcessSpec) -> int:

@@ -10,9 +10,10 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pscluster.errors import OutOfMemoryError, ProcessLostError, PsError
+from pscluster.errors import OutOfMemoryError, ProcessLostError, PsError, TaskExitError
+from pscluster.user_frames import frame_details
 from pscluster.v1.agents_pb2 import ProcessStatus
-from pscluster.v1.plan_pb2 import Beat, ErrorDetail, Failure, ProcessSpec
+from pscluster.v1.plan_pb2 import Beat, ErrorDetail, Failure, LastPosition, ProcessSpec
 
 NOT_STARTED = 127
 """The exit code reported for a process that could not be started."""
@@ -48,13 +49,21 @@ FIRST_STALL_S = 30.0
 class Exit:
     """How a process exited. `returncode` is the exit code, or minus the signal. `expected`: its agent ended it.
     `oom_kills`: processes of this control group that the kernel killed for lack of memory meanwhile. `failure`: the
-    last one that it reported. `stderr_tail`: oldest line first."""
+    last one that it reported. `stderr_tail`: oldest line first. `position`: where a trainer was."""
 
     returncode: int
     expected: bool
     oom_kills: int = 0
     failure: Failure | None = None
     stderr_tail: Sequence[str] = ()
+    position: LastPosition | None = None
+
+    @property
+    def by_user_code(self) -> bool:
+        """Whether user code ended the process by an exit: it exited while user code ran, or its stack was written by
+        os._exit, and it reported nothing."""
+        at_user_code = self.position is not None and bool(self.position.call or self.position.traceback)
+        return at_user_code and self.returncode >= 0 and not self.expected and self.failure is None
 
 
 def classify(process_id: str, pid: int, seen: Exit) -> ProcessStatus:
@@ -69,8 +78,9 @@ def classify(process_id: str, pid: int, seen: Exit) -> ProcessStatus:
         out_of_memory=memory,
         pid=pid,
         expected=seen.expected,
+        position=seen.position,
     )
-    if seen.returncode != 0 and not seen.expected:
+    if (seen.returncode != 0 or seen.by_user_code) and not seen.expected:
         status.error.CopyFrom(detail_of(_error(process_id, seen, number, memory)))
     return status
 
@@ -107,10 +117,17 @@ def _error(process_id: str, seen: Exit, number: int, memory: bool) -> PsError:
     how = f"ended by {_signal_name(number)}" if number else f"exited with code {seen.returncode}"
     if memory:
         return OutOfMemoryError(f"{_short(process_id)} ran out of memory ({how})", details=details)
+    if seen.by_user_code and seen.position is not None:
+        return _exit_by_user_code(seen.position, how, details)
     last = next((line.strip() for line in reversed(seen.stderr_tail) if line.strip()), "")
     shown = f': "{last[:200]}"' if last else ""
     action = _SEGFAULT_ACTION if number == signal.SIGSEGV and _short(process_id).startswith("trainer") else ""
     return ProcessLostError(f"{_short(process_id)} {how}{shown}", action=action, details=details)
+
+
+def _exit_by_user_code(position: LastPosition, how: str, details: dict[str, str]) -> PsError:
+    details = {**details, **frame_details(position.traceback)}
+    return TaskExitError(f"{position.call or 'a thread of the task'} ended the process: it {how}", details=details)
 
 
 def _short(process_id: str) -> str:

@@ -73,6 +73,16 @@ class Supervisor:
         """Whether no process runs or is about to."""
         return not any(process.is_active for process in self._processes.values())
 
+    @property
+    def bundles(self) -> frozenset[str]:
+        """The bundles of all processes that run or are about to."""
+        return frozenset(process.spec.bundle_sha256 for process in self._processes.values() if process.is_active)
+
+    @property
+    def jobs(self) -> frozenset[str]:
+        """The jobs of all processes that run or are about to."""
+        return frozenset(process.spec.job_id for process in self._processes.values() if process.is_active)
+
     async def wait_empty(self) -> None:
         """Wait until no process runs because the newest assignment names none."""
         while not self.is_empty:
@@ -110,8 +120,7 @@ class Supervisor:
 
     async def _run(self, process: Process) -> None:
         await process.run()
-        in_use = {p.spec.bundle_sha256 for p in self._processes.values() if p.is_active}
-        await self._context.bundles.trim(in_use)
+        await self._context.bundles.trim(self.bundles)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         spawn(self._tasks, work, "supervising a process failed")

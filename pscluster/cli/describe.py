@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pscluster.cli import formatting as fmt
-from pscluster.client.goals import action_of, last_frame
+from pscluster.client.goals import action_of
+from pscluster.user_frames import OF_FRAME, place_of
 
 if TYPE_CHECKING:
-    from pscluster.client import Job, PartitionPlacement, TrainerPlacement
+    from pscluster.client import Event, Job, PartitionPlacement, TrainerPlacement
 
 _EVENTS_SHOWN = 40
 _SLOW = 1.15  # times the median trainer's microbatch: a ratio worth showing
@@ -24,7 +25,8 @@ def summary(job: Job, now_s: float) -> str:
 
 def description(job: Job, now_s: float) -> str:
     """What `psctl describe` prints: the summary, then a section for each kind of detail there is."""
-    sections = [_aligned([*_summary(job, now_s), *_identity(job)])]
+    summary = [(key, value) for key, value in _summary(job, now_s) if key != "Reason" or job.error is None]
+    sections = [_aligned([*summary, *_identity(job)])]
     for title, body in (
         ("Last error", _error(job)),
         ("Task", _aligned(list(_task(job.spec)))),
@@ -177,10 +179,15 @@ def _checks(job: Job) -> str:
 
 def _events(job: Job, now_s: float) -> str:
     rows = [
-        [fmt.age(e.time_s, now_s), "Warning" if e.warning else "Normal", e.reason, e.message]
+        [fmt.age(e.time_s, now_s), "Warning" if e.warning else "Normal", e.reason, _message(e, job)]
         for e in job.events[-_EVENTS_SHOWN:]
     ]
     return fmt.table(("AGE", "TYPE", "REASON", "MESSAGE"), rows) if rows else ""
+
+
+def _message(event: Event, job: Job) -> str:
+    """An event's message; of the error that ended the job only its code, since it has a section of its own."""
+    return job.error.code if event.reason == "Failed" and job.error is not None else event.message
 
 
 def _error(job: Job) -> str:
@@ -188,11 +195,11 @@ def _error(job: Job) -> str:
         return ""
     # A preflight table has several lines: only the cause keeps its line breaks.
     lines = [f"{job.error.code}: {job.error.cause}"]
-    if frame := last_frame(job.traceback):
+    if frame := place_of(job.error.details):
         lines.append(f"at: {fmt.one_line(frame)}")
     if action := action_of(job):
         lines.append(f"hint: {action}")
-    lines += [f"{key}: {value}" for key, value in sorted(job.error.details.items())]
+    lines += [f"{key}: {value}" for key, value in sorted(job.error.details.items()) if key not in OF_FRAME]
     return "\n".join(lines)
 
 

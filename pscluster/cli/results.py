@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from pscluster.agent.cache import DEFAULT_BYTES, evict
 from pscluster.cli import formatting as fmt
 from pscluster.cli.session import Session, Verb, output_option, pass_session, print_answer, print_document, print_info
 from pscluster.errors import InternalError, ProcessLostError, StorageError, from_dict
@@ -144,6 +145,9 @@ def generate(
 
 def _run(session: Session, job: str, step: int | str, request: dict[str, Any]) -> dict[str, Any]:
     """Add the job's spec, bundle and the snapshot's files to a request and run it. Blocks."""
+    cache = session.located().state_dir / "cache"
+    if request["command"] != "export":  # which runs no user code
+        request = {**request, "cache_dir": str(_prepared(cache))}
     with tempfile.TemporaryDirectory(prefix="psctl-") as temporary:
         with session.connect() as cluster:
             found = cluster.job(job)
@@ -155,6 +159,16 @@ def _run(session: Session, job: str, step: int | str, request: dict[str, Any]) -
             parts = cluster.locate_parts(found, snapshot, Path(temporary) / "parts")
         result = run_tool({**request, "job": found.job_id, "spec": found.spec, "bundle": bundle, "parts": parts})
     return {"job": found.job_id, "job_id": found.job_id, "name": found.name, "step": snapshot.step, **result}
+
+
+def _prepared(cache: Path) -> Path:
+    """The directory that user code shares here, as on a worker. Raises StorageError."""
+    try:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        evict(cache, DEFAULT_BYTES)
+    except OSError as error:
+        raise StorageError(f"cannot use {cache}: {error.strerror}") from None
+    return cache
 
 
 def run_tool(request: dict[str, Any], command: tuple[str, ...] = COMMAND) -> dict[str, Any]:

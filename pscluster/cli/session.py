@@ -21,6 +21,7 @@ from pscluster.cli import formatting as fmt
 from pscluster.errors import InternalError, PsError, UnreachableError
 from pscluster.settings import ClientSettings, LocatedCluster, Resolved, resolve_with_origins
 from pscluster.spelling import nearest
+from pscluster.user_frames import place_of
 
 if TYPE_CHECKING:
     from pscluster.client import Cluster
@@ -168,7 +169,7 @@ class Psctl(Group):
 def print_error(error: PsError) -> None:
     """Print an error on stderr: code and cause, where the user's code raised, then what to do."""
     click.echo(f"{click.style('error:', fg='red', bold=True)} {error.code}: {error.cause}", err=True)
-    if frame := error.details.get("frame"):
+    if frame := place_of(error.details):
         click.echo(f"{click.style('at:', fg='red')} {fmt.one_line(frame)}", err=True)
     if error.action:
         click.echo(f"{click.style('hint:', fg='cyan')} {error.action}", err=True)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePath
 
 from pscluster import errors
 from pscluster.client.records import Job, Node
+from pscluster.user_frames import OF_FRAME
 
 _STATES = ("running", "succeeded", "failed", "stopped", "ended")
-_FRAME = re.compile(r'^\s*File "(?P<file>.+)", line (?P<line>\d+)(?:, in (?P<name>.+))?$', re.MULTILINE)
 DRAINED = "drained"
 POLL_S = 0.25
 MAX_OUTAGE_S = 600.0
@@ -54,15 +52,15 @@ def reached(job: Job, goal: Goal) -> bool:
 
 
 def end_error(job: Job) -> errors.PsError | None:
-    """The error of a job that has ended without success, with details["frame"], where the user's code raised, if known;
-    None: it succeeded."""
+    """The error of a job that has ended without success; None: it succeeded. The details of a failed job say where the
+    user's code raised, if that is known: see `pscluster.user_frames.place_of`."""
     details = {"job_id": job.job_id, "state": job.state, "step": str(job.step)}
     if job.state == "FAILED":
         why = f"{job.error.code}: {job.error.cause}" if job.error else job.reason
         action = action_of(job) or "see `psctl describe`"
         action = action.replace("`psctl describe`", f"`psctl describe {job.job_id}`")
-        frame = last_frame(job.traceback)
-        details |= {"frame": frame} if frame else {}
+        held = job.error.details if job.error else {}
+        details |= {key: held[key] for key in OF_FRAME & held.keys()}
         return errors.JobFailedError(f"{job.job_id} failed at step {job.step}: {why}", action=action, details=details)
     if job.state == "STOPPED":
         return errors.JobStoppedError(
@@ -77,22 +75,6 @@ def action_of(job: Job) -> str:
     """What the error of a failed job asks for; empty when it has none. A traceback is mentioned where there is one."""
     action = job.error.action if job.error else ""
     return action if job.traceback else action.removesuffix(errors.TRACEBACK_HINT)
-
-
-def last_frame(traceback: str) -> str:
-    """The last frame of a job's traceback in the user's own files, as "task.py:16 in loss"; empty when there is none.
-
-    A job's traceback begins with the user's first frame: files in that file's directory are the user's. Of chained
-    errors the last one counts."""
-    *_, last = traceback.rpartition("Traceback (most recent call last):")
-    frames = list(_FRAME.finditer(last))
-    if not frames:
-        return ""
-    directory = PurePath(frames[0]["file"]).parent
-    own = [frame for frame in frames if PurePath(frame["file"]).is_relative_to(directory)]
-    file = PurePath(own[-1]["file"]).relative_to(directory)
-    name = own[-1]["name"]
-    return f"{file}:{own[-1]['line']}" + (f" in {name}" if name else "")
 
 
 def wait_drained(

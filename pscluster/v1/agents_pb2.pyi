@@ -125,7 +125,7 @@ class Leaving(_message.Message):
     def __init__(self) -> None: ...
 
 class ProcessStatus(_message.Message):
-    __slots__ = ("process_id", "phase", "exit_code", "signal", "out_of_memory", "pid", "error", "expected", "suspicion", "unreached")
+    __slots__ = ("process_id", "phase", "exit_code", "signal", "out_of_memory", "pid", "error", "expected", "suspicion", "unreached", "position")
     class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         PHASE_UNSPECIFIED: _ClassVar[ProcessStatus.Phase]
@@ -152,6 +152,7 @@ class ProcessStatus(_message.Message):
     EXPECTED_FIELD_NUMBER: _ClassVar[int]
     SUSPICION_FIELD_NUMBER: _ClassVar[int]
     UNREACHED_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
     process_id: str
     phase: ProcessStatus.Phase
     exit_code: int
@@ -162,7 +163,8 @@ class ProcessStatus(_message.Message):
     expected: bool
     suspicion: ProcessStatus.Suspicion
     unreached: _plan_pb2.Unreached
-    def __init__(self, process_id: _Optional[str] = ..., phase: _Optional[_Union[ProcessStatus.Phase, str]] = ..., exit_code: _Optional[int] = ..., signal: _Optional[int] = ..., out_of_memory: bool = ..., pid: _Optional[int] = ..., error: _Optional[_Union[_plan_pb2.ErrorDetail, _Mapping]] = ..., expected: bool = ..., suspicion: _Optional[_Union[ProcessStatus.Suspicion, str]] = ..., unreached: _Optional[_Union[_plan_pb2.Unreached, _Mapping]] = ...) -> None: ...
+    position: _plan_pb2.LastPosition
+    def __init__(self, process_id: _Optional[str] = ..., phase: _Optional[_Union[ProcessStatus.Phase, str]] = ..., exit_code: _Optional[int] = ..., signal: _Optional[int] = ..., out_of_memory: bool = ..., pid: _Optional[int] = ..., error: _Optional[_Union[_plan_pb2.ErrorDetail, _Mapping]] = ..., expected: bool = ..., suspicion: _Optional[_Union[ProcessStatus.Suspicion, str]] = ..., unreached: _Optional[_Union[_plan_pb2.Unreached, _Mapping]] = ..., position: _Optional[_Union[_plan_pb2.LastPosition, _Mapping]] = ...) -> None: ...
 
 class ProcessEvent(_message.Message):
     __slots__ = ("process_id", "report")
@@ -237,3 +239,19 @@ class BundleChunk(_message.Message):
     DATA_FIELD_NUMBER: _ClassVar[int]
     data: bytes
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+
+class FindUnusedRequest(_message.Message):
+    __slots__ = ("bundles", "jobs")
+    BUNDLES_FIELD_NUMBER: _ClassVar[int]
+    JOBS_FIELD_NUMBER: _ClassVar[int]
+    bundles: _containers.RepeatedScalarFieldContainer[str]
+    jobs: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, bundles: _Optional[_Iterable[str]] = ..., jobs: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class FindUnusedReply(_message.Message):
+    __slots__ = ("bundles", "jobs")
+    BUNDLES_FIELD_NUMBER: _ClassVar[int]
+    JOBS_FIELD_NUMBER: _ClassVar[int]
+    bundles: _containers.RepeatedScalarFieldContainer[str]
+    jobs: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, bundles: _Optional[_Iterable[str]] = ..., jobs: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -49,6 +49,11 @@ class AgentsStub(object):
                 request_serializer=pscluster_dot_v1_dot_agents__pb2.DownloadBundleRequest.SerializeToString,
                 response_deserializer=pscluster_dot_v1_dot_agents__pb2.BundleChunk.FromString,
                 _registered_method=True)
+        self.FindUnused = channel.unary_unary(
+                '/pscluster.v1.Agents/FindUnused',
+                request_serializer=pscluster_dot_v1_dot_agents__pb2.FindUnusedRequest.SerializeToString,
+                response_deserializer=pscluster_dot_v1_dot_agents__pb2.FindUnusedReply.FromString,
+                _registered_method=True)
 
 
 class AgentsServicer(object):
@@ -76,6 +81,13 @@ class AgentsServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FindUnused(self, request, context):
+        """Which of the files that a node keeps for jobs no job needs any more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -93,6 +105,11 @@ def add_AgentsServicer_to_server(servicer, server):
                     servicer.DownloadBundle,
                     request_deserializer=pscluster_dot_v1_dot_agents__pb2.DownloadBundleRequest.FromString,
                     response_serializer=pscluster_dot_v1_dot_agents__pb2.BundleChunk.SerializeToString,
+            ),
+            'FindUnused': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindUnused,
+                    request_deserializer=pscluster_dot_v1_dot_agents__pb2.FindUnusedRequest.FromString,
+                    response_serializer=pscluster_dot_v1_dot_agents__pb2.FindUnusedReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -176,6 +193,33 @@ class Agents(object):
             '/pscluster.v1.Agents/DownloadBundle',
             pscluster_dot_v1_dot_agents__pb2.DownloadBundleRequest.SerializeToString,
             pscluster_dot_v1_dot_agents__pb2.BundleChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindUnused(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pscluster.v1.Agents/FindUnused',
+            pscluster_dot_v1_dot_agents__pb2.FindUnusedRequest.SerializeToString,
+            pscluster_dot_v1_dot_agents__pb2.FindUnusedReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -120,7 +120,7 @@ class SnapshotPart(_message.Message):
     def __init__(self, step: _Optional[int] = ..., partition: _Optional[int] = ..., generation: _Optional[int] = ..., path: _Optional[str] = ..., size_bytes: _Optional[int] = ..., checksum: _Optional[str] = ..., nodes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ProcessSpec(_message.Message):
-    __slots__ = ("process_id", "kind", "job_id", "rank", "attempt", "spec_json", "bundle_sha256", "store", "plan", "data_host", "device", "own_store")
+    __slots__ = ("process_id", "kind", "job_id", "rank", "attempt", "spec_json", "bundle_sha256", "store", "plan", "data_host", "device", "own_store", "scratch_dir", "cache_dir")
     class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         KIND_UNSPECIFIED: _ClassVar[ProcessSpec.Kind]
@@ -141,6 +141,8 @@ class ProcessSpec(_message.Message):
     DATA_HOST_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     OWN_STORE_FIELD_NUMBER: _ClassVar[int]
+    SCRATCH_DIR_FIELD_NUMBER: _ClassVar[int]
+    CACHE_DIR_FIELD_NUMBER: _ClassVar[int]
     process_id: str
     kind: ProcessSpec.Kind
     job_id: str
@@ -153,7 +155,9 @@ class ProcessSpec(_message.Message):
     data_host: str
     device: str
     own_store: bool
-    def __init__(self, process_id: _Optional[str] = ..., kind: _Optional[_Union[ProcessSpec.Kind, str]] = ..., job_id: _Optional[str] = ..., rank: _Optional[int] = ..., attempt: _Optional[int] = ..., spec_json: _Optional[str] = ..., bundle_sha256: _Optional[str] = ..., store: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., data_host: _Optional[str] = ..., device: _Optional[str] = ..., own_store: bool = ...) -> None: ...
+    scratch_dir: str
+    cache_dir: str
+    def __init__(self, process_id: _Optional[str] = ..., kind: _Optional[_Union[ProcessSpec.Kind, str]] = ..., job_id: _Optional[str] = ..., rank: _Optional[int] = ..., attempt: _Optional[int] = ..., spec_json: _Optional[str] = ..., bundle_sha256: _Optional[str] = ..., store: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., data_host: _Optional[str] = ..., device: _Optional[str] = ..., own_store: bool = ..., scratch_dir: _Optional[str] = ..., cache_dir: _Optional[str] = ...) -> None: ...
 
 class ProcessReport(_message.Message):
     __slots__ = ("trainer_ready", "partition_ready", "progress", "evaluated", "snapshot_part", "finished", "failure", "counters", "beat", "plan_adopted", "warning", "connected", "standby_state")
@@ -329,16 +333,32 @@ class Finished(_message.Message):
     def __init__(self, generation: _Optional[int] = ..., step: _Optional[int] = ..., stopped: bool = ..., parameters_sha256: _Optional[str] = ...) -> None: ...
 
 class Failure(_message.Message):
-    __slots__ = ("error", "traceback", "step", "checks")
+    __slots__ = ("error", "traceback", "step", "checks", "committed")
     ERROR_FIELD_NUMBER: _ClassVar[int]
     TRACEBACK_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     CHECKS_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_FIELD_NUMBER: _ClassVar[int]
     error: ErrorDetail
     traceback: str
     step: int
     checks: _containers.RepeatedCompositeFieldContainer[PreflightCheck]
-    def __init__(self, error: _Optional[_Union[ErrorDetail, _Mapping]] = ..., traceback: _Optional[str] = ..., step: _Optional[int] = ..., checks: _Optional[_Iterable[_Union[PreflightCheck, _Mapping]]] = ...) -> None: ...
+    committed: int
+    def __init__(self, error: _Optional[_Union[ErrorDetail, _Mapping]] = ..., traceback: _Optional[str] = ..., step: _Optional[int] = ..., checks: _Optional[_Iterable[_Union[PreflightCheck, _Mapping]]] = ..., committed: _Optional[int] = ...) -> None: ...
+
+class LastPosition(_message.Message):
+    __slots__ = ("activity", "version", "shard", "call", "traceback")
+    ACTIVITY_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    TRACEBACK_FIELD_NUMBER: _ClassVar[int]
+    activity: str
+    version: int
+    shard: int
+    call: str
+    traceback: str
+    def __init__(self, activity: _Optional[str] = ..., version: _Optional[int] = ..., shard: _Optional[int] = ..., call: _Optional[str] = ..., traceback: _Optional[str] = ...) -> None: ...
 
 class Warning(_message.Message):
     __slots__ = ("error", "step")

@@ -126,6 +126,7 @@ def full_job() -> Job:
         best=Best(step=10, value=0.5),
         next_best=Best(step=20, value=0.4),
         finished=Finished(generation=7, step=100, stopped=True, parameters_sha256="f"),
+        crashes=(("train", 4, 1),),
         snapshot_warning=JobWarning(step=5, error=error),
         error=error,
         traceback="Traceback",

@@ -13,7 +13,6 @@ import pytest
 
 from pscluster.client import Cluster, Goal, LogLine, ReconnectingStream, Snapshot, end_error, parse_goal, reached
 from pscluster.client.calls import OVERLAP_S, LogCursor, Outage
-from pscluster.client.goals import last_frame
 from pscluster.client.records import choose, job_of
 from pscluster.errors import (
     AuthError,
@@ -31,6 +30,7 @@ from pscluster.errors import (
 )
 from pscluster.job.bundle import Bundle
 from pscluster.job.spec import parse_spec
+from pscluster.user_frames import place_of
 from pscluster.v1 import jobs_pb2, plan_pb2
 from tests.unit.cli.fake_master import FakeMaster, Serving, ended_message, job_message, log_record, snapshot_message
 
@@ -331,57 +331,26 @@ def test_the_end_says_why() -> None:
     assert failed is not None
     assert "PS-2005: NaN at step 7" in failed.cause
     assert failed.action == "clip"
-    assert "frame" not in failed.details
+    assert place_of(failed.details) == ""
     stopped = end_error(job_of(ended_message(jobs_pb2.JOB_STATE_STOPPED)))
     assert stopped is not None
     assert "psctl resume lm-abc123" in stopped.action
     assert end_error(job_of(ended_message())) is None
 
 
-RAISED = """Traceback (most recent call last):
-  File "/state/bundles/ab/task.py", line 30, in batches
-    item = self[7]
-KeyError: 7
-
-During handling of the above exception, another exception occurred:
-
-Traceback (most recent call last):
-  File "/state/bundles/ab/task.py", line 16, in loss
-    return shrink(model(batch))
-           ^^^^^^^^^^^^^^^^^^^^
-  File "/state/bundles/ab/parts/shrinking.py", line 4, in shrink
-    return nn.functional.relu(x)
-  File "/usr/lib/python3/site-packages/torch/nn/functional.py", line 1500, in relu
-    result = torch.relu(input)
-ValueError: no such colour
-"""
-
-
-@pytest.mark.parametrize(
-    ("traceback", "frame"),
-    [
-        (RAISED, "parts/shrinking.py:4 in shrink"),
-        ('Traceback (most recent call last):\n  File "/b/task.py", line 16, in loss\n', "task.py:16 in loss"),
-        ('  File "/b/task.py", line 1, in <module>\n  File "/b/typo.py", line 3\n    def (\n', "typo.py:3"),
-        ("ImportError: not there", ""),
-        ("", ""),
-    ],
-)
-def test_the_last_frame_is_the_last_in_the_users_own_files(traceback: str, frame: str) -> None:
-    assert last_frame(traceback) == frame
-
-
 def test_what_the_users_code_raised_is_told_with_its_place_and_the_jobs_name() -> None:
-    error = plan_pb2.ErrorDetail(code="PS-2001", cause="loss raised", action="the traceback is in `psctl describe`")
-    failed = end_error(job_of(ended_message(jobs_pb2.JOB_STATE_FAILED, error=error, traceback=RAISED)))
+    details = {"file": "parts/shrinking.py", "line": "4", "function": "shrink"}
+    action = "the traceback is in `psctl describe`"
+    error = plan_pb2.ErrorDetail(code="PS-2001", cause="loss raised", action=action, details=details)
+    failed = end_error(job_of(ended_message(jobs_pb2.JOB_STATE_FAILED, error=error)))
     assert failed is not None
     assert "`psctl describe lm-abc123`" in failed.action
-    assert failed.details["frame"] == "parts/shrinking.py:4 in shrink"
+    assert place_of(failed.details) == "parts/shrinking.py:4 in shrink"
 
 
 def test_a_job_that_failed_without_a_traceback_promises_none() -> None:
     error = plan_pb2.ErrorDetail(**TaskError("no such class").to_dict())
-    for traceback, promised in (("", False), (RAISED, True)):
+    for traceback, promised in (("", False), ("Traceback (most recent call last):", True)):
         failed = end_error(job_of(ended_message(jobs_pb2.JOB_STATE_FAILED, error=error, traceback=traceback)))
         assert failed is not None
         assert ("traceback" in failed.action) is promised

@@ -3,8 +3,9 @@
 One JSON request on stdin, one JSON answer on stdout; whatever user code prints goes to stderr.
 
     {"command": "export" | "eval" | "generate",
-     "spec": {...} or its JSON text, "bundle": path of an archive or directory or null,
+     "spec": {...} or its JSON text, "bundle": path of an archive or null,
      "parts": [absolute paths or URLs of all parts of one snapshot], "job": id,
+     "cache_dir": the task's, or absent for an empty one,                            eval, generate
      "format": "safetensors" | "pth", "output": path,                               export
      "aside": a directory on its file system, to write it in first, "force": overwrite,
      "data_uri": another data.uri, or absent,                                        eval
@@ -32,6 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pscluster.agent.cache import hold
 from pscluster.errors import InternalError, PsError, SpecError, StateError, StorageError, TaskError
 from pscluster.job.bundle import extract
 from pscluster.job.spec import JobSpec, parse_spec
@@ -39,6 +41,7 @@ from pscluster.step.layout import Layout, parameters_sha256
 from pscluster.storage.exports import SUFFIXES, check_free
 from pscluster.storage.snapshot import read_part, read_parts
 from pscluster.task import Task
+from pscluster.user_frames import frame_details, relative_to
 from psworker.numerics import precision, settle_numerics
 from psworker.replica import load_words, named_bytes, state_tensors
 from psworker.trainer.data.batches import EvalBatches
@@ -111,7 +114,7 @@ def _eval(spec: JobSpec, snapshot: Snapshot, request: Mapping[str, Any]) -> dict
     if request.get("data_uri") is not None:
         data = spec.data.model_copy(update={"uri": str(request["data_uri"])})
         spec = spec.model_copy(update={"data": data})
-    with _restored(spec, snapshot, request.get("bundle")) as (task, model):
+    with _restored(spec, snapshot, request) as (task, model):
         _, held_out = load_data(task)
         if held_out is None:
             raise StateError("the task has no held-out data", action="return a data set from eval_data() to evaluate")
@@ -123,7 +126,7 @@ def _eval(spec: JobSpec, snapshot: Snapshot, request: Mapping[str, Any]) -> dict
 
 
 def _generate(spec: JobSpec, snapshot: Snapshot, request: Mapping[str, Any]) -> dict[str, Any]:
-    with _restored(spec, snapshot, request.get("bundle")) as (task, model):
+    with _restored(spec, snapshot, request) as (task, model):
         if type(task).generate is Task.generate:
             raise TaskError(f"{type(task).__name__} does not generate", action="define generate() in the task")
         model.eval()
@@ -139,28 +142,31 @@ def _generate(spec: JobSpec, snapshot: Snapshot, request: Mapping[str, Any]) -> 
 
 
 @contextmanager
-def _restored(spec: JobSpec, snapshot: Snapshot, bundle: str | None) -> Iterator[tuple[Task, nn.Module]]:
-    """The task and its model with the snapshot's values, in the bundle's directory as trainers are."""
+def _restored(spec: JobSpec, snapshot: Snapshot, request: Mapping[str, Any]) -> Iterator[tuple[Task, nn.Module]]:
+    """The task and its model with the snapshot's values. Like a trainer it has the files of the bundle in a working
+    directory of its own, a scratch directory, and a cache; errors name the user's files relative to the first."""
     with tempfile.TemporaryDirectory(prefix="ps-tools-") as temporary:
-        directory = _unpacked(bundle, Path(temporary))
+        code, scratch = Path(temporary) / "code", Path(temporary) / "scratch"
+        cache = Path(request.get("cache_dir") or Path(temporary) / "cache")
+        for directory in (scratch, cache, *(() if request.get("bundle") else (code,))):
+            directory.mkdir(exist_ok=True)
+        if request.get("bundle"):
+            extract(Path(request["bundle"]), code)
+        Task.scratch_dir, Task.cache_dir = scratch, cache
         before = Path.cwd()
-        os.chdir(directory)
+        os.chdir(code)
         try:
-            task = load_task(spec, directory if bundle else None)
-            model = build_model(task)
-            load_words(model, snapshot.layout, snapshot.words)
-            yield task, model
+            with hold(cache):
+                task = load_task(spec, code if request.get("bundle") else None)
+                model = build_model(task)
+                load_words(model, snapshot.layout, snapshot.words)
+                yield task, model
+        except PsError as error:
+            shown = relative_to(code, error.details.get("traceback", ""))
+            error.details |= {"traceback": shown, **frame_details(shown)} if shown else {}
+            raise
         finally:
             os.chdir(before)
-
-
-def _unpacked(bundle: str | None, temporary: Path) -> Path:
-    if bundle is None:
-        return temporary
-    if Path(bundle).is_dir():
-        return Path(bundle).resolve()
-    extract(Path(bundle), temporary / "bundle")
-    return temporary / "bundle"
 
 
 def _claim_stdout() -> IO[str]:

@@ -84,6 +84,15 @@ class AgentsService(agents_pb2_grpc.AgentsServicer):
         while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
             yield agents_pb2.BundleChunk(data=chunk)
 
+    async def FindUnused(self, request: agents_pb2.FindUnusedRequest, context: Any) -> agents_pb2.FindUnusedReply:
+        jobs = self._core.state.jobs
+        used = {job.bundle_sha256 for job in jobs.values()}
+        lasting = {job_id for job_id, job in jobs.items() if not job.state.ended}
+        return agents_pb2.FindUnusedReply(
+            bundles=[sha256 for sha256 in request.bundles if sha256 not in used],
+            jobs=[job_id for job_id in request.jobs if job_id not in lasting],
+        )
+
 
 def _change(stream: AgentStream, message: agents_pb2.AgentMessage) -> Callable[[Transaction], None]:
     """What a message changes; one without meaning is a sign of life."""

@@ -35,6 +35,7 @@ from psmaster.model.process import (
     REACHES_ALL,
     Exit,
     Failure,
+    LastPosition,
     PartitionFacts,
     Process,
     Processes,
@@ -74,6 +75,7 @@ _REPORTS: Mapping[str, Codec[Any, Any]] = {
 _IGNORED_REPORTS = frozenset({"counters", "beat", "plan_adopted"})  # the agent's, or of no use to the master
 if _REPORTS.keys() | _IGNORED_REPORTS != {field.name for field in plan_pb2.ProcessReport.DESCRIPTOR.fields}:
     raise TypeError("the kinds of ProcessReport are not all accounted for")
+_wire.pair(LastPosition, plan_pb2.LastPosition)
 _EXIT = _wire.pair(
     Exit, agents_pb2.ProcessStatus, only_message=["process_id", "phase", "pid", "suspicion", "unreached"]
 )
@@ -247,7 +249,7 @@ _JOB = _wire.pair(
         *VOLATILE, "spec", "request_id", "data_token", "stopping", "trainers", "partitions", "standbys", "attempts",
         "excluded", "layout_json", "layout_sha256", "data_fingerprint", "numerics_mode", "numerics_class",
         "optimizer_class", "high_step", "grad_norm", "nonfinite", "next_best", "finished", "snapshot_warning", "saving",
-        "held",
+        "held", "crashes",
     ],
     only_message=["spec_json", "workers_active", "workers_wanted", "events", *reports.Rates._fields],
 )  # fmt: skip

@@ -231,6 +231,7 @@ class Job:
     best: Best | None = None
     next_best: Best | None = None  # reported, but its snapshot is not complete yet
     finished: Finished | None = None
+    crashes: tuple[tuple[str, int, int], ...] = ()  # (activity, version, shard) of fatal signals in trainers
     snapshot_warning: JobWarning | None = None  # the newest part that could not be written, and still counts
     error: ErrorInfo | None = None
     traceback: str = ""
@@ -300,7 +301,7 @@ _ALLOWED: dict[JobState, frozenset[JobState]] = {
 # What a job has only while it is live; what its last run left; what binds it to the model and data of its snapshots.
 _WHILE_LIVE = """trainers partitions standbys excluded stopping deadline_s recovery assignment saving held held_s
     window"""
-_OF_LAST_RUN = "ended_s plan finished snapshot_warning error traceback parameters_sha256 checks connections"
+_OF_LAST_RUN = "ended_s crashes plan finished snapshot_warning error traceback parameters_sha256 checks connections"
 _OF_SNAPSHOTS = """layout_json layout_sha256 data_fingerprint numerics_mode numerics_class optimizer_class
     numerics"""
 

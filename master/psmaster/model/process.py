@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from psmaster.model.job import ErrorInfo, Job, PreflightCheck
@@ -97,24 +97,42 @@ class PartitionFacts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LastPosition:
+    """Where a trainer was when its process ended: see the message of this name."""
+
+    activity: str = ""
+    version: int = 0
+    shard: int = -1
+    call: str = ""
+    traceback: str = ""
+
+    @property
+    def step(self) -> int:
+        """The step that was being made, or the committed one that was evaluated; 0 before the first."""
+        return self.version + (self.activity == "train")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Exit:
-    """How a process ended."""
+    """How a process ended. `position`: of a trainer that had loaded user code."""
 
     exit_code: int = 0
     signal: int = 0
     out_of_memory: bool = False
     error: ErrorInfo | None = None
     expected: bool = False  # its agent ended it, for instance because the agent itself was asked to end
+    position: LastPosition | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
-    """Why a process cannot continue, as it reported."""
+    """Why a process cannot continue, as it reported, in which step, and which one was committed by then."""
 
     error: ErrorInfo
     traceback: str = ""
     step: int = 0
     checks: tuple[PreflightCheck, ...] = ()
+    committed: int = 0
 
     @property
     def terminal(self) -> bool:
@@ -165,9 +183,33 @@ def failure_of(placement: Placement, job: Job, processes: Processes) -> Failure 
     if process.failure is not None:
         return process.failure if process.failure.terminal else None
     if process.exit is not None and process.exit.error is not None:
-        failure = Failure(error=process.exit.error)
+        failure = exit_failure(process.exit.error, process.exit.position)
         return failure if failure.terminal else None
     return None
+
+
+def exit_failure(error: ErrorInfo, position: LastPosition | None) -> Failure:
+    """The failure of a process that ended without a report of its own."""
+    if position is None:
+        return Failure(error=error)
+    details = dict(error.details) | ({"shard": str(position.shard)} if position.shard >= 0 else {})
+    return Failure(
+        error=replace(error, details=tuple(sorted(details.items()))),
+        traceback=position.traceback,
+        step=position.step,
+        committed=position.version,
+    )
+
+
+def with_place(placement: Placement, failure: Failure, placements: Sequence[Placement]) -> ErrorInfo:
+    """The error of a failure, with where it happened. `placements`: all that failed."""
+    where = ", ".join(f"{other.name} on {other.node_id}" for other in placements)
+    step = f", step {failure.step}" if failure.step else ""
+    details = {**dict(failure.error.details), "process": placement.name, "node": placement.node_id}
+    if failure.step:
+        details["step"] = str(failure.step)
+    cause = f"{failure.error.cause} ({where}{step})"
+    return replace(failure.error, cause=cause, details=tuple(sorted(details.items())))
 
 
 def ready_facts(placement: Placement, job: Job, processes: Processes) -> TrainerFacts | PartitionFacts | None:

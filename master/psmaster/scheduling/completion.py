@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from psmaster.model.job import ErrorInfo, Job, JobState, PreflightCheck
 from psmaster.model.plan import Placement
-from psmaster.model.process import Failure, failure_of
+from psmaster.model.process import Failure, failure_of, with_place
 from psmaster.scheduling.draft import Draft, View
 
 
@@ -29,7 +29,9 @@ def fail_on_reports(draft: Draft, view: View) -> None:
             return
         draft.update(checks=_checks(draft, view))
     placement, first = failures[0]
-    draft.fail(_with_place(placement, first, [other for other, _ in failures]), first.traceback)
+    if draft.awaits_record(first.committed, view.limits.record_s):
+        return
+    draft.fail(with_place(placement, first, [other for other, _ in failures]), first.traceback)
 
 
 def _leave_out(draft: Draft, placement: Placement, failure: Failure) -> bool:
@@ -53,14 +55,6 @@ def _checks(draft: Draft, view: View) -> tuple[PreflightCheck, ...]:
         facts = (process.trainer or process.failure) if process else None
         found.extend(replace(check, node_id=placement.node_id) for check in (facts.checks if facts else ()))
     return tuple(found)
-
-
-def _with_place(placement: Placement, failure: Failure, placements: list[Placement]) -> ErrorInfo:
-    where = ", ".join(f"{other.name} on {other.node_id}" for other in placements)
-    step = f", step {failure.step}" if failure.step else ""
-    details = {**dict(failure.error.details), "process": placement.name, "node": placement.node_id}
-    cause = f"{failure.error.cause} ({where}{step})"
-    return replace(failure.error, cause=cause, details=tuple(sorted(details.items())))
 
 
 def end_if_finished(draft: Draft, view: View) -> None:

@@ -23,6 +23,7 @@ class Limits:
     trainer_grace_s: float = 30.0  # how long a suspect trainer may live before it is replaced
     first_grace_s: float = 600.0  # the same while it is at its first microbatch: compilers and cold devices
     max_losses: int = 5  # processes one placement may lose without a new step in between
+    record_s: float = 3.0  # how long the records of steps are waited for that were committed before a job failed
     gather_s: float = 5.0  # how long other nodes' failures at start are waited for
     finish_grace_s: float = 600.0  # how long a job that was asked to stop waits for its last snapshot to be complete
     stop_grace_s: float = 300.0  # how long a stopping job may take to reach a step boundary
@@ -134,6 +135,14 @@ class Draft:
             for node_id, incarnation, _ in self.job.excluded
             if node_id in nodes and nodes[node_id].incarnation == incarnation
         )
+
+    def awaits_record(self, committed: int, limit_s: float) -> bool:
+        """Whether to wait for the coordinator to report a step that it has committed, as it does once a second: what it
+        reports about a job that has ended does not count."""
+        coordinator = self.job.placement(ProcessKind.PARTITION, 0)
+        if self.job.plan is None or self.job.step >= committed or coordinator is None or not coordinator.active:
+            return False
+        return not self.has_waited(limit_s)
 
     def has_waited(self, seconds: float) -> bool:
         """Whether `seconds` have passed since the wait began. The first call begins it; a shorter one shortens it."""

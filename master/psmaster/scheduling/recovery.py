@@ -14,7 +14,7 @@ from psmaster.model.job import ErrorInfo, Job, Recovery
 from psmaster.model.membership import NodeView
 from psmaster.model.plan import Placement, ProcessKind
 from psmaster.model.process import PartitionFacts, TrainerFacts, failure_of, ready_facts, was_ready
-from psmaster.scheduling import numerics, process_losses
+from psmaster.scheduling import crashes, numerics, process_losses
 from psmaster.scheduling.admission import choose_node, max_trainers
 from psmaster.scheduling.draft import Draft, View
 from psmaster.scheduling.process_losses import NetworkCut, ProcessLoss, loss_of, out_of_reach
@@ -31,6 +31,8 @@ def vacate_lost(draft: Draft, view: View) -> None:
             continue
         if not placement.standby and failure_of(placement, draft.job, view.processes) is not None:
             continue  # `completion.fail_on_reports` ends the job
+        if not draft.is_dispensable(placement) and crashes.fail_if_repeated(draft, view, placement):
+            return
         draft.emit(f"{_event_name(placement)}Lost", loss.message, warning=True)
         count = placement.losses + loss.counted
         if count > view.limits.max_losses and (placement.standby or draft.is_dispensable(placement)):

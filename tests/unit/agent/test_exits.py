@@ -9,7 +9,7 @@ import pytest
 
 from pscluster.agent.status import Exit, classify
 from pscluster.v1.agents_pb2 import ProcessStatus
-from pscluster.v1.plan_pb2 import ErrorDetail, Failure
+from pscluster.v1.plan_pb2 import ErrorDetail, Failure, LastPosition
 
 
 def status_of(returncode: int, **facts: object) -> ProcessStatus:
@@ -80,3 +80,34 @@ def test_a_clean_exit_that_mentions_memory_is_clean() -> None:
 
 def test_long_last_words_are_bounded() -> None:
     assert len(status_of(1, stderr_tail=["x" * 16_000] * 40).error.details["stderr"]) <= 4096
+
+
+LOSS = LastPosition(activity="train", version=4, shard=1, call="loss")
+STACK = 'Traceback (most recent call last):\n  File "task.py", line 9, in loss\n    os._exit(0)\n'
+THREAD = LastPosition(activity="train", version=4, shard=1, traceback=STACK)
+
+
+@pytest.mark.parametrize("returncode", [0, 3])
+@pytest.mark.parametrize("position", [LOSS, THREAD])
+def test_an_exit_from_user_code_is_its_authors(returncode: int, position: LastPosition) -> None:
+    status = status_of(returncode, position=position)
+    assert (status.exit_code, status.error.code, status.position) == (returncode, "PS-2009", position)
+    frame = {key: status.error.details[key] for key in ("file", "line", "function") if key in status.error.details}
+    assert frame == ({"file": "task.py", "line": "9", "function": "loss"} if position is THREAD else {})
+
+
+def test_an_exit_outside_of_user_code_is_a_lost_process() -> None:
+    between = LastPosition(activity="train", version=4, shard=1)
+    assert status_of(3, position=between).error.code == "PS-3005"
+    assert not status_of(0, position=between).HasField("error")
+
+
+def test_what_was_reported_or_expected_or_out_of_memory_is_no_exit_of_user_code() -> None:
+    assert status_of(1, position=LOSS, failure=Failure(error=ErrorDetail(code="PS-2001"))).error.code == "PS-3005"
+    assert not status_of(0, position=LOSS, expected=True).HasField("error")
+    assert status_of(1, position=LOSS, stderr_tail=["MemoryError"]).error.code == "PS-3006"
+
+
+def test_a_signal_in_user_code_is_a_lost_process_that_says_where() -> None:
+    status = status_of(-signal.SIGSEGV, position=THREAD)
+    assert (status.error.code, status.position) == ("PS-3005", THREAD)

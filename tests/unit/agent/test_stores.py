@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
+import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -53,23 +55,71 @@ def store(tmp_path: Path) -> Path:
 
 def test_is_fetched_once_however_many_ask(tmp_path: Path, store: Path, shelf: Shelf) -> None:
     sha256 = shelf.put(tmp_path, "one")
+    targets = [tmp_path / f"p{number}" for number in range(5)]
 
     async def body() -> None:
         cache = BundleCache(store, shelf.fetch)
-        found = await asyncio.gather(*(cache.ensure(sha256) for _ in range(5)))
-        assert {path.name for path in found} == {sha256}
-        assert (found[0] / "task.py").read_text() == "NAME = 'one'\n"
-        assert await BundleCache(store, shelf.fetch).ensure(sha256) == found[0]
+        await asyncio.gather(*(cache.unpack(sha256, target) for target in targets))
+        await BundleCache(store, shelf.fetch).unpack(sha256, tmp_path / "later")
 
     asyncio.run(body())
+    assert {(target / "task.py").read_text() for target in [*targets, tmp_path / "later"]} == {"NAME = 'one'\n"}
     assert shelf.fetched == [sha256]
-    assert [path.name for path in store.iterdir()] == [sha256]
+    assert [path.name for path in store.iterdir()] == [f"{sha256}.tar.gz"]
+
+
+def test_what_one_process_writes_no_other_sees(tmp_path: Path, store: Path, shelf: Shelf) -> None:
+    sha256 = shelf.put(tmp_path, "one")
+
+    async def body() -> None:
+        cache = BundleCache(store, shelf.fetch)
+        await cache.unpack(sha256, tmp_path / "first")
+        (tmp_path / "first" / "task.py").write_text("changed")
+        (tmp_path / "first" / "cache.txt").write_text("seen")
+        await cache.unpack(sha256, tmp_path / "second")
+
+    asyncio.run(body())
+    assert {path.name: path.read_text() for path in (tmp_path / "second").iterdir()} == {"task.py": "NAME = 'one'\n"}
+
+
+def test_an_archive_that_was_changed_is_fetched_again(tmp_path: Path, store: Path, shelf: Shelf) -> None:
+    sha256 = shelf.put(tmp_path, "one")
+    archive = store / f"{sha256}.tar.gz"
+
+    async def body() -> None:
+        cache = BundleCache(store, shelf.fetch)
+        await cache.unpack(sha256, tmp_path / "first")
+        assert stat.S_IMODE(archive.stat().st_mode) == 0o400
+        archive.chmod(0o600)
+        archive.write_bytes(archive.read_bytes() + b"x")
+        await cache.unpack(sha256, tmp_path / "second")
+
+    asyncio.run(body())
+    assert shelf.fetched == [sha256, sha256]
+    assert (tmp_path / "second" / "task.py").read_text() == "NAME = 'one'\n"
+
+
+def test_a_bundle_that_was_removed_is_fetched_again(tmp_path: Path, store: Path, shelf: Shelf) -> None:
+    sha256 = shelf.put(tmp_path, "one")
+
+    async def body() -> None:
+        cache = BundleCache(store, shelf.fetch)
+        await cache.unpack(sha256, tmp_path / "first")
+        assert cache.held == (sha256,)
+        await cache.remove([sha256])
+        assert cache.held == ()
+        assert os.listdir(store) == []
+        await cache.unpack(sha256, tmp_path / "second")
+        assert cache.held == (sha256,)
+
+    asyncio.run(body())
+    assert shelf.fetched == [sha256, sha256]
 
 
 def test_other_content_than_the_name_says_leaves_nothing(store: Path, shelf: Shelf) -> None:
     shelf.held["0" * 64] = b"other"
     with pytest.raises(BundleError, match="digest"):
-        asyncio.run(BundleCache(store, shelf.fetch).ensure("0" * 64))
+        asyncio.run(BundleCache(store, shelf.fetch).unpack("0" * 64, store / "target"))
     assert list(store.iterdir()) == []
 
 
@@ -78,7 +128,7 @@ def test_what_is_no_archive_is_refused(store: Path, shelf: Shelf) -> None:
     sha256 = hashlib.sha256(data).hexdigest()
     shelf.held[sha256] = data
     with pytest.raises(BundleError):
-        asyncio.run(BundleCache(store, shelf.fetch).ensure(sha256))
+        asyncio.run(BundleCache(store, shelf.fetch).unpack(sha256, store / "target"))
     assert list(store.iterdir()) == []
 
 
@@ -86,7 +136,7 @@ def test_an_endless_bundle_is_cut_off(store: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(directories, "CAP_BYTES", 1000)
     shelf.held["0" * 64] = bytes(5000)
     with pytest.raises(BundleError, match="longer than 1000"):
-        asyncio.run(BundleCache(store, shelf.fetch).ensure("0" * 64))
+        asyncio.run(BundleCache(store, shelf.fetch).unpack("0" * 64, store / "target"))
     assert list(store.iterdir()) == []
 
 
@@ -99,12 +149,12 @@ def test_the_least_recently_used_goes_first_and_never_one_in_use(
     async def body() -> None:
         cache = BundleCache(store, shelf.fetch)
         for sha256 in names:
-            await cache.ensure(sha256)
-        await cache.ensure(names[1])
+            await cache.unpack(sha256, tmp_path / sha256)
+        await cache.unpack(names[1], tmp_path / "again")
         await cache.trim(in_use={names[0]})
 
     asyncio.run(body())
-    assert {path.name for path in store.iterdir()} == {names[0], names[4], names[1]}
+    assert {path.name for path in store.iterdir()} == {f"{names[number]}.tar.gz" for number in (0, 4, 1)}
 
 
 def test_a_predecessors_files_are_removed(tmp_path: Path) -> None:
@@ -113,7 +163,8 @@ def test_a_predecessors_files_are_removed(tmp_path: Path) -> None:
     (runtime / "p1").mkdir()
     (runtime / "p1" / "data.sock").touch()
     (state / "jobs" / "p1").mkdir(parents=True)
-    (state / "bundles" / ("a" * 64)).mkdir(parents=True)
+    (state / "bundles" / ("a" * 64)).mkdir(parents=True)  # as older versions had them
+    (state / "bundles" / ("a" * 64 + ".tar.gz")).touch()
     (state / "bundles" / ".extract-x").mkdir()
     (state / "bundles" / ("b" * 64 + ".part")).touch()
     snapshots = state / "snapshots" / "job-a"
@@ -126,7 +177,7 @@ def test_a_predecessors_files_are_removed(tmp_path: Path) -> None:
         assert [path.name for path in directories.snapshots.rglob("*")] == ["job-a", part]
         assert list(directories.runtime.iterdir()) == []
         assert list(directories.jobs.iterdir()) == []
-        assert [path.name for path in directories.bundles.iterdir()] == ["a" * 64]
+        assert [path.name for path in directories.bundles.iterdir()] == ["a" * 64 + ".tar.gz"]
     finally:
         directories.release()
     assert not runtime.exists()

@@ -59,7 +59,9 @@ def full_job() -> jobs_pb2.Job:
         ),
         connections=[plan_pb2.Connection(trainer=0, partition=0, transport="unix")],
         checks=[plan_pb2.PreflightCheck(name="imports", ok=True, detail="fine", node_id="worker-0")],
-        error=plan_pb2.ErrorDetail(code="PS-2005", cause="NaN at step 7", action="clip", details={"step": "7"}),
+        error=plan_pb2.ErrorDetail(
+            code="PS-2005", cause="NaN at step 7", action="clip", details={"step": "7", "file": "task.py", "line": "3"}
+        ),
         traceback='Traceback:\n  File "task.py", line 3\nValueError: x\n',
         metrics={"loss": 2.25, "bits_per_byte": 3.5},
         metrics_step=50,
@@ -100,7 +102,8 @@ def test_documents_are_versioned_and_words(run: Psctl, fake: FakeMaster) -> None
     assert found["parameters_sha256"] == "f" * 64
     assert found["plan"]["trainers"][0]["shards"] == [[0, 3], [5, 1]]
     assert [placement["device"] for placement in found["plan"]["trainers"]] == ["cuda:0", None]
-    assert found["error"] == {"code": "PS-2005", "cause": "NaN at step 7", "action": "clip", "details": {"step": "7"}}
+    details = {"step": "7", "file": "task.py", "line": "3"}
+    assert found["error"] == {"code": "PS-2005", "cause": "NaN at step 7", "action": "clip", "details": details}
     assert found["spec"]["name"] == "lm"
     assert json.loads(run("status", "lm", "-o", "json").stdout) == found
     assert yaml.safe_load(run("describe", "lm", "-o", "yaml").stdout) == found

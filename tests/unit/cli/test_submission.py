@@ -287,9 +287,14 @@ def test_submit_exits_with_the_jobs_code(
 def test_a_failure_is_told_once_with_the_place_in_ones_own_code(run: Psctl, fake: FakeMaster, spec: Path) -> None:
     cause = "loss raised ValueError: no such colour"
     ending = {
-        "error": plan_pb2.ErrorDetail(code="PS-2001", cause=cause, action="the traceback is in `psctl describe`"),
+        "error": plan_pb2.ErrorDetail(
+            code="PS-2001",
+            cause=cause,
+            action="the traceback is in `psctl describe`",
+            details={"file": "task.py", "line": "16", "function": "loss"},
+        ),
         "events": [jobs_pb2.Event(time_s=5.0, reason="Failed", message=f"PS-2001: {cause}", warning=True)],
-        "traceback": 'Traceback (most recent call last):\n  File "/b/task.py", line 16, in loss\n    x()\n',
+        "traceback": 'Traceback (most recent call last):\n  File "task.py", line 16, in loss\n    x()\n',
     }
     fake.watches = [lambda: iter([job_message(), ended_message(jobs_pb2.JOB_STATE_FAILED, step=0, **ending)])]
     result = run("submit", str(spec), "--follow")

@@ -12,6 +12,7 @@ import torch
 
 from pscluster.errors import DataError, LayoutError, OutOfMemoryError, TaskError
 from pscluster.task import Task
+from pscluster.user_frames import frame_details
 from psworker.tasks.synthetic import SyntheticLm
 from psworker.trainer.data.loading import build_model, load_data, load_task, user_code
 from psworker.trainer.exchange import SupersededError
@@ -172,7 +173,25 @@ def test_the_same_seed_builds_the_same_model(make_spec: Any) -> None:
     assert not torch.equal(first["tokens.weight"], third["tokens.weight"])
 
 
-@pytest.mark.parametrize("error", [LayoutError("x"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), ValueError("3")])
+def test_whatever_user_code_raises_is_a_task_error(error: BaseException) -> None:
+    with pytest.raises(TaskError, match=f"loss raised {type(error).__name__}") as caught, user_code("loss"):
+        raise error
+
+    assert caught.value.__cause__ is error
+
+
+def test_what_a_hook_raises_in_backward_is_a_task_error_too() -> None:
+    doubled = torch.ones(1, requires_grad=True) * 2
+    doubled.register_hook(lambda _: sys.exit(3))
+
+    with pytest.raises(TaskError, match="backward raised SystemExit: 3") as caught, user_code("backward"):
+        doubled.sum().backward()  # type: ignore[no-untyped-call]
+
+    assert frame_details(caught.value.details["traceback"])["file"] == __file__
+
+
+@pytest.mark.parametrize("error", [LayoutError("x"), GeneratorExit()])
 def test_errors_that_are_not_the_users_pass_unchanged(error: BaseException) -> None:
     with pytest.raises(type(error)) as caught, user_code("loss"):
         raise error

@@ -256,10 +256,11 @@ def run_tool(request: dict[str, Any]) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_a_users_own_task_generates_from_its_bundle_in_its_directory(make_spec: Any, tmp_path: Path) -> None:
+def generation(make_spec: Any, tmp_path: Path, own_task: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """The tool's run for a user's own task that generates."""
     source = tmp_path / "source"
     source.mkdir()
-    (source / "mine.py").write_text(OWN_TASK)
+    (source / "mine.py").write_text(own_task)
     (source / "helper.py").write_text("DATA = [1]\n")
     (source / "words.txt").write_text("from the bundle")
     archive = tmp_path / "bundle.tar.gz"
@@ -270,8 +271,11 @@ def test_a_users_own_task_generates_from_its_bundle_in_its_directory(make_spec: 
         "command": "generate", "spec": spec.canonical_json(), "bundle": str(archive), "parts": parts,
         "prompt": "hello", "max_new_tokens": 3, "temperature": 0.5, "seed": 4,
     }  # fmt: skip
+    return run_tool({**request, **more})
 
-    done = run_tool(request)
+
+def test_a_users_own_task_generates_from_its_bundle_in_its_directory(make_spec: Any, tmp_path: Path) -> None:
+    done = generation(make_spec, tmp_path, OWN_TASK)
 
     answer = json.loads(done.stdout)
     assert answer["ok"], answer
@@ -279,6 +283,23 @@ def test_a_users_own_task_generates_from_its_bundle_in_its_directory(make_spec: 
     assert done.returncode == 0
     assert "loading mine" in done.stderr
     assert "generating" in done.stderr
+
+
+def test_a_tool_has_the_tasks_directories_and_names_where_it_failed(make_spec: Any, tmp_path: Path) -> None:
+    text = """        (self.scratch_dir / "aside").touch(exist_ok=False)
+        (self.cache_dir / "download").touch()
+        raise SystemExit(len(list(self.scratch_dir.iterdir())))
+"""
+    (tmp_path / "cache").mkdir()
+    done = generation(make_spec, tmp_path, f"{OWN_TASK}{text}".replace("return f", "f"), cache_dir=f"{tmp_path}/cache")
+
+    error = json.loads(done.stdout)["error"]
+    assert (error["code"], error["cause"]) == ("PS-2001", "generate raised SystemExit: 1")
+    lines = f"{OWN_TASK}{text}".splitlines()
+    line = next(number for number, line in enumerate(lines, 1) if "SystemExit" in line)
+    details = error["details"]
+    assert (details["file"], details["line"], details["function"]) == ("mine.py", str(line), "generate")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["download"]
 
 
 def test_errors_come_as_answers_with_their_exit_status(make_spec: Any) -> None:

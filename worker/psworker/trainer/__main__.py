@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import faulthandler
 import json
+import os
+import signal
 import sys
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 
+from pscluster.agent.cache import hold
+from pscluster.agent.launch import SOCKET_DIR
 from pscluster.agent.link import HeartbeatThread, ProcessLink
+from pscluster.agent.position import position
 from pscluster.agent.status import detail_of
-from pscluster.errors import PsError
+from pscluster.errors import InternalError, OutOfMemoryError, PreflightError, PsError, TaskError
 from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.step.sampling import ShardSampler
+from pscluster.task import Task
+from pscluster.user_frames import frame_details, is_users, relative_to, user_traceback
 from pscluster.v1.plan_pb2 import Beat, Failure, PreflightCheck, ProcessReport, TrainerReady
 from pscluster.wire.transport import check_congestion_control
 from psworker.numerics import settle_numerics
 from psworker.replica import Replica
 from psworker.staging import keep_freed_memory, staging_for, usable_device
 from psworker.trainer.data.batches import Batches, EvalBatches
-from psworker.trainer.data.loading import build_model, user_traceback
+from psworker.trainer.data.loading import build_model, describe, ran_out_of_memory
 from psworker.trainer.exchange import Exchange
 from psworker.trainer.loop import Trainer
 from psworker.trainer.preflight import Prepared, checks_of, prepare
@@ -30,23 +37,43 @@ EXIT_FAILED = 1
 
 def main() -> int:
     """Run the trainer that the agent's start order describes; returns the exit code."""
-    faulthandler.enable()
     link = ProcessLink.from_environment()
+    code = Path.cwd()
+    position.keep_in(Path(os.environ[SOCKET_DIR]))
+    # A KeyboardInterrupt is then what user code raised; a SIGINT ends the process as other signals do.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     loading = HeartbeatThread(link, Beat)
     loading.start()
     try:
-        _train(link, loading)
-    except PsError as error:
-        link.report(ProcessReport(failure=_failure(error)))
-        print(error, file=sys.stderr)
+        with hold(Path(link.start.cache_dir)):
+            _train(link, loading)
+    except BaseException as error:  # of any kind: nothing else reports what became of this process
+        named = _named(error)
+        print(named, *traceback.format_exception(error), sep="\n", file=sys.stderr)
+        link.report(ProcessReport(failure=_failure(named, code)))
         return EXIT_FAILED
     return 0
+
+
+def _named(error: BaseException) -> PsError:
+    """The error to report. One that has no name yet was raised by ourselves, or by user code that we call without
+    knowing it, such as a model's own train()."""
+    if isinstance(error, PsError):
+        return error
+    details = {"traceback": user_traceback(error)}
+    if ran_out_of_memory(error):
+        return OutOfMemoryError(f"a trainer ran out of memory: {describe(error)}", details=details)
+    if any(is_users(frame.filename) for frame in traceback.extract_tb(error.__traceback__)):
+        return TaskError(f"the task raised {describe(error)}", details=details)
+    return InternalError(f"a trainer raised {describe(error)}", details=details)
 
 
 def _train(link: ProcessLink, loading: HeartbeatThread) -> None:
     """`loading` sends heartbeats until the exchange does."""
     start = link.start
     spec = parse_spec(json.loads(start.spec_json))
+    Task.scratch_dir, Task.cache_dir = Path(start.scratch_dir), Path(start.cache_dir)
+    position.begin("load")
     device = usable_device(start.device, spec.workers.device)
     check_congestion_control(spec.network.congestion_control)
     keep_freed_memory()
@@ -105,14 +132,22 @@ def _ready(prepared: Prepared, replica: Replica, spec: JobSpec, sampler: ShardSa
     )
 
 
-def _failure(error: PsError) -> Failure:
-    """The error as the master stores it: the traceback apart, the preflight's table as messages."""
+def _failure(error: PsError, code: Path) -> Failure:
+    """The error as the master stores it: the traceback apart, the preflight's table as messages. `code`: the directory
+    to which the names of the user's files are relative."""
     checks = [PreflightCheck(**asdict(check)) for check in checks_of(error)]
     error.details.pop("checks", None)
-    traceback = error.details.pop("traceback", "")
-    if not traceback and error.__cause__ is not None:
-        traceback = user_traceback(error.__cause__)
-    return Failure(error=detail_of(error), traceback=traceback, checks=checks)
+    shown = error.details.pop("traceback", "")
+    if not shown and error.__cause__ is not None:
+        shown = user_traceback(error.__cause__)
+    shown = relative_to(code, shown)
+    if not isinstance(error, PreflightError):  # which has several
+        error.details |= frame_details(shown)
+    if position.shard >= 0:
+        error.details["shard"] = str(position.shard)
+    return Failure(
+        error=detail_of(error), traceback=shown, checks=checks, step=position.step, committed=position.version
+    )
 
 
 if __name__ == "__main__":

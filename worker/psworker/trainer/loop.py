@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from pscluster.agent.position import position
 from pscluster.errors import TaskError
 from pscluster.job.spec import JobSpec
 from pscluster.step.codec import DTYPES
@@ -147,6 +148,7 @@ class Trainer:
     def _microbatch(self, work: Work, shard: int) -> bool:
         """One shard's gradient, from batch to `push`; whether it had all its samples. One without any contributes
         zeros."""
+        position.begin("train", work.version, shard)
         seed_step(self._spec.train.seed, work.version, shard)
         self._replica.restore_buffers()
         with self._counters.phase("data"):
@@ -215,6 +217,7 @@ class Trainer:
         for shard in work.shards:
             if not self._exchange.agenda.is_current(work):
                 break
+            position.begin("evaluate", work.version, shard)
             with self._counters.phase("evaluate"), self._counters.timer.computing("evaluate"):
                 statistics = self._shard_statistics(shard)
             self._done[work.key].add(shard)
@@ -238,6 +241,7 @@ class Trainer:
 
     def _finalise(self, work: Work) -> None:
         assert work.statistics is not None
+        position.begin("finalise", work.version)
         metrics: dict[str, float] = {}
         if work.statistics.size:
             if not self._shapes:

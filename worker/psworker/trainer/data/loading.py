@@ -7,7 +7,6 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,16 +15,13 @@ from types import ModuleType
 import torch
 from torch import nn
 
-import pscluster
 import psworker.tasks
+from pscluster.agent.position import position
 from pscluster.errors import DataError, OutOfMemoryError, PsError, TaskError
 from pscluster.job.spec import JobSpec
 from pscluster.spelling import did_you_mean
 from pscluster.task import MapDataset, Task
-
-# Frames under these directories are ours, not the user's, except in the tasks that come with us.
-_OURS = (Path(pscluster.__file__).parent, Path(__file__).resolve().parents[1])
-_IMPORT_MACHINERY = ("<frozen importlib", "importlib/__init__.py")
+from pscluster.user_frames import user_traceback
 
 
 def load_task(spec: JobSpec, bundle_dir: Path | None) -> Task:
@@ -38,6 +34,7 @@ def load_task(spec: JobSpec, bundle_dir: Path | None) -> Task:
         path = str(bundle_dir.resolve())
         sys.path[:] = [path, *(other for other in sys.path if other != path)]
         importlib.invalidate_caches()
+        sys.dont_write_bytecode = True  # the directory stays as it was submitted
     module = _import(module_name, bundle_dir)
     kind = _find_class(module, class_name)
     _check_args(kind, spec)
@@ -73,15 +70,17 @@ def load_data(task: Task) -> tuple[MapDataset, MapDataset | None]:
 
 @contextmanager
 def user_code(what: str, *, data: bool = False) -> Iterator[None]:
-    """Around a call of user code: whatever it raises becomes a TaskError that says `what` was called.
+    """Around a call of user code: whatever it raises, SystemExit and KeyboardInterrupt included, becomes a TaskError
+    that says `what` was called.
 
-    details["traceback"] is the user's own, our frames cut off. With `data`, an OSError becomes a DataError; want of
-    memory becomes an OutOfMemoryError. Errors of our own tree pass unchanged."""
+    details["traceback"] has the user's own frames. With `data`, an OSError becomes a DataError; want of memory becomes
+    an OutOfMemoryError. Errors of our own tree pass unchanged. The process's position says that user code runs."""
     try:
-        yield
+        with position.calling(what):
+            yield
     except PsError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
         details = {"traceback": user_traceback(error)}
         if ran_out_of_memory(error):
             raise OutOfMemoryError(f"{what} ran out of memory: {describe(error)}", details=details) from error
@@ -102,23 +101,10 @@ def describe(error: BaseException) -> str:
     return (f"{type(error).__name__}: {text}" if text else type(error).__name__)[:300]
 
 
-def user_traceback(error: BaseException) -> str:
-    """The traceback as Python prints it, from the first frame that is the user's; none of ours."""
-    frames = error.__traceback__
-    while frames is not None and _is_ours(frames.tb_frame.f_code.co_filename):
-        frames = frames.tb_next
-    return "".join(traceback.format_exception(error.with_traceback(frames)))
-
-
-def _is_ours(filename: str) -> bool:
-    if any(mark in filename for mark in _IMPORT_MACHINERY) or filename == __file__:
-        return True
-    return any(Path(filename).is_relative_to(directory) for directory in _OURS)
-
-
 def _import(name: str, bundle_dir: Path | None) -> ModuleType:
     try:
-        return importlib.import_module(name)
+        with position.calling(f"import {name}"):
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         # Only when the entry point's own module is missing; a missing import inside it is the user's
         # traceback.
@@ -130,7 +116,7 @@ def _import(name: str, bundle_dir: Path | None) -> ModuleType:
         ) from None
     except PsError:
         raise
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
         raise _import_error(name, error) from error
 
 
