@@ -21,7 +21,8 @@ from pscluster.errors import (
     from_dict,
 )
 from pscluster.task import Task
-from psworker.trainer.preflight import CheckResult, checks_of, prepare, run_preflight
+from psworker.trainer.preflight.prepare import prepare, run_preflight
+from psworker.trainer.preflight.table import CheckResult, checks_of
 
 NORM = "psworker.tasks.synthetic:SyntheticNorm"
 
@@ -198,7 +199,7 @@ def test_several_failures_make_one_table(make_spec: Any, monkeypatch: pytest.Mon
         def build_model(self) -> nn.Module:
             raise ValueError("no such layer")
 
-    monkeypatch.setattr("psworker.trainer.preflight.load_task", lambda *_: Torn())
+    monkeypatch.setattr("psworker.trainer.preflight.prepare.load_task", lambda *_: Torn())
     with pytest.raises(PreflightError, match=r"2 of \d checks failed") as caught:
         prepare(make_spec(), None, "cpu")
 

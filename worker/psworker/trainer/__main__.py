@@ -22,7 +22,8 @@ from psworker.trainer.data.batches import Batches, EvalBatches
 from psworker.trainer.data.loading import build_model, user_traceback
 from psworker.trainer.exchange import Exchange
 from psworker.trainer.loop import Trainer
-from psworker.trainer.preflight import Prepared, checks_of, prepare
+from psworker.trainer.preflight.prepare import Prepared, prepare
+from psworker.trainer.preflight.table import checks_of
 from psworker.trainer.telemetry import TrainerCounters
 
 EXIT_FAILED = 1
