@@ -115,6 +115,7 @@ class PreflightCheck(_Record):
     name: str
     ok: bool
     detail: str
+    warning: bool
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class CheckResult:
-    """One line of the table. A check that does not apply is ok, with a detail that starts with "skipped"."""
+    """One line of the table. A check that does not apply is ok, with a detail that starts with "skipped".
+
+    `warning`: it is ok, and its detail must be read all the same."""
 
     name: str
     ok: bool
     detail: str
+    warning: bool = False
 
 
 class Table:
@@ -28,16 +31,26 @@ class Table:
         self.checks: list[CheckResult] = []
         self._failures: list[tuple[str, PsError]] = []
 
-    def run(self, name: str, check: Callable[[], tuple[T, str]]) -> T | None:
-        """The first of what `check` returns; its second is the detail. None when it raised a PsError."""
+    def run(
+        self, name: str, check: Callable[[], tuple[T, str]], *, accepted: tuple[type[PsError], ...] = ()
+    ) -> T | None:
+        """The first of what `check` returns; its second is the detail. None when it raised a PsError, which is a
+        warning where the user has `accepted` errors of that type."""
         try:
             value, detail = check()
+        except accepted as error:
+            self.warn(name, error.cause)
+            return None
         except PsError as error:
             self.checks.append(CheckResult(name=name, ok=False, detail=error.cause))
             self._failures.append((name, error))
             return None
         self.checks.append(CheckResult(name=name, ok=True, detail=detail))
         return value
+
+    def warn(self, name: str, detail: str) -> None:
+        """Note what a person must read, though the job may run."""
+        self.checks.append(CheckResult(name=name, ok=True, detail=detail, warning=True))
 
     def skip(self, name: str, reason: str) -> None:
         """Note that a check could not be made."""
