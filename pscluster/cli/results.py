@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -127,7 +128,10 @@ def run_tool(request: dict[str, Any], command: tuple[str, ...] = COMMAND) -> dic
 
     Raises the error in the reply; InternalError with its last output when there is no reply.
     """
-    process = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True, check=False)
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}  # as in trainers: the order of a set of words is the same
+    process = subprocess.run(
+        command, input=json.dumps(request).encode(), capture_output=True, check=False, env=environment
+    )
     stderr = process.stderr.decode("utf-8", "replace").splitlines()[-_LINES:]
     reply = _parsed(process.stdout)
     if reply is None:
