@@ -59,7 +59,7 @@ def choose(
         trainer_class=trainer_class,
         partition_class=partition_class,
         left_out=left_out,
-        explanation=f"strict: same bits on any number of workers (class {short(trainer_class)})",
+        explanation=_explain_strict(trainer_class, trainers),
     )
 
 
@@ -87,6 +87,13 @@ def _others(reports: Sequence[Report], kept: str) -> tuple[tuple[str, str], ...]
 def _why(report: Report, kept: str) -> str:
     detail = f" ({report.detail})" if report.detail else ""
     return f"numerics class {short(report.numerics_class)}{detail} differs from the job's {short(kept)}"
+
+
+def _explain_strict(trainer_class: str, trainers: Sequence[Report]) -> str:
+    """What was checked on the nodes, and no more: nobody has compared other gradients than these."""
+    nodes = len({report.node_id for report in trainers if report.numerics_class == trainer_class})
+    where = f"{nodes} nodes" if nodes != 1 else "the one node"
+    return f"strict: checked by a canary gradient and the preflight on {where} (class {short(trainer_class)})"
 
 
 def _explain_mixed(wanted: str, trainers: Sequence[Report], partitions: Sequence[Report]) -> str:
