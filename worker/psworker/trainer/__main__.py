@@ -57,7 +57,7 @@ def _train(link: ProcessLink, loading: HeartbeatThread) -> None:
     replica = Replica(prepared.model, spec.train.optimizer, staging)
     if spec.train.compile:
         replica.model.compile()
-    sampler = ShardSampler(len(prepared.train), spec.train.num_shards, spec.train.microbatch, spec.train.seed)
+    sampler = prepared.sampler
     link.report(ProcessReport(trainer_ready=_ready(prepared, replica, spec, sampler, device)))
     train, held_out = spec.train, prepared.held_out
     eval_batches = None

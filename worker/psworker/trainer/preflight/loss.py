@@ -1,109 +1,74 @@
-"""What the first microbatch shows about loss() and metrics()."""
+"""What the first and the smallest batches show about loss() and metrics()."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-import torch
 from torch import nn
 
-from pscluster.errors import LossContractError, NonFiniteError
-from pscluster.job.spec import JobSpec
-from pscluster.task import MapDataset, Task
-from psworker.trainer.data.batches import seed_step, to_device
-from psworker.trainer.data.loading import user_code
-from psworker.trainer.evaluation import batch_statistics, check_metric, finalised, loss_of
-
-# A mean for a sum is wrong by a factor of two; honest float32 sums differ by about 1e-6, bf16 ones by its 8 bits.
-TOLERANCE, NARROW_TOLERANCE = 1e-3, 3e-2
+from pscluster.errors import LossContractError, TaskError
+from psworker.trainer.evaluation import check_metric, finalised, pack_statistics
+from psworker.trainer.preflight.probe import Computed, Probe
 
 
-@dataclass(frozen=True, kw_only=True)
-class Probe:
-    """What the checks of the loss share."""
-
-    task: Task
-    model: nn.Module
-    device: str
-    seed: int
-    tolerance: float
-
-    def collate(self, samples: Sequence[Any]) -> Any:
-        with user_code("collate"):
-            return to_device(self.task.collate(samples), self.device)
-
-    def loss_in_eval(self, samples: Sequence[Any]) -> tuple[float, float]:
-        self.model.eval()
-        batch = self.collate(samples)
-        seed_step(self.seed, 0, 0)
-        with torch.no_grad():
-            loss_sum, weight = loss_of(self.task, self.model, batch)
-        return float(loss_sum), weight
-
-
-def first_loss(probe: Probe, samples: Sequence[Any], spec: JobSpec) -> tuple[bool, str]:
+def first_loss(probe: Probe) -> tuple[Computed, str]:
     """One forward and backward in train mode, as step 0 will do it."""
-    probe.model.train()
-    batch = probe.collate(samples)
-    seed_step(probe.seed, 0, 0)
-    loss_sum, weight = loss_of(probe.task, probe.model, batch)
-    if not loss_sum.requires_grad:
-        raise LossContractError(
-            "loss() returned a loss_sum that does not require grad",
-            action="compute it from the model's output, without .item(), .detach() or torch.no_grad()",
-        )
-    if weight <= 0:
-        raise LossContractError(f"loss() returned the weight {weight} for a batch of {len(samples)}")
-    value = float(loss_sum.detach())
-    if not torch.isfinite(loss_sum) and spec.on_nonfinite == "stop":
-        raise NonFiniteError(f"the loss of the first microbatch is {value}")
-    with user_code("backward"):
-        loss_sum.backward()  # type: ignore[no-untyped-call]
-    if all(parameter.grad is None for parameter in probe.model.parameters()):
+    if any(isinstance(parameter, nn.UninitializedParameter) for parameter in probe.model.parameters()):
+        probe.train_microbatch(0, 0)  # gives them shapes, and draws their first values
+    first = probe.train_microbatch(0, 0)
+    if first.weight <= 0:
+        raise LossContractError(f"loss() returned the weight {first.weight} for a batch of {len(first.samples)}")
+    if all(leaf.kind == "NoneType" for leaf in first.results if leaf.path.startswith("gradient ")):
         raise LossContractError("no parameter of the model has a gradient after backward")
-    return True, f"{value / weight:.4f} = {value:.6g} / {weight:g}"
+    return first, f"{first.loss_sum / first.weight:.4f} = {first.loss_sum:.6g} / {first.weight:g}"
 
 
-def halves_add_up(probe: Probe, samples: Sequence[Any]) -> tuple[None, str]:
-    """In eval mode, the loss_sum and weight of a batch must be those of its two halves added."""
-    if len(samples) < 2:
-        return None, "skipped: a microbatch has one sample"
-    if not probe.task.loss_adds_up:
-        return None, "skipped: the task says loss_adds_up = False"
-    middle = len(samples) // 2
-    whole, weight = probe.loss_in_eval(samples)
-    (left, left_weight), (right, right_weight) = (
-        probe.loss_in_eval(samples[:middle]),
-        probe.loss_in_eval(samples[middle:]),
-    )
-    if not _close(weight, left_weight + right_weight, TOLERANCE):
-        raise LossContractError(
-            f"the weight of {len(samples)} samples is {weight:g}, but those of its halves are {left_weight:g} + "
-            f"{right_weight:g}: the weight must count what was summed"
-        )
-    if not _close(whole, left + right, probe.tolerance):
-        mean = _close(2 * whole, left + right, 0.2)
-        raise LossContractError(
-            f"the loss_sum of {len(samples)} samples is {whole:.6g}, but those of its halves are {left:.6g} + "
-            f"{right:.6g}: " + ("loss() returns a mean" if mean else "loss() is not a sum over samples")
-        )
-    return None, f"{whole:.6g} = {left:.6g} + {right:.6g}"
-
-
-def _close(whole: float, parts: float, tolerance: float) -> bool:
-    return whole == parts or not abs(whole - parts) > tolerance * max(abs(whole), abs(parts))
-
-
-def first_metrics(probe: Probe, held_out: MapDataset | None, spec: JobSpec) -> tuple[None, str]:
-    if held_out is None:
+def first_metrics(probe: Probe) -> tuple[Computed | None, str]:
+    """The statistics of the first held-out batch, and the metrics they would give."""
+    if probe.held_out is None:
         return None, "skipped: no held-out data"
-    seed_step(probe.seed, 0, 0)
-    with user_code("reading a sample of eval_data", data=True):
-        samples = [held_out[index] for index in range(min(spec.train.microbatch, len(held_out)))]
-    probe.model.eval()
-    statistics = batch_statistics(probe.task, probe.model, probe.collate(samples))
-    metrics = finalised(probe.task, statistics)
-    check_metric(metrics, spec.evaluate.metric)
-    return None, ", ".join(f"{name} {value:.4g}" for name, value in sorted(metrics.items()))
+    first = probe.held_out_batch(0)
+    metrics = finalised(probe.task, first.statistics)
+    check_metric(metrics, probe.spec.evaluate.metric)
+    return first, ", ".join(f"{name} {value:.4g}" for name, value in sorted(metrics.items()))
+
+
+def smallest_batches(probe: Probe, evaluated: Computed | None) -> tuple[None, str]:
+    """The smallest microbatch that the job will have, forward and backward, and the smallest held-out batch."""
+    train, sampler = probe.spec.train, probe.sampler
+    step, shard = sampler.smallest(sampler.final_step(train.max_steps, train.epochs))
+    size = len(sampler.indices(step, shard))
+    hint = (
+        f"set data.drop_last: true, which leaves {_samples(size)} out of each epoch, or a train.microbatch that "
+        f"divides the {sampler.num_samples:,} samples"
+    )
+    where = f"the smallest microbatch, {_samples(size)} at the end of an epoch"
+    with _named(where, hint, size < train.microbatch):
+        probe.train_microbatch(step, shard, "smallest")
+    seen = f"{_samples(size)} in training"
+    if evaluated is None:
+        return None, seen
+    batches = probe.held_out_batches(probe.task.collate)
+    size = len(batches.indices(batches.num_batches - 1))
+    hint = "evaluation uses every sample: loss() and metrics() must work for a batch of that size"
+    with _named(f"the smallest batch of evaluation, {_samples(size)}", hint, size < train.microbatch):
+        smallest = probe.held_out_batch(batches.num_batches - 1)
+        if pack_statistics(smallest.statistics)[1] != pack_statistics(evaluated.statistics)[1]:
+            raise TaskError("metrics() returned other names or shapes than for the first batch")
+    return None, f"{seen}, {_samples(size)} in evaluation"
+
+
+@contextmanager
+def _named(which: str, hint: str, is_smaller: bool) -> Iterator[None]:
+    """Say of which batch an error is. One of a full batch has nothing to do with its size, and passes unchanged."""
+    try:
+        yield
+    except TaskError as error:
+        if not is_smaller:
+            raise
+        raise type(error)(f"{which}: {error.cause}", action=hint, details=error.details) from error
+
+
+def _samples(count: int) -> str:
+    return f"{count:,} sample{'s' if count != 1 else ''}"

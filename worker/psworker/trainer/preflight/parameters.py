@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import crc32c
 import torch
 from torch import nn
 
 from pscluster.errors import LossContractError
+from psworker.trainer.preflight.content import checksum
 
 _MOST_NAMED = 3
 
@@ -43,7 +43,7 @@ def traces(model: nn.Module) -> dict[str, Trace]:
             parameter=parameter,
             address=parameter.data_ptr(),
             version=0 if parameter.is_inference() else parameter._version,
-            checksum=_checksum(parameter),
+            checksum=checksum(parameter),
         )
         for name, parameter in model.named_parameters()
         if not isinstance(parameter, nn.UninitializedParameter) and parameter.layout == torch.strided
@@ -62,8 +62,3 @@ def check_unwritten(before: Mapping[str, Trace], after: Mapping[str, Trace]) -> 
             "does)",
         )
     return f"{len(before)} unchanged by forward and backward"
-
-
-def _checksum(parameter: nn.Parameter) -> int:
-    content = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return crc32c.crc32c(content.numpy().data)

@@ -7,26 +7,27 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from pscluster.errors import InternalError
+from pscluster.errors import ImpureError, InternalError
 from pscluster.job.spec import JobSpec
 from pscluster.step.sampling import ShardSampler
 from pscluster.task import MapDataset, Task
 from psworker.numerics import arithmetic, numerics_class, precision
 from psworker.replica import layout_of
-from psworker.trainer.data.batches import data_fingerprint, preserved_generators, seed_step
-from psworker.trainer.data.loading import build_model, load_data, load_task, user_code
-from psworker.trainer.preflight.loss import NARROW_TOLERANCE, TOLERANCE, Probe, first_loss, first_metrics, halves_add_up
+from psworker.trainer.data.batches import data_fingerprint, preserved_generators, sampler_of
+from psworker.trainer.data.loading import build_model, load_data, load_task
+from psworker.trainer.preflight.halving import halves_add_up
+from psworker.trainer.preflight.loss import first_loss, first_metrics, smallest_batches
+from psworker.trainer.preflight.methods import check_methods
 from psworker.trainer.preflight.parameters import check_unwritten, traces
+from psworker.trainer.preflight.probe import Probe, copied_buffers, preserved_model
+from psworker.trainer.preflight.purity import check_purity
 from psworker.trainer.preflight.table import CheckResult, Table
 
 
@@ -48,6 +49,7 @@ class Prepared:
     model: nn.Module
     train: MapDataset
     held_out: MapDataset | None
+    sampler: ShardSampler
     preflight: Preflight
 
 
@@ -58,17 +60,20 @@ def prepare(spec: JobSpec, bundle_dir: Path | None, device: str) -> Prepared:
     table = Table()
     model = data = None
     task = table.run("imports", lambda: _imports(spec, bundle_dir))
+    if task is not None and not _check_methods(table, task):
+        task = None  # what a misspelt method was meant to replace would only confuse
     if task is not None:
         model = table.run("task", lambda: _model(task, device))
-        data = table.run("data", lambda: _data(task))
+        data = table.run("data", lambda: _data(task, spec))
     if task is None or model is None or data is None:
         table.run("versions", _versions)
         table.skip("loss", "needs the checks above")
         table.run("canary", lambda: _canary(spec, device))
         table.raise_failures()
         raise InternalError("a check that failed left no error")
-    preflight = run_preflight(task, model, *data, spec, device, table)
-    return Prepared(task=task, model=model, train=data[0], held_out=data[1], preflight=preflight)
+    train, held_out, sampler = data
+    preflight = run_preflight(task, model, train, held_out, spec, device, table)
+    return Prepared(task=task, model=model, train=train, held_out=held_out, sampler=sampler, preflight=preflight)
 
 
 def run_preflight(
@@ -86,13 +91,14 @@ def run_preflight(
     Raises as `prepare` does."""
     table = table or Table()
     table.run("versions", _versions)
-    fingerprint = table.run("fingerprint", lambda: _fingerprint(train, held_out))
-    with preserved_generators(), _preserved_model(model), precision(spec, device):
-        samples = table.run("samples", lambda: _samples(train, spec))
-        tolerance = NARROW_TOLERANCE if spec.train.autocast else TOLERANCE
-        probe = Probe(task=task, model=model, device=device, seed=spec.train.seed, tolerance=tolerance)
-        if samples is not None:
-            _check_loss(table, probe, samples, held_out, spec)
+    fingerprint = table.run("fingerprint", lambda: _fingerprint(train, held_out, spec))
+    buffers = copied_buffers(model)
+    with preserved_generators(), preserved_model(model, buffers):
+        probe = Probe(
+            task=task, model=model, train=train, held_out=held_out, spec=spec, device=device,
+            sampler=sampler_of(spec, len(train)), buffers=buffers,
+        )  # fmt: skip
+        _check_loss(table, probe)
         # After the loss, whose forward gives lazy modules their shapes.
         table.run("layout", lambda: _layout(model, spec))
     canary = table.run("canary", lambda: _canary(spec, device))
@@ -104,19 +110,34 @@ def run_preflight(
     )
 
 
-def _check_loss(table: Table, probe: Probe, samples: Sequence[Any], held_out: MapDataset | None, spec: JobSpec) -> None:
+def _check_loss(table: Table, probe: Probe) -> None:
+    """All that computes. What the first microbatch shows to be wrong is not tried with others."""
     before = traces(probe.model)
-    ran = table.run("loss", lambda: first_loss(probe, samples, spec))
-    if ran:
-        table.run("metrics", lambda: first_metrics(probe, held_out, spec))
+    first = table.run("loss", lambda: first_loss(probe))
+    evaluated = table.run("metrics", lambda: first_metrics(probe)) if first is not None else None
     steady = table.run("parameters", lambda: (True, check_unwritten(before, traces(probe.model))))
-    if ran and steady:  # else the halves would be computed with other parameters than the whole
-        table.run("halving", lambda: halves_add_up(probe, samples))
+    if first is None or not steady:  # else all that follows would be computed with other parameters
+        return
+    table.run("smallest", lambda: smallest_batches(probe, evaluated))
+    accepted = (ImpureError,) if probe.spec.train.numerics == "mixed" else ()
+    pure = table.run("purity", lambda: check_purity(probe, first, evaluated), accepted=accepted)
+    if pure or accepted:
+        table.run("halving", lambda: halves_add_up(probe, first.samples, is_pure=bool(pure)))
+    else:
+        table.skip("halving", "the task is not pure")
 
 
 def _imports(spec: JobSpec, bundle_dir: Path | None) -> tuple[Task, str]:
     task = load_task(spec, bundle_dir)
     return task, f"{spec.task.entrypoint} from {getattr(sys.modules[type(task).__module__], '__file__', '?')}"
+
+
+def _check_methods(table: Table, task: Task) -> bool:
+    """Whether the task has no misspelt method; each that only another framework would call becomes a warning."""
+    ignored = table.run("methods", lambda: check_methods(task))
+    for warning in ignored or ():
+        table.warn("methods", warning)
+    return ignored is not None
 
 
 def _model(task: Task, device: str) -> tuple[nn.Module, str]:
@@ -125,9 +146,13 @@ def _model(task: Task, device: str) -> tuple[nn.Module, str]:
     return model, f"{type(model).__name__} with {count:,} parameters"
 
 
-def _data(task: Task) -> tuple[tuple[MapDataset, MapDataset | None], str]:
+def _data(task: Task, spec: JobSpec) -> tuple[tuple[MapDataset, MapDataset | None, ShardSampler], str]:
     train, held_out = load_data(task)
-    return (train, held_out), f"{len(train):,} training samples, {len(held_out) if held_out else 0:,} held out"
+    sampler = sampler_of(spec, len(train))
+    left_out = f" ({sampler.left_out:,} of them left out of each epoch by data.drop_last)" if sampler.left_out else ""
+    counts = f"{len(train):,} training samples{left_out}, {len(held_out) if held_out else 0:,} held out"
+    steps = f"{sampler.steps_per_epoch:,} step{'s' if sampler.steps_per_epoch != 1 else ''} an epoch"
+    return (train, held_out, sampler), f"{counts}; {steps}"
 
 
 def _versions() -> tuple[None, str]:
@@ -135,17 +160,13 @@ def _versions() -> tuple[None, str]:
     return None, f"python {platform.python_version()}, torch {torch.__version__}, pscluster {ours}"
 
 
-def _fingerprint(train: MapDataset, held_out: MapDataset | None) -> tuple[str, str]:
+def _fingerprint(train: MapDataset, held_out: MapDataset | None, spec: JobSpec) -> tuple[str, str]:
+    """Of the lengths alone where samples differ at each reading, and the user has declared that they may."""
     fingerprint = data_fingerprint(train, held_out)
+    if spec.train.numerics == "mixed" and data_fingerprint(train, held_out) != fingerprint:
+        fingerprint = data_fingerprint(range(len(train)), range(len(held_out)) if held_out is not None else None)
+        return fingerprint, f"{fingerprint} of the numbers of samples alone: their contents differ at each reading"
     return fingerprint, fingerprint
-
-
-def _samples(train: MapDataset, spec: JobSpec) -> tuple[list[Any], str]:
-    sampler = ShardSampler(len(train), spec.train.num_shards, spec.train.microbatch, spec.train.seed)
-    seed_step(spec.train.seed, 0, 0)
-    with user_code("reading a sample of train_data", data=True):
-        samples = [train[index] for index in sampler.indices(0, 0)]
-    return samples, f"{len(samples)} in a microbatch, {sampler.steps_per_epoch:,} steps an epoch"
 
 
 def _layout(model: nn.Module, spec: JobSpec) -> tuple[None, str]:
@@ -156,20 +177,3 @@ def _layout(model: nn.Module, spec: JobSpec) -> tuple[None, str]:
 def _canary(spec: JobSpec, device: str) -> tuple[tuple[str, str], str]:
     digest, detail = numerics_class(spec.workers.threads, device, arithmetic(spec), precision(spec, device))
     return (digest, detail), f"{digest[:12]} on {detail}"
-
-
-@contextmanager
-def _preserved_model(model: nn.Module) -> Iterator[None]:
-    """Put buffers and modes back on leaving, and drop gradients."""
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in buffers:
-                    buffer.copy_(buffers[name])
-        for module, training in modes:
-            module.training = training
-        model.zero_grad(set_to_none=True)
