@@ -40,9 +40,7 @@ ITEM_BYTES |= {"int8": 1, "uint8": 1, "bool": 1}
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
     """One tensor of the model. `names`: its state-dict names, the canonical one first (tied weights have several).
-
-    `decay`: weight decay applies. `persistent`: part of the state dict. `dtype` is torch's name without "torch.".
-    """
+    `decay`: weight decay applies. `persistent`: part of the state dict. `dtype` is torch's name without "torch."."""
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
@@ -223,10 +221,8 @@ class NamedBytes(NamedTuple):
 
 
 def parameters_sha256(tensors: Iterable[NamedBytes]) -> str:
-    """SHA-256 over name, dtype, shape and bytes of each tensor, in name order, hex: `parameters_sha256` everywhere.
-
-    Each of name, dtype and shape is preceded by its length, so that no two models share an encoding.
-    """
+    """SHA-256 over name, dtype, shape and bytes of each tensor, in name order, hex. Each of name, dtype and shape is
+    preceded by its length, so that no two models share an encoding."""
     digest = hashlib.sha256()
     for tensor in sorted(tensors, key=lambda t: t.name):
         shape = ",".join(str(n) for n in tensor.shape)
