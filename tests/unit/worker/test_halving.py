@@ -53,6 +53,20 @@ def mean(predicted: Tensor, y: Tensor) -> tuple[Tensor, int]:
     return functional.mse_loss(predicted, y), len(y)
 
 
+def test_halves_of_opposite_signs_are_compared_by_their_size(make_spec: Any) -> None:
+    """The whole is the rest of two large numbers: little but their rounding."""
+
+    def difference(model: nn.Module, x: Tensor, y: Tensor) -> Any:
+        del y
+        return (1e4 * x[:, 0].sign() + 1e-3 * model(x)[:, 0]).sum(), len(x)
+
+    class Signed(Line):
+        def train_data(self) -> Any:
+            return [(torch.full((2,), sign * n), torch.ones(2)) for n in (1.0, 2.0, 3.0) for sign in (1, -1)]
+
+    assert " = " in halving(Signed(difference), make_spec)
+
+
 # ---- noise ----
 
 

@@ -35,7 +35,14 @@ class _Halves:
         return self.left[place] + self.right[place]
 
     def adds_up(self, tolerance: float) -> bool:
-        return _close(self.whole[0], self.parts(0), tolerance) and _close(self.whole[1], self.parts(1), _TOLERANCE)
+        return self.is_sum(0, tolerance) and self.is_sum(1, _TOLERANCE)
+
+    def is_sum(self, place: int, tolerance: float) -> bool:
+        """Relative to the largest of the three: halves of opposite signs may leave a whole of little but rounding."""
+        scale = max(abs(self.whole[place]), abs(self.left[place]), abs(self.right[place]))
+        return (
+            self.whole[place] == self.parts(place) or not abs(self.whole[place] - self.parts(place)) > tolerance * scale
+        )
 
     def is_mean(self) -> bool:
         """Whether the loss, or the weight, of the whole is about that of each half."""
@@ -71,7 +78,8 @@ def _judge(probe: Probe, samples: Sequence[Any], found: _Halves, tolerance: floa
     if found.is_mean():
         raise _error(samples, found)
     other = _halved(probe, [*samples[::2], *samples[1::2]], 0, middle=len(samples[::2]))
-    if len(samples) > 2 and _close(found.parts(0), other.parts(0), tolerance):
+    parts, others = found.parts(0), other.parts(0)
+    if len(samples) > 2 and not abs(parts - others) > tolerance * max(abs(parts), abs(others)):
         raise _error(samples, found)  # whatever is with a sample, it counts the same: wrong by a factor
     return "skipped: the loss couples the samples of a batch; loss_adds_up = False in the task would say so"
 
@@ -115,7 +123,7 @@ def _seeded(probe: Probe, samples: Sequence[Any], seed: int) -> tuple[tuple[floa
 
 def _error(samples: Sequence[Any], found: _Halves) -> LossContractError:
     (whole, weight), (left, left_weight), (right, right_weight) = found.whole, found.left, found.right
-    if not _close(weight, left_weight + right_weight, _TOLERANCE):
+    if not found.is_sum(1, _TOLERANCE):
         cause = (
             f"the weight of {len(samples)} samples is {weight:g}, but those of its halves are {left_weight:g} + "
             f"{right_weight:g}: the weight must count what was summed"
@@ -130,7 +138,3 @@ def _error(samples: Sequence[Any], found: _Halves) -> LossContractError:
 
 def _sum_of(found: _Halves) -> str:
     return f"{found.whole[0]:.6g} = {found.left[0]:.6g} + {found.right[0]:.6g}"
-
-
-def _close(whole: float, parts: float, tolerance: float) -> bool:
-    return whole == parts or not abs(whole - parts) > tolerance * max(abs(whole), abs(parts))
