@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import random
 import time
-from collections import UserDict, namedtuple
+from collections import Counter, UserDict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -215,11 +216,12 @@ class Plain:
 
 
 def test_the_order_of_a_samples_keys_is_part_of_it(make_spec: Any) -> None:
-    calls = itertools.count()
+    readings: Counter[int] = Counter()
 
     def make(index: int) -> dict[str, Tensor]:
         x, y = plain(index)
-        return {"x": x, "y": y} if next(calls) < 12 else {"y": y, "x": x}
+        readings[index] += 1
+        return {"x": x, "y": y} if readings[index] % 2 else {"y": y, "x": x}
 
     task = Line(make, loss=lambda model, batch: ((model(batch["x"]) - batch["y"]).square().sum(), len(batch["x"])))
     error = refused(task, make_spec())
@@ -466,6 +468,54 @@ def test_draws_from_the_global_generators_are_fine(make_spec: Any) -> None:
         return torch.stack([x * np.random.rand() for x, _ in samples]).float(), torch.stack([y for _, y in samples])
 
     assert all(check.ok for check in checks(Line(global_draws, collate=collate), make_spec()).values())
+
+
+class Image:
+    """What a data set of files gives: an object that is completed when it is first used."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.pixels: Tensor | None = None
+
+    @cached_property
+    def target(self) -> Tensor:
+        return plain(self.index)[1]
+
+    def load(self) -> tuple[Tensor, Tensor]:
+        if self.pixels is None:
+            self.pixels = plain(self.index)[0]
+        return self.pixels, self.target
+
+
+@pytest.mark.parametrize(
+    "collate", [lambda samples: samples, lambda samples: list(zip(*map(Image.load, samples), strict=True))]
+)
+def test_an_object_that_a_first_use_completes_is_fine(make_spec: Any, collate: Any) -> None:
+    kept = [Image(index) for index in range(30)]
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        x, y = zip(*(image.load() for image in batch), strict=True) if isinstance(batch[0], Image) else batch
+        return functional.mse_loss(model(torch.stack(x)), torch.stack(y), reduction="sum"), len(x)
+
+    task = Line(kept.__getitem__, collate=collate, loss=loss)
+    assert all(check.ok for check in checks(task, make_spec(), kept).values())
+
+
+def test_an_object_that_each_use_changes_is_not(make_spec: Any) -> None:
+    class Shrinking(Image):
+        def load(self) -> tuple[Tensor, Tensor]:
+            x, y = super().load()
+            return x.mul_(0.5), y
+
+    kept = [Shrinking(index) for index in range(30)]
+
+    def collate(samples: Any) -> Any:
+        x, y = zip(*(image.load() for image in samples), strict=True)
+        return torch.stack(x), torch.stack(y)
+
+    error = refused(Line(kept.__getitem__, collate=collate), make_spec())
+    assert isinstance(error, ImpureError)
+    assert error.details["part"] == "sample"
 
 
 def test_state_that_changes_nothing_is_fine(make_spec: Any) -> None:

@@ -12,7 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _PERMUTES = torch.ops.aten.randperm  # a part of a permutation is none
 
 
-class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A mode that torch does not hide from its compiler, whose import takes two seconds: nothing is compiled here."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class Recording(_Mode):  # type: ignore[no-untyped-call]
     """Within it, what every random operation of torch returns is kept in `drawn`, in order."""
 
     def __init__(self) -> None:
@@ -29,7 +37,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return returned
 
 
-class Replaying(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Replaying(_Mode):  # type: ignore[no-untyped-call]
     """Within it, each random operation returns its part of what the operation of that place in the order drew for a
     whole batch: samples `first` to `stop` of `size`, along the one dimension that is as much shorter as the batch is.
 

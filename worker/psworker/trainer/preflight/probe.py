@@ -23,16 +23,22 @@ from psworker.trainer.preflight.content import Leaf, Leaves, leaves_of
 
 
 @dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Leaves of a microbatch: of its samples, by the name of each, before anything used them, and of the batch."""
+
+    samples: Mapping[str, Leaves]
+    batch: Leaves
+
+
+@dataclass(frozen=True, kw_only=True)
 class Computed:
     """One microbatch from its samples to its results.
 
-    `inputs`: the leaves of its samples by the name of each, before anything used them; `batch`: those of the collated
-    batch; `results`: loss, weight and each gradient, or each statistic. `read_draws`, `draws`: checksums of the
-    generators after the samples were read, and at the end; they are seeded anew in between."""
+    `results`: loss, weight and each gradient, or each statistic. `read_draws`, `draws`: checksums of the generators
+    after the samples were read, and at the end; they are seeded anew in between."""
 
     samples: Sequence[Any]
-    inputs: Mapping[str, Leaves]
-    batch: Leaves
+    inputs: Inputs
     results: Leaves
     read_draws: int
     draws: int
@@ -59,10 +65,7 @@ class Probe:
 
         Raises LossContractError, NonFiniteError, and what user code raises as a TaskError."""
         self._reset(training=True)
-        indices = self.sampler.indices(step, shard)
-        recorder = _Recorder(self.task.collate, [f"sample {n} of train_data" for n in indices])
-        batches = Batches(self.train, recorder, self.sampler, self.spec.train.seed)
-        batch, _ = batches.microbatch(step, shard)
+        batch, recorder = self._read_microbatch(step, shard)
         with precision(self.spec, self.device):
             loss_sum, weight = loss_of(self.task, self.model, to_device(batch, self.device))
         self._check(loss_sum, which)
@@ -78,15 +81,30 @@ class Probe:
 
     def held_out_batch(self, number: int) -> Computed:
         """The statistics of one held-out batch, in eval mode. There must be one. Raises as evaluation does."""
-        assert self.held_out is not None
         self._reset(training=False)
-        indices = self.held_out_batches(self.task.collate).indices(number)
-        recorder = _Recorder(self.task.collate, [f"sample {n} of eval_data" for n in indices])
-        batch, _ = self.held_out_batches(recorder).batch(number)
+        batch, recorder = self._read_held_out(number)
         with precision(self.spec, self.device):
             statistics = batch_statistics(self.task, self.model, to_device(batch, self.device))
         results = [leaf for name, value in statistics.items() for leaf in leaves_of(value, f"the statistic {name}")]
         return recorder.computed(results, statistics=statistics)
+
+    def train_inputs(self) -> Inputs:
+        """The first microbatch, read and collated only."""
+        return self._read_microbatch(0, 0)[1].inputs
+
+    def held_out_inputs(self) -> Inputs:
+        """The first held-out batch, read and collated only."""
+        return self._read_held_out(0)[1].inputs
+
+    def _read_microbatch(self, step: int, shard: int) -> tuple[Any, _Recorder]:
+        indices = self.sampler.indices(step, shard)
+        recorder = _Recorder(self.task.collate, [f"sample {n} of train_data" for n in indices])
+        return Batches(self.train, recorder, self.sampler, self.spec.train.seed).microbatch(step, shard)[0], recorder
+
+    def _read_held_out(self, number: int) -> tuple[Any, _Recorder]:
+        indices = self.held_out_batches(self.task.collate).indices(number)
+        recorder = _Recorder(self.task.collate, [f"sample {n} of eval_data" for n in indices])
+        return self.held_out_batches(recorder).batch(number)[0], recorder
 
     def held_out_batches(self, collate: Callable[[Sequence[Any]], Any]) -> EvalBatches:
         assert self.held_out is not None
@@ -129,30 +147,29 @@ class Probe:
 
 
 class _Recorder:
-    """A collate that notes what it receives and returns."""
+    """A collate that notes what it receives and returns: `samples` and `inputs` are there once it was called."""
+
+    samples: Sequence[Any]
+    inputs: Inputs
 
     def __init__(self, collate: Callable[[Sequence[Any]], Any], names: Sequence[str]) -> None:
         self._collate = collate
         self._names = names
-        self._samples: Sequence[Any] = ()
-        self._inputs: dict[str, Leaves] = {}
-        self._batch: Leaves = ()
         self._draws = 0
 
     def __call__(self, samples: Sequence[Any]) -> Any:
-        self._samples = samples
+        self.samples = samples
         self._draws = generators_checksum()
         # Of each sample alone: two that share a value are no cycle.
-        self._inputs = {name: leaves_of(sample) for name, sample in zip(self._names, samples, strict=True)}
+        leaves = {name: leaves_of(sample) for name, sample in zip(self._names, samples, strict=True)}
         batch = self._collate(samples)
-        self._batch = leaves_of(batch)
+        self.inputs = Inputs(samples=leaves, batch=leaves_of(batch))
         return batch
 
     def computed(self, results: Sequence[Leaf], **facts: Any) -> Computed:
         return Computed(
-            samples=self._samples,
-            inputs=self._inputs,
-            batch=self._batch,
+            samples=self.samples,
+            inputs=self.inputs,
             results=tuple(results),
             read_draws=self._draws,
             draws=generators_checksum(),
