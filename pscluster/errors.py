@@ -14,6 +14,7 @@
     |   |-- LayoutError        PS-2004  a model that cannot be laid out, or differs between trainers
     |   |-- NonFiniteError     PS-2005  NaN or infinity in loss or gradient
     |   |-- PreflightError     PS-2006  failed checks: one table of what is wrong on which node
+    |   |-- ImpureError        PS-2007  reading a sample or computing a microbatch twice gives two results
     |   `-- TaskExitError      PS-2009  user code ends its process: os._exit, a fatal signal twice at one place
     |-- PeerError            the peer is at fault or unreachable: it must act, or recover
     |   |-- UnreachableError   PS-3001  nobody answers (no cluster, master down)
@@ -157,6 +158,13 @@ class NonFiniteError(TaskError):
 class PreflightError(TaskError):
     code = "PS-2006"
     default_action = "fix the failing checks on each node"
+
+
+class ImpureError(TaskError):
+    """Where two results differ first: details["part"] is "sample", "batch", "loss", "gradient", "metric" or "draws",
+    details["differs"] its name."""
+
+    code = "PS-2007"
 
 
 class TaskExitError(TaskError):

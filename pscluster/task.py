@@ -13,7 +13,8 @@
 The same class runs in every trainer, so everything it returns must be a pure function of its arguments, of
 `data_uri` and of `seed`. Random draws (dropout, augmentation) go through the global generators of torch,
 numpy and `random`: they are seeded anew for every (step, shard), which is what makes a step exact on any
-number of workers.
+number of workers. A generator of your own, a clock, or a counter that changes a result is found before step 0:
+the preflight reads each sample of a microbatch, and computes the microbatch, twice.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Task:
     seed: int = 0
     scratch_dir: Path = Path()
     cache_dir: Path = Path()
-    # False: the loss couples the samples of a batch (in-batch negatives), so the preflight cannot halve one.
+    # False: the loss couples the samples of a batch (in-batch negatives), so the preflight does not halve one.
     loss_adds_up: bool = True
 
     def build_model(self) -> nn.Module:

@@ -267,6 +267,7 @@ class Process:
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "OMP_DYNAMIC": "false",
+            "PYTHONHASHSEED": "0",  # or a set of words would have another order in each process
             "PYTHONUNBUFFERED": "1",
             "PYTHONFAULTHANDLER": "1",
         }

@@ -13,6 +13,7 @@ from pscluster.user_frames import OF_FRAME, place_of
 
 if TYPE_CHECKING:
     from pscluster.client import Event, Job, PartitionPlacement, TrainerPlacement
+    from pscluster.client.records import PreflightCheck
 
 _EVENTS_SHOWN = 40
 _SLOW = 1.15  # times the median trainer's microbatch: a ratio worth showing
@@ -98,7 +99,8 @@ def _task(spec: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if spec.get("data", {}).get("uri"):
         yield "Data", spec["data"]["uri"]
     batch, microbatch = train.get("global_batch", 0), train.get("microbatch", 1)
-    yield "Batch", f"{batch} = {batch // microbatch} shards x {microbatch}"
+    drops = "; drop_last: the checks show how many are left out" if spec.get("data", {}).get("drop_last") else ""
+    yield "Batch", f"{batch} = {batch // microbatch} shards x {microbatch}{drops}"
     optimizer = train.get("optimizer", {})
     yield "Optimizer", f"{optimizer.get('name')}, lr {optimizer.get('lr')}"
     durability = spec.get("durability", {})
@@ -173,8 +175,14 @@ def _transports(job: Job) -> str:
 
 
 def _checks(job: Job) -> str:
-    rows = [[c.node_id, c.name, "ok" if c.ok else "FAILED", c.detail] for c in job.checks]
+    rows = [[c.node_id, c.name, _result(c), c.detail] for c in job.checks]
     return fmt.table(("NODE", "CHECK", "RESULT", "DETAIL"), rows) if rows else ""
+
+
+def _result(check: PreflightCheck) -> str:
+    if not check.ok:
+        return "FAILED"
+    return "warning" if check.warning else "ok"
 
 
 def _events(job: Job, now_s: float) -> str:

@@ -176,7 +176,10 @@ def run_tool(request: dict[str, Any], command: tuple[str, ...] = COMMAND) -> dic
 
     Raises the error in the reply. Without a reply: ProcessLostError when a signal ended it, else InternalError with its
     last output."""
-    process = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True, check=False)
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}  # as in trainers: the order of a set of words is the same
+    process = subprocess.run(
+        command, input=json.dumps(request).encode(), capture_output=True, check=False, env=environment
+    )
     stderr = process.stderr.decode("utf-8", "replace").splitlines()[-_LINES:]
     try:
         reply = json.loads(process.stdout)

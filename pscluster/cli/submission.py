@@ -190,6 +190,7 @@ def calculate(spec: JobSpec, bundle: Bundle | None, *, evaluates: bool = True) -
         "max_steps": steps,
         "epochs": train.epochs,
         "samples": steps * train.global_batch if steps is not None else None,
+        "left_out_at_most": train.microbatch - 1 if spec.data.drop_last else 0,
         "partitions": spec.servers.partitions,
         "standbys": spec.servers.partitions if spec.durability.tier == "replica" else 0,
         "workers": [_split(train.num_shards, workers) for workers in _worker_counts(spec)],
@@ -245,7 +246,13 @@ def _length(found: dict[str, Any]) -> str:
         parts.append(f"{found['max_steps']} steps ({found['samples']:,} samples)")
     if found["epochs"]:
         parts.append(f"{found['epochs']} epochs (steps are known once the data is loaded)")
-    return "length: " + ", or ".join(parts) + (", whichever ends first" if len(parts) > 1 else "")
+    left_out = found["left_out_at_most"]
+    return (
+        "length: "
+        + ", or ".join(parts)
+        + (", whichever ends first" if len(parts) > 1 else "")
+        + (f"; each epoch leaves out what does not fill a microbatch, at most {left_out} samples" if left_out else "")
+    )
 
 
 def _evaluation(found: dict[str, Any]) -> str:

@@ -111,6 +111,7 @@ class PreflightCheck(_Record):
     name: str
     ok: bool
     detail: str
+    warning: bool
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,10 +58,13 @@ class TaskSection(_Section):
 
 
 class DataSection(_Section):
-    """`uri` is passed to the task as it is. `mode: global`: all shards share one permutation of the data."""
+    """`uri` is passed to the task as it is. `mode: global`: all shards share one permutation of the data.
+
+    `drop_last`: the samples at the end of an epoch that do not fill a microbatch are left out of it."""
 
     uri: str = ""
     mode: Literal["global"] = "global"
+    drop_last: bool = False
 
 
 class OptimizerSection(_Section):

@@ -1,4 +1,4 @@
-"""Which samples a shard takes in a step: a pure function of (seed, data set length, D, microbatch).
+"""Which samples a shard takes in a step: a pure function of (seed, data set length, D, microbatch, drop_last).
 
 An epoch is a seeded permutation of the data set, cut into runs of `microbatch` samples for the shards of successive
 steps. Any worker can compute the samples of any (step, shard), in constant memory, for any number of workers."""
@@ -71,22 +71,29 @@ def epoch_permutation(num_samples: int, seed: int, epoch: int) -> Permutation:
 
 class ShardSampler:
     """Assigns every sample of an epoch to exactly one (step, shard). The last step of an epoch may be short: its later
-    shards then get shorter or empty lists. Not thread-safe."""
+    shards then get shorter or empty lists. With `drop_last` there are only whole lists and empty ones: the samples at
+    the end of an epoch's order that do not fill a microbatch are left out of it. Not thread-safe."""
 
-    def __init__(self, num_samples: int, num_shards: int, microbatch: int, seed: int) -> None:
+    def __init__(
+        self, num_samples: int, num_shards: int, microbatch: int, seed: int, *, drop_last: bool = False
+    ) -> None:
         if min(num_samples, num_shards, microbatch) < 1:
             raise ValueError(f"{num_samples=}, {num_shards=}, {microbatch=}: each must be above 0")
+        if drop_last and num_samples < microbatch:
+            raise ValueError(f"{num_samples} samples do not fill a microbatch of {microbatch}")
         self.num_samples = num_samples
         self.num_shards = num_shards
         self.microbatch = microbatch
         self.seed = seed
+        self.left_out = num_samples % microbatch if drop_last else 0
+        self._used = num_samples - self.left_out
         self._epoch = -1
         self._order = Permutation(1, bytes(8 * _NUM_KEYS))
 
     @property
     def steps_per_epoch(self) -> int:
-        """How many steps use every sample once."""
-        return -(-self.num_samples // (self.num_shards * self.microbatch))
+        """How many steps use every sample once that is not left out."""
+        return -(-self._used // (self.num_shards * self.microbatch))
 
     def indices(self, step: int, shard: int) -> list[int]:
         """The at most `microbatch` samples of `shard` in the step that starts from version `step` (0-based)."""
@@ -98,7 +105,12 @@ class ShardSampler:
             self._epoch = epoch
         first = (position * self.num_shards + shard) * self.microbatch
         order = self._order
-        return [order[i] for i in range(first, min(first + self.microbatch, self.num_samples))]
+        return [order[i] for i in range(first, min(first + self.microbatch, self._used))]
+
+    def smallest(self, final_step: int) -> tuple[int, int]:
+        """(step, shard) of the smallest microbatch with samples, of the steps before `final_step`: an epoch's last."""
+        last_step, shard = divmod(-(-self._used // self.microbatch) - 1, self.num_shards)
+        return (last_step, shard) if last_step < final_step else (final_step - 1, self.num_shards - 1)
 
     def final_step(self, max_steps: int | None, epochs: int | None) -> int:
         """The version at which training ends; with both limits, whichever comes first."""

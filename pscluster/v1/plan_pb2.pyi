@@ -190,16 +190,18 @@ class ProcessReport(_message.Message):
     def __init__(self, trainer_ready: _Optional[_Union[TrainerReady, _Mapping]] = ..., partition_ready: _Optional[_Union[PartitionReady, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., evaluated: _Optional[_Union[Evaluated, _Mapping]] = ..., snapshot_part: _Optional[_Union[SnapshotPart, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., counters: _Optional[_Union[Counters, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., plan_adopted: _Optional[_Union[PlanAdopted, _Mapping]] = ..., warning: _Optional[_Union[Warning, _Mapping]] = ..., connected: _Optional[_Union[Connected, _Mapping]] = ..., standby_state: _Optional[_Union[StandbyState, _Mapping]] = ...) -> None: ...
 
 class PreflightCheck(_message.Message):
-    __slots__ = ("name", "ok", "detail", "node_id")
+    __slots__ = ("name", "ok", "detail", "node_id", "warning")
     NAME_FIELD_NUMBER: _ClassVar[int]
     OK_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    WARNING_FIELD_NUMBER: _ClassVar[int]
     name: str
     ok: bool
     detail: str
     node_id: str
-    def __init__(self, name: _Optional[str] = ..., ok: bool = ..., detail: _Optional[str] = ..., node_id: _Optional[str] = ...) -> None: ...
+    warning: bool
+    def __init__(self, name: _Optional[str] = ..., ok: bool = ..., detail: _Optional[str] = ..., node_id: _Optional[str] = ..., warning: bool = ...) -> None: ...
 
 class TrainerReady(_message.Message):
     __slots__ = ("layout_json", "layout_sha256", "data_fingerprint", "numerics_class", "numerics_detail", "num_samples", "checks", "device", "final_step")

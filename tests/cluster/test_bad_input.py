@@ -334,7 +334,7 @@ def test_a_full_disk_is_reported_and_the_job_resumes_with_space(
     directory = tmp_path / "job"
     directory.mkdir()
     stored = spec(durability={"every_steps": 2, "store": str(disk)})
-    held, gate = held_spec(stored, directory, free=8)  # one step of seven microbatches, after that of the preflight
+    held, gate = held_spec(stored, directory, free=10)  # one step of seven microbatches, after three of the preflight
     job = cluster.submit(held, directory)
     cluster.wait(job, "step=1")
     filler = fill(disk)

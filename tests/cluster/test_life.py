@@ -200,7 +200,7 @@ class Wide(NamedTuple):
 def wide(cluster: LocalCluster, root: Path) -> Wide:
     directory = root / "wide"
     directory.mkdir()
-    held, gate = held_spec(spec(workers={"min": 3, "max": 3}), directory, free=5)
+    held, gate = held_spec(spec(workers={"min": 3, "max": 3}), directory, free=7)
     job = cluster.submit(held, directory)
     waited_for = cluster.until(job, lambda found: found.reason.startswith("waits for")).reason
     assert cluster.describe(job)["state"] == "QUEUED"

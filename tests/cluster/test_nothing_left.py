@@ -85,7 +85,7 @@ def hold_a_job(site: Site, root: Path) -> Held:
     directory = root / "job"
     directory.mkdir()
     spec: dict[str, Any] = {**lm_spec(steps=STEPS, **SMALL), "workers": {"max": 1}, "evaluate": {}}
-    held, gate = held_spec(spec, directory, free=8)
+    held, gate = held_spec(spec, directory, free=10)
     job = site.submit(held, directory)
     site.wait(job, "step=1")
     return Held(job, gate)

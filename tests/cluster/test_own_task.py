@@ -18,7 +18,7 @@ from pscluster.job.spec import parse_spec
 STEPS = 5
 MAX_LOSSES = 5
 
-# One shard, so that call number k of the loss in train mode is step k - 1: the preflight's call is the first.
+# One shard, so that call number k of the loss in train mode is step k - 3: the first three are the preflight's.
 TASK = """
 import ctypes, os, signal
 from pathlib import Path
@@ -48,7 +48,7 @@ class Mine(Task):
         if self.trick == "mean":
             return total / len(batch), 1.0
         self.calls += model.training
-        if model.training and self.calls == 1 + self.at:
+        if model.training and self.calls == 3 + self.at:
             total = self.mischief(total)
         return total, len(batch)
 

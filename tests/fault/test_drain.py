@@ -124,7 +124,7 @@ def test_a_worker_told_to_end_hands_its_shards_over_first(digest: str, tmp_path:
 def test_the_last_worker_leaves_and_the_job_waits_for_one(tmp_path: Path) -> None:
     plain = lm_spec(steps=30, d_model=64, partitions=2) | {"workers": {"min": 1, "max": 1}}
     digest = train_plainly(plain).digest
-    spec, gate = held_spec(plain, tmp_path, free=40)
+    spec, gate = held_spec(plain, tmp_path, free=42)
     with local_cluster(tmp_path, workers=1, servers=2) as cluster:
         job = cluster.submit(spec, tmp_path)
         cluster.wait(job, "step=3")

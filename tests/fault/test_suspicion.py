@@ -61,7 +61,7 @@ def test_a_stopped_trainer_is_replaced_and_taken_back(digest: str, tmp_path: Pat
 
 def test_a_trainer_stuck_in_user_code_is_found_although_it_sends_heartbeats(digest: str, tmp_path: Path) -> None:
     with local_cluster(tmp_path, workers=2, servers=2) as cluster:
-        spec, caught = stuck_spec(slow_spec(), tmp_path, free=20)
+        spec, caught = stuck_spec(slow_spec(), tmp_path, free=22)
         job = cluster.submit(spec, tmp_path)
         found = cluster.until(job, has_event("TrainerSuspect", "far too long"))
         assert caught.exists()

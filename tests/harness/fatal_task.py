@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from psworker.tasks.synthetic import SyntheticLm
 
 PHASES = ("pull", "forward", "backward", "push", "evaluate")
-FREE = 9  # microbatches that a process computes undisturbed, including the preflight's
+FREE = 13  # batches that a process computes undisturbed, including the preflight's nine
 
 
 class Fatal(SyntheticLm):

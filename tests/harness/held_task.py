@@ -16,8 +16,8 @@ from psworker.tasks.synthetic import SyntheticLm
 
 
 class Held(SyntheticLm):
-    """Every trainer computes `free` microbatches in train mode (the preflight's one among them), then observes the gate
-    that data.uri names."""
+    """Every trainer computes `free` microbatches in train mode (the preflight's three among them), then observes the
+    gate that data.uri names."""
 
     def __init__(self, free: int = 0, **args: Any) -> None:
         super().__init__(**args)

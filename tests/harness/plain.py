@@ -17,10 +17,9 @@ from torch import nn
 
 from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.step.layout import parameters_sha256
-from pscluster.step.sampling import ShardSampler
 from psworker.numerics import settle_numerics
 from psworker.replica import named_bytes
-from psworker.trainer.data.batches import Batches, EvalBatches, seed_step
+from psworker.trainer.data.batches import Batches, EvalBatches, sampler_of, seed_step
 from psworker.trainer.data.loading import build_model, load_task
 from psworker.trainer.evaluation import evaluate
 
@@ -52,7 +51,7 @@ def train_plainly(spec_data: Mapping[str, Any]) -> Plain:
     task = load_task(spec, None)
     model = build_model(task)
     train, held_out = task.train_data(), task.eval_data()
-    sampler = ShardSampler(len(train), spec.train.num_shards, spec.train.microbatch, spec.train.seed)
+    sampler = sampler_of(spec, len(train))
     batches = Batches(train, task.collate, sampler, spec.train.seed)
     final_step = sampler.final_step(spec.train.max_steps, spec.train.epochs)
     optimizer, schedule = _optimizer(model, spec, final_step)
@@ -192,7 +191,7 @@ def train_in_large_batches(spec_data: Mapping[str, Any]) -> list[float]:
     task = load_task(spec, None)
     model = build_model(task)
     train = task.train_data()
-    sampler = ShardSampler(len(train), spec.train.num_shards, spec.train.microbatch, spec.train.seed)
+    sampler = sampler_of(spec, len(train))
     final_step = sampler.final_step(spec.train.max_steps, spec.train.epochs)
     optimizer, schedule = _optimizer(model, spec, final_step)
     losses = []

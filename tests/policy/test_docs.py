@@ -26,7 +26,7 @@ from psmaster.model.state import State
 from psmaster.scheduling.draft import Limits
 from psserver.partition.replication.in_sync import InSyncState
 from psserver.partition.telemetry import PartitionCounters
-from psworker.trainer.preflight import prepare
+from psworker.trainer.preflight.prepare import prepare
 from psworker.trainer.telemetry import TrainerCounters
 
 ROOT = Path(__file__).parents[2]

@@ -25,7 +25,12 @@ FOLDERS: Mapping[str, Mapping[str, set[str]]] = {
         "checkpoint": {ROOT_FOLDER, "step"},
         "step": {ROOT_FOLDER},
     },
-    "psworker.trainer": {ROOT_FOLDER: {"data", "gradients"}, "data": set(), "gradients": {ROOT_FOLDER}},
+    "psworker.trainer": {
+        ROOT_FOLDER: {"data", "gradients", "preflight"},
+        "data": set(),
+        "gradients": {ROOT_FOLDER},
+        "preflight": {ROOT_FOLDER, "data"},
+    },
     "pscluster": {
         ROOT_FOLDER: {"client", "job"},  # the names that `import pscluster` offers
         "cli": {ROOT_FOLDER, "agent", "client", "job", "storage"},

@@ -128,3 +128,48 @@ def test_evaluation_deals_every_sample_once(n: int, shards: int, microbatch: int
     assert sorted(i for of_shard in batches for batch in of_shard for i in batch) == list(range(n))
     for shard, of_shard in enumerate(batches):
         assert all(batch.start // microbatch % shards == shard for batch in of_shard)
+
+
+# ---- drop_last ----
+
+
+@given(n=SIZES, shards=SHARDS, microbatch=MICROBATCHES, seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 3))
+def test_drop_last_leaves_out_what_does_not_fill_a_microbatch(
+    n: int, shards: int, microbatch: int, seed: int, epoch: int
+) -> None:
+    if n < microbatch:
+        with pytest.raises(ValueError, match="do not fill"):
+            ShardSampler(n, shards, microbatch, seed, drop_last=True)
+        return
+    sampler = ShardSampler(n, shards, microbatch, seed, drop_last=True)
+    first = epoch * sampler.steps_per_epoch
+
+    dealt = [
+        sampler.indices(step, shard)
+        for step in range(first, first + sampler.steps_per_epoch)
+        for shard in range(shards)
+    ]
+
+    assert {len(indices) for indices in dealt} <= {microbatch, 0}
+    used = [index for indices in dealt for index in indices]
+    order = epoch_permutation(n, seed, epoch)
+    assert used == [order[i] for i in range(n - n % microbatch)]
+    assert sampler.left_out == n - len(used) == n % microbatch
+
+
+def test_without_drop_last_nothing_is_left_out_and_the_order_is_the_same() -> None:
+    kept, dropped = ShardSampler(33, 4, 8, 5), ShardSampler(33, 4, 8, 5, drop_last=True)
+    assert [kept.indices(0, shard) for shard in range(4)] == [dropped.indices(0, shard) for shard in range(4)]
+    assert (kept.left_out, kept.steps_per_epoch) == (0, 2)
+    assert (dropped.left_out, dropped.steps_per_epoch) == (1, 1)
+
+
+@given(n=SIZES, shards=SHARDS, microbatch=MICROBATCHES, steps=st.integers(1, 200), drop=st.booleans())
+def test_the_smallest_microbatch_is_the_smallest_of_the_job(
+    n: int, shards: int, microbatch: int, steps: int, drop: bool
+) -> None:
+    sampler = ShardSampler(n, shards, microbatch, 1, drop_last=drop and n >= microbatch)
+    sizes = [len(sampler.indices(step, shard)) for step in range(steps) for shard in range(shards)]
+    step, shard = sampler.smallest(steps)
+    assert step < steps
+    assert len(sampler.indices(step, shard)) == min(size for size in sizes if size)

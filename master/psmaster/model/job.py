@@ -101,12 +101,13 @@ class ErrorInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreflightCheck:
-    """One preflight check on one node."""
+    """One preflight check on one node. `warning`: it passed, and what was seen must be read."""
 
     name: str
     ok: bool
     detail: str
     node_id: str = ""
+    warning: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

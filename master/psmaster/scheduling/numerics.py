@@ -47,7 +47,7 @@ def choose(wanted: str, trainers: Ready, partitions: Ready, required: tuple[str,
         trainer_class=trainer_class,
         partition_class=partition_class,
         left_out=left_out,
-        explanation=f"strict: same bits on any number of workers (class {short(trainer_class)})",
+        explanation=_explain_strict(trainer_class, trainers),
     )
 
 
@@ -70,6 +70,13 @@ def _majority(ready: Ready) -> str:
 
 def _others(ready: Ready, kept: str) -> tuple[tuple[str, str], ...]:
     return tuple(sorted({own.node_id: why for own, facts in ready if (why := differs("strict", kept, facts))}.items()))
+
+
+def _explain_strict(trainer_class: str, trainers: Ready) -> str:
+    """What was checked on the nodes, and no more: nobody has compared other gradients than these."""
+    nodes = len({own.node_id for own, facts in trainers if facts.numerics_class == trainer_class})
+    where = f"{nodes} nodes" if nodes != 1 else "the one node"
+    return f"strict: checked by a canary gradient and the preflight on {where} (class {short(trainer_class)})"
 
 
 def _explain_mixed(wanted: str, trainers: Ready, partitions: Ready) -> str:

@@ -117,8 +117,11 @@ def _settle_numerics(draft: Draft, trainers: ReadyTrainers, partitions: ReadyPar
 
 
 def _adopt(draft: Draft, trainers: ReadyTrainers, partitions: ReadyPartitions) -> None:
-    """Store what the first trainer reported with the job, and activate all placements."""
+    """Store what the first trainer reported with the job, and activate all placements. A warning of the preflight
+    becomes an event, once for all trainers that have it."""
     first = trainers[0][1]
+    for detail in dict.fromkeys(check.detail for _, facts in trainers for check in facts.checks if check.warning):
+        draft.emit("PreflightWarning", detail, warning=True)
     draft.update(
         layout_json=first.layout_json,
         layout_sha256=first.layout_sha256,

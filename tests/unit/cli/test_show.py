@@ -58,7 +58,10 @@ def full_job() -> jobs_pb2.Job:
             partitions=[plan_pb2.PartitionPlacement(index=0, node_id="server-0", attempt=2, addresses=["unix:/x"])],
         ),
         connections=[plan_pb2.Connection(trainer=0, partition=0, transport="unix")],
-        checks=[plan_pb2.PreflightCheck(name="imports", ok=True, detail="fine", node_id="worker-0")],
+        checks=[
+            plan_pb2.PreflightCheck(name="imports", ok=True, detail="fine", node_id="worker-0"),
+            plan_pb2.PreflightCheck(name="purity", ok=True, detail="impure", node_id="worker-0", warning=True),
+        ],
         error=plan_pb2.ErrorDetail(
             code="PS-2005", cause="NaN at step 7", action="clip", details={"step": "7", "file": "task.py", "line": "3"}
         ),
@@ -153,6 +156,8 @@ def test_describe_has_a_section_for_everything(run: Psctl, fake: FakeMaster) -> 
     ]
     check = next(line for line in text.splitlines() if "imports" in line)
     assert check.split() == ["worker-0", "imports", "ok", "fine"]
+    check = next(line for line in text.splitlines() if "purity" in line)
+    assert check.split() == ["worker-0", "purity", "warning", "impure"]
     warning = next(line for line in text.splitlines() if "TrainerLost" in line)
     assert "Warning" in warning
 

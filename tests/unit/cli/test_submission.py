@@ -221,6 +221,13 @@ def test_dry_run_speaks_of_no_evaluation_where_there_is_surely_none(
     assert [line for line in lines if "evaluation" in line and line.startswith(words)], lines
 
 
+def test_dry_run_says_how_many_samples_an_epoch_may_leave_out(run_alone: Psctl, own: Path) -> None:
+    assert "leaves out" not in run_alone("submit", str(own), "--dry-run").stdout
+    drop = ("submit", str(own), "--dry-run", "--set", "data.drop_last=true")
+    assert "each epoch leaves out what does not fill a microbatch, at most 15 samples" in run_alone(*drop).stdout
+    assert json.loads(run_alone(*drop, "-o", "json").stdout)["left_out_at_most"] == 15
+
+
 def test_dry_run_of_many_workers_shows_doublings() -> None:
     train = {"global_batch": 1000, "microbatch": 1, "epochs": 1}
     found = calculate(parse_spec({**BUILT_IN, "train": train, "workers": {"min": 3, "max": 100}}), None)

@@ -270,6 +270,19 @@ def test_other_data_on_a_node_fail_the_start(world: World) -> None:
     assert error.code == "PS-2003"
 
 
+def test_a_warning_of_the_preflight_becomes_an_event_once(world: World) -> None:
+    world.cluster(2)
+    world.submit()
+    warned = PreflightCheck(name="purity", ok=True, detail="impure: sample 3", warning=True)
+    facts = replace(TRAINER, checks=(warned, replace(warned, name="loss", detail="fine", warning=False)))
+    world.report("trainer-0", facts)
+    world.report("trainer-1", facts)
+    world.ready()
+    found = [event for event in world.events if event.reason == "PreflightWarning"]
+    assert [(event.message, event.warning) for event in found] == [("impure: sample 3", True)]
+    assert [check.warning for check in world.job().checks] == [True, False, True, False]
+
+
 def test_failures_at_start_are_gathered_into_one_table(world: World) -> None:
     world.cluster(3)
     world.submit()

@@ -37,6 +37,7 @@ def test_when_all_agree_it_is_strict(wanted: str) -> None:
     choice = numerics.choose(wanted, [A, C], [P])
     assert (choice.mode, choice.left_out) == ("strict", ())
     assert choice.trainer_class == "a" * 16
+    assert choice.explanation == "strict: checked by a canary gradient and the preflight on 2 nodes (class aaaaaaaa)"
 
 
 def test_when_nodes_differ_auto_is_mixed_and_says_with_what_consequence() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pscluster.job.spec import load_spec
-from psworker.trainer.preflight import prepare
+from psworker.trainer.preflight.prepare import prepare
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 

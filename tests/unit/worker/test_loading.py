@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -217,3 +219,45 @@ def test_a_step_that_is_no_longer_wanted_passes_through_user_code() -> None:
 def test_want_of_memory_is_named_as_such(take: Any) -> None:
     with pytest.raises(OutOfMemoryError, match="loss ran out of memory"), user_code("loss"):
         take()
+
+
+DRAWING = """
+import random
+import numpy as np
+import torch
+from torch.utils.data import random_split
+from pscluster.task import Task
+
+def draw():
+    return random.random(), float(np.random.rand()), float(torch.rand(1))
+
+AT_IMPORT = draw()
+
+class Mine(Task):
+    def __init__(self): self.draws = [AT_IMPORT, draw()]
+    def build_model(self):
+        self.draws.append(draw())
+        return torch.nn.Linear(1, 1)
+    def _split(self): return random_split(range(100), [80, 20])
+    def train_data(self): return self._split()[0]
+    def eval_data(self): return self._split()[1]
+"""
+
+
+def test_random_draws_while_loading_are_the_same_in_every_process(
+    make_spec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And data that are divided at random for training and evaluation have no sample in common."""
+    (tmp_path / "drawing.py").write_text(DRAWING)
+    seen = []
+    for noise in range(2):
+        monkeypatch.delitem(sys.modules, "drawing", raising=False)
+        random.seed(noise)
+        np.random.seed(noise)
+        torch.manual_seed(noise)
+        task: Any = load_task(make_spec("drawing:Mine"), tmp_path)
+        build_model(task)
+        train, held_out = (list(data) for data in load_data(task) if data)  # type: ignore[call-overload]
+        assert sorted([*train, *held_out]) == list(range(100))
+        seen.append((task.draws, train, held_out))
+    assert seen[0] == seen[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,7 +23,8 @@ from pscluster.errors import (
     from_dict,
 )
 from pscluster.task import Task
-from psworker.trainer.preflight import CheckResult, checks_of, prepare, run_preflight
+from psworker.trainer.preflight.prepare import prepare, run_preflight
+from psworker.trainer.preflight.table import CheckResult, checks_of
 
 NORM = "psworker.tasks.synthetic:SyntheticNorm"
 
@@ -98,7 +100,7 @@ def test_checking_twice_gives_the_same_facts(make_spec: Any) -> None:
     [
         (lambda s: (s.mean(), len(s)), "loss.. returns a mean"),
         (lambda s: (s.sum(), 1.0), "the weight must count"),
-        (lambda s: (s.sum() ** 2, len(s)), "not a sum over samples"),
+        (lambda s: (s.sum() / math.sqrt(len(s)), len(s)), "not a sum over samples"),
         (lambda s: s.sum(), "not a pair"),
         (lambda s: (s, len(s)), r"a tensor of shape \(4, 1\)"),
         (lambda s: (float(s.sum().detach()), len(s)), "a float as loss_sum"),
@@ -199,7 +201,7 @@ def test_several_failures_make_one_table(make_spec: Any, monkeypatch: pytest.Mon
         def build_model(self) -> nn.Module:
             raise ValueError("no such layer")
 
-    monkeypatch.setattr("psworker.trainer.preflight.load_task", lambda *_: Torn())
+    monkeypatch.setattr("psworker.trainer.preflight.prepare.load_task", lambda *_: Torn())
     with pytest.raises(PreflightError, match=r"2 of \d checks failed") as caught:
         prepare(make_spec(), None, "cpu")
 
@@ -360,3 +362,74 @@ def test_the_numerics_name_the_arithmetic(make_spec: Any, train: dict[str, Any],
     assert prepared.numerics_detail.endswith(words)
     same = prepared.numerics_class == prepare(make_spec(), None, "cpu").preflight.numerics_class
     assert same is ("autocast" not in train)  # the canary is computed as the job is
+
+
+# ---- the smallest batches ----
+
+
+class Normed(Squares):
+    def build_model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+
+
+def test_the_smallest_microbatch_is_tried_and_the_hint_names_drop_last(make_spec: Any) -> None:
+    """9 samples in microbatches of 4: the last of an epoch has one, with which BatchNorm cannot train."""
+    error = refused(Normed(), make_spec())
+    assert isinstance(error, TaskError)
+    assert "the smallest microbatch, 1 sample at the end of an epoch: loss raised ValueError" in error.cause
+    assert "data.drop_last: true" in error.action
+    assert [c.name for c in checks_of(error) if not c.ok] == ["smallest"]
+
+    assert all(c.ok for c in check(Normed(), make_spec(data={"drop_last": True})))
+
+
+def test_a_job_that_ends_before_its_uneven_end_does_not_try_it(make_spec: Any) -> None:
+    few = make_spec(train={"global_batch": 4, "microbatch": 4, "max_steps": 2})
+    (found,) = [c for c in check(Normed(), few) if c.name == "smallest"]
+    assert found.detail == "4 samples in training"
+
+
+def test_the_smallest_batch_of_evaluation_is_tried_too(make_spec: Any) -> None:
+    class Pairing(Squares):
+        def metrics(self, model: nn.Module, batch: Any) -> Mapping[str, Any]:
+            return {"next": model(batch)[1].sum()}
+
+    even = make_spec(train={"max_steps": 1}, data={"drop_last": True})
+    error = refused(Pairing(), even, held_out=[torch.ones(2)] * 5)
+    assert isinstance(error, TaskError)
+    assert "the smallest batch of evaluation, 1 sample: metrics raised IndexError" in error.cause
+    assert "evaluation uses every sample" in error.action
+
+
+def test_statistics_of_another_shape_in_the_last_batch_are_named(make_spec: Any) -> None:
+    class Shaped(Squares):
+        def metrics(self, model: nn.Module, batch: Any) -> Mapping[str, Any]:
+            del model
+            return {"each": torch.zeros(len(batch))}
+
+    error = refused(Shaped(), make_spec(), held_out=[torch.ones(2)] * 5)
+    assert isinstance(error, TaskError)
+    assert "other names or shapes" in error.cause
+
+
+def test_a_loss_that_is_not_finite_for_one_sample_is_found(make_spec: Any) -> None:
+    def spread(squares: Tensor) -> tuple[Tensor, int]:
+        return squares.sum() * (1 + 0 * squares.std()), len(squares)
+
+    error = refused(Squares(spread), make_spec())
+    assert isinstance(error, NonFiniteError)
+    assert "data.drop_last" in error.action
+
+
+def test_too_few_samples_for_drop_last_are_a_data_error(make_spec: Any) -> None:
+    spec = make_spec(args={"num_samples": 3, "held_out": 0}, data={"drop_last": True})
+    with pytest.raises(DataError, match="do not fill one microbatch of 4"):
+        prepare(spec, None, "cpu")
+
+
+def test_the_table_counts_what_is_left_out(make_spec: Any) -> None:
+    spec = make_spec(args={"num_samples": 31}, data={"drop_last": True})
+    (found,) = [c for c in prepare(spec, None, "cpu").preflight.checks if c.name == "data"]
+    assert found.detail == (
+        "31 training samples (3 of them left out of each epoch by data.drop_last), 48 held out; 2 steps an epoch"
+    )

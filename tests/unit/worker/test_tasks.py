@@ -18,7 +18,7 @@ from psworker.tasks.imdb import ImdbClassification, hash_words
 from psworker.tasks.stdlib_lm import StdlibLm, stdlib_text
 from psworker.tasks.synthetic import SyntheticLm, SyntheticNorm
 from psworker.tasks.text_lm import TextLm
-from psworker.trainer.preflight import prepare
+from psworker.trainer.preflight.prepare import prepare
 
 GOLDEN_SEQUENCE = [22, 25, 2, 32, 3, 42, 34, 1]
 TINY = {"layers": 1, "d_model": 16, "heads": 2}

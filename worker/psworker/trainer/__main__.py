@@ -29,7 +29,8 @@ from psworker.trainer.data.batches import Batches, EvalBatches
 from psworker.trainer.data.loading import build_model, describe, ran_out_of_memory
 from psworker.trainer.exchange import Exchange
 from psworker.trainer.loop import Trainer
-from psworker.trainer.preflight import Prepared, checks_of, prepare
+from psworker.trainer.preflight.prepare import Prepared, prepare
+from psworker.trainer.preflight.table import checks_of
 from psworker.trainer.telemetry import TrainerCounters
 
 EXIT_FAILED = 1
@@ -83,7 +84,7 @@ def _train(link: ProcessLink, loading: HeartbeatThread) -> None:
     replica = Replica(prepared.model, spec.train.optimizer, staging)
     if spec.train.compile:
         replica.model.compile()
-    sampler = ShardSampler(len(prepared.train), spec.train.num_shards, spec.train.microbatch, spec.train.seed)
+    sampler = prepared.sampler
     link.report(ProcessReport(trainer_ready=_ready(prepared, replica, spec, sampler, device)))
     train, held_out = spec.train, prepared.held_out
     eval_batches = None

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Protocol
 
+import crc32c
 import numpy as np
 import torch
 
+from pscluster.errors import DataError
+from pscluster.job.spec import JobSpec
 from pscluster.step.sampling import ShardSampler, eval_batches
 from pscluster.task import MapDataset
 from psworker.trainer.data.loading import user_code
@@ -53,6 +56,33 @@ class EvalBatches:
         for indices in eval_batches(len(self.dataset), self.num_shards, self.microbatch, shard):
             yield _batch(self, indices, indices.start, shard, "eval_data"), len(indices)
 
+    @property
+    def num_batches(self) -> int:
+        """How many there are; the last has the fewest samples."""
+        return -(-len(self.dataset) // self.microbatch)
+
+    def indices(self, number: int) -> range:
+        """The samples of batch `number`."""
+        first = number * self.microbatch
+        return range(first, min(first + self.microbatch, len(self.dataset)))
+
+    def batch(self, number: int) -> tuple[Any, int]:
+        """Batch `number` alone, as `of_shard` gives it."""
+        indices = self.indices(number)
+        return _batch(self, indices, indices.start, number % self.num_shards, "eval_data"), len(indices)
+
+
+def sampler_of(spec: JobSpec, num_samples: int) -> ShardSampler:
+    """The job's assignment of training samples to shards. Raises DataError when too few are left for a microbatch."""
+    train = spec.train
+    if spec.data.drop_last and num_samples < train.microbatch:
+        raise DataError(
+            f"train_data() has {num_samples} samples: with data.drop_last they do not fill one microbatch of "
+            f"{train.microbatch}",
+            action="lower train.microbatch, or set data.drop_last: false",
+        )
+    return ShardSampler(num_samples, train.num_shards, train.microbatch, train.seed, drop_last=spec.data.drop_last)
+
 
 def _batch(batches: Batches | EvalBatches, indices: Sequence[int], step: int, shard: int, data: str) -> Any:
     """The collated samples; the generators are seeded before they are read, and again for the forward pass."""
@@ -81,6 +111,14 @@ def seed_step(seed: int, step: int, shard: int) -> None:
 
 def _cuda_in_use() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+def generators_checksum() -> int:
+    """A checksum of the state of every global generator: equal after equal draws from equal seeds."""
+    legacy: Any = np.random.get_state(legacy=False)
+    parts = [repr((random.getstate(), legacy["state"]["pos"])).encode(), legacy["state"]["key"].tobytes()]
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if _cuda_in_use() else [])]
+    return crc32c.crc32c(b"".join([*parts, *(state.numpy().tobytes() for state in states)]))
 
 
 @contextmanager

@@ -6,12 +6,14 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -35,9 +37,11 @@ def load_task(spec: JobSpec, bundle_dir: Path | None) -> Task:
         sys.path[:] = [path, *(other for other in sys.path if other != path)]
         importlib.invalidate_caches()
         sys.dont_write_bytecode = True  # the directory stays as it was submitted
+    _seed_generators(spec.train.seed)
     module = _import(module_name, bundle_dir)
     kind = _find_class(module, class_name)
     _check_args(kind, spec)
+    _seed_generators(spec.train.seed)
     with user_code(f"{class_name}(...)", data=True):
         task: Task = kind(**spec.task.args)
     task.data_uri = spec.data.uri
@@ -47,7 +51,7 @@ def load_task(spec: JobSpec, bundle_dir: Path | None) -> Task:
 
 def build_model(task: Task) -> nn.Module:
     """The task's model, freshly initialised from the job's seed, on the CPU. Raises TaskError."""
-    torch.manual_seed(task.seed)
+    _seed_generators(task.seed)
     with user_code("build_model"):
         model = task.build_model()
     if not isinstance(model, nn.Module):
@@ -56,9 +60,13 @@ def build_model(task: Task) -> nn.Module:
 
 
 def load_data(task: Task) -> tuple[MapDataset, MapDataset | None]:
-    """The task's (training, held-out) data. Raises DataError when they are missing or empty, else TaskError."""
+    """The task's (training, held-out) data. Raises DataError when they are missing or empty, else TaskError.
+
+    The generators are seeded alike for both, so that both may divide the same samples at random, each for itself."""
+    _seed_generators(task.seed)
     with user_code("train_data", data=True):
         train = task.train_data()
+    _seed_generators(task.seed)
     with user_code("eval_data", data=True):
         held_out = task.eval_data()
     if _length(train, "train_data") == 0:
@@ -66,6 +74,13 @@ def load_data(task: Task) -> tuple[MapDataset, MapDataset | None]:
     if held_out is not None and _length(held_out, "eval_data") == 0:
         raise DataError("eval_data() has no samples; return None for a job without evaluation")
     return train, held_out
+
+
+def _seed_generators(seed: int) -> None:
+    """The global generators of torch, numpy and `random`: whatever a task draws is the same in every process."""
+    torch.manual_seed(seed)
+    np.random.seed([seed & 0xFFFF_FFFF, seed >> 32])
+    random.seed(seed)
 
 
 @contextmanager

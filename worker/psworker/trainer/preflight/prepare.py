@@ -1,0 +1,180 @@
+"""Everything that can be checked on a node before step 0, as one table of named checks.
+
+`prepare` is what a trainer calls: it loads the task, builds the model, opens the data and runs every check.
+Checks go on after a failure, so that a person sees all that is wrong at once."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pscluster.errors import ImpureError, InternalError
+from pscluster.job.spec import JobSpec
+from pscluster.step.sampling import ShardSampler
+from pscluster.task import MapDataset, Task
+from psworker.numerics import arithmetic, numerics_class, precision
+from psworker.replica import layout_of
+from psworker.trainer.data.batches import data_fingerprint, preserved_generators, sampler_of
+from psworker.trainer.data.loading import build_model, load_data, load_task
+from psworker.trainer.preflight.halving import halves_add_up
+from psworker.trainer.preflight.loss import first_loss, first_metrics, smallest_batches
+from psworker.trainer.preflight.methods import check_methods
+from psworker.trainer.preflight.parameters import check_unwritten, traces
+from psworker.trainer.preflight.probe import Probe, copied_buffers, preserved_model
+from psworker.trainer.preflight.purity import check_purity
+from psworker.trainer.preflight.table import CheckResult, Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preflight:
+    """What a trainer that passed reports to the master."""
+
+    checks: tuple[CheckResult, ...]
+    fingerprint: str
+    numerics_class: str
+    numerics_detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A trainer ready for step 0. The model is on the device, in train mode, without gradients."""
+
+    task: Task
+    model: nn.Module
+    train: MapDataset
+    held_out: MapDataset | None
+    sampler: ShardSampler
+    preflight: Preflight
+
+
+def prepare(spec: JobSpec, bundle_dir: Path | None, device: str) -> Prepared:
+    """Load, build and check everything. `settle_numerics` must have run. Blocks for as long as user code does.
+
+    Raises the failing check's own error, or PreflightError when several fail; `checks_of(error)` is the table."""
+    table = Table()
+    model = data = None
+    task = table.run("imports", lambda: _imports(spec, bundle_dir))
+    if task is not None and not _check_methods(table, task):
+        task = None  # what a misspelt method was meant to replace would only confuse
+    if task is not None:
+        model = table.run("task", lambda: _model(task, device))
+        data = table.run("data", lambda: _data(task, spec))
+    if task is None or model is None or data is None:
+        table.run("versions", _versions)
+        table.skip("loss", "needs the checks above")
+        table.run("canary", lambda: _canary(spec, device))
+        table.raise_failures()
+        raise InternalError("a check that failed left no error")
+    train, held_out, sampler = data
+    preflight = run_preflight(task, model, train, held_out, spec, device, table)
+    return Prepared(task=task, model=model, train=train, held_out=held_out, sampler=sampler, preflight=preflight)
+
+
+def run_preflight(
+    task: Task,
+    model: nn.Module,
+    train: MapDataset,
+    held_out: MapDataset | None,
+    spec: JobSpec,
+    device: str,
+    table: Table | None = None,
+) -> Preflight:
+    """The checks that need a model and data. Buffers, modes and generators are left as they were, and so are the
+    parameters of a task that passes.
+
+    Raises as `prepare` does."""
+    table = table or Table()
+    table.run("versions", _versions)
+    fingerprint = table.run("fingerprint", lambda: _fingerprint(train, held_out, spec))
+    buffers = copied_buffers(model)
+    with preserved_generators(), preserved_model(model, buffers):
+        probe = Probe(
+            task=task, model=model, train=train, held_out=held_out, spec=spec, device=device,
+            sampler=sampler_of(spec, len(train)), buffers=buffers,
+        )  # fmt: skip
+        _check_loss(table, probe)
+        # After the loss, whose forward gives lazy modules their shapes.
+        table.run("layout", lambda: _layout(model, spec))
+    canary = table.run("canary", lambda: _canary(spec, device))
+    table.raise_failures()
+    if fingerprint is None or canary is None:
+        raise InternalError("a check that failed left no error")
+    return Preflight(
+        checks=tuple(table.checks), fingerprint=fingerprint, numerics_class=canary[0], numerics_detail=canary[1]
+    )
+
+
+def _check_loss(table: Table, probe: Probe) -> None:
+    """All that computes. What the first microbatch shows to be wrong is not tried with others."""
+    before = traces(probe.model)
+    first = table.run("loss", lambda: first_loss(probe))
+    evaluated = table.run("metrics", lambda: first_metrics(probe)) if first is not None else None
+    steady = table.run("parameters", lambda: (True, check_unwritten(before, traces(probe.model))))
+    if first is None or not steady:  # else all that follows would be computed with other parameters
+        return
+    table.run("smallest", lambda: smallest_batches(probe, evaluated))
+    accepted = (ImpureError,) if probe.spec.train.numerics == "mixed" else ()
+    pure = table.run("purity", lambda: check_purity(probe, first, evaluated), accepted=accepted)
+    if pure or accepted:
+        table.run("halving", lambda: halves_add_up(probe, first.samples, is_pure=bool(pure)))
+    else:
+        table.skip("halving", "the task is not pure")
+
+
+def _imports(spec: JobSpec, bundle_dir: Path | None) -> tuple[Task, str]:
+    task = load_task(spec, bundle_dir)
+    return task, f"{spec.task.entrypoint} from {getattr(sys.modules[type(task).__module__], '__file__', '?')}"
+
+
+def _check_methods(table: Table, task: Task) -> bool:
+    """Whether the task has no misspelt method; each that only another framework would call becomes a warning."""
+    ignored = table.run("methods", lambda: check_methods(task))
+    for warning in ignored or ():
+        table.warn("methods", warning)
+    return ignored is not None
+
+
+def _model(task: Task, device: str) -> tuple[nn.Module, str]:
+    model = build_model(task).to(device)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return model, f"{type(model).__name__} with {count:,} parameters"
+
+
+def _data(task: Task, spec: JobSpec) -> tuple[tuple[MapDataset, MapDataset | None, ShardSampler], str]:
+    train, held_out = load_data(task)
+    sampler = sampler_of(spec, len(train))
+    left_out = f" ({sampler.left_out:,} of them left out of each epoch by data.drop_last)" if sampler.left_out else ""
+    counts = f"{len(train):,} training samples{left_out}, {len(held_out) if held_out else 0:,} held out"
+    steps = f"{sampler.steps_per_epoch:,} step{'s' if sampler.steps_per_epoch != 1 else ''} an epoch"
+    return (train, held_out, sampler), f"{counts}; {steps}"
+
+
+def _versions() -> tuple[None, str]:
+    ours = metadata.version("pscluster")
+    return None, f"python {platform.python_version()}, torch {torch.__version__}, pscluster {ours}"
+
+
+def _fingerprint(train: MapDataset, held_out: MapDataset | None, spec: JobSpec) -> tuple[str, str]:
+    """Of the lengths alone where samples differ at each reading, and the user has declared that they may."""
+    fingerprint = data_fingerprint(train, held_out)
+    if spec.train.numerics == "mixed" and data_fingerprint(train, held_out) != fingerprint:
+        fingerprint = data_fingerprint(range(len(train)), range(len(held_out)) if held_out is not None else None)
+        return fingerprint, f"{fingerprint} of the numbers of samples alone: their contents differ at each reading"
+    return fingerprint, fingerprint
+
+
+def _layout(model: nn.Module, spec: JobSpec) -> tuple[None, str]:
+    layout = layout_of(model, spec.train.optimizer)
+    buckets = len(layout.buckets)
+    return None, f"{len(layout.tensors)} tensors in {buckets} bucket{'s' if buckets > 1 else ''}"
+
+
+def _canary(spec: JobSpec, device: str) -> tuple[tuple[str, str], str]:
+    digest, detail = numerics_class(spec.workers.threads, device, arithmetic(spec), precision(spec, device))
+    return (digest, detail), f"{digest[:12]} on {detail}"

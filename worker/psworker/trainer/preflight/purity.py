@@ -1,0 +1,84 @@
+"""Whether the task is a pure function: the same sample, loss and gradients however often, and after whatever else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pscluster.errors import ImpureError
+from psworker.trainer.preflight.content import Leaf, first_difference
+from psworker.trainer.preflight.probe import Computed, Inputs, Probe
+
+_DRAW = "draw random numbers from the global generators of torch, numpy and random only: they are seeded for each batch"
+_DECLARE = "or declare train.numerics: mixed, which promises no bits"
+
+
+def check_purity(probe: Probe, trained: Computed, evaluated: Computed | None) -> tuple[bool, str]:
+    """Compute the first microbatch, and the first held-out batch, a second time. The caller has computed others in
+    between. Raises ImpureError naming what differed first."""
+    probe.read_ends()
+    compare(trained, probe.train_microbatch(0, 0), probe.train_inputs, "train_data", "microbatch")
+    seen = f"a microbatch computed twice, with others between: same samples, loss and {_gradients(trained)} gradients"
+    if evaluated is not None:
+        compare(evaluated, probe.held_out_batch(0), probe.held_out_inputs, "eval_data", "batch of evaluation")
+        seen += "; a batch of evaluation, too"
+    return True, seen
+
+
+def compare(first: Computed, again: Computed, read: Callable[[], Inputs], data: str, batch: str) -> None:
+    """Raise ImpureError where the two differ, in the order in which one thing follows from another.
+
+    An object that a first use completes, as a lazily loaded image is, may have changed once: only where the results
+    differ, too, or `read` gives a third state, are the samples not the same."""
+    if first.inputs != again.inputs and not (_same_results(first, again) and read() == again.inputs):
+        _compare_inputs(first.inputs, again.inputs, data)
+    if first.read_draws != again.read_draws:
+        what = f"reading the samples of one {batch} twice drew random numbers more often in one of them"
+        where = f"look for a cache in {data}() that keeps what was drawn at random"
+        raise _error("draws", "samples", what, where)
+    if found := first_difference(first.results, again.results):
+        name = found[0].path
+        what = f"computing one {batch} twice, with others between, gave two values of {name}{_values(found)}"
+        where = "look for state that loss(), metrics() or the model keep from one batch to the next, and for clocks"
+        raise _error(_part(name), name, what, f"{where}; {_DRAW}")
+    if first.draws != again.draws:
+        what = f"computing one {batch} twice, with others between, drew random numbers more often in one of them"
+        where = "look for a draw in loss() or the model that happens at the first call only"
+        raise _error("draws", "results", what, where)
+
+
+def _compare_inputs(first: Inputs, again: Inputs, data: str) -> None:
+    for name, leaves in first.samples.items():
+        if found := first_difference(leaves, again.samples[name]):
+            what = f"reading {name} twice gave two values" + _of(found)
+            raise _error("sample", f"{name}{found[0].path}", what, f"look at {data}() and its __getitem__: {_DRAW}")
+    if found := first_difference(first.batch, again.batch):
+        what = "collate() made two batches of the same samples" + _of(found)
+        raise _error("batch", f"batch{found[0].path}", what, f"look at collate(): {_DRAW}")
+
+
+def _same_results(first: Computed, again: Computed) -> bool:
+    one, other = ((c.results, c.draws, c.read_draws) for c in (first, again))
+    return one == other
+
+
+def _error(part: str, differs: str, what: str, where: str) -> ImpureError:
+    return ImpureError(f"impure: {what}", action=f"{where}; {_DECLARE}", details={"part": part, "differs": differs})
+
+
+def _part(name: str) -> str:
+    if name.startswith("gradient "):
+        return "gradient"
+    return "metric" if name.startswith("the statistic ") else "loss"
+
+
+def _of(found: tuple[Leaf, Leaf]) -> str:
+    return (f" of {found[0].path}" if found[0].path else "") + _values(found)
+
+
+def _values(found: tuple[Leaf, Leaf]) -> str:
+    one, other = map(str, found)
+    return f": {one}, then {other}" if one != other else f" ({one})"
+
+
+def _gradients(computed: Computed) -> int:
+    return sum(leaf.path.startswith("gradient ") for leaf in computed.results)
