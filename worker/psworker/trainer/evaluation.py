@@ -15,8 +15,9 @@ from pscluster.errors import LossContractError, TaskError
 from pscluster.step.summary import Statistics, add_statistics
 from pscluster.step.tree import TreeNode, tree_of
 from pscluster.task import Task
-from psworker.trainer.data.batches import EvalBatches, to_device
+from psworker.trainer.data.batches import EvalBatches
 from psworker.trainer.data.loading import did_you_mean, user_code
+from psworker.trainer.data.moving import to_device
 from psworker.trainer.gradients.accumulate import Counter
 
 LOSS_SUM, WEIGHT = "loss_sum", "weight"

@@ -16,8 +16,9 @@ from pscluster.task import Task
 from pscluster.wire.protocol import Outcome
 from psworker.numerics import precision
 from psworker.replica import Replica
-from psworker.trainer.data.batches import Batches, EvalBatches, seed_step, to_device
+from psworker.trainer.data.batches import Batches, EvalBatches, seed_step
 from psworker.trainer.data.loading import user_code
+from psworker.trainer.data.moving import to_device
 from psworker.trainer.evaluation import Shapes, check_metric, loss_of, shard_statistics, unpack_metrics
 from psworker.trainer.exchange import Exchange, SupersededError
 from psworker.trainer.gradients.accumulate import Accumulator, BufferSums, Counter

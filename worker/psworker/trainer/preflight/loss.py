@@ -12,8 +12,9 @@ from torch import nn
 from pscluster.errors import LossContractError, NonFiniteError
 from pscluster.job.spec import JobSpec
 from pscluster.task import MapDataset, Task
-from psworker.trainer.data.batches import seed_step, to_device
+from psworker.trainer.data.batches import seed_step
 from psworker.trainer.data.loading import user_code
+from psworker.trainer.data.moving import to_device
 from psworker.trainer.evaluation import batch_statistics, check_metric, finalised, loss_of
 
 # A mean for a sum is wrong by a factor of two; honest float32 sums differ by about 1e-6, bf16 ones by its 8 bits.
