@@ -13,7 +13,8 @@
     |   |-- DataError          PS-2003  data missing, unreadable, or differing between nodes
     |   |-- LayoutError        PS-2004  a model that cannot be laid out, or differs between trainers
     |   |-- NonFiniteError     PS-2005  NaN or infinity in loss or gradient
-    |   `-- PreflightError     PS-2006  failed checks: one table of what is wrong on which node
+    |   |-- PreflightError     PS-2006  failed checks: one table of what is wrong on which node
+    |   `-- ModelChangedError  PS-2010  a model that is no longer the one that was laid out
     |-- PeerError            the peer is at fault or unreachable: it must act, or recover
     |   |-- UnreachableError   PS-3001  nobody answers (no cluster, master down)
     |   |-- FrameError         PS-3002  a data-plane frame that breaks the protocol
@@ -153,6 +154,11 @@ class NonFiniteError(TaskError):
 class PreflightError(TaskError):
     code = "PS-2006"
     default_action = "fix the failing checks on each node"
+
+
+class ModelChangedError(TaskError):
+    code = "PS-2010"
+    default_action = "build the model as it is to be in build_model, and do not change its structure while it trains"
 
 
 class PeerError(PsError):
