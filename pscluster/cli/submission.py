@@ -192,6 +192,8 @@ def calculate(spec: JobSpec, bundle: Bundle | None, *, evaluates: bool = True) -
         "workers": [_split(train.num_shards, workers) for workers in _worker_counts(spec)],
         "snapshot_every_steps": spec.durability.every_steps,
         "snapshots": steps // spec.durability.every_steps if steps is not None else None,
+        "freeze": list(train.freeze),
+        "unfreeze_at": dict(train.unfreeze_at),
         "evaluates": evaluates,
         "evaluate_every_steps": spec.evaluate.every_steps,
         "bundle": None,
@@ -233,6 +235,7 @@ def text(found: dict[str, Any]) -> str:
         + (", each with a standby on another server" if found["standbys"] else "")
         + "; snapshots every "
         f"{found['snapshot_every_steps']} steps" + (f" ({found['snapshots']})" if found["snapshots"] else ""),
+        *_freezing(found),
         _evaluation(found),
         _code(found["bundle"]),
         "",
@@ -248,6 +251,12 @@ def _length(found: dict[str, Any]) -> str:
     if found["epochs"]:
         parts.append(f"{found['epochs']} epochs (steps are known once the data is loaded)")
     return "length: " + ", or ".join(parts) + (", whichever ends first" if len(parts) > 1 else "")
+
+
+def _freezing(found: dict[str, Any]) -> list[str]:
+    """What the spec freezes; the parameters are counted where the model is built, in `describe`'s checks."""
+    parts = [f"{glob} until step {step}" for glob, step in found["unfreeze_at"].items()]
+    return ["frozen: " + ", ".join([*found["freeze"], *parts])] if found["freeze"] or parts else []
 
 
 def _evaluation(found: dict[str, Any]) -> str:

@@ -176,6 +176,14 @@ def test_dry_run_speaks_of_no_evaluation_where_there_is_surely_none(
     assert [line for line in lines if "evaluation" in line and line.startswith(words)], lines
 
 
+def test_dry_run_says_what_is_frozen_until_when(run_alone: Psctl, own: Path) -> None:
+    changes = ["--set", "train.freeze=[embed.*, norm]", "--set", "train.unfreeze_at={'head.*': 30}"]
+    result = run_alone("submit", str(own), "--dry-run", *changes)
+    assert "frozen: embed.*, norm, head.* until step 30" in result.stdout.splitlines()
+    document = json.loads(run_alone("submit", str(own), "--dry-run", "-o", "json", *changes).stdout)
+    assert (document["freeze"], document["unfreeze_at"]) == (["embed.*", "norm"], {"head.*": 30})
+
+
 def test_dry_run_of_many_workers_shows_doublings() -> None:
     train = {"global_batch": 1000, "microbatch": 1, "epochs": 1}
     found = calculate(parse_spec({**BUILT_IN, "train": train, "workers": {"min": 3, "max": 100}}), None)

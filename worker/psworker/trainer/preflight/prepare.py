@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from pscluster.errors import InternalError
+from pscluster.errors import InternalError, LayoutError
 from pscluster.job.spec import JobSpec
 from pscluster.step.sampling import ShardSampler
 from pscluster.task import MapDataset, Task
+from psworker.live_buffers import preserved_buffers
+from psworker.model_tensors import check_kinds, is_lazy, parameter_names
 from psworker.numerics import arithmetic, numerics_class, precision
 from psworker.replica import layout_of
 from psworker.trainer.data.batches import data_fingerprint, preserved_generators, seed_step
 from psworker.trainer.data.loading import build_model, load_data, load_task, user_code
+from psworker.trainer.first_model import settle_model
 from psworker.trainer.preflight.loss import NARROW_TOLERANCE, TOLERANCE, Probe, first_loss, first_metrics, halves_add_up
 from psworker.trainer.preflight.parameters import check_unwritten, traces
 from psworker.trainer.preflight.table import CheckResult, Table
@@ -59,8 +63,10 @@ def prepare(spec: JobSpec, bundle_dir: Path | None, device: str) -> Prepared:
     model = data = None
     task = table.run("imports", lambda: _imports(spec, bundle_dir))
     if task is not None:
-        model = table.run("task", lambda: _model(task, device))
+        model = table.run("task", lambda: _model(task))
         data = table.run("data", lambda: _data(task))
+    if task is not None and model is not None and data is not None:
+        model = table.run("trainable", partial(settle_model, task, model, data[0], spec, device))
     if task is None or model is None or data is None:
         table.run("versions", _versions)
         table.skip("loss", "needs the checks above")
@@ -85,6 +91,7 @@ def run_preflight(
 
     Raises as `prepare` does."""
     table = table or Table()
+    named = parameter_names(model)
     table.run("versions", _versions)
     fingerprint = table.run("fingerprint", lambda: _fingerprint(train, held_out))
     with preserved_generators(), _preserved_model(model), precision(spec, device):
@@ -94,7 +101,7 @@ def run_preflight(
         if samples is not None:
             _check_loss(table, probe, samples, held_out, spec)
         # After the loss, whose forward gives lazy modules their shapes.
-        table.run("layout", lambda: _layout(model, spec))
+        table.run("layout", lambda: _layout(model, spec, named))
     canary = table.run("canary", lambda: _canary(spec, device))
     table.raise_failures()
     if fingerprint is None or canary is None:
@@ -119,10 +126,12 @@ def _imports(spec: JobSpec, bundle_dir: Path | None) -> tuple[Task, str]:
     return task, f"{spec.task.entrypoint} from {getattr(sys.modules[type(task).__module__], '__file__', '?')}"
 
 
-def _model(task: Task, device: str) -> tuple[nn.Module, str]:
-    model = build_model(task).to(device)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    return model, f"{type(model).__name__} with {count:,} parameters"
+def _model(task: Task) -> tuple[nn.Module, str]:
+    model = build_model(task)
+    check_kinds(model)
+    count = sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter))
+    lazy = sum(map(is_lazy, model.parameters()))
+    return model, f"{type(model).__name__} with {count:,} parameters" + (f", {lazy} tensors lazy" if lazy else "")
 
 
 def _data(task: Task) -> tuple[tuple[MapDataset, MapDataset | None], str]:
@@ -148,8 +157,15 @@ def _samples(train: MapDataset, spec: JobSpec) -> tuple[list[Any], str]:
     return samples, f"{len(samples)} in a microbatch, {sampler.steps_per_epoch:,} steps an epoch"
 
 
-def _layout(model: nn.Module, spec: JobSpec) -> tuple[None, str]:
-    layout = layout_of(model, spec.train.optimizer)
+def _layout(model: nn.Module, spec: JobSpec, named: Set[str]) -> tuple[None, str]:
+    """`named`: the parameters before the loss was computed."""
+    now = parameter_names(model)
+    for name in sorted(now ^ named):
+        raise LayoutError(
+            f"forward {'adds' if name in now else 'removes'} the parameter {name}",
+            action="give the module all its parameters in its constructor, or use one of torch's lazy modules",
+        )
+    layout = layout_of(model, spec.train.optimizer, spec.train.unfreeze_at)
     return None, f"{len(layout.tensors)} tensors in {len(layout.buckets)} buckets"
 
 
@@ -161,15 +177,11 @@ def _canary(spec: JobSpec, device: str) -> tuple[tuple[str, str], str]:
 @contextmanager
 def _preserved_model(model: nn.Module) -> Iterator[None]:
     """Put buffers and modes back on leaving, and drop gradients."""
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     modes = [(module, module.training) for module in model.modules()]
     try:
-        yield
+        with preserved_buffers(model):
+            yield
     finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in buffers:
-                    buffer.copy_(buffers[name])
         for module, training in modes:
             module.training = training
         model.zero_grad(set_to_none=True)
