@@ -101,14 +101,31 @@ def test_a_thaw_that_never_comes_leaves_first_values(tmp_path: Path) -> None:
     assert [name for name, value in tensors.items() if torch.equal(value, first[name])] == ["0.weight"]
 
 
-# ---- what is refused, on a cluster of daemons ----
+# ---- what is refused ----
 
-REFUSED = {
-    "Thaws": ("PS-2010", "parameter", "0.weight"),
-    "Swaps": ("PS-2010", "parameter", "2.weight"),
-    "Moves": ("PS-2010", "buffer", "scale"),
-    "OnMeta": ("PS-2004", "", "weight"),
+REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {  # a job, its code, what the error names
+    "thawed by the task": (spec("Thaws"), "PS-2010", "parameter 0.weight"),
+    "written past torch": (spec("Swaps"), "PS-2010", "parameter 2.weight"),
+    "a constant that moves": (spec("Moves"), "PS-2010", "buffer scale"),
+    "a cache in the state dict": (spec("Grows", {"persistent": True}), "PS-2010", "buffer positions"),
+    "on meta": (spec("OnMeta"), "PS-2004", "parameter weight"),
+    "a pattern without a match": (spec("Line", freeze=["0.wieght"]), "PS-1001", "did you mean 0.weight?"),
 }
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_model_is_refused_by_the_same_name_on_any_number_of_workers(case: str, workers: int, tmp_path: Path) -> None:
+    data, code, named = REFUSED[case]
+    with pytest.raises(AssertionError) as caught:
+        trained(data, workers, tmp_path)
+    said = str(caught.value)
+    assert f'code: "{code}"' in said and named in said, said
+    if code == "PS-2010":
+        assert 'cause: "in step ' in said
+
+
+# ---- on a cluster of daemons ----
 
 
 @pytest.fixture(scope="module")
@@ -125,46 +142,32 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def of_directory(name: str, workers: int, args: dict[str, Any] | None = None, **train: Any) -> dict[str, Any]:
-    data = spec(name, args, entrypoint=f"odd_models:{name}", **train)
+def of_directory(name: str, workers: int, **train: Any) -> dict[str, Any]:
+    data = spec(name, entrypoint=f"odd_models:{name}", **train)
     return {**data, "servers": {"partitions": 1}, "workers": {"min": workers, "max": workers}}
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_what_is_refused_fails_by_name_at_once(cluster: LocalCluster, directory: Path, workers: int) -> None:
-    jobs = {name: cluster.submit(of_directory(name, workers), directory) for name in REFUSED}
-    jobs["Grows"] = cluster.submit(of_directory("Grows", workers, {"persistent": True}), directory)
-    for name, job in jobs.items():
-        code, key, tensor = REFUSED.get(name, ("PS-2010", "buffer", "positions"))
-        found = cluster.until(job, lambda found: found.ended)
-        assert found.error is not None
-        assert (found.state, found.error.code) == ("FAILED", code), found.error
-        assert tensor in found.error.cause and found.error.action
-        assert not [event for event in found.events if event.reason == "TrainerLost"], "no attempt is repeated"
-        assert found.traceback == ""
-        if key:
-            assert found.error.details[key] == tensor
-            assert found.step < int(found.error.details["step"]) <= 5
-
-
-def test_a_pattern_that_matches_nothing_fails_and_what_freezes_is_counted(
-    cluster: LocalCluster, directory: Path
+@pytest.mark.parametrize(("name", "code"), [("Thaws", "PS-2010"), ("OnMeta", "PS-2004")])
+def test_what_is_refused_fails_at_once_without_another_attempt(
+    cluster: LocalCluster, directory: Path, name: str, code: str
 ) -> None:
-    wrong = cluster.submit(of_directory("Line", 1, freeze=["0.wieght"]), directory)
-    right = cluster.submit(of_directory("Line", 1, unfreeze_at={"0.*": 3}), directory)
-
-    found = cluster.until(wrong, lambda found: found.ended)
+    job = cluster.submit(of_directory(name, 2), directory)
+    found = cluster.until(job, lambda found: found.ended)
     assert found.error is not None
-    assert (found.error.code, [check.name for check in found.checks if not check.ok]) == ("PS-1001", ["trainable"])
-    assert "did you mean 0.weight?" in found.error.cause
-    cluster.wait(right, "succeeded")
-    checks = {check["name"]: check["detail"] for check in cluster.describe(right)["checks"]}
+    assert (found.state, found.error.code) == ("FAILED", code), found.error
+    assert "weight" in found.error.cause and found.error.action
+    assert not [event for event in found.events if event.reason == "TrainerLost"]
+    assert found.traceback == ""
+    if code == "PS-2010":
+        assert found.step < int(found.error.details["step"]) <= 5
+        assert found.error.details["parameter"] == "0.weight"
+
+
+def test_what_freezes_is_counted_in_describe_and_shown_in_a_dry_run(cluster: LocalCluster, directory: Path) -> None:
+    data = of_directory("Line", 1, unfreeze_at={"0.*": 3})
+    job = cluster.submit(data, directory, "--wait")
+    checks = {check["name"]: check["detail"] for check in cluster.describe(job)["checks"]}
     assert checks["trainable"] == "2 of 4 parameters train, 2 more from step 3 on"
-    dry = cluster.psctl("submit", str(spec_file(directory)), "--dry-run", "--set", "train.unfreeze_at={'0.*': 3}")
-    assert "frozen: 0.* until step 3\n" in dry.stdout
-
-
-def spec_file(directory: Path) -> Path:
     path = directory / "dry.json"
-    path.write_text(json.dumps(of_directory("Line", 1)))
-    return path
+    path.write_text(json.dumps(data))
+    assert "frozen: 0.* until step 3\n" in cluster.psctl("submit", str(path), "--dry-run").stdout
