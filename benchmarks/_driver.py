@@ -14,8 +14,7 @@ import torch
 
 from pscluster.agent.link import ProcessLink
 from pscluster.job.spec import parse_spec
-from pscluster.step.summary import Summary, touched_bits
-from pscluster.step.tree import TreeNode
+from pscluster.step.tree import Summary, TreeNode, touched_bits
 from pscluster.v1.plan_pb2 import ProcessReport, TrainerReady
 from pscluster.wire.protocol import Outcome
 from psworker.numerics import settle_numerics

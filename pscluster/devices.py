@@ -41,10 +41,7 @@ def choose_device(
     wanted: str, present: Sequence[str], held: Collection[str], leaving: Collection[str] = ()
 ) -> str | None:
     """The device of a node's next trainer: the first of its CUDA devices (`present`) that fits and is not in `held`, or
-    "cpu". None: wait for one of `leaving`, whose holders are being ended.
-
-    Raises DeviceError when no device of the node fits.
-    """
+    "cpu". None: wait for one of `leaving`, whose holders are being ended. Raises DeviceError when none fits."""
     fit = fitting(wanted, present)
     free = [device for device in fit if device not in held and device not in leaving]
     if free:

@@ -1,12 +1,9 @@
-"""Settings: a frozen, keyword-only dataclass beside what it configures, resolved once at start.
+"""Settings: a frozen, keyword-only dataclass beside what it configures, resolved once at start; and the paths of a
+local cluster.
 
-`resolve(cls, flags, environ, file)` fills such a dataclass: a flag beats the `PS_<FIELD>` environment
-variable, which beats the TOML file, which beats the field's default. `resolve_with_origins` also returns where each
-value came from. Fields may be str, int, float, bool, Path, tuple[str, ...] (comma-separated in the
-environment) and each of them `| None`. Unknown keys of flags and file are
-`SettingsError`s; environment variables are shared by all processes, so unknown ones are ignored.
-
-The second half defines the paths of a local cluster: `default_state_dir`, `runtime_dir`, `master_address`.
+A flag beats the `PS_<FIELD>` environment variable, which beats the TOML file, which beats the field's default. Fields
+may be str, int, float, bool, Path, tuple[str, ...] (comma-separated in the environment) and each of them `| None`.
+Unknown keys of flags and file are errors; environment variables are shared by all processes: unknown ones are ignored.
 """
 
 from __future__ import annotations
@@ -15,6 +12,7 @@ import dataclasses
 import difflib
 import hashlib
 import os
+import shutil
 import stat
 import tempfile
 import tomllib
@@ -58,12 +56,9 @@ def resolve(cls: type[S], flags: Mapping[str, Any], environ: Mapping[str, str], 
 def resolve_with_origins(
     cls: type[S], flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None = None
 ) -> Resolved[S]:
-    """Fill dataclass `cls` and return where each value came from.
-
-    `flags` maps field names to parsed values; None means "not given". `file` is a TOML file that must exist
-    when named. Raises SettingsError for an unknown or missing key, a value of the wrong type, or one that
-    `cls` refuses by raising ValueError from `__post_init__`. Paths come out absolute.
-    """
+    """Fill dataclass `cls` and return where each value came from. `flags`: parsed values by field, None where not
+    given. `file`: a TOML file, which must exist. Paths come out absolute. Raises SettingsError for an unknown or
+    missing key, a wrong type, or what `cls` refuses by ValueError."""
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     table = _read_table(file) if file is not None else {}
@@ -171,11 +166,8 @@ def default_state_dir(environ: Mapping[str, str]) -> Path:
 
 
 def runtime_dir(state_dir: Path) -> Path:
-    """The directory of a local cluster's sockets, derived from the state directory but always short.
-
-    Only the path; `make_runtime_dir` creates it. Raises SettingsError when no temporary directory is short
-    enough.
-    """
+    """The path of a local cluster's sockets, derived from the state directory but always short. Raises SettingsError
+    when no temporary directory is short enough."""
     digest = hashlib.sha256(os.fsencode(state_dir.expanduser().resolve())).hexdigest()[:8]
     name = f"ps-{os.getuid()}-{digest}"
     for base in (tempfile.gettempdir(), "/tmp"):
@@ -186,10 +178,8 @@ def runtime_dir(state_dir: Path) -> Path:
 
 
 def make_runtime_dir(state_dir: Path) -> Path:
-    """Create `runtime_dir(state_dir)` with mode 0700, or check that an existing one is safe. Idempotent.
-
-    Raises StorageError when another user owns it, it is a link, or others may enter it.
-    """
+    """Create `runtime_dir(state_dir)` with mode 0700. Idempotent. Raises StorageError when another user owns what is
+    there, it is a link, or others may enter it."""
     path = runtime_dir(state_dir)
     try:
         path.mkdir(mode=0o700, exist_ok=True)
@@ -199,6 +189,19 @@ def make_runtime_dir(state_dir: Path) -> Path:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
         raise StorageError(f"{path} is not a directory that only this user may enter", action=f"remove {path}")
     return path
+
+
+def remove_runtime_dir(state_dir: Path) -> None:
+    """Remove the sockets' directory of what does not run any more. Idempotent. A link, or what belongs to another user,
+    is left: `make_runtime_dir` refuses it."""
+    path = runtime_dir(state_dir)
+    try:
+        if path.lstat().st_uid == os.getuid() and not path.is_symlink():
+            shutil.rmtree(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StorageError(f"cannot remove {path}: {error.strerror}") from None
 
 
 def master_address(state_dir: Path) -> str:

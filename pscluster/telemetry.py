@@ -1,9 +1,7 @@
 """A daemon's log lines on stderr and its metrics over HTTP.
 
-Every metric here is in prometheus_client's default registry, which also has the process's CPU, memory and descriptors.
-A daemon serves it with one MetricsEndpoint, which unlike prometheus_client's own HTTP server resolves no host names,
-limits the time of a scrape and serves no other path.
-"""
+Metrics are in prometheus_client's default registry. Unlike its own HTTP server, MetricsEndpoint resolves no host names,
+limits the time of a scrape and serves no other path."""
 
 from __future__ import annotations
 
@@ -36,10 +34,8 @@ RPC_ERRORS = Counter("ps_rpc_errors_total", "Calls that ended in an error.", ["m
 
 
 def configure_logging(role: str, level: str = "info") -> None:
-    """Send structlog's and the standard library's log lines to stderr: key=value on a terminal, else JSON.
-
-    Counts them in ps_log_messages_total. Raises SettingsError for an unknown level. Safe to repeat.
-    """
+    """Send structlog's and the standard library's log lines to stderr: key=value on a terminal, else JSON. Counts them
+    in ps_log_messages_total. Raises SettingsError for an unknown level. Safe to repeat."""
     if level not in LEVELS:
         raise SettingsError(f"log level {level!r} is not one of {', '.join(LEVELS)}")
     threshold = getattr(logging, level.upper())
@@ -68,13 +64,12 @@ def configure_logging(role: str, level: str = "info") -> None:
 
 
 def record_build(role: str, version: str) -> None:
-    """Export ps_build_info for this process."""
     python = ".".join(str(part) for part in sys.version_info[:3])
     BUILD_INFO.labels(version=version, role=role, python=python).set(1)
 
 
 def observe_rpc(method: str, seconds: float | None, code: str) -> None:
-    """Record one served call, for `pscluster.rpc.ErrorInterceptor`. `seconds` is None for a stream."""
+    """Record one served call, with the name of its status code. `seconds` is None for a stream."""
     if seconds is not None:
         RPC_SECONDS.labels(method=method).observe(seconds)
     if code != "OK":
@@ -94,10 +89,8 @@ class MetricsEndpoint:
     """Serves a registry as Prometheus text on http://<address>/metrics, from its own thread."""
 
     def __init__(self, listen: str, registry: CollectorRegistry = REGISTRY) -> None:
-        """Bind `listen` ("host:port"; port 0 takes a free one) and serve.
-
-        Raises AddressInUseError when it is taken, SettingsError when it cannot be an address of this machine.
-        """
+        """Bind `listen` ("host:port"; port 0 takes a free one) and serve. Raises AddressInUseError when it is taken,
+        SettingsError when it cannot be an address of this machine."""
         host, port = split_address(listen)
         metrics = prometheus.make_wsgi_app(registry)
 

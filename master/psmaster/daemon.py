@@ -16,10 +16,8 @@ def main() -> None:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Be the master that `argv` describes; returns the exit code. Must be called on the main thread.
-
-    What keeps it from starting is one line on stderr.
-    """
+    """Be the master that `argv` describes; returns the exit code. On the main thread. What keeps it from starting is
+    one line on stderr."""
     rebuilds = list(argv[:1]) == ["rebuild"]
     arguments = vars(parse_rebuild(argv[1:]) if rebuilds else parse(argv))
     # Read when grpc is imported: its core logs every broken connection, which we do ourselves.

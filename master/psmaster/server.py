@@ -42,16 +42,13 @@ _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 @dataclass(frozen=True, kw_only=True)
 class MasterSettings:
-    """`listen`: "unix:/path" or "host:port", each; a host is a loopback one, because nothing encrypts the token yet.
-
-    `suspicion_s`: silence after which a node is taken for dead.
-    """
+    """`listen`: "unix:/path" or "host:port", each; a host is a loopback one, because nothing encrypts the token yet."""
 
     state_dir: Path
     token_file: Path
     listen: tuple[str, ...] = ("127.0.0.1:7070",)
     metrics_listen: str = "127.0.0.1:0"
-    suspicion_s: float = 3.0
+    suspicion_s: float = 3.0  # of silence, after which a node is taken for dead
     log_level: str = "info"
 
     def __post_init__(self) -> None:
@@ -86,8 +83,7 @@ async def serve(settings: MasterSettings) -> None:
 
 @asynccontextmanager
 async def assembled(settings: MasterSettings) -> AsyncIterator[tuple[ControlLoop, Any]]:
-    """The master with its doors open and its state loaded, and its health service; `run_transactions` makes it work.
-
+    """The master, which listens and has its state, and its health service; `run_transactions` makes it work.
     Everything is released at the end. Raises PsError when it cannot start."""
     async with AsyncExitStack() as stack:
         token = rpc.read_token(settings.token_file)
@@ -155,24 +151,21 @@ async def run_transactions(core: ControlLoop, health: Any, ending: asyncio.Event
 async def _listen(
     stack: AsyncExitStack, settings: MasterSettings, token: str, jobs: JobsService, agents: AgentsService, health: Any
 ) -> None:
-    server = grpc.aio.server(
-        interceptors=[ErrorInterceptor(telemetry.observe_rpc), TokenInterceptor(token)], options=rpc.SERVER_OPTIONS
-    )
+    server = grpc.aio.server(interceptors=[ErrorInterceptor(), TokenInterceptor(token)], options=rpc.SERVER_OPTIONS)
     jobs_pb2_grpc.add_JobsServicer_to_server(jobs, server)  # type: ignore[no-untyped-call]
     agents_pb2_grpc.add_AgentsServicer_to_server(agents, server)  # type: ignore[no-untyped-call]
     health_pb2_grpc.add_HealthServicer_to_server(health, server)  # type: ignore[no-untyped-call]
     for address in settings.listen:
         bind(server, address)
         if address.startswith("unix:"):
-            stack.callback(_remove_socket, Path(address.removeprefix("unix:")))
+            stack.callback(Path(address.removeprefix("unix:")).unlink, missing_ok=True)
     await server.start()
     stack.push_async_callback(server.stop, STOP_GRACE_S)
 
 
 def claim(state_dir: Path) -> IO[str]:
-    """Create the state directory and lock it for this process; closing the file unlocks it.
-
-    Raises StorageError when it cannot be written or another master has it."""
+    """Create the state directory and lock it for this process; closing the file unlocks it. Raises StorageError when
+    it cannot be written or another master has it."""
     try:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = (state_dir / "lock").open("a+")
@@ -194,10 +187,8 @@ def claim(state_dir: Path) -> IO[str]:
 
 
 def bind(server: grpc.aio.Server, address: str) -> int:
-    """Listen on an address; its port. A socket file that a killed master left is replaced.
-
-    Raises AddressInUseError when another process serves there.
-    """
+    """Listen on an address; its port. A socket file that a killed master left is replaced. Raises AddressInUseError
+    when another process serves there."""
     if address.startswith("unix:"):
         _replace_stale(Path(address.removeprefix("unix:")))
     try:
@@ -221,7 +212,3 @@ def _replace_stale(path: Path) -> None:
         except OSError as error:
             raise AddressInUseError(f"cannot listen on {path}: {error.strerror}") from None
     raise AddressInUseError(f"{path} is served by another process")
-
-
-def _remove_socket(path: Path) -> None:
-    path.unlink(missing_ok=True)

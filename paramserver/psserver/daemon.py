@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from pscluster.agent.daemon import run
-from pscluster.agent.role import AgentRole
+from pscluster.agent.daemon import AgentRole, run
 
 SERVER = AgentRole(name="server", module="psserver.partition", runs="partitions", default_slots=4, keeps_snapshots=True)
 

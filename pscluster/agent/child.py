@@ -1,7 +1,5 @@
-"""One process of an agent: its start, its socket, its output, its end.
-
-Start children from the loop's thread: the kernel kills them when that thread ends.
-"""
+"""One process of an agent: its start, its socket, its output, its end. Start children from the loop's thread: the
+kernel kills them when that thread ends."""
 
 from __future__ import annotations
 
@@ -78,10 +76,8 @@ class Child:
         on_report: OnReport,
         on_line: OnLine,
     ) -> Child:
-        """Start `command` in `directory` with `environment` and send it `spec`. Blocks for milliseconds.
-
-        Raises OSError when the process cannot be started. The caller must await `wait` afterwards.
-        """
+        """Start `command` in `directory` and send it `spec`; `wait` must follow. Blocks for milliseconds. Raises
+        OSError."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         with theirs:
@@ -121,10 +117,7 @@ class Child:
         self._wake.set()
 
     async def wait(self) -> Exit:
-        """Wait until the process has exited and its reports and output are read; how it exited. Call once.
-
-        What it left in its process group is killed first.
-        """
+        """Wait until the process has exited, its output is read, and the rest of its group is killed. Call once."""
         await self._exited.wait()
         # The leader is still a zombie: the number of its group cannot be reused yet.
         self._signal(signal.SIGKILL)

@@ -1,8 +1,5 @@
-"""Copies of snapshot parts on a server node whose disk is not shared.
-
-Each part is copied to a second node before it is reported to the master, and fetched from a node that has it before a
-partition is ordered to restore it.
-"""
+"""Copies of snapshot parts on a server node whose disk is not shared: each is made before the part is reported to the
+master, and fetched before a partition is ordered to restore it."""
 
 from __future__ import annotations
 
@@ -35,9 +32,8 @@ _log = structlog.get_logger(__name__)
 
 @dataclass
 class Copies:
-    """Used from the agent's loop. `directory` None: the store is shared, and nothing is copied.
-
-    `address`: where other nodes reach the depot of this one."""
+    """Used from the agent's loop. `directory` None: the store is shared, and nothing is copied. `address`: of this
+    node's depot."""
 
     node_id: str
     token: str = field(repr=False)
@@ -59,8 +55,7 @@ class Copies:
                     self._spawn(asyncio.to_thread(DirectoryStore(self.directory / job_id).remove))
 
     def use_own_store(self, spec: ProcessSpec) -> bool:
-        """Make a partition keep its snapshots on this node, unless its job has a shared store; returns whether it does.
-
+        """Make a partition keep its snapshots on this node unless its job has a shared store; returns whether it does.
         Raises ValueError for a spec that is not JSON."""
         if self.directory is None or spec.kind != ProcessSpec.KIND_PARTITION:
             return False
@@ -123,7 +118,6 @@ class Copies:
         return None
 
     async def close(self) -> None:
-        """Cancel running transfers."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -204,20 +198,24 @@ class Copies:
             _log.warning("the store of this node cannot be created", cause=error.cause)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._finished)
+        spawn(self._tasks, work, "copying a snapshot failed")
 
-    def _finished(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+
+def spawn(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None], failure: str) -> None:
+    """Run `work` as one of `tasks`; if it raises, `failure` is logged with the traceback."""
+
+    def finished(task: asyncio.Task[None]) -> None:
+        tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            _log.error("copying a snapshot failed", exc_info=task.exception())
+            _log.error(failure, exc_info=task.exception())
+
+    task = asyncio.create_task(work)
+    tasks.add(task)
+    task.add_done_callback(finished)
 
 
 def _part_to_restore(spec: ProcessSpec, plan: Plan | None) -> SnapshotPart | None:
-    """The part that a plan orders a partition to restore from nodes' own stores; a standby restores none.
-
-    A copy, since plans are overwritten."""
+    """A copy of the part that a plan orders a partition to restore from nodes' own stores; a standby restores none."""
     if plan is None or not plan.generation or plan.partitions[spec.rank].attempt not in (0, spec.attempt):
         return None
     for part in plan.restore.parts:

@@ -1,8 +1,7 @@
 """The Depot service of a server node: fetches copies of snapshot parts from other nodes on request, and serves them.
 
-A copy is fetched by the node that keeps it rather than pushed to it: when a server ends a call to which the client
-still writes, grpc.aio may lose the status; and a part that is refused is not transferred in vain.
-"""
+A copy is not pushed: when a server ends a call to which the client still writes, grpc.aio may lose the status; and a
+part that is refused is not transferred in vain."""
 
 from __future__ import annotations
 
@@ -21,7 +20,6 @@ from pscluster.rpc.server import ErrorInterceptor, TokenInterceptor
 from pscluster.storage import Written
 from pscluster.storage.directory import DirectoryStore, Incoming
 from pscluster.storage.snapshot import parse_part_name, verify_file
-from pscluster.telemetry import observe_rpc
 from pscluster.v1 import depot_pb2, depot_pb2_grpc
 from pscluster.v1.plan_pb2 import SnapshotPart
 
@@ -72,9 +70,7 @@ class DepotService(depot_pb2_grpc.DepotServicer):
 @asynccontextmanager
 async def serving(directory: Path, listen: str, token: str) -> AsyncIterator[str]:
     """Serve the depot of `directory` while the context lasts; yields its address. Raises AddressInUseError."""
-    server = grpc.aio.server(
-        interceptors=[ErrorInterceptor(observe_rpc), TokenInterceptor(token)], options=SERVER_OPTIONS
-    )
+    server = grpc.aio.server(interceptors=[ErrorInterceptor(), TokenInterceptor(token)], options=SERVER_OPTIONS)
     depot_pb2_grpc.add_DepotServicer_to_server(DepotService(directory, token), server)  # type: ignore[no-untyped-call]
     try:
         port = server.add_insecure_port(listen)

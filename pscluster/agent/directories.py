@@ -6,8 +6,7 @@
     <state_dir>/snapshots/   of a server with --own-store: its partitions' parts, and copies of others'; kept
     <runtime dir>/           sockets of its processes; the path is derived from the state directory
 
-The processes of a killed agent end with it. Their sockets remain, and are removed at the next start or by
-`remove_runtime`.
+The processes of a killed agent end with it. Their sockets remain, and are removed at the next start.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import structlog
 
 from pscluster.errors import BundleError, StateError, StorageError
 from pscluster.job.bundle import CAP_BYTES, extract
-from pscluster.settings import make_runtime_dir, runtime_dir
+from pscluster.settings import make_runtime_dir, remove_runtime_dir
 from pscluster.storage.directory import DirectoryStore
 
 KEPT = 16
@@ -48,10 +47,8 @@ class AgentDirectories:
 
     @classmethod
     def claim(cls, state_dir: Path) -> AgentDirectories:
-        """Create what is missing, lock it, and remove what a predecessor left.
-
-        Raises StorageError when the directory cannot be written, StateError when another agent runs in it.
-        """
+        """Create what is missing, lock it, and remove what a predecessor left. Raises StorageError, and StateError when
+        another agent runs in it."""
         try:
             state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = os.open(state_dir / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -64,14 +61,14 @@ class AgentDirectories:
             raise StateError(
                 f"another agent runs in {state_dir}", action="stop it, or give this one its own --state-dir"
             ) from None
-        remove_runtime(state_dir)
+        remove_runtime_dir(state_dir)
         directories = cls(state_dir, make_runtime_dir(state_dir), lock)
         directories._clear()
         return directories
 
     def release(self) -> None:
         """Remove the sockets' directory and release the lock."""
-        remove_runtime(self._state_dir)
+        remove_runtime_dir(self._state_dir)
         os.close(self._lock)
 
     def _clear(self) -> None:
@@ -89,19 +86,6 @@ class AgentDirectories:
             DirectoryStore(Path(location)).sweep(lambda _: True)
 
 
-def remove_runtime(state_dir: Path) -> None:
-    """Remove the sockets' directory of an agent that does not run. Idempotent; never follows a link."""
-    path = runtime_dir(state_dir)
-    if path.is_symlink():
-        raise StorageError(f"{path} is a link, not a directory", action=f"remove {path}")
-    try:
-        shutil.rmtree(path)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise StorageError(f"cannot remove {path}: {error.strerror}") from None
-
-
 class BundleCache:
     """Directories named by content digest below `directory`. Used from the agent's loop; disk work runs on threads."""
 
@@ -113,11 +97,8 @@ class BundleCache:
         self._used: OrderedDict[str, None] = OrderedDict.fromkeys(present)
 
     async def ensure(self, sha256: str) -> Path:
-        """The directory of the bundle, downloaded if it is missing. Safe to call concurrently and to repeat.
-
-        Raises BundleError for content that does not match its digest or cannot be extracted safely, StorageError when
-        it cannot be written, and what `fetch` raises.
-        """
+        """The directory of the bundle, downloaded if missing. Safe to call concurrently and to repeat. Raises
+        BundleError for content that is damaged or unsafe, StorageError, and what `fetch` raises."""
         if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
             raise BundleError(f"{sha256!r} is not a sha256 digest")
         target = self._directory / sha256

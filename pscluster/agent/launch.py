@@ -25,11 +25,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_agent() -> None:
-    """Ask the kernel to SIGKILL this process when the agent's thread that started it ends. Safe to repeat.
-
-    Exits at once when that agent is already gone, since the kernel then sends no signal. Without PS_AGENT_PID (a
-    process that no agent started) it does nothing.
-    """
+    """Have the kernel SIGKILL this process when the agent's thread that started it ends; exits at once when that agent
+    is already gone. Does nothing in a process that no agent started. Safe to repeat."""
     agent = os.environ.get(AGENT_PID, "")
     if not agent:
         return

@@ -1,4 +1,5 @@
-"""A trainer's or partition's connection to its agent: orders in, reports out, heartbeats from a separate thread.
+"""A trainer's or partition's connection to its agent: orders in, reports out, heartbeats from a separate thread; and
+the time by phase that it reports.
 
 Frames on it are 4 bytes of little-endian length, then a protobuf message.
 """
@@ -9,8 +10,10 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from google.protobuf.message import DecodeError
 
@@ -28,20 +31,14 @@ UNREACHED_S = 2.0
 
 
 class ProcessLink:
-    """The socket that the agent passed by number in PS_CONTROL_FD.
-
-    One thread reads (`receive`, `receive_nowait`, `fileno`); any thread may `report`. `start` is the first
-    order.
-    """
+    """The socket that the agent passed by number in PS_CONTROL_FD. One thread reads, any may `report`. `start`: the
+    first order."""
 
     start: ProcessSpec
 
     def __init__(self, control: socket.socket, deadline_s: float = START_DEADLINE_S) -> None:
-        """Take ownership of `control` and block until the start order arrives.
-
-        Raises UnreachableError when it does not arrive within `deadline_s` or the agent ends first, FrameError when
-        something else arrives first.
-        """
+        """Take ownership of `control` and block until the start order arrives. Raises UnreachableError when it does not
+        within `deadline_s`, FrameError when something else arrives first."""
         self._socket = control
         self._splitter = FrameSplitter()
         self._orders: deque[ProcessOrder] = deque()
@@ -60,11 +57,9 @@ class ProcessLink:
 
     @classmethod
     def from_environment(cls) -> ProcessLink:
-        """Take the agent's socket, tie this process's life to the agent's, and read the start order.
-
-        Blocks for at most 30 s. The number is taken out of the environment and the socket is not inherited by
-        processes started from here. Raises SettingsError when no agent started this process.
-        """
+        """Take the agent's socket, which processes started from here do not inherit, tie this process's life to the
+        agent's, and read the start order. Blocks for at most 30 s. Raises SettingsError when no agent started this
+        process."""
         number = os.environ.pop(CONTROL_FD, "")
         if not number.isdigit():
             raise SettingsError(
@@ -92,10 +87,8 @@ class ProcessLink:
         return self._orders.popleft()
 
     def receive_nowait(self) -> list[ProcessOrder]:
-        """Every order that has arrived, oldest first; never blocks. Raises EOFError when the agent is gone.
-
-        Orders that arrived before the end are returned first; the call after that raises.
-        """
+        """Every order that has arrived, oldest first; never blocks. Raises EOFError once the agent is gone and all
+        orders are returned."""
         gone = False
         while not gone:
             try:
@@ -113,10 +106,8 @@ class ProcessLink:
         return orders
 
     def report(self, report: ProcessReport) -> None:
-        """Send one report to the agent; thread-safe. Blocks while the agent does not read.
-
-        Raises EOFError when the agent is gone, FrameError above 64 MiB.
-        """
+        """Send one report; thread-safe. Blocks while the agent does not read. Raises EOFError when it is gone,
+        FrameError above 64 MiB."""
         frame = encode_frame(report.SerializeToString())
         with self._sending:
             try:
@@ -188,3 +179,23 @@ class HeartbeatThread(threading.Thread):
                     return
         except EOFError:
             return  # the agent is gone, and this process ends with it
+
+
+class Phases:
+    """Wall-clock seconds by phase (ps_phase_seconds_total). One thread measures; any may read `seconds`."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.seconds = dict.fromkeys(names, 0.0)
+        self._inner_s = 0.0  # spent in phases inside the running one
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Time the block as part of a phase; a phase within a phase counts as the inner one alone."""
+        outer, self._inner_s = self._inner_s, 0.0
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - started
+            self.seconds[name] += spent - self._inner_s
+            self._inner_s = outer + spent

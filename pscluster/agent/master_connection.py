@@ -28,10 +28,7 @@ _log = structlog.get_logger(__name__)
 
 
 class MasterConnection:
-    """Registers the node, sends heartbeats and queued messages, and applies the master's assignments.
-
-    Used from the agent's loop.
-    """
+    """Registers the node, sends heartbeats and queued messages, applies assignments. Used from the agent's loop."""
 
     def __init__(self, address: str, token: str, node: RegisterRequest) -> None:
         self._address = address
@@ -65,9 +62,8 @@ class MasterConnection:
         return self._queue.log_bytes
 
     async def run(self, supervisor: Supervisor) -> None:
-        """Keep a stream open and pass assignments to `supervisor`; never returns.
-
-        Raises StateError when a newer incarnation of this node has registered."""
+        """Keep a stream open and pass assignments to `supervisor`; never returns. Raises StateError when a newer
+        incarnation of this node has registered."""
         while True:
             try:
                 await self._session(supervisor)
@@ -90,10 +86,8 @@ class MasterConnection:
                 raise error_of(failure) from None
 
     async def _session(self, supervisor: Supervisor) -> None:
-        """One registration and one stream, until it breaks.
-
-        Raises grpc.RpcError or UnreachableError for what a retry may fix, StateError when superseded.
-        """
+        """One registration and one stream, until it breaks: grpc.RpcError, UnreachableError, or StateError when
+        superseded."""
         async with open_aio_channel(self._address, self._token) as channel:
             stub: Any = AgentsStub(channel)  # type: ignore[no-untyped-call]
             beat_interval_s = await self._register(stub)
@@ -146,9 +140,8 @@ class MasterConnection:
         raise UnreachableError("the master closed the stream")
 
     async def _send(self, call: Any, supervisor: Supervisor, beat_interval_s: float) -> None:
-        """Send everything unacknowledged, then what is added, and heartbeats in between, until the call ends.
-
-        One message at a time: the next one may be superseded while this one waits to be written."""
+        """Send everything unacknowledged, then what is added, one message at a time since the next may be superseded
+        meanwhile, and heartbeats in between, until the call ends."""
         loop = asyncio.get_running_loop()
         sent = 0
         beat_at = loop.time()

@@ -39,7 +39,6 @@ class ProcessMetrics(Collector):
         self._held: dict[str, tuple[dict[str, str], Counters]] = {}
 
     def keep(self, spec: ProcessSpec, counters: Counters) -> None:
-        """Export these counters for the process of `spec`."""
         placement = "rank" if spec.kind == ProcessSpec.KIND_TRAINER else "partition"
         self._held[spec.process_id] = ({"job": spec.job_id, placement: str(spec.rank)}, counters)
 

@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
 
 import structlog
 from prometheus_client import REGISTRY
@@ -22,11 +23,13 @@ from pscluster.agent.directories import AgentDirectories, BundleCache
 from pscluster.agent.master_connection import MasterConnection
 from pscluster.agent.process import AgentContext
 from pscluster.agent.resources import DeviceLedger
-from pscluster.agent.role import AgentRole, AgentSettings
 from pscluster.agent.supervisor import Supervisor
 from pscluster.rpc import PROTOCOL, read_token
 from pscluster.telemetry import MetricsEndpoint
 from pscluster.v1.agents_pb2 import AgentMessage, Goodbye, Leaving, RegisterRequest
+
+if TYPE_CHECKING:
+    from pscluster.agent.daemon import AgentRole, AgentSettings
 
 FLUSH_S = 5.0
 """How long an agent that ends waits for the master to acknowledge the last messages."""
@@ -35,11 +38,8 @@ _log = structlog.get_logger(__name__)
 
 
 async def run_agent(role: AgentRole, settings: AgentSettings, environ: Mapping[str, str], grace: GracePeriods) -> None:
-    """Run an agent until SIGTERM or SIGINT, then end its processes and return.
-
-    Raises PsError when it cannot start, or when a newer incarnation of the node has registered. `environ` is what its
-    processes inherit.
-    """
+    """Run an agent until SIGTERM or SIGINT, then end its processes, which inherit `environ`, and return. Raises PsError
+    when it cannot start, or when a newer incarnation of the node has registered."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -35,7 +35,7 @@ from pscluster.agent.status import (
 from pscluster.devices import AUTO
 from pscluster.errors import InternalError, PsError, StorageError, UnreachableError
 from pscluster.v1.agents_pb2 import AgentMessage, LogLine, ProcessEvent, ProcessState, ProcessStatus
-from pscluster.v1.plan_pb2 import Beat, Failure, Plan, ProcessReport, ProcessSpec, Speed
+from pscluster.v1.plan_pb2 import Failure, Plan, ProcessReport, ProcessSpec, Speed
 from pscluster.wire.backoff import delay_s
 
 FLUSH_S = 0.2
@@ -71,8 +71,6 @@ class Process:
         self.plan: Plan | None = spec.plan if spec.HasField("plan") else None
         self.last_heartbeat: LastHeartbeat | None = None
         """The last heartbeat; before the first, the start."""
-        self.speed: Speed | None = None
-        """How fast a trainer computes, by its last heartbeat."""
         self._context = context
         self._log = _log.bind(process_id=spec.process_id)
         self._status = ProcessStatus(process_id=spec.process_id)
@@ -91,6 +89,11 @@ class Process:
     def is_active(self) -> bool:
         """Whether it runs, or is about to."""
         return self._status.phase != ProcessStatus.PHASE_EXITED
+
+    @property
+    def speed(self) -> Speed | None:
+        """How fast a trainer computes, by its last heartbeat."""
+        return _optional(self.last_heartbeat.beat, "speed") if self.last_heartbeat is not None else None
 
     def state(self) -> ProcessState:
         """What a Hello reports of it to a restarted master."""
@@ -154,11 +157,8 @@ class Process:
         reaches other partitions."""
         silence_s = LOADING_SILENCE_S if self._ready is None else SILENCE_S[self.spec.kind]
         found = suspicion_of(now_s, self.last_heartbeat, silence_s)
-        unreached = self.last_heartbeat.unreached if self.last_heartbeat is not None else None
-        before, reported = (
-            self._status.suspicion,
-            self._status.unreached if self._status.HasField("unreached") else None,
-        )
+        unreached = _optional(self.last_heartbeat.beat, "unreached") if self.last_heartbeat is not None else None
+        before, reported = self._status.suspicion, _optional(self._status, "unreached")
         if (found, unreached) == (before, reported):
             return
         if found not in (before, NONE):
@@ -185,7 +185,7 @@ class Process:
             self._context.metrics.keep(self.spec, report.counters)
             return
         if body == "beat":
-            self._handle_heartbeat(report.beat)
+            self.last_heartbeat = LastHeartbeat(at_s=asyncio.get_running_loop().time(), beat=report.beat)
             return
         if body == "snapshot_part" and self._copies:
             self._context.copies.copy(self.spec, self.plan, report, self._emit_event, self._part_settled)
@@ -198,15 +198,6 @@ class Process:
             self._failure = report.failure
         self._send_lines(final=True)
         self._emit_event(report)
-
-    def _handle_heartbeat(self, beat: Beat) -> None:
-        self.last_heartbeat = LastHeartbeat(
-            at_s=asyncio.get_running_loop().time(),
-            busy_s=beat.busy_s,
-            typical_s=beat.typical_s,
-            unreached=beat.unreached if beat.HasField("unreached") else None,
-        )
-        self.speed = beat.speed if beat.HasField("speed") else None
 
     def _emit_event(self, report: ProcessReport) -> None:
         self._context.emit(AgentMessage(event=ProcessEvent(process_id=self.spec.process_id, report=report)))
@@ -307,7 +298,6 @@ def num_threads(spec: ProcessSpec) -> int:
 
 
 def wanted_device(spec: ProcessSpec) -> str:
-    """The spec's `workers.device`."""
     return str(_workers(spec).get("device", AUTO))
 
 
@@ -319,8 +309,11 @@ def _workers(spec: ProcessSpec) -> Mapping[str, Any]:
     return section
 
 
+def _optional(message: Any, name: str) -> Any:
+    return getattr(message, name) if message.HasField(name) else None
+
+
 def _start_error(error: Exception) -> PsError:
-    """The error of a process that could not be started."""
     if isinstance(error, PsError):
         return error
     if isinstance(error, OSError):

@@ -1,12 +1,9 @@
 """Messages for the master, kept until it acknowledges them, and the output of a process on its way there.
 
-Durable messages get a sequence number that rises by 1. They stay here, across any number of broken streams, until an
-acknowledgement covers them. Memory is bounded: in a long outage the oldest progress reports and log lines are dropped
-first, and the loss is counted.
-
-Every message must arrive, except the status of a running process: only the newest one is kept, so that a master that
-returns from an outage does not act on a stale one. Sequences therefore have gaps.
-"""
+Messages get sequence numbers and stay here, across any number of broken streams, until an acknowledgement covers them.
+All must arrive, except a running process's status, of which only the newest is kept, so that a master that returns from
+an outage does not act on a stale one; sequences therefore have gaps. In a long outage the oldest progress reports and
+log lines are dropped first, and the loss is counted."""
 
 from __future__ import annotations
 
@@ -32,7 +29,8 @@ class ReportQueue:
         self._queued: dict[int, AgentMessage] = {}
         self._latest_status: dict[str, int] = {}  # by process id: the queued status of the running process
         self._size_bytes = 0
-        self._log_bytes = 0
+        self.log_bytes = 0
+        """Bytes of queued log lines: callers hold back further lines while this is high."""
         self.last_sequence = 0
         """The sequence of the newest message ever added; 0: none."""
         self.num_dropped = 0
@@ -40,11 +38,6 @@ class ReportQueue:
 
     def __len__(self) -> int:
         return len(self._queued)
-
-    @property
-    def log_bytes(self) -> int:
-        """Bytes of queued log lines: callers hold back further lines while this is high."""
-        return self._log_bytes
 
     def add(self, message: AgentMessage) -> int:
         """Take ownership of `message` and queue it in place of the one it supersedes. Returns its sequence."""
@@ -94,7 +87,7 @@ class ReportQueue:
         size_bytes = message.ByteSize()
         self._size_bytes += sign * size_bytes
         if message.WhichOneof("body") == "log":
-            self._log_bytes += sign * size_bytes
+            self.log_bytes += sign * size_bytes
 
 
 def _is_droppable(message: AgentMessage) -> bool:
@@ -105,11 +98,8 @@ def _is_droppable(message: AgentMessage) -> bool:
 
 
 class LineSplitter:
-    """Splits a stream of bytes into lines of at most 16 KiB; holds at most one unfinished line.
-
-    The rest of a longer line is dropped. Of a line that was overwritten by carriage returns (a progress bar)
-    only the last state is kept, as on a terminal.
-    """
+    """Splits a stream of bytes into lines of at most 16 KiB, the rest of a longer one dropped. Of a line that was
+    overwritten by carriage returns (a progress bar) only the last state is kept, as on a terminal."""
 
     def __init__(self, max_bytes: int = MAX_LINE_BYTES) -> None:
         self._max_bytes = max_bytes

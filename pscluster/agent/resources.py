@@ -1,9 +1,7 @@
-"""What this node has: cores, memory, CUDA devices, and which process holds which device.
+"""What this node has: cores, memory, CUDA devices, and which process holds which device. Imports no torch.
 
-Imports no torch: devices are counted, not initialised. Memory limits and out-of-memory kills are read from the control
-group of this process, in either hierarchy, also in a container that shows its own group at the root. Without one, there
-is no limit, and the kills are the machine's.
-"""
+Memory limits and out-of-memory kills are read from the control group of this process, in either hierarchy, also in a
+container that shows its own group at the root. Without one, there is no limit, and the kills are the machine's."""
 
 from __future__ import annotations
 
@@ -114,11 +112,9 @@ class DeviceLedger:
         self._released = asyncio.Event()
 
     async def claim(self, process_id: str, wanted: str) -> str:
-        """A device for a process, which holds it until `release`. Raises DeviceError.
-
-        Waits while all devices that fit are held and a holder is being ended: a job that preempts another starts before
-        the last process of the other has exited.
-        """
+        """A device for a process, which holds it until `release`. Raises DeviceError. Waits while all that fit are held
+        and a holder is being ended: a job that preempts another starts before the last process of the other has
+        exited."""
         while (device := self._choose(wanted)) is None:
             await self._released.wait()
         self._held[process_id] = device

@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pscluster.errors import OutOfMemoryError, ProcessLostError, PsError
 from pscluster.v1.agents_pb2 import ProcessStatus
-from pscluster.v1.plan_pb2 import ErrorDetail, Failure, ProcessSpec, Unreached
+from pscluster.v1.plan_pb2 import Beat, ErrorDetail, Failure, ProcessSpec
 
 NOT_STARTED = 127
 """The exit code reported for a process that could not be started."""
@@ -46,12 +46,9 @@ FIRST_STALL_S = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class Exit:
-    """What is known of a process that exited.
-
-    `returncode` is the exit code, or minus the signal. `expected`: its agent ended it. `oom_kills`:
-    how many processes the kernel killed for lack of memory in this control group while it ran. `failure`:
-    the failure it reported last. `stderr_tail`: its last lines on stderr, oldest first.
-    """
+    """How a process exited. `returncode` is the exit code, or minus the signal. `expected`: its agent ended it.
+    `oom_kills`: processes of this control group that the kernel killed for lack of memory meanwhile. `failure`: the
+    last one that it reported. `stderr_tail`: oldest line first."""
 
     returncode: int
     expected: bool
@@ -131,12 +128,10 @@ def _signal_name(number: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class LastHeartbeat:
-    """The last heartbeat, or the start: when it arrived (loop time) and its fields; see plan_pb2.Beat."""
+    """The last heartbeat, or the start, whose beat is empty; `at_s`: when it arrived (loop time)."""
 
     at_s: float
-    busy_s: float = 0.0
-    typical_s: float = 0.0
-    unreached: Unreached | None = None
+    beat: Beat = field(default_factory=Beat)
 
 
 def suspicion_of(now_s: float, last: LastHeartbeat | None, silence_s: float) -> ProcessStatus.Suspicion:
@@ -145,7 +140,6 @@ def suspicion_of(now_s: float, last: LastHeartbeat | None, silence_s: float) -> 
         return NONE
     if now_s - last.at_s > silence_s:
         return SILENT
-    limit_s = max(MIN_STALL_S, STALL_FACTOR * last.typical_s) if last.typical_s > 0 else FIRST_STALL_S
-    if last.busy_s > limit_s:
-        return STALLED
-    return NONE
+    typical_s = last.beat.typical_s
+    limit_s = max(MIN_STALL_S, STALL_FACTOR * typical_s) if typical_s > 0 else FIRST_STALL_S
+    return STALLED if last.beat.busy_s > limit_s else NONE

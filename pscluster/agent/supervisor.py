@@ -8,10 +8,9 @@ from collections.abc import Container, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import structlog
-
 from pscluster.agent import metrics
 from pscluster.agent.child import GracePeriods
+from pscluster.agent.copies import spawn
 from pscluster.agent.process import AgentContext, Process, wanted_device
 from pscluster.agent.status import not_started
 from pscluster.devices import device_priority
@@ -23,8 +22,6 @@ AT_ONCE = GracePeriods(terminate_s=0.0, kill_s=0.0)
 """For a suspected process, which may not read orders any more."""
 MAX_REMEMBERED = 10_000
 """Ids of processes that ran here and are never started again."""
-
-_log = structlog.get_logger(__name__)
 
 
 class Supervisor:
@@ -117,14 +114,7 @@ class Supervisor:
         await self._context.bundles.trim(in_use)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._finished)
-
-    def _finished(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            _log.error("supervising a process failed", exc_info=task.exception())
+        spawn(self._tasks, work, "supervising a process failed")
 
 
 def _device_priority(spec: ProcessSpec) -> int:
@@ -146,10 +136,8 @@ class Actions:
 def reconcile(desired: Iterable[ProcessSpec], running: Mapping[str, Plan | None], ever_ran: Container[str]) -> Actions:
     """The actions that turn `running` into `desired`. Pure; after applying them there are none left.
 
-    `running` maps the ids of processes that run, or are being started, to the newest plan sent to each, None before the
-    first. `ever_ran` holds every id started here before: none is started twice, because the master decides on a new
-    attempt.
-    """
+    `running`: the newest plan sent to each process that runs, or is being started; None before the first. `ever_ran`:
+    all ids started here before; none is started twice, because the master decides on a new attempt."""
     wanted: dict[str, ProcessSpec] = {}
     for spec in desired:
         wanted.setdefault(spec.process_id, spec)

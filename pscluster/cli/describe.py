@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ def description(job: Job, now_s: float) -> str:
         ("Traceback", job.traceback.rstrip()),
     ):
         if body:
-            sections.append(f"{title}:\n{_indented(body)}")
+            sections.append(f"{title}:\n{textwrap.indent(body, '  ')}")
     return "\n\n".join(sections)
 
 
@@ -139,20 +140,18 @@ def _median_s(placements: Sequence[TrainerPlacement]) -> float:
 
 
 def _trainer(placement: TrainerPlacement, median_s: float) -> list[str]:
+    """A trainer's row; a slow one's microbatch with how many times the median one's: "0.21 s, 2.0x"."""
     name, role = f"trainer-{placement.rank}", "active" if placement.active else "standing by"
-    time = _microbatch_time(placement.microbatch_s, median_s) if placement.active and placement.microbatch_s else ""
-    device = placement.device or ""
-    return [name, placement.node_id, str(placement.attempt), role, device, time, _shards(placement)]
-
-
-def _microbatch_time(microbatch_s: float, median_s: float) -> str:
-    """Seconds a microbatch, and for a slow trainer how many times the median one's: "0.21 s, 2.0x"."""
-    ratio = microbatch_s / median_s if median_s else 1.0
-    return f"{microbatch_s:.3g} s" + (f", {ratio:.1f}x" if ratio >= _SLOW else "")
+    time = ""
+    if placement.active and placement.microbatch_s:
+        ratio = placement.microbatch_s / median_s if median_s else 1.0
+        time = f"{placement.microbatch_s:.3g} s" + (f", {ratio:.1f}x" if ratio >= _SLOW else "")
+    runs = [str(first) if run == 1 else f"{first}-{first + run - 1}" for first, run in placement.shards]
+    shards = "shards " + ",".join(runs) if runs else "none"
+    return [name, placement.node_id, str(placement.attempt), role, placement.device or "", time, shards]
 
 
 def _partition(placement: PartitionPlacement) -> list[list[str]]:
-    """A partition's row, and its standby's."""
     name = f"partition-{placement.index}"
     role = "coordinator" if placement.index == 0 else ""
     rows = [[name, placement.node_id, str(placement.attempt), role, "", "", " ".join(placement.addresses)]]
@@ -161,11 +160,6 @@ def _partition(placement: PartitionPlacement) -> list[list[str]]:
         role = "standby, in sync" if s.in_sync else "standby, catching up"
         rows.append([name, s.node_id, str(s.attempt), role, "", "", " ".join(s.addresses)])
     return rows
-
-
-def _shards(placement: TrainerPlacement) -> str:
-    runs = [str(first) if run == 1 else f"{first}-{first + run - 1}" for first, run in placement.shards]
-    return ("shards " + ",".join(runs)) if runs else "none"
 
 
 def _transports(job: Job) -> str:
@@ -205,7 +199,3 @@ def _error(job: Job) -> str:
 def _aligned(pairs: list[tuple[str, str]]) -> str:
     width = max((len(key) for key, _ in pairs), default=0) + 1
     return "\n".join(f"{key + ':':<{width}} {fmt.one_line(value)}".rstrip() for key, value in pairs)
-
-
-def _indented(text: str) -> str:
-    return "\n".join("  " + line if line else "" for line in text.splitlines())

@@ -108,7 +108,6 @@ def progress_parts(job: Job) -> list[str]:
 
 
 def ending_line(job: Job) -> str:
-    """The line about how the job ended."""
     ran = fmt.duration((job.ended_s or 0) - job.started_s) if job.started_s else "0s"
     parts = [f"{job.job_id} {job.state} at step {job.step} after {ran}"]
     if job.loss is not None:
@@ -133,11 +132,9 @@ class PlainView:
         return None
 
     def print_line(self, line: str) -> None:
-        """Print a permanent line."""
         print_info(line)
 
     def update(self, job: Job) -> None:
-        """Show the job's current state."""
         now_s = time.monotonic()
         if job.step not in (0, self._step) and not job.ended and now_s - self._progress_s >= LINE_INTERVAL_S:
             self._progress_s, self._step = now_s, job.step
@@ -236,9 +233,7 @@ def outage_note(located: LocatedCluster, patience_s: float) -> str:
 def follow_to_end(cluster: Cluster, job_id: str, located: LocatedCluster, *, tied: bool = False) -> None:
     """Follow a job until it ends: returns when it succeeded, else raises JobFailedError or JobStoppedError.
 
-    Ctrl-C detaches: prints that and exits 130; the job continues. A job that is `tied` to the caller is left to it, and
-    nothing is printed.
-    """
+    Ctrl-C exits 130; the job continues, which is printed unless the caller ends it (`tied`)."""
     from pscluster.client import end_error
 
     view = BarView() if stderr_is_terminal() else PlainView()

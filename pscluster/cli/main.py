@@ -34,7 +34,6 @@ for _module in (updown, submission, show, logs, control, results):
 
 
 def main() -> None:
-    """The console script."""
     # psctl itself reports a restarting master; grpc's own log would tear the progress bar.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     psctl.main(prog_name="psctl")

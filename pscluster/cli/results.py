@@ -123,14 +123,15 @@ def _run(session: Session, job: str, step: int | str, request: dict[str, Any]) -
 
 
 def run_tool(request: dict[str, Any], command: tuple[str, ...] = COMMAND) -> dict[str, Any]:
-    """Send a request to `psworker.tools`; its reply, without "ok". Blocks until it is done; Ctrl-C ends it, too.
-
-    Raises the error in the reply; InternalError with its last output when there is no reply.
-    """
+    """Send a request to `psworker.tools`; its reply, without "ok". Blocks; Ctrl-C ends it, too. Raises the error in the
+    reply, or InternalError when there is none."""
     process = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True, check=False)
     stderr = process.stderr.decode("utf-8", "replace").splitlines()[-_LINES:]
-    reply = _parsed(process.stdout)
-    if reply is None:
+    try:
+        reply = json.loads(process.stdout)
+    except ValueError:
+        reply = None
+    if not isinstance(reply, dict) or "ok" not in reply:
         raise InternalError(
             f"psworker.tools ended with status {process.returncode} and no reply; its last output:\n  "
             + "\n  ".join(stderr or ["(none)"])
@@ -138,14 +139,6 @@ def run_tool(request: dict[str, Any], command: tuple[str, ...] = COMMAND) -> dic
     if not reply.pop("ok"):
         raise from_dict(reply.get("error") or {})
     return reply
-
-
-def _parsed(text: bytes) -> dict[str, Any] | None:
-    try:
-        reply = json.loads(text)
-    except ValueError:
-        return None
-    return reply if isinstance(reply, dict) and "ok" in reply else None
 
 
 COMMANDS = (export, evaluate, generate)

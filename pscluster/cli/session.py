@@ -59,7 +59,6 @@ class Session:
         return Path(named) if named else (usual if usual.is_file() else None)
 
     def located(self) -> LocatedCluster:
-        """The cluster to use."""
         return self.resolved().settings.located(os.environ)
 
     def address_undo_hint(self) -> str:
@@ -158,7 +157,6 @@ def print_info(text: str) -> None:
 
 
 def print_answer(text: str) -> None:
-    """Print the answer on stdout."""
     click.echo(text)
 
 

@@ -113,7 +113,6 @@ def health(session: Session, form: str) -> None:
 
 
 def jobs_table(jobs: list[Job], wide: bool, now_s: float) -> str:
-    """Jobs as kubectl would list them."""
     rows = []
     for job in jobs:
         row = [job.job_id, job.state, steps(job), fmt.number(job.loss), fmt.age(job.created_s, now_s)]
@@ -131,7 +130,6 @@ def steps(job: Job) -> str:
 
 
 def nodes_table(found: list[Node], wide: bool, now_s: float) -> str:
-    """Nodes as kubectl would list them."""
     rows = []
     for node in found:
         used = f"{len(node.processes)}/{node.slots}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,15 +114,10 @@ def prepare(path: Path, overrides: tuple[str, ...], name: str | None) -> tuple[J
     """The validated spec and, unless its task is built in, the bundle of its directory, which holds the task's file."""
     from pscluster.cli.task_entrypoint import check_entrypoint, is_built_in
     from pscluster.job.bundle import pack
-    from pscluster.job.spec import apply_override, parse_spec, read_spec_file
+    from pscluster.job.spec import load_spec
 
     file = _spec_file(path)
-    data = read_spec_file(file)
-    for pair in overrides:
-        apply_override(data, pair)
-    if name is not None:
-        data["name"] = name
-    spec = parse_spec(data)
+    spec = load_spec(file, overrides if name is None else [*overrides, f"name={json.dumps(name, ensure_ascii=False)}"])
     if is_built_in(spec.task.entrypoint):
         return spec, None
     directory = file.absolute().parent
@@ -178,7 +174,7 @@ def job_name(text: str) -> str:
 def calculate(spec: JobSpec, bundle: Bundle | None, *, evaluates: bool = True) -> dict[str, Any]:
     """What follows from a spec, as plain data; `text` formats it. `evaluates`: the task may have evaluation data."""
     train, steps = spec.train, spec.train.max_steps
-    found: dict[str, Any] = {
+    return {
         "name": spec.name,
         "entrypoint": spec.task.entrypoint,
         "num_shards": train.num_shards,
@@ -196,13 +192,9 @@ def calculate(spec: JobSpec, bundle: Bundle | None, *, evaluates: bool = True) -
         "unfreeze_at": dict(train.unfreeze_at),
         "evaluates": evaluates,
         "evaluate_every_steps": spec.evaluate.every_steps,
-        "bundle": None,
+        "bundle": bundle and {"files": len(bundle.files), "size_bytes": len(bundle.data), "sha256": bundle.sha256},
         "spec": spec.model_dump(mode="json"),
     }
-    if bundle is not None:
-        sizes = {"files": len(bundle.files), "size_bytes": len(bundle.data), "sha256": bundle.sha256}
-        found["bundle"] = sizes
-    return found
 
 
 def _worker_counts(spec: JobSpec) -> list[int]:
@@ -225,7 +217,6 @@ def _split(shards: int, workers: int) -> dict[str, Any]:
 
 
 def text(found: dict[str, Any]) -> str:
-    """The arithmetic for people."""
     batch, micro, shards = found["global_batch"], found["microbatch"], found["num_shards"]
     lines = [
         f"{found['name']}: {found['entrypoint']}",

@@ -18,10 +18,8 @@ def is_built_in(entrypoint: str) -> bool:
 
 
 def check_entrypoint(entrypoint: str, directory: Path, packed: Collection[str] | None = None) -> None:
-    """Raise SpecError unless `directory` holds the module and, as far as its source shows, the class.
-
-    With `packed`, the relative paths of a bundle, also unless the module's file is among them. Runs no user code.
-    """
+    """Raise SpecError unless `directory` holds the module and, as far as its source shows, the class; with `packed`,
+    the relative paths of a bundle, also unless the module's file is among them. Runs no user code."""
     module, _, name = entrypoint.partition(":")
     found = _module_file(module, directory)
     if found is None:

@@ -1,21 +1,24 @@
-"""How the client calls the master: with deadlines, errors mapped; calls and streams are retried in outages."""
+"""How the client calls the master and depots: with deadlines, errors mapped, retried in outages."""
 
 from __future__ import annotations
 
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
 
 from pscluster import rpc
-from pscluster.client.records import LogLine
-from pscluster.errors import UnreachableError
+from pscluster.client.records import LogLine, SnapshotPart
+from pscluster.errors import NotFoundError, PsError, UnreachableError
 from pscluster.job.bundle import Bundle
-from pscluster.v1 import jobs_pb2
+from pscluster.storage import Written
+from pscluster.storage.directory import Incoming
+from pscluster.v1 import depot_pb2, depot_pb2_grpc, jobs_pb2, plan_pb2
 from pscluster.wire.backoff import delay_s
 
 T = TypeVar("T")
@@ -40,10 +43,8 @@ def unary(method: Any, request: Any, deadline_s: float = rpc.DEADLINE_S) -> Any:
 def stream(
     method: Any, request: Any, deadline_s: float = rpc.TRANSFER_DEADLINE_S, *, server: str = "the master"
 ) -> Iterator[Any]:
-    """All replies of a stub's streaming method, within `deadline_s`. Closing the iterator ends the call.
-
-    Raises PsError, which names `server` when nobody answers.
-    """
+    """All replies of a streaming method, within `deadline_s`. Closing the iterator ends the call. Raises PsError, which
+    names `server` when nobody answers."""
     call = method(request, timeout=deadline_s)
     try:
         yield from call
@@ -62,6 +63,35 @@ def upload_messages(bundle: Bundle) -> Iterator[jobs_pb2.UploadBundleRequest]:
         yield jobs_pb2.UploadBundleRequest(data=bytes(view[start : start + CHUNK_BYTES]))
 
 
+def fetch(depots: Mapping[str, str], token: str, job_id: str, part: SnapshotPart, directory: Path) -> Path:
+    """Write the part into `directory`, complete and verified, from any node that has it. `depots`: the nodes'
+    addresses. Blocks. Raises NotFoundError when no node delivers it."""
+    why = "none of them is connected"
+    for address in (depots[node_id] for node_id in part.nodes if depots.get(node_id)):
+        try:
+            return _fetch(address, token, job_id, part, directory)
+        except PsError as error:
+            why = str(error)
+    raise NotFoundError(
+        f"{part.path} of {job_id} is on {', '.join(part.nodes)}: {why}", action="start one of these servers"
+    )
+
+
+def _fetch(address: str, token: str, job_id: str, part: SnapshotPart, directory: Path) -> Path:
+    wanted = plan_pb2.SnapshotPart(path=part.path, size_bytes=part.size_bytes, checksum=part.checksum)
+    incoming = Incoming(directory, part.path)
+    try:
+        with rpc.open_channel(address, token) as channel:
+            stub: Any = depot_pb2_grpc.DepotStub(channel)  # type: ignore[no-untyped-call]
+            request = depot_pb2.GetPartRequest(job_id=job_id, part=wanted)
+            for chunk in stream(stub.GetPart, request, server=f"the depot at {address}"):
+                incoming.add(chunk.data)
+        incoming.commit(Written(name=part.path, size_bytes=part.size_bytes, checksum=part.checksum))
+    finally:
+        incoming.abort()
+    return directory / part.path
+
+
 @dataclass(kw_only=True)
 class Outage:
     """A master that has not answered since `since_s` (monotonic), after `attempts` retries."""
@@ -70,10 +100,8 @@ class Outage:
     attempts: int = 0
 
     def next_delay_s(self, now_s: float, max_outage_s: float, draw: float) -> float | None:
-        """Count a retry; seconds to wait before it, or None when the outage has lasted `max_outage_s`.
-
-        It grows with jitter up to MAX_DELAY_S, and ends at the limit at the latest.
-        """
+        """Count a retry; the seconds to wait before it, growing with jitter; None once the outage has lasted
+        `max_outage_s`."""
         left_s = self.since_s + max_outage_s - now_s
         if left_s <= 0:
             return None
@@ -145,9 +173,8 @@ def retry_unreachable(attempt: Callable[[], T], max_outage_s: float) -> T:
 
 
 class LogCursor:
-    """Where a reader of a job's log is, so that a reopened stream repeats no line and loses none.
-
-    Remembers the lines of the last OVERLAP_S seconds (of log time) and drops repetitions. Bounded."""
+    """Where a reader of a job's log is, so that a reopened stream repeats no line and loses none: it remembers the
+    lines of the last OVERLAP_S seconds (of log time). Bounded."""
 
     def __init__(self, since_s: float, max_lines: int = 100_000) -> None:
         self._since_s = since_s

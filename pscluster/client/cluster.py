@@ -18,7 +18,6 @@ from pscluster.client import calls, records
 from pscluster.client.calls import STREAM_DEADLINE_S, LogCursor, ReconnectingStream
 from pscluster.client.goals import Goal, parse_goal, reached, wait_drained
 from pscluster.client.records import Health, Job, LogLine, Node, Snapshot
-from pscluster.client.snapshots import choose, fetch
 from pscluster.job.bundle import Bundle
 from pscluster.job.spec import JobSpec
 from pscluster.settings import ClientSettings, LocatedCluster, resolve
@@ -33,10 +32,8 @@ _MAX_UPLOADS = 3  # of one bundle that is deleted after each upload
 class Cluster:
     """A connection to one cluster's master. Safe to use from several threads; close it, or use it in `with`.
 
-    Every call has a deadline and raises a `PsError`: UnreachableError when nobody answers, AuthError,
-    NotFoundError for an unknown job, StateError for what a job cannot do now. A job is named by its id, or by
-    a name that only one job has.
-    """
+    Every call has a deadline and raises a `PsError`: UnreachableError, AuthError, NotFoundError for an unknown job,
+    StateError for what a job cannot do now. A job is named by its id, or by a name that only one job has."""
 
     def __init__(self, channel: grpc.Channel, token: str = "") -> None:
         """Wrap an open channel and own it. Use `connect`."""
@@ -54,11 +51,9 @@ class Cluster:
         state_dir: Path | None = None,
         token_file: Path | None = None,
     ) -> Cluster:
-        """Connect to a master and check that it speaks our protocol. Blocks up to 5 seconds.
-
-        Missing arguments come from PS_ADDRESS, PS_TOKEN_FILE and PS_STATE_DIR; without any, the
-        local cluster. Raises UnreachableError, AuthError or VersionSkewError.
-        """
+        """Connect to a master and check that it speaks our protocol. Blocks up to 5 seconds. Raises UnreachableError,
+        AuthError or VersionSkewError. Missing arguments come from PS_ADDRESS, PS_TOKEN_FILE and PS_STATE_DIR; without
+        any, the local cluster."""
         flags = {"address": address, "state_dir": state_dir, "token_file": token_file}
         located = resolve(ClientSettings, flags, os.environ).located(os.environ)
         return cls.connect_to(located, token)
@@ -110,9 +105,7 @@ class Cluster:
 
     def submit(self, spec: JobSpec, bundle: Bundle | None = None, *, request_id: str = "") -> str:
         """Submit a job and return its id; the job is then stored durably. `bundle`: the task's code, if not built in.
-
-        Retried while the master is unreachable for a moment; the request id makes that harmless. Blocks.
-        """
+        Blocks. Retried while the master is unreachable for a moment, harmlessly by the request id."""
         request = jobs_pb2.SubmitRequest(
             spec_json=spec.canonical_json(),
             bundle_sha256=bundle.sha256 if bundle else "",
@@ -147,10 +140,8 @@ class Cluster:
     def watch(
         self, job: str, stream: ReconnectingStream | None = None, timeout_s: float | None = None
     ) -> Iterator[Job]:
-        """The job now, then after each change, until it has ended or `timeout_s` has passed. Blocks in between.
-
-        An unreachable master is waited for as `stream` sets (ten minutes by default).
-        """
+        """The job now, then after each change, until it has ended or `timeout_s` has passed. Blocks in between. An
+        unreachable master is waited for as `stream` sets (ten minutes by default)."""
         keep = stream or ReconnectingStream()
         deadline = math.inf if timeout_s is None else keep.monotonic() + timeout_s
         newest: Job | None = None
@@ -173,10 +164,8 @@ class Cluster:
                 return
 
     def wait(self, job: str, until: Goal | str = "succeeded", timeout_s: float | None = None) -> Job:
-        """Block until the job has reached `until`; see `pscluster.client.goals`.
-
-        Raises JobFailedError or JobStoppedError when it ended otherwise, WaitTimeoutError after `timeout_s`.
-        """
+        """Block until the job has reached `until` (see `client.goals`). Raises JobFailedError or JobStoppedError when
+        it ended otherwise, WaitTimeoutError after `timeout_s`."""
         goal = parse_goal(until) if isinstance(until, str) else until
         max_outage_s = 600.0 if timeout_s is None else min(600.0, timeout_s)
         last = ""
@@ -213,9 +202,7 @@ class Cluster:
         stream: ReconnectingStream | None = None,
     ) -> Iterator[LogLine]:
         """A job's output, oldest first. `kind`: trainer, partition or "" for both; `rank` -1: all; `tail` 0: all kept.
-
-        With `follow` it continues until the job has ended, across restarts of the master. Blocks between lines.
-        """
+        Blocks between lines. With `follow` until the job has ended, across restarts of the master."""
         cursor = LogCursor(since_s)
 
         def open_stream() -> Any:
@@ -247,16 +234,15 @@ class Cluster:
 
     def snapshot(self, job: str, which: int | str = "last") -> Snapshot:
         """One complete snapshot: "last", "best" or a step. NotFoundError names the existing ones."""
-        return choose(self.snapshots(job), which, job)
+        return records.choose(self.snapshots(job), which, job)
 
     def locate_parts(self, job: Job, snapshot: Snapshot, directory: Path) -> list[str]:
-        """Where this machine can read the snapshot's parts, by partition: in the job's store, or fetched
-        into `directory` from the nodes that keep them. Blocks. Raises NotFoundError when no node delivers a part.
-        """
+        """Where this machine can read the snapshot's parts, by partition: in the job's store, or fetched into
+        `directory` from the nodes that keep them. Blocks. Raises NotFoundError when no node delivers a part."""
         if not any(part.nodes for part in snapshot.parts):
             return [below(job.store, part.path) for part in snapshot.parts]
         depots = {node.node_id: node.depot_address for node in self.nodes()}
-        return [str(fetch(depots, self._token, job.job_id, part, directory)) for part in snapshot.parts]
+        return [str(calls.fetch(depots, self._token, job.job_id, part, directory)) for part in snapshot.parts]
 
     def download_bundle(self, sha256: str, path: Path) -> None:
         """Write a code bundle to `path`. Raises BundleError when it does not match the digest."""
@@ -290,11 +276,8 @@ class Cluster:
         return records.node_of(calls.unary(self._jobs.Drain, jobs_pb2.DrainRequest(node_id=node_id, undo=True)))
 
     def drained(self, asked: Node, timeout_s: float | None = None) -> Iterator[Node]:
-        """Yield `asked`, which `drain` returned, then the node after each change, until it is drained; the last one is.
-        Blocks in between.
-
-        A node that has left counts as drained. Raises WaitTimeoutError after `timeout_s`, StateError when it is not, or
-        no longer, being drained."""
+        """Yield `asked`, which `drain` returned, then the node after each change, until it is drained or has left.
+        Blocks. Raises WaitTimeoutError after `timeout_s`, StateError when it is not, or no longer, being drained."""
         return wait_drained(self.nodes, asked, timeout_s)
 
     def health(self, deadline_s: float = rpc.DEADLINE_S) -> Health:

@@ -54,9 +54,8 @@ def reached(job: Job, goal: Goal) -> bool:
 
 
 def end_error(job: Job) -> errors.PsError | None:
-    """The error of a job that has ended without success; None: it succeeded.
-
-    details["frame"] of a failed job is where the user's code raised, if known."""
+    """The error of a job that has ended without success, with details["frame"], where the user's code raised, if known;
+    None: it succeeded."""
     details = {"job_id": job.job_id, "state": job.state, "step": str(job.step)}
     if job.state == "FAILED":
         why = f"{job.error.code}: {job.error.cause}" if job.error else job.reason
@@ -98,11 +97,10 @@ def wait_drained(
     monotonic: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[Node]:
-    """Yield `asked`, the master's reply to the drain request, then the node after each change, until it is drained; the
-    last one is.
+    """What `Cluster.drained` does, of the list that `nodes` returns.
 
-    The master lists every node on which a job has a placement: one that it does not list holds nothing. An unreachable
-    master is waited for, up to ten minutes. Raises WaitTimeoutError, StateError, PsError of `nodes`."""
+    The master lists every node on which a job has a placement: one that it does not list holds nothing, and is shown as
+    a drained node that has left. An unreachable master is waited for, up to ten minutes."""
     deadline = math.inf if timeout_s is None else monotonic() + timeout_s
     shown = asked
     answered_s = monotonic()
@@ -120,20 +118,16 @@ def wait_drained(
             )
         sleep(POLL_S)
         try:
-            found = next((node for node in nodes() if node.node_id == shown.node_id), None) or _after_leaving(shown)
+            found = next((node for node in nodes() if node.node_id == shown.node_id), None)
             answered_s = monotonic()
         except errors.UnreachableError:
             if monotonic() - answered_s >= MAX_OUTAGE_S or monotonic() >= deadline:
                 raise
             continue
+        found = found or replace(shown, drain=DRAINED, waits_for=(), processes=(), ready=False, incarnation="")
         if _shown_fields(found) != _shown_fields(shown):
             shown = found
             yield shown
-
-
-def _after_leaving(node: Node) -> Node:
-    """The node once it is no longer listed, as the master shows a drained node that has left."""
-    return replace(node, drain=DRAINED, waits_for=(), processes=(), ready=False, incarnation="")
 
 
 def _shown_fields(node: Node) -> tuple[object, ...]:

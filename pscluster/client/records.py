@@ -1,9 +1,5 @@
-"""What a client reads of a cluster, as plain frozen records.
-
-`to_dict` gives a record as JSON: enum states are words, times are Unix seconds, what is not known yet is
-None. A record never changes; ask again for newer ones. They are decoded from the master's protobuf messages by field
-names (see `pscluster.rpc.codec`); zero or empty there is None where a record allows it.
-"""
+"""What a client reads of a cluster, as plain frozen records, decoded from the master's messages by field names (see
+`pscluster.rpc.codec`). States are words, times are Unix seconds, what is not known yet is None."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from pscluster.errors import PsError, from_dict
+from pscluster.errors import NotFoundError, PsError, from_dict
 from pscluster.rpc.codec import Wire
 from pscluster.v1 import agents_pb2, jobs_pb2, plan_pb2
 
@@ -279,3 +275,14 @@ def node_of(m: jobs_pb2.Node) -> Node:
 def snapshot_of(m: jobs_pb2.Snapshot) -> Snapshot:
     parts = sorted(m.parts, key=lambda part: part.partition)
     return _SNAPSHOT.decode(m, parts=tuple(map(_PART.decode, parts)))
+
+
+def choose(snapshots: list[Snapshot], which: int | str, job: str) -> Snapshot:
+    """Choose by "last", "best" or step. Raises NotFoundError naming the existing steps."""
+    for snapshot in reversed(snapshots):
+        if which in ("last", snapshot.step) or (which == "best" and snapshot.best):
+            return snapshot
+    wanted = {"last": "yet", "best": "of its best step yet"}.get(str(which), f"of step {which}")
+    steps = ", ".join(f"{s.step} (best)" if s.best else str(s.step) for s in snapshots)
+    none = "one is written every durability.every_steps and at the end"
+    raise NotFoundError(f"{job} has no complete snapshot {wanted}", action=f"there are: {steps}" if steps else none)

@@ -45,10 +45,8 @@ class Bundle:
 
 
 def pack(directory: Path) -> Bundle:
-    """Pack `directory`. Blocks while its files are read; deterministic.
-
-    Raises BundleError for a link, a special file, an unreadable one, or more than CAP_BYTES (naming the biggest).
-    """
+    """Pack `directory`. Blocks while its files are read; deterministic. Raises BundleError for a link, a special file,
+    an unreadable one, or more than CAP_BYTES."""
     if not directory.is_dir():
         raise BundleError(f"{directory} is not a directory")
     sizes = dict(sorted(_collect(directory)))
@@ -63,12 +61,10 @@ def pack(directory: Path) -> Bundle:
 
 
 def extract(data_path: Path, directory: Path) -> None:
-    """Unpack the bundle at `data_path` into `directory` atomically. Idempotent.
+    """Unpack a bundle into `directory` atomically, unless it exists. Idempotent. Blocks. Raises StorageError.
 
-    Only regular files with plain relative names are accepted: anything else (absolute paths, `..`, links,
-    devices, a name twice, more than CAP_BYTES unpacked) is a BundleError and leaves nothing behind. Raises
-    StorageError when it cannot be written. Does nothing when `directory` exists. Blocks.
-    """
+    Anything but regular files with plain relative names (absolute paths, `..`, links, devices, a name twice), or more
+    than CAP_BYTES unpacked, is a BundleError and leaves nothing behind."""
     if directory.exists():
         return
     try:

@@ -189,8 +189,6 @@ class NetworkSection(_Section):
 
 
 class JobSpec(_Section):
-    """One validated job spec."""
-
     apiVersion: Literal["ps/v1"] = "ps/v1"  # noqa: N815 - as in other specs
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31, strict=True)] = 0

@@ -1,12 +1,7 @@
 """gRPC between our processes: channels with the cluster's token and our options; errors mapped in one place, both ways.
 
 Callers pass the grpc error to `error_of` and get the PsError that the handler raised. `pscluster.rpc.server` has the
-server's side, for grpc.aio:
-
-    grpc.aio.server(interceptors=[ErrorInterceptor(), TokenInterceptor(token)], options=SERVER_OPTIONS)
-
-Handlers are coroutine functions or asynchronous generators and raise PsError.
-"""
+server's side, for grpc.aio."""
 
 from __future__ import annotations
 
@@ -101,11 +96,8 @@ def open_aio_channel(address: str, token: str) -> grpc.aio.Channel:
 
 
 def _send_token(channel: C, token: str) -> C:
-    """Make every call on a channel carry the token.
-
-    Not by an interceptor: grpc.aio runs an intercepted stream in additional tasks, and leaves them behind, with errors
-    in the log, when the connection breaks.
-    """
+    """Make every call on a channel carry the token. Not by an interceptor: grpc.aio runs an intercepted stream in
+    additional tasks, and leaves them behind, with errors in the log, when the connection breaks."""
     pair = ("authorization", f"Bearer {token}")
 
     def with_token(kind: Any) -> Any:
@@ -120,10 +112,7 @@ def _send_token(channel: C, token: str) -> C:
 
 
 def read_token(path: Path) -> str:
-    """The cluster's token in `path`.
-
-    Raises AuthError when the file is missing, empty, not ASCII, or open to group or others.
-    """
+    """The cluster's token in `path`. Raises AuthError when it is missing, empty, not ASCII, or open to others."""
     try:
         mode = path.stat().st_mode
         token = path.read_text(encoding="ascii").strip()
@@ -139,11 +128,8 @@ def read_token(path: Path) -> str:
 
 
 def error_of(failure: grpc.RpcError, server: str = "the master") -> PsError:
-    """The PsError of a failed call: the one that the server raised, or one that matches the status.
-
-    Accepts errors of grpc and grpc.aio. `server`: whom to name when nobody answered; UNAVAILABLE without a listener is
-    an UnreachableError, too.
-    """
+    """The PsError of a failed call of grpc or grpc.aio: the one that the server raised, or one that matches the status,
+    which is an UnreachableError when nobody answered. `server`: whom to name then."""
     status = _rich_status(failure)
     if status is not None:
         for detail in status.details:
@@ -159,10 +145,7 @@ def error_of(failure: grpc.RpcError, server: str = "the master") -> PsError:
 
 
 def status_of(error: PsError) -> Any:
-    """A `grpc.Status` (code, details, trailing_metadata) whose rich part carries the whole error.
-
-    Texts are cut at 4 KiB each, so that no error outgrows the limit on metadata.
-    """
+    """A `grpc.Status` whose rich part carries the whole error, texts cut to stay within the limit on metadata."""
     code = code_for(error)
     info = error_details_pb2.ErrorInfo(reason=error.code, domain=_DOMAIN)
     for key, value in [*error.details.items(), ("action", error.action)][-32:]:
@@ -175,7 +158,6 @@ def status_of(error: PsError) -> Any:
 
 
 def code_for(error: PsError) -> grpc.StatusCode:
-    """The gRPC status code of an error."""
     return next(_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS)
 
 

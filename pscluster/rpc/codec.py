@@ -106,9 +106,8 @@ class Wire:
         only_message: Iterable[str] = (),
     ) -> Codec[T, M]:
         """`renamed`: dataclass field to message field; "a.b" is field b of message a. `only_value`, `only_message`:
-        fields that the other side lacks, to be given to `decode` or `encode` where needed.
-
-        Raises TypeError for a table that does not account for every field of both."""
+        fields that the other side lacks, given to `decode` or `encode` where needed. Raises TypeError unless each field
+        is accounted for."""
         hints, descriptor = typing.get_type_hints(kind), typing.cast(Any, message.DESCRIPTOR)
         apart, extra = frozenset(only_value), frozenset(only_message)
         names = [field.name for field in dataclasses.fields(typing.cast(Any, kind)) if field.name not in apart]

@@ -1,11 +1,12 @@
-"""Server interceptors for grpc.aio: every handler's errors mapped, every call's token checked."""
+"""Server interceptors for grpc.aio: every handler's errors mapped, every call's token checked. Handlers are coroutine
+functions or asynchronous generators and raise PsError."""
 
 from __future__ import annotations
 
 import hmac
 import inspect
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, NoReturn
 
@@ -15,20 +16,15 @@ import structlog
 from pscluster import errors
 from pscluster.errors import PsError
 from pscluster.rpc import code_for, status_of
+from pscluster.telemetry import observe_rpc
 
 _HEALTH = "/grpc.health.v1.Health/"
 _log = structlog.get_logger(__name__)
 
-Observer = Callable[[str, float | None, str], None]
-"""Called after each served call: method, seconds (None for a stream), name of the status code."""
-
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns what a handler raises into a status: PsError as itself, anything else as a logged InternalError."""
-
-    def __init__(self, observe: Observer | None = None) -> None:
-        """`observe` is called after every call, for metrics."""
-        self._observe = observe or (lambda _method, _seconds, _code: None)
+    """Turns what a handler raises into a status: PsError as itself, anything else as a logged InternalError. Counts
+    every call in the metrics of `pscluster.telemetry`."""
 
     async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
         handler = await continuation(details)
@@ -75,7 +71,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             code = _code_of(error, context)
             await _abort(method, error, context)
         finally:
-            self._observe(method, time.monotonic() - started if timed else None, code.name)
+            observe_rpc(method, time.monotonic() - started if timed else None, code.name)
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):

@@ -17,9 +17,8 @@ DTYPES: dict[Codec, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat1
 
 @dataclass
 class BufferNode:
-    """A node of an averaged bucket: fp32 words (weight * value, summed), or None while no microbatch moved a buffer.
-
-    `weight` (float64) is needed only while the node is unchanged."""
+    """A node of an averaged bucket: fp32 words (weight * value, summed), or None while no microbatch moved a buffer;
+    only then `weight` (float64) is needed."""
 
     weight: float
     words: torch.Tensor | None

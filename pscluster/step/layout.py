@@ -275,10 +275,8 @@ class NamedBytes(NamedTuple):
 
 
 def parameters_sha256(tensors: Iterable[NamedBytes]) -> str:
-    """SHA-256 over name, dtype, shape and bytes of each tensor, in name order, hex: `parameters_sha256` everywhere.
-
-    Each of name, dtype and shape is preceded by its length, so that no two models share an encoding.
-    """
+    """SHA-256 over name, dtype, shape and bytes of each tensor, in name order, hex. Each of name, dtype and shape is
+    preceded by its length, so that no two models share an encoding."""
     digest = hashlib.sha256()
     for tensor in sorted(tensors, key=lambda t: t.name):
         shape = ",".join(str(n) for n in tensor.shape)

@@ -1,9 +1,7 @@
 """Which samples a shard takes in a step: a pure function of (seed, data set length, D, microbatch).
 
-An epoch is a seeded permutation of the data set, cut into runs of `microbatch` samples that are assigned to
-the shards of successive steps. Nothing is stored or requested: any worker can compute the samples of any
-(step, shard), in constant memory, for any number of workers.
-"""
+An epoch is a seeded permutation of the data set, cut into runs of `microbatch` samples for the shards of successive
+steps. Any worker can compute the samples of any (step, shard), in constant memory, for any number of workers."""
 
 from __future__ import annotations
 
@@ -17,12 +15,10 @@ _NUM_KEYS = 6
 
 
 class Permutation:
-    """A keyed bijection of range(n), n >= 1, one index at a time: `permutation[i]`.
+    """A keyed bijection of range(n), n >= 1, one index at a time: `permutation[i]`. `key` is 48 bytes.
 
-    A generalised Feistel network (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002) over
-    Z_a x Z_b with a * b the smallest such product not below n and a near its root; values above n, fewer than a, are
-    mapped again. `key` is 48 bytes.
-    """
+    A generalised Feistel network (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002) over Z_a x Z_b, a *
+    b the smallest such product not below n and a near its root; values above n, fewer than a, are mapped again."""
 
     __slots__ = ("_columns", "_keys", "_rows", "n")
 
@@ -74,11 +70,8 @@ def epoch_permutation(num_samples: int, seed: int, epoch: int) -> Permutation:
 
 
 class ShardSampler:
-    """Assigns the samples of each epoch to (step, shard).
-
-    Every sample of an epoch is in exactly one (step, shard) of it. The last step of an epoch may be short:
-    its later shards then get shorter or empty lists. Not thread-safe.
-    """
+    """Assigns every sample of an epoch to exactly one (step, shard). The last step of an epoch may be short: its later
+    shards then get shorter or empty lists. Not thread-safe."""
 
     def __init__(self, num_samples: int, num_shards: int, microbatch: int, seed: int) -> None:
         if min(num_samples, num_shards, microbatch) < 1:
@@ -96,9 +89,7 @@ class ShardSampler:
         return -(-self.num_samples // (self.num_shards * self.microbatch))
 
     def indices(self, step: int, shard: int) -> list[int]:
-        """The samples of `shard` in the step that starts from version `step` (0-based); at most
-        `microbatch`.
-        """
+        """The at most `microbatch` samples of `shard` in the step that starts from version `step` (0-based)."""
         if step < 0 or not 0 <= shard < self.num_shards:
             raise IndexError(f"no shard {shard} of {self.num_shards} in step {step}")
         epoch, position = divmod(step, self.steps_per_epoch)
@@ -120,9 +111,7 @@ class ShardSampler:
 
 
 def eval_batches(num_samples: int, num_shards: int, microbatch: int, shard: int) -> Iterator[range]:
-    """The held-out samples that `shard` evaluates: batch j, the j-th run of `microbatch`, goes to shard j
-    mod D.
-    """
+    """The held-out samples that `shard` evaluates: the j-th run of `microbatch` goes to shard j mod D."""
     if not 0 <= shard < num_shards:
         raise IndexError(f"no shard {shard} of {num_shards}")
     for first in range(shard * microbatch, num_samples, num_shards * microbatch):

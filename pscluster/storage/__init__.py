@@ -17,8 +17,6 @@ from urllib.parse import urlsplit
 
 from pscluster.errors import StorageError
 
-__all__ = ["Buffer", "Live", "SnapshotStore", "Written", "below", "check_location", "open_store", "split"]
-
 Buffer = bytes | bytearray | memoryview
 T = TypeVar("T")
 
@@ -104,9 +102,8 @@ class SnapshotStore(ABC):
 
 
 def open_store(location: str | Path) -> SnapshotStore:
-    """The store at a directory or URL; nothing is created or contacted yet.
-
-    Raises StorageError for a location that `check_location` refuses, or whose client is not installed."""
+    """The store at a directory or URL; nothing is created or contacted yet. Raises StorageError for a location that
+    `check_location` refuses, or whose client is not installed."""
     from pscluster.storage.directory import DirectoryStore
 
     text = str(location)

@@ -126,7 +126,6 @@ class Incoming:
             self._file = DirectFile(self._temporary, _temporary(directory, recycled_file) if recycled_file else None)
 
     def add(self, buffer: Buffer | Live) -> None:
-        """Append a buffer."""
         view = memoryview(buffer.memory if isinstance(buffer, Live) else buffer).cast("B")
         with _named(f"cannot write {self._path}"):
             self._size += view.nbytes

@@ -75,22 +75,6 @@ class Pieces(Protocol):
         """No data is needed any more. Safe to repeat."""
 
 
-class Held:
-    """`Pieces` in memory that does not change."""
-
-    def __init__(self, pieces: Mapping[PieceKey, Buffer]) -> None:
-        self._pieces = pieces
-
-    def sizes(self) -> Mapping[PieceKey, int]:
-        return {key: memoryview(data).nbytes for key, data in self._pieces.items()}
-
-    def chunks(self, key: PieceKey) -> Iterator[Live]:
-        yield Live(memoryview(self._pieces[key]), instead=lambda: None)
-
-    def end(self) -> None:
-        """Nothing to release."""
-
-
 def part_name(step: int, partition: int, generation: int) -> str:
     """A part's file name; with the generation, so that an old file is never overwritten or mistaken for a new one."""
     return f"step-{step:010d}.part-{partition:04d}.generation-{generation}.snapshot"
@@ -110,19 +94,11 @@ def parse_part_name(name: str) -> PartName | None:
     return PartName(*map(int, match.groups())) if match else None
 
 
-def write_part(
-    location: Location,
-    meta: PartMeta,
-    layout: Layout,
-    pieces: Pieces | Mapping[PieceKey, Buffer],
-    recycled_file: str = "",
-) -> Written:
+def write_part(location: Location, meta: PartMeta, layout: Layout, pieces: Pieces, recycled_file: str = "") -> Written:
     """Write a part durably. `recycled_file`: a file set aside in its store, consumed on return. Blocks on the store.
     Raises StorageError, and then leaves nothing behind."""
-    source = Held(pieces) if isinstance(pieces, Mapping) else pieces
-    sizes = source.sizes()
     store, name = split(location)
-    content = _Content(_head(meta, layout, sizes), source)
+    content = _Content(_head(meta, layout, pieces.sizes()), pieces)
     return store.write(
         name, content, size_bytes=content.size_bytes, checksum=content.checksum, recycled_file=recycled_file
     )
@@ -202,9 +178,8 @@ def verify_file(store: SnapshotStore, name: str, size_bytes: int, checksum: str)
 
 
 def read_parts(paths: Sequence[Location]) -> tuple[Layout, list[bytearray]]:
-    """The whole model's values from all parts of one snapshot: the layout, and each bucket's words.
-
-    Raises StorageError when a part is missing, of another step, or torn."""
+    """The layout, and each bucket's words, from all parts of one snapshot. Raises StorageError when a part is missing,
+    of another step, or torn."""
     parts = [read_part(path) for path in paths]
     if not parts:
         raise StorageError("a snapshot without parts cannot be read")
@@ -264,11 +239,9 @@ def _read_pieces(file: Any, index: Sequence[Mapping[str, Any]]) -> dict[PieceKey
 
 
 def combine_crc32c(first: int, second: int, second_bytes: int) -> int:
-    """The CRC-32C of two byte strings in sequence, from that of each and the length of the second.
-
-    A CRC is a remainder of polynomials over GF(2), whose coefficients are bits; appending n bytes multiplies by x^(8n).
-    The bits are reversed: the coefficient of x^0 is the highest of 32.
-    """
+    """The CRC-32C of two byte strings in sequence, from that of each and the length of the second. A CRC is a remainder
+    of polynomials over GF(2), whose coefficients are bits, that of x^0 the highest of 32; appending n bytes multiplies
+    by x^(8n)."""
     return _times(_shift(second_bytes), first) ^ second
 
 

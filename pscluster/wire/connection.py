@@ -90,11 +90,6 @@ class Connection:
     def wants_write(self) -> bool:
         return bool(self._outgoing)
 
-    @property
-    def queued_bytes(self) -> int:
-        """Bytes handed to `send` and not yet taken by the kernel."""
-        return sum(view.nbytes for item in self._outgoing for view in item.views)
-
     def send(
         self,
         header: Header,
@@ -138,7 +133,6 @@ class Connection:
         self._wants(self)
 
     def flush(self) -> None:
-        """Send what the socket takes now."""
         try:
             while self._outgoing:
                 item = self._outgoing[0]
@@ -238,7 +232,6 @@ class Connection:
             item.views[0] = item.views[0][sent:]
 
     def _filled_up(self) -> None:
-        """The header or the body is complete."""
         if self._header is None:
             header = unpack(self._header_bytes)
             self._header = header

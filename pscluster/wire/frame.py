@@ -60,7 +60,6 @@ class Codec(IntEnum):
 
     @classmethod
     def of(cls, name: str) -> Codec:
-        """The codec that a spec names."""
         return cls[name.upper()]
 
 

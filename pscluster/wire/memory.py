@@ -89,9 +89,8 @@ class Arena:
         self.view = memoryview(self._memory)
 
     def show(self, offset: int, segment: Segment, segment_offset: int, size_bytes: int) -> None:
-        """Turn `size_bytes` at `offset` into a window onto the segment; whole pages, maybe none. Raises OSError.
-
-        What was there is gone; a write there ends the process with SIGSEGV."""
+        """Turn `size_bytes` at `offset` into a window onto the segment; whole pages, maybe none: what was there is
+        gone, a write there ends the process with SIGSEGV. Raises OSError."""
         self._map(offset, size_bytes, mmap.PROT_READ, mmap.MAP_SHARED, segment.fd, segment_offset)
 
     def make_private(self, offset: int, size_bytes: int) -> None:

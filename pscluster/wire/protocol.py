@@ -11,7 +11,7 @@ are packed and unpacked.
     DECISION             CommitDecision, in JSON
     SYNC, METADATA       Sync, Metadata; in JSON
     INIT, VALUES, PIECE  words of a bucket
-    PUSH                 words of a bucket, a weight (UNCHANGED: pack_weight) or a step.summary.Summary
+    PUSH                 words of a bucket, a weight (UNCHANGED: pack_weight) or a step.tree.Summary
     PULL, FENCED, HELD   none
 
 Generation, step, bucket, node and sender travel in the header. Every `unpack` raises FrameError for a body that `pack`
@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 import numpy as np
 
 from pscluster.errors import AuthError, FrameError
-from pscluster.step.summary import Statistics
+from pscluster.step.tree import Statistics
 from pscluster.wire.frame import Buffer, FrameKind, Header
 
 Channel = Literal["push", "pull", "vote", "replica"]

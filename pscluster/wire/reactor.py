@@ -61,9 +61,8 @@ class Reactor:
         self._stopped = True
 
     def post(self, call: Callable[[], None]) -> None:
-        """Have `call` run on the reactor's thread, in order, soon. From any thread; never blocks.
-
-        After `close` it is dropped: there is no thread that could run it."""
+        """Have `call` run on the reactor's thread, in order, soon; after `close` it is dropped. From any thread; never
+        blocks."""
         with self._closing:
             if not self._closed:
                 self._posted.append(call)
@@ -97,10 +96,9 @@ class Reactor:
         self._selector.register(fd, selectors.EVENT_READ, call)
 
     def listen(self, address: str, handler: ConnectionHandler, handshake_s: float = math.inf) -> str:
-        """Accept connections at `address` for `handler`; returns the address that peers dial (port resolved).
-
-        A connection without a `context` after `handshake_s` is closed: its peer has not identified itself.
-        Raises AddressInUseError."""
+        """Accept connections at `address` for `handler`; returns the address that peers dial (port resolved). One
+        without a `context` after `handshake_s` is closed: its peer has not identified itself. Raises
+        AddressInUseError."""
         listener, bound = bind(address)
         self._listeners.append((listener, bound))
         self._listen_on(listener, handler, handshake_s)

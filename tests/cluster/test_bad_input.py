@@ -343,7 +343,7 @@ def test_a_full_disk_is_reported_and_the_job_resumes_with_space(
         found = client.wait(job, "failed", 100)
     assert found.error is not None
     assert found.error.code == "PS-4002"
-    assert f"the snapshot of the last step, {STEPS}, is not complete" in found.error.cause
+    assert f"last step, {STEPS}," in found.error.cause
     assert "No space left on device" in found.error.cause
     warnings = [event.message for event in found.events if event.warning]
     assert any("step 2" in message and "No space left" in message for message in warnings), warnings

@@ -167,8 +167,8 @@ STRANGERS = {
     "huge push before the greeting": (frame(PUSH, b"", length=1 << 40), AUTH),
     "pull before the greeting": (frame(PULL), AUTH),
     "unknown channel": (hello("shell"), FRAME),
-    "timeline that is no number": (hello(restore_generation="x"), FRAME),
-    "timeline that is a list": (hello(restore_generation=[]), FRAME),
+    "restore generation that is no number": (hello(restore_generation="x"), FRAME),
+    "restore generation that is a list": (hello(restore_generation=[]), FRAME),
 }
 
 

@@ -12,12 +12,13 @@ from typing import Any
 import crc32c
 import pytest
 
+from harness.held_pieces import write_part
 from harness.s3 import BUCKET, S3, s3_server
 from pscluster.errors import DamagedError, StorageError
 from pscluster.step.layout import Layout, TensorSpec
 from pscluster.storage import Live, SnapshotStore, below, open_store
 from pscluster.storage.directory import DirectoryStore
-from pscluster.storage.snapshot import PartMeta, part_name, read_part, read_parts, verify_file, write_part
+from pscluster.storage.snapshot import PartMeta, part_name, read_part, read_parts, verify_file
 
 LAYOUT = Layout((TensorSpec(names=("w",), shape=(4,), dtype="float32", kind="trained"),))
 META = PartMeta(job="job", step=3, generation=1, partition=0, num_partitions=1, update_counts=(3,))

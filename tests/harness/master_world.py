@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from pscluster.errors import PsError
 from pscluster.job.spec import JobSpec, parse_spec
 from psmaster.control.transaction import Report, Transaction
 from psmaster.model.job import (
@@ -21,16 +22,17 @@ from psmaster.model.job import (
     JobState,
     JobWarning,
     PreflightCheck,
+    StepRecord,
 )
-from psmaster.model.membership import Node, Role, presumed
+from psmaster.model.membership import Node, Role
 from psmaster.model.plan import Part, Placement, Plan, ProcessKind, RestorePoint
 from psmaster.model.process import Exit, Failure, PartitionFacts, Process, TrainerFacts, Unreached
-from psmaster.model.reports import Progress, StandbyState, StepRecord
+from psmaster.model.reports import Progress, StandbyState
 from psmaster.model.state import Changes, State
 from psmaster.scheduling.draft import Limits
 from psmaster.scheduling.reconcile import Desired, desired
-from psmaster.storage.persistence import batch_of
-from tests.harness.memory_store import MemoryStore
+from tests.harness.driven_loop import DrivenLoop, drive
+from tests.harness.memory_store import MemoryArchive, MemoryStore
 
 LIMITS = Limits()
 
@@ -178,28 +180,35 @@ PARTITION = PartitionFacts(addresses=("unix:/x",), numerics_class="O" * 16)
 
 
 class World:
-    """One master's state over time. Every turn is written to a store, so that `restart` can read it again."""
+    """One master over time: the product's loop on a clock of the test's. Every transaction is written to a store, so
+    that `restart` can read it again."""
 
     def __init__(self, limits: Limits = LIMITS) -> None:
         self.limits = limits
         self.store = MemoryStore()
-        self.state = State()
+        self.archive = MemoryArchive(self.store)
         self.now = Instant(mono_s=100.0, unix_s=1_000.0)
+        self.loop = DrivenLoop(self.archive, limits, lambda: self.now)
         self.events: list[Event] = []
         self.last: Changes | None = None
         self.lives: dict[str, str] = {}
 
-    # time and turns
+    @property
+    def state(self) -> State:
+        return self.loop.state
+
+    # time and transactions
 
     def take(self, *inputs: Callable[[Transaction], Any]) -> Changes:
-        """One turn with these inputs; what follows is durable."""
-        transaction = Transaction(self.state, self.now, self.limits)
-        transaction.tick()
-        for apply in inputs:
-            apply(transaction)
-        changes = transaction.finish()
-        self.store.write(batch_of(self.state, changes))
-        self.state = changes.state
+        """One transaction with these inputs, at a tick; what follows is durable. Raises the error of one refused."""
+        refused: list[PsError] = []
+        for apply in (Transaction.tick, *inputs):
+            drive(self.loop.ask(apply), lambda _: None, refused.append)
+        self.archive.written = None
+        self.loop.commit(lambda _: None)
+        if refused:
+            raise refused[0]
+        changes = self.archive.written or Changes(state=self.state, events=(), lines=(), cuts={})
         self.events += [event for _, event in changes.events]
         self.last = changes
         return changes
@@ -223,23 +232,8 @@ class World:
 
     def restart(self) -> None:
         """The master dies and starts again: what was stored is all it knows."""
-        jobs = {job.job_id: job for job in self.store.jobs()}
-        catalogues = {
-            job_id: replace(
-                self.state.catalogues[job_id],
-                parts={(part.step, part.partition): part for part in self.store.parts(job_id)},
-            )
-            for job_id in jobs
-        }
-        events = {job_id: self.store.events(job_id) for job_id in jobs}
-        self.state = State(
-            jobs=jobs,
-            catalogues=catalogues,
-            events=events,
-            nodes=presumed(jobs, self.now),
-            drains=self.store.drains(),
-            deletions=self.store.deletions(),
-        )
+        self.loop = DrivenLoop(self.archive, self.limits, lambda: self.now)
+        self.loop.state = self.archive.load(self.now)
         self.take()
 
     # nodes

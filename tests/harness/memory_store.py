@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from pscluster.errors import StateError
 from psmaster.model.job import MAX_EVENTS, VOLATILE, Event, Job
 from psmaster.model.plan import Part
-from psmaster.model.state import Deletion, Deletions
+from psmaster.model.state import Changes, Deletion, Deletions
+from psmaster.storage.persistence import Archive, Writes
 from psmaster.storage.store import Batch, BundleRecord, Store
 
 
@@ -51,17 +53,12 @@ class MemoryStore(Store):
 
     def _refuse_conflicts(self, batch: Batch) -> None:
         for job in batch.jobs:
-            holder = self.job_of_request(job.request_id)
-            if holder not in (None, job.job_id):
-                raise StateError(f"request {job.request_id} has created job {holder} already")
+            for held in self._jobs.values():
+                if job.request_id and held.request_id == job.request_id and held.job_id != job.job_id:
+                    raise StateError(f"request {job.request_id} has created job {held.job_id} already")
 
     def jobs(self) -> tuple[Job, ...]:
         return tuple(sorted(self._jobs.values(), key=lambda job: (job.created_s, job.job_id)))
-
-    def job_of_request(self, request_id: str) -> str | None:
-        if not request_id:
-            return None
-        return next((job.job_id for job in self._jobs.values() if job.request_id == request_id), None)
 
     def events(self, job_id: str) -> tuple[Event, ...]:
         return tuple(self._events.get(job_id, ()))
@@ -81,6 +78,31 @@ class MemoryStore(Store):
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+class MemoryArchive(Archive):
+    """A store alone, without files. `written`: the newest changes that had something to write."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        self.store = store
+        self.publisher = _NoManifests()  # type: ignore[assignment]
+        self.written: Changes | None = None
+        self._jobs = Path("/nonexistent/jobs")
+        self._metrics = {}
+
+    def save(self, writes: Writes) -> None:
+        self.store.write(writes.batch)
+        self.written = writes.changes
+
+
+class _NoManifests:
+    """Stands in for the publisher of manifests."""
+
+    def publish(self, jobs: object, *, wait: bool = True) -> None:
+        """There is nowhere to publish them."""
+
+    def remove(self, deletion: object, directory: object, *, wait: bool = True) -> None:
+        """There is nothing to remove."""
 
 
 _FORGOTTEN: Mapping[str, Any] = {name: Job.__dataclass_fields__[name].default for name in VOLATILE}

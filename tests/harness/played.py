@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psserver.partition.process
+from harness.frame_end import FrameEnd, joined
 from pscluster.errors import FrameError, PsError
 from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.step.layout import Layout
@@ -26,6 +27,7 @@ psserver.partition.process.SLICE_S = 0.0  # updates take turns with frames after
 
 JOB = "job-played"
 TOKEN = b"0123456789abcdef"
+NOWHERE = Path("/nonexistent")
 
 
 class _Passed:
@@ -43,21 +45,15 @@ class _Passed:
             os.close(fd)
 
 
-class PlayedConnection:
-    """One end of a connection; stands in for `pscluster.wire.connection.Connection`.
+class PlayedConnection(FrameEnd):
+    """One end of a connection on the played network.
 
     A local one passes descriptors to the end that dialled, as a Unix socket does. `takes`: so many frames more, and
     `send` finds it broken at the next; None: it does not break by itself."""
 
     def __init__(self, network: Network, handler: Any, *, is_local: bool, takes_fds: bool) -> None:
+        super().__init__(handler, is_local=is_local)
         self.network = network
-        self.handler = handler
-        self.context: object = None
-        self.is_open = True
-        self.is_local = is_local
-        self.wants_write = False
-        self.reading = True
-        self.sent_bytes = 0
         self.takes: int | None = None
         self.inbox: deque[tuple[Header, bytes, _Passed]] = deque()
         self.other: PlayedConnection | None = None
@@ -82,7 +78,7 @@ class PlayedConnection:
             return
         self.takes = None if self.takes is None else self.takes - 1
         assert self.is_local or not fds, "descriptors do not travel over TCP"
-        data = b"".join(bytes(memoryview(part).cast("B")) for part in body if memoryview(part).nbytes)
+        data = joined(body)
         assert body_checksum in (None, checksum([data])), "what the sender knows of its body is not so"
         header = unpack(pack(replace(header, length=len(data), checksum=checksum([data]) if data else 0)))
         if header.kind in (FrameKind.PUSH, FrameKind.VALUES) and header.flags & IN_MEMORY:
@@ -100,28 +96,14 @@ class PlayedConnection:
             self.network.post(other.close)
         self.close(FrameError("a data connection broke while sending: reset"))
 
-    def detach(self, tag: object) -> None:
-        """Bodies were copied when they were sent."""
-
-    def pause_reading(self) -> None:
-        self.reading = False
-
-    def resume_reading(self) -> None:
-        self.reading = True
-
     def take_fds(self) -> list[int]:
         return self._passed.take()
 
     def deliver(self) -> None:
-        """Hand the oldest waiting frame to the handler, as a `Connection` does."""
+        """Hand the oldest waiting frame to the handler."""
         header, data, self._passed = self.inbox.popleft()
         try:
-            body = memoryview(b"")
-            if header.length:
-                body = self.handler.body_target(self, header)
-                assert body.nbytes == header.length
-                body[:] = data
-            self.handler.frame(self, header, body)
+            self.hand_over(header, data)
         except PsError as error:
             self.network.refused.append(error)
             self.close(error)
@@ -281,7 +263,9 @@ def played_plan(
     )  # fmt: skip
 
 
-def played_partition(network: Network, spec: JobSpec, index: int, store: Path, *, attempt: int = 0) -> PartitionService:
+def played_partition(
+    network: Network, spec: JobSpec, index: int = 0, store: Path = NOWHERE, *, attempt: int = 0
+) -> PartitionService:
     """A real partition on the played network; it listens over both transports, has no plan yet, writes no snapshot.
 
     With an attempt it has an address of its own, which names it."""
@@ -312,6 +296,20 @@ def fill(service: PartitionService) -> None:
     for span in service.state.spans:
         if service.state.fill(span.bucket):
             service.carry_out([JoinJob()])
+
+
+def started(network: Network, layout: Layout, num_shards: int = 1, /, **sections: Any) -> PartitionService:
+    """The only partition of a job with one trainer, in generation 1; not yet filled."""
+    service = played_partition(network, played_spec(num_shards, **sections))
+    service.adopt(played_plan(layout, {0: list(range(num_shards))}))
+    return service
+
+
+def filled(network: Network, layout: Layout, num_shards: int = 1, /, **sections: Any) -> PartitionService:
+    """The same, with zeros."""
+    service = started(network, layout, num_shards, **sections)
+    fill(service)
+    return service
 
 
 def job_header(kind: FrameKind, **fields: Any) -> Header:

@@ -1,351 +1,207 @@
-"""A whole job on a played network: real partitions, real exchanges, and trainers whose gradients are arithmetic."""
+"""A job of real partitions, with real standbys if it has any, on a played network, under a played master."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
-
-from harness.played import JOB, Network, PlayedLink, dismiss, played_partition, played_plan, played_spec
+from harness.played import Network, dismiss, played_partition, played_plan
 from pscluster.job.spec import JobSpec
-from pscluster.step.codec import DTYPES, as_bytes
 from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
-from pscluster.step.summary import Statistics, Summary, add_statistics, touched_bits
-from pscluster.step.tree import TreeNode, tree_of
-from pscluster.v1.plan_pb2 import Plan, ProcessSpec
-from pscluster.wire.protocol import Outcome
+from pscluster.v1.plan_pb2 import Plan
 from psserver.partition.process import PartitionService
-from psworker.replica import BucketMemory
-from psworker.trainer.exchange import Exchange
-from psworker.trainer.gradients.accumulate import Counter, Gradients, add_gradients
-from psworker.trainer.telemetry import TrainerCounters
-from psworker.trainer.work import Work, WorkKey
 
-FINAL_STEP = 3
 LAYOUT = Layout(
     (
-        TensorSpec(names=("w",), shape=(2 * BLOCK_WORDS + 5,), dtype="float32", kind="trained"),
+        TensorSpec(names=("w",), shape=(3 * BLOCK_WORDS + 5,), dtype="float32", kind="trained", decay=True),
         TensorSpec(names=("b",), shape=(7,), dtype="float32", kind="trained"),
-        TensorSpec(names=("mean",), shape=(5,), dtype="float32", kind="averaged"),
+        TensorSpec(names=("mean",), shape=(7,), dtype="float32", kind="averaged"),
         TensorSpec(names=("count",), shape=(), dtype="int64", kind="carried"),
         TensorSpec(names=("fixed",), shape=(3,), dtype="float32", kind="frozen"),
     )
 )
 W, B, MEAN, COUNT, FIXED = range(5)
+TRAINED, AVERAGED, CARRIED, FROZEN = range(4)  # buckets
 
 
-class PlayedTrainer:
-    """One act at a time: `turn`. Its exchange lives on the played network; its thread is never started."""
+class Master:
+    """What the master knows and plans: attempts, and who was reported in sync."""
 
-    def __init__(self, network: Network, spec: JobSpec, rank: int) -> None:
-        self.rank = rank
-        self.link = PlayedLink(ProcessSpec(job_id=JOB, rank=rank))
-        self.memory = BucketMemory(LAYOUT)
-        self.exchange = Exchange(
-            self.link,  # type: ignore[arg-type]
-            spec,
-            LAYOUT,
-            self.memory,
-            TrainerCounters(),
-            reactor=network,  # type: ignore[arg-type]
-        )
-        self._tree = tree_of(spec.train.num_shards)
-        self._dtype = DTYPES[spec.network.push_codec]
-        self._done: dict[WorkKey, set[int]] = {}
-        self._run: Work | None = None
-        self._sums: dict[int, Counter[Gradients]] = {
-            b.index: Counter(self._tree, add_gradients) for b in LAYOUT.buckets if b.kind == "trained"
-        }
-        self._statistics: Counter[Statistics] = Counter(self._tree, add_statistics)
-
-    def turn(self) -> bool:
-        """Do the next thing there is to do; False: there is none now."""
-        exchange, run = self.exchange, self._run
-        if run is not None and not exchange.agenda.is_current(run):
-            self._end(run)
-        work = exchange.agenda.find_work(self._done)
-        if work is None:
-            return False
-        self._done = {work.key: self._done.get(work.key, set())} | {
-            key: shards for key, shards in self._done.items() if key[:2] == work.key[:2] and key != work.key
-        }
-        if work.action == "initialise":
-            self.memory.close_windows()
-            _fill(self.memory)
-            exchange.forget_values()
-            exchange.send_initial(work)
-            self._done[work.key].update(work.shards)
-            return True
-        if self._run is None:
-            if not exchange.want(work, work.version, exact=work.action != "train"):
-                self._give_up(work)
-                return True
-            self._begin(work)
-        if not exchange.has_landed:
-            if exchange.values.landing.is_superseded:
-                self._give_up(work)
-            return exchange.values.landing.is_superseded
-        {"train": self._train, "evaluate": self._evaluate, "finalise": self._finalise, "finish": self._finish}[
-            work.action
-        ](work)
-        return True
-
-    def dismiss(self) -> None:
-        """The process is gone: its connections break, its shared memory is unmapped."""
-        for peer in self.exchange.pusher.peers:
-            peer.close()
-            peer.pushes.queue.__init__()  # type: ignore[misc]
-        self.memory.close_windows()
-        self.exchange.values.restart()
-        self.exchange._lanes._lanes.clear()
-
-    def _counters(self) -> list[Counter[Any]]:
-        return [*self._sums.values(), self._statistics]
-
-    def _begin(self, work: Work) -> None:
-        self._run = work
-        roots = self._tree.cover(work.shards)
-        for counter in self._counters():
-            counter.begin(roots)
-
-    def _end(self, work: Work) -> None:
-        """Push what is held although its root is not whole."""
-        self._run = None
-        for bucket, counter in self._sums.items():
-            for node, gradients in counter.flush():
-                self.exchange.pusher.gradients(work, bucket, node, gradients)
-        for node, statistics in self._statistics.flush():
-            self.exchange.pusher.statistics(work, node, statistics)
-
-    def _give_up(self, work: Work) -> None:
-        self._run = None
-        for counter in self._counters():
-            counter.flush()
-        self._done[work.key].update(work.shards)
-
-    def _tensor(self, number: int) -> torch.Tensor:
-        bucket, offset = LAYOUT.bucket_of[number]
-        return self.memory.flats[bucket][offset : offset + LAYOUT.tensors[number].num_words]
-
-    def _train(self, work: Work) -> None:
-        """One shard. Odd ones touch neither `b` nor the buffers."""
-        shard, exchange = work.shards[0], self.exchange
-        node, weight, moves = TreeNode(shard, 1), 1.0 + shard, shard % 2 == 0
-        for bucket, counter in sorted(self._sums.items(), reverse=True):
-            placed = LAYOUT.buckets[bucket].placed
-            gradients = [self._gradient(p.tensor, shard) if moves or p.tensor != B else None for p in placed]
-            for root, value in counter.carry(node, gradients):
-                exchange.pusher.gradients(work, bucket, root, value)
-        self._push_buffers(work, node, weight, moves)
-        touched = touched_bits([W, B, MEAN] if moves else [W], len(LAYOUT.tensors))
-        exchange.pusher.summary(work, node, Summary(loss_sum=weight, weight=weight, samples=1, touched=touched))
-        self._done[work.key].add(shard)
-        if self._run is not None and self._done[work.key].issuperset(self._run.shards):
-            self._end(work)
-            exchange.want(work, work.version + 1)
-
-    def _gradient(self, number: int, shard: int) -> torch.Tensor:
-        values = self._tensor(number)
-        ramp = torch.arange(values.numel()).remainder(7).sub(3.0)
-        return (values * (0.25 + shard / 8) + ramp * (1 + shard / 3)).to(self._dtype)
-
-    def _push_buffers(self, work: Work, node: TreeNode, weight: float, moves: bool) -> None:
-        averaged, carried = LAYOUT.bucket_of[MEAN][0], LAYOUT.bucket_of[COUNT][0]
-        if moves:
-            words = torch.zeros(LAYOUT.buckets[averaged].num_words)
-            words[:5] = (self._tensor(MEAN) * 0.75 + node.first / 3) * weight
-            self.exchange.pusher.words(work, averaged, node, words)
-        else:
-            self.exchange.pusher.unchanged(work, averaged, node, weight)
-        if node.first == 0:
-            counted = self.memory.flats[carried].clone()
-            counted[0] += 1
-            self.exchange.pusher.words(work, carried, node, counted)
-
-    def _evaluate(self, work: Work) -> None:
-        """A shard's statistics: sums over its part of the parameters, exact ones."""
-        shard = work.shards[0]
-        found = np.array([float(self._tensor(n)[shard::4].double().sum()) for n in (W, B, MEAN)])
-        for node, value in self._statistics.carry(TreeNode(shard, 1), found):
-            self.exchange.pusher.statistics(work, node, value)
-        self._done[work.key].add(shard)
-        if self._run is not None and self._done[work.key].issuperset(self._run.shards):
-            self._end(work)
-
-    def _finalise(self, work: Work) -> None:
-        assert work.statistics is not None
-        self._run = None
-        self.exchange.pusher.outcome(work, Outcome(metrics={"loss": float(work.statistics.sum())}))
-        self._done[work.key].update(work.shards)
-
-    def _finish(self, work: Work) -> None:
-        self._run = None
-        digest = hashlib.sha256(b"".join(bytes(as_bytes(flat)) for flat in self.memory.flats)).hexdigest()
-        self.exchange.pusher.outcome(work, Outcome(sha256=digest))
-        self._done[work.key].update(work.shards)
+    def __init__(self, count: int) -> None:
+        self.generation = self.restored = self.moved = self.led = 0
+        self.partitions = [1] * count
+        self.standbys: list[int] = [0] * count
+        self.synced = [False] * count
+        self.attempts = [1] * count
+        self.restores = self.takeovers = 0
 
 
-def _fill(memory: BucketMemory) -> None:
-    """The seeded first values."""
-    for flat in memory.flats:
-        flat.zero_()
-    for number, spec in enumerate(LAYOUT.tensors):
-        bucket, offset = LAYOUT.bucket_of[number]
-        part = memory.flats[bucket][offset : offset + spec.num_words]
-        part.copy_(torch.arange(spec.num_words).remainder(11).sub(5) / (3 if spec.dtype == "float32" else 1))
+class PlayedJob:
+    """The partitions of `spec`, each with a standby from the first plan on if `standbys`. No plan is published yet.
 
-
-class PlayedCluster:
-    """`partitions` partitions and a trainer for each transport named, which they reach the partitions by."""
+    `shards`: what the next plan assigns, by trainer."""
 
     def __init__(
-        self,
-        partitions: int = 1,
-        transports: Sequence[str] = ("tcp",),
-        *,
-        num_shards: int = 4,
-        replicas: bool = False,
-        **network: str,
+        self, spec: JobSpec, layout: Layout, shards: Mapping[int, Sequence[int]], *, standbys: bool = False
     ) -> None:
-        """`replicas`: each partition has a standby."""
-        train = {"max_steps": FINAL_STEP, "optimizer": {"name": "adamw", "lr": 0.1}, "clip_norm": 1000.0}
-        evaluate = {"every_steps": 2}
         self.network = Network()
-        self.spec = played_spec(num_shards, partitions, train=train, evaluate=evaluate, network=network)
-        self.generation = self.restored = self.moved = self.led = self.takeovers = 0
-        self.newest = [int(replicas)] * partitions  # attempt
-        self.partitions = [self._partition(index) for index in range(partitions)]
-        self.standbys: dict[int, PartitionService] = {}
-        for index in range(partitions if replicas else 0):
-            self._stand_by(index)
-        self.trainers: dict[int, PlayedTrainer] = {}
-        self.transports = list(transports)
-        for transport in transports:
-            self.join(transport)
-        self.publish(restore=True)
+        self.spec = spec
+        self.layout = layout
+        self.shards = shards
+        self.count = spec.servers.partitions
+        self.master = Master(self.count)
+        self.processes: dict[tuple[int, int], PartitionService] = {}  # by partition and attempt
+        self.zombies: list[PartitionService] = []
+        self.committed: dict[int, float] = {}  # step -> norm, as anybody carried it out
+        for index in range(self.count):
+            self._start(index, 1)
+            if standbys:
+                self.place_standby(index)
 
-    def _partition(self, index: int) -> PartitionService:
-        return played_partition(self.network, self.spec, index, Path("/nonexistent"), attempt=self.newest[index])
+    def _start(self, index: int, attempt: int) -> None:
+        self.processes[index, attempt] = played_partition(self.network, self.spec, index, attempt=attempt)
 
-    def _stand_by(self, index: int) -> None:
-        self.newest[index] += 1
-        self.standbys[index] = self._partition(index)
+    def _start_next(self, index: int) -> int:
+        self.master.attempts[index] += 1
+        self._start(index, self.master.attempts[index])
+        return self.master.attempts[index]
 
-    def join(self, transport: str) -> None:
-        """Another trainer; it has no plan yet."""
-        rank = max(self.trainers, default=-1) + 1
-        section = self.spec.network.model_copy(update={"transport": transport})
-        spec = self.spec.model_copy(update={"network": section})
-        self.trainers[rank] = PlayedTrainer(self.network, spec, rank)
+    def partition(self, index: int) -> PartitionService:
+        """Who holds the partition by the newest plan."""
+        return self.processes[index, self.master.partitions[index]]
 
-    def publish(self, *, restore: bool = False, turned_by: int = 0) -> None:
-        """A new plan deals the shards to the trainers there are; each process hears of it when it adopts."""
-        self.generation += 1
-        self.restored = self.generation if restore else self.restored
-        ranks, num_shards = sorted(self.trainers), self.spec.train.num_shards
+    @property
+    def partitions(self) -> list[PartitionService]:
+        return [self.partition(index) for index in range(self.count)]
 
-        def place(shard: int) -> int:
-            """Neighbours together, whose sums a trainer makes itself, or one by one."""
-            turned = (shard + turned_by) % num_shards
-            return turned % len(ranks) if turned_by % 2 else turned * len(ranks) // num_shards
+    def standby(self, index: int) -> PartitionService | None:
+        return self.processes.get((index, self.master.standbys[index]))
 
-        shards = {rank: [s for s in range(num_shards) if place(s) == at] for at, rank in enumerate(ranks)}
+    # ---- the master ----
+
+    def place_standby(self, index: int) -> None:
+        """A new standby process; the next plan names it."""
+        if not self.master.standbys[index]:
+            self.master.standbys[index] = self._start_next(index)
+
+    def publish(self, *, restore: bool = False) -> None:
+        """A new plan; each process receives it when it adopts."""
+        m = self.master
+        m.generation += 1
+        if restore:
+            m.restored = m.generation
+            m.restores += 1
+            m.synced = [False] * self.count
+            self.committed.clear()
         self.plan: Plan = played_plan(
-            LAYOUT, shards, generation=self.generation, partitions=len(self.partitions),
-            restore_generation=self.restored, final_step=FINAL_STEP, moved_generation=self.moved,
-            coordinator_generation=self.led,
+            self.layout, self.shards, generation=m.generation, partitions=self.count, restore_generation=m.restored,
+            final_step=self.spec.train.max_steps, moved_generation=m.moved, coordinator_generation=m.led,
         )  # fmt: skip
-        for index, standby in self.standbys.items():
-            placement, attempt = self.plan.partitions[index], self.partitions[index].attempt
-            for sent, number in ((placement, attempt), (placement.standby, standby.attempt)):
-                sent.attempt = number
-                sent.addresses[:] = [f"{kind}:partition:{index}:{number}" for kind in ("unix", "tcp")]
+        for index, placement in enumerate(self.plan.partitions):
+            self._name(placement, index, m.partitions[index])
+            if m.standbys[index]:
+                self._name(placement.standby, index, m.standbys[index])
 
-    def adopt(self, index: int) -> None:
-        """A process hears of the plan: partitions first, then trainers, counted through."""
-        processes: list[Any] = [
-            *self.partitions,
-            *self.standbys.values(),
-            *(trainer.exchange for trainer in self.trainers.values()),
-        ]
-        processes[index % len(processes)].adopt(self.plan)
+    def _name(self, placement: Any, index: int, attempt: int) -> None:
+        placement.attempt = attempt
+        placement.addresses[:] = [f"{kind}:partition:{index}:{attempt}" for kind in ("unix", "tcp")]
 
-    def tell_all(self) -> None:
-        """Every process hears of the plan."""
-        for index in range(len(self.partitions) + len(self.standbys) + len(self.trainers)):
-            self.adopt(index)
+    def hear_reports(self) -> None:
+        """What partitions reported of their standbys, as the master counts it."""
+        m = self.master
+        for (index, attempt), service in list(self.processes.items()):
+            link: Any = service.link
+            said = link.reported("standby_state")
+            link.reports = [r for r in link.reports if r.WhichOneof("body") != "standby_state"]
+            assert not link.reported("failure"), link.reported("failure")
+            for state in said:
+                if attempt != m.partitions[index] or state.attempt != m.standbys[index]:
+                    continue
+                if state.generation >= m.restored and state.in_sync:
+                    m.synced[index] = True
+                elif not state.in_sync:
+                    self.lose_standby(index)
 
-    def turn(self, index: int) -> bool:
-        return list(self.trainers.values())[index % len(self.trainers)].turn()
+    def lose_standby(self, index: int) -> None:
+        """The standby is gone: the plan goes on without it."""
+        m = self.master
+        if m.standbys[index]:
+            dismiss(self._remove(index, m.standbys[index]))
+            m.standbys[index], m.synced[index] = 0, False
+            self.publish()
+
+    def lose_partition(self, index: int, *, lives_on: bool = False) -> None:
+        """The partition is gone, or the master believes so: its standby takes over, or all go back."""
+        m = self.master
+        self.hear_reports()
+        gone = self._remove(index, m.partitions[index])
+        if lives_on:
+            self.zombies.append(gone)
+        else:
+            dismiss(gone)
+        synced, m.synced[index] = m.synced[index], False
+        if m.standbys[index]:
+            m.partitions[index], m.standbys[index] = m.standbys[index], 0
+        else:
+            m.partitions[index] = self._start_next(index)
+        if synced:
+            m.takeovers += 1
+            m.moved = m.generation + 1
+            m.led = m.moved if index == 0 else m.led
+        self.publish(restore=not synced)
 
     def crash(self, index: int) -> None:
-        """A partition is gone, and the job begins again from its first values."""
-        place = index % len(self.partitions)
-        dismiss(self.partitions[place])
-        self.newest[place] += bool(self.standbys)
-        self.partitions[place] = self._partition(place)
+        """The partition is gone, and whatever its standby has, all go back."""
+        dismiss(self._remove(index, self.master.partitions[index]))
+        self.master.partitions[index] = self._start_next(index)
         self.publish(restore=True)
 
-    def take_over(self, index: int) -> None:
-        """A partition is gone and its standby, if it is in sync, has its place; else nothing happens."""
-        place = index % len(self.partitions)
-        lost = self.partitions[place]
-        sent = lost.replication.in_sync.reported_in_sync and lost.plan is not None
-        if place not in self.standbys or not sent or lost.plan.restore_generation != self.restored:  # type: ignore[union-attr]
-            return
-        dismiss(lost)
-        self.partitions[place] = self.standbys.pop(place)
-        self._stand_by(place)
-        self.takeovers += 1
-        self.moved = self.generation + 1
-        self.led = self.moved if place == 0 else self.led
-        self.publish()
+    def _remove(self, index: int, attempt: int) -> PartitionService:
+        del self.network.listeners[f"partition:{index}:{attempt}"]
+        return self.processes.pop((index, attempt))
 
-    def lose(self, index: int) -> None:
-        """A trainer is gone; another one comes in its place, and every shard is dealt anew."""
-        rank = sorted(self.trainers)[index % len(self.trainers)]
-        self.join(self.transports[index % len(self.transports)])
-        self.trainers.pop(rank).dismiss()
-        self.publish()
+    # ---- processes ----
+
+    def members(self) -> list[Any]:
+        """Whoever adopts plans."""
+        return [service for _, service in sorted(self.processes.items())]
+
+    def adopt(self, number: int) -> None:
+        """One of the processes receives the newest plan."""
+        members = self.members()
+        members[number % len(members)].adopt(self.plan)
+
+    def everybody_adopts(self) -> None:
+        for number in range(len(self.members())):
+            self.adopt(number)
 
     def cut(self, choice: int) -> None:
         if self.network.connections:
             self.network.connections[choice % len(self.network.connections)].close(None)
 
     def check(self) -> None:
-        """What holds at any time: nobody is two steps ahead, and nothing that came was refused."""
-        for restore_generation in {p.plan.restore_generation for p in self.partitions if p.plan}:
-            steps = [
-                p.member.step for p in self.partitions if p.plan and p.plan.restore_generation == restore_generation
-            ]
-            assert max(steps) - min(steps) <= 1, f"two steps apart in timeline {restore_generation}: {steps}"
-        assert self.network.refused == []
+        """Nobody is two steps ahead, and each step has one decision, which holds until a restore."""
+        voting = [p for p in self.partitions if p.plan and p.standby is None]
+        for generation in {p.plan.restore_generation for p in voting if p.plan}:
+            steps = [p.member.step for p in voting if p.plan and p.plan.restore_generation == generation]
+            assert max(steps) - min(steps) <= 1, f"two steps apart since restore {generation}: {steps}"
+        for p in self.current():
+            last = p.member.last_decision
+            if last is not None:
+                known = self.committed.setdefault(last.step, last.norm)
+                assert known == last.norm, f"two decisions on step {last.step}: {known} and {last.norm}"
+        newest = max(self.committed, default=-1)
+        for index, synced in enumerate(self.master.synced):
+            standby = self.standby(index)
+            if synced and standby is not None and standby.standby is not None:
+                acked_version = standby.member.step + (standby.member.vote is not None)
+                assert acked_version > newest, f"the standby of {index} could not make the committed step {newest}"
+        assert [error for error in self.network.refused if error.code != "PS-3002"] == []
 
-    def run_to_the_end(self) -> tuple[str, dict[int, float]]:
-        """Without further faults. Returns the digest of the final values, and the evaluations by step."""
-        coordinator: Any = self.partitions[0].link
-        for _ in range(8 * FINAL_STEP):
-            self.tell_all()
-            self.network.settle()
-            while [trainer for trainer in self.trainers.values() if trainer.turn()]:
-                self.network.settle()
-            self.check()
-            if finished := coordinator.reported("finished"):
-                evaluated = {e.step: e.metrics["loss"] for e in coordinator.reported("evaluated")}
-                return finished[-1].parameters_sha256, evaluated
-        raise AssertionError(f"stuck at {[(p.version, p.member) for p in self.partitions]}")
-
-    def taken_lanes(self) -> int:
-        """Places in shared memory that are in use over the connections there are."""
-        lanes = [lanes for trainer in self.trainers.values() for lanes in trainer.exchange._lanes._lanes.values()]
-        return sum(bool(taken) for each in lanes for taken in each._taken)
+    def current(self) -> list[PartitionService]:
+        """Partitions and standbys that have a plan since the newest restore."""
+        return [p for p in self.processes.values() if p.plan and p.plan.restore_generation == self.master.restored]
 
     def close(self) -> None:
-        for trainer in self.trainers.values():
-            trainer.dismiss()
-        for partition in (*self.partitions, *self.standbys.values()):
-            dismiss(partition)
+        for service in (*self.processes.values(), *self.zombies):
+            dismiss(service)

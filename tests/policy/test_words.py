@@ -13,7 +13,8 @@ from typing import Any
 RETIRED_PARTS = set(
     """
     seat seats unseat verdict verdicts ballot bond bonds uplink principal tether lawful modesty shunned barred soundness
-    leftovers endings relief dealing greeting refusals trouble reckon owed owe deaf attendant timeline reception
+    leftovers endings relief dealing greeting refusals trouble reckon owed owe deaf attendant timeline
+    timelines reception
     """.split()  # noqa: SIM905 - a list of words is read as one
 )
 # Whole identifiers; as parts of others they may have a meaning that everybody knows.

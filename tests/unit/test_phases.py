@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from pscluster import phases
-from pscluster.phases import Phases
-
-
-class Clock:
-    """Stands in for the `time` module: goes on when told."""
-
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-
-    def perf_counter(self) -> float:
-        return self.now_s
+from harness.clock import Clock
+from pscluster.agent import link
+from pscluster.agent.link import Phases
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(phases, "time", made)
+    monkeypatch.setattr(link, "time", made)
     return made
 
 

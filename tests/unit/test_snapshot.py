@@ -12,10 +12,11 @@ from pathlib import Path
 import crc32c
 import pytest
 
+from harness.held_pieces import write_part
 from pscluster.errors import DamagedError, StorageError
 from pscluster.step.layout import BUCKET_WORDS, Layout, TensorSpec
 from pscluster.storage import Buffer, Written
-from pscluster.storage.snapshot import PartMeta, PieceKey, part_name, read_part, read_parts, write_part
+from pscluster.storage.snapshot import PartMeta, PieceKey, part_name, read_part, read_parts
 
 LAYOUT = Layout((TensorSpec(names=("w",), shape=(5,), dtype="float32", kind="trained"),))
 META = PartMeta(job="job-a", step=7, generation=3, partition=0, num_partitions=1, update_counts=(7,))

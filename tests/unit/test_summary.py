@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pscluster.errors import FrameError
-from pscluster.step.summary import Summary, add_statistics, summary_bytes, touched_bits
+from pscluster.step.tree import Summary, add_statistics, summary_bytes, touched_bits
 from pscluster.wire.protocol import pack_statistics, unpack_statistics
 
 NUMBERS = st.floats(allow_nan=False)

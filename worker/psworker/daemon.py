@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from pscluster.agent.daemon import run
-from pscluster.agent.role import AgentRole
+from pscluster.agent.daemon import AgentRole, run
 
 WORKER = AgentRole(name="worker", module="psworker.trainer", runs="trainers", default_slots=1, one_per_device=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from operator import attrgetter
 from typing import Any
 
 import pscluster
@@ -21,6 +22,7 @@ from psmaster.storage.bundles import BundleShelf
 from psmaster.storage.store import Batch, BundleRecord
 
 PROGRESS_INTERVAL_S = 1.0  # how often a watcher receives mere progress
+_beside_progress = attrgetter("state", "reason", "generation", "conditions")  # a change of these is sent at once
 
 
 class JobsService(jobs_pb2_grpc.JobsServicer):
@@ -79,7 +81,9 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
             news = self._core.news
             job = self._find(job_id)
             wait_s = shown_at + PROGRESS_INTERVAL_S - self._core.now().mono_s
-            if shown is None or (job.revision != shown.revision and (wait_s <= 0 or _matters(shown, job))):
+            if shown is None or (
+                job.revision != shown.revision and (wait_s <= 0 or _beside_progress(job) != _beside_progress(shown))
+            ):
                 yield self._message(job, full=True)
                 shown, shown_at = job, self._core.now().mono_s
                 continue
@@ -131,23 +135,27 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         return jobs_pb2.ListNodesReply(nodes=[self._node(node) for node in ordered])
 
     async def Drain(self, request: jobs_pb2.DrainRequest, context: Any) -> jobs_pb2.Node:
-        await self._core.ask(lambda tx: (tx.undrain if request.undo else tx.drain)(request.node_id))
+        await self._core.ask(lambda tx: tx.drain(request.node_id, undo=request.undo))
         node = self._core.state.nodes.get(request.node_id)
         if node is None:  # drained, and away
             return jobs_pb2.Node(node_id=request.node_id, drain="" if request.undo else drain.DRAINED)
         return self._node(node)
 
     def _node(self, node: Node) -> jobs_pb2.Node:
-        state, now, limits = self._core.state, self._core.now(), self._core.limits
+        state, now, suspicion_s = self._core.state, self._core.now(), self._core.limits.suspicion_s
         running = [
             placement.process_id(job.job_id)
             for job in state.jobs.values()
             for placement in job.placements
             if placement.node_id == node.node_id
         ]
-        waits_for = drain.waits_for(state, node, now, limits.suspicion_s)
-        status = drain.status(state, node)
-        return proto.cluster_node(node, running, now, limits.suspicion_s, drain=status, waits_for=waits_for)
+        return proto.CLUSTER_NODE.encode(
+            node,
+            ready=membership.health(node, now.mono_s, suspicion_s) is membership.Health.READY,
+            processes=sorted(running),
+            drain=drain.status(state, node),
+            waits_for=drain.waits_for(state, node, now, suspicion_s),
+        )
 
     async def GetCluster(self, request: jobs_pb2.GetClusterRequest, context: Any) -> jobs_pb2.Cluster:
         problems = drain.problems(self._core.state, self._core.now(), self._core.limits.suspicion_s)
@@ -167,13 +175,3 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         state = self._core.state
         events = state.events.get(job.job_id, ())
         return proto.job(job, events, self._core.now(), full=full, processes=state.processes)
-
-
-def _matters(shown: Job, job: Job) -> bool:
-    """Whether a change is more than progress, and sent at once."""
-    return (shown.state, shown.reason, shown.generation, shown.conditions) != (
-        job.state,
-        job.reason,
-        job.generation,
-        job.conditions,
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from prometheus_client import REGISTRY, CollectorRegistry, Histogram
 from prometheus_client import Counter as CounterMetric
@@ -69,59 +69,43 @@ class MasterMetrics(Collector):
     def collect(self) -> Iterator[Family]:
         """Every series of this moment."""
         state = self._core.state
-        yield from _of_jobs(state)
-        live = [job for job in state.jobs.values() if not job.state.ended]
-        yield from _of_live_jobs(live)
-        yield _stragglers(live, state)
+        counts = Counter(job.state for job in state.jobs.values())
+        yield _gauge("ps_jobs", "Jobs by state.", ["state"], [([one.value], counts[one]) for one in JobState])
+        yield _gauge("ps_queue_depth", "Jobs that wait for their turn.", [], [([], counts[JobState.QUEUED])])
+        yield from _of_live_jobs([job for job in state.jobs.values() if not job.state.ended], state)
         yield from self._of_nodes(state)
 
     def _of_nodes(self, state: State) -> Iterator[Family]:
-        now, suspicion_s = self._core.now(), self._core.limits.suspicion_s
-        counts = Counter((node.role, membership.health(node, now.mono_s, suspicion_s)) for node in state.nodes.values())
-        nodes = GaugeMetricFamily("ps_nodes", "Nodes by role and state.", labels=["role", "state"])
-        for role in Role:
-            for health in Health:
-                nodes.add_metric([role.value, health.value], counts[role, health])
-        yield nodes
-        beats = GaugeMetricFamily("ps_heartbeat_timestamp_seconds", "Last beat of a node.", labels=["node", "role"])
-        for node in state.nodes.values():
-            beats.add_metric([node.node_id, node.role.value], node.last_beat_s)
-        yield beats
+        now, suspicion_s, nodes = self._core.now(), self._core.limits.suspicion_s, state.nodes.values()
+        counts = Counter((node.role, membership.health(node, now.mono_s, suspicion_s)) for node in nodes)
+        healths = [([role.value, health.value], counts[role, health]) for role in Role for health in Health]
+        yield _gauge("ps_nodes", "Nodes by role and state.", ["role", "state"], healths)
+        beats = [([node.node_id, node.role.value], node.last_beat_s) for node in nodes]
+        yield _gauge("ps_heartbeat_timestamp_seconds", "Last beat of a node.", ["node", "role"], beats)
 
 
-def _of_jobs(state: State) -> Iterator[Family]:
-    counts = Counter(job.state for job in state.jobs.values())
-    jobs = GaugeMetricFamily("ps_jobs", "Jobs by state.", labels=["state"])
-    for job_state in JobState:
-        jobs.add_metric([job_state.value], counts[job_state])
-    yield jobs
-    depth = GaugeMetricFamily("ps_queue_depth", "Jobs that wait for their turn.")
-    depth.add_metric([], counts[JobState.QUEUED])
-    yield depth
-
-
-def _of_live_jobs(jobs: list[Job]) -> Iterator[Family]:
+def _of_live_jobs(jobs: list[Job], state: State) -> Iterator[Family]:
     for name, help_text, field in _GAUGES:
-        gauge = GaugeMetricFamily(name, help_text, labels=["job"])
-        for job in jobs:
-            gauge.add_metric([job.job_id], getattr(job, field))
-        yield gauge
+        yield _gauge(name, help_text, ["job"], [([job.job_id], getattr(job, field)) for job in jobs])
     skipped = CounterMetricFamily("ps_job_nonfinite", "Steps skipped as not finite.", labels=["job"])
-    active = GaugeMetricFamily("ps_job_trainers", "Trainers by state.", labels=["job", "state"])
+    trainers: list[tuple[list[str], float]] = []
+    ratios: list[tuple[list[str], float]] = []
     for job in jobs:
         skipped.add_metric([job.job_id], job.nonfinite)
-        num_active = sum(1 for placement in job.trainers if placement.active)
-        active.add_metric([job.job_id, "active"], num_active)
-        active.add_metric([job.job_id, "waiting"], len(job.trainers) - num_active)
-    yield from (skipped, active)
-
-
-def _stragglers(jobs: list[Job], state: State) -> Family:
-    ratios = GaugeMetricFamily(
-        "ps_job_straggler_ratio", "Time of the slowest trainer for a microbatch over the median one's.", labels=["job"]
-    )
-    for job in jobs:
-        active = (placement for placement in job.trainers if placement.active)
+        active = [placement for placement in job.trainers if placement.active]
+        trainers.append(([job.job_id, "active"], len(active)))
+        trainers.append(([job.job_id, "waiting"], len(job.trainers) - len(active)))
         speeds = rebalance.measured_speeds(active, job.job_id, state.processes)
-        ratios.add_metric([job.job_id], rebalance.straggler_of(speeds)[1])
-    return ratios
+        ratios.append(([job.job_id], rebalance.straggler_of(speeds)[1]))
+    yield skipped
+    yield _gauge("ps_job_trainers", "Trainers by state.", ["job", "state"], trainers)
+    what = "Time of the slowest trainer for a microbatch over the median one's."
+    yield _gauge("ps_job_straggler_ratio", what, ["job"], ratios)
+
+
+def _gauge(name: str, help_text: str, labels: list[str], values: Iterable[tuple[list[str], float]]) -> Family:
+    """`values`: by the values of the labels."""
+    family = GaugeMetricFamily(name, help_text, labels=labels)
+    for of, value in values:
+        family.add_metric(of, value)
+    return family

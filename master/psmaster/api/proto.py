@@ -5,7 +5,7 @@ fails when a field of one side is neither on the other side nor in its table."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -14,7 +14,7 @@ from pscluster.rpc.codec import Codec, Wire
 from pscluster.v1 import agents_pb2, jobs_pb2, plan_pb2
 from psmaster.control.agent_stream import Acknowledgement, Assignment
 from psmaster.control.transaction import Report
-from psmaster.model import membership, reports
+from psmaster.model import reports
 from psmaster.model.job import (
     VOLATILE,
     Best,
@@ -27,8 +27,9 @@ from psmaster.model.job import (
     Job,
     JobWarning,
     PreflightCheck,
+    StepRecord,
 )
-from psmaster.model.membership import Health, Node
+from psmaster.model.membership import Node
 from psmaster.model.plan import Part, Placement, Plan, ProcessKind, RestorePoint, counted_on
 from psmaster.model.process import (
     REACHES_ALL,
@@ -40,7 +41,7 @@ from psmaster.model.process import (
     TrainerFacts,
     Unreached,
 )
-from psmaster.model.reports import Connected, Evaluated, Progress, StandbyState, StepRecord
+from psmaster.model.reports import Connected, Evaluated, Progress, StandbyState
 from psmaster.model.snapshot_catalog import Catalogue
 from psmaster.scheduling import rebalance
 from psmaster.scheduling.reconcile import Desired
@@ -104,7 +105,7 @@ def processes(node_id: str, states: Sequence[agents_pb2.ProcessState]) -> tuple[
 
 
 def _process(node_id: str, state: agents_pb2.ProcessState) -> Process:
-    ready = report(state.ready) if state.HasField("ready") else None
+    ready = report(state.ready)
     return Process(
         process_id=state.status.process_id,
         node_id=node_id,
@@ -232,14 +233,13 @@ def _standby(job: Job, m: Plan, rank: int) -> plan_pb2.Standby | None:
 _wire.pair(Best, plan_pb2.BestSnapshot)
 _wire.pair(Condition, jobs_pb2.Condition)
 _EVENT = _wire.pair(Event, jobs_pb2.Event, only_value=["subject", "seconds"])
-_NODE = _wire.pair(
+CLUSTER_NODE = _wire.pair(
     Node,
     jobs_pb2.Node,
     renamed=_RESOURCES,
     only_value=_OF_THE_MASTER,
     only_message=["ready", "processes", "drain", "waits_for"],
 )
-_RATES = ("steps_per_s", "samples_per_s", "weight_per_s")
 _JOB = _wire.pair(
     Job,
     jobs_pb2.Job,
@@ -249,7 +249,7 @@ _JOB = _wire.pair(
         "optimizer_class", "high_step", "grad_norm", "nonfinite", "next_best", "finished", "snapshot_warning", "saving",
         "held",
     ],
-    only_message=["spec_json", "workers_active", "workers_wanted", "events", *_RATES],
+    only_message=["spec_json", "workers_active", "workers_wanted", "events", *reports.Rates._fields],
 )  # fmt: skip
 
 
@@ -257,8 +257,7 @@ def job(
     m: Job, events: tuple[Event, ...], now: Instant, *, full: bool, processes: Processes = MappingProxyType({})
 ) -> jobs_pb2.Job:
     """A job as clients see it; `full` adds its plan, with how fast its `processes` compute, events and checks."""
-    rates = reports.rates(m, now)
-    given: dict[str, Any] = {name: getattr(rates, name) for name in _RATES}
+    given: dict[str, Any] = reports.rates(m, now)._asdict()
     if full:
         speeds = rebalance.measured_speeds(m.trainers, m.job_id, processes)
         by_rank = {rank: speed.microbatch_s for rank, speed in speeds.items()}
@@ -272,20 +271,6 @@ def job(
         workers_wanted=len(m.trainers),
         **given,
     )
-
-
-def cluster_node(
-    m: Node,
-    processes: Iterable[str],
-    now: Instant,
-    suspicion_s: float,
-    *,
-    drain: str = "",
-    waits_for: Iterable[str] = (),
-) -> jobs_pb2.Node:
-    """A node as clients see it, with the ids of the processes that it is to run."""
-    ready = membership.health(m, now.mono_s, suspicion_s) is Health.READY
-    return _NODE.encode(m, ready=ready, processes=sorted(processes), drain=drain, waits_for=waits_for)
 
 
 def snapshots(m: Job, catalogue: Catalogue) -> list[jobs_pb2.Snapshot]:

@@ -12,8 +12,7 @@ from psmaster.scheduling.reconcile import Desired
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """All that one node is to run. `depots`: (node, address) of the nodes that keep copies of snapshots. `deleted`: the
-    jobs whose copies may go."""
+    """All that one node is to run. `depots`: (node, address) of those with copies; `deleted`: jobs whose may go."""
 
     revision: int
     processes: tuple[Desired, ...]
@@ -38,8 +37,7 @@ class AgentStream:
     def __init__(self, node_id: str, incarnation: str) -> None:
         self.node_id = node_id
         self.incarnation = incarnation
-        self.assigned: tuple[object, ...] | None = None
-        """`names` of the newest assignment on this stream; None before the first."""
+        self.assigned: tuple[object, ...] | None = None  # `names` of the newest assignment
         self.closed = False
         self._assignment: Assignment | None = None
         self._sequence = 0
@@ -48,7 +46,6 @@ class AgentStream:
         self._changed = asyncio.Event()
 
     def assign(self, assignment: Assignment) -> None:
-        """Send this next."""
         self.assigned = assignment.names()
         self._assignment = assignment
         self._changed.set()

@@ -2,10 +2,8 @@
 
     inputs -> Transaction (pure) -> Archive (disk) -> state, assignments, acknowledgements, replies, watchers
 
-Everything but the disk work runs on the event loop; one thread does the disk work of a transaction while inputs for the
-next one queue up. A transaction that cannot be written is dropped: requests fail with the error, agents' messages are
-applied again.
-"""
+Everything but the disk work runs on the event loop; one thread does that while inputs for the next transaction queue
+up. One that cannot be written is dropped: requests fail with the error, agents' messages are applied again."""
 
 from __future__ import annotations
 
@@ -132,8 +130,7 @@ class ControlLoop:
         return await reply
 
     async def submit(self, stream: AgentStream, sequence: int, apply: Callable[[Transaction], Any]) -> None:
-        """Queue an agent's message; it is acknowledged once durable (`sequence` 0: never). Waits while too many
-        are pending."""
+        """Queue an agent's message; it is acknowledged once durable (0: never). Waits while too many are pending."""
         await self._accepts.wait()
         self._put(Input(apply=apply, ack=(stream, sequence) if sequence else None))
 

@@ -97,8 +97,8 @@ class Transaction:
             self._know(process_id, node_id, exit=exit_)
 
     def suspected(self, node_id: str, process_id: str, suspicion: str, unreached: Unreached = REACHES_ALL) -> None:
-        """A process is alive but makes no progress ("silent", "stalled"), or recovered (empty); what it cannot reach.
-        Repeats change nothing."""
+        """A process makes no progress ("silent", "stalled"), or recovered (empty); what it cannot reach. Repeats change
+        nothing."""
         if self._placement_of(process_id, node_id) is None:
             return
         held = self._known(process_id, node_id)
@@ -109,8 +109,7 @@ class Transaction:
             self._know(process_id, node_id, suspicion=suspicion, suspect_since_s=self.now.mono_s)
 
     def reported(self, node_id: str, process_id: str, report: Report) -> None:
-        """A process reported something. Reports of replaced processes change nothing, except that a snapshot part which
-        was durable in time counts whoever wrote it."""
+        """Of a replaced process only a snapshot part that was durable in time counts, whoever wrote it."""
         job = self.jobs.get(process_id.partition("/")[0])
         if job is None:
             return
@@ -214,21 +213,14 @@ class Transaction:
         self._unsettled = True
         return job
 
-    def drain(self, node_id: str) -> str:
-        """Have everything moved away from a node, and nothing placed there; its id. Repeating it changes nothing.
-        NotFoundError."""
-        return self._set_drain(node_id, {**self.drains, node_id: self.drains.get(node_id, self.now.unix_s)})
-
-    def undrain(self, node_id: str) -> str:
-        """Let a node be given processes again; its id. Repeating it changes nothing. NotFoundError."""
-        return self._set_drain(node_id, {k: since_s for k, since_s in self.drains.items() if k != node_id})
-
-    def _set_drain(self, node_id: str, drains: Mapping[str, float]) -> str:
+    def drain(self, node_id: str, *, undo: bool = False) -> None:
+        """Have everything moved away from a node, and nothing placed there; `undo`: let it be given processes again.
+        Repeating it changes nothing. NotFoundError."""
         if node_id not in self.nodes and node_id not in self.drains:
             raise NotFoundError(f"there is no node {node_id!r}", action="see `psctl nodes`")
-        self.drains = drains
+        drains = {**self.drains, node_id: self.drains.get(node_id, self.now.unix_s)}
+        self.drains = {k: since_s for k, since_s in drains.items() if not (undo and k == node_id)}
         self._unsettled = True
-        return node_id
 
     def _asked(self, job: Job, event: Event | None) -> str:
         if event is not None:
@@ -238,7 +230,6 @@ class Transaction:
     # the outcome
 
     def tick(self) -> None:
-        """Time has passed."""
         self._unsettled = True
 
     def event_loop_stalled(self, seconds: float) -> None:

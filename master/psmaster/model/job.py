@@ -1,11 +1,11 @@
-"""A job as a value: what is asked, where it is, who runs it, what is known of it. Immutable.
+"""A job as an immutable value, and its transitions. Pure.
 
     QUEUED -> STARTING -> RUNNING -> SUCCEEDED
        ^         |           |-----> FAILED  --+
        |         |           `-----> STOPPED --+-- resume --> QUEUED
        `---------+ (stop, failure: as from RUNNING)
 
-A transition takes a job and the time, and returns the changed job with an event. Pure."""
+A transition takes a job and the time, and returns the changed job with an event."""
 
 from __future__ import annotations
 
@@ -55,8 +55,7 @@ class JobState(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Event:
-    """Something that happened to a job. For the metrics: `subject`, the kind of process concerned, and `seconds`, its
-    duration."""
+    """Something that happened to a job. `subject` (a kind of process) and `seconds` are for the metrics."""
 
     time_s: float
     reason: str
@@ -88,7 +87,6 @@ class ErrorInfo:
 
     @classmethod
     def of(cls, error: PsError) -> ErrorInfo:
-        """The error as data."""
         return cls(
             code=error.code, cause=error.cause, action=error.action, details=tuple(sorted(error.details.items()))
         )
@@ -154,32 +152,33 @@ class DataConnection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Point:
-    """One committed step in the window that rates are measured over."""
+class StepRecord:
+    """One committed step. `grad_norm` is NaN when it was skipped."""
 
-    time_s: float
     step: int
-    samples: float
+    loss: float
+    grad_norm: float
+    lr: float
     weight: float
+    samples: float
+    skipped: bool
+    time_s: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recovery:
-    """A loss after which no step was committed yet. `since_s` is monotonic; `generation` is of the plan that recovers
-    from it (0: none yet)."""
+    """A loss after which no step was committed yet. `generation`: of the plan that recovers from it; 0: none yet."""
 
     kind: ProcessKind
-    since_s: float
+    since_s: float  # monotonic
     generation: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RebalanceState:
-    """When shards were assigned last, and what `scheduling.rebalance` remembers.
-
-    `since_s` is monotonic, `step` what was committed then. `moves`: made for speed, one soon after the other, the last
-    at `moved_s`. `probe`: the rank that has a shard to be measured again (-1: none); `tried`: how often that was in
-    vain, by rank."""
+    """When shards were assigned last (`since_s` is monotonic, `step` was committed then), and what
+    `scheduling.rebalance` remembers. `moves`: made for speed, one soon after the other, the last at `moved_s`. `probe`:
+    the rank that has a shard to be measured again (-1: none); `tried`: how often that was in vain, by rank."""
 
     since_s: float
     step: int
@@ -244,7 +243,7 @@ class Job:
     revision: int = 0
     # volatile
     deadline_s: float | None = None  # monotonic: when a wait in progress (stop, finish, failures) is over
-    window: tuple[Point, ...] = ()
+    window: tuple[StepRecord, ...] = ()  # the newest steps, over which rates are measured
     recovery: Recovery | None = None
     assignment: RebalanceState | None = None
     held_s: float | None = None  # monotonic: since when it pauses at `held`, or paused in vain
@@ -343,11 +342,8 @@ def request_stop(job: Job, now: Instant) -> tuple[Job, Event | None]:
 
 
 def resume_job(job: Job, has_snapshot: bool, now: Instant) -> tuple[Job, Event | None]:
-    """The stopped or failed job queued again. Repeating it on a live job changes nothing.
-
-    Without a snapshot nothing binds it to the model and data it saw before. Raises StateError when it succeeded, or is
-    about to stop.
-    """
+    """The stopped or failed job queued again. Repeating it on a live job changes nothing. Without a snapshot nothing
+    binds it to the model and data it saw before. Raises StateError when it succeeded, or is about to stop."""
     if job.state is JobState.SUCCEEDED or job.stopping:
         what = "is stopping" if job.stopping else "has reached its last step"
         raise StateError(f"job {job.job_id} {what}", action="only a stopped or failed job can be resumed")

@@ -1,9 +1,7 @@
 """Membership: the nodes, their incarnations and their health. Pure; time is an argument.
 
 A node is *ready* when its stream is open and a recent heartbeat arrived, *suspect* when it missed heartbeats or its
-stream broke, *dead* after `suspicion_s` without one. A master that has just started counts from its own start, so that
-no node is evicted for what happened while the master was away.
-"""
+stream broke, *dead* after `suspicion_s` without one. A master that has just started counts from its own start."""
 
 from __future__ import annotations
 
@@ -27,7 +25,6 @@ class Role(StrEnum):
 
     @classmethod
     def of(cls, kind: ProcessKind) -> Role:
-        """The role of the nodes that run processes of `kind`."""
         return cls.WORKER if kind is ProcessKind.TRAINER else cls.SERVER
 
 
@@ -64,7 +61,6 @@ Nodes = Mapping[str, Node]
 
 
 def health(node: Node, now_s: float, suspicion_s: float) -> Health:
-    """How a node is at monotonic time `now_s`."""
     silence = now_s - node.seen_s
     if silence > suspicion_s:
         return Health.DEAD
@@ -74,11 +70,8 @@ def health(node: Node, now_s: float, suspicion_s: float) -> Health:
 
 
 def register(nodes: Nodes, node: Node, now: Instant, suspicion_s: float) -> Nodes:
-    """With `node` in its announced incarnation. Repeating it keeps the stream. The incarnation that registers later
-    replaces the other: clocks are not compared.
-
-    Raises StateError for an incarnation that was replaced by one that is still alive.
-    """
+    """With `node` in its announced incarnation, which replaces the one before: clocks are not compared. Repeating it
+    keeps the stream. Raises StateError for an incarnation that was replaced by one that is still alive."""
     held = nodes.get(node.node_id)
     if held and held.incarnation == node.incarnation:
         fresh = replace(node, connected=held.connected, former=held.former, seen_s=now.mono_s, last_beat_s=now.unix_s)
@@ -153,14 +146,11 @@ def presumed(jobs: Mapping[str, Job], now: Instant) -> Nodes:
     """The nodes that a restarted master assumes because its jobs have placements there: not connected, not yet dead."""
     nodes: dict[str, Node] = {}
     for job in jobs.values():
-        for placement in job.placements:
-            if placement.placed and placement.node_id not in nodes:
-                nodes[placement.node_id] = Node(
-                    node_id=placement.node_id,
-                    role=Role.of(placement.kind),
-                    incarnation=placement.incarnation,
-                    seen_s=now.mono_s,
-                )
+        for own in job.placements:
+            if own.placed and own.node_id not in nodes:
+                role = Role.of(own.kind)
+                node = Node(node_id=own.node_id, role=role, incarnation=own.incarnation, seen_s=now.mono_s)
+                nodes[own.node_id] = node
     return nodes
 
 
@@ -168,9 +158,7 @@ def presumed(jobs: Mapping[str, Job], now: Instant) -> Nodes:
 class NodeView:
     """A node as scheduling sees it. `available`: its slots that no other job holds; `held`: those of its CUDA `devices`
     that other jobs hold; `undecided`: how many trainers of other jobs start there and may take any of the rest.
-
-    `alive`: its processes count as living. `ready`: it may be given new ones. `draining`: those it has are to go.
-    """
+    `alive`: its processes count as living. `ready`: it may be given new ones. `draining`: those it has are to go."""
 
     node_id: str
     role: Role

@@ -23,14 +23,12 @@ class Placement:
     process is gone. `attempt` counts the processes of this placement from 1; 0 before the first. `active`: it is
     ready. `suspect`: it is alive but makes no progress; shards go to others, if there are any, until it recovers.
     `shards` are (first, count) runs, trainers only; `addresses` are where a partition listens; `device` is where a
-    trainer computes, once it is active. `losses`: processes lost here since the job last reached a new step.
-
-    `failed_on`: the nodes where its processes were lost before they became ready, since one last became ready; oldest
-    first.
+    trainer computes, once it is active. `losses`: processes lost here since the job last reached a new step;
+    `failed_on`: the nodes where they were lost before they became ready, since one last did, oldest first.
     `not_before_s`: when the next one may start, on the master's monotonic clock; 0: at once. See `recovery`.
-
-    `standby`: for the partition of this rank rather than being it. `synced`: what the partition voted on is held here,
-    so that a takeover by this process loses nothing; true of every partition in the newest plan.
+    `standby`: for the partition of this rank rather than being it; attempts are counted over both, so that the process
+    that takes over keeps its id. `synced`: what the partition voted on is held here, so that a takeover by this process
+    loses nothing, until either process is lost or the job is restored; true of every partition in the newest plan.
     """
 
     kind: ProcessKind
@@ -85,8 +83,7 @@ class Placement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """One partition's file of one snapshot. `checksum` is over the whole file. `nodes`: who holds it, each for itself;
-    none: it lies in the job's store, which all share."""
+    """One partition's file of one snapshot. `nodes`: who holds it; none: it lies in the store that all share."""
 
     step: int
     partition: int

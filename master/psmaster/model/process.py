@@ -39,9 +39,8 @@ UNKNOWN_SPEED = MeasuredSpeed()
 
 
 def with_measurement(speed: MeasuredSpeed, microbatch_s: float, microbatches: int, now_s: float) -> MeasuredSpeed:
-    """The speed after a measurement. An invalid one (no positive number) and a repeated one change nothing.
-
-    A count of `microbatches` that does not rise marks a repeated one."""
+    """The speed after a measurement. An invalid one (no positive number) and a repeated one (a count of `microbatches`
+    that does not rise) change nothing."""
     if not (math.isfinite(microbatch_s) and microbatch_s > 0) or microbatches <= speed.microbatches:
         return speed
     fresh = replace(speed, microbatches=microbatches, measured_at_s=now_s)
@@ -125,12 +124,11 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unreached:
-    """The partitions that a process cannot connect to at the addresses in the plan of `generation`; first reported at
-    `since_s` on the monotonic clock."""
+    """The partitions that a process cannot connect to at the addresses in the plan of `generation`."""
 
     generation: int = 0
     partitions: frozenset[int] = frozenset()
-    since_s: float = 0.0
+    since_s: float = 0.0  # monotonic: when it was first reported
 
 
 REACHES_ALL = Unreached()
@@ -138,8 +136,7 @@ REACHES_ALL = Unreached()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Process:
-    """One process as its agent reported it. `suspicion`: empty, "silent" or "stalled", since `suspect_since_s` on the
-    monotonic clock."""
+    """One process as its agent reported it. `suspicion`: empty, "silent" or "stalled"."""
 
     process_id: str
     node_id: str
@@ -148,7 +145,7 @@ class Process:
     exit: Exit | None = None
     failure: Failure | None = None
     suspicion: str = ""
-    suspect_since_s: float = 0.0
+    suspect_since_s: float = 0.0  # monotonic
     unreached: Unreached = REACHES_ALL
     speed: MeasuredSpeed = UNKNOWN_SPEED  # of a trainer
 

@@ -1,13 +1,11 @@
-"""What the coordinator and the partitions report about a job, applied to it. Pure; repeats and the past change nothing.
-
-A report counts when it was made under a generation that is not older than the job's newest restore: moving shards cuts
-nobody's work, going back voids it.
-"""
+"""What the coordinator and the partitions report about a job, applied to it. Pure; repeats change nothing, nor do
+reports of a generation before the job's newest restore: moving shards voids nobody's work, going back does."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from psmaster.model import snapshot_catalog
 from psmaster.model.job import (
@@ -19,7 +17,7 @@ from psmaster.model.job import (
     Job,
     JobState,
     JobWarning,
-    Point,
+    StepRecord,
     enter_state,
 )
 from psmaster.model.plan import Part, Placement
@@ -27,20 +25,6 @@ from psmaster.model.snapshot_catalog import Catalogue
 
 RATE_WINDOW_S = 10.0
 MAX_POINTS = 512
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepRecord:
-    """One committed step. `grad_norm` is NaN when it was skipped."""
-
-    step: int
-    loss: float
-    grad_norm: float
-    lr: float
-    weight: float
-    samples: float
-    skipped: bool
-    time_s: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,9 +103,8 @@ def _is_held(job: Job, report: Progress) -> bool:
     return report.held and job.saving and job.plan is not None and job.plan.save and report.generation == job.generation
 
 
-def _window(window: tuple[Point, ...], records: tuple[StepRecord, ...]) -> tuple[Point, ...]:
-    points = [Point(time_s=r.time_s, step=r.step, samples=r.samples, weight=r.weight) for r in records]
-    everything = [*window, *points][-MAX_POINTS:]
+def _window(window: tuple[StepRecord, ...], records: tuple[StepRecord, ...]) -> tuple[StepRecord, ...]:
+    everything = [*window, *records][-MAX_POINTS:]
     recent = [point for point in everything if everything[-1].time_s - point.time_s <= RATE_WINDOW_S]
     return tuple(recent if len(recent) >= 2 else everything[-2:])  # a rate needs a span, however slow the steps
 
@@ -175,7 +158,7 @@ def promote(job: Job, snapshots: Catalogue) -> Job:
 
 
 def connected(job: Job, report: Connected, trainer: int) -> Applied:
-    """What a trainer is connected to; it replaces what was known of that trainer."""
+    """It replaces what was known of that trainer."""
     if job.state.ended:
         return Applied(job=job)
     others = [held for held in job.connections if held.trainer != trainer]
@@ -242,8 +225,7 @@ def warning(job: Job, report: JobWarning, source: str, now: Instant) -> Applied:
     return Applied(job=job, events=(event,))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rates:
+class Rates(NamedTuple):
     steps_per_s: float = 0.0
     samples_per_s: float = 0.0
     weight_per_s: float = 0.0

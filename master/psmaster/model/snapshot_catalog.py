@@ -45,11 +45,9 @@ class Catalogue:
 
 
 def kept_steps(catalogue: Catalogue, pinned: frozenset[int]) -> tuple[int, ...]:
-    """The steps to keep: the two newest complete ones and the pinned (best) ones before them, complete yet or not;
-    rising.
-
-    Partitions delete what is older than the last of these, so the last is always a complete one: with a pinned step
-    that is still being written, they would delete parts of an earlier step that is still being written, too."""
+    """The steps to keep, rising: the two newest complete ones and the pinned (best) ones before them, complete yet or
+    not. Partitions delete what is older than the last of these, so the last is always a complete one: with a pinned
+    step that is still being written, they would delete parts of an earlier step that is still being written, too."""
     complete = catalogue.complete_steps()
     if not complete:
         return ()
@@ -67,9 +65,8 @@ def add(catalogue: Catalogue, part: Part) -> Catalogue:
 
 
 def prune(catalogue: Catalogue, pinned: frozenset[int]) -> Catalogue:
-    """Without the complete snapshots that are no longer kept and the half-reported ones that newer ones outran.
-
-    `pinned` are best steps: neither their snapshot nor their parts on the way are dropped."""
+    """Without the complete snapshots that are no longer kept and the half-reported ones that newer ones outran, but
+    with all of the `pinned` (best) steps."""
     complete = catalogue.complete_steps()
     if not complete:
         return catalogue

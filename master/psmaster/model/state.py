@@ -17,8 +17,7 @@ from psmaster.model.process import Processes
 from psmaster.model.reports import MetricLine
 from psmaster.model.snapshot_catalog import Catalogue
 
-MAX_NAMESAKES = 8
-"""How many jobs of one name an error lists."""
+MAX_NAMESAKES = 8  # that an error lists
 NODE_WAIT_S = 30 * 24 * 3600.0  # how long an absent node may keep parts of a deleted job
 STORE_WAIT_S = 365 * 24 * 3600.0  # the same for a store
 MAX_DELETED_SENT = 1000  # in an assignment, which must stay small
@@ -62,21 +61,18 @@ class State:
     events: Mapping[str, tuple[Event, ...]] = field(default_factory=dict)
     nodes: Nodes = field(default_factory=dict)
     processes: Processes = field(default_factory=dict)
-    drains: Mapping[str, float] = field(default_factory=dict)
-    """The nodes that are drained on request, with the Unix time of that; stored."""
-    deletions: Deletions = field(default_factory=dict)
-    """The jobs of which a store or a node may still have something; stored."""
+    drains: Mapping[str, float] = field(default_factory=dict)  # on request, with the Unix time of that
+    deletions: Deletions = field(default_factory=dict)  # of which a store or a node may still have something
 
 
 @dataclass(frozen=True, kw_only=True)
 class Changes:
-    """The outcome of a transaction: the next state, and what must be durable before it takes effect. `cuts`: by job,
-    the step after which its metrics are void."""
+    """The outcome of a transaction: the next state, and what must be durable before it takes effect."""
 
     state: State
     events: tuple[tuple[str, Event], ...]
     lines: tuple[tuple[str, MetricLine], ...]
-    cuts: Mapping[str, int]
+    cuts: Mapping[str, int]  # by job: the step after which its metrics are void
 
 
 def node_views(
@@ -128,7 +124,6 @@ def _view(node: Node, now: Instant, suspicion_s: float, taken: Sequence[str], dr
 
 
 def queue_key(job: Job) -> tuple[int, float, str]:
-    """The order of the queue: priority, then age."""
     return -job.spec.priority, job.created_s, job.job_id
 
 
@@ -161,7 +156,6 @@ def _list_namesakes(named: Sequence[Job], now: Instant) -> str:
 
 
 def _age(seconds: float) -> str:
-    """An age in its largest unit."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
         if seconds >= size:
             return f"{seconds // size:.0f}{unit}"

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pscluster.devices import AUTO, CPU, CUDA
 from pscluster.job.spec import JobSpec
+from psmaster.model.job import Job
 from psmaster.model.membership import NodeView, Role
+from psmaster.model.plan import ProcessKind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Admission:
-    """Where a job's processes go: one node id for each trainer and partition. Empty when it must wait: `reason` says
-    for what. `possible`: the ready nodes could hold the job if no other job held slots."""
+    """The node id of each trainer and partition of a job; empty when it must wait, for `reason`. `possible`: the ready
+    nodes could hold the job if no other job held slots."""
 
     trainers: tuple[str, ...] = ()
     partitions: tuple[str, ...] = ()
@@ -43,19 +46,19 @@ def max_trainers(spec: JobSpec) -> int:
 
 
 def choose_node(
+    job: Job,
     nodes: Mapping[str, NodeView],
-    role: Role,
-    taken: Mapping[str, int],
+    kind: ProcessKind,
     excluded: frozenset[str],
     preferred: str = "",
-    device: str = CPU,
+    planned: Sequence[str] = (),
 ) -> NodeView | None:
-    """A ready node with room for a process on `device`: `preferred` if it has some, else the emptiest, then the first
-    by id.
-
-    `taken` counts the slots that the job itself holds on each node."""
+    """A ready node with room for one more process of a job: `preferred` if it has some, else the emptiest, then the
+    first by id. `planned`: the nodes of processes that are to be placed before."""
+    role, device = Role.of(kind), job.spec.workers.device if kind is ProcessKind.TRAINER else CPU
+    taken = Counter([*(own.node_id for own in job.placements if own.placed), *planned])
     free = {
-        node.node_id: node.free_slots(device) - taken.get(node.node_id, 0)
+        node.node_id: node.free_slots(device) - taken[node.node_id]
         for node in nodes.values()
         if node.role is role and node.ready and node.node_id not in excluded
     }
@@ -81,7 +84,7 @@ def _rooms(nodes: Mapping[str, NodeView], role: Role, device: str, of_all: bool 
 
 
 def _natural(node_id: str) -> tuple[str, int, str]:
-    """Sorts worker-2 before worker-10."""
+    """Worker-2 before worker-10."""
     stem = node_id.rstrip("0123456789")
     number = node_id[len(stem) :]
     return stem, int(number or 0), node_id
@@ -107,7 +110,7 @@ def _waits(missing: Sequence[str], never: Sequence[str]) -> str:
 
 
 def _spread(slots: Mapping[str, int], count: int) -> tuple[str, ...]:
-    """`count` places, one on each node in turn."""
+    """One on each node in turn."""
     left = dict(slots)
     places: list[str] = []
     while len(places) < count:

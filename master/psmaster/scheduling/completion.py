@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from psmaster.model.job import ErrorInfo, Job, JobState, PreflightCheck
-from psmaster.model.plan import Placement, ProcessKind
+from psmaster.model.plan import Placement
 from psmaster.model.process import Failure, failure_of
 from psmaster.scheduling.draft import Draft, View
 
@@ -34,9 +34,7 @@ def fail_on_reports(draft: Draft, view: View) -> None:
 
 def _leave_out(draft: Draft, placement: Placement, failure: Failure) -> bool:
     """Spare a running job the failure of one newcomer: its node is left out instead."""
-    job = draft.job
-    others = any(own.active for own in job.trainers)
-    if job.plan is None or placement.kind is not ProcessKind.TRAINER or placement.active or not others:
+    if not draft.is_dispensable(placement):
         return False
     draft.exclude(placement.node_id, placement.incarnation, str(failure.error))
     draft.vacate(placement)

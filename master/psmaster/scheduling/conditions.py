@@ -5,7 +5,7 @@ from __future__ import annotations
 from psmaster.model.job import Condition, Instant, Job, JobState
 from psmaster.model.plan import Placement, ProcessKind, counted_on
 from psmaster.model.process import ready_facts
-from psmaster.scheduling import process_losses, standbys
+from psmaster.scheduling import process_losses
 from psmaster.scheduling.admission import with_device
 from psmaster.scheduling.draft import View
 
@@ -35,8 +35,22 @@ def reason(job: Job, view: View, queued: str) -> str:
     if job.state is JobState.STARTING:
         return "waits for the first step" + doubts
     trains = f"trains on {len(active)} worker{'s' if len(active) > 1 else ''}" + _missing(job)
-    shortfall = standbys.shortfall(job)
+    shortfall = _shortfall(job)
     return trains + doubts + (f"; {shortfall}" if shortfall else "")
+
+
+def _shortfall(job: Job) -> str:
+    """Why partitions are not replicated, in words; empty when all are, or none should be."""
+    alone = [placement.rank for placement in job.standbys if not placement.placed]
+    behind = [placement for placement in job.standbys if placement.placed and not placement.synced]
+    reasons = []
+    if alone:
+        listed = ", ".join(f"partition-{rank}" for rank in alone)
+        reasons.append(f"without standby for {listed}: no other server has room")
+    if behind:
+        listed = ", ".join(f"{placement.title} on {placement.node_id}" for placement in behind)
+        reasons.append(f"not in sync yet: {listed}")
+    return "; ".join(reasons)
 
 
 def _missing(job: Job) -> str:
@@ -101,21 +115,21 @@ def conditions(job: Job, now: Instant) -> tuple[Condition, ...]:
     if job.spec.durability.tier == "replica":
         rows.append(_replicated(job, live, ended))
     before = {condition.type: condition for condition in job.conditions}
-    return tuple(_condition(*row, before.get(row[0]), now) for row in rows)
+    return tuple(
+        Condition(
+            type=kind,
+            status=status,
+            reason=reasons[0 if status else 1],
+            message=messages[0 if status else 1],
+            since_s=held.since_s if (held := before.get(kind)) and held.status == status else now.unix_s,
+        )
+        for kind, status, reasons, messages in rows
+    )
 
 
 def _replicated(job: Job, live: bool, ended: str) -> _Row:
     """Whether losing any one partition costs no step."""
-    shortfall = standbys.shortfall(job)
+    shortfall = _shortfall(job)
     why = "NoStandby" if any(not placement.placed for placement in job.standbys) else "CatchingUp"
     messages = ("every partition has a standby in sync", shortfall or "no standby")
     return "Replicated", live and bool(job.standbys) and not shortfall, ("InSync", ended or why), messages
-
-
-def _condition(
-    kind: str, status: bool, reasons: tuple[str, str], messages: tuple[str, str], before: Condition | None, now: Instant
-) -> Condition:
-    """`reasons` and `messages`: when it holds, and when not. `since_s` is kept while the status is as `before`."""
-    since_s = before.since_s if before is not None and before.status == status else now.unix_s
-    which = 0 if status else 1
-    return Condition(type=kind, status=status, reason=reasons[which], message=messages[which], since_s=since_s)

@@ -5,7 +5,7 @@ A `Draft` covers one job; `control.transaction.Transaction` covers the whole sta
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from psmaster.model.job import ErrorInfo, Event, Instant, Job, JobState, end_job, fail_job
@@ -40,15 +40,16 @@ class View:
     grow: bool
 
 
+@dataclass
 class Draft:
-    """A mutable copy of one job, owned by one call of `reconcile`; the values in it are immutable."""
+    """A mutable copy of one job and its catalogue, which `reconcile` changes and returns; the values in it are
+    immutable. `cut_to`: metrics after this step are void; None: none are."""
 
-    def __init__(self, job: Job, snapshots: Catalogue, now: Instant) -> None:
-        self.job = job
-        self.snapshots = snapshots
-        self.now = now
-        self.events: list[Event] = []
-        self.cut_to: int | None = None
+    job: Job
+    snapshots: Catalogue
+    now: Instant
+    events: list[Event] = field(default_factory=list)
+    cut_to: int | None = None
 
     def update(self, **fields: Any) -> None:
         """Set fields of the job. Skip no-op updates: most transactions change no field, and a copy of a job is slow."""
@@ -75,19 +76,38 @@ class Draft:
         placements = {own.rank: own for own in getattr(self.job, field)} | {placement.rank: placement}
         self.update(**{field: tuple(placements[rank] for rank in sorted(placements))})
 
-    def assign_node(self, kind: ProcessKind, rank: int, node: NodeView, *, standby: bool = False) -> None:
+    def assign_node(self, held: Placement, node: NodeView) -> None:
         """Give a placement a node and its next attempt, so that the process id is new."""
-        own = self.job.standby(rank) if standby else self.job.placement(kind, rank)
-        held = own or Placement(kind=kind, rank=rank, standby=standby)
         attempts = dict(self.job.attempts)
         attempt = attempts[held.name] = attempts.get(held.name, 0) + 1
         self.update(attempts=tuple(sorted(attempts.items())))
         self.set_placement(held.without_process(attempt=attempt, node_id=node.node_id, incarnation=node.incarnation))
 
+    def add_trainer(self, node: NodeView, why: str) -> None:
+        """Start one more trainer on a node."""
+        rank = max((own.rank for own in self.job.trainers), default=-1) + 1
+        placement = Placement(kind=ProcessKind.TRAINER, rank=rank)
+        self.assign_node(placement, node)
+        self.emit("TrainerAdded", f"{placement.name} starts on {node.node_id}, {why}")
+
     def vacate(self, placement: Placement, *, losses: int | None = None) -> None:
         """Take a placement's node away; its process, if alive, is ended."""
         losses = placement.losses if losses is None else losses
         self.set_placement(placement.without_process(last_node_id=placement.node_id, losses=losses))
+
+    def take_over(self, lost: Placement, losses: int) -> None:
+        """Give a lost partition's placement to its standby, if it has one. In sync, the standby continues; otherwise it
+        restores, which still saves the start of a process."""
+        standby = self.job.standby(lost.rank)
+        if standby is None or not standby.placed:
+            return
+        self.set_placement(replace(standby, standby=False, losses=losses))
+        vacant = Placement(kind=ProcessKind.PARTITION, rank=lost.rank, standby=True, last_node_id=lost.node_id)
+        self.set_placement(vacant)
+        if standby.synced:
+            self.emit("TookOver", f"the standby on {standby.node_id} takes over as {lost.name}; no step is repeated")
+        else:
+            self.emit("Placed", f"{lost.name} goes to {standby.node_id}, whose standby was not in sync")
 
     def remove_trainer(self, placement: Placement) -> None:
         """Remove a trainer's placement; its process, if alive, is ended and not replaced."""
@@ -101,6 +121,11 @@ class Draft:
         others = tuple(entry for entry in self.job.excluded if entry[0] != node_id)
         self.update(excluded=(*others, (node_id, incarnation, why)))
         self.emit("NodeLeftOut", f"{node_id} is left out: {why}", warning=True)
+
+    def is_dispensable(self, placement: Placement) -> bool:
+        """Whether it is a trainer that is not ready yet, in a running job that has others."""
+        others = any(own.active for own in self.job.trainers)
+        return self.job.plan is not None and placement.kind is ProcessKind.TRAINER and not placement.active and others
 
     def excluded(self, nodes: Mapping[str, NodeView]) -> frozenset[str]:
         """The excluded nodes that are still in the same incarnation."""

@@ -1,24 +1,19 @@
 """Draining a node: its processes move elsewhere first, and no step is lost or computed again. Pure.
 
-A plan assigns the shards of a trainer on the node to others; it finishes its work and ends. Without others, another
-trainer is started first. A partition moves while the whole job is paused: the plan asks to write the next step and to
-compute nothing beyond it; once that snapshot is complete, all processes restore it, the partition's replacement
-included. With a standby in sync elsewhere, the standby takes over instead, without a pause. A standby is replaced on
-another node. What has no other place stays; `psctl drain` and `psctl nodes` say so.
-"""
+The shards of a trainer on the node go to others; without others, another trainer is started first. A partition moves
+while the whole job is paused: the plan asks to write the next step and to compute nothing beyond it; once that snapshot
+is complete, all processes restore it. With a standby in sync elsewhere, the standby takes over instead, without a
+pause. A standby is replaced on another node. What has no other place stays; `psctl drain` and `psctl nodes` say so."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from pscluster.devices import CPU
 from psmaster.model import membership
 from psmaster.model.job import Instant, Job
-from psmaster.model.membership import Health, Node, NodeView, Role, is_draining
+from psmaster.model.membership import Health, Node, NodeView, is_draining
 from psmaster.model.plan import Placement, ProcessKind
 from psmaster.model.state import State, node_views
-from psmaster.scheduling import standbys
 from psmaster.scheduling.admission import choose_node, max_trainers
 from psmaster.scheduling.draft import Draft, View
 
@@ -70,7 +65,6 @@ def _move_trainers(draft: Draft, view: View, leaving: Sequence[Placement]) -> No
 
 
 def _staying(job: Job, nodes: Nodes) -> list[Placement]:
-    """The trainers on nodes that do not drain."""
     return [own for own in job.trainers if own.placed and not is_draining(nodes, own.node_id)]
 
 
@@ -91,13 +85,8 @@ def _release(draft: Draft, placement: Placement) -> None:
 
 def _start_another(draft: Draft, view: View, leaving: Sequence[Placement]) -> None:
     """Start one more trainer elsewhere, since no other could take the shards over."""
-    node = _choose(draft.job, view.nodes, draft.excluded(view.nodes), ProcessKind.TRAINER, ())
-    if node is None:
-        return
-    placement = Placement(kind=ProcessKind.TRAINER, rank=max(own.rank for own in draft.job.trainers) + 1)
-    draft.assign_node(placement.kind, placement.rank, node)
-    where = f"{leaving[0].name} on {leaving[0].node_id}, which drains"
-    draft.emit("TrainerAdded", f"{placement.name} starts on {node.node_id}, to take over from {where}")
+    if node := choose_node(draft.job, view.nodes, ProcessKind.TRAINER, draft.excluded(view.nodes)):
+        draft.add_trainer(node, f"to take over from {leaving[0].name} on {leaving[0].node_id}, which drains")
 
 
 def _move_partitions(draft: Draft, view: View, held: Sequence[Placement]) -> None:
@@ -132,7 +121,7 @@ def _handed_to_standby(draft: Draft, view: View, placement: Placement) -> bool:
         return False
     draft.emit("PartitionMoves", f"{placement.name} leaves {placement.node_id}, which drains; its standby takes over")
     draft.vacate(placement)
-    standbys.take_over(draft, placement, placement.losses)
+    draft.take_over(placement, placement.losses)
     return True
 
 
@@ -154,20 +143,11 @@ def _have_room(job: Job, nodes: Nodes, excluded: frozenset[str], placements: Seq
     """Whether all of these have another place."""
     planned: list[str] = []
     for placement in placements:
-        node = _choose(job, nodes, excluded, placement.kind, planned)
+        node = choose_node(job, nodes, placement.kind, excluded, planned=planned)
         if node is None:
             return False
         planned.append(node.node_id)
     return True
-
-
-def _choose(
-    job: Job, nodes: Nodes, excluded: frozenset[str], kind: ProcessKind, planned: Sequence[str]
-) -> NodeView | None:
-    """A node for one process more, where those for `planned` are taken already."""
-    taken = Counter([own.node_id for own in job.placements if own.placed] + list(planned))
-    device = job.spec.workers.device if kind is ProcessKind.TRAINER else CPU
-    return choose_node(nodes, Role.of(kind), taken, excluded, "", device)
 
 
 # ---- for clients ----

@@ -9,19 +9,9 @@ from dataclasses import dataclass
 from psmaster.model.plan import Placement
 from psmaster.model.process import PartitionFacts, TrainerFacts
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Report:
-    """The numerics of one ready process: the hash of its canary, and in words what makes classes differ."""
-
-    node_id: str
-    numerics_class: str
-    detail: str = ""
-
-
-def report_of(placement: Placement, facts: TrainerFacts | PartitionFacts) -> Report:
-    """The report of the ready process in `placement`."""
-    return Report(node_id=placement.node_id, numerics_class=facts.numerics_class, detail=facts.numerics_detail)
+Facts = TrainerFacts | PartitionFacts
+Ready = Sequence[tuple[Placement, Facts]]
+"""Placements whose process is ready, with what it reported."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,10 +25,8 @@ class Choice:
     explanation: str
 
 
-def choose(
-    wanted: str, trainers: Sequence[Report], partitions: Sequence[Report], required: tuple[str, str] = ("", "")
-) -> Choice:
-    """Decide for `wanted` ("strict", "mixed" or "auto"), given at least one report of each kind.
+def choose(wanted: str, trainers: Ready, partitions: Ready, required: tuple[str, str] = ("", "")) -> Choice:
+    """Decide for `wanted` ("strict", "mixed" or "auto"), given at least one process of each kind.
 
     Strict keeps the class that most nodes are in (the lowest hash among equals) and names the others left out.
     `required`: the classes (trainers', partitions') that a strict job already has bits of; they win over the majority.
@@ -63,35 +51,30 @@ def choose(
     )
 
 
-def differs(mode: str, wanted_class: str, report: Report) -> str:
+def differs(mode: str, wanted_class: str, facts: Facts) -> str:
     """Why a node that joins later is left out; empty: it is welcome."""
-    if mode != "strict" or report.numerics_class == wanted_class:
+    if mode != "strict" or facts.numerics_class == wanted_class:
         return ""
-    return _why(report, wanted_class)
+    detail = f" ({facts.numerics_detail})" if facts.numerics_detail else ""
+    return f"numerics class {short(facts.numerics_class)}{detail} differs from the job's {short(wanted_class)}"
 
 
 def short(numerics_class: str) -> str:
     return numerics_class[:8]
 
 
-def _majority(reports: Sequence[Report]) -> str:
-    counts = Counter(report.numerics_class for report in reports)
+def _majority(ready: Ready) -> str:
+    counts = Counter(facts.numerics_class for _, facts in ready)
     return min(counts, key=lambda name: (-counts[name], name))
 
 
-def _others(reports: Sequence[Report], kept: str) -> tuple[tuple[str, str], ...]:
-    out = {report.node_id: _why(report, kept) for report in reports if report.numerics_class != kept}
-    return tuple(sorted(out.items()))
+def _others(ready: Ready, kept: str) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted({own.node_id: why for own, facts in ready if (why := differs("strict", kept, facts))}.items()))
 
 
-def _why(report: Report, kept: str) -> str:
-    detail = f" ({report.detail})" if report.detail else ""
-    return f"numerics class {short(report.numerics_class)}{detail} differs from the job's {short(kept)}"
-
-
-def _explain_mixed(wanted: str, trainers: Sequence[Report], partitions: Sequence[Report]) -> str:
+def _explain_mixed(wanted: str, trainers: Ready, partitions: Ready) -> str:
     promise = "mixed: each sample counts exactly once, but bits depend on which node computes what"
-    classes = {(report.node_id, short(report.numerics_class)) for report in (*trainers, *partitions)}
+    classes = {(own.node_id, short(facts.numerics_class)) for own, facts in (*trainers, *partitions)}
     if wanted == "mixed":
         return promise + " (asked for)"
     listed = ", ".join(f"{node_id} {name}" for node_id, name in sorted(classes))

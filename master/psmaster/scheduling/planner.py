@@ -15,8 +15,8 @@ def replan(draft: Draft, view: View) -> None:
     """Make a plan of a new generation when its trainers, its partitions or a request to stop have changed, or when
     moving shards makes steps faster. New kept steps go into the plan in force.
 
-    While a partition is away there is no new plan: nothing can be committed, and the next one restores. Where a standby
-    in sync has the placement, the partition is not away, and the next plan restores nothing."""
+    While a partition is away there is no new plan: nothing can be committed. The next one restores, unless a standby in
+    sync has the placement."""
     job, plan = draft.job, draft.job.plan
     if plan is None or any(not placement.active for placement in job.partitions):
         return

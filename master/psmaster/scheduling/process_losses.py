@@ -2,19 +2,18 @@
 
 The plan leaves out a trainer that cannot reach a partition which others reach, until it can. A partition that no
 trainer can reach is replaced, if there is room for it elsewhere. Where nothing tells which side is at fault (nobody
-reaches anybody), or nothing better is at hand, the job waits, its reason says for what, and its processes keep
-trying."""
+reaches anybody), or there is no room, the job waits, and its processes keep trying."""
 
 from __future__ import annotations
 
 import signal as signals
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pscluster.errors import OutOfMemoryError, ProcessLostError
 from pscluster.wire.backoff import delay_s
 from psmaster.model.job import ErrorInfo, Instant, Job
-from psmaster.model.plan import Placement, ProcessKind
+from psmaster.model.plan import Placement, Plan, ProcessKind
 from psmaster.model.process import Exit, Process, Processes
 from psmaster.scheduling.draft import View
 
@@ -25,12 +24,13 @@ MAX_RETRY_S = 30.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProcessLoss:
-    """A placement's process is gone. `counted`: it counts against the limit on losses; the loss of a node does not."""
+    """A placement's process is gone. `counted`: it counts against the limit on losses; the loss of a node does not.
+    `elsewhere`: its replacement is to run on another node."""
 
-    cause: str  # "exit", "signal", "memory", "failure", "silence", "node", "reach"
     message: str
     error: ErrorInfo
     counted: bool
+    elsewhere: bool = False
 
 
 def loss_of(placement: Placement, job: Job, view: View) -> ProcessLoss | None:
@@ -40,11 +40,11 @@ def loss_of(placement: Placement, job: Job, view: View) -> ProcessLoss | None:
     process = view.processes.get(placement.process_id(job.job_id))
     here = f"on {placement.node_id}"
     if process is not None and process.failure is not None:
-        return _lost(placement, "failure", f"{here} reported {process.failure.error}", process.failure.error)
+        return _lost(placement, f"{here} reported {process.failure.error}", process.failure.error)
     if process is not None and process.exit is not None:
         return _ended(placement, process.exit, job)
     if process is not None and process.suspicion and _is_given_up(placement, process, job, view):
-        return _lost(placement, "silence", f"{here} is alive, but sends no heartbeats or makes no progress")
+        return _lost(placement, f"{here} is alive, but sends no heartbeats or makes no progress")
     node = view.nodes.get(placement.node_id)
     if node is not None and node.alive and node.incarnation == placement.incarnation:
         return None
@@ -54,18 +54,18 @@ def loss_of(placement: Placement, job: Job, view: View) -> ProcessLoss | None:
         what = f"node {placement.node_id} is silent"
     else:
         what = f"the daemon of {placement.node_id} was restarted"
-    return _lost(placement, "node", f"is lost: {what}", counted=False)
+    return _lost(placement, f"is lost: {what}", counted=False)
 
 
 def out_of_reach(placement: Placement, reports: str) -> ProcessLoss:
     """The loss of a partition that lives where others cannot reach it; `reports` says who cannot."""
-    return _lost(placement, "reach", f"on {placement.node_id} is out of reach: {reports}", counted=False)
+    lost = _lost(placement, f"on {placement.node_id} is out of reach: {reports}", counted=False)
+    return replace(lost, elsewhere=True)
 
 
 def _is_given_up(placement: Placement, process: Process, job: Job, view: View) -> bool:
-    """A partition without heartbeats blocks every step and is replaced at once. A trainer has a grace period, since the
-    others compute its shards. When all trainers are stalled, something that they share may be slow, and ending them
-    would not help."""
+    """A partition without heartbeats blocks every step and is replaced at once. A trainer has a grace period: others
+    compute its shards. When all trainers are stalled, what they share may be slow, and ending them would not help."""
     if placement.kind is ProcessKind.PARTITION:
         return True
     is_stalled = process.suspicion == "stalled"
@@ -78,26 +78,24 @@ def _is_given_up(placement: Placement, process: Process, job: Job, view: View) -
 def _ended(placement: Placement, exit_: Exit, job: Job) -> ProcessLoss | None:
     here, error = f"on {placement.node_id}", exit_.error
     if exit_.expected:
-        return _lost(placement, "node", f"is lost: the agent {here} ended it", counted=False)
+        return _lost(placement, f"is lost: the agent {here} ended it", counted=False)
     if exit_.out_of_memory:
         error = error or ErrorInfo.of(OutOfMemoryError(f"{placement.name} {here} ran out of memory"))
-        return _lost(placement, "memory", f"{here} ran out of memory", error)
+        return _lost(placement, f"{here} ran out of memory", error)
     if exit_.signal:
         what = f"{here} was ended by signal {exit_.signal} ({_signal_name(exit_.signal)})"
-        return _lost(placement, "signal", what, error)
+        return _lost(placement, what, error)
     if job.finished is not None and exit_.exit_code == 0:
         return None  # it has done its work
     if error is not None and error.code != ProcessLostError.code:  # it is the agent's error
-        return _lost(placement, "exit", f"{here} could not be started: {error}", error)
-    return _lost(placement, "exit", f"{here} ended with exit code {exit_.exit_code}", error)
+        return _lost(placement, f"{here} could not be started: {error}", error)
+    return _lost(placement, f"{here} ended with exit code {exit_.exit_code}", error)
 
 
-def _lost(
-    placement: Placement, cause: str, what: str, error: ErrorInfo | None = None, *, counted: bool = True
-) -> ProcessLoss:
+def _lost(placement: Placement, what: str, error: ErrorInfo | None = None, *, counted: bool = True) -> ProcessLoss:
     message = f"{placement.title} {what}"
     unexplained = ProcessLostError(message, action="see the end of `psctl logs`")
-    return ProcessLoss(cause=cause, message=message, error=error or ErrorInfo.of(unexplained), counted=counted)
+    return ProcessLoss(message=message, error=error or ErrorInfo.of(unexplained), counted=counted)
 
 
 def _signal_name(number: int) -> str:
@@ -127,16 +125,19 @@ def find_cut(job: Job, processes: Processes, now: Instant) -> NetworkCut:
         return NO_CUT
     if not all(placement.active and plan.holds(placement) for placement in job.partitions):
         return NO_CUT  # one is away, or not in the plan yet: it cannot be reached
-    trainers = {
-        placement: _unreached(placement, job, processes)
+    held = {placement: processes.get(placement.process_id(job.job_id)) for placement in job.working}
+    trainers = {  # that of a silent one may be out of date
+        placement: _unreached(process, plan)
         for placement in job.trainers
-        if _counts(placement, job, processes)
+        if placement.active and (process := held[placement]) is not None and process.suspicion != "silent"
     }
-    voters = {placement: _unreached(placement, job, processes) for placement in job.partitions if placement.rank}
+    voters = {placement: _unreached(held[placement], plan) for placement in job.partitions if placement.rank}
     reports = {placement.name: missing for placement, missing in (trainers | voters).items() if missing}
     if not reports:
         return NO_CUT
-    ripe = {placement for placement in (*trainers, *voters) if _is_ripe(placement, job, processes, now)}
+    ripe = {
+        own for own, process in held.items() if process and now.mono_s - process.unreached.since_s >= REPORT_GRACE_S
+    }
     lost = _lost_to_trainers(trainers, ripe, len(job.partitions)) | _lost_to_voters(voters, ripe)
     cut_off = frozenset(
         placement.rank for placement, missing in trainers.items() if placement in ripe and missing - lost
@@ -151,30 +152,15 @@ def describe_reports(reports: Mapping[str, frozenset[int]]) -> str:
 
 
 def cannot_reach(missing: frozenset[int]) -> str:
-    """One report in words."""
     return "cannot reach " + ", ".join(f"partition-{index}" for index in sorted(missing))
 
 
-def _counts(placement: Placement, job: Job, processes: Processes) -> bool:
-    """Whether a trainer's report counts; that of a silent one may be out of date."""
-    process = processes.get(placement.process_id(job.job_id))
-    return placement.active and process is not None and process.suspicion != "silent"
-
-
-def _unreached(placement: Placement, job: Job, processes: Processes) -> frozenset[int]:
+def _unreached(process: Process | None, plan: Plan) -> frozenset[int]:
     """The partitions that it cannot reach at their present addresses. A restore and a takeover change these and
     void older reports."""
-    process, plan = processes.get(placement.process_id(job.job_id)), job.plan
-    if process is None or plan is None:
-        return frozenset()
-    if process.unreached.generation < max(plan.restore_generation, plan.moved_generation):
+    if process is None or process.unreached.generation < max(plan.restore_generation, plan.moved_generation):
         return frozenset()
     return process.unreached.partitions
-
-
-def _is_ripe(placement: Placement, job: Job, processes: Processes, now: Instant) -> bool:
-    process = processes.get(placement.process_id(job.job_id))
-    return process is not None and now.mono_s - process.unreached.since_s >= REPORT_GRACE_S
 
 
 def _lost_to_trainers(

@@ -1,8 +1,7 @@
 """Rebalancing: when shards move from slow trainers to fast ones, by what the trainers measure. Pure.
 
-Any trainer may compute any shard, so moving them changes no bit; what it costs is a new generation. So they move only
-for a gain that is worth it, not again at once, and less and less often when one move follows the other.
-"""
+Any trainer may compute any shard, so moving them changes no bit, but costs a new generation. So they move only for a
+gain that is worth it, and less and less often when one move follows the other."""
 
 from __future__ import annotations
 
@@ -36,8 +35,7 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Move:
-    """Shards are to move. `warning`: a trainer is slow. `probe`: the rank that gets one shard to be measured;
-    -1: none."""
+    """Shards are to move. `warning`: a trainer is slow. `probe`: the rank that gets one shard to be measured, or -1."""
 
     reason: str
     message: str
@@ -53,17 +51,14 @@ def measured_speeds(placements: Iterable[Placement], job_id: str, processes: Pro
 
 
 def microbatch_seconds(speeds: Mapping[int, MeasuredSpeed]) -> dict[int, float]:
-    """Seconds a microbatch, by rank; the median for a trainer without measurements. Empty when none has any."""
-    known = [speed.microbatch_s for speed in speeds.values() if speed.is_known]
-    if not known:
-        return {}
-    median_s = statistics.median_low(known)
+    """Seconds a microbatch, by rank; for a trainer without measurements the median, or a second when none has any."""
+    median_s = statistics.median_low([speed.microbatch_s for speed in speeds.values() if speed.is_known] or [1.0])
     return {rank: speed.microbatch_s if speed.is_known else median_s for rank, speed in speeds.items()}
 
 
 def assign_shards(num_shards: int, speeds: Mapping[int, MeasuredSpeed], probe: int = -1) -> dict[int, Runs]:
     """The runs of each rank; `probe` gets one shard, whatever its speed."""
-    return split_shards(num_shards, speeds, microbatch_seconds(speeds), single=probe)
+    return split_shards(num_shards, microbatch_seconds(speeds), single=probe)
 
 
 def trainers_for_shards(job: Job, nodes: Mapping[str, NodeView]) -> list[Placement]:
@@ -158,7 +153,7 @@ def _probe(
         if not sizes[placement.rank]
         and speeds[placement.rank].microbatch_s > least_s
         and now.mono_s - max(speeds[placement.rank].measured_at_s, assignment.since_s)
-        >= probe_wait_s(tried.get(placement.rank, 0))
+        >= delay_s(tried.get(placement.rank, 0) + 1, 0.0, first_s=PROBE_S, cap_s=MAX_PROBE_S, jitter=0.0)
     ]
     if not waiting:
         return None
@@ -169,31 +164,21 @@ def _probe(
     return Move(reason="ShardTried", message=message, assignment=probing, probe=placement.rank)
 
 
-def probe_wait_s(tried: int) -> float:
-    """How long after its last measurement a trainer without shards is tried again, after so many tries in vain."""
-    return delay_s(tried + 1, 0.0, first_s=PROBE_S, cap_s=MAX_PROBE_S, jitter=0.0)
-
-
 # ---- how many shards each trainer gets, and which: pure functions of their number and of the trainers' speeds ----
 
 
-def split_shards(
-    num_shards: int, ranks: Iterable[int], speeds: Mapping[int, float] | None = None, single: int | None = None
-) -> dict[int, Runs]:
+def split_shards(num_shards: int, speeds: Mapping[int, float], single: int = -1) -> dict[int, Runs]:
     """Give each rank one contiguous run of shards, so that the slowest is done as early as possible.
 
-    `speeds`: seconds that a microbatch takes each rank, all positive; without them all are equal, and so are the sizes,
-    as far as they can be. Who is too slow for even one shard gets none; so do the surplus ranks where there are more
-    of them than shards. `single` gets just one, whatever its speed, if others can take the rest. Of the sizes near each
-    one's fair part that take no longer, those are chosen whose runs consist of the fewest whole subtrees of the
-    left-balanced gradient tree, which is what crosses the wire. Ranks are served in rising order; the result depends on
-    nothing else.
-    """
-    ordered = sorted(ranks)
+    `speeds`: seconds that a microbatch takes each rank, all positive. Who is too slow for even one shard gets none; so
+    do surplus ranks where there are fewer shards. `single` gets just one, whatever its speed, if others can take the
+    rest. Of the sizes near each one's fair part that take no longer, those are chosen whose runs consist of the fewest
+    whole subtrees of the gradient tree, which is what crosses the wire. Ranks are served in rising order."""
+    ordered = sorted(speeds)
     if not ordered:
         return {}
     alone = ordered.index(single) if single in ordered and len(ordered) > 1 and num_shards > 1 else -1
-    sizes = _run_sizes(num_shards, tuple((speeds or {}).get(rank, 1.0) for rank in ordered), alone)
+    sizes = _run_sizes(num_shards, tuple(speeds[rank] for rank in ordered), alone)
     runs: dict[int, Runs] = {}
     first = 0
     for rank, size in zip(ordered, sizes, strict=True):
@@ -203,7 +188,7 @@ def split_shards(
 
 
 def makespan_s(sizes: Mapping[int, int], speeds: Mapping[int, float]) -> float:
-    """When the last rank is done with its shards; waiting for each other left out."""
+    """When the last rank is done with its shards."""
     return max((size * speeds[rank] for rank, size in sizes.items()), default=0.0)
 
 

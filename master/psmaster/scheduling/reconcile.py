@@ -1,10 +1,7 @@
 """The desired state of a job, given its actual state: one pure function, called after every change.
 
-`reconcile` compares a job with its nodes, processes and snapshots and returns its next state and the events that say
-why; `desired` lists the processes that should run then. Applying it again to its own outcome changes nothing. The
-stages are in the order in which they matter: what ends the job, what was lost, where it goes, what joins, what the plan
-becomes.
-"""
+`desired` lists the processes that should run then. Applying `reconcile` again to its own outcome changes nothing. The
+stages are in the order in which they matter: what ends the job, what was lost, where it goes, what joins, the plan."""
 
 from __future__ import annotations
 
@@ -12,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from pscluster.errors import InternalError
-from psmaster.model.job import Event, Instant, Job, JobState, enter_state
+from psmaster.model.job import Instant, Job, JobState, enter_state
 from psmaster.model.membership import NodeView
 from psmaster.model.plan import Placement, Plan, ProcessKind
 from psmaster.model.process import Processes
 from psmaster.model.snapshot_catalog import Catalogue
-from psmaster.scheduling import completion, conditions, drain, planner, recovery, standbys, startup
+from psmaster.scheduling import completion, conditions, drain, planner, recovery, startup
 from psmaster.scheduling.admission import admit
 from psmaster.scheduling.draft import Draft, Limits, View
 
@@ -47,16 +44,6 @@ class Desired:
     plan: Plan | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """`snapshots`: the next catalogue. `cut_to`: metrics after this step are void; None: none are."""
-
-    job: Job
-    events: tuple[Event, ...]
-    snapshots: Catalogue
-    cut_to: int | None = None
-
-
 def reconcile(
     job: Job,
     nodes: Mapping[str, NodeView],
@@ -67,9 +54,9 @@ def reconcile(
     *,
     grow: bool = False,
     ahead: str = "",
-) -> Outcome:
-    """The job's next state. `grow`: it may take more placements than it has; `ahead`: the job whose turn comes before
-    this queued one, empty if it is first."""
+) -> Draft:
+    """The job's next state, catalogue and events. `grow`: it may take more placements than it has; `ahead`: the job
+    whose turn comes before this queued one, empty if it is first."""
     view = View(nodes=nodes, processes=processes, now=now, limits=limits, grow=grow)
     draft = Draft(job, snapshots, now)
     if job.state is JobState.QUEUED:
@@ -79,12 +66,9 @@ def reconcile(
     if not draft.job.state.ended:
         draft.update(reason=conditions.reason(draft.job, view, draft.job.reason))
     draft.update(conditions=conditions.conditions(draft.job, now))
-    return Outcome(
-        job=draft.job if draft.job != job else job,
-        events=tuple(draft.events),
-        snapshots=draft.snapshots,
-        cut_to=draft.cut_to,
-    )
+    if draft.job == job:
+        draft.job = job
+    return draft
 
 
 def desired(job: Job) -> tuple[Desired, ...]:
@@ -118,11 +102,13 @@ def _admit(draft: Draft, view: View, ahead: str) -> None:
         started_s=job.started_s or draft.now.unix_s,
         trainers=tuple(Placement(kind=ProcessKind.TRAINER, rank=rank) for rank in range(len(admission.trainers))),
         partitions=tuple(Placement(kind=ProcessKind.PARTITION, rank=rank) for rank in range(len(admission.partitions))),
-        standbys=standbys.empty_placements(job, len(admission.partitions)),
+        standbys=tuple(
+            Placement(kind=ProcessKind.PARTITION, rank=rank, standby=True)
+            for rank in range(len(admission.partitions) if job.spec.durability.tier == "replica" else 0)
+        ),
     )
-    for kind, places in ((ProcessKind.TRAINER, admission.trainers), (ProcessKind.PARTITION, admission.partitions)):
-        for rank, node_id in enumerate(places):
-            draft.assign_node(kind, rank, view.nodes[node_id])
+    for placement, node_id in zip(draft.job.working, admission.trainers + admission.partitions, strict=True):
+        draft.assign_node(placement, view.nodes[node_id])
     trainers, partitions = (", ".join(dict.fromkeys(places)) for places in (admission.trainers, admission.partitions))
     draft.emit("Admitted", f"trainers on {trainers}; partitions on {partitions}")
 

@@ -1,22 +1,20 @@
 """The stages of reconciliation for processes that are lost, replaced and become ready again. Pure.
 
-A process that had been ready is replaced at once, preferably on the same node. One that was lost before it became ready
-suggests that something is missing on its node, such as disk space. So its replacement goes to another node if one has
-room, and starts after a delay that doubles with each loss: a fault of some seconds does not use up all the losses that
-a placement may have. The placement keeps its slot meanwhile."""
+A process that had been ready is replaced at once, preferably on the same node. Where one was lost before it became
+ready, something may be missing on its node, such as disk space: its replacement goes to another node if one has room,
+and starts after a delay that doubles with each loss, so that a fault of some seconds does not use up all the losses
+that a placement may have. The placement keeps its slot meanwhile."""
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 
-from pscluster.devices import CPU
 from psmaster.model import snapshot_catalog
-from psmaster.model.job import ErrorInfo, Recovery
-from psmaster.model.membership import NodeView, Role
+from psmaster.model.job import ErrorInfo, Job, Recovery
+from psmaster.model.membership import NodeView
 from psmaster.model.plan import Placement, ProcessKind
 from psmaster.model.process import PartitionFacts, TrainerFacts, failure_of, ready_facts, was_ready
-from psmaster.scheduling import numerics, process_losses, standbys
+from psmaster.scheduling import numerics, process_losses
 from psmaster.scheduling.admission import choose_node, max_trainers
 from psmaster.scheduling.draft import Draft, View
 from psmaster.scheduling.process_losses import NetworkCut, ProcessLoss, loss_of, out_of_reach
@@ -25,8 +23,7 @@ _SUSPICIONS = {"silent": "sends no heartbeats", "stalled": "is stalled at one mi
 
 
 def vacate_lost(draft: Draft, view: View) -> None:
-    """Vacate the placements whose process is lost. FAILED when one placement loses too many without a new step in
-    between."""
+    """Vacate the placements whose process is lost. FAILED when one loses too many without a new step in between."""
     cut = process_losses.find_cut(draft.job, view.processes, view.now)
     for placement in (*draft.job.standbys, *draft.job.working):
         loss = loss_of(placement, draft.job, view) or _out_of_reach(draft, view, placement, cut)
@@ -36,7 +33,7 @@ def vacate_lost(draft: Draft, view: View) -> None:
             continue  # `completion.fail_on_reports` ends the job
         draft.emit(f"{_event_name(placement)}Lost", loss.message, warning=True)
         count = placement.losses + loss.counted
-        if count > view.limits.max_losses and (placement.standby or _is_dispensable(draft, placement)):
+        if count > view.limits.max_losses and (placement.standby or draft.is_dispensable(placement)):
             before = "in sync" if placement.standby else "ready"
             why = f"{placement.title} was lost {count} times before it was {before}, the last time there"
             draft.exclude(placement.node_id, placement.incarnation, why)
@@ -58,8 +55,8 @@ def _replace(draft: Draft, view: View, placement: Placement, loss: ProcessLoss, 
         _begin_recovery(draft, placement.kind)
     _vacate(draft, view, placement, loss, count)
     if placement.kind is ProcessKind.PARTITION:
-        standbys.take_over(draft, placement, count)
-    if loss.cause == "reach":
+        draft.take_over(placement, count)
+    if loss.elsewhere:
         _place_elsewhere(draft, view, placement)
 
 
@@ -74,12 +71,6 @@ def _vacate(draft: Draft, view: View, placement: Placement, loss: ProcessLoss, c
         until_s = draft.now.mono_s + process_losses.retry_delay_s(count)
         placement = replace(placement, failed_on=(*others, placement.node_id), not_before_s=until_s)
     draft.vacate(placement, losses=count)
-
-
-def _avoided(placement: Placement) -> tuple[frozenset[str], ...]:
-    """Sets of nodes to avoid, in order of preference: all where it failed, the last of them, none."""
-    failed_on = placement.failed_on
-    return tuple(dict.fromkeys((frozenset(failed_on), frozenset(failed_on[-1:]), frozenset())))
 
 
 def end_retry_waits(draft: Draft, _view: View) -> None:
@@ -110,13 +101,7 @@ def _place_elsewhere(draft: Draft, view: View, lost: Placement) -> None:
     placement = draft.job.placement(lost.kind, lost.rank)
     node = _elsewhere(draft, view, lost)
     if placement is not None and not placement.placed and node is not None:
-        draft.assign_node(lost.kind, lost.rank, node)
-
-
-def _is_dispensable(draft: Draft, placement: Placement) -> bool:
-    """Whether a running job can exclude the node where a new trainer never becomes ready."""
-    others = any(own.active for own in draft.job.trainers)
-    return draft.job.plan is not None and placement.kind is ProcessKind.TRAINER and not placement.active and others
+        draft.assign_node(placement, node)
 
 
 def _void_snapshot(draft: Draft, error: ErrorInfo) -> None:
@@ -134,9 +119,8 @@ def _begin_recovery(draft: Draft, kind: ProcessKind) -> None:
 
 
 def mark_suspects(draft: Draft, view: View) -> None:
-    """Mark the trainers that are alive but make no progress; others compute their shards until they recover.
-
-    A wrong suspicion costs nothing: what two trainers compute counts once."""
+    """Mark the trainers that are alive but make no progress: others compute their shards until they recover. A wrong
+    suspicion costs nothing: what two trainers compute counts once."""
     cut = process_losses.find_cut(draft.job, view.processes, view.now)
     for placement in draft.job.trainers:
         process = view.processes.get(placement.process_id(draft.job.job_id))
@@ -155,44 +139,54 @@ def mark_suspects(draft: Draft, view: View) -> None:
 
 
 def fill_placements(draft: Draft, view: View) -> None:
-    """Assign nodes to empty placements, and add trainers when the job may grow. Does nothing for a job that is about to
-    end."""
+    """Assign nodes to empty placements, and add trainers when the job may grow. Nothing for a job about to end."""
     job = draft.job
     if job.stopping or (job.finished is not None and all(placement.placed for placement in job.partitions)):
         return
     excluded = draft.excluded(view.nodes)
     for placement in job.placements:
         if not placement.placed and (node := _find_node(draft, view, placement, excluded)):
-            draft.assign_node(placement.kind, placement.rank, node, standby=placement.standby)
+            draft.assign_node(placement, node)
     if not view.grow or any(not placement.placed for placement in draft.job.trainers):
         return
     while len(draft.job.trainers) < max_trainers(job.spec):
-        rank = max((own.rank for own in draft.job.trainers), default=-1) + 1
-        placement = Placement(kind=ProcessKind.TRAINER, rank=rank)
-        node = _choose(draft, view, placement, excluded)
+        node = choose_node(draft.job, view.nodes, ProcessKind.TRAINER, excluded)
         if node is None:
             return
-        draft.assign_node(placement.kind, placement.rank, node)
-        draft.emit("TrainerAdded", f"{placement.name} starts on {node.node_id}, which has room")
+        draft.add_trainer(node, "which has room")
 
 
 def _find_node(draft: Draft, view: View, placement: Placement, excluded: frozenset[str]) -> NodeView | None:
     """A node for an empty placement. A standby avoids its partition's node; a partition may displace a standby."""
     if placement.standby:
-        other = standbys.excluded_by_standby(draft, placement)
-        return None if other is None else _choose(draft, view, placement, excluded | other)
+        partition = draft.job.placement(placement.kind, placement.rank)
+        if partition is None or not partition.placed:
+            return None
+        return _choose(draft, view, placement, excluded | {partition.node_id})
     node = _choose(draft, view, placement, excluded)
     if node is None and placement.kind is ProcessKind.PARTITION:
-        return standbys.preempt_standby(draft, view, excluded)
+        return _preempt_standby(draft, view, excluded)
     return node
 
 
 def _choose(draft: Draft, view: View, placement: Placement, excluded: frozenset[str]) -> NodeView | None:
-    taken = Counter(own.node_id for own in draft.job.placements if own.placed)
-    device = draft.job.spec.workers.device if placement.kind is ProcessKind.TRAINER else CPU
-    for avoided in _avoided(placement):
-        role, preferred = Role.of(placement.kind), placement.last_node_id
-        if node := choose_node(view.nodes, role, taken, excluded | avoided, preferred, device):
+    """A node for an empty placement, preferably where it was before, but not where it failed, least of all where it
+    failed last."""
+    failed_on, kind, last = placement.failed_on, placement.kind, placement.last_node_id
+    for avoided in dict.fromkeys((failed_on, failed_on[-1:], ())):
+        if node := choose_node(draft.job, view.nodes, kind, excluded.union(avoided), last):
+            return node
+    return None
+
+
+def _preempt_standby(draft: Draft, view: View, excluded: frozenset[str]) -> NodeView | None:
+    """Make room for a partition by ending a standby: steps need the partition only."""
+    for placement in sorted(draft.job.standbys, key=lambda placement: (placement.synced, placement.rank)):
+        node = view.nodes.get(placement.node_id)
+        if placement.placed and node is not None and node.ready and node.node_id not in excluded:
+            message = f"{placement.title} on {placement.node_id} makes room for a partition"
+            draft.emit("StandbyLost", message, warning=True)
+            draft.vacate(placement)
             return node
     return None
 
@@ -207,7 +201,7 @@ def activate_ready(draft: Draft, view: View) -> None:
         facts = ready_facts(placement, draft.job, view.processes)
         if facts is None:
             continue
-        why = _unfit(draft, placement, facts)
+        why = _unfit(draft.job, facts)
         if why:
             draft.exclude(placement.node_id, placement.incarnation, why)
             draft.vacate(placement)
@@ -216,13 +210,11 @@ def activate_ready(draft: Draft, view: View) -> None:
         draft.emit(f"{_event_name(placement)}Ready", f"{placement.title} on {placement.node_id} is ready")
 
 
-def _unfit(draft: Draft, placement: Placement, facts: TrainerFacts | PartitionFacts) -> str:
-    job = draft.job
-    report = numerics.report_of(placement, facts)
+def _unfit(job: Job, facts: TrainerFacts | PartitionFacts) -> str:
     if isinstance(facts, PartitionFacts):
-        return numerics.differs(job.numerics_mode, job.optimizer_class, report)
+        return numerics.differs(job.numerics_mode, job.optimizer_class, facts)
     if facts.layout_sha256 != job.layout_sha256:
         return "it built another model than the job's"
     if facts.data_fingerprint != job.data_fingerprint:
         return "its data differ from the job's"
-    return numerics.differs(job.numerics_mode, job.numerics_class, report)
+    return numerics.differs(job.numerics_mode, job.numerics_class, facts)

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 from pscluster.errors import DataError, LayoutError
-from psmaster.model.job import ErrorInfo
+from psmaster.model.job import ErrorInfo, Job
 from psmaster.model.plan import Placement
 from psmaster.model.process import PartitionFacts, TrainerFacts, ready_facts
 from psmaster.scheduling import numerics
@@ -26,7 +26,7 @@ def first_plan(draft: Draft, view: View) -> None:
     placed = [placement for placement in job.trainers if placement.placed]
     if len(trainers) < max(len(placed), job.spec.workers.min) or len(partitions) < len(job.partitions):
         return
-    error = disagreement(trainers, job.layout_json, job.layout_sha256, job.data_fingerprint)
+    error = disagreement(job, trainers)
     if error is not None:
         draft.fail(error)
         return
@@ -48,16 +48,16 @@ def ready(draft: Draft, view: View) -> tuple[ReadyTrainers, ReadyPartitions]:
     return trainers, partitions
 
 
-def disagreement(trainers: ReadyTrainers, layout_json: bytes, layout: str, fingerprint: str) -> ErrorInfo | None:
+def disagreement(job: Job, trainers: ReadyTrainers) -> ErrorInfo | None:
     """The error when trainers built different models or see different data, from each other or from what the job's
-    snapshots hold (`layout_json`, `layout`, `fingerprint`; empty: no snapshot binds the job)."""
+    snapshots hold."""
     first_placement, first = trainers[0]
-    where = f"{first_placement.name} on {first_placement.node_id}"
-    wanted_json, wanted, data, data_where = first.layout_json, first.layout_sha256, first.data_fingerprint, where
-    if layout:
-        wanted_json, wanted, where = layout_json, layout, "the job's snapshots"
-    if fingerprint:
-        data, data_where = fingerprint, "the job's earlier steps"
+    where = data_where = f"{first_placement.name} on {first_placement.node_id}"
+    wanted_json, wanted, data = first.layout_json, first.layout_sha256, first.data_fingerprint
+    if job.layout_sha256:
+        wanted_json, wanted, where = job.layout_json, job.layout_sha256, "the job's snapshots"
+    if job.data_fingerprint:
+        data, data_where = job.data_fingerprint, "the job's earlier steps"
     for placement, facts in trainers:
         name = f"{placement.name} on {placement.node_id}"
         if facts.layout_sha256 != wanted:
@@ -97,8 +97,7 @@ def _settle_numerics(draft: Draft, trainers: ReadyTrainers, partitions: ReadyPar
     """Decide the mode; False when a strict job left nodes out and must look again."""
     job = draft.job
     bound = (job.numerics_class, job.optimizer_class) if job.spec.train.numerics == "strict" else ("", "")
-    reports = [[numerics.report_of(*one) for one in ready_ones] for ready_ones in (trainers, partitions)]
-    choice = numerics.choose(job.spec.train.numerics, reports[0], reports[1], bound)
+    choice = numerics.choose(job.spec.train.numerics, trainers, partitions, bound)
     for node_id, why in choice.left_out:
         placements = [placement for placement in draft.job.placements if placement.node_id == node_id]
         draft.exclude(node_id, placements[0].incarnation, why)

@@ -49,7 +49,7 @@ def row_checksum(*values: object) -> int:
 
 
 def prepare(db: sqlite3.Connection) -> None:
-    """Give a connection what the statements and triggers here use. Once, before anything is written."""
+    """Once for each connection, before anything is written."""
     db.create_function("row_checksum", -1, row_checksum, deterministic=True)
     db.execute("PRAGMA recursive_triggers=ON")  # or the rows that REPLACE takes away would still be counted
 

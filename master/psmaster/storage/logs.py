@@ -2,9 +2,8 @@
 
     {"t": Unix time, "s": "stdout", "x": text, "a": attempt, "q": sequence of the agent's message}
 
-A file that passes 16 MiB becomes `<name>.log.1` (one older is kept) and a new one is begun. A message that is repeated
-after a broken stream or a restart is recognised by its sequence. Everything here blocks on the disk.
-"""
+A file that passes 16 MiB becomes `<name>.log.1` (one older is kept). A repeated message is recognised by its sequence.
+Everything here blocks on the disk."""
 
 from __future__ import annotations
 

@@ -50,8 +50,7 @@ class _ManifestRequest:
 
 
 class Publisher:
-    """`bundle_file` is where the master has a bundle. It calls `report_error` (job id, step,
-    why) and `report_removed` (job id) on its own thread."""
+    """It calls `report_error` (job id, step, why) and `report_removed` (job id) on its own thread."""
 
     def __init__(self, bundle_file: Callable[[str], Path], patience_s: float = PATIENCE_S) -> None:
         self.report_error: Callable[[str, int, PsError], None] = lambda *_: None
@@ -71,8 +70,7 @@ class Publisher:
         self._request(found, wait=wait)
 
     def remove(self, deletion: Deletion, directory: Path, *, wait: bool = True) -> None:
-        """Remove a deleted job's `directory` on this machine and, unless that was done, its store. Blocks as `publish`
-        does."""
+        """Remove a deleted job's `directory` and, unless that was done, its store. Blocks as `publish` does."""
         store = "" if deletion.removed else deletion.store
         # What an earlier master left undone comes after the manifests that jobs are waiting for.
         due_s = 0.0 if wait else time.monotonic()

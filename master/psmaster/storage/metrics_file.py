@@ -1,8 +1,7 @@
 """A job's metrics.jsonl: one JSON object per committed step and per evaluation.
 
-Appending is idempotent (what is not newer than the last line of its kind is dropped), so reports may be repeated. Going
-back cuts the file by writing a new one beside it and renaming. Everything here blocks on the disk.
-"""
+Appending is idempotent: what is not newer than the last line of its kind is dropped. Going back cuts the file by
+writing a new one beside it and renaming. Everything here blocks on the disk."""
 
 from __future__ import annotations
 
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pscluster.errors import StorageError
-from psmaster.model.reports import Evaluated, MetricLine, StepRecord
+from psmaster.model.job import StepRecord
+from psmaster.model.reports import Evaluated, MetricLine
 
 FILE_NAME = "metrics.jsonl"
 

@@ -1,10 +1,8 @@
 """Whether files that the database does not know are orphans, or the database is older than the snapshots.
 
 A master removes what its database does not know. So it must not work with one that is gone, or older than the snapshots
-beside it: a backup that was restored, a disk that was set back. A manifest is written after the transaction that it
-follows from, under that revision of its job; one of a later revision, or of a job that was neither there nor deleted,
-proves that the database has been further than it is.
-"""
+beside it. A manifest is written after the transaction that it follows from, under that revision of its job; one of a
+later revision, or of a job that was neither there nor deleted, proves that the database has been further than it is."""
 
 from __future__ import annotations
 
@@ -38,10 +36,8 @@ def refuse_unclaimed(state_dir: Path) -> None:
 
 
 def refuse_older(state_dir: Path, jobs: Mapping[str, Job], deletions: Deletions) -> None:
-    """Raises DamagedError when a manifest in `state_dir` is newer than the database, whose jobs and deletions these
-    are.
-
-    Reads two small files of each job and changes nothing. What cannot be read is warned of and proves nothing."""
+    """Raises DamagedError when a manifest in `state_dir` is newer than the database, which has `jobs` and `deletions`.
+    Reads two small files of each job. What cannot be read is warned of and proves nothing."""
     newer = [
         directory.parent.name
         for directory in sorted(state_dir.glob("jobs/*/snapshots"))
@@ -56,9 +52,8 @@ def refuse_older(state_dir: Path, jobs: Mapping[str, Job], deletions: Deletions)
 
 
 def may_go(directory: Path, jobs: Mapping[str, Job], deletions: Deletions) -> bool:
-    """Whether the directory of a job is not needed: it was deleted, or is unknown and has no manifest, sound or not.
-
-    False while the publisher is still at it."""
+    """Whether the directory of a job is not needed: it was deleted, and the publisher is done; or it is unknown and has
+    no manifest, sound or not."""
     if directory.name in jobs:
         return False
     if directory.name in deletions:

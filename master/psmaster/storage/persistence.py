@@ -18,7 +18,7 @@ from psmaster.model.job import Instant, Job
 from psmaster.model.membership import presumed
 from psmaster.model.plan import Part
 from psmaster.model.snapshot_catalog import Catalogue
-from psmaster.model.state import Changes, Deletion, State
+from psmaster.model.state import Changes, State
 from psmaster.storage.bundles import bundle_file
 from psmaster.storage.logs import LogMessage, ProcessLog
 from psmaster.storage.manifest_publisher import Publisher
@@ -56,7 +56,7 @@ def batch_of(before: State, changes: Changes) -> Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Writes:
-    """What one transaction writes. `before` is the state that it started from."""
+    """What one transaction writes, which started from the state `before`."""
 
     before: State
     batch: Batch
@@ -99,11 +99,8 @@ class Archive:
         return self._jobs / job_id / "logs"
 
     def load(self, now: Instant) -> State:
-        """What was there before: jobs, snapshots, events, and the nodes with placements of jobs.
-
-        Metrics that were written but whose step was not stored are cut: they will be reported again. Raises
-        DamagedError, before anything is changed, for a store that is older than the snapshots.
-        """
+        """What was there before. Metrics that were written but whose step was not stored are cut: they will be reported
+        again. Raises DamagedError, before anything is changed, for a store that is older than the snapshots."""
         jobs = {job.job_id: job for job in self.store.jobs()}
         deleted = self.store.deletions()
         refuse_older(self._jobs.parent, jobs, deleted)
@@ -147,7 +144,9 @@ class Archive:
             _log.error("metrics of a rolled back job cannot be cut yet", cause=error.cause)
         self._release(writes.changes.state.jobs)
         for job_id in writes.batch.deleted_jobs:
-            self._remove(writes.changes.state.deletions[job_id])
+            # The record is gone already: the publisher reports a failure, and this or the next master tries again.
+            self._cuts.pop(job_id, None)
+            self.publisher.remove(writes.changes.state.deletions[job_id], self.directory(job_id))
 
     def _cut_pending(self) -> None:
         for job_id, step in list(self._cuts.items()):
@@ -169,12 +168,6 @@ class Archive:
         live = {job_id for job_id, job in jobs.items() if not job.state.ended}
         self._metrics = {job_id: file for job_id, file in self._metrics.items() if job_id in live}
         self._logs = {key: file for key, file in self._logs.items() if key[0] in live}
-
-    def _remove(self, deletion: Deletion) -> None:
-        """Remove a deleted job's files. Its record is gone already: the publisher reports a failure, and this or
-        the next master tries again."""
-        self._cuts.pop(deletion.job_id, None)
-        self.publisher.remove(deletion, self.directory(deletion.job_id))
 
     def close(self) -> None:
         """Release the store. Safe to repeat."""

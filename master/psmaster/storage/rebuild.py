@@ -1,9 +1,8 @@
 """`psmaster rebuild`: the master's database made again from the manifests in the jobs' stores. Blocks on everything.
 
-A manifest counts only when it fits its checksum, and a snapshot only when every part of it was read and
-fits what the manifest says. Jobs that had not ended come back STOPPED; `psctl resume` continues from their newest sound
-snapshot, to the same bits. A job without a sound snapshot is not there any more: it must be submitted again.
-"""
+A manifest counts only when it fits its checksum, and a snapshot only when every part of it was read and fits what the
+manifest says. Jobs that had not ended come back STOPPED, at their newest sound snapshot; a job without one must be
+submitted again."""
 
 from __future__ import annotations
 
@@ -26,9 +25,7 @@ from psmaster.storage.manifest import Manifest
 from psmaster.storage.sqlite import DATABASE, SqliteStore
 from psmaster.storage.store import Batch, BundleRecord
 
-LEAP = 1000
-"""Added to a rebuilt job's generation and attempts: more than it can have used after its newest manifest, so that
-whatever is still alive from before is of the past."""
+LEAP = 1000  # added to generation and attempts, so that whatever is still alive from before is of the past
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,8 @@
 """The durable store: one SQLite file in WAL mode, `synchronous=FULL`, one writer.
 
-Every batch is one transaction; it is on the disk when `write` returns. Every row carries a checksum, and all of them
-are checked when the file is opened (see `integrity`). The schema carries a version: an older file is brought forward
-step by step, a newer one is refused, so that a downgraded master does not lose what it cannot read.
-"""
+Every batch is one transaction. Every row carries a checksum, checked when the file is opened (see `integrity`). A file
+of an older version is brought forward step by step, a newer one is refused: a downgrade must not lose what it cannot
+read."""
 
 from __future__ import annotations
 
@@ -65,8 +64,7 @@ class SqliteStore(Store):
     """Owns its connection. Create it in any thread; use it from one at a time."""
 
     def __init__(self, path: Path) -> None:
-        """Open or create the file, and read all of it. Raises StorageError when it cannot be or is of a newer version,
-        DamagedError when it is not what was written."""
+        """Raises StorageError when it cannot be opened or is newer, DamagedError when it is not what was written."""
         self._path = path
         integrity.check_head(path)
         integrity.check_log(path)
@@ -117,8 +115,7 @@ class SqliteStore(Store):
             self._db.executemany(integrity.replace("drains"), batch.drained)
             self._db.executemany("DELETE FROM drains WHERE node_id=?", [(node_id,) for node_id in batch.undrained])
             self._db.executemany("DELETE FROM jobs WHERE job_id=?", [(job_id,) for job_id in batch.deleted_jobs])
-            rows = [(one.job_id, one.store, one.deleted_s, int(one.removed)) for one in batch.deletions]
-            self._db.executemany(integrity.replace("deletions"), rows)
+            self._db.executemany(integrity.replace("deletions"), map(astuple, batch.deletions))
             forgotten = [(job_id,) for job_id in batch.forgotten_deletions]
             self._db.executemany("DELETE FROM deletions WHERE job_id=?", forgotten)
 
@@ -130,7 +127,7 @@ class SqliteStore(Store):
                 (job.job_id, job.request_id or None, job.created_s, records.job_text(job)),
             )
         except sqlite3.IntegrityError:
-            holder = self.job_of_request(job.request_id)
+            ((holder,),) = self._rows("SELECT job_id FROM jobs WHERE request_id=?", job.request_id)
             raise StateError(f"request {job.request_id} has created job {holder} already") from None
         if not job.layout_json:
             self._db.execute("DELETE FROM layouts WHERE job_id=?", (job.job_id,))
@@ -155,10 +152,6 @@ class SqliteStore(Store):
     def jobs(self) -> tuple[Job, ...]:
         query = "SELECT record, layout FROM jobs LEFT JOIN layouts USING (job_id) ORDER BY created_s, job_id"
         return tuple(records.job_of(text, layout or b"") for text, layout in self._rows(query))
-
-    def job_of_request(self, request_id: str) -> str | None:
-        rows = self._rows("SELECT job_id FROM jobs WHERE request_id=?", request_id)
-        return str(rows[0][0]) if rows else None
 
     def events(self, job_id: str) -> tuple[Event, ...]:
         rows = self._rows("SELECT record FROM events WHERE job_id=? ORDER BY sequence", job_id)

@@ -53,18 +53,12 @@ class Store(ABC):
 
     @abstractmethod
     def write(self, batch: Batch) -> None:
-        """Apply `batch` durably. Raises StorageError when it could not be written; then nothing of it is.
-
-        Raises StateError when a job brings a request id that another job has.
-        """
+        """Apply `batch` durably. Raises StorageError, then nothing of it is written; StateError when a job brings a
+        request id that another job has."""
 
     @abstractmethod
     def jobs(self) -> tuple[Job, ...]:
         """All jobs, oldest first."""
-
-    @abstractmethod
-    def job_of_request(self, request_id: str) -> str | None:
-        """The id of the job that this request created."""
 
     @abstractmethod
     def events(self, job_id: str) -> tuple[Event, ...]:

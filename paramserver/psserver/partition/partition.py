@@ -18,10 +18,8 @@ from psserver.partition.telemetry import PartitionCounters
 
 
 class Partition:
-    """Partition `index` of one job, or a standby of it. On the partition's thread.
-
-    `plan` and `state`: None before the first plan. `coordinator`: in partition 0; `standby`: while this process is one.
-    `PartitionService`, the subclass that carries out actions, sets them."""
+    """Partition `index` of one job, or a standby of it. On the partition's thread. `plan` and `state`: None before the
+    first plan. `PartitionService`, the subclass that carries out actions, sets them."""
 
     def __init__(self, spec: JobSpec, start: ProcessSpec, counters: PartitionCounters) -> None:
         self.spec = spec
@@ -33,8 +31,8 @@ class Partition:
         self.machine = StepMachine(self.index)
         self.plan: Plan | None = None
         self.state: PartitionState | None = None
-        self.coordinator: Coordinator | None = None
-        self.standby: Standby | None = None
+        self.coordinator: Coordinator | None = None  # in partition 0
+        self.standby: Standby | None = None  # while this process is one
         self.metadata = ReplicatedMetadata()
 
     @property

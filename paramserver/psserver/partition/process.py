@@ -1,4 +1,4 @@
-"""The process of a partition: plans and frames in, actions carried out in one loop.
+"""The process of a partition: orders and frames in, actions carried out in one loop; reports and heartbeats out.
 
 A pushed gradient: `FrameHandler.frame` checks it and gives it to the open step; `TryVote`, `SendVote`, `SendDecision`,
 `OpenNextStep`, `ApplyBucket` and `ServePulls` take the step from there to the trainers' new values."""
@@ -9,7 +9,7 @@ import time
 from collections import deque
 from typing import assert_never
 
-from pscluster.agent.link import UNREACHED_S, ProcessLink
+from pscluster.agent.link import UNREACHED_S, HeartbeatThread, ProcessLink
 from pscluster.agent.status import detail_of
 from pscluster.errors import InternalError, PsError
 from pscluster.job.spec import JobSpec
@@ -20,7 +20,6 @@ from pscluster.wire.partition_protocol import CommitDecision, Join, Vote
 from pscluster.wire.reactor import Reactor
 from psserver.partition import actions
 from psserver.partition.actions import Action
-from psserver.partition.agent_connection import AgentConnection
 from psserver.partition.checkpoint.saving import Restoring, Saving
 from psserver.partition.coordinator.client import CoordinatorClient
 from psserver.partition.coordinator.coordinator import Coordinator, step_record
@@ -34,17 +33,19 @@ from psserver.partition.step.optimizer import moments_of
 from psserver.partition.step.state import PartitionState
 from psserver.partition.telemetry import PartitionCounters
 
+COUNTERS_S = 1.0
 SLICE_S = 0.0015  # of updates, after which trainers get them: long enough not to spend it on messages
 
 
-class PartitionService(Partition, AgentConnection):
-    """Carries out the actions of one partition, or of its standby.
-
-    Everything happens on the reactor's thread but the writing of snapshots."""
+class PartitionService(Partition):
+    """One partition, or its standby. All but the writing of snapshots happens on the reactor's thread."""
 
     def __init__(self, link: ProcessLink, spec: JobSpec, reactor: Reactor, counters: PartitionCounters) -> None:
-        Partition.__init__(self, spec, link.start, counters)
-        AgentConnection.__init__(self, link, reactor)
+        super().__init__(spec, link.start, counters)
+        self.failed = False
+        self.link = link
+        self._reactor = reactor
+        self._heartbeat = HeartbeatThread(link, self.beat)
         self.handler = FrameHandler(self, self.carry_out)  # of accepted connections
         self.replication = Replication(reactor, self, self.carry_out)
         self.saving = Saving(link.start, spec, counters, self.carry_out, reactor.post)
@@ -52,9 +53,17 @@ class PartitionService(Partition, AgentConnection):
         self._coordinator_client: CoordinatorClient | None = None  # of every partition but 0
         self._slice_ends_s = 0.0
 
+    def start(self) -> None:
+        """Begin to send heartbeats and to read orders; the first plan may come later."""
+        self._heartbeat.start()
+        self._reactor.watch(self.link.fileno(), self._orders)
+        if self.link.start.HasField("plan"):
+            self.adopt(self.link.start.plan)
+        self._report_counters()
+
     def close(self) -> None:
-        """Finish the snapshots that are begun. After the reactor has stopped."""
-        super().close()
+        """End the heartbeats, and finish the snapshots that are begun. After the reactor has stopped."""
+        self._heartbeat.close()
         self.saving.close()
 
     # ---- actions ----
@@ -66,7 +75,6 @@ class PartitionService(Partition, AgentConnection):
             pending.extendleft(reversed(self._carry_out(pending.popleft())))
 
     def _carry_out(self, action: Action) -> list[Action]:
-        """Carry out one action; what follows from it."""
         match action:
             case actions.TryVote():
                 return self._try_vote()
@@ -204,6 +212,33 @@ class PartitionService(Partition, AgentConnection):
 
     # ---- the agent ----
 
+    def report(self, report: ProcessReport) -> None:
+        """Send a report to the agent, and through it to the master."""
+        try:
+            self.link.report(report)
+        except EOFError:
+            self._reactor.stop()
+
+    def _orders(self) -> None:
+        try:
+            orders = self.link.receive_nowait()
+        except EOFError:
+            self._reactor.stop()
+            return
+        for order in orders:
+            if order.WhichOneof("body") == "shutdown":
+                self._reactor.stop()
+            elif order.WhichOneof("body") == "plan":
+                self.adopt(order.plan)
+            elif order.WhichOneof("body") == "settled":
+                self.saving.settled(order.settled.path)
+
+    def _report_counters(self) -> None:
+        self.report(ProcessReport(counters=self.sample_counters()))
+        if self.coordinator is not None:
+            self.carry_out(self.coordinator.report_progress(time.monotonic()))
+        self._reactor.call_later(COUNTERS_S, self._report_counters)
+
     def sample_counters(self) -> Counters:
         state_bytes = self.state.size_bytes if self.state else 0
         if self.standby is not None:
@@ -213,6 +248,7 @@ class PartitionService(Partition, AgentConnection):
         return self.counters.sample(self.index, self.version, state_bytes, self.clients.pull_bytes, in_sync, lag)
 
     def beat(self) -> Beat:
+        """Progress, a number that rises with the work that is done, and what cannot be reached. From any thread."""
         plan, client = self.plan, self._coordinator_client
         beat = Beat(progress=self.machine.progress)
         if plan is not None and client is not None and client.line.unreached_s(time.monotonic()) >= UNREACHED_S:
@@ -224,13 +260,6 @@ class PartitionService(Partition, AgentConnection):
         self.report(ProcessReport(failure=Failure(error=detail_of(error), step=self.version)))
         self.failed = True
         self._reactor.stop()
-
-    def every_second(self) -> None:
-        if self.coordinator is not None:
-            self.carry_out(self.coordinator.report_progress(time.monotonic()))
-
-    def settled(self, path: str) -> None:
-        self.saving.settled(path)
 
     # ---- plans ----
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
+from pscluster.agent.link import Phases
 from pscluster.errors import PsError
-from pscluster.phases import Phases
 from pscluster.v1.plan_pb2 import Counters
 from pscluster.wire.frame import AckResult
 from psserver.partition.replication.in_sync import InSyncState
@@ -26,11 +26,9 @@ class PartitionCounters:
         self._phases = Phases(PHASES)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Time the block as part of a phase; see `Phases.measure`."""
         return self._phases.measure(name)
 
     def pushed(self, result: AckResult, size_bytes: int) -> None:
-        """A PUSH was judged."""
         self._pushes[result] += 1
         self._push_bytes += size_bytes
 
@@ -54,9 +52,8 @@ class PartitionCounters:
         standby: InSyncState | None = None,
         lag: int = 0,
     ) -> Counters:
-        """Every counter as the agent exports it, prefix `ps_` and label `job` left out.
-
-        `standby`: what is known of it, where the job's durability asks for one; `lag` in steps."""
+        """Every counter as the agent exports it, prefix `ps_` and label `job` left out. `standby`: where the job's
+        durability asks for one; `lag` in steps."""
         where = {"partition": str(partition)}
 
         def counter(name: str, value: float, **labels: str) -> Counters.Sample:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import signal
 import threading
 import time
@@ -20,7 +19,7 @@ from pscluster.cli.local import processes, record
 from pscluster.cli.local.processes import command, count_of, daemon_dir, exit_error, node_names, variables
 from pscluster.cli.local.record import Daemon, locked
 from pscluster.errors import StorageError, UnhealthyError, UnreachableError
-from pscluster.settings import LocatedCluster, make_runtime_dir, runtime_dir
+from pscluster.settings import LocatedCluster, make_runtime_dir, remove_runtime_dir
 
 if TYPE_CHECKING:
     from pscluster.client import Cluster
@@ -60,7 +59,6 @@ class LocalCluster:
         return {daemon.name for daemon in self._started} == {daemon.name for daemon in self.running}
 
     def log_of(self, name: str) -> Path:
-        """The file with a daemon's output."""
         return self.state_dir / "logs" / f"{name}.log"
 
     def up(self, workers: int | None, servers: int | None) -> bool:
@@ -143,7 +141,7 @@ class LocalCluster:
         if killed:
             self.print_info(f"{', '.join(killed)} did not stop in time and was killed")
         for daemon in daemons:
-            _remove_runtime_dir(daemon_dir(daemon.name, self.state_dir))
+            remove_runtime_dir(daemon_dir(daemon.name, self.state_dir))
         self.running = tuple(daemon for daemon in self.running if daemon not in daemons)
 
     def _undo(self) -> None:
@@ -184,25 +182,10 @@ def _write_token(token_file: Path) -> None:
 
 
 def remove_runtime_dirs(state_dir: Path) -> None:
-    """Remove the sockets' directories of the cluster and of every node it ever had. Idempotent.
-
-    A node removes its own when it ends; one that was killed could not.
-    """
+    """Remove the sockets' directories of the cluster and of all nodes: a killed one could not. Idempotent."""
     nodes = [path for role in ("worker", "server") for path in sorted(state_dir.glob(f"{role}-*"))]
     for directory in (state_dir, *nodes):
-        _remove_runtime_dir(directory)
-
-
-def _remove_runtime_dir(state_dir: Path) -> None:
-    """Remove one directory of sockets, if it belongs to this user. Idempotent."""
-    path = runtime_dir(state_dir)
-    try:
-        if path.lstat().st_uid == os.getuid() and not path.is_symlink():
-            shutil.rmtree(path)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise StorageError(f"cannot remove {path}: {error.strerror}") from None
+        remove_runtime_dir(directory)
 
 
 def wait_ready(
@@ -212,11 +195,8 @@ def wait_ready(
     print_info: Callable[[str], None],
     deadline_s: float,
 ) -> None:
-    """Block until the master answers and all nodes in `names` are ready.
-
-    `check` is called between polls and raises when a daemon has ended. Prints what is waited for after 3 seconds, and
-    when it changes. Raises UnhealthyError after `deadline_s`.
-    """
+    """Block until the master answers and all nodes in `names` are ready. `check` is called between polls and raises
+    when a daemon has ended. Prints what is waited for after 3 seconds. Raises UnhealthyError after `deadline_s`."""
     started = time.monotonic()
     printed = ""
     with ExitStack() as stack:
@@ -258,12 +238,8 @@ def interruptible_once() -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in _NUMBERS}
-    try:
+    with _handled_by(interrupt):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -273,11 +249,20 @@ def deferred() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in _NUMBERS}
+    try:
+        with _handled_by(lambda number, _: came.append(number)):
+            yield
+    finally:
+        if came:
+            signal.raise_signal(came[0])
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Have both signals handled so in the block."""
+    before = {number: signal.signal(number, handler) for number in _NUMBERS}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if came:
-            signal.raise_signal(came[0])
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

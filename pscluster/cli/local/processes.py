@@ -79,10 +79,8 @@ def find(state_dir: Path) -> tuple[Daemon, ...]:
 
 
 def end(daemons: Sequence[Daemon], state_dir: Path, grace_s: float = GRACE_S) -> list[str]:
-    """End daemons and whatever they started: SIGTERM, then SIGKILL after `grace_s`. Blocks until they are gone.
-
-    Returns the names of those that had to be killed. A pid that now belongs to another process is left alone.
-    """
+    """End daemons and whatever they started: SIGTERM, then SIGKILL after `grace_s`. Blocks until they are gone; returns
+    the names of those killed. A pid that now belongs to another process is left alone."""
     processes = {d.name: process for d in daemons if (process := _process_of(d, state_dir)) is not None}
     # Listed before the parents end: afterwards their parent is unknown.
     children: list[psutil.Process] = []
@@ -146,7 +144,6 @@ def count_of(names: Iterable[str], role: str) -> int:
 
 
 def daemon_dir(name: str, state_dir: Path) -> Path:
-    """A daemon's own directory."""
     return state_dir / name
 
 

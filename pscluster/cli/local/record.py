@@ -70,10 +70,8 @@ def save(state_dir: Path, address: str, daemons: tuple[Daemon, ...]) -> None:
 
 @contextlib.contextmanager
 def locked(state_dir: Path, print_info: Callable[[str], None], timeout_s: float = _LOCK_TIMEOUT_S) -> Iterator[None]:
-    """Hold the directory's lock. Waits for another holder, and prints that; raises StateError after `timeout_s`.
-
-    The kernel releases the lock when its holder dies, so that it is never stale.
-    """
+    """Hold the directory's lock, which the kernel releases when its holder dies. Waits for another holder, and prints
+    that; raises StateError after `timeout_s`."""
     try:
         descriptor = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:

@@ -8,7 +8,7 @@ from pscluster.agent.child import GracePeriods
 from pscluster.agent.status import LOADING_SILENCE_S, SILENCE_S, Exit, LastHeartbeat, classify, suspicion_of
 from pscluster.agent.supervisor import AT_ONCE
 from pscluster.v1.agents_pb2 import AgentMessage, ProcessEvent, ProcessState, ProcessStatus
-from pscluster.v1.plan_pb2 import Failure, Plan, ProcessReport, ProcessSpec, Speed
+from pscluster.v1.plan_pb2 import Beat, Failure, Plan, ProcessReport, ProcessSpec, Speed
 from tests.fault.simulation.partition import PartitionProcess
 from tests.fault.simulation.schedule import SOON_S, Life
 from tests.fault.simulation.trainer import TrainerProcess
@@ -79,7 +79,8 @@ class Child:
         """Report to the master when the process becomes silent or stalled, or recovers, and what it cannot reach."""
         silence_s = LOADING_SILENCE_S if self._ready is None else SILENCE_S[self.spec.kind]
         found = suspicion_of(now_s, self.last_heartbeat, silence_s)
-        unreached = self.last_heartbeat.unreached if self.last_heartbeat is not None else None
+        beat = self.last_heartbeat.beat if self.last_heartbeat is not None else Beat()
+        unreached = beat.unreached if beat.HasField("unreached") else None
         reported = self._status.unreached if self._status.HasField("unreached") else None
         if (found, unreached) != (self._status.suspicion, reported):
             self._status.suspicion = found
@@ -112,11 +113,8 @@ class Child:
     def _reported(self, report: ProcessReport) -> None:
         body = report.WhichOneof("body")
         if body == "beat":
-            now_s, beat = self._agent.sim.schedule.now_s, report.beat
-            unreached = beat.unreached if beat.HasField("unreached") else None
-            self.last_heartbeat = LastHeartbeat(
-                at_s=now_s, busy_s=beat.busy_s, typical_s=beat.typical_s, unreached=unreached
-            )
+            beat = report.beat
+            self.last_heartbeat = LastHeartbeat(at_s=self._agent.sim.schedule.now_s, beat=beat)
             self.speed = beat.speed if beat.HasField("speed") else None
         if body in ("counters", "beat"):
             return

@@ -20,6 +20,7 @@ from pscluster.wire.frame import HEADER_BYTES, Buffer, FrameKind, Header
 from pscluster.wire.reactor import DIAL_S
 from tests.fault.simulation.network import End, Network
 from tests.fault.simulation.schedule import SOON_S, Life, Schedule
+from tests.harness.frame_end import FrameEnd, joined
 
 _BORNE = frozenset({FrameKind.PUSH, FrameKind.VOTE, FrameKind.DECISION, FrameKind.JOIN})
 
@@ -29,18 +30,11 @@ def bears_unruliness(message: Any) -> bool:
     return isinstance(message, tuple) and message[0].kind in _BORNE
 
 
-class Connection:
-    """Stands in for `pscluster.wire.connection.Connection`."""
+class Connection(FrameEnd):
+    """One end of a connection between two simulated processes."""
 
     def __init__(self, end: End, handler: Any) -> None:
-        self.handler = handler
-        self.context: object = None
-        self.is_open = True
-        self.is_local = False
-        self.wants_write = False
-        self.queued_bytes = 0
-        self.sent_bytes = 0
-        self.reading = True
+        super().__init__(handler)
         self._held: deque[tuple[Header, bytes] | None] = deque()  # while it does not read; None: the end
         self._end = end
         end.receive = self._receive
@@ -59,18 +53,12 @@ class Connection:
         if not self.is_open:
             return
         assert not fds, "no descriptors travel between hosts"
-        data = b"".join(bytes(memoryview(part).cast("B")) for part in body if memoryview(part).nbytes)
+        data = joined(body)
         what = _words(header) if self._end.network.schedule.reported is not None else ""
         self.sent_bytes += HEADER_BYTES + len(data)
         self._end.send((replace(header, length=len(data)), data), what)
         if on_sent is not None:
             on_sent()
-
-    def detach(self, tag: object) -> None:
-        """Bodies were copied when they were sent."""
-
-    def take_fds(self) -> list[int]:
-        return []
 
     def close(self, error: PsError | None = None) -> None:
         if self.is_open:
@@ -78,11 +66,8 @@ class Connection:
             self._end.close()
             self.handler.closed(self, error)
 
-    def pause_reading(self) -> None:
-        self.reading = False
-
     def resume_reading(self) -> None:
-        self.reading = True
+        super().resume_reading()
         self._end.life.after(SOON_S, "", self._read_on)
 
     def _read_on(self) -> None:
@@ -111,14 +96,8 @@ class Connection:
             self._held.append(message)
 
     def _take(self, message: tuple[Header, bytes]) -> None:
-        header, data = message
         try:
-            body = memoryview(b"")
-            if header.length:
-                body = self.handler.body_target(self, header)
-                assert body.nbytes == header.length
-                body[:] = data
-            self.handler.frame(self, header, body)
+            self.hand_over(*message)
         except PsError as error:
             self.close(error)
 

@@ -54,7 +54,7 @@ class Monitor:
     recorded: Reference = field(default_factory=Reference)
     acknowledged: set[str] = field(default_factory=set)  # jobs of which a person was told that they are taken in
     damaged: set[str] = field(default_factory=set)  # files that a fault has spoilt
-    committed: dict[Restore, int] = field(default_factory=dict)  # the newest step decided in a timeline
+    committed: dict[Restore, int] = field(default_factory=dict)  # the newest step decided since a restore
     num_checks: int = 0
     num_turns: int = 0  # of the master
     _partitions: list[_Watched] = field(default_factory=list)
@@ -103,13 +103,13 @@ class Monitor:
             self._stay_bounded()
 
     def _restored(self, watched: _Watched) -> None:
-        """A partition began a timeline: its decisions are watched from here on."""
+        """A partition began after a restore: its decisions are watched from here on."""
         service = watched.process.service
         restore_generation = service.plan.restore_generation
         rises = restore_generation > watched.restore_generation or (
             restore_generation == watched.restore_generation and _stands_by(service)
         )
-        require(rises, f"{watched.process.process_id} went back to timeline {restore_generation}")
+        require(rises, f"{watched.process.process_id} went back to restore {restore_generation}")
         watched.restore_generation, watched.version, watched.was_filled = restore_generation, -1, False
         watched.open_step = service.step
         decide = service.step.decide
@@ -125,7 +125,8 @@ class Monitor:
         said = (decision.kind, decision.scale, decision.norm, decision.snapshot, decision.last)
         known = self._decisions.setdefault((job_id, restore_generation, decision.step), said)
         require(
-            known == said, f"two decisions on step {decision.step} of timeline {restore_generation}: {known} and {said}"
+            known == said,
+            f"two decisions on step {decision.step} since restore {restore_generation}: {known} and {said}",
         )
         tally = service.step.summary.root.samples
         wanted = model.tally_of(service.spec.train.num_shards)
@@ -142,7 +143,7 @@ class Monitor:
         rises = service.version > watched.version or not watched.was_filled
         require(rises, f"{process.process_id} went from version {watched.version} to {service.version}")
         watched.version, watched.was_filled = service.version, True
-        what = f"{process.process_id}, timeline {watched.restore_generation}, version {service.version}"
+        what = f"{process.process_id}, restore {watched.restore_generation}, version {service.version}"
         reference = self.reference
         if reference is None:
             self._record(service)
@@ -169,7 +170,7 @@ class Monitor:
         self.recorded.update_counts[service.version] = tuple(service.state.update_counts)
 
     def _stay_together(self) -> None:
-        """Of two processes of one partition that live in one timeline, the one before lags as it likes."""
+        """Of two processes of one partition that live since one restore, the one before lags as it likes."""
         steps: dict[Restore, dict[int, int]] = {}
         for watched in sorted(self._partitions, key=lambda watched: watched.process.service.member.generation):
             if watched.step >= 0 and not _stands_by(watched.process.service):
@@ -225,14 +226,13 @@ class Monitor:
         require(all(count <= model.SLOTS for count in slots.values()), f"slots are oversold: {slots}")
 
     def _judge_progress(self, job: Job) -> None:
-        """What people see was truly committed, in the job's present timeline."""
+        """What people see was truly committed since the job's newest restore."""
         if job.plan is None:
             return
         restore_generation, resume = job.plan.restore_generation, job.plan.resume_step
         committed = max(resume, self.committed.get((job.job_id, restore_generation), 0))
         require(
-            job.step <= committed,
-            f"{job.job_id} shows step {job.step}; timeline {restore_generation} is at {committed}",
+            job.step <= committed, f"{job.job_id} shows step {job.step}; restore {restore_generation} is at {committed}"
         )
         if job.finished is not None and not job.finished.stopped:
             require(job.finished.step == job.final_step, f"{job.job_id} finished at {job.finished.step}")
@@ -271,7 +271,7 @@ class Monitor:
             if job.plan is not None:
                 require(part.generation <= job.generation, f"a part of generation {part.generation} is not yet due")
             if part.step > (job.plan.resume_step if job.plan else 0):
-                require(part.generation >= oldest, f"the catalogue takes {part.path}; the timeline began in {oldest}")
+                require(part.generation >= oldest, f"the catalogue takes {part.path}; the restore was in {oldest}")
             self._judge_file(job, part)
         self.files_changed()
 

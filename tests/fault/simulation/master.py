@@ -3,7 +3,7 @@ disk that takes time and may be lost in the middle of a write."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 from pscluster.errors import PsError, StorageError
@@ -11,89 +11,28 @@ from pscluster.v1.agents_pb2 import AgentMessage, RegisterRequest
 from psmaster.api import proto
 from psmaster.api.agents import AgentsService
 from psmaster.control.agent_stream import AgentStream, Assignment
-from psmaster.control.loop import RETRY_S, ControlLoop, Input
+from psmaster.control.loop import RETRY_S
 from psmaster.control.transaction import Transaction
 from psmaster.model.job import Instant
 from psmaster.scheduling.draft import Limits
 from tests.fault.simulation.network import End
 from tests.fault.simulation.schedule import SOON_S, Life
+from tests.harness.driven_loop import Awaited, DrivenLoop, drive
 
 LIMITS = Limits(trainer_grace_s=8.0, gather_s=2.0, finish_grace_s=10.0, stop_grace_s=15.0, stop_idle_grace_s=5.0)
-_MAX_BATCH = 512
 _TICK_S = 0.5  # half as often as the product's: most of what happens, happens when it is told of something
 
 
-class Awaited:
-    """Something that a coroutine waits for: an answer, or work on the disk. Stands in for asyncio's futures."""
-
-    def __init__(self) -> None:
-        self._is_done = False
-        self._result: Any = None
-        self._error: BaseException | None = None
-        self._then: Callable[[], None] | None = None
-
-    def done(self) -> bool:
-        return self._is_done
-
-    def set_result(self, result: Any) -> None:
-        self._finish(result, None)
-
-    def set_exception(self, error: BaseException) -> None:
-        self._finish(None, error)
-
-    def _finish(self, result: Any, error: BaseException | None) -> None:
-        self._is_done, self._result, self._error = True, result, error
-        if self._then is not None:
-            self._then()
-
-    def __await__(self) -> Any:
-        if not self._is_done:
-            yield self
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-    def then(self, call: Callable[[], None]) -> None:
-        self._then = call
-        if self._is_done:
-            call()
-
-
-def drive(
-    coroutine: Coroutine[Any, Any, Any], done: Callable[[Any], None], failed: Callable[[PsError], None] | None = None
-) -> None:
-    """Run a coroutine of the master until it ends, over whatever it waits for. Without `failed` it may not fail."""
-    try:
-        awaited = coroutine.send(None)
-    except StopIteration as end:
-        done(end.value)
-    except PsError as error:
-        if failed is None:
-            raise
-        failed(error)
-    else:
-        awaited.then(lambda: drive(coroutine, done, failed))
-
-
-class SimulatedCore(ControlLoop):
-    """The product's core, whose disk work takes virtual time, and whose callers are no tasks of a loop."""
+class SimulatedLoop(DrivenLoop):
+    """The product's loop, whose disk work takes virtual time."""
 
     master: Master
 
-    async def on_disk(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        return await self.master.write(lambda: work(*arguments))
+    def write(self, work: Callable[[], Any]) -> Awaited:
+        return self.master.write(work)
 
-    async def ask(self, apply: Callable[[Transaction], Any]) -> Any:
-        reply = Awaited()
-        self._put(Input(apply=apply, reply=reply))  # type: ignore[arg-type]
+    def wake(self) -> None:
         self.master.wake()
-        return await reply
-
-    def has_inputs(self) -> bool:
-        return bool(self._inputs)
-
-    def take_batch(self) -> list[Input]:
-        return [self._inputs.popleft() for _ in range(min(len(self._inputs), _MAX_BATCH))]
 
 
 class Master:
@@ -103,7 +42,7 @@ class Master:
         self.sim = sim
         self.host = "master"
         self.life = Life(sim.schedule, "master")
-        self.core = SimulatedCore(sim.disk.archive(), LIMITS, self.now)
+        self.core = SimulatedLoop(sim.disk.archive(), LIMITS, self.now)
         self.core.master = self
         self.service = AgentsService(self.core, None)  # type: ignore[arg-type]
         self._streams: dict[AgentStream, End] = {}
@@ -140,7 +79,7 @@ class Master:
         self._is_awake = False
         if not self._is_busy:
             self._is_busy = True
-            drive(self.core._commit(self.core.take_batch()), self._committed)
+            self.core.commit(self._committed)
 
     def _committed(self, durable: bool) -> None:
         self.sim.monitor.master_committed(self.core)

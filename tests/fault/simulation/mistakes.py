@@ -25,6 +25,7 @@ from psserver.partition.step.commit import CommitDecision, CoordinatorState, Dec
 from psserver.partition.step.sums import Entry, Sums
 from psworker.trainer.exchange import Exchange
 from psworker.trainer.values import Landing
+from tests.harness.wrong_decisions import forgets_decisions, keeps_its_old_vote
 
 Patch = AbstractContextManager[Any]
 
@@ -124,15 +125,7 @@ def older_lives_displace_newer_ones() -> Iterable[Patch]:
 
 @mistake_in(partitions=3, servers=3, every_s=0.05, storm_s=4.0, faults={"cut_votes": 1.0})
 def the_coordinator_forgets_its_last_decision() -> Iterable[Patch]:
-    receive = commit.receive_vote
-
-    def forget(
-        coordinator: CoordinatorState, vote: Vote, decide: Decide
-    ) -> tuple[CoordinatorState, CommitDecision | None, bool]:
-        after, decision, to_all = receive(coordinator, vote, decide)
-        return after, decision if to_all else None, to_all
-
-    yield patch.object(commit, "receive_vote", forget)
+    yield patch.object(commit, "receive_vote", forgets_decisions)
 
 
 @mistake
@@ -149,7 +142,7 @@ def members_obey_any_decision() -> Iterable[Patch]:
     workers=3, partitions=3, servers=3, every_s=0.3, storm_s=8.0, faults={"kill_trainer": 1.0, "kill_worker": 1.0}
 )
 def a_vote_keeps_its_generation() -> Iterable[Patch]:
-    yield patch.object(commit, "member_adopts", lambda member, generation: replace(member, generation=generation))
+    yield patch.object(commit, "member_adopts", keeps_its_old_vote)
 
 
 @mistake
@@ -246,7 +239,7 @@ def values_of_an_older_restore_are_kept() -> Iterable[Patch]:
 
 
 @mistake_in(workers=2, compute_s=0.3, every_s=0.3, storm_s=8.0, faults={"kill_partition": 2.0, "kill_server": 1.0})
-def versions_are_asked_for_across_timelines() -> Iterable[Patch]:
+def versions_are_asked_for_across_restores() -> Iterable[Patch]:
     want = Exchange.want
 
     def want_anyway(self: Exchange, work: Any, version: int, exact: bool = False) -> bool:

@@ -16,8 +16,7 @@ import torch
 from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.step.codec import as_bytes
 from pscluster.step.layout import Layout, TensorSpec
-from pscluster.step.summary import Summary, touched_bits
-from pscluster.step.tree import TreeNode
+from pscluster.step.tree import Summary, TreeNode, touched_bits
 from pscluster.storage.snapshot import PieceKey
 
 BLOCK_WORDS = 16

@@ -69,7 +69,7 @@ class People:
         for node_id in sorted((self.drained - asked) & known):
             self._ask(lambda tx, node_id=node_id: tx.drain(node_id), lambda _: None)  # type: ignore[misc]
         for node_id in sorted(asked - self.drained):
-            self._ask(lambda tx, node_id=node_id: tx.undrain(node_id), lambda _: None)  # type: ignore[misc]
+            self._ask(lambda tx, node_id=node_id: tx.drain(node_id, undo=True), lambda _: None)  # type: ignore[misc]
 
     def _ask(self, apply: Callable[[Transaction], Any], done: Callable[[Any], None]) -> None:
         """Whoever gets no answer, or a refusal, may ask again."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
+from psmaster.model.job import Job
 from psmaster.model.membership import NodeView
 from psmaster.scheduling import recovery
 from psserver.partition.actions import Action
@@ -49,7 +50,7 @@ def a_standby_begins_without_the_update_counts() -> Iterable[Patch]:
 def draining_nodes_are_given_processes() -> Iterable[Patch]:
     choose = recovery.choose_node
 
-    def choose_any(nodes: Mapping[str, NodeView], *others: Any) -> NodeView | None:
-        return choose({node_id: replace(node, ready=node.alive) for node_id, node in nodes.items()}, *others)
+    def choose_any(job: Job, nodes: Mapping[str, NodeView], *others: Any) -> NodeView | None:
+        return choose(job, {node_id: replace(node, ready=node.alive) for node_id, node in nodes.items()}, *others)
 
     yield patch.object(recovery, "choose_node", choose_any)

@@ -51,7 +51,7 @@ BREAKS = {
     "parts_that_count_are_deleted": "is counted and not there|a part that cannot be read",
     "snapshots_are_written_from_what_changes": f"the snapshot part .*{DIFFERS}",
     "values_of_an_older_restore_are_kept": f"computes step .* on another version|{LASTS}",
-    "versions_are_asked_for_across_timelines": f"computes step .* on another version|{LASTS}",
+    "versions_are_asked_for_across_restores": f"computes step .* on another version|{LASTS}",
     "votes_do_not_wait_for_the_standby": f"computes step .* on another version|{DIFFERS}|{LASTS}|two steps apart",
     "a_standby_is_relied_on_before_it_is_in_sync": f"{DIFFERS}|{LASTS}|holds nothing|two steps apart|{NO_SUMMARY}",
     "a_standby_begins_without_the_update_counts": f"(ages|update counts) differ|{DIFFERS}",

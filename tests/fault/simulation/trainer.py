@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from pscluster.job.spec import JobSpec, parse_spec
-from pscluster.step.summary import Statistics, Summary
-from pscluster.step.tree import Tree, TreeNode, tree_of
+from pscluster.step.tree import Statistics, Summary, Tree, TreeNode, tree_of
 from pscluster.v1.plan_pb2 import ProcessReport, ProcessSpec, TrainerReady
 from pscluster.wire.protocol import Outcome
 from psworker.replica import BucketMemory

@@ -18,8 +18,8 @@ import grpc
 import pytest
 
 from pscluster.agent.child import GracePeriods
+from pscluster.agent.daemon import AgentRole, AgentSettings
 from pscluster.agent.node import run_agent
-from pscluster.agent.role import AgentRole, AgentSettings
 from pscluster.errors import NotFoundError, StateError
 from pscluster.rpc import SERVER_OPTIONS
 from pscluster.rpc.server import ErrorInterceptor, TokenInterceptor

@@ -19,7 +19,7 @@ DEADLINE_S = 20.0
 PROGRAM = """
 import sys
 from pscluster.agent.daemon import run
-from pscluster.agent.role import AgentRole
+from pscluster.agent.daemon import AgentRole
 role = AgentRole(name="worker", module="played_process", runs="trainers", default_slots=2)
 sys.exit(run(role, sys.argv[1:]))
 """

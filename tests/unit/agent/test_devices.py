@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
+from pscluster.agent.daemon import AgentRole
 from pscluster.agent.resources import DeviceLedger
-from pscluster.agent.role import AgentRole
 from pscluster.errors import DeviceError
 from psserver.daemon import SERVER
 from psworker.daemon import WORKER

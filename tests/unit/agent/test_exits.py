@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 
 import pytest
@@ -33,7 +34,7 @@ def test_an_exit_code_carries_the_last_words() -> None:
 def test_a_signal_is_named() -> None:
     status = status_of(-signal.SIGSEGV)
     assert (status.exit_code, status.signal) == (0, signal.SIGSEGV)
-    assert status.error.cause == "trainer-0 ended by SIGSEGV"
+    assert re.search("trainer-0 .*SIGSEGV", status.error.cause)
     assert "shared memory" in status.error.action  # a write to a parameter is the likeliest fault
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from pscluster.agent import directories
-from pscluster.agent.directories import AgentDirectories, BundleCache, remove_runtime
+from pscluster.agent.directories import AgentDirectories, BundleCache
 from pscluster.errors import BundleError, StorageError
 from pscluster.job.bundle import pack
-from pscluster.settings import make_runtime_dir, runtime_dir
+from pscluster.settings import make_runtime_dir, remove_runtime_dir, runtime_dir
 
 
 class Shelf:
@@ -141,9 +141,10 @@ def test_a_link_in_place_of_the_runtime_directory_is_not_followed(tmp_path: Path
     link = runtime_dir(state)
     link.symlink_to(precious)
     try:
-        for act in (remove_runtime, AgentDirectories.claim):
-            with pytest.raises(StorageError, match="is a link"):
-                act(state)
+        with pytest.raises(StorageError) as refused:
+            AgentDirectories.claim(state)
+        assert str(link) in refused.value.action
+        remove_runtime_dir(state)
         assert (precious / "file").exists()
     finally:
         link.unlink()
@@ -151,12 +152,12 @@ def test_a_link_in_place_of_the_runtime_directory_is_not_followed(tmp_path: Path
 
 def test_a_state_directory_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "state").touch()
-    with pytest.raises(StorageError, match="cannot use the state directory"):
+    with pytest.raises(StorageError, match="state directory"):
         AgentDirectories.claim(tmp_path / "state")
 
 
 def test_removing_what_is_not_there_is_fine(tmp_path: Path) -> None:
-    remove_runtime(tmp_path)
+    remove_runtime_dir(tmp_path)
 
 
 def test_many_processes_leave_no_descriptor_thread_or_directory(bench: Any) -> None:

@@ -21,7 +21,7 @@ from pscluster.agent.resources import DeviceLedger
 from pscluster.agent.status import NONE, SILENT
 from pscluster.agent.supervisor import Supervisor
 from pscluster.v1.agents_pb2 import AgentMessage, Assignment, ProcessStatus
-from pscluster.v1.plan_pb2 import ProcessReport, ProcessSpec, TrainerReady
+from pscluster.v1.plan_pb2 import Beat, ProcessReport, ProcessSpec, TrainerReady
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -156,7 +156,7 @@ def test_unreached_partitions_are_reported_once_and_when_reached_again(bench: An
         now = process.last_heartbeat.at_s
         for _ in range(2):
             supervisor.check_heartbeats(now)
-        process.last_heartbeat = replace(process.last_heartbeat, unreached=None)
+        process.last_heartbeat = replace(process.last_heartbeat, beat=Beat())
         supervisor.check_heartbeats(now)
         statuses = [message.status.unreached for message in received.messages if message.HasField("status")]
         assert [(status.generation, list(status.partitions)) for status in statuses] == [(0, []), (3, [1]), (0, [])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pscluster.agent.status import NONE, SILENT, STALLED, LastHeartbeat, suspicion_of
+from pscluster.v1.plan_pb2 import Beat
 
 SILENCE_S = 2.0
 
@@ -28,8 +29,10 @@ def test_silence_is_counted_from_the_last_beat() -> None:
     ],
 )
 def test_a_microbatch_may_take_five_times_the_median(busy_s: float, typical_s: float, found: int) -> None:
-    assert suspicion_of(10.0, LastHeartbeat(at_s=10.0, busy_s=busy_s, typical_s=typical_s), SILENCE_S) == found
+    assert (
+        suspicion_of(10.0, LastHeartbeat(at_s=10.0, beat=Beat(busy_s=busy_s, typical_s=typical_s)), SILENCE_S) == found
+    )
 
 
 def test_who_is_silent_is_not_called_stalled() -> None:
-    assert suspicion_of(20.0, LastHeartbeat(at_s=10.0, busy_s=50.0, typical_s=1.0), SILENCE_S) == SILENT
+    assert suspicion_of(20.0, LastHeartbeat(at_s=10.0, beat=Beat(busy_s=50.0, typical_s=1.0)), SILENCE_S) == SILENT

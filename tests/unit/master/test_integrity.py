@@ -33,13 +33,7 @@ def content(path: Path) -> tuple[object, ...]:
     with closing(SqliteStore(path)) as store:
         jobs = store.jobs()
         ids = [job.job_id for job in jobs]
-        return (
-            jobs,
-            [(store.events(i), store.parts(i)) for i in ids],
-            store.bundles(),
-            store.deletions(),
-            store.job_of_request("request of a"),
-        )
+        return (jobs, [(store.events(i), store.parts(i)) for i in ids], store.bundles(), store.deletions())
 
 
 def refusal(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -22,9 +23,9 @@ def world() -> World:
 def test_a_job_waits_for_its_workers_and_says_so(world: World) -> None:
     world.submit(workers={"min": 3})
     assert world.job().state is JobState.QUEUED
-    assert world.job().reason == "waits for 3 workers: 0 ready and 2 servers: 0 ready"
+    assert re.search("3 workers.* 0 .*2 servers.* 0 ", world.job().reason)
     world.cluster(workers=2)
-    assert world.job().reason == "waits for 3 workers: 2 ready"
+    assert re.search("3 workers.* 2 ", world.job().reason)
     assert world.wanted() == {}
     world.join("worker-2")
     assert world.job().state is JobState.STARTING
@@ -55,7 +56,7 @@ def test_processes_start_without_a_plan_and_get_one_when_all_are_ready(world: Wo
 def test_the_first_step_makes_it_running(world: World) -> None:
     world.running()
     assert world.job().step == 5
-    assert world.job().reason == "trains on 2 workers"
+    assert "2 workers" in world.job().reason
     assert {c.type for c in world.job().conditions if c.status} == {"Admitted", "Ready", "Progressing"}
 
 
@@ -157,7 +158,7 @@ def test_who_asks_to_stop_does_not_wait_for_ever_for_a_store(world: World, asked
     assert world.job().state is JobState.RUNNING
     world.wait(2)
     assert world.job().state is JobState.STOPPED
-    assert world.job().reason == "stopped at step 6 on request; it resumes from step 0"
+    assert re.search("step 6.*step 0", world.job().reason)
 
 
 def unwritten(step: int) -> JobWarning:
@@ -201,7 +202,7 @@ def test_stop_while_running_asks_the_coordinator(world: World) -> None:
     world.snapshot(6)
     world.finish(6, stopped=True)
     assert world.job().state is JobState.STOPPED
-    assert world.job().reason == "stopped at step 6 on request; it resumes from step 6"
+    assert re.search("step 6.*step 6", world.job().reason)
     world.take(lambda tx: tx.stop("job-aaaaaa"))
     assert world.reasons().count("StopRequested") == 1
 
@@ -252,9 +253,7 @@ def test_resume_without_a_snapshot_forgets_the_model_and_starts_from_the_seed(wo
     assert job.state is JobState.FAILED
     assert job.error is not None
     assert job.error.code == "PS-2004"
-    assert "trainer-1 on worker-1 built another model than trainer-0 on worker-0: buckets[1]: 2 is not 3" in str(
-        job.error
-    )
+    assert re.search(r"trainer-1 on worker-1.*trainer-0 on worker-0.*buckets\[1\]", job.error.cause)
     world.take(lambda tx: tx.resume("job"))
     world.ready()
     assert world.job().plan is not None
@@ -285,9 +284,9 @@ def test_failures_at_start_are_gathered_into_one_table(world: World) -> None:
     assert job.state is JobState.FAILED
     assert [(check.node_id, check.ok) for check in job.checks] == [("worker-0", False), ("worker-2", False)]
     assert job.error is not None
-    assert job.error.cause == "no module (trainer-0 on worker-0, trainer-2 on worker-2)"
+    assert re.search("no module.*trainer-0 on worker-0.*trainer-2 on worker-2", job.error.cause)
     assert job.traceback == "Traceback"
-    assert job.reason.startswith("PS-2001: no module"), "the state says already that it failed"
+    assert job.reason.startswith("PS-2001"), "the state says already that it failed"
 
 
 def test_a_failure_at_start_does_not_wait_for_ever_for_the_others(world: World) -> None:
@@ -316,8 +315,8 @@ def test_the_queue_goes_by_priority_then_age(world: World) -> None:
     world.wait(1)
     world.submit("urgent-aaaaaa", name="urgent", priority=5)
     assert world.job("one-aaaaaa").state is JobState.STARTING
-    assert world.job("urgent-aaaaaa").reason.startswith("waits for 1 worker: 0 free")
-    assert world.job("two-aaaaaa").reason == "waits for its turn: urgent-aaaaaa is ahead in the queue"
+    assert re.search("1 worker.* 0 free", world.job("urgent-aaaaaa").reason)
+    assert "urgent-aaaaaa" in world.job("two-aaaaaa").reason
     world.take(lambda tx: tx.stop("one"))
     assert world.job("urgent-aaaaaa").state is JobState.STARTING
     assert world.job("two-aaaaaa").state is JobState.QUEUED
@@ -431,7 +430,7 @@ def test_jobs_of_one_name_are_told_apart_newest_first(world: World) -> None:
     with pytest.raises(NotFoundError) as raised:
         find(world.state.jobs, "job", world.now)
     first, second, *_, last = raised.value.action.split(", job-")
-    assert first == "give one of their ids: job-0 (QUEUED, submitted 0s ago)"
+    assert first.endswith("job-0 (QUEUED, submitted 0s ago)")
     assert second == "1 (QUEUED, submitted 1m ago)"
     assert last == "7 (QUEUED, submitted 7m ago), and 2 older ones"
 

@@ -64,7 +64,7 @@ def test_a_backup_of_the_database_is_refused_and_nothing_is_removed(site: Master
     before = files(site.state_dir / "jobs")
 
     for _ in range(2):
-        with pytest.raises(DamagedError, match=r"master\.db is older than its snapshots of a, b ") as refused:
+        with pytest.raises(DamagedError, match=r"master\.db .* a, b ") as refused:
             known(site)
         assert "psmaster rebuild" in refused.value.action
         assert files(site.state_dir / "jobs") == before

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 
 from psmaster.model.membership import NodeView, Role
+from psmaster.model.plan import Placement, ProcessKind
 from psmaster.scheduling.admission import admit, choose_node, max_trainers
-from tests.harness.master_world import make_spec
+from tests.harness.master_world import make_job, make_spec
 
 
 def view(
@@ -41,7 +45,7 @@ def test_all_or_nothing_is_admitted() -> None:
     spec = make_spec(workers={"min": 3, "max": None}, servers={"partitions": 2})
     few = admit(spec, views(view("worker-0"), view("worker-1"), view("server-0", 2)))
     assert not few.trainers
-    assert few.reason == "waits for 3 workers: 2 ready"
+    assert re.search("3 workers.* 2 ready", few.reason)
     assert not few.possible
     enough = admit(spec, views(*(view(f"worker-{i}") for i in range(4)), view("server-0", 2)))
     assert enough.trainers == ("worker-0", "worker-1", "worker-2", "worker-3")
@@ -51,7 +55,7 @@ def test_all_or_nothing_is_admitted() -> None:
 def test_what_other_jobs_hold_is_waited_for_by_name_of_the_resource() -> None:
     spec = make_spec(workers={"min": 2}, servers={"partitions": 1})
     waits = admit(spec, views(view("worker-0"), view("worker-1", available=0), view("server-0")))
-    assert waits.reason == "waits for 2 workers: 1 free, other jobs hold the rest"
+    assert re.search("2 workers.* 1 free", waits.reason)
     assert waits.possible
 
 
@@ -78,13 +82,20 @@ def test_no_more_trainers_than_shards() -> None:
 
 
 def test_a_replacement_prefers_its_former_node() -> None:
-    nodes = views(view("worker-0", 4), view("worker-1", 1))
-    none = frozenset[str]()
-    assert choose_node(nodes, Role.WORKER, {}, none, preferred="worker-1") is nodes["worker-1"]
-    assert choose_node(nodes, Role.WORKER, {"worker-1": 1}, none, preferred="worker-1") is nodes["worker-0"]
-    assert choose_node(nodes, Role.WORKER, {"worker-0": 4, "worker-1": 1}, none) is None
-    assert choose_node(nodes, Role.WORKER, {}, frozenset({"worker-0", "worker-1"})) is None
-    assert choose_node(nodes, Role.SERVER, {}, none) is None
+    job, nodes = make_job(), views(view("worker-0", 4), view("worker-1", 1))
+    trainer, none = ProcessKind.TRAINER, frozenset[str]()
+    assert choose_node(job, nodes, trainer, none, "worker-1") is nodes["worker-1"]
+    assert choose_node(job, nodes, trainer, none, "worker-1", ["worker-1"]) is nodes["worker-0"]
+    assert choose_node(job, nodes, trainer, none, planned=[*["worker-0"] * 4, "worker-1"]) is None
+    assert choose_node(job, nodes, trainer, frozenset({"worker-0", "worker-1"})) is None
+    assert choose_node(job, nodes, ProcessKind.PARTITION, none) is None
+
+
+def test_what_the_job_itself_holds_is_taken() -> None:
+    nodes = views(view("worker-0", 1), view("worker-1", 1))
+    held = Placement(kind=ProcessKind.TRAINER, rank=0, node_id="worker-0")
+    job = replace(make_job(), trainers=(held,))
+    assert choose_node(job, nodes, ProcessKind.TRAINER, frozenset(), "worker-0") is nodes["worker-1"]
 
 
 # ---- devices ----
@@ -128,10 +139,10 @@ def test_only_workers_with_the_device_are_counted() -> None:
 def test_devices_that_other_jobs_hold_are_waited_for() -> None:
     nodes = views(view("worker-0", 2, devices=2, held="0"), view("server-0"))
     two = admit(make_spec(workers={"min": 2, "device": "cuda"}, servers={"partitions": 1}), nodes)
-    assert two.reason == "waits for 2 workers with a CUDA device: 1 free, other jobs hold the rest"
+    assert re.search("2 workers.*CUDA.* 1 free", two.reason)
     assert two.possible
     first = admit(make_spec(workers={"min": 1, "device": "cuda:0"}, servers={"partitions": 1}), nodes)
-    assert first.reason == "waits for 1 worker with the device cuda:0: 0 free, other jobs hold the rest"
+    assert re.search("1 worker .*cuda:0.* 0 free", first.reason)
 
 
 def test_one_trainer_a_node_where_the_device_is_named() -> None:
@@ -145,7 +156,8 @@ def test_a_replacement_goes_where_its_device_is() -> None:
     nodes = views(view("worker-0", 4), view("worker-1", 2, devices=2, held="0"))
 
     def chosen(device: str, taken: int = 0, preferred: str = "") -> NodeView | None:
-        return choose_node(nodes, Role.WORKER, {"worker-1": taken}, none, preferred, device)
+        job = make_job(workers={"device": device})
+        return choose_node(job, nodes, ProcessKind.TRAINER, none, preferred, ["worker-1"] * taken)
 
     assert chosen("auto") is nodes["worker-0"]
     assert chosen("cuda") is nodes["worker-1"]

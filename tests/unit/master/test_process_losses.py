@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from psmaster.scheduling import process_losses
@@ -30,8 +32,8 @@ def test_a_trainer_that_is_cut_off_is_done_without_until_it_is_back(world: World
     assert shards(world) == [((0, 4),), ((4, 4),)], "others may be about to say the same"
     world.wait(process_losses.REPORT_GRACE_S)
     assert shards(world) == [(), ((0, 8),)]
-    assert any(e.message == "trainer-0 on worker-0 cannot reach partition-1" for e in world.events)
-    assert world.job().reason == "trains on 1 worker; trainer-0 cannot reach partition-1"
+    assert any(re.search("trainer-0 on worker-0.*partition-1", e.message) for e in world.events)
+    assert re.search("1 worker;.*trainer-0.*partition-1", world.job().reason)
     assert world.job().generation == 2
     world.wait(world.limits.first_grace_s + 5)
     assert world.wanted()["trainer-0"].placement.attempt == 1, "another process would not reach it either"

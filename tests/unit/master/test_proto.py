@@ -13,10 +13,10 @@ from pscluster.client import records
 from pscluster.errors import CallerError, InternalError
 from pscluster.v1 import agents_pb2, jobs_pb2, plan_pb2
 from psmaster.api import proto
-from psmaster.model.job import Event, Instant, Point
+from psmaster.model.job import Event, Instant
 from psmaster.model.process import Failure, MeasuredSpeed, Process
 from psmaster.model.reports import Progress
-from tests.harness.master_world import full_job
+from tests.harness.master_world import full_job, make_record
 
 NOW = Instant(mono_s=100.0, unix_s=1000.0)
 
@@ -59,7 +59,7 @@ def unset(message: Message, path: str = "") -> Iterator[str]:
 
 
 def test_every_field_of_a_job_reaches_the_client() -> None:
-    points = tuple(Point(time_s=998.0 + step, step=step, samples=8.0, weight=9.0) for step in (1, 2))
+    points = tuple(make_record(step, time_s=998.0 + step) for step in (1, 2))
     job = replace(full_job(), window=points)
     process_id = job.trainers[0].process_id(job.job_id)
     speed = MeasuredSpeed(microbatch_s=0.5, measurements=1)
@@ -134,7 +134,7 @@ def test_a_node_of_an_unknown_role_is_refused() -> None:
 
 def test_every_field_of_a_node_reaches_the_client() -> None:
     node = replace(proto.node(filled(agents_pb2.RegisterRequest())), last_beat_s=5.0, connected=True)
-    message = proto.cluster_node(node, ["p"], Instant(mono_s=0.0, unix_s=0.0), 3.0, drain="draining", waits_for=["x"])
+    message = proto.CLUSTER_NODE.encode(node, ready=True, processes=["p"], drain="draining", waits_for=["x"])
     assert list(unset(message)) == []
     found = records.node_of(message)
     assert (found.slots, found.devices, found.role, found.ready) == (node.slots, node.devices, "worker", True)

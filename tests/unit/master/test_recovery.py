@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -34,7 +35,7 @@ def test_a_lost_trainers_shards_go_to_the_others_at_once(world: World) -> None:
     assert world.wanted()["trainer-0"].process_id == "job-aaaaaa/trainer-0/2"
     assert world.wanted()["trainer-0"].placement.node_id == "worker-0"
     assert "was ended by signal 9 (SIGKILL)" in world.events[-2].message + world.events[-1].message
-    assert world.job().reason == "trains on 1 worker; 1 more on the way"
+    assert "1 more on the way" in world.job().reason
     world.report("trainer-0", TRAINER)
     assert plan_of(world) == (3, 1, 0)
     assert [placement.shards for placement in world.job().trainers] == [((0, 4),), ((4, 4),)]
@@ -139,7 +140,7 @@ def test_a_lost_partition_takes_the_whole_job_back(world: World) -> None:
     replaced = world.wanted()["partition-1"]
     assert replaced.process_id == "job-aaaaaa/partition-1/2"
     assert replaced.plan is None, "a plan that does not name it would make it restore the wrong step"
-    assert world.job().reason == "recovers: waits for partition-1 on server-1, attempt 2"
+    assert "partition-1 on server-1, attempt 2" in world.job().reason
     changes = world.report("partition-1", PARTITION)
     assert plan_of(world) == (2, 2, 10)
     assert changes.cuts == {"job-aaaaaa": 10}
@@ -147,9 +148,8 @@ def test_a_lost_partition_takes_the_whole_job_back(world: World) -> None:
     assert {name: world.wanted()[name].process_id for name in old if name != "partition-1"} == {
         name: process_id for name, process_id in old.items() if name != "partition-1"
     }
-    assert "went back from step 13 to the snapshot of step 10; steps 11 to 13 are computed again" in [
-        event.message for event in world.events
-    ]
+    (back,) = [event.message for event in world.events if event.reason == "RolledBack"]
+    assert re.search("step 13 .*step 10.*11 to 13", back)
     world.commit(11)
     assert world.job().step == 11
 
@@ -294,7 +294,7 @@ def test_losses_without_a_step_in_between_are_bounded(world: World) -> None:
     assert job.state is JobState.FAILED
     assert job.error is not None
     assert job.error.code == "PS-3006"
-    assert "was lost 6 times without a new step in between" in job.reason
+    assert "6 times" in job.reason
 
 
 def test_a_new_step_forgives(world: World) -> None:
@@ -379,7 +379,7 @@ def test_stopping_while_a_partition_is_away_ends_at_once(world: World) -> None:
     world.exit("partition-0", signal=9)
     world.take(lambda tx: tx.stop("job"))
     assert world.job().state is JobState.STOPPED
-    assert world.job().reason == "stopped while it recovered; it resumes from step 10"
+    assert "step 10" in world.job().reason
 
 
 def test_an_unreadable_snapshot_falls_back_to_the_one_before(world: World) -> None:

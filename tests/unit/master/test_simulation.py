@@ -162,7 +162,7 @@ class Simulation:
 
     def node_is_used_again(self, _job: str, node_id: str, _placement: str) -> None:
         if node_id in self.world.state.drains:
-            self.world.take(lambda tx: tx.undrain(node_id))
+            self.world.take(lambda tx: tx.drain(node_id, undo=True))
 
     def coordinator_rests(self, job_id: str, _node: str, _placement: str) -> None:
         job = self.world.job(job_id)

@@ -7,6 +7,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from harness.played import Network
+
+
+@pytest.fixture
+def network() -> Network:
+    return Network()
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:

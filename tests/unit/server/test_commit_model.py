@@ -3,24 +3,25 @@
 The decisions are the real ones (`psserver.partition.step.commit`). What surrounds them is modelled after the
 partition's process, the coordinator and its client: who sends what to whom, when connections are lost and what is said
 again after. A message waits until it is delivered, in any order, perhaps twice, or until its receiver starts another
-timeline or the connection is lost. A plan reaches each partition at a time of its own."""
+restore or the connection is lost. A plan reaches each partition at a time of its own."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 
+from harness.model_check import Model, explore, put
+from harness.wrong_decisions import forgets_decisions, keeps_its_old_vote
 from psserver.partition.step import commit
-from psserver.partition.step.commit import CommitDecision, CoordinatorState, Decide, Member, Vote
+from psserver.partition.step.commit import CommitDecision, CoordinatorState, Member, Vote
 
 
 class Plan(NamedTuple):
     generation: int
-    restored: int  # the generation that ordered the newest restore: the timeline
+    restored: int  # the generation that ordered the newest restore
     resume: int
 
 
@@ -37,28 +38,15 @@ class World(NamedTuple):
 
     plan: Plan
     complete: int  # step of the newest complete snapshot
-    parts: frozenset[tuple[int, int]]  # (step, partition) of this timeline, not complete yet
+    parts: frozenset[tuple[int, int]]  # (step, partition) since the restore, not complete yet
     faults: tuple[int, int, int, int]  # still to come: new generations, crashes, lost connections, repeats
     members: tuple[Member | None, ...]
-    timelines: tuple[int, ...]
+    restores: tuple[int, ...]  # the generation whose restore each has carried out; 0: none
     coordinator: CoordinatorState | None
     joined: frozenset[int]
     is_open: bool
     messages: frozenset[Message]
     up: tuple[tuple[bool, bool], ...]  # does member p, does the coordinator, hold their connection for open
-
-    def key(self) -> tuple[object, ...]:
-        """The state without what the decisions cannot see, hashable."""
-        coordinator = self.coordinator and (
-            self.coordinator.generation,
-            self.coordinator.step,
-            frozenset(self.coordinator.votes),
-            _said(self.coordinator.last),
-        )
-        members = tuple(
-            m and (m.generation, m.step, m.vote and m.vote.generation, _said(m.last_decision)) for m in self.members
-        )
-        return (*self[:4], members, self.timelines, coordinator, *self[7:])
 
 
 def _said(decision: CommitDecision | None) -> tuple[int, float] | None:
@@ -72,25 +60,31 @@ def beginning(num_partitions: int, faults: tuple[int, int, int, int]) -> World:
     """The first plan is out; nobody has heard of it."""
     return World(
         plan=Plan(1, 1, 0), complete=0, parts=frozenset(), faults=faults, members=(None,) * num_partitions,
-        timelines=(0,) * num_partitions, coordinator=None, joined=frozenset(), is_open=False, messages=frozenset(),
+        restores=(0,) * num_partitions, coordinator=None, joined=frozenset(), is_open=False, messages=frozenset(),
         up=((False, False),) * num_partitions,
     )  # fmt: skip
 
 
-def put(items: tuple[object, ...], place: int, item: object) -> tuple[object, ...]:
-    return (*items[:place], item, *items[place + 1 :])
+class CommitModel(Model[World]):
+    """Vote and commit, between partitions that may crash and connections that may be lost."""
 
-
-class Model:
-    """What can happen next, for a job of `steps` steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    def key(self, w: World) -> Hashable:
+        """The state without what the decisions cannot see, hashable."""
+        coordinator = w.coordinator and (
+            w.coordinator.generation,
+            w.coordinator.step,
+            frozenset(w.coordinator.votes),
+            _said(w.coordinator.last),
+        )
+        members = tuple(
+            m and (m.generation, m.step, m.vote and m.vote.generation, _said(m.last_decision)) for m in w.members
+        )
+        return (*w[:4], members, w.restores, coordinator, *w[7:])
 
     def is_over(self, w: World) -> bool:
         return all(
             m is not None and m.step == self.steps and m.generation == w.plan.generation and t == w.plan.restored
-            for m, t in zip(w.members, w.timelines, strict=True)
+            for m, t in zip(w.members, w.restores, strict=True)
         )
 
     # ---- what happens by itself, sooner or later ----
@@ -110,8 +104,8 @@ class Model:
         if member.vote is not None or member.step >= self.steps or w.coordinator is None or not w.is_open:
             return False
         together = all(
-            other is not None and restore_generation == w.timelines[p] and other.step >= member.step
-            for other, restore_generation in zip(w.members, w.timelines, strict=True)
+            other is not None and restore_generation == w.restores[p] and other.step >= member.step
+            for other, restore_generation in zip(w.members, w.restores, strict=True)
         )
         return together and w.coordinator.step >= member.step
 
@@ -123,7 +117,7 @@ class Model:
         if mine and not theirs:
             yield w._replace(up=put(w.up, p, (False, False)))
         member = w.members[p]
-        same = w.coordinator is not None and w.timelines[p] == w.timelines[0]
+        same = w.coordinator is not None and w.restores[p] == w.restores[0]
         if member is not None and not mine and same:
             w = w._replace(up=put(w.up, p, (True, True)))
             w = self.to_coordinator(w, p, Message("join", p, step=member.step))
@@ -150,7 +144,7 @@ class Model:
 
     def crash(self, w: World, p: int) -> World:
         """The partition is gone; the master has all of them go back, once its replacement listens."""
-        w = self.forget(w._replace(members=put(w.members, p, None), timelines=put(w.timelines, p, 0)), p)
+        w = self.forget(w._replace(members=put(w.members, p, None), restores=put(w.restores, p, 0)), p)
         generation = w.plan.generation + 1
         plan = Plan(generation, generation, w.complete)
         return w._replace(plan=plan, parts=frozenset())
@@ -169,11 +163,11 @@ class Model:
     def adopt(self, w: World, p: int) -> World:
         """`PartitionService.adopt`."""
         plan, member = w.plan, w.members[p]
-        if member is None or w.timelines[p] != plan.restored:
+        if member is None or w.restores[p] != plan.restored:
             w = self.forget(w, p)
             w = w._replace(
                 members=put(w.members, p, Member(generation=plan.generation, step=plan.resume)),
-                timelines=put(w.timelines, p, plan.restored),
+                restores=put(w.restores, p, plan.restored),
             )
             if p == 0:
                 coordinator = CoordinatorState(
@@ -192,7 +186,7 @@ class Model:
     def vote(self, w: World, p: int, member: Member) -> World:
         """`try_vote`: every bucket of the open step is complete."""
         vote = Vote(generation=member.generation, step=member.step, partition=p)
-        return self.cast(w._replace(members=put(w.members, p, commit.cast_vote(member, vote))), p)
+        return self.cast(w._replace(members=put(w.members, p, replace(member, vote=vote))), p)
 
     def cast(self, w: World, p: int) -> World:
         """`_send_vote`."""
@@ -209,7 +203,7 @@ class Model:
         assert member is not None
         member, now = commit.receive_decision(member, decision)
         w = w._replace(members=put(w.members, p, member))
-        if not now or w.timelines[p] != w.plan.restored:
+        if not now or w.restores[p] != w.plan.restored:
             return w
         parts = w.parts | {(member.step, p)}
         is_whole = all((member.step, q) in parts for q in range(len(w.members)))
@@ -243,8 +237,8 @@ class Model:
         assert coordinator is not None
 
         def decide(votes: Mapping[int, Vote]) -> CommitDecision:
-            assert {v.step for v in votes.values()} == {coordinator.step}
-            assert {v.generation for v in votes.values()} == {coordinator.generation}
+            assert {v.step for v in votes.values()} == {coordinator.step}, "votes on other steps"
+            assert {v.generation for v in votes.values()} == {coordinator.generation}, "votes of other generations"
             return CommitDecision(
                 generation=coordinator.generation,
                 step=coordinator.step,
@@ -272,60 +266,16 @@ class Model:
     def to_member(self, w: World, p: int, message: Message) -> World:
         return w._replace(messages=w.messages | {message}) if all(w.up[p]) else w
 
-
-def check(w: World) -> None:
-    """What must hold in every state."""
-    for restore_generation in set(w.timelines) - {0}:
-        held = [m for m, t in zip(w.members, w.timelines, strict=True) if m is not None and t == restore_generation]
-        steps = [member.step for member in held]
-        assert max(steps) - min(steps) <= 1, f"two steps apart: {w}"
-        decisions = {(m.last_decision.step, m.last_decision.norm) for m in held if m.last_decision is not None}
-        if w.coordinator is not None and w.timelines[0] == restore_generation and w.coordinator.last is not None:
-            decisions.add((w.coordinator.last.step, w.coordinator.last.norm))
-        assert len({step for step, _ in decisions}) == len(decisions), f"two decisions on one step: {w}"
-
-
-def explore(start: World, model: Model, max_states: int = 400_000) -> int:
-    """Visit every state that can be reached; from each the end must be reachable without a further fault."""
-    numbers: dict[tuple[object, ...], int] = {start.key(): 0}
-    comes_from: list[list[int]] = [[]]
-    over: list[int] = []
-    waiting: deque[tuple[int, World]] = deque([(0, start)])
-    while waiting:
-        number, world = waiting.popleft()
-        check(world)
-        if model.is_over(world):
-            over.append(number)
-        for following, is_progress in _next(world, model):
-            key = following.key()
-            known = numbers.get(key)
-            if known is None:
-                known = numbers[key] = len(numbers)
-                assert known < max_states, "too many states"
-                comes_from.append([])
-                waiting.append((known, following))
-            if is_progress:
-                comes_from[known].append(number)
-    stuck = _cannot_reach(over, comes_from)
-    if stuck:
-        keys = {number: key for key, number in numbers.items()}
-        raise AssertionError(f"{len(stuck)} of {len(numbers)} states are stuck, first {keys[min(stuck)]}")
-    return len(numbers)
-
-
-def _next(world: World, model: Model) -> Iterator[tuple[World, bool]]:
-    yield from ((following, True) for following in model.progress(world))
-    yield from ((following, False) for following in model.disturbances(world))
-
-
-def _cannot_reach(ends: list[int], comes_from: list[list[int]]) -> set[int]:
-    reached, waiting = set(ends), list(ends)
-    while waiting:
-        for before in comes_from[waiting.pop()]:
-            if before not in reached:
-                reached.add(before)
-                waiting.append(before)
-    return set(range(len(comes_from))) - reached
+    def check(self, w: World) -> None:
+        """What must hold in every state."""
+        for restore_generation in set(w.restores) - {0}:
+            held = [m for m, t in zip(w.members, w.restores, strict=True) if m is not None and t == restore_generation]
+            steps = [member.step for member in held]
+            assert max(steps) - min(steps) <= 1, f"two steps apart: {w}"
+            decisions = {(m.last_decision.step, m.last_decision.norm) for m in held if m.last_decision is not None}
+            if w.coordinator is not None and w.restores[0] == restore_generation and w.coordinator.last is not None:
+                decisions.add((w.coordinator.last.step, w.coordinator.last.norm))
+            assert len({step for step, _ in decisions}) == len(decisions), f"two decisions on one step: {w}"
 
 
 # (new generations, crashes, lost connections, repeated messages)
@@ -345,39 +295,25 @@ CASES = [
 def test_a_job_never_sticks_and_never_comes_apart(
     partitions: int, steps: int, faults: tuple[int, int, int, int]
 ) -> None:
-    visited = explore(beginning(partitions, faults), Model(steps))
+    visited = explore(beginning(partitions, faults), CommitModel(steps))
 
     assert visited > 100, "the model went nowhere"
-
-
-def _forgets_decisions(
-    coordinator: CoordinatorState, vote: Vote, decide: Decide
-) -> tuple[CoordinatorState, CommitDecision | None, bool]:
-    after, decision, to_all = RECEIVE_VOTE(coordinator, vote, decide)
-    return after, decision if to_all else None, to_all
 
 
 def _keeps_old_votes(coordinator: CoordinatorState, generation: int) -> CoordinatorState:
     return replace(coordinator, generation=generation)
 
 
-def _keeps_its_old_vote(member: Member, generation: int) -> Member:
-    return replace(member, generation=generation)
-
-
 def _obeys_any_decision(member: Member, decision: CommitDecision) -> tuple[Member, bool]:
     return replace(member, step=member.step + 1, vote=None, last_decision=decision), True
-
-
-RECEIVE_VOTE = commit.receive_vote
 
 
 @pytest.mark.parametrize(
     ("name", "mistake"),
     [
-        ("receive_vote", _forgets_decisions),
+        ("receive_vote", forgets_decisions),
         ("coordinator_adopts", _keeps_old_votes),
-        ("member_adopts", _keeps_its_old_vote),
+        ("member_adopts", keeps_its_old_vote),
         ("receive_decision", _obeys_any_decision),
     ],
 )
@@ -385,5 +321,5 @@ def test_the_model_finds_what_is_wrong(name: str, mistake: object, monkeypatch: 
     """The check can fail: each of these mistakes sticks, or takes partitions or decisions apart."""
     monkeypatch.setattr(commit, name, mistake)
 
-    with pytest.raises(AssertionError, match=r"stuck|apart|two decisions|!=|=="):
-        explore(beginning(2, (1, 0, 1, 1)), Model(2))
+    with pytest.raises(AssertionError, match=r"stuck|apart|two decisions|votes o"):
+        explore(beginning(2, (1, 0, 1, 1)), CommitModel(2))

@@ -12,8 +12,7 @@ import pytest
 from harness.played import played_plan, played_spec
 from pscluster.errors import TaskError
 from pscluster.step.layout import Layout, TensorSpec
-from pscluster.step.summary import Statistics, Summary
-from pscluster.step.tree import TreeNode
+from pscluster.step.tree import Statistics, Summary, TreeNode
 from pscluster.v1.plan_pb2 import Plan, ProcessReport
 from pscluster.wire.partition_protocol import Evaluation
 from pscluster.wire.protocol import Outcome

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 from harness.played import played_spec
 from pscluster.errors import FrameError
 from pscluster.job.spec import ScheduleSection
-from pscluster.step.summary import Summary
+from pscluster.step.tree import Summary
 from pscluster.v1.plan_pb2 import Plan
 from pscluster.wire.frame import FrameKind, Header
 from psserver.partition.coordinator.coordinator import decide, evaluates_at, next_activity, snapshots_at
@@ -24,7 +25,6 @@ from psserver.partition.step.commit import (
     CoordinatorState,
     Member,
     Vote,
-    cast_vote,
     clip_coefficient,
     coordinator_adopts,
     global_norm,
@@ -99,7 +99,7 @@ def test_a_new_generation_collects_votes_anew_but_keeps_the_last_decision() -> N
 
 
 def test_a_vote_is_cast_again_under_a_new_generation() -> None:
-    member = cast_vote(Member(generation=1, step=0), vote(0, b1=2.0))
+    member = replace(Member(generation=1, step=0), vote=vote(0, b1=2.0))
 
     assert member_adopts(member, 2).vote == vote(0, generation=2, b1=2.0)
     assert member_adopts(Member(generation=1, step=0), 2).vote is None

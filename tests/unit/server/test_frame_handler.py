@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 import psserver.partition.ingress.handshake
-from harness.played import JOB, TOKEN, Network, fill, job_header, played_partition, played_plan, played_spec
+from harness.played import JOB, TOKEN, Network, filled, job_header, played_plan
 from harness.played_caller import LEAF, Caller, push
 from pscluster.step.layout import Layout, TensorSpec
-from pscluster.step.summary import Summary
-from pscluster.step.tree import TreeNode
+from pscluster.step.tree import Summary, TreeNode
 from pscluster.wire.frame import SUMMARY, UNCHANGED, AckResult, Codec, FrameKind, Header, job_number
 from pscluster.wire.protocol import Ack, Directive
 from psserver.partition.process import PartitionService
@@ -33,17 +31,9 @@ WEIGHT = struct.pack("<d", 1.0)
 
 
 @pytest.fixture
-def network() -> Network:
-    return Network()
-
-
-@pytest.fixture
 def service(network: Network) -> PartitionService:
     """A partition of two shards, filled, in generation 1."""
-    made = played_partition(network, played_spec(2), 0, Path("/nonexistent"))
-    made.adopt(played_plan(LAYOUT, {0: [0, 1]}))
-    fill(made)
-    return made
+    return filled(network, LAYOUT, 2)
 
 
 @pytest.fixture(params=["remote", "local"])
@@ -131,7 +121,7 @@ WRONG_GREETINGS: dict[str, bytes] = {
     "a token that is no text": b'{"token": "\\ud800", "channel": "push"}',
     "a token of another type": json.dumps({"token": [1], "channel": "push"}).encode(),
     "a channel of no kind": json.dumps({"token": TOKEN.hex(), "channel": "x", "restore_generation": 1}).encode(),
-    "a timeline that is no number": json.dumps({"token": TOKEN.hex(), "restore_generation": "x"}).encode(),
+    "a restore generation that is no number": json.dumps({"token": TOKEN.hex(), "restore_generation": "x"}).encode(),
     "too much": b" " * 5000,
     "too deep": b"[" * 4000,
 }
@@ -214,9 +204,7 @@ def test_credit_comes_back_for_everything_that_is_not_kept(network: Network, ser
 
 
 def test_a_job_of_narrow_gradients_takes_no_others(network: Network) -> None:
-    service = played_partition(network, played_spec(2, network={"push_codec": "bf16"}), 0, Path("/nonexistent"))
-    service.adopt(played_plan(LAYOUT, {0: [0, 1]}))
-    fill(service)
+    service = filled(network, LAYOUT, 2, network={"push_codec": "bf16"})
     for header, body in [
         (push(TRAINED), ONES),
         (push(TRAINED), ONES[:32]),
@@ -242,9 +230,7 @@ def told_credit(caller: Caller) -> list[tuple[int, int]]:
 def test_who_may_wait_for_credit_is_told_when_memory_is_free_again_and_nobody_else(
     network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    service = played_partition(network, played_spec(4), 0, Path("/nonexistent"))
-    service.adopt(played_plan(LAYOUT, {0: [0, 1, 2, 3]}))
-    fill(service)
+    service = filled(network, LAYOUT, 4)
     rich = Caller(network, service, "push", 1)
     monkeypatch.setattr(psserver.partition.ingress.handshake, "MIN_CREDIT_BYTES", 0)
     poor = Caller(network, service, "push")

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from pscluster.errors import FrameError
 from pscluster.step.layout import BLOCK_WORDS
-from pscluster.step.summary import Statistics, add_statistics
-from pscluster.step.tree import Tree, TreeNode, tree_of
+from pscluster.step.tree import Statistics, Tree, TreeNode, add_statistics, tree_of
 from psserver.partition.step.sums import NOTHING, Entry, Held, Pool, Sums, admit, block_squares
 
 

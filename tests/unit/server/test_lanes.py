@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import struct
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from harness.played import Network, fill, job_header, played_partition, played_plan, played_spec
+from harness.played import Network, filled, job_header, played_partition, played_plan, played_spec
 from harness.played_caller import LEAF, NUM_LANES, Caller, push
 from pscluster.step.codec import as_bytes
 from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
-from pscluster.step.summary import Summary
-from pscluster.step.tree import TreeNode
+from pscluster.step.tree import Summary, TreeNode
 from pscluster.wire.frame import IN_MEMORY, SUMMARY, UNCHANGED, Codec, FrameKind, Header, in_lane
 from psserver.partition.process import PartitionService
 
@@ -34,18 +32,9 @@ def words(value: float, codec: str = "fp32") -> bytes:
     return bytes(as_bytes(torch.full((16,), value, dtype=torch.bfloat16 if codec == "bf16" else torch.float32)))
 
 
-@pytest.fixture
-def network() -> Network:
-    return Network()
-
-
 def started(net: Network, shards: int = 2, **sections: Any) -> PartitionService:
     """A filled partition that takes plain steps of rate 1."""
-    train = {"optimizer": {"name": "sgd", "lr": 1.0}}
-    service = played_partition(net, played_spec(shards, train=train, **sections), 0, Path("/nonexistent"))
-    service.adopt(played_plan(LAYOUT, {0: list(range(shards))}))
-    fill(service)
-    return service
+    return filled(net, LAYOUT, shards, train={"optimizer": {"name": "sgd", "lr": 1.0}}, **sections)
 
 
 def finish(caller: Caller, shards: int = 2) -> None:
@@ -291,7 +280,7 @@ def test_words_of_a_bucket_that_lies_elsewhere_are_refused(
     index: int, flags: int, body: bytes, network: Network
 ) -> None:
     """This partition holds no word of the bucket: an empty body is of the right length, and still not wanted."""
-    service = played_partition(network, played_spec(1, 2), index, Path("/nonexistent"))
+    service = played_partition(network, played_spec(1, 2), index)
     service.adopt(played_plan(ELSEWHERE, {0: [0]}, partitions=2))
     assert service.state is not None
     empty = [span.bucket for span in service.state.spans if not span.num_words]

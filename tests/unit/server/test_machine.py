@@ -7,8 +7,7 @@ import torch
 
 from harness.played import played_spec
 from pscluster.step.layout import Layout, TensorSpec
-from pscluster.step.summary import Summary, touched_bits
-from pscluster.step.tree import TreeNode
+from pscluster.step.tree import Summary, TreeNode, touched_bits
 from pscluster.wire.partition_protocol import CommitDecision
 from psserver.partition.actions import (
     ApplyBucket,

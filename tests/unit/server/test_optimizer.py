@@ -14,8 +14,7 @@ from harness.played import played_spec
 from pscluster.job.spec import JobSpec, OptimizerSection
 from pscluster.step.codec import DTYPES
 from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
-from pscluster.step.summary import Summary, touched_bits
-from pscluster.step.tree import TreeNode
+from pscluster.step.tree import Summary, TreeNode, touched_bits
 from pscluster.v1.plan_pb2 import Plan
 from psserver.partition.coordinator.coordinator import decide
 from psserver.partition.step.commit import CommitDecision, Vote

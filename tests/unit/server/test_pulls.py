@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import struct
-from pathlib import Path
 
 import pytest
 import torch
 
 import pscluster.step.layout
-from harness.played import Network, fill, job_header, played_partition, played_plan, played_spec
+from harness.played import Network, fill, filled, job_header, started
 from harness.played_caller import Caller
 from pscluster.step.codec import DTYPES
 from pscluster.step.layout import Layout, TensorSpec
@@ -31,15 +30,9 @@ THIRD = 1 / 3
 EXACT_BYTES = struct.pack("<16f", *[THIRD] * 16)
 
 
-@pytest.fixture
-def network() -> Network:
-    return Network()
-
-
-def started(net: Network, codec: str) -> PartitionService:
+def thirds(net: Network, codec: str) -> PartitionService:
     """A partition whose every value is a third."""
-    service = played_partition(net, played_spec(1, network={"pull_codec": codec}), 0, Path("/nonexistent"))
-    service.adopt(played_plan(LAYOUT, {0: [0]}))
+    service = started(net, LAYOUT, network={"pull_codec": codec})
     assert service.state is not None
     for values in service.state.values:
         values.view(torch.float32).fill_(THIRD)
@@ -65,7 +58,7 @@ def words_of(caller: Caller, service: PartitionService, bucket: int) -> bytes:
 def test_values_come_in_the_codec_and_by_the_shortest_way(
     exact: bool, local: bool, codec: str, network: Network
 ) -> None:
-    service = started(network, codec)
+    service = thirds(network, codec)
     caller = Caller(network, service, "pull", local=local)
     caller.say(job_header(FrameKind.PULL, generation=1, flags=WITH_FROZEN | (EXACT if exact else 0)))
 
@@ -85,7 +78,7 @@ def test_values_come_in_the_codec_and_by_the_shortest_way(
 
 
 def test_the_last_pull_says_whether_values_are_exact(network: Network) -> None:
-    service = started(network, "bf16")
+    service = thirds(network, "bf16")
     caller = Caller(network, service, "pull")
     for flags in (EXACT, 0):
         caller.values.clear()
@@ -98,8 +91,7 @@ def test_the_last_pull_says_whether_values_are_exact(network: Network) -> None:
 def test_first_values_are_exact_whatever_the_codec_and_published_at_once(
     codec: str, local: bool, network: Network
 ) -> None:
-    service = played_partition(network, played_spec(1, network={"pull_codec": codec}), 0, Path("/nonexistent"))
-    service.adopt(played_plan(LAYOUT, {0: [0]}))
+    service = started(network, LAYOUT, network={"pull_codec": codec})
     pusher = Caller(network, service, "push", local=local)
     for bucket in (TRAINED, AVERAGED, FROZEN):
         pusher.say(job_header(FrameKind.INIT, generation=1, bucket=bucket, node=TreeNode(0, 1)), EXACT_BYTES)
@@ -113,7 +105,7 @@ def test_first_values_are_exact_whatever_the_codec_and_published_at_once(
 
 
 def test_who_maps_the_memory_sees_the_next_version_without_another_byte(network: Network) -> None:
-    service = started(network, "fp32")
+    service = thirds(network, "fp32")
     caller = Caller(network, service, "pull", local=True)
     caller.say(job_header(FrameKind.PULL, generation=1))
     before = service.clients.pull_bytes
@@ -133,11 +125,8 @@ def many(monkeypatch: pytest.MonkeyPatch, network: Network) -> PartitionService:
     monkeypatch.setattr(pscluster.step.layout, "BUCKET_WORDS", 16)
     trained = [TensorSpec(names=(f"w{n}",), shape=(16,), dtype="float32", kind="trained") for n in range(5)]
     layout = Layout((*trained, TensorSpec(names=("mean",), shape=(16,), dtype="float32", kind="averaged")))
-    service = played_partition(network, played_spec(1, network={"pull_codec": "bf16"}), 0, Path("/nonexistent"))
-    service.adopt(played_plan(layout, {0: [0]}))
-    fill(service)
     assert len(layout.buckets) == 6
-    return service
+    return filled(network, layout, network={"pull_codec": "bf16"})
 
 
 def runs(caller: Caller) -> list[tuple[int, int, int]]:

@@ -7,18 +7,17 @@ at a time of its own. Who was taken for dead may live on, with its older plan.""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
 
+from harness.model_check import Model, explore, put
+from harness.wrong_decisions import forgets_decisions, keeps_former_acks, never_requires_acks, reports_at_once
 from psserver.partition.replication import in_sync
 from psserver.partition.replication.in_sync import InSyncState
 from psserver.partition.step import commit
 from psserver.partition.step.commit import CommitDecision, CoordinatorState, Member, Vote
-from tests.unit.server.test_commit_model import _cannot_reach, put
 
 
 class Plan(NamedTuple):
@@ -77,7 +76,7 @@ class World(NamedTuple):
     processes: frozenset[Process]
     links: tuple[Link | None, ...]
     messages: frozenset[tuple[Any, ...]]
-    decided: int  # the version that somebody of this timeline was told is committed
+    decided: int  # the version that somebody was told is committed since the restore
     faults: tuple[int, int, int, int, int]
 
 
@@ -95,11 +94,8 @@ def beginning(with_standby: tuple[bool, ...], faults: tuple[int, int, int, int, 
     return World(plan, nobody, (2,) * partitions, frozenset(processes), (None,) * partitions, frozenset(), 0, faults)
 
 
-class Model:
-    """What can happen next, for a job of `steps` steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+class ReplicaModel(Model[World]):
+    """Partitions with standbys, under a master that hears of them late."""
 
     # ---- looking ----
 
@@ -289,7 +285,7 @@ class Model:
             standby, restored = message[3:]
             m = w.plan
             holds = (m.holders[index], m.standbys[index], m.restored) == (attempt, standby, restored)
-            return w._replace(believed=put(w.believed, index, True)) if holds else w  # type: ignore[arg-type]
+            return w._replace(believed=put(w.believed, index, True)) if holds else w
         if kind == "vote":
             coordinator = self.find(w, 0, attempt)
             return (
@@ -309,7 +305,7 @@ class Model:
         link = w.links[process.index]
         if link is None or link.sender != process.attempt:
             return w
-        return w._replace(links=put(w.links, process.index, link._replace(down=(*link.down, item))))  # type: ignore[arg-type]
+        return w._replace(links=put(w.links, process.index, link._replace(down=(*link.down, item))))
 
     def stream(self, w: World, index: int) -> Iterator[World]:
         link = w.links[index]
@@ -322,7 +318,7 @@ class Model:
             yield self.receive(w, receiver, item, rest)
         if link.up and sender is not None:
             acked_version, rest = link.up[0], link._replace(up=link.up[1:])
-            yield self.acknowledged(w._replace(links=put(w.links, index, rest)), sender, acked_version)  # type: ignore[arg-type]
+            yield self.acknowledged(w._replace(links=put(w.links, index, rest)), sender, acked_version)
 
     def connect(self, w: World, index: int) -> Iterator[World]:
         """A partition dials the standby of its plan, which takes it for its partition by its own."""
@@ -343,7 +339,7 @@ class Model:
                 assert anew is not None, f"what the standby held is gone: {sender} {standby}"
                 w = self.swap(w, sender, sender._replace(sync=anew))
                 link = Link(sender.attempt, standby.attempt, (("state", sender.step, sender.last), *sums))
-            yield w._replace(links=put(w.links, index, link))  # type: ignore[arg-type]
+            yield w._replace(links=put(w.links, index, link))
 
     def receive(self, w: World, standby: Process, item: tuple[str, int, int], link: Link) -> World:
         kind, step, last = item
@@ -356,7 +352,7 @@ class Model:
             after = standby._replace(step=step + 1, full=False, voted=False, last=step)
         if says is not None:
             link = link._replace(up=(*link.up, says))
-        return self.swap(w, standby, after)._replace(links=put(w.links, standby.index, link))  # type: ignore[arg-type]
+        return self.swap(w, standby, after)._replace(links=put(w.links, standby.index, link))
 
     def acknowledged(self, w: World, process: Process, acked_version: int) -> World:
         held, reports = in_sync.acknowledge(process.sync, acked_version, process.step + process.voted)
@@ -416,7 +412,7 @@ class Model:
         """The stream that this process is at one end of breaks."""
         link = w.links[process.index]
         cut = link is not None and process.attempt in (link.sender, link.receiver)
-        return w._replace(links=put(w.links, process.index, None)) if cut else w  # type: ignore[arg-type]
+        return w._replace(links=put(w.links, process.index, None)) if cut else w
 
     # ---- faults ----
 
@@ -430,12 +426,12 @@ class Model:
             if standby is not None and w.faults[STANDBY_CRASHES]:
                 yield self.lose_standby(self.spend(self.remove(w, standby), STANDBY_CRASHES), index)
             if w.links[index] is not None and w.faults[CUTS]:
-                yield self.spend(w, CUTS)._replace(links=put(w.links, index, None))  # type: ignore[arg-type]
+                yield self.spend(w, CUTS)._replace(links=put(w.links, index, None))
         if w.faults[PLANS]:
             yield self.spend(w, PLANS)._replace(plan=w.plan._replace(generation=w.plan.generation + 1))
 
     def spend(self, w: World, fault: int) -> World:
-        return w._replace(faults=put(w.faults, fault, w.faults[fault] - 1))  # type: ignore[arg-type]
+        return w._replace(faults=put(w.faults, fault, w.faults[fault] - 1))
 
     def remove(self, w: World, process: Process) -> World:
         w = self.hang_up(w, process)
@@ -444,7 +440,7 @@ class Model:
     def new(self, w: World, index: int) -> tuple[World, int]:
         attempt = w.newest[index] + 1
         processes = w.processes | {Process(index, attempt)}
-        return w._replace(newest=put(w.newest, index, attempt), processes=processes), attempt  # type: ignore[arg-type]
+        return w._replace(newest=put(w.newest, index, attempt), processes=processes), attempt
 
     def lose(self, w: World, index: int) -> World:
         """The master plans without the partition: its standby takes over if it is believed in sync, or all go back."""
@@ -459,59 +455,25 @@ class Model:
             standby, believed = plan.standbys[index], (False,) * len(w.believed)
             plan = plan._replace(restored=generation)
             w = w._replace(decided=0)
-        plan = plan._replace(holders=put(plan.holders, index, holder), standbys=put(plan.standbys, index, standby))  # type: ignore[arg-type]
-        return w._replace(plan=plan, believed=believed)  # type: ignore[arg-type]
+        plan = plan._replace(holders=put(plan.holders, index, holder), standbys=put(plan.standbys, index, standby))
+        return w._replace(plan=plan, believed=believed)
 
     def lose_standby(self, w: World, index: int) -> World:
         w, standby = self.new(w, index)
-        plan = w.plan._replace(generation=w.plan.generation + 1, standbys=put(w.plan.standbys, index, standby))  # type: ignore[arg-type]
-        return w._replace(plan=plan, believed=put(w.believed, index, False))  # type: ignore[arg-type]
+        plan = w.plan._replace(generation=w.plan.generation + 1, standbys=put(w.plan.standbys, index, standby))
+        return w._replace(plan=plan, believed=put(w.believed, index, False))
 
-
-def check(w: World, model: Model) -> None:
-    """What must hold in every state."""
-    held = [p for p in model.holders(w) if p is not None and p.plan.restored == w.plan.restored]
-    steps = [p.step for p in held if not p.stands_by]
-    assert not steps or max(steps) - min(steps) <= 1, f"two steps apart: {w}"
-    for process in held:
-        assert process.acked_version >= w.decided, f"a committed step is lost: {w}"
-    for index, believed in enumerate(w.believed):
-        standby = model.find(w, index, w.plan.standbys[index])
-        if believed and standby is not None:
-            assert standby.acked_version >= w.decided, f"a standby could not make a committed step: {w}"
-
-
-def explore(start: World, model: Model, max_states: int = 400_000) -> int:
-    """Visit every state that can be reached; from each the end must be reachable without a further fault."""
-    numbers: dict[World, int] = {start: 0}
-    comes_from: list[list[int]] = [[]]
-    over: list[int] = []
-    waiting: deque[World] = deque([start])
-    while waiting:
-        world = waiting.popleft()
-        number = numbers[world]
-        check(world, model)
-        if model.is_over(world):
-            over.append(number)
-        for following, is_progress in _next(world, model):
-            known = numbers.get(following)
-            if known is None:
-                known = numbers[following] = len(numbers)
-                assert known < max_states, "too many states"
-                comes_from.append([])
-                waiting.append(following)
-            if is_progress:
-                comes_from[known].append(number)
-    stuck = _cannot_reach(over, comes_from)
-    if stuck:
-        first = next(world for world, number in numbers.items() if number == min(stuck))
-        raise AssertionError(f"{len(stuck)} of {len(numbers)} states are stuck, first {first}")
-    return len(numbers)
-
-
-def _next(world: World, model: Model) -> Iterator[tuple[World, bool]]:
-    yield from ((following, True) for following in model.progress(world))
-    yield from ((following, False) for following in model.disturbances(world))
+    def check(self, w: World) -> None:
+        """What must hold in every state."""
+        held = [p for p in self.holders(w) if p is not None and p.plan.restored == w.plan.restored]
+        steps = [p.step for p in held if not p.stands_by]
+        assert not steps or max(steps) - min(steps) <= 1, f"two steps apart: {w}"
+        for process in held:
+            assert process.acked_version >= w.decided, f"a committed step is lost: {w}"
+        for index, believed in enumerate(w.believed):
+            standby = self.find(w, index, w.plan.standbys[index])
+            if believed and standby is not None:
+                assert standby.acked_version >= w.decided, f"a standby could not make a committed step: {w}"
 
 
 # who has a standby; steps; (crashes, false deaths, crashes of standbys, cuts, new generations)
@@ -532,44 +494,20 @@ CASES = [
 def test_no_committed_step_is_lost_and_a_job_never_sticks(
     with_standby: tuple[bool, ...], steps: int, faults: tuple[int, int, int, int, int]
 ) -> None:
-    visited = explore(beginning(with_standby, faults), Model(steps))
+    visited = explore(beginning(with_standby, faults), ReplicaModel(steps))
     assert visited > 100, "the model went nowhere"
-
-
-def _tells_at_once(held: InSyncState, acked_version: int, promised: int) -> tuple[InSyncState, bool]:  # noqa: ARG001
-    acked = max(acked_version, held.acked_version)
-    return replace(held, acked_version=acked, ack_required=True, reported_in_sync=True), not held.reported_in_sync
-
-
-def _never_binds(held: InSyncState, acked_version: int, promised: int) -> tuple[InSyncState, bool]:
-    after, reports = ACKNOWLEDGE(held, acked_version, promised)
-    return replace(after, ack_required=False), reports
-
-
-def _stays_bound(held: InSyncState, attempt: int, *, restored: bool) -> InSyncState:  # noqa: ARG001
-    return replace(held, attempt=attempt)
-
-
-def _forgets_decisions(
-    coordinator: CoordinatorState, vote: Vote, decide: commit.Decide
-) -> tuple[CoordinatorState, CommitDecision | None, bool]:
-    after, decision, to_all = RECEIVE_VOTE(coordinator, vote, decide)
-    return after, decision if to_all else None, to_all
-
-
-ACKNOWLEDGE, RECEIVE_VOTE = in_sync.acknowledge, commit.receive_vote
 
 
 @pytest.mark.parametrize(
     ("where", "name", "mistake", "case"),
     [
         (in_sync, "may_vote", lambda _in_sync_state, _step: True, CASES[0]),
-        (in_sync, "acknowledge", _tells_at_once, CASES[0]),
-        (in_sync, "acknowledge", _never_binds, CASES[0]),
-        (in_sync, "adopt", _stays_bound, CASES[1]),
+        (in_sync, "acknowledge", reports_at_once, CASES[0]),
+        (in_sync, "acknowledge", never_requires_acks, CASES[0]),
+        (in_sync, "adopt", keeps_former_acks, CASES[1]),
         (in_sync, "begin", lambda _in_sync_state: None, ((True,), 2, (0, 0, 0, 1, 0))),
         (commit, "coordinator_learns", lambda coordinator, _decision: (coordinator, None), CASES[4]),
-        (commit, "receive_vote", _forgets_decisions, CASES[4]),
+        (commit, "receive_vote", forgets_decisions, CASES[4]),
     ],
     ids=[
         "votes early",
@@ -588,4 +526,4 @@ def test_the_model_finds_what_is_wrong(
     monkeypatch.setattr(where, name, mistake)
     with_standby, steps, faults = case
     with pytest.raises(AssertionError, match=r"stuck|apart|is lost|could not make|is gone|holds nothing"):
-        explore(beginning(with_standby, faults), Model(steps))
+        explore(beginning(with_standby, faults), ReplicaModel(steps))

@@ -7,35 +7,35 @@ from typing import Any
 import pytest
 import torch
 
+from harness.offered_job import FINAL_STEP, OfferedJob, same
 from harness.played import PlayedConnection
-from harness.played_standbys import FINAL_STEP, PlayedJob
 from pscluster.wire.frame import FrameKind
 
 SENDS = 8  # of one step at most: the roots of five buckets and of the summary, the decision, and one more
 
 
-def line_of(job: PlayedJob, handler: object) -> PlayedConnection:
+def line_of(job: OfferedJob, handler: object) -> PlayedConnection:
     """The end of the one connection that this handler has."""
     (found,) = [connection for connection in job.network.connections if connection.handler is handler]
     return found
 
 
-def to_its_standby(job: PlayedJob, index: int) -> PlayedConnection:
+def to_its_standby(job: OfferedJob, index: int) -> PlayedConnection:
     return line_of(job, job.partition(index).replication._dialer)
 
 
-def versions(job: PlayedJob) -> list[int]:
+def versions(job: OfferedJob) -> list[int]:
     return [job.partition(index).version for index in range(job.count)]
 
 
 @pytest.fixture(scope="module")
 def undisturbed() -> list[torch.Tensor]:
-    return PlayedJob(1, standbys=False).run_to_the_end()
+    return OfferedJob(1, standbys=False).run_to_the_end()
 
 
-def goes_on_as_if_nothing_had_been(job: PlayedJob, undisturbed: list[torch.Tensor]) -> None:
+def goes_on_as_if_nothing_had_been(job: OfferedJob, undisturbed: list[torch.Tensor]) -> None:
     values = job.run_to_the_end()
-    assert all(torch.equal(mine, other) for mine, other in zip(values, undisturbed, strict=True))
+    assert same(values, undisturbed)
     assert (job.network.breaks, job.master.restores) == (1, 1)
     assert all(job.master.standbys), "a healthy standby was given up"
     job.close()
@@ -47,7 +47,7 @@ def test_a_standby_in_sync_gets_the_sums_that_did_not_reach_it(
     index: int, takes: int, undisturbed: list[torch.Tensor]
 ) -> None:
     """Its partition finds the line broken at any of the sends of a step, with more to be sent after it."""
-    job = PlayedJob(2)
+    job = OfferedJob(2)
     job.make_steps(2)
     assert job.master.synced == [True, True]
     to_its_standby(job, index).takes = takes
@@ -62,7 +62,7 @@ def test_a_standby_in_sync_gets_the_sums_that_did_not_reach_it(
 @pytest.mark.parametrize("takes", range(SENDS))
 def test_a_partition_outlives_a_standby_that_is_not_in_sync(takes: int, undisturbed: list[torch.Tensor]) -> None:
     """Votes do not wait for it: while its sums are sent, the step must not be decided on by the way."""
-    job = PlayedJob(1)
+    job = OfferedJob(1)
     job.everybody_adopts()
     partition = job.partition(0)
     while not partition.replication._streams:
@@ -78,7 +78,7 @@ def test_a_partition_outlives_a_standby_that_is_not_in_sync(takes: int, undistur
     goes_on_as_if_nothing_had_been(job, undisturbed)
 
 
-def _ends(job: PlayedJob, number: int) -> list[PlayedConnection]:
+def _ends(job: OfferedJob, number: int) -> list[PlayedConnection]:
     """Both ends of the number-th connection, once it is there."""
     for _ in range(1000):
         if len(job.network.connections) > 2 * number:
@@ -93,20 +93,20 @@ def test_a_line_may_break_within_any_send(number: int, end: str, undisturbed: li
     """Of two partitions' lines to their standbys and the one that votes go over, from the first frame to the last."""
     takes, struck = 0, True
     while struck:
-        job = PlayedJob(2)
+        job = OfferedJob(2)
         job.everybody_adopts()
         broken = _ends(job, number)[end == "who was dialled"]
         broken.takes = takes
         values = job.run_to_the_end()
         struck = job.network.breaks > 0
-        assert all(torch.equal(mine, other) for mine, other in zip(values, undisturbed, strict=True)), takes
+        assert same(values, undisturbed), takes
         assert job.master.restores == 1 and all(job.master.standbys)
         job.close()
         takes += 1
     assert takes > FINAL_STEP, "it broke once in each step at least"
 
 
-def _resumed(job: PlayedJob) -> list[FrameKind]:
+def _resumed(job: OfferedJob) -> list[FrameKind]:
     """The coordinator's line is dialled again; what is on its way to the standby when the coordinator has heard its
     welcome."""
     job.network.fire_timers()
@@ -122,7 +122,7 @@ def _resumed(job: PlayedJob) -> list[FrameKind]:
 @pytest.mark.parametrize("moment", ["before it", "within it"])
 def test_an_evaluation_finalised_while_the_line_was_down_is_told_over_the_next(moment: str) -> None:
     """After a step more the standby takes over: it is reported again, and counts in what is best."""
-    job = PlayedJob(2)
+    job = OfferedJob(2)
     job.make_steps(2)
     coordinator = job.partition(0)
     if moment == "before it":
@@ -144,7 +144,7 @@ def test_an_evaluation_finalised_while_the_line_was_down_is_told_over_the_next(m
 
 def test_it_is_told_after_the_decision_that_made_its_version_and_before_the_sums_of_the_next_step() -> None:
     """What a standby notes is of the version that it has; and no step is voted on before it knows of the evaluation."""
-    job = PlayedJob(2)
+    job = OfferedJob(2)
     job.make_steps(2)
     coordinator, standby = job.partition(0), job.standby(0)
     assert coordinator.step is not None and standby is not None

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from harness.held_pieces import write_part
 from harness.played import JOB, Network, dismiss, fill, played_partition, played_plan, played_spec
 from harness.played_caller import Caller
 from pscluster.step.layout import Layout, TensorSpec
-from pscluster.storage.snapshot import part_name, write_part
+from pscluster.storage.snapshot import part_name
 from pscluster.v1.plan_pb2 import Plan, RestorePoint, SnapshotPart
 from pscluster.wire.frame import FrameKind
 from psserver.partition.checkpoint import saving
@@ -36,11 +37,6 @@ def write_snapshot(store: Path) -> None:
     fill(writer)
     write_part(store / part_name(STEP, 0, 1), writer.state.meta(JOB, STEP, 1, 0, 1), LAYOUT, writer.state.pieces())
     dismiss(writer)
-
-
-@pytest.fixture
-def network() -> Network:
-    return Network()
 
 
 @pytest.fixture

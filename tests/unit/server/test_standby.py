@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.offered_job import FINAL_STEP, Events, OfferedJob, events_of, play, same, seeded
 from harness.played import PlayedConnection
-from harness.played_standbys import FINAL_STEP, PlayedJob
-from harness.played_storm import play, seeded
+from harness.wrong_decisions import keeps_former_acks, never_requires_acks, reports_at_once
 from pscluster.step.layout import BLOCK_WORDS, WORD_BYTES
 from pscluster.wire.frame import Header
 from psserver.partition.replication import in_sync
@@ -24,23 +24,19 @@ from psserver.partition.step import commit
 from psserver.partition.step.commit import CommitDecision
 
 
-def same(mine: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
-
-
 @pytest.fixture(scope="module")
 def undisturbed() -> dict[str, list[torch.Tensor]]:
-    return {codec: PlayedJob(1, codec, standbys=False).run_to_the_end() for codec in ("fp32", "bf16")}
+    return {codec: OfferedJob(1, codec, standbys=False).run_to_the_end() for codec in ("fp32", "bf16")}
 
 
 @pytest.fixture
-def job() -> Iterator[PlayedJob]:
-    job = PlayedJob(2)
+def job() -> Iterator[OfferedJob]:
+    job = OfferedJob(2)
     yield job
     job.close()
 
 
-def synced(job: PlayedJob, steps: int = 1) -> PlayedJob:
+def synced(job: OfferedJob, steps: int = 1) -> OfferedJob:
     """Run until every standby is in sync and some steps are made."""
     job.make_steps(steps)
     assert job.master.synced == [True] * job.count
@@ -50,7 +46,7 @@ def synced(job: PlayedJob, steps: int = 1) -> PlayedJob:
 @pytest.mark.parametrize("codec", ["fp32", "bf16"])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_standby_holds_the_very_bits(count: int, codec: str, undisturbed: dict[str, list[torch.Tensor]]) -> None:
-    job = PlayedJob(count, codec)
+    job = OfferedJob(count, codec)
     assert same(job.run_to_the_end(), undisturbed[codec])
     for index in range(count):
         partition, standby = job.partition(index).state, job.standby(index)
@@ -66,7 +62,7 @@ def test_a_standby_holds_the_very_bits(count: int, codec: str, undisturbed: dict
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("moment", ["before the sums", "after its vote", "after the decision"])
 def test_a_standby_takes_over_and_nobody_goes_back(
-    job: PlayedJob, index: int, moment: str, undisturbed: dict[str, list[torch.Tensor]]
+    job: OfferedJob, index: int, moment: str, undisturbed: dict[str, list[torch.Tensor]]
 ) -> None:
     synced(job, 2)
     done = job.partition(0).version
@@ -93,7 +89,7 @@ def test_a_standby_takes_over_and_nobody_goes_back(
         assert records == list(range(1, FINAL_STEP + 1)), "what the coordinator before it had not reported is reported"
 
 
-def _decided_behind_its_standby(job: PlayedJob) -> CommitDecision:
+def _decided_behind_its_standby(job: OfferedJob) -> CommitDecision:
     """The coordinator decided and told the other partition, but its standby has not heard; the decision."""
     synced(job, 2)
     done = job.partition(0).version
@@ -113,7 +109,7 @@ def _decided_behind_its_standby(job: PlayedJob) -> CommitDecision:
 
 
 def test_the_coordinator_takes_what_a_member_was_told_before_it(
-    job: PlayedJob, undisturbed: dict[str, list[torch.Tensor]]
+    job: OfferedJob, undisturbed: dict[str, list[torch.Tensor]]
 ) -> None:
     said = _decided_behind_its_standby(job)
     job.lose_partition(0)
@@ -125,7 +121,7 @@ def test_the_coordinator_takes_what_a_member_was_told_before_it(
     assert job.master.restores == 1
 
 
-def test_votes_wait_for_the_standby_and_go_on_without_it(job: PlayedJob) -> None:
+def test_votes_wait_for_the_standby_and_go_on_without_it(job: OfferedJob) -> None:
     synced(job)
     version = job.partition(1).version
     standby = job.standby(1)
@@ -144,7 +140,7 @@ def test_votes_wait_for_the_standby_and_go_on_without_it(job: PlayedJob) -> None
     assert [p.version for p in (job.partition(0), job.partition(1))] == [version + 1] * 2
 
 
-def test_a_standby_that_does_not_answer_is_reported(job: PlayedJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_standby_that_does_not_answer_is_reported(job: OfferedJob, monkeypatch: pytest.MonkeyPatch) -> None:
     synced(job)
     standby = job.standby(1)
     assert standby is not None
@@ -164,7 +160,7 @@ def test_a_standby_that_does_not_answer_is_reported(job: PlayedJob, monkeypatch:
 
 
 def test_a_standby_that_comes_late_gets_a_state_and_then_the_steps(undisturbed: dict[str, list[torch.Tensor]]) -> None:
-    job = PlayedJob(2, standbys=False)
+    job = OfferedJob(2, standbys=False)
     for _ in range(2):
         job.everybody_adopts()
         job.settle()
@@ -173,8 +169,8 @@ def test_a_standby_that_comes_late_gets_a_state_and_then_the_steps(undisturbed: 
         job.settle()
     assert job.partition(0).version == 2
     job.push(1)  # the open step has sums already
-    job.placement_standby(1)
-    job.publish(restore=False)
+    job.place_standby(1)
+    job.publish()
     job.everybody_adopts()
     job.settle()
     assert job.master.synced == [False, True]
@@ -184,7 +180,7 @@ def test_a_standby_that_comes_late_gets_a_state_and_then_the_steps(undisturbed: 
     job.close()
 
 
-def test_without_a_standby_in_sync_all_go_back(job: PlayedJob, undisturbed: dict[str, list[torch.Tensor]]) -> None:
+def test_without_a_standby_in_sync_all_go_back(job: OfferedJob, undisturbed: dict[str, list[torch.Tensor]]) -> None:
     synced(job, 2)
     job.lose_standby(1)
     job.lose_partition(1)
@@ -194,7 +190,7 @@ def test_without_a_standby_in_sync_all_go_back(job: PlayedJob, undisturbed: dict
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_the_one_before_wakes_up_and_changes_nothing(
-    job: PlayedJob, index: int, undisturbed: dict[str, list[torch.Tensor]]
+    job: OfferedJob, index: int, undisturbed: dict[str, list[torch.Tensor]]
 ) -> None:
     """It was stopped in the middle of a step, taken for lost, and goes on under its older generation."""
     synced(job, 2)
@@ -214,23 +210,11 @@ def test_the_one_before_wakes_up_and_changes_nothing(
     assert job.partition(index).counters.fenced > 0, "it never knocked: nothing was tested"
 
 
-EVENTS = st.lists(
-    st.one_of(
-        st.tuples(st.just("deliver"), st.integers(0, 30)),
-        st.tuples(
-            st.sampled_from(["adopt", "push", "cut", "redial", "partition lost", "taken for lost", "standby lost"]),
-            st.integers(0, 5),
-        ),
-        st.tuples(st.just("break"), st.integers(0, 79)),
-        st.tuples(st.just("standby comes"), st.integers(0, 2)),
-        st.tuples(st.sampled_from(["plan", "everybody adopts", "everybody pushes", "evaluate", "settle"]), st.just(0)),
-    ),
-    max_size=50,
-)
+EVENTS = events_of("partition lost", "taken for lost", "standby lost", "standby comes", "evaluate", max_size=50)
 
 
-def storm(count: int, codec: str, events: list[tuple[str, int]]) -> list[torch.Tensor]:
-    job = PlayedJob(count, codec)
+def storm(count: int, codec: str, events: Events) -> list[torch.Tensor]:
+    job = OfferedJob(count, codec)
     try:
         for event in events:
             play(job, *event)
@@ -244,7 +228,7 @@ def storm(count: int, codec: str, events: list[tuple[str, int]]) -> list[torch.T
 @settings(max_examples=250, deadline=None)
 @given(count=st.integers(1, 3), codec=st.sampled_from(["fp32", "bf16"]), events=EVENTS)
 def test_faults_change_nothing_in_the_end(
-    count: int, codec: str, events: list[tuple[str, int]], undisturbed: dict[str, list[torch.Tensor]]
+    count: int, codec: str, events: Events, undisturbed: dict[str, list[torch.Tensor]]
 ) -> None:
     assert same(storm(count, codec, events), undisturbed[codec])
 
@@ -260,26 +244,8 @@ def test_seeded_storms_change_nothing_and_meet_what_they_are_for(undisturbed: di
     assert breaks > 50
 
 
-def _tells_at_once(held: in_sync.InSyncState, acked_version: int, promised: int) -> tuple[in_sync.InSyncState, bool]:  # noqa: ARG001
-    return replace(
-        held, acked_version=max(acked_version, held.acked_version), ack_required=True, reported_in_sync=True
-    ), not held.reported_in_sync
-
-
-def _never_binds(held: in_sync.InSyncState, acked_version: int, promised: int) -> tuple[in_sync.InSyncState, bool]:
-    after, reports = ACKNOWLEDGE(held, acked_version, promised)
-    return replace(after, ack_required=False), reports
-
-
-def _stays_bound(held: in_sync.InSyncState, attempt: int, *, restored: bool) -> in_sync.InSyncState:  # noqa: ARG001
-    return replace(held, attempt=attempt)
-
-
 def _streams_on(self: Replication) -> None:
     self._streams = True
-
-
-ACKNOWLEDGE = in_sync.acknowledge
 
 
 def _many_storms(count: int) -> None:
@@ -291,9 +257,9 @@ def _many_storms(count: int) -> None:
     ("where", "name", "mistake"),
     [
         (in_sync, "may_vote", lambda _in_sync_state, _step: True),
-        (in_sync, "acknowledge", _tells_at_once),
-        (in_sync, "acknowledge", _never_binds),
-        (in_sync, "adopt", _stays_bound),
+        (in_sync, "acknowledge", reports_at_once),
+        (in_sync, "acknowledge", never_requires_acks),
+        (in_sync, "adopt", keeps_former_acks),
         (Replication, "_send_decision", lambda _self, _decision: None),
         (Replication, "_stream", _streams_on),
         (Replication, "send_metadata", lambda _self: None),
@@ -319,7 +285,7 @@ def test_the_storm_finds_what_is_wrong(
         _many_storms(500)
 
 
-def test_a_coordinator_that_does_not_learn_sticks(job: PlayedJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_coordinator_that_does_not_learn_sticks(job: OfferedJob, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commit, "coordinator_learns", lambda coordinator, _decision: (coordinator, None))
     _decided_behind_its_standby(job)
     job.lose_partition(0)
@@ -331,7 +297,7 @@ def test_a_standby_that_catches_up_slowly_holds_votes_back_rather_than_memory(
     monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, list[torch.Tensor]]
 ) -> None:
     """Sums that the network does not take pile up only so far."""
-    job = PlayedJob(1, standbys=False)
+    job = OfferedJob(1, standbys=False)
     job.everybody_adopts()
     job.settle()
     unsent: list[Any] = []
@@ -344,8 +310,8 @@ def test_a_standby_that_catches_up_slowly_holds_votes_back_rather_than_memory(
 
     monkeypatch.setattr(PlayedConnection, "send", slowly)
     monkeypatch.setattr(Replication, "_limit_bytes", lambda _self: 2 * 3 * BLOCK_WORDS * WORD_BYTES)
-    job.placement_standby(0)
-    job.publish(restore=False)
+    job.place_standby(0)
+    job.publish()
     job.everybody_adopts()
     job.network.settle()
     partition = job.partition(0)

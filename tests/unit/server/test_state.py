@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness.held_pieces import write_part
 from pscluster.errors import FrameError, StorageError
 from pscluster.step.codec import as_bytes
 from pscluster.step.layout import BLOCK_WORDS, Codec, Layout, TensorSpec
 from pscluster.storage import Buffer
-from pscluster.storage.snapshot import PartMeta, PieceKey, write_part
+from pscluster.storage.snapshot import PartMeta, PieceKey
 from pscluster.wire.memory import Segment, page_offsets
 from psserver.partition.step.state import PartitionState
 

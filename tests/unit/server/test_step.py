@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from harness.played import played_spec
 from pscluster.step.codec import BufferNode
 from pscluster.step.layout import Layout, TensorSpec
-from pscluster.step.summary import Summary, touched_bits
-from pscluster.step.tree import TreeNode, tree_of
+from pscluster.step.tree import Summary, TreeNode, touched_bits, tree_of
 from psserver.partition.step.commit import CommitDecision
 from psserver.partition.step.open_step import OpenStep
 from psserver.partition.step.state import PartitionState

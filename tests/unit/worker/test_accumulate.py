@@ -16,8 +16,7 @@ import pscluster.step.layout
 from pscluster.errors import TaskError
 from pscluster.job.spec import OptimizerSection
 from pscluster.step.layout import Layout
-from pscluster.step.summary import Summary
-from pscluster.step.tree import Tree, TreeNode, tree_of
+from pscluster.step.tree import Summary, Tree, TreeNode, tree_of
 from psworker.replica import layout_of
 from psworker.trainer.gradients.accumulate import Accumulator, Counter, Gradients
 from psworker.trainer.gradients.push import gather

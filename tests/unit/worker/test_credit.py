@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -13,14 +12,13 @@ from hypothesis import strategies as st
 
 import pscluster.step.layout
 import psserver.partition.ingress.handshake
-from harness.played import JOB, Network, dismiss, fill, job_header, played_partition, played_plan, played_spec
+from harness.played import JOB, fill, job_header, played_spec
+from harness.played_job import PlayedJob
 from pscluster.step.layout import Layout, TensorSpec
-from pscluster.step.summary import Summary, touched_bits
-from pscluster.step.tree import TreeNode
+from pscluster.step.tree import Summary, TreeNode, touched_bits
 from pscluster.v1.plan_pb2 import ProcessSpec
 from pscluster.wire.frame import SUMMARY, UNCHANGED, Buffer, FrameKind, Header
 from pscluster.wire.memory import Lanes
-from psserver.partition.process import PartitionService
 from psworker.replica import BucketMemory
 from psworker.staging import Staging
 from psworker.trainer.gradients.send_queue import Lane, SendQueue, SharedLanes, key_of
@@ -56,22 +54,21 @@ def layout() -> Iterator[Layout]:
         yield made
 
 
-class PlayedTrainer:
+class LeafTrainer:
     """A trainer's frames without a model: gradients of ones, each shard pushed as a leaf; a real `Peer` sends."""
 
-    def __init__(self, network: Network, layout: Layout, rank: int, transport: str) -> None:
+    def __init__(self, job: PlayedJob, rank: int, transport: str) -> None:
         self.rank = rank
-        self.layout = layout
         self.step = 0
         self.todo: list[tuple[int, int]] = []  # (shard, bucket) in the order in which backward gives them
-        spec = played_spec(1)
+        layout = job.layout
         agenda = Agenda(ProcessSpec(job_id=JOB, rank=rank))
-        agenda.adopt(played_plan(layout, {rank: []}))
-        self.shared = SharedLanes(spec, layout, Staging())
+        agenda.adopt(job.plan)
+        self.shared = SharedLanes(job.spec, layout, Staging())
         self.shared.num_lanes = NUM_LANES
-        values = Values(spec, layout, BucketMemory(layout), agenda.changed)
-        addresses = ["unix:partition:0", "tcp:partition:0"]
-        self.peer = Peer(network, agenda, self.shared, values, lambda *_: None, 0, addresses, transport)  # type: ignore[arg-type]
+        values = Values(job.spec, layout, BucketMemory(layout), agenda.changed)
+        addresses = list(job.plan.partitions[0].addresses)
+        self.peer = Peer(job.network, agenda, self.shared, values, lambda *_: None, 0, addresses, transport)  # type: ignore[arg-type]
 
     @property
     def lanes(self) -> Lanes | None:
@@ -113,26 +110,24 @@ class PlayedTrainer:
             connection.close(None)
 
 
-class PlayedJob:
+class TightJob(PlayedJob):
     """Trainers with shards dealt round-robin, and one partition with a tiny budget."""
 
     def __init__(self, layout: Layout, num_shards: int, transports: list[str]) -> None:
-        self.network = Network()
-        self.num_shards = num_shards
         self.alive = list(range(len(transports)))
-        self.partition: PartitionService = played_partition(
-            self.network, played_spec(num_shards), 0, Path("/nonexistent")
-        )
-        self.partition.adopt(played_plan(layout, {rank: [] for rank in self.alive}))
-        fill(self.partition)
-        self.trainers = [PlayedTrainer(self.network, layout, rank, way) for rank, way in enumerate(transports)]
+        super().__init__(played_spec(num_shards), layout, {rank: [] for rank in self.alive})
+        self.num_shards = num_shards
+        self.publish(restore=True)
+        self.everybody_adopts()
+        fill(self.partition(0))
+        self.trainers = [LeafTrainer(self, rank, way) for rank, way in enumerate(transports)]
         self.network.settle()
 
     def deal(self) -> None:
         for place, rank in enumerate(self.alive):
             self.trainers[rank].give(list(range(place, self.num_shards, len(self.alive))))
 
-    def lose(self, rank: int) -> None:
+    def lose_trainer(self, rank: int) -> None:
         """The trainer dies with what it owes; the others compute everything it had (and more)."""
         self.alive.remove(rank)
         self.trainers[rank].peer.close()
@@ -141,14 +136,15 @@ class PlayedJob:
 
     def finish_step(self) -> None:
         """Everybody computes what is left, and every frame arrives: now the step must be done."""
-        before = self.partition.version
+        before = self.partition(0).version
         for rank in self.alive:
             while self.trainers[rank].todo:
                 self.trainers[rank].compute()
         self.network.settle()
         self.network.settle()
         pending = {rank: len(self.trainers[rank].peer.pushes.queue) for rank in self.alive}
-        assert self.partition.version == before + 1, f"stuck at {before}: owed {pending}"
+        assert self.partition(0).version == before + 1, f"stuck at {before}: owed {pending}"
+        self.check()
         assert self.network.refused == []
         for rank in self.alive:
             self.trainers[rank].enter(before + 1)
@@ -158,7 +154,7 @@ class PlayedJob:
     def close(self) -> None:
         for trainer in self.trainers:
             trainer.peer.close()
-        dismiss(self.partition)
+        super().close()
 
 
 @settings(max_examples=60)
@@ -166,22 +162,23 @@ class PlayedJob:
 def test_trainers_and_a_partition_with_a_tiny_budget_never_deadlock(layout: Layout, data: st.DataObject) -> None:
     num_shards = data.draw(st.integers(1, 6), label="shards")
     transports = data.draw(st.lists(st.sampled_from(TRANSPORTS), min_size=1, max_size=4), label="trainers")
-    job = PlayedJob(layout, num_shards, transports)
+    job = TightJob(layout, num_shards, transports)
     for _ in range(2):
         job.deal()
         for choice in data.draw(st.lists(st.integers(0, 40), max_size=60), label="events"):
             _play(job, choice)
         job.finish_step()
-    words = job.partition.step.pool.allocated_bytes if job.partition.step else 0
+    step = job.partition(0).step
+    words = step.pool.allocated_bytes if step else 0
     live = NUM_BUCKETS * (num_shards + 1) // 2 + len(job.trainers) * 3
     assert words <= BUCKET_BYTES * live
     job.close()
 
 
-def _play(job: PlayedJob, choice: int) -> None:
+def _play(job: TightJob, choice: int) -> None:
     rank = job.alive[choice % len(job.alive)]
     if choice == 40 and len(job.alive) > 1:
-        job.lose(rank)
+        job.lose_trainer(rank)
     elif choice in (38, 39):
         job.trainers[rank].cut()
         job.network.fire_timers()
@@ -194,7 +191,7 @@ def _play(job: PlayedJob, choice: int) -> None:
 @WAYS
 def test_a_trainer_without_credit_learns_that_another_opened_its_bucket(transport: str, layout: Layout) -> None:
     """One trainer is a whole step ahead of the other: all its credit lies in nodes that wait for theirs."""
-    job = PlayedJob(layout, 2, [transport] * 2)
+    job = TightJob(layout, 2, [transport] * 2)
     job.deal()
     ahead, behind = job.trainers
     while ahead.todo:
@@ -210,7 +207,7 @@ def test_a_trainer_without_credit_learns_that_another_opened_its_bucket(transpor
 @WAYS
 def test_a_recomputed_node_of_a_complete_bucket_holds_nothing_up(transport: str, layout: Layout) -> None:
     """The other trainer completes a bucket and dies; the survivor, out of credit, sends the same node again."""
-    job = PlayedJob(layout, 2, [transport] * 2)
+    job = TightJob(layout, 2, [transport] * 2)
     job.deal()
     ahead, behind = job.trainers
     while ahead.todo:
@@ -220,14 +217,14 @@ def test_a_recomputed_node_of_a_complete_bucket_holds_nothing_up(transport: str,
         behind.compute()
     job.network.settle()
 
-    job.lose(behind.rank)
+    job.lose_trainer(behind.rank)
 
     job.finish_step()
 
 
 @WAYS
 def test_nothing_is_in_flight_twice(transport: str, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = PlayedJob(layout, 3, [transport] * 2)
+    job = TightJob(layout, 3, [transport] * 2)
     seen: list[tuple[object, ...]] = []
     take = SendQueue.next
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.played_job import FINAL_STEP, PlayedCluster
+from harness.trained_job import FINAL_STEP, TrainedJob
 from pscluster.wire.frame import FrameKind
 
 Outcome = tuple[str, dict[int, float]]
@@ -22,10 +22,10 @@ CODECS: list[dict[str, Any]] = [
 IDS = [f"push {c['push_codec']}, pull {c['pull_codec']}" for c in CODECS]
 
 
-def outcome(cluster: PlayedCluster) -> Outcome:
-    found = cluster.run_to_the_end()
-    assert cluster.taken_lanes() == 0, "every place in shared memory was given back"
-    cluster.close()
+def outcome(job: TrainedJob) -> Outcome:
+    found = job.run_to_the_end()
+    assert job.taken_lanes() == 0, "every place in shared memory was given back"
+    job.close()
     return found
 
 
@@ -40,7 +40,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def undisturbed() -> dict[str, Outcome]:
     """What one trainer and one partition come to over TCP, by codecs."""
-    found = {name: outcome(PlayedCluster(**codecs)) for name, codecs in zip(IDS, CODECS, strict=True)}
+    found = {name: outcome(TrainedJob(**codecs)) for name, codecs in zip(IDS, CODECS, strict=True)}
     assert len({digest for digest, _ in found.values()}) == len(CODECS), "each codec rounds something"
     assert all(set(evaluated) == {2, FINAL_STEP} for _, evaluated in found.values())
     return found
@@ -54,45 +54,50 @@ def undisturbed() -> dict[str, Outcome]:
 def test_any_number_of_either_by_any_way_ends_with_the_same_values(
     transports: tuple[str, ...], partitions: int, name: str, codecs: dict[str, Any], undisturbed: dict[str, Outcome]
 ) -> None:
-    cluster = PlayedCluster(partitions, transports, **codecs)
-    found = outcome(cluster)
+    job = TrainedJob(partitions, transports, **codecs)
+    found = outcome(job)
 
     assert found == undisturbed[name]
     shared = "shm" in transports
-    assert (cluster.network.in_memory[FrameKind.PUSH] > 0) is shared
-    assert (cluster.network.in_memory[FrameKind.VALUES] > 0) is shared
+    assert (job.network.in_memory[FrameKind.PUSH] > 0) is shared
+    assert (job.network.in_memory[FrameKind.VALUES] > 0) is shared
 
 
-FAULTS = ("cut", "cut", "cut and redial", "break", "plan", "plan for all", "crash", "lose")
+FAULTS = ("cut", "cut", "cut and redial", "break", "plan", "plan for all", "crash", "lose trainer")
 
 
-def walk(cluster: PlayedCluster, rng: random.Random, length: int) -> None:
+def walk(job: TrainedJob, rng: random.Random, length: int) -> None:
     """Things happen in any order: frames arrive, trainers compute, processes hear of the newest plan."""
     for _ in range(length):
-        choices = cluster.network.choices()
+        choices = job.network.choices()
         if choices and rng.random() < 0.7:
             rng.choice(choices)()
         elif rng.random() < 0.9:
-            cluster.turn(rng.randrange(8))
+            job.turn(rng.randrange(8))
         else:
-            cluster.adopt(rng.randrange(8))
+            job.adopt(rng.randrange(8))
         if not choices:
-            cluster.network.fire_timers()
+            job.network.fire_timers()
 
 
-def strike(cluster: PlayedCluster, fault: str, number: int) -> None:
+def strike(job: TrainedJob, fault: str, number: int) -> None:
     if fault.startswith("cut"):
-        cluster.cut(number)
+        job.cut(number)
         if fault == "cut and redial":
-            cluster.network.fire_timers()
+            job.network.fire_timers()
     elif fault == "break":
-        cluster.network.break_soon(number)
+        job.network.break_soon(number)
     elif fault.startswith("plan"):
-        cluster.publish(turned_by=number)
+        job.assign(turned_by=number)
+        job.publish()
         if fault == "plan for all":
-            cluster.tell_all()
+            job.everybody_adopts()
+    elif fault == "lose trainer":
+        job.lose_trainer(number)
+    elif fault == "crash":
+        job.crash(number % job.count)
     else:
-        getattr(cluster, fault)(number)
+        job.take_over(number % job.count)
 
 
 @settings(max_examples=100)
@@ -112,15 +117,15 @@ def test_faults_change_nothing_in_the_end(
     undisturbed: dict[str, Outcome],
 ) -> None:
     """Connections break, shards are dealt anew, trainers and partitions are lost, at any moment."""
-    cluster = PlayedCluster(partitions, transports, **CODECS[codec])
-    cluster.tell_all()
+    job = TrainedJob(partitions, transports, **CODECS[codec])
+    job.everybody_adopts()
     rng = random.Random(seed)
     for length, fault, number in faults:
-        walk(cluster, rng, length)
-        cluster.check()
-        strike(cluster, fault, number)
+        walk(job, rng, length)
+        job.check()
+        strike(job, fault, number)
 
-    assert outcome(cluster) == undisturbed[IDS[codec]]
+    assert outcome(job) == undisturbed[IDS[codec]]
 
 
 @pytest.mark.parametrize("fault", sorted(set(FAULTS)))
@@ -130,13 +135,13 @@ def test_a_fault_at_any_point_of_a_job_changes_nothing(codec: int, fault: str, u
     struck: set[int] = set()
     breaks = 0
     for length in range(20, 620, 30):
-        cluster = PlayedCluster(2, ("shm", "shm"), **CODECS[codec])
-        cluster.tell_all()
-        walk(cluster, random.Random(7), length)
-        struck.add(cluster.partitions[0].version)
-        strike(cluster, fault, length)
-        assert outcome(cluster) == undisturbed[IDS[codec]], f"after {length} events"
-        breaks += cluster.network.breaks
+        job = TrainedJob(2, ("shm", "shm"), **CODECS[codec])
+        job.everybody_adopts()
+        walk(job, random.Random(7), length)
+        struck.add(job.partitions[0].version)
+        strike(job, fault, length)
+        assert outcome(job) == undisturbed[IDS[codec]], f"after {length} events"
+        breaks += job.network.breaks
     assert struck == set(range(FINAL_STEP + 1)), "from the first step to the last"
     assert (breaks >= 5) is (fault == "break"), breaks
 
@@ -148,7 +153,7 @@ def test_a_fault_at_any_point_of_a_job_changes_nothing(codec: int, fault: str, u
     codec=st.sampled_from(range(len(CODECS))),
     seed=st.integers(0, 2**32),
     faults=st.lists(
-        st.tuples(st.integers(0, 150), st.sampled_from(("take_over", *FAULTS)), st.integers(0, 99)), max_size=8
+        st.tuples(st.integers(0, 150), st.sampled_from(("take over", *FAULTS)), st.integers(0, 99)), max_size=8
     ),
 )
 def test_faults_of_a_job_with_standbys_change_nothing_in_the_end(
@@ -159,15 +164,15 @@ def test_faults_of_a_job_with_standbys_change_nothing_in_the_end(
     faults: list[tuple[int, str, int]],
     undisturbed: dict[str, Outcome],
 ) -> None:
-    cluster = PlayedCluster(partitions, transports, replicas=True, **CODECS[codec])
-    cluster.tell_all()
+    job = TrainedJob(partitions, transports, standbys=True, **CODECS[codec])
+    job.everybody_adopts()
     rng = random.Random(seed)
     for length, fault, number in faults:
-        walk(cluster, rng, length)
-        cluster.check()
-        strike(cluster, fault, number)
+        walk(job, rng, length)
+        job.check()
+        strike(job, fault, number)
 
-    assert outcome(cluster) == undisturbed[IDS[codec]]
+    assert outcome(job) == undisturbed[IDS[codec]]
 
 
 @pytest.mark.parametrize("codec", [0, 3], ids=[IDS[0], IDS[3]])
@@ -178,33 +183,33 @@ def test_a_standby_takes_over_at_any_point_and_nobody_goes_back(
     """The same course of events each time, struck a little later each time; evaluations and the end among them."""
     struck: set[int] = set()
     for length in range(60, 900, 30):
-        cluster = PlayedCluster(2, ("shm", "shm"), replicas=True, **CODECS[codec])
-        cluster.tell_all()
-        walk(cluster, random.Random(7), length)
-        cluster.take_over(partition)
-        if cluster.takeovers:
-            struck.add(cluster.partitions[partition].version)
-        assert outcome(cluster) == undisturbed[IDS[codec]], f"after {length} events"
-        assert cluster.restored == 1
+        job = TrainedJob(2, ("shm", "shm"), standbys=True, **CODECS[codec])
+        job.everybody_adopts()
+        walk(job, random.Random(7), length)
+        job.take_over(partition)
+        if job.master.takeovers:
+            struck.add(job.partitions[partition].version)
+        assert outcome(job) == undisturbed[IDS[codec]], f"after {length} events"
+        assert job.master.restores == 1
     assert struck >= set(range(FINAL_STEP)), "from the first step to the last"
 
 
 def test_gradients_from_before_a_restore_give_back_their_lanes(undisturbed: dict[str, Outcome]) -> None:
     """The trainer is in the middle of a step while the partition is replaced and shares its memory; then it pushes what
-    it has of the old timeline."""
-    cluster = PlayedCluster(1, ("shm",), **CODECS[0])
-    cluster.tell_all()
-    (trainer,) = cluster.trainers.values()
+    it has of before the restore."""
+    job = TrainedJob(1, ("shm",), **CODECS[0])
+    job.everybody_adopts()
+    (trainer,) = job.trainers.values()
     while not any(counter._held for counter in trainer._sums.values()):
-        cluster.network.settle()
+        job.network.settle()
         trainer.turn()
-    cluster.crash(0)
-    cluster.tell_all()
-    cluster.network.settle()
-    assert cluster.taken_lanes() == 0
+    job.crash(0)
+    job.everybody_adopts()
+    job.network.settle()
+    assert job.taken_lanes() == 0
     trainer.turn()
-    assert cluster.taken_lanes() > 0, "before anybody knows that nobody wants them"
-    cluster.network.settle()
-    assert cluster.taken_lanes() == 0
+    assert job.taken_lanes() > 0, "before anybody knows that nobody wants them"
+    job.network.settle()
+    assert job.taken_lanes() == 0
 
-    assert outcome(cluster) == undisturbed[IDS[0]]
+    assert outcome(job) == undisturbed[IDS[0]]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from harness.played import Network, played_plan, played_spec
-from harness.played_job import LAYOUT, PlayedTrainer
+from harness.played_job import LAYOUT
+from harness.trained_job import PlayedTrainer
 from pscluster.wire.protocol import Directive
 from psworker.trainer.exchange import Exchange
 

@@ -257,7 +257,7 @@ TestLandingAgainstMemory.settings = settings(max_examples=200, stateful_step_cou
 
 
 def test_memory_that_holds_no_version_yet_is_no_way_back() -> None:
-    """After a restart, whatever lies in memory belongs to another timeline."""
+    """After a restart, whatever lies in memory is of before the restore."""
     it = Landing(LAYOUT, 1)
     it.restart()
     it.want(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -108,7 +109,7 @@ def test_checking_twice_gives_the_same_facts(make_spec: Any) -> None:
         (lambda s: (s.sum(), -1), "weight -1"),
         (lambda s: (s.sum(), 0), "weight 0"),
         (lambda s: (s.detach().sum(), len(s)), "does not require grad"),
-        (lambda s: (torch.ones((), requires_grad=True) * 1, len(s)), "no parameter of the model has a gradient"),
+        (lambda s: (torch.ones((), requires_grad=True) * 1, len(s)), "no parameter"),
     ],
 )
 def test_a_loss_that_breaks_its_contract_is_named(make_spec: Any, loss: Any, expected: str) -> None:
@@ -134,12 +135,12 @@ def test_halving_is_skipped_by_name_where_it_means_nothing(make_spec: Any) -> No
 
     single = make_spec(train={"global_batch": 4, "microbatch": 1})
     (skipped,) = [c for c in check(Squares(mean), single) if c.name == "halving"]
-    assert skipped.detail == "skipped: a microbatch has one sample"
+    assert re.search("skipped.*one sample", skipped.detail)
 
     coupled = Squares(mean)
     coupled.loss_adds_up = False
     (skipped,) = [c for c in check(coupled, make_spec()) if c.name == "halving"]
-    assert skipped.detail == "skipped: the task says loss_adds_up = False"
+    assert re.search("skipped.*loss_adds_up", skipped.detail)
 
 
 def test_rounding_is_no_mean(make_spec: Any) -> None:
@@ -160,7 +161,7 @@ def test_an_error_of_the_users_carries_its_traceback_and_the_whole_table(make_sp
     error = refused(Squares(broken), make_spec())
 
     assert type(error) is TaskError
-    assert error.cause == "loss raised KeyError: 'no 4'"
+    assert re.search("loss .*KeyError: 'no 4'", error.cause)
     assert "in broken" in error.details["traceback"]
     table = {c.name: c for c in checks_of(from_dict(error.to_dict()))}
     assert (table["loss"].ok, table["loss"].detail) == (False, error.cause)
@@ -220,7 +221,7 @@ def test_missing_data_are_a_data_error(make_spec: Any, tmp_path: Any) -> None:
 def test_a_metric_that_is_not_there_is_named(make_spec: Any) -> None:
     spec = make_spec(evaluate={"metric": "accurcy"})
 
-    with pytest.raises(TaskError, match="'accurcy' is not among the task's metrics; did you mean accuracy"):
+    with pytest.raises(TaskError, match=r"accurcy.*accuracy"):
         prepare(spec, None, "cpu")
 
 
@@ -292,7 +293,7 @@ def test_a_write_to_a_parameter_is_refused_by_name(make_spec: Any, write: Any, n
     error = refused(Writing(Bounded(write)), make_spec())
 
     assert isinstance(error, LossContractError)
-    assert error.cause == f"forward or backward writes to the {named}"
+    assert error.cause.endswith(f" {named}")
     assert "torch.nn.functional.normalize(weight)" in error.action
     assert [c.name for c in checks_of(error) if not c.ok] == ["parameters"]
 
@@ -308,7 +309,7 @@ def test_an_embedding_that_renormalises_itself_is_refused(make_spec: Any) -> Non
     error = refused(Tokens(), make_spec())
 
     assert isinstance(error, LossContractError)
-    assert error.cause == "forward or backward writes to the parameter 0.weight"
+    assert error.cause.endswith("parameter 0.weight")
 
 
 def test_a_write_in_evaluation_alone_is_found_too(make_spec: Any) -> None:
@@ -332,17 +333,17 @@ def test_a_write_that_backward_stumbles_over_is_named_beside_it(make_spec: Any) 
 
     assert isinstance(error, PreflightError)
     assert [c.name for c in checks_of(error) if not c.ok] == ["loss", "parameters"]
-    assert "writes to the parameter 2.weight" in error.cause
+    assert "parameter 2.weight" in error.cause
 
 
 def test_buffers_may_change_and_lazy_parameters_may_appear(make_spec: Any) -> None:
     counting = Bounded(lambda model: model.calls.add_(1))
     (found,) = [c for c in check(Writing(counting), make_spec()) if c.name == "parameters"]
-    assert found.detail == "2 unchanged by forward and backward"
+    assert (found.ok, found.detail[:2]) == (True, "2 ")
 
     lazy = Writing(nn.Sequential(nn.Linear(2, 3), nn.LazyLinear(1)))
     (found,) = [c for c in check(lazy, make_spec()) if c.name == "parameters"]
-    assert found.detail == "2 unchanged by forward and backward"
+    assert (found.ok, found.detail[:2]) == (True, "2 ")
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,8 @@ from collections.abc import Iterable
 
 import pytest
 
+from harness.clock import Clock
 from psworker.trainer.telemetry import NUM_REMEMBERED, ComputeTimer, Speedometer, TrainerCounters
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 @pytest.fixture

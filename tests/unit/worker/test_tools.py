@@ -16,11 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from harness.held_pieces import write_part
 from pscluster.errors import DamagedError, InternalError, SpecError, StateError, StorageError, TaskError
 from pscluster.job.bundle import pack
 from pscluster.job.spec import JobSpec
 from pscluster.step.layout import parameters_sha256
-from pscluster.storage.snapshot import PartMeta, write_part
+from pscluster.storage.snapshot import PartMeta
 from psworker.replica import Replica, named_bytes
 from psworker.tools import answer_request, write_weights
 from psworker.trainer.data.batches import EvalBatches

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pscluster.errors import LossContractError, TaskError
-from pscluster.step.summary import Statistics, add_statistics
-from pscluster.step.tree import TreeNode, tree_of
+from pscluster.step.tree import Statistics, TreeNode, add_statistics, tree_of
 from pscluster.task import Task
 from psworker.live_buffers import preserved_buffers
 from psworker.trainer.data.batches import EvalBatches

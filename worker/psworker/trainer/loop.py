@@ -10,8 +10,7 @@ import torch
 from pscluster.errors import TaskError
 from pscluster.job.spec import JobSpec
 from pscluster.step.codec import DTYPES
-from pscluster.step.summary import Statistics, Summary, add_statistics, touched_bits
-from pscluster.step.tree import TreeNode, tree_of
+from pscluster.step.tree import Statistics, Summary, TreeNode, add_statistics, touched_bits, tree_of
 from pscluster.task import Task
 from pscluster.wire.protocol import Outcome
 from psworker.numerics import precision

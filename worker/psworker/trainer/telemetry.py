@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-from pscluster.phases import Phases
+from pscluster.agent.link import Phases
 from pscluster.v1.plan_pb2 import Counters, Speed
 
 PHASES = ("data", "pull", "forward", "backward", "push", "wait", "evaluate")

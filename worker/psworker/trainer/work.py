@@ -7,7 +7,7 @@ import threading
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
-from pscluster.step.summary import Statistics
+from pscluster.step.tree import Statistics
 from pscluster.v1.plan_pb2 import Plan, ProcessSpec
 from pscluster.wire.frame import FrameKind, Header, job_number
 from pscluster.wire.protocol import Channel, Directive, Hello

@@ -36,9 +36,8 @@ class Saving:
         self._frozen: list[Frozen] = []  # what may still be written from the partition's memory
         self._start = start
         self._post = post
+        self._spec = spec
         self._partition = start.rank
-        self._num_partitions = spec.servers.partitions
-        self._every_steps = spec.durability.every_steps
         self._counters = counters
         self._carry_out = carry_out
 
@@ -46,12 +45,12 @@ class Saving:
         """This process is the partition from now on: unfinished files of earlier ones are deleted."""
         if self.writer is None:
             own = self._start.own_store
-            shared_store_check = None if own else SharedStoreCheck(self._partition, self._num_partitions)
+            shared_store_check = None if own else SharedStoreCheck(self._partition, self._spec.servers.partitions)
             self.writer = SnapshotWriter(
                 self._start.store,
                 self._partition,
                 self._post,
-                every_steps=self._every_steps,
+                every_steps=self._spec.durability.every_steps,
                 copied=own,
                 shared_store_check=shared_store_check,
                 warn=self._warn,
@@ -59,7 +58,7 @@ class Saving:
 
     def write(self, state: PartitionState, step: int, generation: int, *, last: bool) -> None:
         """Have the state, which is that of committed `step`, written. `last`: the job may end with it."""
-        meta = state.meta(self._start.job_id, step, generation, self._partition, self._num_partitions)
+        meta = state.meta(self._start.job_id, step, generation, self._partition, self._spec.servers.partitions)
         with self._counters.phase("snapshot"):
             pieces = Frozen(state.places())
         self._frozen = [*(frozen for frozen in self._frozen if not frozen.is_over), pieces]
@@ -76,7 +75,6 @@ class Saving:
                     frozen.preserve(bucket)
 
     def overwriting_all(self) -> None:
-        """Everything is about to change."""
         for frozen in self._frozen:
             frozen.preserve_all()
 
@@ -86,12 +84,10 @@ class Saving:
             self.writer.retain(kept)
 
     def settled(self, path: str) -> None:
-        """A part is on a second node, or never will be."""
         if self.writer is not None:
             self.writer.settled(path)
 
     def close(self) -> None:
-        """Finish the snapshots that are begun."""
         if self.writer is not None:
             self.writer.close()
 
@@ -119,9 +115,7 @@ class Saving:
         self._carry_out([ReportSteps(), Report(report)])
 
 
-RESTORE_PATIENCE_S = 100.0
-"""How long a process retries to read its store. Then it ends and is replaced; with the losses that a placement may
-have, a job so waits for more than ten minutes."""
+RESTORE_PATIENCE_S = 100.0  # then the process is replaced: with all losses it may have, a job waits ten minutes
 RESTORE_RETRY_S = 2.0
 
 
@@ -136,10 +130,8 @@ class Restoring:
         self._since_s = 0.0
 
     def restore(self, state: PartitionState, plan: Plan, num_partitions: int) -> None:
-        """Make the state that of the plan's resume step: this partition's part of that snapshot; nothing at step 0.
-
-        Raises DamagedError, which names the snapshot: the master falls back to an older one. Raises StorageError when
-        the store cannot be read; see `wait`."""
+        """Make the state that of the plan's resume step; nothing at step 0. Raises DamagedError, which names the
+        snapshot: the master falls back to an older one; StorageError when the store cannot be read, see `wait`."""
         if plan.resume_step:
             partition = self._start.rank
             part = next(part for part in plan.restore.parts if part.partition == partition)
@@ -171,15 +163,12 @@ class Restoring:
 # ---- what a snapshot is written from ----
 
 
-CHUNK_BYTES = 4 << 20
-"""The unit of a write, repeated when the memory was overwritten during it."""
+CHUNK_BYTES = 4 << 20  # the unit of a write, repeated when the memory was overwritten during it
 
 
 class Frozen:
     """Made, and warned of what is about to change, by the partition's thread; read by the one that writes (`Pieces`).
-
-    Neither waits for the other longer than a copy takes, however slow the disk is. `places`: the memory of every piece,
-    which the partition goes on updating."""
+    Neither waits for the other longer than a copy takes. `places`: the memory, which the partition goes on updating."""
 
     def __init__(self, places: Mapping[PieceKey, memoryview]) -> None:
         self._lock = threading.Lock()
@@ -189,7 +178,6 @@ class Frozen:
 
     @property
     def is_over(self) -> bool:
-        """Nothing of it is needed any more."""
         return not self._sources
 
     # ---- the partition's thread ----
@@ -202,7 +190,6 @@ class Frozen:
                 self._sources[key] = _copied(self._sources[key])
 
     def preserve_all(self) -> None:
-        """Everything is about to be overwritten."""
         for bucket in sorted({bucket for bucket, _ in self._sizes}):
             self.preserve(bucket)
 

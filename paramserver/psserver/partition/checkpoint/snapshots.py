@@ -84,13 +84,12 @@ class SnapshotWriter:
         self._begin()
 
     def _begin(self) -> None:
-        """Work in the background from now on."""
         self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
         self._thread.start()
 
     def write(self, meta: PartMeta, layout: Layout, pieces: Pieces, done: Done, *, last: bool = False) -> None:
-        """Write a part as soon as the store is free; `done` gets what was written, or the error. The pieces are ended
-        then. `last`: no other may take its place."""
+        """Write a part as soon as the store is free; the pieces are ended then, and `done` gets what was written, or
+        the error. `last`: no other may take its place."""
         rank = (meta.generation, last, roundness(meta.step, self._every_steps), meta.step)
         request = SnapshotRequest(meta=meta, layout=layout, pieces=pieces, done=done, rank=rank)
         with self._changed:
@@ -214,8 +213,7 @@ def _left_out(step: int, other: int) -> StorageError:
     )
 
 
-SHARING_PATIENCE_S = 90.0
-"""How long another's files may be missing: network file systems show new ones late, by default up to a minute."""
+SHARING_PATIENCE_S = 90.0  # network file systems show another's new files late, by default up to a minute
 
 
 class SharedStoreCheck:

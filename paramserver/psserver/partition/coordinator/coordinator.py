@@ -12,8 +12,7 @@ import numpy as np
 from pscluster.agent.status import detail_of
 from pscluster.errors import FrameError, NonFiniteError, TaskError
 from pscluster.job.spec import JobSpec
-from pscluster.step.summary import Statistics, Summary, add_statistics
-from pscluster.step.tree import TreeNode, tree_of
+from pscluster.step.tree import Statistics, Summary, TreeNode, add_statistics, tree_of
 from pscluster.v1.plan_pb2 import Evaluated, Failure, Finished, Plan, ProcessReport, Progress, StepRecord
 from pscluster.wire.partition_protocol import CommitDecision, DecisionKind, Evaluation, Vote
 from pscluster.wire.protocol import Action as Activity
@@ -27,10 +26,6 @@ from psserver.partition.step.optimizer import learning_rate
 from psserver.partition.step.sums import Entry, Sums
 
 REPORT_INTERVAL_S = 1.0
-
-
-def _statistics_sums(num_shards: int) -> Sums[Statistics]:
-    return Sums(tree_of(num_shards), lambda left, right, _: add_statistics(left, right))
 
 
 @dataclass(kw_only=True)
@@ -48,14 +43,11 @@ class Coordinator:
     merged: Statistics | None = None
     records: list[StepRecord] = field(default_factory=list)
     summaries: dict[int, Summary] = field(default_factory=dict)  # of the open step and the one before
-    _statistics: Sums[Statistics] = field(init=False)
+    _statistics: Sums[Statistics] | None = None
     _evaluating: int = -1  # the version that `_statistics` and `merged` are of
     _reported_step: int = -1
     _reported_at: float = -math.inf
     _is_over: bool = False
-
-    def __post_init__(self) -> None:
-        self._statistics = _statistics_sums(self.spec.train.num_shards)
 
     @classmethod
     def at(cls, spec: JobSpec, plan: Plan) -> Coordinator:
@@ -157,7 +149,7 @@ class Coordinator:
 
     def statistics(self, step: int, node: TreeNode, value: Statistics) -> list[Action]:
         """A node of the evaluation at `step`. A duplicate, or one of another evaluation, changes nothing."""
-        if not self._takes_evaluation(step) or self.merged is not None:
+        if not self._takes_evaluation(step) or self.merged is not None or self._statistics is None:
             return []
         try:
             self._statistics.offer(node, Entry(value))
@@ -172,10 +164,7 @@ class Coordinator:
         return self.send_merged()
 
     def _takes_evaluation(self, step: int) -> bool:
-        """Whether a part of the evaluation at `step` counts.
-
-        A pause in the middle keeps what has arrived, and more counts meanwhile: trainers compute no shard of an
-        evaluation twice."""
+        """Whether a part of the evaluation at `step` counts; also during a pause: no shard is computed twice."""
         is_open = self._evaluating == step == self.version and self.evaluated != step
         return is_open and self.activity in ("evaluate", "hold") and not self._is_over
 
@@ -257,7 +246,8 @@ class Coordinator:
         )
         if activity == "evaluate" and self._evaluating != self.version:
             self._evaluating, self.merged = self.version, None
-            self._statistics = _statistics_sums(self.spec.train.num_shards)
+            tree = tree_of(self.spec.train.num_shards)
+            self._statistics = Sums(tree, lambda left, right, _: add_statistics(left, right))
         self.activity = activity
         found: list[Action] = [actions.BroadcastDirective(self.directive)]
         if activity == "hold":
@@ -319,10 +309,8 @@ def snapshots_at(version: int, spec: JobSpec, final_step: int) -> bool:
 def next_activity(
     version: int, spec: JobSpec, final_step: int, *, evaluated: int, saved: int, stop: bool, save: bool = False
 ) -> Activity:
-    """What comes at `version`, of which `evaluated` and `saved` are the newest evaluated and written ones.
-
-    A stop takes effect at a version that is written, and so does a rest (`save`); the vote on the next step sees to it
-    that there is one."""
+    """What comes at `version`; `evaluated` and `saved` are the newest evaluated and written ones. A stop and a rest
+    (`save`) take effect at a version that is written; the decision on the next step sees to it that there is one."""
     if (stop or save) and saved == version and version < final_step:
         return "finish" if stop else "hold"
     if evaluates_at(version, spec, final_step) and evaluated != version:

@@ -75,11 +75,8 @@ class Clients:
             connection.close()
 
     def acknowledge(self, client: Client, header: Header, result: AckResult, open_bucket: int) -> None:
-        """Acknowledge a frame, with how much the trainer may send.
-
-        A frame in shared memory needs no answer: nothing waits for it, and its lane says when it is free.
-        When a PUSH opened another bucket, trainers that may have used up their credit are sent it: they wait for that.
-        """
+        """Acknowledge a frame, with how much the trainer may send. One in shared memory needs no answer: its lane says
+        when it is free. When a PUSH opened another bucket, trainers that may be out of credit wait for that."""
         if not header.flags & IN_MEMORY:
             self._send_ack(client, header, result, open_bucket)
         if header.kind is FrameKind.PUSH and open_bucket != self._open_bucket:

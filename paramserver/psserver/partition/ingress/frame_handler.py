@@ -9,7 +9,7 @@ import torch
 
 from pscluster.errors import AuthError, FrameError, PsError
 from pscluster.step.codec import BufferNode, as_bytes
-from pscluster.step.summary import Summary, summary_bytes
+from pscluster.step.tree import Summary, summary_bytes
 from pscluster.wire.connection import Connection
 from pscluster.wire.frame import (
     IN_MEMORY,

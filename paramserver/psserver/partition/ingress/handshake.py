@@ -43,10 +43,9 @@ def shake_hands(partition: Partition, client: Client, header: Header, hello: Hel
 
 
 def _fits_plan(partition: Partition, client: Client, plan: Plan, header: Header, hello: Hello) -> bool:
-    """Whether the caller is the process that the plan names, and this process is the one that the caller wants.
-
-    A standby accepts its primary alone, and a partition rejects every process that the plan replaced, such as a primary
-    that was stopped and resumed. A caller with a newer plan dials again."""
+    """Whether the caller is the process that the plan names, and this process the one that the caller wants. A standby
+    accepts its primary alone, a partition rejects every process that the plan replaced, such as a primary that was
+    stopped and resumed. A caller with a newer plan dials again."""
     channel = hello.channel
     if channel in ("push", "pull"):
         return partition.standby is None

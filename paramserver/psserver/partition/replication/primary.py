@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pscluster.errors import PsError
 from pscluster.step.codec import BufferNode, as_bytes
 from pscluster.step.layout import WORD_BYTES
-from pscluster.step.summary import Summary
+from pscluster.step.tree import Summary
 from pscluster.v1.plan_pb2 import Plan, ProcessReport, StandbyState
 from pscluster.wire.connection import Connection
 from pscluster.wire.dialer import ReconnectingConnection

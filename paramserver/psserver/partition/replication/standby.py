@@ -1,7 +1,7 @@
 """A standby: it serves no trainers, but receives the state and the sums of its primary.
 
-The sums arrive as PUSHes of the trees' roots, through the gate like any others; a complete step is acknowledged where
-a partition would vote, and the decision is carried out by the same code. So it holds the same bits at every step."""
+The sums arrive as PUSHes of the trees' roots, through the gate; a complete step is acknowledged where a partition would
+vote, and the same code carries out the decision. So it holds the same bits at every step."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Vote and commit: how a step happens in every partition or in none, as pure state machines.
 
 A partition votes once all its buckets are complete; the coordinator, holding a vote from every partition, decides and
-sends the decision to all. Votes are pure functions of the step, so a vote may be repeated at will: each member keeps
-its last vote, the coordinator its last decision, and both are sent again when a generation begins or a connection is
-made again. Votes of another generation are dropped."""
+sends the decision to all. Votes are pure functions of the step and may be repeated: each member keeps its last vote,
+the coordinator its last decision, and both are sent again with a new generation or connection. Votes of another
+generation are dropped."""
 
 from __future__ import annotations
 
@@ -75,11 +75,6 @@ def coordinator_learns(
         return coordinator, None
     decision = replace(decision, generation=coordinator.generation)
     return replace(coordinator, step=coordinator.step + 1, votes={}, last=decision), decision
-
-
-def cast_vote(member: Member, vote: Vote) -> Member:
-    """The partition's buckets are complete: it votes."""
-    return replace(member, vote=vote)
 
 
 def member_adopts(member: Member, generation: int) -> Member:

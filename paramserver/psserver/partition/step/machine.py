@@ -7,6 +7,8 @@ open_next, apply  -> ApplyBucket, bucket by bucket; after the last one:
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from psserver.partition import actions
 from psserver.partition.actions import Action
 from psserver.partition.step import commit
@@ -60,7 +62,7 @@ class StepMachine:
         vote = Vote(
             generation=member.generation, step=member.step, partition=self._partition, squares=squares, finite=finite
         )
-        self.member = commit.cast_vote(member, vote)
+        self.member = replace(member, vote=vote)
         return self.vote_again()
 
     def vote_again(self) -> list[Action]:

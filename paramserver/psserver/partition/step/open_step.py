@@ -12,8 +12,7 @@ import torch
 from pscluster.job.spec import JobSpec
 from pscluster.step.codec import DTYPES, BufferNode
 from pscluster.step.layout import Span
-from pscluster.step.summary import Summary
-from pscluster.step.tree import Tree, TreeNode, tree_of
+from pscluster.step.tree import Summary, Tree, TreeNode, tree_of
 from pscluster.wire.frame import SUMMARY
 from psserver.partition.step.commit import CommitDecision
 from psserver.partition.step.optimizer import Run, learning_rate, runs, update_span

@@ -5,6 +5,7 @@ depend on where it starts. Tensors that are neighbours and share decay and age g
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +13,15 @@ from dataclasses import dataclass
 import torch
 
 from pscluster.job.spec import OptimizerSection, ScheduleSection
-from pscluster.step.layout import Layout, Span, padded
+from pscluster.step.layout import BLOCK_WORDS, Layout, Span, padded
+from psserver.partition.step.sums import block_squares
 
 CHUNK_WORDS = 128 * 1024
+_CANARY = (
+    OptimizerSection(name="adamw", weight_decay=0.1),
+    OptimizerSection(name="adam", weight_decay=0.1),
+    OptimizerSection(name="sgd", momentum=0.9, nesterov=True, weight_decay=0.1),
+)
 
 
 @dataclass(frozen=True)
@@ -146,3 +153,23 @@ def learning_rate(base: float, schedule: ScheduleSection, step: int, final_step:
     progress = min(1.0, (step - schedule.warmup_steps) / length)
     floor = schedule.final_ratio
     return base * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def numerics_class() -> tuple[str, str]:
+    """(hex digest, what usually makes it differ): every optimizer's kernels, the norm's, over two updates."""
+    digest = hashlib.sha256()
+    num_words = BLOCK_WORDS + 16 * 7
+    ramp = torch.arange(num_words, dtype=torch.float32)
+    for optimizer in _CANARY:
+        values = torch.sin(ramp)
+        moments = [torch.zeros(num_words) for _ in range(moments_of(optimizer))]
+        for update_count in range(2):
+            gradient = torch.cos(ramp * (update_count + 1)) * 0.1
+            for block, square in block_squares(gradient, 0).items():
+                digest.update(f"{block}:{square.hex()}".encode())
+            run_list = [Run(0, num_words, update_count, decay=True)]
+            update_span(optimizer, run_list, values, gradient, moments, scale=0.37, lr=1e-2)
+        for tensor in (values, *moments):
+            digest.update(tensor.numpy().data)
+    detail = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
+    return digest.hexdigest(), detail

@@ -1,9 +1,8 @@
 """The gate and the sums of one step: which gradients count, and the memory behind them.
 
-Per bucket of the open step a partition holds a set of disjoint nodes of the gradient tree. An arriving node whose
-self or ancestor is held is a duplicate. Otherwise it replaces the descendants that it covers, and siblings combine.
-Hence any worker may compute any shard at any time and as often as it likes: what is in the root was added once, in
-the tree's order."""
+Per bucket a partition holds disjoint nodes of the gradient tree. An arriving node whose self or ancestor is held is a
+duplicate. Otherwise it replaces the descendants that it covers, and siblings combine. Hence any worker may compute any
+shard, as often as it likes: what is in the root was added once, in the tree's order."""
 
 from __future__ import annotations
 

@@ -14,8 +14,7 @@ import torch
 from pscluster.job.spec import JobSpec
 from pscluster.step.codec import DTYPES, as_bytes
 from pscluster.step.layout import Layout, Span
-from pscluster.step.summary import Statistics, Summary
-from pscluster.step.tree import TreeNode
+from pscluster.step.tree import Statistics, Summary, TreeNode
 from pscluster.wire.frame import SUMMARY, UNCHANGED, Buffer, Codec, FrameKind, Header
 from pscluster.wire.protocol import Outcome, pack_statistics, pack_weight
 from pscluster.wire.reactor import Reactor
