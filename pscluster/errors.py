@@ -15,6 +15,7 @@
     |   |-- NonFiniteError     PS-2005  NaN or infinity in loss or gradient
     |   |-- PreflightError     PS-2006  failed checks: one table of what is wrong on which node
     |   |-- ImpureError        PS-2007  reading a sample or computing a microbatch twice gives two results
+    |   |-- ModelChangedError  PS-2008  a model that is no longer the one that was laid out
     |   `-- TaskExitError      PS-2009  user code ends its process: os._exit, a fatal signal twice at one place
     |-- PeerError            the peer is at fault or unreachable: it must act, or recover
     |   |-- UnreachableError   PS-3001  nobody answers (no cluster, master down)
@@ -165,6 +166,11 @@ class ImpureError(TaskError):
     details["differs"] its name."""
 
     code = "PS-2007"
+
+
+class ModelChangedError(TaskError):
+    code = "PS-2008"
+    default_action = "build the model as it is to be in build_model, and do not change its structure while it trains"
 
 
 class TaskExitError(TaskError):

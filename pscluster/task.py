@@ -64,10 +64,11 @@ class Task:
     loss_adds_up: bool = True
 
     def build_model(self) -> nn.Module:
-        """The model, on the CPU, freshly initialised. torch is seeded beforehand; float32 parameters.
+        """The model, on the CPU, freshly initialised. torch is seeded beforehand; what trains is float32.
 
         Every trainer builds one and compares its names and shapes with the others'; the values of one of
-        them become step 0.
+        them become step 0. Lazy modules get their shapes from the first batch. From then on the model keeps its
+        modules, parameters and what of them trains; the spec's train.unfreeze_at thaws parameters at a step.
         """
         raise NotImplementedError(f"{type(self).__name__} must define build_model()")
 

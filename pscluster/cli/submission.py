@@ -196,6 +196,8 @@ def calculate(spec: JobSpec, bundle: Bundle | None, *, evaluates: bool = True) -
         "workers": [_split(train.num_shards, workers) for workers in _worker_counts(spec)],
         "snapshot_every_steps": spec.durability.every_steps,
         "snapshots": steps // spec.durability.every_steps if steps is not None else None,
+        "freeze": list(train.freeze),
+        "unfreeze_at": dict(train.unfreeze_at),
         "evaluates": evaluates,
         "evaluate_every_steps": spec.evaluate.every_steps,
         "bundle": bundle and {"files": len(bundle.files), "size_bytes": len(bundle.data), "sha256": bundle.sha256},
@@ -232,6 +234,7 @@ def text(found: dict[str, Any]) -> str:
         + (", each with a standby on another server" if found["standbys"] else "")
         + "; snapshots every "
         f"{found['snapshot_every_steps']} steps" + (f" ({found['snapshots']})" if found["snapshots"] else ""),
+        *_freezing(found),
         _evaluation(found),
         _code(found["bundle"]),
         "",
@@ -253,6 +256,12 @@ def _length(found: dict[str, Any]) -> str:
         + (", whichever ends first" if len(parts) > 1 else "")
         + (f"; each epoch leaves out what does not fill a microbatch, at most {left_out} samples" if left_out else "")
     )
+
+
+def _freezing(found: dict[str, Any]) -> list[str]:
+    """What the spec freezes; the parameters are counted where the model is built, in `describe`'s checks."""
+    parts = [f"{glob} until step {step}" for glob, step in found["unfreeze_at"].items()]
+    return ["frozen: " + ", ".join([*found["freeze"], *parts])] if found["freeze"] or parts else []
 
 
 def _evaluation(found: dict[str, Any]) -> str:

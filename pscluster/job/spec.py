@@ -101,7 +101,8 @@ class TrainSection(_Section):
     """`max_steps` or `epochs` defines when training ends; with both, whichever comes first.
 
     `autocast`: forward and backward run under torch.autocast in that type; parameters stay float32. `compile`: the
-    model goes through torch.compile."""
+    model goes through torch.compile. `freeze`: globs of parameter names that do not train; `unfreeze_at`: globs of
+    those that train from a step on, with the number of steps that are made without them."""
 
     mode: Literal["sync"] = "sync"
     numerics: Literal["auto", "strict", "mixed"] = "auto"
@@ -115,6 +116,8 @@ class TrainSection(_Section):
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     autocast: Literal["bf16"] | None = None
     compile: bool = False
+    freeze: tuple[str, ...] = ()
+    unfreeze_at: dict[str, Annotated[int, Field(ge=0, strict=True)]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _divisible(self) -> TrainSection:

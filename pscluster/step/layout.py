@@ -6,7 +6,8 @@ how a step treats it:
     trained    parameters (fp32): gradients are summed in the tree, the optimizer updates them
     averaged   floating-point buffers (fp32): the tree sums weight * value, the commit divides by the weight
     carried    integer and boolean buffers (raw bytes): shard 0's value is committed
-    frozen     parameters without gradient and buffers that a step must not change (raw bytes)
+    frozen     parameters without gradient and buffers that a step must not change: floating-point ones that are not
+               fp32, complex and sparse ones (raw bytes)
 
 A bucket is cut into blocks of 32 Ki words, the unit of norms, and the blocks are assigned to the partitions in even
 runs. Every trainer and partition computes the same layout from the same model; `sha256` compares them.
@@ -20,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import prod
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from pscluster.errors import LayoutError
 
@@ -34,13 +35,44 @@ CODEC_BYTES: dict[Codec, int] = {"fp32": 4, "bf16": 2}  # of one word of a train
 BucketKind = Literal["trained", "averaged", "carried", "frozen"]
 KINDS: tuple[BucketKind, ...] = ("trained", "averaged", "carried", "frozen")
 ITEM_BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2}
-ITEM_BYTES |= {"int8": 1, "uint8": 1, "bool": 1}
+ITEM_BYTES |= {"int8": 1, "uint8": 1, "bool": 1, "uint16": 2, "uint32": 4, "uint64": 8}
+ITEM_BYTES |= {"complex32": 4, "complex64": 8, "complex128": 16, "float8_e4m3fn": 1, "float8_e4m3fnuz": 1}
+ITEM_BYTES |= {"float8_e5m2": 1, "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1}
+
+Form = Literal["", "channels_last", "channels_last_3d", "coo", "coo_uncoalesced", "csr", "csc", "bsr", "bsc"]
+FORMS: tuple[Form, ...] = get_args(Form)  # the sparse ones from the fourth on
+_DIMENSIONS = {"channels_last": 4, "channels_last_3d": 5}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One dense tensor, in C order, of those that a sparse one consists of."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_words(self) -> int:
+        return _words_for(prod(self.shape) * ITEM_BYTES[self.dtype])
+
+
+def padded(num_words: int) -> int:
+    """The words that a tensor of `num_words` fills, with the padding behind it."""
+    return -(-num_words // PAD_WORDS) * PAD_WORDS
+
+
+def _words_for(size_bytes: int) -> int:
+    return -(-size_bytes // WORD_BYTES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
     """One tensor of the model. `names`: its state-dict names, the canonical one first (tied weights have several).
-    `decay`: weight decay applies. `persistent`: part of the state dict. `dtype` is torch's name without "torch."."""
+
+    `decay`: weight decay applies. `persistent`: part of the state dict. `dtype` is torch's name without "torch.".
+    `form`: the order of its words: "" is C order, "channels_last" that memory format, the rest are sparse layouts,
+    whose dense `parts` follow one another, each padded.
+    """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
@@ -48,6 +80,8 @@ class TensorSpec:
     kind: BucketKind
     decay: bool = False
     persistent: bool = True
+    form: Form = ""
+    parts: tuple[Part, ...] = ()
 
     @property
     def name(self) -> str:
@@ -58,13 +92,19 @@ class TensorSpec:
         return prod(self.shape)
 
     @property
-    def size_bytes(self) -> int:
-        return self.num_elements * ITEM_BYTES[self.dtype]
-
-    @property
     def num_words(self) -> int:
         """4-byte words it fills, unpadded (the last may be partly used)."""
-        return -(-self.size_bytes // WORD_BYTES)
+        if self.parts:
+            return sum(padded(part.num_words) for part in self.parts)
+        return _words_for(self.num_elements * ITEM_BYTES[self.dtype])
+
+    def to_dict(self) -> dict[str, object]:
+        """As plain data, without what only some tensors have: the layouts of all others stay the same bytes."""
+        fields = asdict(self)
+        for name in ("form", "parts"):
+            if not fields[name]:
+                del fields[name]
+        return fields
 
 
 @dataclass(frozen=True)
@@ -162,7 +202,7 @@ class Layout:
     @cached_property
     def _json(self) -> bytes:
         """Cached, since every snapshot begins with it."""
-        tensors = [asdict(tensor) for tensor in self.tensors]
+        tensors = [tensor.to_dict() for tensor in self.tensors]
         return json.dumps({"format": 1, "tensors": tensors}, sort_keys=True, separators=(",", ":")).encode()
 
     @property
@@ -188,7 +228,7 @@ def _fill(tensors: Sequence[TensorSpec], members: Sequence[int]) -> list[tuple[t
     offset = 0
     for number in members:
         placed.append(Placed(number, offset))
-        offset += -(-tensors[number].num_words // PAD_WORDS) * PAD_WORDS
+        offset += padded(tensors[number].num_words)
         if offset >= BUCKET_WORDS:
             filled.append((tuple(placed), offset))
             placed, offset = [], 0
@@ -204,11 +244,25 @@ def _tensor_from(entry: dict[str, object]) -> TensorSpec:
         if not isinstance(value, list) or any(type(item) is not of for item in value):
             raise TypeError(f"{key} is no list of {of.__name__}")
         fields[key] = tuple(value)
+    fields["parts"] = tuple(_part_from(part) for part in fields.get("parts", ()))  # type: ignore[attr-defined]
     spec = TensorSpec(**fields)  # type: ignore[arg-type]  # a wrong key raises TypeError, which the caller reports
     known = spec.names and spec.kind in KINDS and spec.dtype in ITEM_BYTES and all(n >= 0 for n in spec.shape)
     if not known or type(spec.decay) is not bool or type(spec.persistent) is not bool:
         raise ValueError(f"tensor {spec.names} is not of a known kind, dtype or shape")
+    if spec.kind in ("trained", "averaged") and spec.dtype != "float32":
+        raise ValueError(f"tensor {spec.names} of kind {spec.kind} is {spec.dtype}")
+    if spec.form not in FORMS or len(spec.shape) != _DIMENSIONS.get(spec.form, len(spec.shape)):
+        raise ValueError(f"tensor {spec.names} is not of a known form")
+    if bool(spec.parts) != (spec.form in FORMS[3:]):
+        raise ValueError(f"tensor {spec.names} has {len(spec.parts)} parts")
     return spec
+
+
+def _part_from(entry: object) -> Part:
+    part = Part(**{**entry, "shape": tuple(entry["shape"])}) if isinstance(entry, dict) else None
+    if part is None or part.dtype not in ITEM_BYTES or any(type(n) is not int or n < 0 for n in part.shape):
+        raise TypeError(f"{entry!r:.80} is no part of a tensor")
+    return part
 
 
 class NamedBytes(NamedTuple):

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ def train_plainly(spec_data: Mapping[str, Any]) -> Plain:
     optimizer, schedule = _optimizer(model, spec, final_step)
     plain = Plain(model, "")
     for step in range(final_step):
+        _freeze(model, spec, step)
         committed = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with _pulled(model, spec.network.pull_codec):
             leaves = [_microbatch(spec, task, model, batches, step, d, committed) for d in range(spec.train.num_shards)]
@@ -76,6 +78,14 @@ def train_plainly(spec_data: Mapping[str, Any]) -> Plain:
             plain.evaluations[step + 1] = evaluate(task, model, held_out_batches, "cpu")
     plain.digest = parameters_sha256(named_bytes(dict(model.state_dict())))
     return plain
+
+
+def _freeze(model: nn.Module, spec: JobSpec, step: int) -> None:
+    """Parameters that the spec freezes require no gradient, until their step if they have one."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        steps = [at for glob, at in spec.train.unfreeze_at.items() if fnmatchcase(name, glob)]
+        if steps or any(fnmatchcase(name, glob) for glob in spec.train.freeze):
+            parameter.requires_grad_(bool(steps) and step >= min(steps))
 
 
 @contextmanager
@@ -159,7 +169,10 @@ def _optimizer(model: nn.Module, spec: JobSpec, final_step: int) -> tuple[torch.
     options = spec.train.optimizer
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [p for p in model.parameters() if p.ndim < 2],
+            "weight_decay": options.weight_decay if options.decay_norms_and_biases else 0.0,
+        },
     ]
     kinds: dict[str, Callable[[], torch.optim.Optimizer]] = {
         "adamw": lambda: torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True),

@@ -1,31 +1,25 @@
 """A trainer's replica of the model: the module's tensors bound to flat bucket memory that values land in.
 
-Parameters are views of their bucket, so that receiving a bucket sets them. Buffers stay the module's own; the
-committed ones lie in their bucket and are copied in before each microbatch, since every shard starts from them."""
+Parameters are views of their bucket, so that receiving a bucket sets them. Buffers stay the module's own: see
+`live_buffers`."""
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
 from pscluster.errors import LayoutError
 from pscluster.job.spec import OptimizerSection
-from pscluster.step.layout import (
-    ITEM_BYTES,
-    WORD_BYTES,
-    BucketKind,
-    Layout,
-    NamedBytes,
-    Span,
-    TensorSpec,
-    parameters_sha256,
-)
+from pscluster.step.layout import WORD_BYTES, Layout, NamedBytes, Span, parameters_sha256
 from pscluster.wire.memory import Arena, Segment, page_offsets
+from psworker.live_buffers import LiveBuffers
+from psworker.model_tensors import Found, UnfreezeAt, find_tensors, trains_from
 from psworker.staging import Staging
+from psworker.tensor_words import dense_parts, dtype_of, part_views, tensor_view
+
+NEVER: UnfreezeAt = {}
 
 
 class BucketMemory:
@@ -76,22 +70,16 @@ class BucketMemory:
         return self._offsets[span.bucket] + span.start * WORD_BYTES
 
 
-@dataclass(frozen=True)
-class _Found:
-    """One tensor of a module under its first name; `owner._buffers[leaf]` is the live one of a buffer."""
+def layout_of(model: nn.Module, optimizer: OptimizerSection, unfreeze_at: UnfreezeAt = NEVER) -> Layout:
+    """The layout of a model, in the order in which its modules register their tensors. A parameter that `unfreeze_at`
+    matches is trained, whatever its `requires_grad` is now.
 
-    spec: TensorSpec
-    owner: nn.Module
-    leaf: str
-    is_parameter: bool
+    Raises LayoutError naming the tensor for what cannot be trained exactly: a trainable parameter that is not float32,
+    a tensor without values or with memory that others share in part, a model without trainable parameters."""
+    return _layout(find_tensors(model, optimizer, unfreeze_at))
 
 
-def layout_of(model: nn.Module, optimizer: OptimizerSection) -> Layout:
-    """The layout of a model, in the order in which its modules register their tensors.
-
-    Raises LayoutError naming the tensor for what cannot be trained exactly: a trainable parameter or averaged buffer
-    that is not float32, an uninitialised or complex tensor, a model without trainable parameters."""
-    found = _find(model, optimizer)
+def _layout(found: Sequence[Found]) -> Layout:
     if not any(f.spec.kind == "trained" for f in found):
         raise LayoutError("the model has no trainable parameter", action="return a model with requires_grad parameters")
     return Layout(tuple(f.spec for f in found))
@@ -102,13 +90,22 @@ class Replica:
 
     In host memory it is the bucket's part of `memory`, else a copy of it, which `load_bucket` makes.
     Whoever fills the flats of trained and frozen buckets sets the module's parameters. Autograd does
-    not notice what is written there while a forward or backward runs: its result must then be dropped."""
+    not notice what is written there while a forward or backward runs: its result must then be dropped.
 
-    def __init__(self, model: nn.Module, optimizer: OptimizerSection, staging: Staging | None = None) -> None:
+    `parameters`: every trained Parameter, with the number of its tensor; several may have the same one. `thaws`: those
+    that train from a later step on; they require grad until `model_watch` says otherwise."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: OptimizerSection,
+        staging: Staging | None = None,
+        unfreeze_at: UnfreezeAt = NEVER,
+    ) -> None:
         self.model = model
         self._staging = staging or Staging()
-        self._found = _find(model, optimizer)
-        self.layout = layout_of(model, optimizer)
+        self.found = find_tensors(model, optimizer, unfreeze_at)
+        self.layout = _layout(self.found)
         self.memory = BucketMemory(self.layout, windows=self._staging.is_host)
         self.flats = self.memory.flats
         self.device = str(next(model.parameters()).device)
@@ -116,72 +113,55 @@ class Replica:
             self.flats = [flat.to(self.device) for flat in self.memory.flats]
             for flat in self.memory.flats:
                 self._staging.pin(flat)
-        self.parameters: dict[int, nn.Parameter] = {}
-        for number, found in enumerate(self._found):
-            view = tensor_view(self.layout, self.flats, number)
-            with torch.no_grad():
-                view.copy_(_live(found))
-                if not self._staging.is_host:
-                    tensor_view(self.layout, self.memory.flats, number).copy_(view)
+        self.parameters: dict[nn.Parameter, int] = {}
+        self.thaws: dict[nn.Parameter, int] = {}
+        for number, found in enumerate(self.found):
+            self._fill(number, found)
             if found.is_parameter:
-                parameter = found.owner._parameters[found.leaf]
-                assert parameter is not None
-                parameter.data = view
-                if found.spec.kind == "trained":
-                    self.parameters[number] = parameter
+                self._bind(number, found, unfreeze_at)
+        self.buffers = LiveBuffers(model, self.layout, self.found, self.flats)
+
+    def _fill(self, number: int, found: Found) -> None:
+        """Copy the tensor's value into its bucket."""
+        with torch.no_grad():
+            for part, view in zip(
+                dense_parts(found.tensors[0]), part_views(self.layout, self.flats, number), strict=True
+            ):
+                view.copy_(part)
+            if not self._staging.is_host:
+                views = part_views(self.layout, self.memory.flats, number)
+                for part, view in zip(dense_parts(found.tensors[0]), views, strict=True):
+                    view.copy_(part)
+
+    def _bind(self, number: int, found: Found, unfreeze_at: UnfreezeAt) -> None:
+        """Make the parameters that are this tensor views of its bucket."""
+        view, step = tensor_view(self.layout, self.flats, number), trains_from(found.spec.names, unfreeze_at)
+        for parameter in found.tensors:
+            assert isinstance(parameter, nn.Parameter)
+            parameter.data = view
+            if step is not None:
+                parameter.requires_grad_(True)
+                self.thaws[parameter] = step
+            if parameter.requires_grad:
+                self.parameters[parameter] = number
+
+    def trained_buckets(self) -> dict[int, int]:
+        """By id of a parameter: the bucket that holds it, if that is a trained one."""
+        place = self.layout.bucket_of
+        return {
+            id(tensor): place[number][0]
+            for number, found in enumerate(self.found)
+            if found.spec.kind == "trained" and number in place
+            for tensor in found.tensors
+        }
 
     def load_bucket(self, bucket: int) -> None:
         """Make what landed in a bucket of `memory` visible to the model."""
         self._staging.copy_in(self.memory.flats[bucket], self.flats[bucket])
 
-    def restore_buffers(self) -> None:
-        """Set every buffer of the module to its committed value."""
-        with torch.no_grad():
-            for number, found in self._buffers():
-                _live(found).copy_(tensor_view(self.layout, self.flats, number))
-
-    def touched_buffers(self) -> list[int]:
-        """The averaged buffers whose live value differs from the committed one, bit for bit."""
-        return [
-            number
-            for number, found in self._buffers()
-            if found.spec.kind == "averaged"
-            and not torch.equal(_live(found).detach(), tensor_view(self.layout, self.flats, number))
-        ]
-
-    def weighted_buffers(self, bucket: int, weight: float) -> torch.Tensor:
-        """A new fp32 tensor of an averaged bucket's words: each live buffer times `weight`, zeros between."""
-        return self._live_words(bucket, lambda live, words: torch.mul(live, weight, out=words))
-
-    def carried_words(self, bucket: int) -> torch.Tensor:
-        """A new int32 tensor of a carried bucket's words, from the live buffers."""
-        return self._live_words(bucket, lambda live, words: words.copy_(live))
-
-    def _live_words(self, bucket: int, write: Callable[[torch.Tensor, torch.Tensor], object]) -> torch.Tensor:
-        words = torch.zeros_like(self.flats[bucket])
-        flats = [*self.flats[:bucket], words, *self.flats[bucket + 1 :]]
-        for number, found in self._buffers():
-            if self.layout.bucket_of[number][0] == bucket:
-                write(_live(found).detach(), tensor_view(self.layout, flats, number))
-        return words
-
     def sha256(self) -> str:
         """Digest of the committed values of everything in the state dict."""
         return parameters_sha256(named_bytes(state_tensors(self.layout, self.flats)))
-
-    def _buffers(self) -> Iterator[tuple[int, _Found]]:
-        return ((n, f) for n, f in enumerate(self._found) if not f.is_parameter and f.spec.num_elements)
-
-
-def tensor_view(layout: Layout, flats: Sequence[torch.Tensor], number: int) -> torch.Tensor:
-    """Tensor `number` of the layout as a view, in its own dtype and shape, of its bucket's memory."""
-    spec = layout.tensors[number]
-    dtype = getattr(torch, spec.dtype)
-    if not spec.num_elements:
-        return torch.empty(spec.shape, dtype=dtype)
-    bucket, offset = layout.bucket_of[number]
-    words = flats[bucket][offset : offset + spec.num_words]
-    return words.view(dtype)[: spec.num_elements].view(spec.shape)
 
 
 Words = Sequence[bytearray] | Sequence[torch.Tensor]  # of each bucket: a snapshot's, or a replica's flats
@@ -207,7 +187,8 @@ def state_tensors(layout: Layout, words: Words) -> dict[str, torch.Tensor]:
 
 
 def load_words(model: nn.Module, layout: Layout, words: Sequence[bytearray]) -> None:
-    """Copy a snapshot's words into a module of the same layout, buffers that are not in the state dict included.
+    """Copy a snapshot's words into a module of the same layout, buffers that are not in the state dict included. A lazy
+    tensor gets its shape from the layout.
 
     Raises LayoutError when the module lacks a tensor or has it in another shape."""
     flats = _flats(layout, words)
@@ -215,79 +196,26 @@ def load_words(model: nn.Module, layout: Layout, words: Sequence[bytearray]) -> 
     with torch.no_grad():
         for number, spec in enumerate(layout.tensors):
             target = live.get(spec.name)
+            if isinstance(target, nn.UninitializedParameter | nn.UninitializedBuffer):
+                target.materialize(spec.shape, dtype=getattr(torch, spec.dtype))
             if target is None or tuple(target.shape) != spec.shape:
                 have = "nothing" if target is None else list(target.shape)
                 raise LayoutError(f"the snapshot's {spec.name} is {list(spec.shape)}; the model has {have}")
-            target.copy_(tensor_view(layout, flats, number))
+            mine, stored = dense_parts(target), part_views(layout, flats, number)
+            if [part.shape for part in mine] != [part.shape for part in stored]:
+                raise LayoutError(f"the snapshot's {spec.name} has other non-zero elements than the model's")
+            for part, value in zip(mine, stored, strict=True):
+                part.copy_(value)
 
 
 def named_bytes(tensors: dict[str, torch.Tensor]) -> Iterator[NamedBytes]:
     """The tensors of a state dict as the digest sees them."""
     for name, tensor in tensors.items():
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        yield NamedBytes(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), flat.numpy().data)
-
-
-def _live(found: _Found) -> torch.Tensor:
-    tensor = (found.owner._parameters if found.is_parameter else found.owner._buffers)[found.leaf]
-    if tensor is None or tuple(tensor.shape) != found.spec.shape:
-        raise LayoutError(
-            f"{found.spec.name} changed its shape from {list(found.spec.shape)} to "
-            f"{None if tensor is None else list(tensor.shape)}"
-        )
-    return tensor
-
-
-def _find(model: nn.Module, optimizer: OptimizerSection) -> list[_Found]:
-    """Every distinct tensor of the model with all its names, in registration order."""
-    names: dict[int, list[str]] = {}
-    first: dict[int, tuple[nn.Module, str, torch.Tensor, bool]] = {}
-    for name, owner, leaf, tensor, is_parameter in _walk(model):
-        names.setdefault(id(tensor), []).append(name)
-        first.setdefault(id(tensor), (owner, leaf, tensor, is_parameter))
-    persistent = set(model.state_dict(keep_vars=True))
-    return [
-        _Found(_spec(names[key], tensor, is_parameter, persistent, optimizer), owner, leaf, is_parameter)
-        for key, (owner, leaf, tensor, is_parameter) in first.items()
-    ]
-
-
-def _walk(model: nn.Module) -> Iterable[tuple[str, nn.Module, str, torch.Tensor, bool]]:
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for store, is_parameter in ((module._parameters, True), (module._buffers, False)):
-            for leaf, tensor in store.items():
-                if tensor is not None:
-                    yield (f"{prefix}.{leaf}" if prefix else leaf), module, leaf, tensor, is_parameter
-
-
-def _spec(
-    names: list[str], tensor: torch.Tensor, is_parameter: bool, persistent: set[str], optimizer: OptimizerSection
-) -> TensorSpec:
-    if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
-        raise LayoutError(
-            f"{names[0]} is lazy", action="run the model once in build_model, so that its shapes are known"
-        )
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    kind: BucketKind
-    if is_parameter:
-        kind = "trained" if tensor.requires_grad else "frozen"
-    else:
-        kind = "averaged" if tensor.is_floating_point() else "carried"
-    if dtype not in ITEM_BYTES or (kind in ("trained", "averaged") and dtype != "float32"):
-        raise LayoutError(
-            f"{names[0]} is {dtype}: trainable parameters and floating-point buffers must be float32",
-            action="build the model in float32; autocast may compute in a narrower type",
-        )
-    exempt = any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in optimizer.no_decay)
-    decay = kind == "trained" and not exempt and (tensor.ndim >= 2 or optimizer.decay_norms_and_biases)
-    return TensorSpec(
-        names=tuple(names),
-        shape=tuple(tensor.shape),
-        dtype=dtype,
-        kind=kind,
-        decay=decay,
-        persistent=any(name in persistent for name in names),
-    )
+        parts = [
+            part.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            for part in dense_parts(tensor)
+        ]
+        yield NamedBytes(name, dtype_of(tensor), tuple(tensor.shape), parts[0] if len(parts) == 1 else b"".join(parts))
 
 
 def _dtype(kind: str) -> torch.dtype:

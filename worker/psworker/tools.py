@@ -179,6 +179,10 @@ def _claim_stdout() -> IO[str]:
 # ---- trained weights as files ----
 
 
+_NOT_IN_SAFETENSORS = {torch.complex32, torch.complex128, torch.float8_e8m0fnu}
+_PTH = "export as pth, which has all of torch's"
+
+
 def write_weights(
     tensors: Mapping[str, Tensor], form: str, path: Path, facts: Mapping[str, str], *, aside: Path, force: bool = False
 ) -> int:
@@ -186,10 +190,16 @@ def write_weights(
 
     Written in the directory `aside`, synced and renamed: `path` is whole or as it was. What an error leaves aside is
     the caller's to remove. `facts` go into safetensors' metadata. Both forms load with `model.load_state_dict(...,
-    strict=True)`, and pth with weights_only=True. Blocks on the disk. Raises SpecError for an unknown form,
-    StorageError when the file cannot be written, and StateError when there is one already and not `force`."""
+    strict=True)`, and pth with weights_only=True. Blocks on the disk. Raises SpecError for an unknown form, or one that
+    has no such tensors, StorageError when the file cannot be written, and StateError when there is one already and not
+    `force`."""
     if form not in SUFFIXES:
         raise SpecError(f"no export format {form!r}; there are {', '.join(SUFFIXES)}")
+    strange = [name for name, tensor in tensors.items() if form == "safetensors" and not _has_safetensors(tensor)]
+    if strange:
+        raise SpecError(
+            f"safetensors has no {_kind_of(tensors[strange[0]])} tensors: {', '.join(strange)}", action=_PTH
+        )
     check_free(path, force=force)
     written = aside / path.name
     try:
@@ -221,11 +231,21 @@ def _private(tensors: Mapping[str, Tensor], *, tied: bool) -> dict[str, Tensor]:
     copies: dict[object, Tensor] = {}
     result = {}
     for name, tensor in tensors.items():
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype) if tied else name
+        dense = tensor.layout == torch.strided
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype) if tied and dense else name
         if key not in copies:
-            copies[key] = tensor.detach().clone().contiguous()
+            copy = tensor.detach().clone()
+            copies[key] = copy.contiguous() if dense else copy
         result[name] = copies[key]
     return result
+
+
+def _has_safetensors(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.dtype not in _NOT_IN_SAFETENSORS
+
+
+def _kind_of(tensor: Tensor) -> str:
+    return str(tensor.dtype if tensor.layout == torch.strided else tensor.layout).removeprefix("torch.")
 
 
 def _sync(path: Path) -> None:

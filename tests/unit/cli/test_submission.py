@@ -228,6 +228,14 @@ def test_dry_run_says_how_many_samples_an_epoch_may_leave_out(run_alone: Psctl, 
     assert json.loads(run_alone(*drop, "-o", "json").stdout)["left_out_at_most"] == 15
 
 
+def test_dry_run_says_what_is_frozen_until_when(run_alone: Psctl, own: Path) -> None:
+    changes = ["--set", "train.freeze=[embed.*, norm]", "--set", "train.unfreeze_at={'head.*': 30}"]
+    result = run_alone("submit", str(own), "--dry-run", *changes)
+    assert "frozen: embed.*, norm, head.* until step 30" in result.stdout.splitlines()
+    document = json.loads(run_alone("submit", str(own), "--dry-run", "-o", "json", *changes).stdout)
+    assert (document["freeze"], document["unfreeze_at"]) == (["embed.*", "norm"], {"head.*": 30})
+
+
 def test_dry_run_of_many_workers_shows_doublings() -> None:
     train = {"global_batch": 1000, "microbatch": 1, "epochs": 1}
     found = calculate(parse_spec({**BUILT_IN, "train": train, "workers": {"min": 3, "max": 100}}), None)

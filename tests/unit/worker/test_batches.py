@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import namedtuple
 from typing import Any
 
 import numpy as np
@@ -13,14 +12,7 @@ import torch
 from pscluster.errors import DataError, TaskError
 from pscluster.step.sampling import ShardSampler
 from pscluster.task import Task
-from psworker.trainer.data.batches import (
-    Batches,
-    EvalBatches,
-    data_fingerprint,
-    preserved_generators,
-    seed_step,
-    to_device,
-)
+from psworker.trainer.data.batches import Batches, EvalBatches, data_fingerprint, preserved_generators, seed_step
 
 
 def draws() -> tuple[float, float, float]:
@@ -165,13 +157,3 @@ def test_augmented_data_have_one_fingerprint_and_the_generators_stay() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(99)
     assert data_fingerprint(Noisy(), Noisy()) == first
-
-
-def test_batches_move_to_a_device_through_every_container() -> None:
-    pair = namedtuple("pair", "x y")
-    batch = {"a": [torch.zeros(1), (torch.ones(1), "text")], "b": pair(torch.zeros(2), 3)}
-
-    moved = to_device(batch, "meta")
-
-    assert moved["a"][0].device.type == moved["b"].x.device.type == moved["a"][1][0].device.type == "meta"
-    assert (moved["a"][1][1], moved["b"].y, type(moved["b"])) == ("text", 3, pair)

@@ -43,10 +43,10 @@ def carried_bucket(replica: Replica) -> int:
 
 def microbatch(replica: Replica, shard: int, moves: bool) -> list[int]:
     """Run the model as a trainer does; returns the averaged buffers that it moved."""
-    replica.restore_buffers()
+    replica.buffers.restore()
     replica.model.train(moves)
     replica.model(torch.randn(5, 3, generator=torch.Generator().manual_seed(shard)))
-    return replica.touched_buffers()
+    return replica.buffers.check()
 
 
 def pushed_by(shards: list[int], batches: BatchFor, num_shards: int) -> dict[TreeNode, BufferNode]:

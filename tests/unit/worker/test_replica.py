@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from pscluster.errors import LayoutError
+from pscluster.errors import LayoutError, ModelChangedError
 from pscluster.job.spec import OptimizerSection
 from pscluster.step.layout import Layout, parameters_sha256
-from psworker.replica import BucketMemory, Replica, layout_of, load_words, named_bytes, state_tensors, tensor_view
+from psworker.replica import BucketMemory, Replica, layout_of, load_words, named_bytes, state_tensors
+from psworker.tensor_words import tensor_view
 
 SGD = OptimizerSection(name="sgd")
 
@@ -136,10 +137,10 @@ def test_gradients_flow_to_bound_parameters() -> None:
     replica = Replica(model, SGD)
     model(torch.tensor([1, 2, 3])).sum().backward()  # type: ignore[no-untyped-call]
 
-    assert {replica.layout.tensors[n].name for n in replica.parameters} == {
+    assert {replica.layout.tensors[n].name for n in replica.parameters.values()} == {
         "embedding.weight", "norm.weight", "norm.bias", "head.bias",
     }  # fmt: skip
-    assert all(p.grad is not None for p in replica.parameters.values())
+    assert all(p.grad is not None for p in replica.parameters)
 
 
 def test_buffers_are_the_modules_own_until_restored() -> None:
@@ -147,13 +148,13 @@ def test_buffers_are_the_modules_own_until_restored() -> None:
     replica = Replica(model, SGD)
     committed = [flat.clone() for flat in replica.flats]
     model(torch.tensor([1, 2, 3]))
-    moved = {replica.layout.tensors[n].name for n in replica.touched_buffers()}
+    moved = {replica.layout.tensors[n].name for n in replica.buffers.check()}
 
     assert moved == {"norm.running_mean", "norm.running_var"}, "integer ones are not averaged"
     assert all(torch.equal(a, b) for a, b in zip(committed, replica.flats, strict=True))
     assert model.norm.num_batches_tracked == 1
-    replica.restore_buffers()
-    assert replica.touched_buffers() == []
+    replica.buffers.restore()
+    assert replica.buffers.check() == []
     assert model.norm.num_batches_tracked == 0
 
 
@@ -164,19 +165,19 @@ def test_a_buffer_that_the_model_replaces_is_still_found() -> None:
     model.scratch = torch.ones(2)
     model.mask = ~model.mask
 
-    assert [replica.layout.tensors[n].name for n in replica.touched_buffers()] == ["scratch"]
-    replica.restore_buffers()
+    assert [replica.layout.tensors[n].name for n in replica.buffers.check()] == ["scratch"]
+    replica.buffers.restore()
     assert model.mask.tolist() == [True, False, True]
-    assert replica.touched_buffers() == []
+    assert replica.buffers.check() == []
 
 
-def test_a_buffer_that_changes_its_shape_is_refused_by_name() -> None:
+def test_a_buffer_of_the_state_dict_that_changes_its_shape_is_refused_by_name() -> None:
     model = Model()
     replica = Replica(model, SGD)
-    model.scratch = torch.ones(3)
+    model.mask = torch.ones(2, dtype=torch.bool)
 
-    with pytest.raises(LayoutError, match=r"scratch changed its shape from \[2\] to \[3\]"):
-        replica.restore_buffers()
+    with pytest.raises(ModelChangedError, match=r"mask changed from \[3\] of bool to \[2\]"):
+        replica.buffers.restore()
 
 
 def test_weighted_and_carried_words_have_zeros_between_tensors() -> None:
@@ -184,8 +185,8 @@ def test_weighted_and_carried_words_have_zeros_between_tensors() -> None:
     replica = Replica(model, SGD)
     averaged, carried = (next(b for b in replica.layout.buckets if b.kind == k) for k in ("averaged", "carried"))
     model(torch.tensor([1, 2, 3]))
-    words = replica.weighted_buffers(averaged.index, 2.5)
-    raw = replica.carried_words(carried.index)
+    words = replica.buffers.weighted(averaged.index, 2.5)
+    raw = replica.buffers.carried(carried.index)
 
     for bucket, flat, live in ((averaged, words, 2.5), (carried, raw, None)):
         flats = [*replica.flats[: bucket.index], flat, *replica.flats[bucket.index + 1 :]]

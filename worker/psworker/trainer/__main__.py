@@ -15,6 +15,7 @@ from pscluster.agent.launch import SOCKET_DIR
 from pscluster.agent.link import HeartbeatThread, ProcessLink
 from pscluster.agent.position import position
 from pscluster.agent.status import detail_of
+from pscluster.devices import CPU
 from pscluster.errors import InternalError, OutOfMemoryError, PreflightError, PsError, TaskError
 from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.step.sampling import ShardSampler
@@ -28,6 +29,7 @@ from psworker.staging import keep_freed_memory, staging_for, usable_device
 from psworker.trainer.data.batches import Batches, EvalBatches
 from psworker.trainer.data.loading import build_model, describe, ran_out_of_memory
 from psworker.trainer.exchange import Exchange
+from psworker.trainer.first_model import settle_model
 from psworker.trainer.loop import Trainer
 from psworker.trainer.preflight.prepare import Prepared, prepare
 from psworker.trainer.preflight.table import checks_of
@@ -81,7 +83,7 @@ def _train(link: ProcessLink, loading: HeartbeatThread) -> None:
     settle_numerics(spec.workers.threads, device)
     prepared = prepare(spec, Path.cwd() if start.bundle_sha256 else None, device)
     staging = staging_for(device)
-    replica = Replica(prepared.model, spec.train.optimizer, staging)
+    replica = Replica(prepared.model, spec.train.optimizer, staging, spec.train.unfreeze_at)
     if spec.train.compile:
         replica.model.compile()
     sampler = prepared.sampler
@@ -113,7 +115,9 @@ def _train(link: ProcessLink, loading: HeartbeatThread) -> None:
 
 def _rebuild(prepared: Prepared, replica: Replica, spec: JobSpec) -> None:
     """Set the replica's memory to the seeded first values again: the job went back to step 0."""
-    fresh = Replica(build_model(prepared.task), spec.train.optimizer)
+    built = build_model(prepared.task)
+    model, _ = settle_model(prepared.task, built, prepared.train, spec, CPU)
+    fresh = Replica(model, spec.train.optimizer, unfreeze_at=spec.train.unfreeze_at)
     replica.memory.close_windows()
     for mine, theirs in zip(replica.memory.flats, fresh.flats, strict=True):
         mine.copy_(theirs)

@@ -15,8 +15,10 @@ from pscluster.errors import LossContractError, TaskError
 from pscluster.spelling import did_you_mean
 from pscluster.step.tree import Statistics, TreeNode, add_statistics, tree_of
 from pscluster.task import Task
-from psworker.trainer.data.batches import EvalBatches, to_device
+from psworker.live_buffers import preserved_buffers
+from psworker.trainer.data.batches import EvalBatches
 from psworker.trainer.data.loading import user_code
+from psworker.trainer.data.moving import to_device
 from psworker.trainer.gradients.accumulate import Counter
 
 LOSS_SUM, WEIGHT = "loss_sum", "weight"
@@ -137,7 +139,8 @@ def evaluate(task: Task, model: nn.Module, batches: EvalBatches, device: str) ->
     counter.begin([tree.root])
     shapes: Shapes = ()
     for shard in range(batches.num_shards):
-        last = deque(shard_statistics(task, model, batches, shard, device), maxlen=1)
+        with preserved_buffers(model):
+            last = deque(shard_statistics(task, model, batches, shard, device), maxlen=1)
         whole = counter.carry(TreeNode(shard, 1), last[0][0] if last else np.empty(0))
         shapes = shapes or (last[0][1] if last else ())
     return unpack_metrics(task, whole[0][1], shapes)

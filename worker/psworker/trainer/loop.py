@@ -16,11 +16,13 @@ from pscluster.task import Task
 from pscluster.wire.protocol import Outcome
 from psworker.numerics import precision
 from psworker.replica import Replica
-from psworker.trainer.data.batches import Batches, EvalBatches, seed_step, to_device
+from psworker.trainer.data.batches import Batches, EvalBatches, seed_step
 from psworker.trainer.data.loading import user_code
+from psworker.trainer.data.moving import to_device
 from psworker.trainer.evaluation import Shapes, check_metric, loss_of, shard_statistics, unpack_metrics
 from psworker.trainer.exchange import Exchange, SupersededError
 from psworker.trainer.gradients.accumulate import Accumulator, BufferSums, Counter
+from psworker.trainer.model_watch import ModelWatch
 from psworker.trainer.telemetry import TrainerCounters
 from psworker.trainer.values import PullGuard, sees_everything
 from psworker.trainer.work import Work, WorkKey
@@ -59,7 +61,8 @@ class Trainer:
         self._shapes: Shapes = ()  # of the task's statistics, learnt from the first evaluated batch
         self._done: dict[WorkKey, set[int]] = {}
         self._loaded: set[int] = set()  # buckets of the current version that the model sees
-        self._bucket_of = {id(p): replica.layout.bucket_of[number][0] for number, p in replica.parameters.items()}
+        self._watch = ModelWatch(replica)
+        self._bucket_of = replica.trained_buckets()
         self._may_overlap = sees_everything(replica.model) and not spec.train.compile
 
     def run(self) -> None:
@@ -150,7 +153,7 @@ class Trainer:
         zeros."""
         position.begin("train", work.version, shard)
         seed_step(self._spec.train.seed, work.version, shard)
-        self._replica.restore_buffers()
+        self._watch.begin(work.version)
         with self._counters.phase("data"):
             batch, num_samples = self._batches.microbatch(work.version, shard)
         self._accumulator.begin(shard)
@@ -166,6 +169,7 @@ class Trainer:
     def _forward_backward(self, work: Work, batch: object) -> tuple[float, float]:
         with self._counters.phase("forward"):
             loss_sum, weight = self._forward(work, to_device(batch, self._device))
+        self._watch.check_parameters(work.version)
         with self._counters.phase("backward"), user_code("backward"):
             loss_sum.backward()  # type: ignore[no-untyped-call]
             loss = float(loss_sum.detach())  # waits for the device
@@ -192,7 +196,7 @@ class Trainer:
     def _push_rest(
         self, work: Work, shard: int, loss_sum: float, weight: float, num_samples: int, touched: set[int]
     ) -> None:
-        moved = self._replica.touched_buffers() if num_samples else []
+        moved = self._watch.moved_buffers(work.version) if num_samples else []
         num_tensors = len(self._replica.layout.tensors)
         summary = Summary(
             loss_sum=loss_sum, weight=weight, samples=num_samples, touched=touched_bits([*touched, *moved], num_tensors)
@@ -213,7 +217,6 @@ class Trainer:
     def _evaluate(self, work: Work) -> None:
         counter: Counter[Statistics] = Counter(self._tree, add_statistics)
         counter.begin(self._tree.cover(work.shards))
-        self._replica.restore_buffers()
         for shard in work.shards:
             if not self._exchange.agenda.is_current(work):
                 break
@@ -230,6 +233,7 @@ class Trainer:
         """The sum over a shard's evaluation batches, in order; empty when it has none."""
         total: Statistics = np.zeros(0)
         if self._held_out is not None:
+            self._replica.buffers.restore()
             running = shard_statistics(self._task, self._replica.model, self._held_out, shard, self._device)
             with precision(self._spec, self._device):
                 for so_far, shapes in running:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from pscluster.job.spec import OptimizerSection, ScheduleSection
-from pscluster.step.layout import BLOCK_WORDS, PAD_WORDS, Layout, Span
+from pscluster.step.layout import BLOCK_WORDS, Layout, Span, padded
 from psserver.partition.step.sums import block_squares
 
 CHUNK_WORDS = 128 * 1024
@@ -49,9 +49,8 @@ def runs(layout: Layout, span: Span, update_counts: Sequence[int], touched: Sequ
     found: list[Run] = []
     for placed in layout.buckets[span.bucket].placed:
         tensor = layout.tensors[placed.tensor]
-        padded = -(-tensor.num_words // PAD_WORDS) * PAD_WORDS
         start = max(placed.offset, span.start) - span.start
-        stop = min(placed.offset + padded, span.stop) - span.start
+        stop = min(placed.offset + padded(tensor.num_words), span.stop) - span.start
         if start >= stop or not touched[placed.tensor]:
             continue
         update_count, decay = update_counts[placed.tensor], tensor.decay

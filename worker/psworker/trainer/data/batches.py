@@ -137,19 +137,6 @@ def preserved_generators() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
-def to_device(batch: Any, device: str) -> Any:
-    """`batch` with every tensor in it moved to `device`, through mappings, lists, tuples and named tuples."""
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch
-
-
 def data_fingerprint(train: MapDataset, held_out: MapDataset | None) -> str:
     """Hex digest of the lengths and of a few samples of both data sets: equal on nodes that hold the same data.
 

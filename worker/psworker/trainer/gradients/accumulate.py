@@ -10,7 +10,8 @@ returned, and one that fires after its bucket was pushed fails the step by name 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import collections
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -79,19 +80,22 @@ class Accumulator:
     def __init__(
         self,
         layout: Layout,
-        parameters: dict[int, nn.Parameter],
+        parameters: Mapping[nn.Parameter, int],
         tree: Tree,
         push: PushGradients,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """`dtype`: the push codec's, to which a microbatch's gradients are rounded."""
+        """`parameters`: each, and the number of its tensor. `dtype`: the push codec's, to which a microbatch's
+        gradients are rounded."""
         self._layout = layout
         self._push = push
         self._dtype = dtype
         self._buckets = [b for b in layout.buckets if b.kind == "trained"]
         self._counters = {b.index: Counter[Gradients](tree, add_gradients) for b in self._buckets}
         self._place = {p.tensor: (b.index, i) for b in self._buckets for i, p in enumerate(b.placed)}
-        self._late: set[int] = set()  # buckets with a parameter that was seen to fire more than once
+        fires = collections.Counter(parameters.values())
+        # Buckets with a parameter that was seen to fire more than once, or with a tensor that is several parameters.
+        self._late = {self._place[number][0] for number, count in fires.items() if count > 1 and number in self._place}
         self._observed = False  # one whole backward was watched
         self._fired: dict[int, int] = {}
         self._open: dict[int, Gradients] = {}
@@ -100,7 +104,7 @@ class Accumulator:
         self._work: Work | None = None
         self._handles = [
             parameter.register_post_accumulate_grad_hook(self._hook(number))  # type: ignore[no-untyped-call]
-            for number, parameter in parameters.items()
+            for parameter, number in parameters.items()
             if number in self._place  # one without elements may have no place
         ]
 
@@ -213,14 +217,14 @@ class BufferSums:
         ready: Ready = []
         buckets_moved = {self._replica.layout.bucket_of[number][0] for number in moved}
         for bucket, counter in self._averaged.items():
-            words = self._replica.weighted_buffers(bucket, weight) if bucket in buckets_moved else None
+            words = self._replica.buffers.weighted(bucket, weight) if bucket in buckets_moved else None
             leaf = BufferNode(weight, words)
             ready += [
                 (bucket, node, whole.weight, whole.words) for node, whole in counter.carry(TreeNode(shard, 1), leaf)
             ]
         if shard == 0:
             for bucket in self._carried:
-                words = self._replica.carried_words(bucket)
+                words = self._replica.buffers.carried(bucket)
                 same = torch.equal(words, self._replica.flats[bucket])
                 ready.append((bucket, TreeNode(0, 1), weight, None if same else words))
         return ready

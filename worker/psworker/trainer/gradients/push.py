@@ -20,6 +20,7 @@ from pscluster.wire.protocol import Outcome, pack_statistics, pack_weight
 from pscluster.wire.reactor import Reactor
 from psworker.replica import BucketMemory
 from psworker.staging import Staging
+from psworker.tensor_words import flat_words
 from psworker.trainer.gradients.accumulate import Gradients
 from psworker.trainer.gradients.send_queue import Lane, SharedLanes
 from psworker.trainer.peer import Peer
@@ -148,11 +149,12 @@ Pieces = list[tuple[int, int, torch.Tensor]]  # start word, stop word, words; wh
 
 
 def gather(layout: Layout, bucket: int, gradients: Sequence[torch.Tensor | None]) -> Pieces:
-    """Each gradient in its bucket, flat; the tensors share the gradients' memory where they are contiguous."""
+    """Each gradient in its bucket, flat; the tensors share the gradients' memory where it is in the
+    bucket's order."""
     pieces = []
     for placed, gradient in zip(layout.buckets[bucket].placed, gradients, strict=True):
         if gradient is not None and gradient.numel():
-            flat = gradient.detach().contiguous().reshape(-1)
+            flat = flat_words(layout.tensors[placed.tensor], gradient.detach())
             pieces.append((placed.offset, placed.offset + flat.numel(), flat))
     return pieces
 

@@ -7,26 +7,30 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Set
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from pscluster.errors import ImpureError, InternalError
+from pscluster.errors import ImpureError, InternalError, LayoutError
 from pscluster.job.spec import JobSpec
 from pscluster.step.sampling import ShardSampler
 from pscluster.task import MapDataset, Task
+from psworker.model_tensors import check_kinds, is_lazy, parameter_names
 from psworker.numerics import arithmetic, numerics_class, precision
 from psworker.replica import layout_of
 from psworker.trainer.data.batches import data_fingerprint, preserved_generators, sampler_of
 from psworker.trainer.data.loading import build_model, load_data, load_task
+from psworker.trainer.first_model import settle_model
 from psworker.trainer.preflight.halving import halves_add_up
 from psworker.trainer.preflight.loss import first_loss, first_metrics, smallest_batches
 from psworker.trainer.preflight.methods import check_methods
 from psworker.trainer.preflight.parameters import check_unwritten, traces
-from psworker.trainer.preflight.probe import Probe, copied_buffers, preserved_model
+from psworker.trainer.preflight.probe import Probe, preserved_model
 from psworker.trainer.preflight.purity import check_purity
 from psworker.trainer.preflight.table import CheckResult, Table
 
@@ -63,8 +67,10 @@ def prepare(spec: JobSpec, bundle_dir: Path | None, device: str) -> Prepared:
     if task is not None and not _check_methods(table, task):
         task = None  # what a misspelt method was meant to replace would only confuse
     if task is not None:
-        model = table.run("task", lambda: _model(task, device))
+        model = table.run("task", lambda: _model(task))
         data = table.run("data", lambda: _data(task, spec))
+    if task is not None and model is not None and data is not None:
+        model = table.run("trainable", partial(settle_model, task, model, data[0], spec, device))
     if task is None or model is None or data is None:
         table.run("versions", _versions)
         table.skip("loss", "needs the checks above")
@@ -90,17 +96,17 @@ def run_preflight(
 
     Raises as `prepare` does."""
     table = table or Table()
+    named = parameter_names(model)
     table.run("versions", _versions)
     fingerprint = table.run("fingerprint", lambda: _fingerprint(train, held_out, spec))
-    buffers = copied_buffers(model)
-    with preserved_generators(), preserved_model(model, buffers):
+    with preserved_generators(), preserved_model(model):
         probe = Probe(
             task=task, model=model, train=train, held_out=held_out, spec=spec, device=device,
-            sampler=sampler_of(spec, len(train)), buffers=buffers,
+            sampler=sampler_of(spec, len(train)),
         )  # fmt: skip
         _check_loss(table, probe)
-        # After the loss, whose forward gives lazy modules their shapes.
-        table.run("layout", lambda: _layout(model, spec))
+        # After the loss, whose forward must not add parameters.
+        table.run("layout", lambda: _layout(model, spec, named))
     canary = table.run("canary", lambda: _canary(spec, device))
     table.raise_failures()
     if fingerprint is None or canary is None:
@@ -140,10 +146,12 @@ def _check_methods(table: Table, task: Task) -> bool:
     return ignored is not None
 
 
-def _model(task: Task, device: str) -> tuple[nn.Module, str]:
-    model = build_model(task).to(device)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    return model, f"{type(model).__name__} with {count:,} parameters"
+def _model(task: Task) -> tuple[nn.Module, str]:
+    model = build_model(task)
+    check_kinds(model)
+    count = sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter))
+    lazy = sum(map(is_lazy, model.parameters()))
+    return model, f"{type(model).__name__} with {count:,} parameters" + (f", {lazy} tensors lazy" if lazy else "")
 
 
 def _data(task: Task, spec: JobSpec) -> tuple[tuple[MapDataset, MapDataset | None, ShardSampler], str]:
@@ -169,8 +177,15 @@ def _fingerprint(train: MapDataset, held_out: MapDataset | None, spec: JobSpec) 
     return fingerprint, fingerprint
 
 
-def _layout(model: nn.Module, spec: JobSpec) -> tuple[None, str]:
-    layout = layout_of(model, spec.train.optimizer)
+def _layout(model: nn.Module, spec: JobSpec, named: Set[str]) -> tuple[None, str]:
+    """`named`: the parameters before the loss was computed."""
+    now = parameter_names(model)
+    for name in sorted(now ^ named):
+        raise LayoutError(
+            f"forward {'adds' if name in now else 'removes'} the parameter {name}",
+            action="give the module all its parameters in its constructor, or use one of torch's lazy modules",
+        )
+    layout = layout_of(model, spec.train.optimizer, spec.train.unfreeze_at)
     buckets = len(layout.buckets)
     return None, f"{len(layout.tensors)} tensors in {buckets} bucket{'s' if buckets > 1 else ''}"
 

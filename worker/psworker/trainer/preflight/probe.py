@@ -15,9 +15,11 @@ from pscluster.errors import LossContractError, NonFiniteError
 from pscluster.job.spec import JobSpec
 from pscluster.step.sampling import ShardSampler
 from pscluster.task import MapDataset, Task
+from psworker.live_buffers import preserved_buffers
 from psworker.numerics import precision
-from psworker.trainer.data.batches import Batches, EvalBatches, generators_checksum, seed_step, to_device
+from psworker.trainer.data.batches import Batches, EvalBatches, generators_checksum, seed_step
 from psworker.trainer.data.loading import user_code
+from psworker.trainer.data.moving import to_device
 from psworker.trainer.evaluation import batch_statistics, loss_of
 from psworker.trainer.preflight.content import Leaf, Leaves, leaves_of
 
@@ -58,19 +60,19 @@ class Probe:
     spec: JobSpec
     device: str
     sampler: ShardSampler
-    buffers: Mapping[str, tuple[Tensor, Tensor]]  # each buffer of the model, and a copy of its value
 
     def train_microbatch(self, step: int, shard: int, which: str = "first") -> Computed:
         """Forward and backward in train mode, from the first buffers.
 
         Raises LossContractError, NonFiniteError, and what user code raises as a TaskError."""
-        self._reset(training=True)
+        self.model.train()
         batch, recorder = self._read_microbatch(step, shard)
-        with precision(self.spec, self.device):
-            loss_sum, weight = loss_of(self.task, self.model, to_device(batch, self.device))
-        self._check(loss_sum, which)
-        with user_code("backward"):
-            loss_sum.backward()  # type: ignore[no-untyped-call]
+        with preserved_buffers(self.model):
+            with precision(self.spec, self.device):
+                loss_sum, weight = loss_of(self.task, self.model, to_device(batch, self.device))
+            self._check(loss_sum, which)
+            with user_code("backward"):
+                loss_sum.backward()  # type: ignore[no-untyped-call]
         gradients = [
             leaf for name, p in self.model.named_parameters() for leaf in leaves_of(p.grad, f"gradient {name}")
         ]
@@ -81,9 +83,9 @@ class Probe:
 
     def held_out_batch(self, number: int) -> Computed:
         """The statistics of one held-out batch, in eval mode. There must be one. Raises as evaluation does."""
-        self._reset(training=False)
+        self.model.eval()
         batch, recorder = self._read_held_out(number)
-        with precision(self.spec, self.device):
+        with preserved_buffers(self.model), precision(self.spec, self.device):
             statistics = batch_statistics(self.task, self.model, to_device(batch, self.device))
         results = [leaf for name, value in statistics.items() for leaf in leaves_of(value, f"the statistic {name}")]
         return recorder.computed(results, statistics=statistics)
@@ -113,10 +115,10 @@ class Probe:
 
     def loss_in_eval(self, samples: Sequence[Any]) -> tuple[float, float]:
         """(loss_sum, weight) of samples in eval mode, without gradients. The caller has seeded."""
-        self._reset(training=False)
+        self.model.eval()
         with user_code("collate"):
             batch = to_device(self.task.collate(samples), self.device)
-        with torch.no_grad(), precision(self.spec, self.device):
+        with torch.no_grad(), preserved_buffers(self.model), precision(self.spec, self.device):
             loss_sum, weight = loss_of(self.task, self.model, batch)
         return float(loss_sum), weight
 
@@ -126,15 +128,6 @@ class Probe:
         for index in (len(self.train) - 1, 0):
             with user_code(f"reading sample {index} of train_data", data=True):
                 self.train[index]
-
-    def _reset(self, *, training: bool) -> None:
-        """The mode, and the first value of every buffer that has its first shape: one that has grown is scratch, which
-        training leaves as it is, too."""
-        self.model.train(training)
-        live = dict(self.model.named_buffers())
-        for name, (_, value) in self.buffers.items():
-            if name in live and live[name].shape == value.shape:
-                _set(live[name], value)
 
     def _check(self, loss_sum: Tensor, which: str) -> None:
         if not loss_sum.requires_grad:
@@ -177,38 +170,14 @@ class _Recorder:
         )
 
 
-def copied_buffers(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Each buffer by its name, with a copy of its value. Lazy ones, which have none yet, are left out."""
-    return {
-        name: (buffer, buffer.detach().clone())
-        for name, buffer in model.named_buffers()
-        if not isinstance(buffer, nn.UninitializedBuffer)
-    }
-
-
 @contextmanager
-def preserved_model(model: nn.Module, buffers: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Put modes and these buffers back on leaving, also where forward replaced one, and drop gradients."""
-    owners = {
-        f"{prefix}.{leaf}" if prefix else leaf: (module, leaf)
-        for prefix, module in model.named_modules()
-        for leaf in module._buffers
-    }
+def preserved_model(model: nn.Module) -> Iterator[None]:
+    """Put modes and buffers back on leaving, also where forward replaced one, and drop gradients."""
     modes = [(module, module.training) for module in model.modules()]
     try:
-        yield
+        with preserved_buffers(model):
+            yield
     finally:
-        for name, (buffer, value) in buffers.items():
-            module, leaf = owners[name]
-            module._buffers[leaf] = buffer
-            _set(buffer, value)
         for module, training in modes:
             module.training = training
         model.zero_grad(set_to_none=True)
-
-
-def _set(buffer: Tensor, value: Tensor) -> None:
-    """Nothing is written where nothing was changed: some constant buffers, such as expanded ones, cannot be written."""
-    if leaves_of(buffer) != leaves_of(value):
-        with torch.no_grad():
-            buffer.copy_(value)
