@@ -55,6 +55,17 @@ def test_links_have_targets(page: Path) -> None:
     assert not missing
 
 
+def test_each_line_about_models_names_a_test_that_exists() -> None:
+    known = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (\w+)", path.read_text(), re.M)
+    }
+    lines = [cells for cells in rows("models.md", ".*") if not re.fullmatch("-+|in the .*", cells[0])]
+    assert len(lines) > 30
+    assert [cells[0] for cells in lines if cells[-1].strip("`") not in known] == []
+
+
 def test_the_picture_names_existing_files() -> None:
     homes = {
         "trainer": "worker/psworker/trainer",

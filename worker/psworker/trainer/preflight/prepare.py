@@ -187,7 +187,11 @@ def _layout(model: nn.Module, spec: JobSpec, named: Set[str]) -> tuple[None, str
         )
     layout = layout_of(model, spec.train.optimizer, spec.train.unfreeze_at)
     buckets = len(layout.buckets)
-    return None, f"{len(layout.tensors)} tensors in {buckets} bucket{'s' if buckets > 1 else ''}"
+    sizes = f"{len(layout.tensors)} tensors in {buckets} bucket{'s' if buckets > 1 else ''}"
+    averaged = sum(tensor.kind == "averaged" for tensor in layout.tensors)
+    if averaged:
+        sizes += f"; {averaged} buffers averaged by weight over microbatches, each of which is normalised by itself"
+    return None, sizes
 
 
 def _canary(spec: JobSpec, device: str) -> tuple[tuple[str, str], str]:
