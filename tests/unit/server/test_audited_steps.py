@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harness.played import played_plan
+from harness.played import Network, dismiss, fill, job_header, played_partition, played_plan, played_spec
+from harness.played_caller import Caller
 from pscluster.step.audit import AuditRole, audited_shard
+from pscluster.step.tree import TreeNode
+from pscluster.wire.frame import AckResult, FrameKind
 from pscluster.wire.protocol import LeafDigest
 from psserver.partition.coordinator.audits import MAX_WAIT_S
 from psserver.partition.coordinator.coordinator import REPORT_INTERVAL_S
@@ -111,3 +115,37 @@ def test_nobody_waits_for_ever() -> None:
     assert played.decisions() == []
     played.carry_out(played.coordinator.every_second(1e6 + MAX_WAIT_S))
     assert played.decisions() == [0, 0]
+
+
+# ---- over the wire ----
+
+
+def test_the_third_trainer_is_asked_and_asked_again_when_it_reconnects(tmp_path: Path) -> None:
+    network = Network()
+    service = played_partition(network, played_spec(3, audit={"share": 1.0}), 0, tmp_path)
+    service.adopt(played_plan(LAYOUT, {rank: [rank] for rank in range(3)}))
+    fill(service)
+    shard = audited_shard(0, 0, 1.0, 3)
+    assert shard is not None
+    ranks = [(shard + role) % 3 for role in AuditRole]
+    pushers, pullers = ([Caller(network, service, channel, rank) for rank in ranks] for channel in ("push", "pull"))
+
+    def send(role: AuditRole, digest: LeafDigest) -> None:
+        sender, node = ranks[role], TreeNode(shard, 1)
+        header = job_header(FrameKind.AUDIT, generation=1, bucket=int(role), node=node, sender=sender)
+        pushers[role].say(header, digest.pack())
+        assert pushers[role].acks()[-1] is AckResult.APPLIED
+
+    def asked(caller: Caller) -> list[tuple[int, TreeNode]]:
+        return [(header.step, header.node) for header, _ in caller.received if header.kind is FrameKind.ARBITRATE]
+
+    send(AuditRole.OWNER, RIGHT)
+    send(AuditRole.AUDITOR, WRONG)
+    assert [asked(puller) for puller in pullers] == [[], [], [(0, TreeNode(shard, 1))]]
+    again = Caller(network, service, "pull", ranks[AuditRole.ARBITER])
+    assert asked(again) == [(0, TreeNode(shard, 1))]
+
+    send(AuditRole.ARBITER, RIGHT)
+    (report,) = [r.audit_mismatch for r in service.link.reports if r.HasField("audit_mismatch")]  # type: ignore[attr-defined]
+    assert report.error.details["trainers"] == f"trainer-{ranks[AuditRole.AUDITOR]}"
+    dismiss(service)
