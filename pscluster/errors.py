@@ -22,7 +22,8 @@
     |   |-- FrameError         PS-3002  a data-plane frame that breaks the protocol
     |   |-- VersionSkewError   PS-3004  the peer has another protocol version
     |   |-- ProcessLostError   PS-3005  a trainer or partition was ended by a signal, or is gone
-    |   `-- OutOfMemoryError   PS-3006  a process ran out of memory
+    |   |-- OutOfMemoryError   PS-3006  a process ran out of memory
+    |   `-- AuditError         PS-3007  two computations of one microbatch gave different bits
     `-- LocalError           this machine or this program is at fault
         |-- AddressInUseError  PS-4001  a port or socket is taken
         |-- StorageError       PS-4002  a directory is not writable, a disk is full
@@ -208,6 +209,12 @@ class ProcessLostError(PeerError):
 class OutOfMemoryError(PeerError):
     code = "PS-3006"
     default_action = "lower train.microbatch, or use a machine with more memory"
+
+
+class AuditError(PeerError):
+    """Its details name step, shard, the first bucket that differs, and nodes."""
+
+    code = "PS-3007"
 
 
 class LocalError(PsError):

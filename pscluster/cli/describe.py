@@ -36,6 +36,7 @@ def description(job: Job, now_s: float) -> str:
         ("Last plan" if job.ended else "Plan", _plan(job)),
         ("Last transports" if job.ended else "Transports", _transports(job)),
         ("Checks", _checks(job)),
+        ("Audits", _audits(job)),
         ("Events", _events(job, now_s)),
         ("Traceback", job.traceback.rstrip()),
     ):
@@ -183,6 +184,17 @@ def _result(check: PreflightCheck) -> str:
     if not check.ok:
         return "FAILED"
     return "warning" if check.warning else "ok"
+
+
+def _audits(job: Job) -> str:
+    """What audits found, and up to which step they vouch for each node; empty where nothing is audited."""
+    audits = job.audits
+    done = audits.equal + audits.differing
+    if not (done or audits.unfinished or job.spec.get("audit", {}).get("share")):
+        return ""
+    head = f"{done} done, {audits.differing} differing, {audits.unfinished} unfinished"
+    lines = [(own.node_id, f"step {own.step}" + (", by itself" if own.alone else "")) for own in audits.vouched]
+    return head + ("\nvouched for up to\n" + textwrap.indent(_aligned(lines), "  ") if lines else "")
 
 
 def _events(job: Job, now_s: float) -> str:

@@ -121,6 +121,26 @@ class Best(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class VouchedNode(_Record):
+    """`step`: the newest in which the node's trainer computed the same as another; `alone`: as itself, a second
+    time."""
+
+    node_id: str
+    step: int
+    alone: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audits(_Record):
+    """Counts of audits by result."""
+
+    equal: int = 0
+    differing: int = 0
+    unfinished: int = 0
+    vouched: tuple[VouchedNode, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job(_Record):
     """One job at one moment. `plan` is there only when the job was asked for by itself."""
 
@@ -156,6 +176,7 @@ class Job(_Record):
     directory: str
     bundle_sha256: str | None
     revision: int
+    audits: Audits
     spec: dict[str, Any]
 
     @property
@@ -234,17 +255,19 @@ _wire.adapt(PsError, plan_pb2.ErrorDetail, _error_of, lambda error: plan_pb2.Err
 _wire.pair(Best, plan_pb2.BestSnapshot)
 _wire.pair(Condition, jobs_pb2.Condition)
 _wire.pair(Event, jobs_pb2.Event)
+_wire.pair(VouchedNode, jobs_pb2.VouchedNode)
+_wire.pair(Audits, jobs_pb2.Audits)
 _wire.pair(DataConnection, plan_pb2.Connection)
 _wire.pair(PreflightCheck, plan_pb2.PreflightCheck)
 _wire.pair(Standby, plan_pb2.Standby)
-_wire.pair(TrainerPlacement, plan_pb2.TrainerPlacement)
+_wire.pair(TrainerPlacement, plan_pb2.TrainerPlacement, only_message=["numerics_class"])
 _wire.pair(PartitionPlacement, plan_pb2.PartitionPlacement)
 _wire.pair(
     Plan,
     plan_pb2.Plan,
     only_message=[
         "job_id", "layout_json", "data_token", "restore", "kept_steps", "final_step", "moved_generation",
-        "coordinator_generation", "save",
+        "coordinator_generation", "mixed", "save",
     ],
 )  # fmt: skip
 _JOB = _wire.pair(Job, jobs_pb2.Job, only_value=["spec"], only_message=["spec_json"])

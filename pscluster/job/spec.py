@@ -180,6 +180,14 @@ class EvaluateSection(_Section):
     goal: Literal["min", "max"] = "min"
 
 
+class AuditSection(_Section):
+    """`share`: of the steps in which one shard is computed twice. `on_mismatch`: what to do when the two differ; null
+    is `stop`, or `warn` for a job of mixed numerics."""
+
+    share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    on_mismatch: Literal["stop", "exclude", "warn"] | None = None
+
+
 class NetworkSection(_Section):
     """`transport`: between trainer and partition. `auto` takes the best available to a pair: shm, else tcp.
 
@@ -202,6 +210,7 @@ class JobSpec(_Section):
     servers: ServersSection = ServersSection()
     durability: DurabilitySection = DurabilitySection()
     evaluate: EvaluateSection = EvaluateSection()
+    audit: AuditSection = AuditSection()
     network: NetworkSection = NetworkSection()
     on_nonfinite: Literal["stop", "skip"] = "stop"
 

@@ -27,7 +27,7 @@ JOB_STATE_FAILED: JobState
 JOB_STATE_STOPPED: JobState
 
 class Job(_message.Message):
-    __slots__ = ("job_id", "name", "state", "reason", "created_s", "started_s", "ended_s", "spec_json", "bundle_sha256", "generation", "step", "final_step", "loss", "steps_per_s", "samples_per_s", "weight_per_s", "workers_active", "workers_wanted", "conditions", "events", "plan", "error", "traceback", "parameters_sha256", "numerics", "metrics", "metrics_step", "best", "store", "directory", "connections", "checks", "revision")
+    __slots__ = ("job_id", "name", "state", "reason", "created_s", "started_s", "ended_s", "spec_json", "bundle_sha256", "generation", "step", "final_step", "loss", "steps_per_s", "samples_per_s", "weight_per_s", "workers_active", "workers_wanted", "conditions", "events", "plan", "error", "traceback", "parameters_sha256", "numerics", "metrics", "metrics_step", "best", "store", "directory", "connections", "checks", "revision", "audits")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +68,7 @@ class Job(_message.Message):
     CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
     CHECKS_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
+    AUDITS_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     name: str
     state: JobState
@@ -101,7 +102,30 @@ class Job(_message.Message):
     connections: _containers.RepeatedCompositeFieldContainer[_plan_pb2.Connection]
     checks: _containers.RepeatedCompositeFieldContainer[_plan_pb2.PreflightCheck]
     revision: int
-    def __init__(self, job_id: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., reason: _Optional[str] = ..., created_s: _Optional[float] = ..., started_s: _Optional[float] = ..., ended_s: _Optional[float] = ..., spec_json: _Optional[str] = ..., bundle_sha256: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., final_step: _Optional[int] = ..., loss: _Optional[float] = ..., steps_per_s: _Optional[float] = ..., samples_per_s: _Optional[float] = ..., weight_per_s: _Optional[float] = ..., workers_active: _Optional[int] = ..., workers_wanted: _Optional[int] = ..., conditions: _Optional[_Iterable[_Union[Condition, _Mapping]]] = ..., events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., plan: _Optional[_Union[_plan_pb2.Plan, _Mapping]] = ..., error: _Optional[_Union[_plan_pb2.ErrorDetail, _Mapping]] = ..., traceback: _Optional[str] = ..., parameters_sha256: _Optional[str] = ..., numerics: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ..., metrics_step: _Optional[int] = ..., best: _Optional[_Union[_plan_pb2.BestSnapshot, _Mapping]] = ..., store: _Optional[str] = ..., directory: _Optional[str] = ..., connections: _Optional[_Iterable[_Union[_plan_pb2.Connection, _Mapping]]] = ..., checks: _Optional[_Iterable[_Union[_plan_pb2.PreflightCheck, _Mapping]]] = ..., revision: _Optional[int] = ...) -> None: ...
+    audits: Audits
+    def __init__(self, job_id: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., reason: _Optional[str] = ..., created_s: _Optional[float] = ..., started_s: _Optional[float] = ..., ended_s: _Optional[float] = ..., spec_json: _Optional[str] = ..., bundle_sha256: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., final_step: _Optional[int] = ..., loss: _Optional[float] = ..., steps_per_s: _Optional[float] = ..., samples_per_s: _Optional[float] = ..., weight_per_s: _Optional[float] = ..., workers_active: _Optional[int] = ..., workers_wanted: _Optional[int] = ..., conditions: _Optional[_Iterable[_Union[Condition, _Mapping]]] = ..., events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., plan: _Optional[_Union[_plan_pb2.Plan, _Mapping]] = ..., error: _Optional[_Union[_plan_pb2.ErrorDetail, _Mapping]] = ..., traceback: _Optional[str] = ..., parameters_sha256: _Optional[str] = ..., numerics: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ..., metrics_step: _Optional[int] = ..., best: _Optional[_Union[_plan_pb2.BestSnapshot, _Mapping]] = ..., store: _Optional[str] = ..., directory: _Optional[str] = ..., connections: _Optional[_Iterable[_Union[_plan_pb2.Connection, _Mapping]]] = ..., checks: _Optional[_Iterable[_Union[_plan_pb2.PreflightCheck, _Mapping]]] = ..., revision: _Optional[int] = ..., audits: _Optional[_Union[Audits, _Mapping]] = ...) -> None: ...
+
+class Audits(_message.Message):
+    __slots__ = ("equal", "differing", "unfinished", "vouched")
+    EQUAL_FIELD_NUMBER: _ClassVar[int]
+    DIFFERING_FIELD_NUMBER: _ClassVar[int]
+    UNFINISHED_FIELD_NUMBER: _ClassVar[int]
+    VOUCHED_FIELD_NUMBER: _ClassVar[int]
+    equal: int
+    differing: int
+    unfinished: int
+    vouched: _containers.RepeatedCompositeFieldContainer[VouchedNode]
+    def __init__(self, equal: _Optional[int] = ..., differing: _Optional[int] = ..., unfinished: _Optional[int] = ..., vouched: _Optional[_Iterable[_Union[VouchedNode, _Mapping]]] = ...) -> None: ...
+
+class VouchedNode(_message.Message):
+    __slots__ = ("node_id", "step", "alone")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    ALONE_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    step: int
+    alone: bool
+    def __init__(self, node_id: _Optional[str] = ..., step: _Optional[int] = ..., alone: bool = ...) -> None: ...
 
 class Condition(_message.Message):
     __slots__ = ("type", "status", "reason", "message", "since_s")

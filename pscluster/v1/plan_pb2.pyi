@@ -16,7 +16,7 @@ class ShardRange(_message.Message):
     def __init__(self, first: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
 class TrainerPlacement(_message.Message):
-    __slots__ = ("rank", "node_id", "attempt", "shards", "active", "device", "microbatch_s")
+    __slots__ = ("rank", "node_id", "attempt", "shards", "active", "device", "microbatch_s", "numerics_class")
     RANK_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +24,7 @@ class TrainerPlacement(_message.Message):
     ACTIVE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     MICROBATCH_S_FIELD_NUMBER: _ClassVar[int]
+    NUMERICS_CLASS_FIELD_NUMBER: _ClassVar[int]
     rank: int
     node_id: str
     attempt: int
@@ -31,7 +32,8 @@ class TrainerPlacement(_message.Message):
     active: bool
     device: str
     microbatch_s: float
-    def __init__(self, rank: _Optional[int] = ..., node_id: _Optional[str] = ..., attempt: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[ShardRange, _Mapping]]] = ..., active: bool = ..., device: _Optional[str] = ..., microbatch_s: _Optional[float] = ...) -> None: ...
+    numerics_class: str
+    def __init__(self, rank: _Optional[int] = ..., node_id: _Optional[str] = ..., attempt: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[ShardRange, _Mapping]]] = ..., active: bool = ..., device: _Optional[str] = ..., microbatch_s: _Optional[float] = ..., numerics_class: _Optional[str] = ...) -> None: ...
 
 class PartitionPlacement(_message.Message):
     __slots__ = ("index", "node_id", "attempt", "addresses", "standby")
@@ -60,7 +62,7 @@ class Standby(_message.Message):
     def __init__(self, node_id: _Optional[str] = ..., attempt: _Optional[int] = ..., addresses: _Optional[_Iterable[str]] = ..., in_sync: bool = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("job_id", "generation", "trainers", "partitions", "layout_json", "restore_generation", "resume_step", "restore", "stop", "data_token", "kept_steps", "final_step", "moved_generation", "coordinator_generation", "save")
+    __slots__ = ("job_id", "generation", "trainers", "partitions", "layout_json", "restore_generation", "resume_step", "restore", "stop", "data_token", "kept_steps", "final_step", "moved_generation", "coordinator_generation", "mixed", "save")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     TRAINERS_FIELD_NUMBER: _ClassVar[int]
@@ -75,6 +77,7 @@ class Plan(_message.Message):
     FINAL_STEP_FIELD_NUMBER: _ClassVar[int]
     MOVED_GENERATION_FIELD_NUMBER: _ClassVar[int]
     COORDINATOR_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    MIXED_FIELD_NUMBER: _ClassVar[int]
     SAVE_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     generation: int
@@ -90,8 +93,9 @@ class Plan(_message.Message):
     final_step: int
     moved_generation: int
     coordinator_generation: int
+    mixed: bool
     save: bool
-    def __init__(self, job_id: _Optional[str] = ..., generation: _Optional[int] = ..., trainers: _Optional[_Iterable[_Union[TrainerPlacement, _Mapping]]] = ..., partitions: _Optional[_Iterable[_Union[PartitionPlacement, _Mapping]]] = ..., layout_json: _Optional[bytes] = ..., restore_generation: _Optional[int] = ..., resume_step: _Optional[int] = ..., restore: _Optional[_Union[RestorePoint, _Mapping]] = ..., stop: bool = ..., data_token: _Optional[bytes] = ..., kept_steps: _Optional[_Iterable[int]] = ..., final_step: _Optional[int] = ..., moved_generation: _Optional[int] = ..., coordinator_generation: _Optional[int] = ..., save: bool = ...) -> None: ...
+    def __init__(self, job_id: _Optional[str] = ..., generation: _Optional[int] = ..., trainers: _Optional[_Iterable[_Union[TrainerPlacement, _Mapping]]] = ..., partitions: _Optional[_Iterable[_Union[PartitionPlacement, _Mapping]]] = ..., layout_json: _Optional[bytes] = ..., restore_generation: _Optional[int] = ..., resume_step: _Optional[int] = ..., restore: _Optional[_Union[RestorePoint, _Mapping]] = ..., stop: bool = ..., data_token: _Optional[bytes] = ..., kept_steps: _Optional[_Iterable[int]] = ..., final_step: _Optional[int] = ..., moved_generation: _Optional[int] = ..., coordinator_generation: _Optional[int] = ..., mixed: bool = ..., save: bool = ...) -> None: ...
 
 class RestorePoint(_message.Message):
     __slots__ = ("step", "parts")
@@ -160,7 +164,7 @@ class ProcessSpec(_message.Message):
     def __init__(self, process_id: _Optional[str] = ..., kind: _Optional[_Union[ProcessSpec.Kind, str]] = ..., job_id: _Optional[str] = ..., rank: _Optional[int] = ..., attempt: _Optional[int] = ..., spec_json: _Optional[str] = ..., bundle_sha256: _Optional[str] = ..., store: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., data_host: _Optional[str] = ..., device: _Optional[str] = ..., own_store: bool = ..., scratch_dir: _Optional[str] = ..., cache_dir: _Optional[str] = ...) -> None: ...
 
 class ProcessReport(_message.Message):
-    __slots__ = ("trainer_ready", "partition_ready", "progress", "evaluated", "snapshot_part", "finished", "failure", "counters", "beat", "plan_adopted", "warning", "connected", "standby_state")
+    __slots__ = ("trainer_ready", "partition_ready", "progress", "evaluated", "snapshot_part", "finished", "failure", "counters", "beat", "plan_adopted", "warning", "connected", "standby_state", "audit_mismatch")
     TRAINER_READY_FIELD_NUMBER: _ClassVar[int]
     PARTITION_READY_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
@@ -174,6 +178,7 @@ class ProcessReport(_message.Message):
     WARNING_FIELD_NUMBER: _ClassVar[int]
     CONNECTED_FIELD_NUMBER: _ClassVar[int]
     STANDBY_STATE_FIELD_NUMBER: _ClassVar[int]
+    AUDIT_MISMATCH_FIELD_NUMBER: _ClassVar[int]
     trainer_ready: TrainerReady
     partition_ready: PartitionReady
     progress: Progress
@@ -187,7 +192,8 @@ class ProcessReport(_message.Message):
     warning: Warning
     connected: Connected
     standby_state: StandbyState
-    def __init__(self, trainer_ready: _Optional[_Union[TrainerReady, _Mapping]] = ..., partition_ready: _Optional[_Union[PartitionReady, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., evaluated: _Optional[_Union[Evaluated, _Mapping]] = ..., snapshot_part: _Optional[_Union[SnapshotPart, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., counters: _Optional[_Union[Counters, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., plan_adopted: _Optional[_Union[PlanAdopted, _Mapping]] = ..., warning: _Optional[_Union[Warning, _Mapping]] = ..., connected: _Optional[_Union[Connected, _Mapping]] = ..., standby_state: _Optional[_Union[StandbyState, _Mapping]] = ...) -> None: ...
+    audit_mismatch: AuditMismatch
+    def __init__(self, trainer_ready: _Optional[_Union[TrainerReady, _Mapping]] = ..., partition_ready: _Optional[_Union[PartitionReady, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., evaluated: _Optional[_Union[Evaluated, _Mapping]] = ..., snapshot_part: _Optional[_Union[SnapshotPart, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., counters: _Optional[_Union[Counters, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., plan_adopted: _Optional[_Union[PlanAdopted, _Mapping]] = ..., warning: _Optional[_Union[Warning, _Mapping]] = ..., connected: _Optional[_Union[Connected, _Mapping]] = ..., standby_state: _Optional[_Union[StandbyState, _Mapping]] = ..., audit_mismatch: _Optional[_Union[AuditMismatch, _Mapping]] = ...) -> None: ...
 
 class PreflightCheck(_message.Message):
     __slots__ = ("name", "ok", "detail", "node_id", "warning")
@@ -256,18 +262,42 @@ class StepRecord(_message.Message):
     def __init__(self, step: _Optional[int] = ..., loss: _Optional[float] = ..., grad_norm: _Optional[float] = ..., lr: _Optional[float] = ..., weight: _Optional[float] = ..., samples: _Optional[float] = ..., skipped: bool = ..., time_s: _Optional[float] = ...) -> None: ...
 
 class Progress(_message.Message):
-    __slots__ = ("generation", "step", "records", "connected_trainers", "held")
+    __slots__ = ("generation", "step", "records", "connected_trainers", "held", "audits")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     RECORDS_FIELD_NUMBER: _ClassVar[int]
     CONNECTED_TRAINERS_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
+    AUDITS_FIELD_NUMBER: _ClassVar[int]
     generation: int
     step: int
     records: _containers.RepeatedCompositeFieldContainer[StepRecord]
     connected_trainers: int
     held: bool
-    def __init__(self, generation: _Optional[int] = ..., step: _Optional[int] = ..., records: _Optional[_Iterable[_Union[StepRecord, _Mapping]]] = ..., connected_trainers: _Optional[int] = ..., held: bool = ...) -> None: ...
+    audits: _containers.RepeatedCompositeFieldContainer[AuditRecord]
+    def __init__(self, generation: _Optional[int] = ..., step: _Optional[int] = ..., records: _Optional[_Iterable[_Union[StepRecord, _Mapping]]] = ..., connected_trainers: _Optional[int] = ..., held: bool = ..., audits: _Optional[_Iterable[_Union[AuditRecord, _Mapping]]] = ...) -> None: ...
+
+class AuditRecord(_message.Message):
+    __slots__ = ("step", "result", "nodes")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    result: str
+    nodes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, step: _Optional[int] = ..., result: _Optional[str] = ..., nodes: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class AuditMismatch(_message.Message):
+    __slots__ = ("generation", "step", "node_id", "error")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    step: int
+    node_id: str
+    error: ErrorDetail
+    def __init__(self, generation: _Optional[int] = ..., step: _Optional[int] = ..., node_id: _Optional[str] = ..., error: _Optional[_Union[ErrorDetail, _Mapping]] = ...) -> None: ...
 
 class Connected(_message.Message):
     __slots__ = ("connections",)

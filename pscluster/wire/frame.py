@@ -50,6 +50,8 @@ class FrameKind(IntEnum):
     PIECE = 17  # words of a bucket of that state: its values, or the moment whose number is in the flags, from 1
     HELD = 18  # standby to partition: it can make version `step` of what it holds
     METADATA = 19  # partition to standby: what it must know beyond the state, when an evaluation was finalised
+    AUDIT = 20  # trainer to coordinator: the digest of a leaf, its node; bucket: the sender's step.audit.AuditRole
+    ARBITRATE = 21  # coordinator to a trainer: it asks for the digest of a leaf of the open step, the node
 
 
 class Codec(IntEnum):

@@ -7,12 +7,14 @@ are packed and unpacked.
     DIRECTIVE            Directive, in JSON
     STATISTICS, MERGED   float64s: pack_statistics
     OUTCOME              Outcome, in JSON
+    AUDIT                LeafDigest
     VOTE, JOIN           Vote, Join; see partition_protocol, as for
     DECISION             CommitDecision, in JSON
     SYNC, METADATA       Sync, Metadata; in JSON
     INIT, VALUES, PIECE  words of a bucket
     PUSH                 words of a bucket, a weight (UNCHANGED: pack_weight) or a step.tree.Summary
-    PULL, FENCED, HELD   none
+    PULL, FENCED, HELD,
+    ARBITRATE            none
 
 Generation, step, bucket, node and sender travel in the header. Every `unpack` raises FrameError for a body that `pack`
 does not produce. Free of torch."""
@@ -230,6 +232,46 @@ class Outcome:
         if not isinstance(found.get("sha256"), str):
             raise refusal(cls.__name__, "it has neither metrics nor a digest")
         return cls(sha256=found["sha256"])
+
+
+_LEAF = struct.Struct("<dd")
+_TENSOR_DIGEST = struct.Struct("<II")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeafDigest:
+    """What one microbatch gave, for comparison with another computation of it: its loss and weight, and the CRC-32C of
+    the gradient or buffer of each tensor, by its number in the layout."""
+
+    loss_sum: float
+    weight: float
+    tensors: Mapping[int, int]
+
+    @staticmethod
+    def max_bytes(num_tensors: int) -> int:
+        """Above the length of every packed one."""
+        return _LEAF.size + _TENSOR_DIGEST.size * num_tensors
+
+    def first_difference(self, other: LeafDigest) -> int | str | None:
+        """The first tensor whose bits differ, or else "weight" or "loss"; None: everything is the same."""
+        for tensor in sorted(self.tensors.keys() | other.tensors.keys()):
+            if self.tensors.get(tensor) != other.tensors.get(tensor):
+                return tensor
+        same_weight = pack_weight(self.weight) == pack_weight(other.weight)  # bit for bit: a NaN equals itself
+        same_loss = pack_weight(self.loss_sum) == pack_weight(other.loss_sum)
+        return "weight" if not same_weight else "loss" if not same_loss else None
+
+    def pack(self) -> bytes:
+        digests = b"".join(_TENSOR_DIGEST.pack(tensor, crc) for tensor, crc in self.tensors.items())
+        return _LEAF.pack(self.loss_sum, self.weight) + digests
+
+    @classmethod
+    def unpack(cls, body: Buffer) -> LeafDigest:
+        if len(body) < _LEAF.size or (len(body) - _LEAF.size) % _TENSOR_DIGEST.size:
+            raise FrameError(f"a leaf's digest of {len(body)} bytes", details={"field": "length"})
+        loss_sum, weight = _LEAF.unpack_from(body)
+        tensors = dict(_TENSOR_DIGEST.iter_unpack(memoryview(body)[_LEAF.size :]))
+        return cls(loss_sum=loss_sum, weight=weight, tensors=tensors)
 
 
 def pack_statistics(statistics: Statistics) -> bytes:

@@ -10,7 +10,9 @@ from typing import Any
 from pscluster.errors import PsError
 from pscluster.job.spec import JobSpec, parse_spec
 from psmaster.control.transaction import Report, Transaction
+from psmaster.model.audits import Audits, VouchedNode
 from psmaster.model.job import (
+    AuditMismatch,
     Best,
     Condition,
     DataConnection,
@@ -79,6 +81,7 @@ def full_job() -> Job:
         suspect=True,
         shards=((1, 3), (5, 2)),
         device="cuda:0",
+        numerics_class="N",
         losses=2,
         failed_on=("w8",),
         not_before_s=3.5,
@@ -111,7 +114,7 @@ def full_job() -> Job:
         layout_json=b"\x00layout",
         layout_sha256="L",
         data_fingerprint="D",
-        numerics_mode="strict",
+        numerics_mode="mixed",
         numerics_class="N",
         optimizer_class="O",
         numerics="strict: same bits",
@@ -132,6 +135,11 @@ def full_job() -> Job:
         traceback="Traceback",
         saving=True,
         held=20,
+        audits=Audits(
+            equal=3, differing=1, unfinished=2, vouched=(VouchedNode(node_id="w", step=29, alone=True),), step=30
+        ),
+        mismatch=AuditMismatch(generation=7, step=31, node_id="w", error=error),
+        going_back=True,
         parameters_sha256="f00d",
         checks=(PreflightCheck(name="n", ok=True, detail="d", node_id="w"),),
         connections=(DataConnection(trainer=1, partition=2, transport="unix"),),

@@ -88,16 +88,19 @@ def _of_live_jobs(jobs: list[Job], state: State) -> Iterator[Family]:
     for name, help_text, field in _GAUGES:
         yield _gauge(name, help_text, ["job"], [([job.job_id], getattr(job, field)) for job in jobs])
     skipped = CounterMetricFamily("ps_job_nonfinite", "Steps skipped as not finite.", labels=["job"])
+    audits = CounterMetricFamily("ps_job_audits", "Audits by result.", labels=["job", "result"])
     trainers: list[tuple[list[str], float]] = []
     ratios: list[tuple[list[str], float]] = []
     for job in jobs:
         skipped.add_metric([job.job_id], job.nonfinite)
+        for result in ("equal", "differing", "unfinished"):
+            audits.add_metric([job.job_id, result], getattr(job.audits, result))
         active = [placement for placement in job.trainers if placement.active]
         trainers.append(([job.job_id, "active"], len(active)))
         trainers.append(([job.job_id, "waiting"], len(job.trainers) - len(active)))
         speeds = rebalance.measured_speeds(active, job.job_id, state.processes)
         ratios.append(([job.job_id], rebalance.straggler_of(speeds)[1]))
-    yield skipped
+    yield from (skipped, audits)
     yield _gauge("ps_job_trainers", "Trainers by state.", ["job", "state"], trainers)
     what = "Time of the slowest trainer for a microbatch over the median one's."
     yield _gauge("ps_job_straggler_ratio", what, ["job"], ratios)

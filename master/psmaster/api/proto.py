@@ -15,8 +15,10 @@ from pscluster.v1 import agents_pb2, jobs_pb2, plan_pb2
 from psmaster.control.agent_stream import Acknowledgement, Assignment
 from psmaster.control.transaction import Report
 from psmaster.model import reports
+from psmaster.model.audits import AuditRecord, Audits, VouchedNode
 from psmaster.model.job import (
     VOLATILE,
+    AuditMismatch,
     Best,
     Condition,
     DataConnection,
@@ -60,6 +62,7 @@ _wire.adapt(
 # What agents send
 
 _wire.pair(StepRecord, plan_pb2.StepRecord)
+_wire.pair(AuditRecord, plan_pb2.AuditRecord)
 _REPORTS: Mapping[str, Codec[Any, Any]] = {
     "trainer_ready": _wire.pair(TrainerFacts, plan_pb2.TrainerReady, only_message=["num_samples"]),
     "partition_ready": _wire.pair(PartitionFacts, plan_pb2.PartitionReady),
@@ -71,6 +74,7 @@ _REPORTS: Mapping[str, Codec[Any, Any]] = {
     "warning": _wire.pair(JobWarning, plan_pb2.Warning),
     "connected": _wire.pair(Connected, plan_pb2.Connected),
     "standby_state": _wire.pair(StandbyState, plan_pb2.StandbyState),
+    "audit_mismatch": _wire.pair(AuditMismatch, plan_pb2.AuditMismatch),
 }
 _IGNORED_REPORTS = frozenset({"counters", "beat", "plan_adopted"})  # the agent's, or of no use to the master
 if _REPORTS.keys() | _IGNORED_REPORTS != {field.name for field in plan_pb2.ProcessReport.DESCRIPTOR.fields}:
@@ -160,16 +164,18 @@ _PARTITION = _wire.pair(
     Placement,
     plan_pb2.PartitionPlacement,
     renamed={"rank": "index"},
-    only_value=[*_PROCESS_STATE, "active", "shards", "device", "standby", "synced"],
+    only_value=[*_PROCESS_STATE, "active", "shards", "device", "numerics_class", "standby", "synced"],
     only_message=["standby"],
 )
 _STANDBY = _wire.pair(
     Placement,
     plan_pb2.Standby,
     renamed={"synced": "in_sync"},
-    only_value=[*_PROCESS_STATE, "rank", "active", "shards", "device", "standby"],
+    only_value=[*_PROCESS_STATE, "rank", "active", "shards", "device", "numerics_class", "standby"],
 )
-_PLAN = _wire.pair(Plan, plan_pb2.Plan, only_value=["standbys"], only_message=["job_id", "layout_json", "data_token"])
+_PLAN = _wire.pair(
+    Plan, plan_pb2.Plan, only_value=["standbys"], only_message=["job_id", "layout_json", "data_token", "mixed"]
+)
 _KINDS = {
     ProcessKind.TRAINER: plan_pb2.ProcessSpec.KIND_TRAINER,
     ProcessKind.PARTITION: plan_pb2.ProcessSpec.KIND_PARTITION,
@@ -214,6 +220,7 @@ def plan(job: Job, m: Plan, microbatch_s: Mapping[int, float] = MappingProxyType
     return _PLAN.encode(
         m,
         job_id=job.job_id,
+        mixed=job.numerics_mode == "mixed",
         trainers=[
             _TRAINER.encode(own, active=own.rank in counted, microbatch_s=microbatch_s.get(own.rank, 0.0))
             for own in m.trainers
@@ -234,6 +241,8 @@ def _standby(job: Job, m: Plan, rank: int) -> plan_pb2.Standby | None:
 
 _wire.pair(Best, plan_pb2.BestSnapshot)
 _wire.pair(Condition, jobs_pb2.Condition)
+_wire.pair(VouchedNode, jobs_pb2.VouchedNode)
+_wire.pair(Audits, jobs_pb2.Audits, only_value=["step"])
 _EVENT = _wire.pair(Event, jobs_pb2.Event, only_value=["subject", "seconds"])
 CLUSTER_NODE = _wire.pair(
     Node,
@@ -249,7 +258,7 @@ _JOB = _wire.pair(
         *VOLATILE, "spec", "request_id", "data_token", "stopping", "trainers", "partitions", "standbys", "attempts",
         "excluded", "layout_json", "layout_sha256", "data_fingerprint", "numerics_mode", "numerics_class",
         "optimizer_class", "high_step", "grad_norm", "nonfinite", "next_best", "finished", "snapshot_warning", "saving",
-        "held", "crashes",
+        "held", "crashes", "mismatch", "going_back",
     ],
     only_message=["spec_json", "workers_active", "workers_wanted", "events", *reports.Rates._fields],
 )  # fmt: skip

@@ -11,7 +11,18 @@ from typing import Any
 
 from pscluster.errors import NotFoundError, StateError
 from psmaster.model import membership, reports
-from psmaster.model.job import MAX_EVENTS, Event, Finished, Instant, Job, JobState, JobWarning, request_stop, resume_job
+from psmaster.model.job import (
+    MAX_EVENTS,
+    AuditMismatch,
+    Event,
+    Finished,
+    Instant,
+    Job,
+    JobState,
+    JobWarning,
+    request_stop,
+    resume_job,
+)
 from psmaster.model.membership import Node, NodeView
 from psmaster.model.plan import Part, Placement, ProcessKind
 from psmaster.model.process import (
@@ -31,7 +42,7 @@ from psmaster.scheduling.admission import admit
 from psmaster.scheduling.draft import Limits
 from psmaster.scheduling.reconcile import reconcile
 
-JobReport = Progress | Evaluated | Finished | Part | JobWarning | Connected | StandbyState
+JobReport = Progress | Evaluated | Finished | Part | JobWarning | Connected | StandbyState | AuditMismatch
 Report = TrainerFacts | PartitionFacts | Failure | JobReport
 
 
@@ -136,6 +147,8 @@ class Transaction:
             return  # only the coordinator's reports on the whole job count
         elif isinstance(report, Progress):
             self._take(reports.progress(job, report, self.now))
+        elif isinstance(report, AuditMismatch):
+            self._take(reports.audit_mismatch(job, report, self.now))
         elif isinstance(report, Evaluated):
             self._take(reports.evaluated(job, report, self.catalogues[job.job_id]))
         else:

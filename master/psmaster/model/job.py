@@ -22,6 +22,7 @@ from typing import Any
 from pscluster.errors import InternalError, PsError, SpecError, StateError
 from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.storage import below
+from psmaster.model.audits import NO_AUDITS, Audits
 from psmaster.model.plan import Placement, Plan, ProcessKind
 
 MAX_EVENTS = 200  # how many events of a job are remembered, the newest
@@ -146,6 +147,17 @@ class JobWarning:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AuditMismatch:
+    """The coordinator found that two trainers differ, and does not commit the step. `node_id`: the node to leave out;
+    empty: the job fails."""
+
+    generation: int
+    step: int
+    node_id: str
+    error: ErrorInfo
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataConnection:
     trainer: int
     partition: int
@@ -238,6 +250,9 @@ class Job:
     traceback: str = ""
     saving: bool = False  # a partition is about to move: the job pauses at the next step and writes it
     held: int = -1  # the step at which it pauses for that; -1: it does not
+    audits: Audits = NO_AUDITS
+    mismatch: AuditMismatch | None = None  # reported, and nothing follows from it yet
+    going_back: bool = False  # the next plan restores, although no partition was lost
     parameters_sha256: str = ""
     checks: tuple[PreflightCheck, ...] = ()
     connections: tuple[DataConnection, ...] = ()
@@ -301,7 +316,7 @@ _ALLOWED: dict[JobState, frozenset[JobState]] = {
 
 # What a job has only while it is live; what its last run left; what binds it to the model and data of its snapshots.
 _WHILE_LIVE = """trainers partitions standbys excluded stopping deadline_s recovery assignment saving held held_s
-    window"""
+    window mismatch going_back"""
 _OF_LAST_RUN = "ended_s crashes plan finished snapshot_warning error traceback parameters_sha256 checks connections"
 _OF_SNAPSHOTS = """layout_json layout_sha256 data_fingerprint numerics_mode numerics_class optimizer_class
     numerics"""

@@ -23,8 +23,9 @@ class Placement:
     process is gone. `attempt` counts the processes of this placement from 1; 0 before the first. `active`: it is
     ready. `suspect`: it is alive but makes no progress; shards go to others, if there are any, until it recovers.
     `shards` are (first, count) runs, trainers only; `addresses` are where a partition listens; `device` is where a
-    trainer computes, once it is active. `losses`: processes lost here since the job last reached a new step;
-    `failed_on`: the nodes where they were lost before they became ready, since one last did, oldest first.
+    trainer computes, and `numerics_class` of which class it is, once it is active. `losses`: processes lost here since
+    the job last reached a new step; `failed_on`: the nodes where they were lost before they became ready, since one
+    last did, oldest first.
     `not_before_s`: when the next one may start, on the master's monotonic clock; 0: at once. See `recovery`.
     `standby`: for the partition of this rank rather than being it; attempts are counted over both, so that the process
     that takes over keeps its id. `synced`: what the partition voted on is held here, so that a takeover by this process
@@ -42,6 +43,7 @@ class Placement:
     shards: tuple[tuple[int, int], ...] = ()
     addresses: tuple[str, ...] = ()
     device: str = ""
+    numerics_class: str = ""
     losses: int = 0
     standby: bool = False
     synced: bool = False

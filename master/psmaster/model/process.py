@@ -80,7 +80,8 @@ class TrainerFacts:
 
     def activate(self, placement: Placement) -> Placement:
         """`placement` as active, with what this process reported."""
-        return replace(placement, active=True, failed_on=(), device=self.device)
+        numerics = self.numerics_class
+        return replace(placement, active=True, failed_on=(), device=self.device, numerics_class=numerics)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from psmaster.model import snapshot_catalog
+from psmaster.model.audits import AuditRecord
 from psmaster.model.job import (
+    AuditMismatch,
     Best,
     DataConnection,
     Event,
@@ -33,6 +35,7 @@ class Progress:
     step: int
     records: tuple[StepRecord, ...] = ()
     held: bool = False
+    audits: tuple[AuditRecord, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +97,8 @@ def progress(job: Job, report: Progress, now: Instant) -> Applied:
     job, recovered = _end_recovery(job, report.generation, step > job.step, now)
     if step > job.high_step:
         job = _reset_losses(replace(job, high_step=step))
-    job = replace(job, step=step, held=report.step if _is_held(job, report) else job.held)
+    held = report.step if _is_held(job, report) else job.held
+    job = replace(job, step=step, held=held, audits=job.audits.plus(report.audits))
     return Applied(job=job, events=(*events, *recovered), lines=records)
 
 
@@ -183,6 +187,14 @@ def standby_state(job: Job, report: StandbyState, rank: int, now: Instant) -> Ap
         event = Event(time_s=now.unix_s, reason="StandbyLost", message=message, warning=True)
     placements = tuple(placement if own.rank == rank else own for own in job.standbys)
     return Applied(job=replace(job, standbys=placements), events=(event,))
+
+
+def audit_mismatch(job: Job, report: AuditMismatch, now: Instant) -> Applied:
+    """Two trainers differ, and the step is not committed. Scheduling leaves a node out, or fails the job."""
+    if not job.state.live or not job.counts(report.generation) or job.mismatch is not None or job.going_back:
+        return Applied(job=job)
+    event = Event(time_s=now.unix_s, reason="AuditMismatch", message=str(report.error), warning=True)
+    return Applied(job=replace(job, mismatch=report), events=(event,))
 
 
 def finished(job: Job, report: Finished, now: Instant) -> Applied:

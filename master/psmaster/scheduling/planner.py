@@ -16,14 +16,17 @@ def replan(draft: Draft, view: View) -> None:
     moving shards makes steps faster. New kept steps go into the plan in force.
 
     While a partition is away there is no new plan: nothing can be committed. The next one restores, unless a standby in
-    sync has the placement."""
+    sync has the placement and the job is not to go back."""
     job, plan = draft.job, draft.job.plan
     if plan is None or any(not placement.active for placement in job.partitions):
         return
     new = [placement for placement in job.partitions if not plan.holds(placement)]
     if new:
         if any(placement.active for placement in job.trainers):
-            make_plan(draft, view, restore=not all(placement.synced for placement in new))
+            make_plan(draft, view, restore=job.going_back or not all(placement.synced for placement in new))
+    elif job.going_back:
+        if any(placement.active for placement in job.trainers):
+            make_plan(draft, view, restore=True)
     elif _is_stale(job, plan, view):
         make_plan(draft, view, restore=False)
     elif move := rebalance.due(job, rebalance.trainers_for_shards(job, view.nodes), view.processes, view.now):
@@ -99,6 +102,8 @@ def _restore(draft: Draft, plan: Plan, *, fresh: bool, rested: bool) -> None:
         finished=None,
         snapshot_warning=None if warning is not None and warning.step > step else warning,  # it is written anew
         deadline_s=None,
+        going_back=False,
+        audits=job.audits.after_rollback(step),
         next_best=None,
         best=job.best if job.best and job.best.step <= step else None,
         metrics=() if stale else job.metrics,

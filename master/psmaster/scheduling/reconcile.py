@@ -21,6 +21,7 @@ from psmaster.scheduling.draft import Draft, Limits, View
 _STAGES = (
     completion.fail_on_reports,
     completion.end_if_finished,
+    recovery.settle_mismatch,
     recovery.vacate_lost,
     completion.end_if_stopping,
     drain.move_off_draining,

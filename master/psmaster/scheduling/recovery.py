@@ -51,6 +51,23 @@ def vacate_lost(draft: Draft, view: View) -> None:
         _replace(draft, view, placement, loss, count)
 
 
+def settle_mismatch(draft: Draft, _view: View) -> None:
+    """After a mismatch of an audit: leave the node that was named out, and have the job go back, because no audit
+    vouches for all that its trainers gave; FAILED when no node was named."""
+    mismatch = draft.job.mismatch
+    if mismatch is None:
+        return
+    if not mismatch.node_id:
+        draft.fail(mismatch.error)
+        return
+    draft.update(mismatch=None, going_back=True)
+    _begin_recovery(draft, ProcessKind.TRAINER)
+    for placement in draft.job.trainers:
+        if placement.node_id == mismatch.node_id:
+            draft.exclude(placement.node_id, placement.incarnation, mismatch.error.cause)
+            draft.vacate(placement)
+
+
 def _replace(draft: Draft, view: View, placement: Placement, loss: ProcessLoss, count: int) -> None:
     """Vacate the placement of a trainer or partition after its `count`th loss. What can take it over at once does."""
     if draft.job.plan is not None and placement.active:

@@ -119,6 +119,15 @@ class SendMerged:
 
 
 @dataclass(frozen=True)
+class RequestDigest:
+    """Ask the trainer of this rank for the digest of a shard of the open step. Sending it again is harmless."""
+
+    rank: int
+    step: int
+    shard: int
+
+
+@dataclass(frozen=True)
 class ReplicateEvaluation:
     """An evaluation is finalised: the standby gets it before the next step."""
 
@@ -176,6 +185,7 @@ Action = (
     | RequestVote
     | BroadcastDirective
     | SendMerged
+    | RequestDigest
     | ReplicateEvaluation
     | Report
     | ReportSteps

@@ -14,6 +14,7 @@ from pscluster.agent.status import detail_of
 from pscluster.errors import InternalError, PsError
 from pscluster.job.spec import JobSpec
 from pscluster.step.layout import Layout
+from pscluster.step.tree import TreeNode
 from pscluster.v1.plan_pb2 import Beat, Counters, Failure, Plan, ProcessReport, Unreached
 from pscluster.wire.frame import FrameKind
 from pscluster.wire.partition_protocol import CommitDecision, Join, Vote
@@ -117,6 +118,11 @@ class PartitionService(Partition):
             case actions.SendMerged(step, ranks, body):
                 owners = [client for client in self.clients.on("pull") if client.index in ranks]
                 self.clients.broadcast(owners, FrameKind.MERGED, step, body)
+            case actions.RequestDigest(rank, step, shard):
+                header = self.header(kind=FrameKind.ARBITRATE, step=step, node=TreeNode(shard, 1))
+                for client in self.clients.on("pull"):
+                    if client.index == rank:
+                        client.connection.send(header)
             case actions.ReplicateEvaluation(evaluation):
                 self.metadata.evaluations.append(evaluation)
                 self.replication.send_metadata()
@@ -236,7 +242,7 @@ class PartitionService(Partition):
     def _report_counters(self) -> None:
         self.report(ProcessReport(counters=self.sample_counters()))
         if self.coordinator is not None:
-            self.carry_out(self.coordinator.report_progress(time.monotonic()))
+            self.carry_out(self.coordinator.every_second(time.monotonic()))
         self._reactor.call_later(COUNTERS_S, self._report_counters)
 
     def sample_counters(self) -> Counters:

@@ -27,6 +27,7 @@ class Setting:
     snapshot_every: int = 2
     evaluate_every: int | None = None
     tier: str = "snapshot"
+    audit_share: float = 0.0
     jobs: int = 1
     compute_s: float = 0.01
     latency_s: float = 0.001
@@ -56,6 +57,7 @@ class Setting:
             snapshot_every=draw.choice((1, 2, 2, 3)),
             evaluate_every=draw.choice((None, None, 2, 3)),
             tier=tier,
+            audit_share=1.0 if seed % 3 == 2 else 0.0,
             jobs=draw.choice((1, 1, 1, 1, 2)),
             compute_s=lasts_s * min(workers, shards) / (steps * shards),
             latency_s=draw.choice((0.0002, 0.002, 0.02)),

@@ -120,6 +120,7 @@ class Simulation:
             partitions=setting.partitions,
             durability={"every_steps": setting.snapshot_every, "tier": setting.tier},
             evaluate=evaluate,
+            audit={"share": setting.audit_share},
         )
         self.people.submit(spec, f"request {number}")
 

@@ -63,7 +63,7 @@ def broken_by(seed: int, changes: Mapping[str, Any]) -> str:
     """The promise that a history breaks, or the function of the coordinator that looks for a summary which it never
     received; empty: none. Any other error is raised."""
     try:
-        run_seed(seed, **{"liveness_s": LIVENESS_S, **changes})
+        run_seed(seed, **{"liveness_s": LIVENESS_S, "audit_share": 0.0, **changes})
     except Violation as violation:
         return str(violation)
     except KeyError as error:

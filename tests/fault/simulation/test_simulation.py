@@ -42,9 +42,13 @@ def test_a_seed_is_a_history() -> None:
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_undisturbed_any_cluster_gives_the_same(workers: int) -> None:
     """The monitor compares every version with what one trainer and one partition make of it."""
-    setting = Setting(workers=workers, servers=2, partitions=3, shards=5, steps=6, evaluate_every=2, jobs=2)
+    setting = Setting(
+        workers=workers, servers=2, partitions=3, shards=5, steps=6, evaluate_every=2, jobs=2, audit_share=1.0
+    )
     simulation = Simulation(setting, reference_of(5))
     simulation.run()
 
     assert not simulation.faults.struck
     assert simulation.schedule.now_s < 30
+    assert all(job.audits.equal + job.audits.unfinished == 6 for job in simulation.jobs())
+    assert all(job.audits.equal >= 4 for job in simulation.jobs()), "trainers that join late take over shards"

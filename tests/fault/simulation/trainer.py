@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.step.tree import Statistics, Summary, Tree, TreeNode, tree_of
@@ -52,6 +53,12 @@ class _Replica:
 
     def restore_buffers(self) -> None:
         """There are no live buffers beside the committed ones."""
+
+    def weighted_buffers(self, bucket: int, weight: float) -> torch.Tensor:
+        return self.memory.flats[bucket] * weight
+
+    def carried_words(self, bucket: int) -> torch.Tensor:
+        return self.memory.flats[bucket]
 
     def rebuild(self) -> None:
         self.memory.close_windows()
@@ -129,16 +136,25 @@ class ArithmeticTrainer(Trainer):
         self._strand = strand
         self._sim = sim
 
-    def _microbatch(self, work: Work, shard: int) -> None:
+    def _microbatch(self, work: Work, shard: int) -> bool:
         flats = self._replica.memory.flats
         self._strand.spend(self._sim.compute_s(self._strand.life))
         self._exchange.wait_values(work)
         self._sim.monitor.computes(self._strand.life.name, work, flats)
+        digests = self._digests(work, shard)
         for bucket in self._accumulator.buckets:
-            self._accumulator.carry(bucket, shard, model.gradients(flats, bucket, work.version, shard))
+            gradients = model.gradients(flats, bucket, work.version, shard)
+            if digests is not None:
+                digests.take_gradients(bucket, gradients)
+            if work.action == "train":
+                self._accumulator.carry(bucket, shard, gradients)
         self._strand.spend(SOON_S)
         self._exchange.wait_values(work)
-        self._push_moved(work, shard)
+        if digests is not None:
+            self._send_digest(work, shard, digests, model.summary(flats, shard).loss_sum, model.weight_of(shard))
+        if work.action == "train":
+            self._push_moved(work, shard)
+        return False
 
     def _push_moved(self, work: Work, shard: int) -> None:
         flats, node = self._replica.memory.flats, model.leaf(shard)

@@ -170,6 +170,22 @@ def test_describe_of_a_running_job_shows_the_plan_that_holds(run: Psctl, fake: F
     assert not {"Last plan:", "Last transports:"} & titles
 
 
+def test_describe_says_how_far_audits_vouch(run: Psctl, fake: FakeMaster) -> None:
+    fake.jobs["a"] = full_job()
+    assert "Audits:" not in run("describe", "lm").stdout
+    vouched = [
+        jobs_pb2.VouchedNode(node_id="worker-0", step=98),
+        jobs_pb2.VouchedNode(node_id="w-1", step=7, alone=True),
+    ]
+    fake.jobs["a"].audits.CopyFrom(jobs_pb2.Audits(equal=4, differing=1, unfinished=2, vouched=vouched))
+    text = run("describe", "lm").stdout
+    section = text[text.index("Audits:") : text.index("Events:")].split()
+    assert [word.strip(",") for word in section if word.strip(",").isdecimal()] == ["5", "1", "2", "98", "7"]
+    assert section[section.index("w-1:") + 3 :] == ["by", "itself"]
+    found = json.loads(run("describe", "lm", "-o", "json").stdout)["audits"]
+    assert (found["equal"], found["vouched"][1]) == (4, {"node_id": "w-1", "step": 7, "alone": True})
+
+
 def test_describe_of_a_fresh_job_leaves_out_what_is_not_known(run: Psctl, fake: FakeMaster) -> None:
     fake.jobs["a"] = jobs_pb2.Job(job_id="lm-abc123", name="lm", state=jobs_pb2.JOB_STATE_QUEUED, created_s=1.7e9)
     text = run("describe", "lm").stdout

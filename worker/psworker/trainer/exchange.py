@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from pscluster.agent.link import UNREACHED_S, HeartbeatThread, ProcessLink
 from pscluster.job.spec import JobSpec
+from pscluster.step.audit import AuditRule
 from pscluster.step.layout import Layout
 from pscluster.v1.plan_pb2 import Beat, Connected, Connection, PartitionPlacement, Plan, ProcessReport, Unreached
 from pscluster.wire.frame import FrameKind, Header
@@ -52,7 +53,9 @@ class Exchange:
         """`memory` is the replica's, where values land. `reactor`: the loop to use; its own by default."""
         staging = staging or Staging()
         self.progress = 0  # counts what the main thread has done, for heartbeats
-        self.agenda = Agenda(link.start)
+        train = spec.train
+        audits = AuditRule(seed=train.seed, share=spec.audit.share, num_shards=train.num_shards)
+        self.agenda = Agenda(link.start, audits)
         self.values = Values(spec, layout, memory, self.agenda.changed)
         self._link = link
         self._transport = spec.network.transport
@@ -142,9 +145,11 @@ class Exchange:
             self._reactor.close()
 
     def _receive(self, header: Header, body: memoryview) -> None:
-        """What the coordinator sends: a DIRECTIVE or MERGED."""
+        """What the coordinator sends: a DIRECTIVE, MERGED or ARBITRATE."""
         if header.kind is FrameKind.DIRECTIVE:
             self._direct(Directive.unpack(header, body))
+        elif header.kind is FrameKind.ARBITRATE:
+            self.agenda.arbitrate(header.generation, header.step, header.node.first)
         else:
             self.agenda.merge(header.step, unpack_statistics(body))
 

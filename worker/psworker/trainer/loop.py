@@ -10,10 +10,11 @@ import torch
 from pscluster.agent.position import position
 from pscluster.errors import TaskError
 from pscluster.job.spec import JobSpec
+from pscluster.step.audit import AuditRole
 from pscluster.step.codec import DTYPES
 from pscluster.step.tree import Statistics, Summary, TreeNode, add_statistics, touched_bits, tree_of
 from pscluster.task import Task
-from pscluster.wire.protocol import Outcome
+from pscluster.wire.protocol import LeafDigest, Outcome
 from psworker.numerics import precision
 from psworker.replica import Replica
 from psworker.trainer.data.batches import Batches, EvalBatches, seed_step
@@ -22,6 +23,7 @@ from psworker.trainer.data.moving import to_device
 from psworker.trainer.evaluation import Shapes, check_metric, loss_of, shard_statistics, unpack_metrics
 from psworker.trainer.exchange import Exchange, SupersededError
 from psworker.trainer.gradients.accumulate import Accumulator, BufferSums, Counter
+from psworker.trainer.gradients.digests import TensorDigests
 from psworker.trainer.model_watch import ModelWatch
 from psworker.trainer.telemetry import TrainerCounters
 from psworker.trainer.values import PullGuard, sees_everything
@@ -93,18 +95,19 @@ class Trainer:
             self._done[work.key].update(work.shards)
             return
         self._has_first_values = False
-        if not self._exchange.want(work, work.version, exact=work.action != "train"):
+        if not self._exchange.want(work, work.version, exact=not work.is_step):
             raise SupersededError(f"version {work.version} is gone")
         with self._counters.phase("pull"):
             self._wait_for_start(work)
-        {"train": self._train, "evaluate": self._evaluate, "finalise": self._finalise, "finish": self._finish}[
-            work.action
-        ](work)
+        {
+            "train": self._train, "audit": self._audit, "arbitrate": self._audit,
+            "evaluate": self._evaluate, "finalise": self._finalise, "finish": self._finish,
+        }[work.action](work)  # fmt: skip
 
     def _wait_for_start(self, work: Work) -> None:
         """Block until the work may start: training as soon as the buffers are here, the rest when everything is."""
         self._loaded.clear()
-        if work.action != "train" or not self._may_overlap:
+        if not work.is_step or not self._may_overlap:
             self._need_all(work)
             return
         for bucket in self._replica.layout.buckets:
@@ -148,23 +151,49 @@ class Trainer:
         if self._done[work.key].issuperset(work.shards):
             self._exchange.want(work, work.version + 1)
 
+    def _audit(self, work: Work) -> None:
+        """Compute one shard for its digest alone: nothing of it is pushed or counted."""
+        self._replica.model.train()
+        for shard in work.shards:
+            with self._counters.timer.computing("train"):
+                self._microbatch(work, shard)
+            self._done[work.key].add(shard)
+            self._exchange.progress += 1
+
     def _microbatch(self, work: Work, shard: int) -> bool:
-        """One shard's gradient, from batch to `push`; whether it had all its samples. One without any contributes
-        zeros."""
+        """One shard's gradient, from batch to `push`, or to its digest; whether it had all its samples. One without any
+        contributes zeros."""
         position.begin("train", work.version, shard)
         seed_step(self._spec.train.seed, work.version, shard)
         self._watch.begin(work.version)
         with self._counters.phase("data"):
             batch, num_samples = self._batches.microbatch(work.version, shard)
-        self._accumulator.begin(shard)
+        digests = self._digests(work, shard)
+        self._accumulator.begin(shard, digests, discards=work.action != "train")
         loss_sum, weight = self._forward_backward(work, batch) if num_samples else (0.0, 0.0)
         with self._counters.phase("pull"):
             self._exchange.wait_values(work)  # nothing is pushed before every partition has sent its values
         touched = self._accumulator.finish()
+        if digests is not None:
+            self._send_digest(work, shard, digests, loss_sum, weight)
+        if work.action != "train":
+            return False
         with self._counters.phase("push"):
             self._push_rest(work, shard, loss_sum, weight, num_samples, touched)
         self._counters.microbatch(num_samples, weight)
         return num_samples == self._spec.train.microbatch
+
+    def _digests(self, work: Work, shard: int) -> TensorDigests | None:
+        """What takes the digests of a shard's gradient; None: it is not audited."""
+        audited = work.action != "train" or self._exchange.agenda.audits.shard_of(work.version) == shard
+        return TensorDigests(self._replica.layout) if audited else None
+
+    def _send_digest(self, work: Work, shard: int, digests: TensorDigests, loss_sum: float, weight: float) -> None:
+        """Before the shard's summary: the coordinator has the digest by the time that the step can be complete."""
+        digests.take_buffers(self._replica, weight)
+        role = {"train": AuditRole.OWNER, "audit": AuditRole.AUDITOR, "arbitrate": AuditRole.ARBITER}[work.action]
+        digest = LeafDigest(loss_sum=loss_sum, weight=weight, tensors=digests.found)
+        self._exchange.pusher.digest(work, shard, role, digest)
 
     def _forward_backward(self, work: Work, batch: object) -> tuple[float, float]:
         with self._counters.phase("forward"):

@@ -28,7 +28,7 @@ class Peer:
     agenda: Agenda
     lanes: SharedLanes
     values: Values
-    receive: Callable[[Header, memoryview], None]  # takes a DIRECTIVE or MERGED
+    receive: Callable[[Header, memoryview], None]  # takes a DIRECTIVE, MERGED or ARBITRATE
     index: int
     addresses: list[str]
     wanted_transport: str  # as `network.transport` of the spec
@@ -169,7 +169,7 @@ class PullChannel(_Channel):
     """Receives values, straight into the model's memory, and from partition 0 what the coordinator sends."""
 
     name = "pull"
-    kinds = frozenset({FrameKind.VALUES, FrameKind.DIRECTIVE, FrameKind.MERGED})
+    kinds = frozenset({FrameKind.VALUES, FrameKind.DIRECTIVE, FrameKind.MERGED, FrameKind.ARBITRATE})
 
     def __init__(self, peer: Peer) -> None:
         super().__init__(peer)

@@ -7,12 +7,14 @@ import threading
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
+from pscluster.step.audit import AuditRule, roles_of
 from pscluster.step.tree import Statistics
 from pscluster.v1.plan_pb2 import Plan, ProcessSpec
 from pscluster.wire.frame import FrameKind, Header, job_number
 from pscluster.wire.protocol import Channel, Directive, Hello
 
 WorkKey = tuple[int, int, int, str]  # restore_generation, version, moved_generation, action
+NO_AUDITS = AuditRule()
 Done = Mapping[WorkKey, Set[int]]  # shards that were computed, by what they were computed for
 
 
@@ -24,8 +26,8 @@ class Work:
     `moved_generation`: generation of the newest takeover of any partition (for "train"), or of the coordinator. Where a
     standby has taken over, what its partition had collected of the open step is gone, and the work is done again; the
     other partitions drop it as a duplicate. `action`: "initialise" (give the first values to `shards`, here
-    partitions), "train", "evaluate", "finalise" (turn `statistics` into metrics), "finish" (digest the final
-    values)."""
+    partitions), "train", "evaluate", "finalise" (turn `statistics` into metrics), "finish" (digest the final values),
+    "audit", "arbitrate" (compute one shard for its digest alone)."""
 
     restore_generation: int
     generation: int
@@ -34,6 +36,11 @@ class Work:
     moved_generation: int = 0
     shards: tuple[int, ...] = ()
     statistics: Statistics | None = None
+
+    @property
+    def is_step(self) -> bool:
+        """Whether it computes gradients at the values that trainers get, which may be rounded."""
+        return self.action in ("train", "audit", "arbitrate")
 
     @property
     def key(self) -> WorkKey:
@@ -54,10 +61,14 @@ def find_work(
     empty_partitions: Set[int],
     rank: int,
     done: Done,
+    audits: AuditRule = NO_AUDITS,
+    arbitration: tuple[int, int] | None = None,
 ) -> Work | None:
     """What is left to do, or None.
 
-    `merged`: version and root of a complete evaluation; `empty_partitions` hold no values yet."""
+    `merged`: version and root of a complete evaluation; `empty_partitions` hold no values yet. `arbitration`: version
+    and shard of the digest that the coordinator asks for. An audit comes before the step's own shards: the coordinator
+    has its digest by the time that the step can be complete."""
     mine = shards_of(plan, rank)
     base = Work(restore_generation=plan.restore_generation, generation=plan.generation, version=0, action="")
     if directive is None:
@@ -70,10 +81,28 @@ def find_work(
     base = replace(base, version=directive.version, action=directive.action, moved_generation=moved)
     if directive.action == "finish":
         return _left(base, [0] if 0 in mine else [], done)
+    if directive.action == "train" and (audit := _find_audit(plan, base, audits, rank, done)):
+        return audit
     found = _left(base, mine, done)
+    if found is None and arbitration is not None and (arbitration[0], "train") == (directive.version, directive.action):
+        return _left(_for_digest(base, "arbitrate", plan), [arbitration[1]], done)
     if found is None and directive.action == "evaluate" and merged is not None and merged[0] == directive.version:
         return _left(replace(base, action="finalise", statistics=merged[1]), [0] if 0 in mine else [], done)
     return found
+
+
+def _find_audit(plan: Plan, base: Work, audits: AuditRule, rank: int, done: Done) -> Work | None:
+    """The shard that this trainer computes a second time, if that is still to be done."""
+    shard = audits.shard_of(base.version)
+    roles = roles_of(plan, shard) if shard is not None else None
+    if shard is None or roles is None or roles.auditor.rank != rank:
+        return None
+    return _left(_for_digest(base, "audit", plan), [shard], done)
+
+
+def _for_digest(base: Work, action: str, plan: Plan) -> Work:
+    """A digest goes to the coordinator alone: it is done again only when another process takes that over."""
+    return replace(base, action=action, moved_generation=plan.coordinator_generation)
 
 
 def _left(work: Work, shards: Sequence[int], done: Done) -> Work | None:
@@ -86,13 +115,15 @@ class Agenda:
 
     The reactor's thread writes, the main thread reads; both hold `changed`, which every write notifies."""
 
-    def __init__(self, start: ProcessSpec) -> None:
+    def __init__(self, start: ProcessSpec, audits: AuditRule = NO_AUDITS) -> None:
         self.changed = threading.Condition()
         self.job = job_number(start.job_id)
         self.rank = start.rank
         self.plan: Plan | None = None
         self.directive: Directive | None = None
         self.merged: tuple[int, Statistics] | None = None
+        self.arbitration: tuple[int, int] | None = None  # version and shard of the digest that is asked for
+        self.audits = audits
         self.empty_partitions: set[int] = set()  # that hold no values yet
         self._attempt = start.attempt
         self._early: Directive | None = None  # of a generation whose plan is not here yet
@@ -122,7 +153,10 @@ class Agenda:
         """What is to be done now."""
         if self.plan is None:
             return None
-        return find_work(self.plan, self.directive, self.merged, self.empty_partitions, self.rank, done)
+        return find_work(
+            self.plan, self.directive, self.merged, self.empty_partitions, self.rank, done,
+            self.audits, self.arbitration,
+        )  # fmt: skip
 
     def is_current(self, work: Work) -> bool:
         """Whether the plan and the directive still ask for this work."""
@@ -158,7 +192,7 @@ class Agenda:
             if restored:
                 self.empty_partitions = set()
             if restored or (held is not None and plan.coordinator_generation != held.coordinator_generation):
-                self.directive, self.merged = None, None  # of a coordinator that is gone
+                self.directive, self.merged, self.arbitration = None, None, None  # of a coordinator that is gone
             early, self._early = self._early, None
             self.changed.notify_all()
         return early
@@ -182,6 +216,13 @@ class Agenda:
         with self.changed:
             self.merged = (version, statistics)
             self.changed.notify_all()
+
+    def arbitrate(self, generation: int, version: int, shard: int) -> None:
+        """The coordinator asks for the digest of a shard of the step that starts from `version`."""
+        with self.changed:
+            if generation >= self.restore_generation:
+                self.arbitration = (version, shard)
+                self.changed.notify_all()
 
     def welcomed(self, partition: int, *, needs_values: bool) -> None:
         """A partition accepts PULLs."""

@@ -12,13 +12,15 @@ import numpy as np
 from pscluster.agent.status import detail_of
 from pscluster.errors import FrameError, NonFiniteError, TaskError
 from pscluster.job.spec import JobSpec
+from pscluster.step.audit import AuditRole
 from pscluster.step.tree import Statistics, Summary, TreeNode, add_statistics, tree_of
 from pscluster.v1.plan_pb2 import Evaluated, Failure, Finished, Plan, ProcessReport, Progress, StepRecord
 from pscluster.wire.partition_protocol import CommitDecision, DecisionKind, Evaluation, Vote
 from pscluster.wire.protocol import Action as Activity
-from pscluster.wire.protocol import Directive, Outcome, pack_statistics
+from pscluster.wire.protocol import Directive, LeafDigest, Outcome, pack_statistics
 from psserver.partition import actions
 from psserver.partition.actions import Action
+from psserver.partition.coordinator.audits import Audits
 from psserver.partition.replication.in_sync import MAX_RECORDS, ReplicatedMetadata
 from psserver.partition.step import commit
 from psserver.partition.step.commit import clip_coefficient, global_norm
@@ -43,11 +45,17 @@ class Coordinator:
     merged: Statistics | None = None
     records: list[StepRecord] = field(default_factory=list)
     summaries: dict[int, Summary] = field(default_factory=dict)  # of the open step and the one before
+    audits: Audits = field(init=False)
+    _audited_votes: dict[int, Vote] = field(default_factory=dict)  # on the open step; they wait for its audit
     _statistics: Sums[Statistics] | None = None
     _evaluating: int = -1  # the version that `_statistics` and `merged` are of
     _reported_step: int = -1
     _reported_at: float = -math.inf
     _is_over: bool = False
+
+    def __post_init__(self) -> None:
+        self.audits = Audits(self.spec)
+        self.audits.open_step(self.version, self.plan)
 
     @classmethod
     def at(cls, spec: JobSpec, plan: Plan) -> Coordinator:
@@ -96,11 +104,13 @@ class Coordinator:
         """A new generation without a restore: votes are requested anew; a stop may take effect."""
         self.plan = plan
         self.state = commit.coordinator_adopts(self.state, plan.generation)
+        self._audited_votes.clear()
+        self.audits.adopt(plan)
         # A partition may have adopted the plan first, and voted too early.
         requests: list[Action] = [actions.RequestVote(index, self.version) for index in sorted(self.joined)]
         if not self.is_open:
             return requests
-        return [*requests, *self.send_merged(), *self._choose_activity()]
+        return [*requests, *self.send_merged(), *self._choose_activity(), *self._settle_audit()]
 
     def join(self, index: int, step: int, last: CommitDecision | None = None) -> list[Action]:
         """A partition holds `step`, which `last` made. The last one to join opens the job."""
@@ -120,6 +130,9 @@ class Coordinator:
         """A partition's vote; the last one decides the step."""
         if vote.step == self.version and (self._is_over or self.activity in ("finish", "hold")):
             return []  # the job ends or rests here: another step would take it past its digest or move
+        if vote.step == self.version and self.audits.holds_step:
+            self._audited_votes[vote.partition] = vote
+            return []
         self.state, decision, to_all = commit.receive_vote(self.state, vote, self._decide)
         if decision is None:
             return []
@@ -141,6 +154,25 @@ class Coordinator:
 
     def _send_to_all(self, decision: CommitDecision) -> list[Action]:
         return [actions.SendDecision(index, decision) for index in range(self.state.num_partitions)]
+
+    def audit(self, step: int, shard: int, role: AuditRole, rank: int, digest: LeafDigest) -> list[Action]:
+        """A trainer computed an audited shard. A digest of another step, and a repeat, change nothing."""
+        if step != self.version or self._is_over:
+            return []
+        self.audits.take(shard, role, rank, digest)
+        return self._settle_audit()
+
+    def _settle_audit(self) -> list[Action]:
+        """What follows when the audit of the open step has changed: another digest, a report, the votes that waited."""
+        report = self.audits.settle(self.plan)
+        found: list[Action] = list(self.audits.requests())
+        if report is not None:
+            found += [*self.report_progress(0.0, force=True), actions.Report(report)]
+        if not self.audits.holds_step and not self._is_over:
+            votes, self._audited_votes = self._audited_votes, {}
+            for vote in votes.values():
+                found += self.vote(vote)
+        return found
 
     def take_summary(self, summary: Summary) -> None:
         """The open step's summary is complete; before this partition's own vote."""
@@ -196,6 +228,11 @@ class Coordinator:
         )
         return [*self.report_progress(time.monotonic(), force=True), actions.Report(ProcessReport(finished=finished))]
 
+    def every_second(self, now_s: float) -> list[Action]:
+        """A second has passed. `now_s` is monotonic."""
+        self.audits.expire(now_s, waits=len(self._audited_votes) == self.state.num_partitions)
+        return [*self._settle_audit(), *self.report_progress(now_s)]
+
     def report_progress(self, now_s: float, *, force: bool = False) -> list[Action]:
         """Report the steps committed since the last report, at most once a second unless forced. `now_s` is monotonic:
         a wall clock that is set back would silence the job for as long."""
@@ -210,6 +247,7 @@ class Coordinator:
             step=self.version - was_stopped,  # a step that is stopped at makes no version
             records=self.records,
             held=self.activity == "hold",
+            audits=self.audits.take_records(),
         )
         self.records, self._reported_step, self._reported_at = [], self.version, now_s
         return [actions.Report(ProcessReport(progress=progress))]
@@ -230,6 +268,8 @@ class Coordinator:
         self.records.append(step_record(self.spec, self.plan.final_step, decision, self.summaries[decision.step]))
         if decision.snapshot:
             self.saved = self.version
+        self._audited_votes = {}
+        self.audits.open_step(self.version, self.plan)
 
     def _choose_activity(self) -> list[Action]:
         """Choose what comes at the committed version, and send it to the trainers."""

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from pscluster.errors import AuthError, FrameError, PsError
+from pscluster.step.audit import AuditRole
 from pscluster.step.codec import BufferNode, as_bytes
 from pscluster.step.tree import Summary, summary_bytes
 from pscluster.wire.connection import Connection
@@ -23,7 +24,15 @@ from pscluster.wire.frame import (
     lane_of,
 )
 from pscluster.wire.partition_protocol import Join, Sync, Vote
-from pscluster.wire.protocol import MAX_HELLO_BYTES, WEIGHT_BYTES, Hello, Outcome, unpack_statistics, unpack_weight
+from pscluster.wire.protocol import (
+    MAX_HELLO_BYTES,
+    WEIGHT_BYTES,
+    Hello,
+    LeafDigest,
+    Outcome,
+    unpack_statistics,
+    unpack_weight,
+)
 from psserver.partition.actions import Action, JoinJob, ServePulls, TryVote
 from psserver.partition.ingress.clients import Client
 from psserver.partition.ingress.handshake import shake_hands
@@ -32,12 +41,12 @@ from psserver.partition.replication.standby import Standby
 from psserver.partition.step.open_step import OpenStep
 
 _FITTING = {
-    "push": frozenset({FrameKind.INIT, FrameKind.PUSH, FrameKind.STATISTICS, FrameKind.OUTCOME}),
+    "push": frozenset({FrameKind.INIT, FrameKind.PUSH, FrameKind.STATISTICS, FrameKind.OUTCOME, FrameKind.AUDIT}),
     "pull": frozenset({FrameKind.PULL}),
     "vote": frozenset({FrameKind.VOTE, FrameKind.JOIN}),
     "replica": frozenset({FrameKind.SYNC, FrameKind.PIECE, FrameKind.PUSH, FrameKind.DECISION, FrameKind.METADATA}),
 }
-_TO_COORDINATOR = frozenset({FrameKind.STATISTICS, FrameKind.OUTCOME, FrameKind.VOTE, FrameKind.JOIN})
+_TO_COORDINATOR = frozenset({FrameKind.STATISTICS, FrameKind.OUTCOME, FrameKind.AUDIT, FrameKind.VOTE, FrameKind.JOIN})
 _SMALL = frozenset({FrameKind.STATISTICS, FrameKind.OUTCOME, FrameKind.JOIN, FrameKind.DECISION, FrameKind.METADATA})
 _TO_STANDBY = _FITTING["replica"] - {FrameKind.PUSH}
 
@@ -61,13 +70,15 @@ class FrameHandler:
         if header.kind is FrameKind.VOTE:
             blocks = sum(b.num_blocks for b in self._partition.state.layout.buckets) if self._partition.state else 0
             return _small(header, Vote.max_bytes(blocks))
-        if header.kind is FrameKind.STATISTICS:
+        if header.kind in (FrameKind.STATISTICS, FrameKind.AUDIT):
             self._check_tree_node(header)
         if header.kind is FrameKind.PIECE:
             return self._standby(header).target(header)
-        if header.kind is FrameKind.SYNC:
+        if header.kind in (FrameKind.SYNC, FrameKind.AUDIT):
+            if header.kind is FrameKind.AUDIT:
+                _role_of(header)
             tensors = len(self._partition.state.layout.tensors) if self._partition.state else 0
-            return _small(header, Sync.max_bytes(tensors))
+            return _small(header, (Sync if header.kind is FrameKind.SYNC else LeafDigest).max_bytes(tensors))
         if header.kind in _SMALL:
             return _small(header, MAX_SMALL_BYTES)
         if header.kind in (FrameKind.PUSH, FrameKind.INIT):
@@ -135,6 +146,9 @@ class FrameHandler:
         else:
             if header.kind is FrameKind.STATISTICS:
                 self._carry_out(coordinator.statistics(header.step, header.node, unpack_statistics(body)))
+            elif header.kind is FrameKind.AUDIT:
+                role, digest = _role_of(header), LeafDigest.unpack(body)
+                self._carry_out(coordinator.audit(header.step, header.node.first, role, client.index, digest))
             else:
                 self._carry_out(coordinator.outcome(header.step, Outcome.unpack(body)))
             self._partition.clients.acknowledge(client, header, AckResult.APPLIED, -1)
@@ -290,6 +304,15 @@ class FrameHandler:
             if state.fill(header.bucket):
                 self._carry_out([JoinJob()])
         self._partition.clients.acknowledge(client, header, AckResult.APPLIED, -1)
+
+
+def _role_of(header: Header) -> AuditRole:
+    if header.node.leaves != 1:
+        raise FrameError(f"an audit of the node {tuple(header.node)}", details={"field": "node"})
+    try:
+        return AuditRole(header.bucket)
+    except ValueError:
+        raise FrameError(f"no role {header.bucket} in an audit", details={"field": "bucket"}) from None
 
 
 def _small(header: Header, limit: int) -> memoryview:

@@ -88,7 +88,7 @@ def _welcome(partition: Partition, client: Client, state: PartitionState, hello:
     if client.channel != "pull" or coordinator is None or not coordinator.is_open:
         return []
     partition.clients.broadcast([client], FrameKind.DIRECTIVE, coordinator.version, coordinator.directive.pack())
-    return coordinator.send_merged()
+    return [*coordinator.send_merged(), *coordinator.audits.requests()]
 
 
 def _share_memory(partition: Partition, client: Client, state: PartitionState, num_lanes: int) -> list[int]:

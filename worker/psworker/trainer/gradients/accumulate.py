@@ -24,6 +24,7 @@ from pscluster.step.codec import BufferNode, add_optional
 from pscluster.step.layout import Layout
 from pscluster.step.tree import Tree, TreeNode
 from psworker.replica import Replica
+from psworker.trainer.gradients.digests import TensorDigests
 from psworker.trainer.work import Work
 
 Gradients = list[torch.Tensor | None]  # of a bucket's tensors in order; None: no microbatch of the node touched it
@@ -101,6 +102,8 @@ class Accumulator:
         self._open: dict[int, Gradients] = {}
         self._storages: dict[int, StorageWeakRef] = {}  # memory of the gradients taken in this backward, by address
         self._leaf: TreeNode | None = None
+        self._digests: TensorDigests | None = None  # of an audited microbatch
+        self._discards = False
         self._work: Work | None = None
         self._handles = [
             parameter.register_post_accumulate_grad_hook(self._hook(number))  # type: ignore[no-untyped-call]
@@ -114,9 +117,11 @@ class Accumulator:
         for counter in self._counters.values():
             counter.begin(wanted)
 
-    def begin(self, shard: int) -> None:
-        """The next backward is this shard's microbatch."""
+    def begin(self, shard: int, digests: TensorDigests | None = None, *, discards: bool = False) -> None:
+        """The next backward is this shard's microbatch. `digests` take its gradients before they are added to anything;
+        `discards`: nothing else does."""
         self._leaf = TreeNode(shard, 1)
+        self._digests, self._discards = digests, discards
         self._fired = {}
         self._storages.clear()
         self._open = {b.index: [None] * len(b.placed) for b in self._buckets}
@@ -186,7 +191,10 @@ class Accumulator:
     def _close(self, bucket: int) -> None:
         gradients = [None if g is None else g.to(self._dtype) for g in self._open.pop(bucket)]
         assert self._leaf is not None
-        self._push_all(bucket, self._counters[bucket].carry(self._leaf, gradients))
+        if self._digests is not None:
+            self._digests.take_gradients(bucket, gradients)
+        if not self._discards:
+            self._push_all(bucket, self._counters[bucket].carry(self._leaf, gradients))
 
     def _push_all(self, bucket: int, nodes: Iterable[tuple[TreeNode, Gradients]]) -> None:
         for node, gradients in nodes:

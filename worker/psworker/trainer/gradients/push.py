@@ -12,11 +12,12 @@ from typing import NamedTuple
 import torch
 
 from pscluster.job.spec import JobSpec
+from pscluster.step.audit import AuditRole
 from pscluster.step.codec import DTYPES, as_bytes
 from pscluster.step.layout import Layout, Span
 from pscluster.step.tree import Statistics, Summary, TreeNode
 from pscluster.wire.frame import SUMMARY, UNCHANGED, Buffer, Codec, FrameKind, Header
-from pscluster.wire.protocol import Outcome, pack_statistics, pack_weight
+from pscluster.wire.protocol import LeafDigest, Outcome, pack_statistics, pack_weight
 from pscluster.wire.reactor import Reactor
 from psworker.replica import BucketMemory
 from psworker.staging import Staging
@@ -81,6 +82,11 @@ class Pusher:
         """Send the coordinator a node of an evaluation."""
         header = self._header(work, FrameKind.STATISTICS, bucket=SUMMARY, node=node)
         self._send(0, header, [Part(0, [pack_statistics(statistics)])])
+
+    def digest(self, work: Work, shard: int, role: AuditRole, digest: LeafDigest) -> None:
+        """Send the coordinator the digest of an audited leaf: before anything else of its step that waits."""
+        header = self._header(work, FrameKind.AUDIT, bucket=int(role), node=TreeNode(shard, 1))
+        self._send(0, header, [Part(0, [digest.pack()])])
 
     def outcome(self, work: Work, outcome: Outcome) -> None:
         """Send the coordinator the finalised metrics, or the digest."""
