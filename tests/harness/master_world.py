@@ -141,7 +141,7 @@ def full_job() -> Job:
         mismatch=AuditMismatch(generation=7, step=31, node_id="w", error=error),
         going_back=True,
         parameters_sha256="f00d",
-        checks=(PreflightCheck(name="n", ok=True, detail="d", node_id="w"),),
+        checks=(PreflightCheck(name="n", ok=True, detail="d", node_id="w", warning=True),),
         connections=(DataConnection(trainer=1, partition=2, transport="unix"),),
         conditions=(Condition(type="Ready", status=True, reason="R", message="m", since_s=1.0),),
         revision=17,

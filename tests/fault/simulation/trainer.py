@@ -39,26 +39,31 @@ class _Module:
         """Nothing here depends on it."""
 
 
+class _Buffers:
+    """Stands in for `psworker.live_buffers.LiveBuffers`: there are none beside the committed ones."""
+
+    def __init__(self, memory: BucketMemory) -> None:
+        self._memory = memory
+
+    def weighted(self, bucket: int, weight: float) -> torch.Tensor:
+        return self._memory.flats[bucket] * weight
+
+    def carried(self, bucket: int) -> torch.Tensor:
+        return self._memory.flats[bucket]
+
+
 class _Replica:
     """Stands in for `psworker.replica.Replica`: the memory, and no module over it."""
 
     def __init__(self) -> None:
         self.layout = LAYOUT
         self.memory = BucketMemory(LAYOUT)
+        self.buffers = _Buffers(self.memory)
         self.model = _Module()
         model.first_values(self.memory.flats)
 
     def load_bucket(self, bucket: int) -> None:
         """What landed is what is computed on."""
-
-    def restore_buffers(self) -> None:
-        """There are no live buffers beside the committed ones."""
-
-    def weighted_buffers(self, bucket: int, weight: float) -> torch.Tensor:
-        return self.memory.flats[bucket] * weight
-
-    def carried_words(self, bucket: int) -> torch.Tensor:
-        return self.memory.flats[bucket]
 
     def rebuild(self) -> None:
         self.memory.close_windows()

@@ -103,7 +103,7 @@ class Audited:
         return changed
 
     def compute(self, shard: int, *, discards: bool) -> dict[int, int]:
-        self.replica.restore_buffers()
+        self.replica.buffers.restore()
         digests = TensorDigests(self.replica.layout)
         self.accumulator.begin(shard, digests, discards=discards)
         batch = torch.arange(12.0).reshape(4, 3) * (shard + 1)

@@ -318,10 +318,12 @@ def test_errors_come_as_answers_with_their_exit_status(make_spec: Any) -> None:
 def test_what_safetensors_does_not_have_is_exported_as_pth(tmp_path: Path, odd: str) -> None:
     value = torch.eye(3).to_sparse() if odd == "sparse" else torch.randn(3, dtype=torch.complex128)
     tensors = {"weight": torch.ones(2), "odd": value}
+    aside = tmp_path / "aside"
+    aside.mkdir()
     with pytest.raises(SpecError, match=f"safetensors has no {odd}.* tensors: odd") as caught:
-        write_weights(tensors, "safetensors", tmp_path / "out.safetensors", {})
-    assert "pth" in caught.value.action and not list(tmp_path.iterdir())
+        write_weights(tensors, "safetensors", tmp_path / "out.safetensors", {}, aside=aside)
+    assert "pth" in caught.value.action and list(tmp_path.rglob("*")) == [aside]
 
-    write_weights(tensors, "pth", tmp_path / "out.pth", {})
+    write_weights(tensors, "pth", tmp_path / "out.pth", {}, aside=aside)
     loaded = torch.load(tmp_path / "out.pth", weights_only=True)
     assert loaded["odd"].layout == value.layout and torch.equal(loaded["odd"].to_dense(), value.to_dense())
