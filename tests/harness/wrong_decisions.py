@@ -6,22 +6,22 @@ from dataclasses import replace
 
 from psserver.partition.replication import in_sync
 from psserver.partition.replication.in_sync import InSyncState
-from psserver.partition.step import commit
-from psserver.partition.step.commit import CommitDecision, CoordinatorState, Decide, Member, Vote
+from psserver.partition.step import voting
+from psserver.partition.step.voting import CommitDecision, CoordinatorState, Decide, Member, Vote
 
-_RECEIVE_VOTE, _ACKNOWLEDGE = commit.receive_vote, in_sync.acknowledge
+_RECEIVE_VOTE, _ACKNOWLEDGE = voting.receive_vote, in_sync.acknowledge
 
 
 def forgets_decisions(
     coordinator: CoordinatorState, vote: Vote, decide: Decide
 ) -> tuple[CoordinatorState, CommitDecision | None, bool]:
-    """For `commit.receive_vote`: the decision on the step before is not repeated."""
+    """For `voting.receive_vote`: the decision on the step before is not repeated."""
     after, decision, to_all = _RECEIVE_VOTE(coordinator, vote, decide)
     return after, decision if to_all else None, to_all
 
 
 def keeps_its_old_vote(member: Member, generation: int) -> Member:
-    """For `commit.member_adopts`: the vote keeps its generation."""
+    """For `voting.member_adopts`: the vote keeps its generation."""
     return replace(member, generation=generation)
 
 

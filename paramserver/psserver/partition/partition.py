@@ -10,10 +10,10 @@ from psserver.partition.coordinator.coordinator import Coordinator
 from psserver.partition.ingress.clients import Clients
 from psserver.partition.replication.in_sync import ReplicatedMetadata
 from psserver.partition.replication.standby import Standby
-from psserver.partition.step.commit import Member
 from psserver.partition.step.machine import StepMachine
 from psserver.partition.step.open_step import OpenStep
 from psserver.partition.step.state import PartitionState
+from psserver.partition.step.voting import Member
 from psserver.partition.telemetry import PartitionCounters
 
 

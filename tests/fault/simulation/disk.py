@@ -20,8 +20,8 @@ from psmaster.storage.metrics_file import FILE_NAME
 from psmaster.storage.persistence import Archive, Writes
 from psmaster.storage.sqlite import SqliteStore
 from psmaster.storage.store import Batch
-from psserver.partition.checkpoint import snapshots
-from psserver.partition.checkpoint.snapshots import SharedStoreCheck, SnapshotWriter
+from psserver.partition.checkpoint import snapshot_writer
+from psserver.partition.checkpoint.snapshot_writer import SharedStoreCheck, SnapshotWriter
 from tests.fault.simulation.schedule import SOON_S, Condition, Life, Schedule, Strand
 from tests.harness.memory_store import MemoryStore
 
@@ -122,7 +122,7 @@ class Disks:
         return _REAL_WRITE_PART(path, *arguments)
 
 
-_REAL_WRITE_PART = snapshots.write_part
+_REAL_WRITE_PART = snapshot_writer.write_part
 
 
 class _PowerCut(BaseException):

@@ -24,7 +24,7 @@ from pscluster.agent.link import HeartbeatThread
 from pscluster.step import layout
 from pscluster.storage import directory, snapshot
 from pscluster.wire.memory import Segment
-from psserver.partition.checkpoint.snapshots import SnapshotWriter
+from psserver.partition.checkpoint.snapshot_writer import SnapshotWriter
 from tests.fault.simulation import dataplane, model
 from tests.fault.simulation.disk import ImmediatePublisher
 

@@ -18,7 +18,7 @@ from pscluster.storage.snapshot import read_part
 from psmaster.control.loop import MAX_WAITING, ControlLoop
 from psmaster.model.job import MAX_EVENTS, Job, JobState
 from psmaster.model.plan import Part, counted_on
-from psserver.partition.step.commit import CommitDecision
+from psserver.partition.step.voting import CommitDecision
 from tests.fault.simulation import model
 from tests.fault.simulation.model import LAYOUT, Reference
 

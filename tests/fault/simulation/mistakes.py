@@ -17,12 +17,12 @@ from psmaster.model.snapshot_catalog import Catalogue
 from psmaster.scheduling import process_losses, rebalance, recovery
 from psmaster.storage.persistence import Archive
 from psserver.partition.checkpoint.saving import Frozen
-from psserver.partition.checkpoint.snapshots import SnapshotWriter
+from psserver.partition.checkpoint.snapshot_writer import SnapshotWriter
 from psserver.partition.ingress.frame_handler import FrameHandler
 from psserver.partition.process import PartitionService
-from psserver.partition.step import commit
-from psserver.partition.step.commit import CommitDecision, CoordinatorState, Decide, Member, Vote
+from psserver.partition.step import voting
 from psserver.partition.step.sums import Entry, Sums
+from psserver.partition.step.voting import CommitDecision, CoordinatorState, Decide, Member, Vote
 from psworker.trainer.exchange import Exchange
 from psworker.trainer.values import Landing
 from tests.harness.wrong_decisions import forgets_decisions, keeps_its_old_vote
@@ -125,7 +125,7 @@ def older_lives_displace_newer_ones() -> Iterable[Patch]:
 
 @mistake_in(partitions=3, servers=3, every_s=0.05, storm_s=4.0, faults={"cut_votes": 1.0})
 def the_coordinator_forgets_its_last_decision() -> Iterable[Patch]:
-    yield patch.object(commit, "receive_vote", forgets_decisions)
+    yield patch.object(voting, "receive_vote", forgets_decisions)
 
 
 @mistake
@@ -135,19 +135,19 @@ def members_obey_any_decision() -> Iterable[Patch]:
             return member, False
         return replace(member, step=member.step + 1, vote=None, last_decision=decision), True
 
-    yield patch.object(commit, "receive_decision", obey)
+    yield patch.object(voting, "receive_decision", obey)
 
 
 @mistake_in(
     workers=3, partitions=3, servers=3, every_s=0.3, storm_s=8.0, faults={"kill_trainer": 1.0, "kill_worker": 1.0}
 )
 def a_vote_keeps_its_generation() -> Iterable[Patch]:
-    yield patch.object(commit, "member_adopts", keeps_its_old_vote)
+    yield patch.object(voting, "member_adopts", keeps_its_old_vote)
 
 
 @mistake
 def the_coordinator_decides_without_the_last_vote() -> Iterable[Patch]:
-    receive = commit.receive_vote
+    receive = voting.receive_vote
 
     def hurry(
         coordinator: CoordinatorState, vote: Vote, decide: Decide
@@ -157,7 +157,7 @@ def the_coordinator_decides_without_the_last_vote() -> Iterable[Patch]:
         after, decision, to_all = receive(fewer, vote, decide)
         return replace(after, num_partitions=coordinator.num_partitions), decision, to_all
 
-    yield patch.object(commit, "receive_vote", hurry)
+    yield patch.object(voting, "receive_vote", hurry)
 
 
 # partitions

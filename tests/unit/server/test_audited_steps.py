@@ -16,7 +16,7 @@ from pscluster.wire.frame import AckResult, FrameKind
 from pscluster.wire.protocol import LeafDigest
 from psserver.partition.coordinator.audits import MAX_WAIT_S
 from psserver.partition.coordinator.coordinator import REPORT_INTERVAL_S
-from psserver.partition.step.commit import Vote
+from psserver.partition.step.voting import Vote
 from tests.unit.server.test_coordinator import FINAL_STEP, LAYOUT, Played
 
 RIGHT = LeafDigest(loss_sum=1.0, weight=1.0, tensors={0: 1})

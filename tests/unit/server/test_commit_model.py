@@ -1,6 +1,6 @@
 """A model check of vote and commit: every order of events in a small job, with crashes and late or lost messages.
 
-The decisions are the real ones (`psserver.partition.step.commit`). What surrounds them is modelled after the
+The decisions are the real ones (`psserver.partition.step.voting`). What surrounds them is modelled after the
 partition's process, the coordinator and its client: who sends what to whom, when connections are lost and what is said
 again after. A message waits until it is delivered, in any order, perhaps twice, or until its receiver starts another
 restore or the connection is lost. A plan reaches each partition at a time of its own."""
@@ -15,8 +15,8 @@ import pytest
 
 from harness.model_check import Model, explore, put
 from harness.wrong_decisions import forgets_decisions, keeps_its_old_vote
-from psserver.partition.step import commit
-from psserver.partition.step.commit import CommitDecision, CoordinatorState, Member, Vote
+from psserver.partition.step import voting
+from psserver.partition.step.voting import CommitDecision, CoordinatorState, Member, Vote
 
 
 class Plan(NamedTuple):
@@ -175,9 +175,9 @@ class CommitModel(Model[World]):
                 )
                 w = self.join(w._replace(coordinator=coordinator), 0, plan.resume)
             return w
-        w = w._replace(members=put(w.members, p, commit.member_adopts(member, plan.generation)))
+        w = w._replace(members=put(w.members, p, voting.member_adopts(member, plan.generation)))
         if p == 0 and w.coordinator is not None:
-            w = w._replace(coordinator=commit.coordinator_adopts(w.coordinator, plan.generation))
+            w = w._replace(coordinator=voting.coordinator_adopts(w.coordinator, plan.generation))
             if w.is_open:
                 for index in sorted(w.joined):
                     w = self.to_member(w, index, Message("call", index))
@@ -201,7 +201,7 @@ class CommitModel(Model[World]):
         """`receive_decision`; the step is made at once, and its snapshot is written."""
         member = w.members[p]
         assert member is not None
-        member, now = commit.receive_decision(member, decision)
+        member, now = voting.receive_decision(member, decision)
         w = w._replace(members=put(w.members, p, member))
         if not now or w.restores[p] != w.plan.restored:
             return w
@@ -246,7 +246,7 @@ class CommitModel(Model[World]):
                 norm=float(coordinator.generation),
             )
 
-        state, decision, to_all = commit.receive_vote(coordinator, vote, decide)
+        state, decision, to_all = voting.receive_vote(coordinator, vote, decide)
         w = w._replace(coordinator=state)
         if decision is None:
             return w
@@ -319,7 +319,7 @@ def _obeys_any_decision(member: Member, decision: CommitDecision) -> tuple[Membe
 )
 def test_the_model_finds_what_is_wrong(name: str, mistake: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check can fail: each of these mistakes sticks, or takes partitions or decisions apart."""
-    monkeypatch.setattr(commit, name, mistake)
+    monkeypatch.setattr(voting, name, mistake)
 
     with pytest.raises(AssertionError, match=r"stuck|apart|two decisions|votes o"):
         explore(beginning(2, (1, 0, 1, 1)), CommitModel(2))

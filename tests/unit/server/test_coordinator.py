@@ -26,7 +26,7 @@ from psserver.partition.actions import (
     SendMerged,
 )
 from psserver.partition.coordinator.coordinator import REPORT_INTERVAL_S, Coordinator
-from psserver.partition.step.commit import CommitDecision, Vote
+from psserver.partition.step.voting import CommitDecision, Vote
 
 LAYOUT = Layout((TensorSpec(names=("w",), shape=(4,), dtype="float32", kind="trained"),))
 FINAL_STEP = 6

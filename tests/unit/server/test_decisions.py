@@ -20,7 +20,8 @@ from pscluster.step.tree import Summary
 from pscluster.v1.plan_pb2 import Plan
 from pscluster.wire.frame import FrameKind, Header
 from psserver.partition.coordinator.coordinator import decide, evaluates_at, next_activity, snapshots_at
-from psserver.partition.step.commit import (
+from psserver.partition.step.optimizer import learning_rate
+from psserver.partition.step.voting import (
     CommitDecision,
     CoordinatorState,
     Member,
@@ -32,7 +33,6 @@ from psserver.partition.step.commit import (
     receive_decision,
     receive_vote,
 )
-from psserver.partition.step.optimizer import learning_rate
 
 FINITE = st.floats(0, 1e30)
 FLOATS = st.floats(allow_nan=False)

@@ -17,10 +17,10 @@ from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
 from pscluster.step.tree import Summary, TreeNode, touched_bits
 from pscluster.v1.plan_pb2 import Plan
 from psserver.partition.coordinator.coordinator import decide
-from psserver.partition.step.commit import CommitDecision, Vote
 from psserver.partition.step.open_step import OpenStep
 from psserver.partition.step.optimizer import CHUNK_WORDS, Run, learning_rate, moments_of, runs
 from psserver.partition.step.state import PartitionState
+from psserver.partition.step.voting import CommitDecision, Vote
 
 SHAPES = [(CHUNK_WORDS + 3 * BLOCK_WORDS + 5,), (7,), (33, 3), (1000,), (BLOCK_WORDS + 1, 2), (1,)]
 DECAY = [True, False, True, False, True, False]

@@ -1,6 +1,6 @@
 """A model check of partitions with standbys: every order of events in a small job, with deaths, false deaths and cuts.
 
-The decisions are the real ones (`psserver.partition.step.commit` and `sync`); what surrounds them is modelled
+The decisions are the real ones (`psserver.partition.step.voting` and `sync`); what surrounds them is modelled
 after the service, the coordinator, the replication and the master. A stream between partition and standby keeps its
 order, and a vote comes after the join; decisions and words to the master arrive in any order. Plans reach each process
 at a time of its own. Who was taken for dead may live on, with its older plan."""
@@ -16,8 +16,8 @@ from harness.model_check import Model, explore, put
 from harness.wrong_decisions import forgets_decisions, keeps_former_acks, never_requires_acks, reports_at_once
 from psserver.partition.replication import in_sync
 from psserver.partition.replication.in_sync import InSyncState
-from psserver.partition.step import commit
-from psserver.partition.step.commit import CommitDecision, CoordinatorState, Member, Vote
+from psserver.partition.step import voting
+from psserver.partition.step.voting import CommitDecision, CoordinatorState, Member, Vote
 
 
 class Plan(NamedTuple):
@@ -28,7 +28,7 @@ class Plan(NamedTuple):
 
 
 class Leads(NamedTuple):
-    """`commit.Coordinator`, hashable, and who has joined it."""
+    """`voting.Coordinator`, hashable, and who has joined it."""
 
     step: int
     votes: frozenset[int] = frozenset()
@@ -208,7 +208,7 @@ class ReplicaModel(Model[World]):
         if step == coordinator.step - 1:
             return w._replace(messages=w.messages | {("call", index, attempt)})
         if step == coordinator.step + 1 and last >= 0:
-            state, decision = commit.coordinator_learns(self.coordinator_of(w, after), self.decision(after, last))
+            state, decision = voting.coordinator_learns(self.coordinator_of(w, after), self.decision(after, last))
             if decision is not None:
                 return self.tell_all(w, after, state, decision)
         return w
@@ -241,7 +241,7 @@ class ReplicaModel(Model[World]):
             return self.decision(process, step)
 
         vote = Vote(generation=generation, step=step, partition=index)
-        state, decision, to_all = commit.receive_vote(self.coordinator_of(w, process), vote, decide)
+        state, decision, to_all = voting.receive_vote(self.coordinator_of(w, process), vote, decide)
         if decision is not None and to_all:
             return self.tell_all(w, process, state, decision)
         after = process._replace(
@@ -270,7 +270,7 @@ class ReplicaModel(Model[World]):
         """Carry out a decision, if it is on the step that was voted on, under this generation."""
         vote = Vote(generation=process.plan.generation, step=process.step, partition=process.index)
         member = Member(generation=process.plan.generation, step=process.step, vote=vote if process.voted else None)
-        member, now = commit.receive_decision(member, decision)
+        member, now = voting.receive_decision(member, decision)
         if not now:
             return w
         after = process._replace(step=member.step, full=False, voted=False, last=decision.step)
@@ -385,7 +385,7 @@ class ReplicaModel(Model[World]):
             )
         elif coordinator is not None:
             coordinator = coordinator._replace(
-                votes=frozenset(), step=commit.coordinator_adopts(self.coordinator_of(w, process), 0).step
+                votes=frozenset(), step=voting.coordinator_adopts(self.coordinator_of(w, process), 0).step
             )
         after = process._replace(plan=plan, stands_by=stands_by, sync=held, joined=joined, coordinator=coordinator)
         w = self.swap(w, process, after)
@@ -506,8 +506,8 @@ def test_no_committed_step_is_lost_and_a_job_never_sticks(
         (in_sync, "acknowledge", never_requires_acks, CASES[0]),
         (in_sync, "adopt", keeps_former_acks, CASES[1]),
         (in_sync, "begin", lambda _in_sync_state: None, ((True,), 2, (0, 0, 0, 1, 0))),
-        (commit, "coordinator_learns", lambda coordinator, _decision: (coordinator, None), CASES[4]),
-        (commit, "receive_vote", forgets_decisions, CASES[4]),
+        (voting, "coordinator_learns", lambda coordinator, _decision: (coordinator, None), CASES[4]),
+        (voting, "receive_vote", forgets_decisions, CASES[4]),
     ],
     ids=[
         "votes early",

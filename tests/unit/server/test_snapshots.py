@@ -19,8 +19,8 @@ from pscluster.errors import InternalError, PsError, StorageError
 from pscluster.step.layout import Layout, TensorSpec
 from pscluster.storage import Written
 from pscluster.storage.snapshot import PartMeta, part_name, read_part
-from psserver.partition.checkpoint import snapshots
-from psserver.partition.checkpoint.snapshots import ALWAYS, SnapshotWriter, roundness
+from psserver.partition.checkpoint import snapshot_writer
+from psserver.partition.checkpoint.snapshot_writer import ALWAYS, SnapshotWriter, roundness
 
 LAYOUT = Layout((TensorSpec(names=("w",), shape=(4,), dtype="float32", kind="trained"),))
 DEADLINE_S = 20.0
@@ -148,7 +148,7 @@ def test_a_bug_is_told_too_and_does_not_end_the_thread(desk: Desk, monkeypatch: 
         raise RuntimeError("boom")
 
     with monkeypatch.context() as patch:
-        patch.setattr(snapshots, "write_part", broken)
+        patch.setattr(snapshot_writer, "write_part", broken)
         _, error = desk.write(1)
     assert isinstance(error, InternalError)
     assert "boom" in error.cause
@@ -181,7 +181,7 @@ def test_a_bug_while_tidying_does_not_end_the_thread(desk: Desk, monkeypatch: py
         raise RuntimeError("boom")
 
     with monkeypatch.context() as patch:
-        patch.setattr(snapshots, "open_store", broken)
+        patch.setattr(snapshot_writer, "open_store", broken)
         desk.writer.retain([5])
         assert desk.write(6)[1] is None
     assert desk.write(7)[1] is None
@@ -215,7 +215,7 @@ class SlowStore:
         self.begun: Queue[int] = Queue()
         self.let_go: Queue[None] = Queue()
         self.wrote: list[int] = []
-        real = snapshots.write_part
+        real = snapshot_writer.write_part
 
         def slowly(location: Any, meta: PartMeta, *rest: Any) -> Written:
             self.wrote.append(meta.step)
@@ -223,7 +223,7 @@ class SlowStore:
             self.let_go.get(timeout=DEADLINE_S)
             return real(location, meta, *rest)
 
-        monkeypatch.setattr(snapshots, "write_part", slowly)
+        monkeypatch.setattr(snapshot_writer, "write_part", slowly)
 
 
 def ask(desk: Desk, step: int, *, generation: int = 1, last: bool = False) -> None:
@@ -341,7 +341,7 @@ def test_roundness_counts_twos_on_the_grid_and_nothing_beside_it() -> None:
 
 
 def test_a_store_that_shows_nobody_elses_files_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshots, "SHARING_PATIENCE_S", 0.0)
+    monkeypatch.setattr(snapshot_writer, "SHARING_PATIENCE_S", 0.0)
     warnings: list[PsError] = []
     posted: Queue[Any] = Queue()
     writer = SnapshotWriter(
@@ -349,7 +349,7 @@ def test_a_store_that_shows_nobody_elses_files_is_told_once(tmp_path: Path, monk
         0,
         posted.put,
         every_steps=1,
-        shared_store_check=snapshots.SharedStoreCheck(0, 3),
+        shared_store_check=snapshot_writer.SharedStoreCheck(0, 3),
         warn=warnings.append,
     )
     (tmp_path / part_name(4, 1, 1)).touch()
@@ -363,11 +363,11 @@ def test_a_store_that_shows_nobody_elses_files_is_told_once(tmp_path: Path, monk
 
 
 def test_files_that_are_seen_late_are_no_reason_to_warn() -> None:
-    held = snapshots.SharedStoreCheck(1, 3)
+    held = snapshot_writer.SharedStoreCheck(1, 3)
     assert held.check("/store", {1}, 0.0) is None
-    assert held.check("/store", {1}, snapshots.SHARING_PATIENCE_S - 1) is None
-    assert held.check("/store", {0, 1, 2}, snapshots.SHARING_PATIENCE_S + 1) is None
+    assert held.check("/store", {1}, snapshot_writer.SHARING_PATIENCE_S - 1) is None
+    assert held.check("/store", {0, 1, 2}, snapshot_writer.SHARING_PATIENCE_S + 1) is None
     assert held.check("/store", {1, 2}, 1000.0) is None
-    assert held.check("/store", {1, 2}, 1000.0 + snapshots.SHARING_PATIENCE_S) is not None
+    assert held.check("/store", {1, 2}, 1000.0 + snapshot_writer.SHARING_PATIENCE_S) is not None
     assert held.check("/store", {1, 2}, 3000.0) is None, "told once"
-    assert snapshots.SharedStoreCheck(0, 1).check("/store", {0}, 5000.0) is None
+    assert snapshot_writer.SharedStoreCheck(0, 1).check("/store", {0}, 5000.0) is None

@@ -20,8 +20,8 @@ from pscluster.step.layout import BLOCK_WORDS, WORD_BYTES
 from pscluster.wire.frame import Header
 from psserver.partition.replication import in_sync
 from psserver.partition.replication.primary import PATIENCE_S, Replication
-from psserver.partition.step import commit
-from psserver.partition.step.commit import CommitDecision
+from psserver.partition.step import voting
+from psserver.partition.step.voting import CommitDecision
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +286,7 @@ def test_the_storm_finds_what_is_wrong(
 
 
 def test_a_coordinator_that_does_not_learn_sticks(job: OfferedJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commit, "coordinator_learns", lambda coordinator, _decision: (coordinator, None))
+    monkeypatch.setattr(voting, "coordinator_learns", lambda coordinator, _decision: (coordinator, None))
     _decided_behind_its_standby(job)
     job.lose_partition(0)
     with pytest.raises(AssertionError, match="stuck"):

@@ -15,9 +15,9 @@ from harness.played import played_spec
 from pscluster.step.codec import BufferNode
 from pscluster.step.layout import Layout, TensorSpec
 from pscluster.step.tree import Summary, TreeNode, touched_bits, tree_of
-from psserver.partition.step.commit import CommitDecision
 from psserver.partition.step.open_step import OpenStep
 from psserver.partition.step.state import PartitionState
+from psserver.partition.step.voting import CommitDecision
 
 W, MEAN, VAR, COUNT, FIXED = range(5)
 LAYOUT = Layout(

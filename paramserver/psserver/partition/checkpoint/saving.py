@@ -16,7 +16,7 @@ from pscluster.v1.plan_pb2 import Plan, ProcessReport, ProcessSpec, SnapshotPart
 from pscluster.v1.plan_pb2 import Warning as WarningMessage
 from pscluster.wire.reactor import Reactor
 from psserver.partition.actions import Action, Report, ReportSteps
-from psserver.partition.checkpoint.snapshots import SharedStoreCheck, SnapshotWriter
+from psserver.partition.checkpoint.snapshot_writer import SharedStoreCheck, SnapshotWriter
 from psserver.partition.step.state import PartitionState, huge_page_memory
 from psserver.partition.telemetry import PartitionCounters
 

@@ -22,10 +22,10 @@ from psserver.partition import actions
 from psserver.partition.actions import Action
 from psserver.partition.coordinator.audits import Audits
 from psserver.partition.replication.in_sync import MAX_RECORDS, ReplicatedMetadata
-from psserver.partition.step import commit
-from psserver.partition.step.commit import clip_coefficient, global_norm
+from psserver.partition.step import voting
 from psserver.partition.step.optimizer import learning_rate
 from psserver.partition.step.sums import Entry, Sums
+from psserver.partition.step.voting import clip_coefficient, global_norm
 
 REPORT_INTERVAL_S = 1.0
 
@@ -36,7 +36,7 @@ class Coordinator:
 
     spec: JobSpec
     plan: Plan
-    state: commit.CoordinatorState
+    state: voting.CoordinatorState
     joined: set[int] = field(default_factory=set)
     activity: Activity | None = None
     evaluated: int = -1
@@ -60,15 +60,15 @@ class Coordinator:
     @classmethod
     def at(cls, spec: JobSpec, plan: Plan) -> Coordinator:
         """The coordinator at a plan's resume step."""
-        state = commit.CoordinatorState(
+        state = voting.CoordinatorState(
             num_partitions=spec.servers.partitions, generation=plan.generation, step=plan.resume_step
         )
         return cls(spec=spec, plan=plan, state=state, saved=plan.resume_step)
 
     @classmethod
-    def taking_over(cls, spec: JobSpec, plan: Plan, member: commit.Member, metadata: ReplicatedMetadata) -> Coordinator:
+    def taking_over(cls, spec: JobSpec, plan: Plan, member: voting.Member, metadata: ReplicatedMetadata) -> Coordinator:
         """The coordinator in what was its standby: at the version that it holds, with the last decision to repeat."""
-        state = commit.CoordinatorState(
+        state = voting.CoordinatorState(
             num_partitions=spec.servers.partitions,
             generation=plan.generation,
             step=member.step,
@@ -103,7 +103,7 @@ class Coordinator:
     def adopt(self, plan: Plan) -> list[Action]:
         """A new generation without a restore: votes are requested anew; a stop may take effect."""
         self.plan = plan
-        self.state = commit.coordinator_adopts(self.state, plan.generation)
+        self.state = voting.coordinator_adopts(self.state, plan.generation)
         self._audited_votes.clear()
         self.audits.adopt(plan)
         # A partition may have adopted the plan first, and voted too early.
@@ -133,7 +133,7 @@ class Coordinator:
         if vote.step == self.version and self.audits.holds_step:
             self._audited_votes[vote.partition] = vote
             return []
-        self.state, decision, to_all = commit.receive_vote(self.state, vote, self._decide)
+        self.state, decision, to_all = voting.receive_vote(self.state, vote, self._decide)
         if decision is None:
             return []
         if not to_all:
@@ -142,7 +142,7 @@ class Coordinator:
 
     def _learn(self, last: CommitDecision) -> list[Action]:
         """A partition carried out a decision that this coordinator, which has just taken over, did not receive."""
-        self.state, decision = commit.coordinator_learns(self.state, last)
+        self.state, decision = voting.coordinator_learns(self.state, last)
         if decision is None:
             return []
         found: list[Action] = []

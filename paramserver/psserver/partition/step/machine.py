@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from psserver.partition import actions
 from psserver.partition.actions import Action
-from psserver.partition.step import commit
-from psserver.partition.step.commit import CommitDecision, Member, Vote
+from psserver.partition.step import voting
 from psserver.partition.step.open_step import OpenStep
+from psserver.partition.step.voting import CommitDecision, Member, Vote
 
 
 class StepMachine:
@@ -46,7 +46,7 @@ class StepMachine:
 
     def adopt(self, generation: int) -> None:
         """A new generation without a restore: the vote on the open step holds under it."""
-        self.member = commit.member_adopts(self.member, generation)
+        self.member = voting.member_adopts(self.member, generation)
 
     def is_complete(self) -> bool:
         """Whether nothing of the open step itself keeps this partition from voting."""
@@ -73,7 +73,7 @@ class StepMachine:
 
     def receive_decision(self, decision: CommitDecision) -> list[Action]:
         """The coordinator's decision, or the primary's; one that does not fit is dropped."""
-        self.member, now = commit.receive_decision(self.member, decision)
+        self.member, now = voting.receive_decision(self.member, decision)
         if not now or decision.kind == "stop":
             return []
         self.decision = decision

@@ -14,10 +14,10 @@ from pscluster.step.codec import DTYPES, BufferNode
 from pscluster.step.layout import Span
 from pscluster.step.tree import Summary, Tree, TreeNode, tree_of
 from pscluster.wire.frame import SUMMARY
-from psserver.partition.step.commit import CommitDecision
 from psserver.partition.step.optimizer import Run, learning_rate, runs, update_span
 from psserver.partition.step.state import PartitionState
 from psserver.partition.step.sums import Entry, Pool, Sums, block_squares
+from psserver.partition.step.voting import CommitDecision
 
 Root = Entry[torch.Tensor] | Entry[BufferNode]
 
