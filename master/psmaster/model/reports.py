@@ -208,7 +208,7 @@ def finished(job: Job, report: Finished, now: Instant) -> Applied:
 
 def snapshot_part(job: Job, snapshots: Catalogue, part: Part, now: Instant) -> tuple[Applied, Catalogue]:
     """One part is durable. Of an ended job too: its last parts may arrive after its end."""
-    if not job.counts(part.generation):
+    if not job.counts(part.generation) or snapshot_catalog.is_outrun(snapshots, part.step, job.pinned):
         return Applied(job=job), snapshots
     was_complete = snapshots.complete(part.step)
     added = snapshot_catalog.add(snapshots, part)

@@ -54,6 +54,13 @@ def kept_steps(catalogue: Catalogue, pinned: frozenset[int]) -> tuple[int, ...]:
     return tuple(sorted({step for step in pinned if step < complete[-1]}.union(complete[-NEWEST_KEPT:])))
 
 
+def is_outrun(catalogue: Catalogue, step: int, pinned: frozenset[int]) -> bool:
+    """Whether partitions may have deleted the parts of `step`, as they do with what is older than the newest complete
+    snapshot and not kept: a report that was delayed for long must not make such a snapshot complete."""
+    kept = kept_steps(catalogue, pinned)
+    return bool(kept) and step < kept[-1] and step not in kept
+
+
 def add(catalogue: Catalogue, part: Part) -> Catalogue:
     """With `part`. A repeat gives an equal catalogue; a newer generation's part of a step replaces the older one, a
     late older one changes nothing, nor does one of a partition that the job does not have."""

@@ -66,6 +66,13 @@ def test_pruning_spares_what_is_on_its_way() -> None:
     assert {step for step, _ in snapshot_catalog.prune(held, frozenset({25})).parts} == {20, 25, 30, 40}
 
 
+def test_what_partitions_may_have_deleted_is_outrun() -> None:
+    held = whole(10, 40)
+    assert [step for step in (5, 10, 30, 40, 50) if snapshot_catalog.is_outrun(held, step, frozenset())] == [5, 30]
+    assert not snapshot_catalog.is_outrun(held, 30, frozenset({30}))
+    assert not snapshot_catalog.is_outrun(Catalogue(num_partitions=2), 30, frozenset())
+
+
 def test_a_restore_leaves_complete_snapshots_alone() -> None:
     held = of(*whole(10, 20).parts.values(), part(30, 0))
     assert {step for step, _ in snapshot_catalog.settle_for_restore(held).parts} == {10, 20}
