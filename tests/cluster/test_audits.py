@@ -32,8 +32,11 @@ def digest() -> str:
 # ---- nothing is wrong ----
 
 CASES = [
-    *((1, "shm", "fp32", "fp32"), (2, "shm", "fp32", "fp32"), (3, "shm", "bf16", "bf16")),
-    *((2, "tcp", "fp32", "bf16"), (3, "unix", "bf16", "fp32")),
+    (2, "shm", "fp32", "fp32"),
+    pytest.param(1, "shm", "fp32", "fp32", marks=pytest.mark.slow),
+    pytest.param(3, "shm", "bf16", "bf16", marks=pytest.mark.slow),
+    pytest.param(2, "tcp", "fp32", "bf16", marks=pytest.mark.slow),
+    pytest.param(3, "unix", "bf16", "fp32", marks=pytest.mark.slow),
 ]
 
 
@@ -52,6 +55,7 @@ def test_audits_change_no_bit_and_find_nothing(
     assert [(record.step, record.result) for record in audits] == [(step, "equal") for step in range(1, STEPS + 1)]
 
 
+@pytest.mark.slow
 def test_audited_buffers_are_as_without(tmp_path: Path) -> None:
     digests = set()
     for workers, share in ((1, 0.0), (2, 1.0)):
@@ -64,6 +68,7 @@ def test_audited_buffers_are_as_without(tmp_path: Path) -> None:
     assert len(digests) == 1
 
 
+@pytest.mark.slow
 def test_shards_that_move_leave_audits_unfinished_and_change_no_bit(tmp_path: Path) -> None:
     spec = lm_spec(steps=STEPS, d_model=64, pause_s=0.02)
     plain = train_plainly(spec).digest
@@ -151,9 +156,9 @@ def test_the_sick_node_is_left_out_and_the_job_ends_with_the_undisturbed_bits(
     ("workers", "on_mismatch", "order", "kind"),
     [
         (3, "stop", "armed", "node"),
-        (3, "exclude", "impure", "code"),
+        pytest.param(3, "exclude", "impure", "code", marks=pytest.mark.slow),
         (2, "stop", "armed", "either"),
-        (2, "exclude", "armed", "either"),
+        pytest.param(2, "exclude", "armed", "either", marks=pytest.mark.slow),
         (1, "stop", "armed", "alone"),
     ],
 )
@@ -174,6 +179,7 @@ def test_the_job_stops_and_names_who_may_be_at_fault(
     assert audited(answer)[1] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [2, 3])
 def test_a_warning_is_an_event_and_the_job_goes_on(workers: int, cluster: LocalCluster, tmp_path: Path) -> None:
     job, orders = submit(cluster, tmp_path, workers, "warn", "armed")

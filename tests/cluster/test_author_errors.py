@@ -75,6 +75,7 @@ def recorded(cluster: LocalCluster, job: str) -> list[int]:
     return [line["step"] for line in lines if "loss" in line and "metrics" not in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FAULTS, ids=lambda case: "-".join(map(str, case)))
 def test_a_fault_of_user_code_fails_the_job_with_its_place(
     case: tuple[str, str, int], cluster: LocalCluster, jobs: dict[tuple[str, str, int], str]
@@ -95,6 +96,7 @@ def test_a_fault_of_user_code_fails_the_job_with_its_place(
     assert details.get("signal") == (case[0] if signals else None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", EVALUATED, ids=lambda case: "-".join(map(str, case)))
 def test_a_fault_in_an_evaluation_names_the_evaluated_step(
     case: tuple[str, str, int], cluster: LocalCluster, jobs: dict[tuple[str, str, int], str]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,12 @@ LIKE_PYTORCH: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # a job, and
 }
 
 
-@pytest.mark.parametrize("case", LIKE_PYTORCH)
+def few(cases: Iterable[str], *quick: str) -> list[Any]:
+    """The cases; all but the `quick` ones are slow tests."""
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize("case", few(LIKE_PYTORCH, "thawed by the spec", "tied through data"))
 def test_a_model_has_the_bits_of_a_plain_loop_on_any_number_of_workers(case: str, tmp_path: Path) -> None:
     data, reference = LIKE_PYTORCH[case]
     plain = train_plainly(reference or data)
@@ -66,7 +71,7 @@ def test_a_model_has_the_bits_of_a_plain_loop_on_any_number_of_workers(case: str
         assert trained(data, workers, tmp_path / str(workers))[0] == plain.digest, workers
 
 
-@pytest.mark.parametrize("name", ["Lazy", "Grows", "Graphs"])
+@pytest.mark.parametrize("name", few(["Lazy", "Grows", "Graphs"], "Lazy"))
 def test_a_model_has_the_same_bits_on_any_number_of_workers(name: str, tmp_path: Path) -> None:
     (one, tensors), (two, _) = (trained(spec(name), workers, tmp_path / str(workers)) for workers in (1, 2))
 
@@ -79,6 +84,7 @@ def test_a_model_has_the_same_bits_on_any_number_of_workers(name: str, tmp_path:
             assert tensors[key].layout == built.layout
 
 
+@pytest.mark.slow
 def test_a_step_that_thaws_is_computed_alike_after_kills_and_a_restore(tmp_path: Path) -> None:
     data = spec("Line", unfreeze_at={"0.*": 6}, max_steps=12)
     plain = train_plainly(data)
@@ -94,6 +100,7 @@ def test_a_step_that_thaws_is_computed_alike_after_kills_and_a_restore(tmp_path:
         assert job.wait_finished() == plain.digest
 
 
+@pytest.mark.slow
 def test_a_thaw_that_never_comes_leaves_first_values(tmp_path: Path) -> None:
     _, tensors = trained(spec("Line", unfreeze_at={"0.weight": 5}), 1, tmp_path)
     torch.manual_seed(5)
@@ -113,7 +120,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {  # a job, its code, what
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("case", few(REFUSED, "thawed by the task"))
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_model_is_refused_by_the_same_name_on_any_number_of_workers(case: str, workers: int, tmp_path: Path) -> None:
     data, code, named = REFUSED[case]
