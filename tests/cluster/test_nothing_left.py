@@ -22,6 +22,7 @@ from pscluster.cli.local.processes import command
 from pscluster.settings import make_runtime_dir, runtime_dir
 
 TORCHS_OWN = "torchinductor_"  # a directory that torch makes for its user, and keeps
+SIMULATIONS = "simulation-"  # directories of `make simulate`, which may run beside the tests
 STEPS = 4
 SMALL: dict[str, Any] = {"layers": 1, "d_model": 32, "heads": 2, "context": 8, "vocabulary": 64}
 
@@ -55,7 +56,8 @@ class Site(LocalCluster):
         found = [f"process {process.pid} {process.cmdline()}" for process in self.running()]
         found += [line for line in sockets if str(self.temporary) in line or str(self.state_dir) in line]
         found += [str(path) for path in self.temporary.rglob("*") if not path.name.startswith(TORCHS_OWN)]
-        found += [f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - self.shared_memory]
+        shared = set(os.listdir("/dev/shm")) - self.shared_memory
+        found += [f"/dev/shm/{name}" for name in shared if not name.startswith(SIMULATIONS)]
         found += [str(path) for path in self.state_dir.rglob("*") if path.is_socket() or path.suffix == ".writing"]
         found += [str(path) for path in self.state_dir.glob("worker-*/jobs/*")]
         found += [str(path) for path in self.state_dir.rglob(".*") if path.name != ".gitignore"]
