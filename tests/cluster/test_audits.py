@@ -157,7 +157,7 @@ def test_the_sick_node_is_left_out_and_the_job_ends_with_the_undisturbed_bits(
     [
         (3, "stop", "armed", "node"),
         pytest.param(3, "exclude", "impure", "code", marks=pytest.mark.slow),
-        (2, "stop", "armed", "either"),
+        pytest.param(2, "stop", "armed", "either", marks=pytest.mark.slow),
         pytest.param(2, "exclude", "armed", "either", marks=pytest.mark.slow),
         (1, "stop", "armed", "alone"),
     ],

@@ -118,6 +118,7 @@ def ended(cluster: LocalCluster, job: str) -> Job:
         return client.wait(job, "ended", 120)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["noisy", "dropped", "set"])
 def test_the_bits_are_the_same_with_one_worker_and_with_two(
     cluster: LocalCluster, jobs: dict[str, str], name: str
@@ -128,6 +129,7 @@ def test_the_bits_are_the_same_with_one_worker_and_with_two(
     assert two.numerics.startswith("strict: checked by a canary gradient and the preflight on 2 nodes")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "code", "check"), [("own", "PS-2007", "purity"), ("last", "PS-2001", "smallest")])
 def test_what_cannot_be_right_fails_before_step_0_in_the_same_way(
     cluster: LocalCluster, jobs: dict[str, str], name: str, code: str, check: str
@@ -142,6 +144,7 @@ def test_what_cannot_be_right_fails_before_step_0_in_the_same_way(
         assert hint in found.error.action
 
 
+@pytest.mark.slow
 def test_the_samples_that_are_left_out_are_counted(cluster: LocalCluster, jobs: dict[str, str]) -> None:
     found = ended(cluster, jobs["dropped-1"])
     assert found.step == found.final_step == 4  # two epochs of two steps, the 33rd sample left out
@@ -149,6 +152,7 @@ def test_the_samples_that_are_left_out_are_counted(cluster: LocalCluster, jobs: 
     assert "1 of them left out of each epoch by data.drop_last" in detail
 
 
+@pytest.mark.slow
 def test_who_declares_mixed_trains_and_no_bits_are_promised(cluster: LocalCluster, jobs: dict[str, str]) -> None:
     found = ended(cluster, jobs["mixed"])
     assert found.state == "SUCCEEDED"
@@ -157,6 +161,7 @@ def test_who_declares_mixed_trains_and_no_bits_are_promised(cluster: LocalCluste
     assert any(event.reason == "PreflightWarning" and event.warning for event in found.events)
 
 
+@pytest.mark.slow
 def test_a_hook_of_another_framework_is_named_on_the_screen(cluster: LocalCluster, jobs: dict[str, str]) -> None:
     assert ended(cluster, jobs["optimizer"]).state == "SUCCEEDED"
     followed = cluster.psctl("follow", jobs["optimizer"]).stderr
@@ -164,6 +169,7 @@ def test_a_hook_of_another_framework_is_named_on_the_screen(cluster: LocalCluste
     assert "configure_optimizers" in cluster.psctl("describe", jobs["optimizer"]).stdout
 
 
+@pytest.mark.slow
 def test_a_misspelt_hook_is_refused(cluster: LocalCluster, jobs: dict[str, str]) -> None:
     found = ended(cluster, jobs["word"])
     assert found.error is not None
