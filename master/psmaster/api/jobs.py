@@ -13,8 +13,9 @@ from pscluster.rpc import PROTOCOL
 from pscluster.v1 import jobs_pb2, jobs_pb2_grpc
 from psmaster.api import log_tail, proto
 from psmaster.control.loop import ControlLoop
+from psmaster.control.submission import new_job
 from psmaster.model import membership
-from psmaster.model.job import Job, new_job
+from psmaster.model.job import Job
 from psmaster.model.membership import Node
 from psmaster.model.state import find
 from psmaster.scheduling import drain

@@ -9,19 +9,13 @@ A transition takes a job and the time, and returns the changed job with an event
 
 from __future__ import annotations
 
-import base64
-import json
 import math
-import secrets
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
-from pscluster.errors import InternalError, PsError, SpecError, StateError
-from pscluster.job.spec import JobSpec, parse_spec
-from pscluster.storage import below
+from pscluster.errors import InternalError, PsError, StateError
+from pscluster.job.spec import JobSpec
 from psmaster.model.audits import NO_AUDITS, Audits
 from psmaster.model.plan import Placement, Plan, ProcessKind
 
@@ -369,39 +363,3 @@ def resume_job(job: Job, has_snapshot: bool, now: Instant) -> tuple[Job, Event |
     forgotten = _defaults(_OF_LAST_RUN if has_snapshot else f"{_OF_LAST_RUN} {_OF_SNAPSHOTS}")
     queued = replace(enter_state(job, JobState.QUEUED, "waits for its turn"), **forgotten)
     return queued, Event(time_s=now.unix_s, reason="Resumed", message="queued again")
-
-
-def new_job(
-    spec_json: str,
-    bundle_sha256: str,
-    request_id: str,
-    jobs_directory: Path,
-    now: Instant,
-    random_bytes: Callable[[int], bytes] = secrets.token_bytes,
-) -> Job:
-    """A queued job of a name of its own: "<spec's name>-<6 characters>". Raises SpecError."""
-    spec = read_spec(spec_json)
-    suffix = base64.b32encode(random_bytes(4)).decode().lower()[:6]
-    job_id = f"{spec.name}-{suffix}"
-    directory, chosen = jobs_directory / job_id, spec.durability.store
-    return Job(
-        job_id=job_id,
-        name=spec.name,
-        spec=spec,
-        created_s=now.unix_s,
-        request_id=request_id or random_bytes(16).hex(),
-        bundle_sha256=bundle_sha256,
-        data_token=random_bytes(32),
-        store=below(chosen, job_id) if chosen is not None else str(directory / "snapshots"),
-        directory=str(directory),
-        reason="waits for its turn",
-    )
-
-
-def read_spec(spec_json: str) -> JobSpec:
-    """The spec that a client sent. Raises SpecError."""
-    try:
-        data = json.loads(spec_json)
-    except (ValueError, RecursionError) as error:
-        raise SpecError(f"the spec is not JSON: {error}") from None
-    return parse_spec(data)

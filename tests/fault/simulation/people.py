@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from pscluster.errors import CallerError, ProcessLostError, PsError, StorageError, UnreachableError
+from psmaster.control.submission import new_job
 from psmaster.control.transaction import Transaction
-from psmaster.model.job import JobState, new_job
+from psmaster.model.job import JobState
 from tests.fault.simulation.invariants import require
 
 PATIENCE_S = 2.0  # after which an unanswered question is asked again

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pscluster.errors import InternalError, SpecError
+from psmaster.control.submission import new_job
 from psmaster.model import reports
-from psmaster.model.job import Instant, JobState, enter_state, new_job
+from psmaster.model.job import Instant, JobState, enter_state
 from psmaster.model.plan import Placement, ProcessKind
 from psmaster.model.process import PartitionFacts
 from psmaster.scheduling import numerics
