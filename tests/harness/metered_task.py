@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pscluster.task import Task
-from psworker.trainer.data.batches import Batches
+from psworker.trainer.loop import Trainer
+from psworker.trainer.work import Work
 
 BRAKE_STEPS = 24
 _POLL_S = 0.02
@@ -24,23 +25,23 @@ class Metered(Task):
     """Constructs the task at `entrypoint` with `args`, and makes this process observe the file `limit`.
 
     The file holds a step number. A trainer waits before each microbatch of a later step, and slows down over the last
-    `BRAKE_STEPS` steps, so that a process that is hit there computes rather than waits. Without the file it never
-    waits."""
+    `BRAKE_STEPS` steps, so that a process that is hit there computes rather than waits; its preflight, which tries
+    microbatches of late steps, does not wait. Without the file nothing ever waits."""
 
     def __new__(cls, limit: str, entrypoint: str, args: dict[str, Any]) -> Any:
-        Batches.microbatch = _metered(Batches.microbatch, Path(limit))  # type: ignore[method-assign]
+        Trainer._microbatch = _metered(Trainer._microbatch, Path(limit))  # type: ignore[method-assign]
         module, _, name = entrypoint.partition(":")
         return getattr(importlib.import_module(module), name)(**args)
 
 
 def _metered(microbatch: Callable[..., Any], limit: Path) -> Callable[..., Any]:
-    def limited(batches: Batches, version: int, shard: int) -> Any:
-        while (left := _steps_left(limit, version)) is not None:
+    def limited(trainer: Trainer, work: Work, shard: int) -> Any:
+        while (left := _steps_left(limit, work.version)) is not None:
             if left > 0:
                 time.sleep(0.3 / left if left <= BRAKE_STEPS else 0)
                 break
             time.sleep(_POLL_S)
-        return microbatch(batches, version, shard)
+        return microbatch(trainer, work, shard)
 
     return limited
 
