@@ -23,6 +23,7 @@ from pscluster.errors import (
     from_dict,
 )
 from pscluster.task import Task
+from psworker.trainer.first_model import settle_model
 from psworker.trainer.preflight.prepare import prepare, run_preflight
 from psworker.trainer.preflight.table import CheckResult, checks_of
 
@@ -48,7 +49,7 @@ class Squares(Task):
 
 
 def check(task: Task, spec: Any, held_out: Any = None) -> tuple[CheckResult, ...]:
-    model = task.build_model()
+    model, _ = settle_model(task, task.build_model(), task.train_data(), spec, "cpu")
     return run_preflight(task, model, task.train_data(), held_out, spec, "cpu").checks
 
 
@@ -337,14 +338,14 @@ def test_a_write_that_backward_stumbles_over_is_named_beside_it(make_spec: Any) 
     assert "parameter 2.weight" in error.cause
 
 
-def test_buffers_may_change_and_lazy_parameters_may_appear(make_spec: Any) -> None:
+def test_buffers_may_change_and_lazy_parameters_are_watched_too(make_spec: Any) -> None:
     counting = Bounded(lambda model: model.calls.add_(1))
     (found,) = [c for c in check(Writing(counting), make_spec()) if c.name == "parameters"]
     assert (found.ok, found.detail[:2]) == (True, "2 ")
 
     lazy = Writing(nn.Sequential(nn.Linear(2, 3), nn.LazyLinear(1)))
     (found,) = [c for c in check(lazy, make_spec()) if c.name == "parameters"]
-    assert (found.ok, found.detail[:2]) == (True, "2 ")
+    assert (found.ok, found.detail[:2]) == (True, "4 ")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pscluster.errors import ImpureError, LossContractError, PsError
 from pscluster.task import Task
+from psworker.trainer.first_model import settle_model
 from psworker.trainer.preflight.content import first_difference, leaves_of
 from psworker.trainer.preflight.prepare import run_preflight
 from psworker.trainer.preflight.table import CheckResult
@@ -65,7 +66,7 @@ class Line(Task):
 
 def checks(task: Task, spec: Any, held_out: Any = None) -> dict[str, CheckResult]:
     torch.manual_seed(0)
-    model = task.build_model()
+    model, _ = settle_model(task, task.build_model(), task.train_data(), spec, "cpu")
     return {c.name: c for c in run_preflight(task, model, task.train_data(), held_out, spec, "cpu").checks}
 
 

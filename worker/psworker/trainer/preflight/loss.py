@@ -6,15 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pscluster.errors import LossContractError, TaskError
-from psworker.model_tensors import is_lazy
 from psworker.trainer.evaluation import check_metric, finalised, pack_statistics
 from psworker.trainer.preflight.probe import Computed, Probe
 
 
 def first_loss(probe: Probe) -> tuple[Computed, str]:
     """One forward and backward in train mode, as step 0 will do it."""
-    if any(is_lazy(parameter) for parameter in probe.model.parameters()):
-        probe.train_microbatch(0, 0)  # gives them shapes, and draws their first values
     first = probe.train_microbatch(0, 0)
     if first.weight <= 0:
         raise LossContractError(f"loss() returned the weight {first.weight} for a batch of {len(first.samples)}")

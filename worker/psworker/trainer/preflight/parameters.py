@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from pscluster.errors import LossContractError
@@ -34,8 +33,7 @@ class Trace:
 
 
 def traces(model: nn.Module) -> dict[str, Trace]:
-    """A trace of each parameter, frozen ones included. Left out are lazy ones, which have no values yet, and sparse
-    ones, which no layout will have.
+    """A trace of each parameter, frozen ones included. They are dense and have values: see `settle_model`.
 
     Reads every parameter once, a CUDA model's through host memory, one tensor at a time."""
     return {
@@ -46,7 +44,6 @@ def traces(model: nn.Module) -> dict[str, Trace]:
             checksum=checksum(parameter),
         )
         for name, parameter in model.named_parameters()
-        if not isinstance(parameter, nn.UninitializedParameter) and parameter.layout == torch.strided
     }
 
 
