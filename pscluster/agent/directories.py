@@ -21,6 +21,7 @@ import shutil
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import structlog
 
@@ -100,7 +101,8 @@ class BundleCache:
     def __init__(self, directory: Path, fetch: Fetch) -> None:
         self._directory = directory
         self._fetch = fetch
-        self._locks: dict[str, asyncio.Lock] = {}
+        # A lock goes with its last user, never while somebody waits for it.
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         present = sorted(path.name.removesuffix(SUFFIX) for path in directory.glob(f"*{SUFFIX}"))
         self._used: OrderedDict[str, None] = OrderedDict.fromkeys(present)
 
@@ -145,7 +147,6 @@ class BundleCache:
             async with self._locks.setdefault(sha256, asyncio.Lock()):
                 self._used.pop(sha256, None)
                 self._archive(sha256).unlink(missing_ok=True)
-            self._locks.pop(sha256, None)
 
     def _archive(self, sha256: str) -> Path:
         return self._directory / f"{sha256}{SUFFIX}"

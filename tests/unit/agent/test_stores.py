@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import os
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,51 @@ def test_a_bundle_that_was_removed_is_fetched_again(tmp_path: Path, store: Path,
 
     asyncio.run(body())
     assert shelf.fetched == [sha256, sha256]
+
+
+def test_a_removal_lets_nobody_fetch_beside_another(
+    tmp_path: Path, store: Path, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process waits for the removal, and a third asks after it while the second fetches."""
+
+    async def at_once(call: Callable[..., Any], *arguments: Any) -> Any:
+        return call(*arguments)
+
+    monkeypatch.setattr(asyncio, "to_thread", at_once)
+    sha256 = shelf.put(tmp_path, "one")
+    fetching = most = 0
+    goes_on = asyncio.Event()
+    second = asyncio.Event()
+
+    async def fetch(name: str) -> AsyncIterator[bytes]:
+        nonlocal fetching, most
+        fetching += 1
+        most = max(most, fetching)
+        if shelf.fetched:
+            second.set()
+            await goes_on.wait()
+        async for chunk in shelf.fetch(name):
+            yield chunk
+        fetching -= 1
+
+    async def body() -> None:
+        cache = BundleCache(store, fetch)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(cache.unpack(sha256, tmp_path / "first"))
+            await asyncio.sleep(0)  # each waits behind the one before
+            group.create_task(cache.remove([sha256]))
+            await asyncio.sleep(0)
+            group.create_task(cache.unpack(sha256, tmp_path / "second"))
+            await second.wait()
+            third = group.create_task(cache.unpack(sha256, tmp_path / "third"))
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert not third.done()
+            goes_on.set()
+        assert cache.held == (sha256,)
+
+    asyncio.run(body())
+    assert (shelf.fetched, most) == ([sha256, sha256], 1)
 
 
 def test_other_content_than_the_name_says_leaves_nothing(store: Path, shelf: Shelf) -> None:
