@@ -18,7 +18,7 @@ DEFAULT_BYTES = 10 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class CacheEntry:
     """`used_s`: Unix time of its last use."""
 
     name: str
@@ -26,7 +26,7 @@ class Entry:
     used_s: float
 
 
-def evicted(entries: Sequence[Entry], limit_bytes: int) -> list[str]:
+def evicted(entries: Sequence[CacheEntry], limit_bytes: int) -> list[str]:
     """The entries to remove, the least recently used first, so that the rest fits. Pure."""
     excess = sum(entry.size_bytes for entry in entries) - limit_bytes
     names = []
@@ -68,9 +68,9 @@ def hold(directory: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _entry(path: Path) -> Entry:
+def _entry(path: Path) -> CacheEntry:
     found = [path.lstat()]
     for folder, _, files in os.walk(path):
         found += [os.lstat(os.path.join(folder, name)) for name in files]
     used_s = max(max(one.st_atime, one.st_mtime) for one in found)
-    return Entry(name=path.name, size_bytes=sum(one.st_blocks * 512 for one in found), used_s=used_s)
+    return CacheEntry(name=path.name, size_bytes=sum(one.st_blocks * 512 for one in found), used_s=used_s)

@@ -15,7 +15,7 @@ from torch import nn
 
 from pscluster.errors import ModelChangedError
 from pscluster.step.layout import Layout
-from psworker.model_tensors import Found, is_lazy
+from psworker.model_tensors import FoundTensor, is_lazy
 from psworker.tensor_words import dense_parts, dtype_of, form_of, part_views, parts_of, same_bits, tensor_view
 
 _SCRATCH = (
@@ -26,7 +26,9 @@ _SCRATCH = (
 class LiveBuffers:
     """`flats`: where the committed values lie, for good."""
 
-    def __init__(self, model: nn.Module, layout: Layout, found: Sequence[Found], flats: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, layout: Layout, found: Sequence[FoundTensor], flats: Sequence[torch.Tensor]
+    ) -> None:
         self._layout = layout
         self._flats = flats
         self._found = {number: one for number, one in enumerate(found) if not one.is_parameter}

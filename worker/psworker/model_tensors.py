@@ -20,7 +20,7 @@ UnfreezeAt = Mapping[str, int]
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundTensor:
     """One tensor of a model under all its names.
 
     `tensors`: the objects that are it. A parameter may be several, which share memory; `places[i]` is the module and
@@ -51,7 +51,7 @@ class _Tensor:
     tensors: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
-def find_tensors(model: nn.Module, optimizer: OptimizerSection, unfreeze_at: UnfreezeAt) -> list[Found]:
+def find_tensors(model: nn.Module, optimizer: OptimizerSection, unfreeze_at: UnfreezeAt) -> list[FoundTensor]:
     """Every distinct tensor of the model, in registration order. Parameters of exactly the same memory are one.
 
     Raises LayoutError naming the tensor for what cannot be laid out."""
@@ -65,7 +65,7 @@ def find_tensors(model: nn.Module, optimizer: OptimizerSection, unfreeze_at: Unf
     check_overlaps(model)
     persistent = set(model.state_dict(keep_vars=True))
     return [
-        Found(
+        FoundTensor(
             _spec(one, key[0] == "parameter", persistent, optimizer, unfreeze_at),
             key[0] == "parameter",
             tuple(one.places),

@@ -15,7 +15,7 @@ from pscluster.job.spec import OptimizerSection
 from pscluster.step.layout import WORD_BYTES, Layout, NamedBytes, Span, parameters_sha256
 from pscluster.wire.memory import Arena, Segment, page_offsets
 from psworker.live_buffers import LiveBuffers
-from psworker.model_tensors import Found, UnfreezeAt, find_tensors, trains_from
+from psworker.model_tensors import FoundTensor, UnfreezeAt, find_tensors, trains_from
 from psworker.staging import Staging
 from psworker.tensor_words import dense_parts, dtype_of, part_views, tensor_view
 
@@ -79,7 +79,7 @@ def layout_of(model: nn.Module, optimizer: OptimizerSection, unfreeze_at: Unfree
     return _layout(find_tensors(model, optimizer, unfreeze_at))
 
 
-def _layout(found: Sequence[Found]) -> Layout:
+def _layout(found: Sequence[FoundTensor]) -> Layout:
     if not any(f.spec.kind == "trained" for f in found):
         raise LayoutError("the model has no trainable parameter", action="return a model with requires_grad parameters")
     return Layout(tuple(f.spec for f in found))
@@ -121,7 +121,7 @@ class Replica:
                 self._bind(number, found, unfreeze_at)
         self.buffers = LiveBuffers(model, self.layout, self.found, self.flats)
 
-    def _fill(self, number: int, found: Found) -> None:
+    def _fill(self, number: int, found: FoundTensor) -> None:
         """Copy the tensor's value into its bucket."""
         with torch.no_grad():
             for part, view in zip(
@@ -133,7 +133,7 @@ class Replica:
                 for part, view in zip(dense_parts(found.tensors[0]), views, strict=True):
                     view.copy_(part)
 
-    def _bind(self, number: int, found: Found, unfreeze_at: UnfreezeAt) -> None:
+    def _bind(self, number: int, found: FoundTensor, unfreeze_at: UnfreezeAt) -> None:
         """Make the parameters that are this tensor views of its bucket."""
         view, step = tensor_view(self.layout, self.flats, number), trains_from(found.spec.names, unfreeze_at)
         for parameter in found.tensors:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pscluster.agent.cache import Entry, evict, evicted, hold
+from pscluster.agent.cache import CacheEntry, evict, evicted, hold
 from pscluster.agent.cleanup import Cleanup
 from pscluster.agent.directories import AgentDirectories, BundleCache
 from pscluster.errors import UnreachableError
@@ -20,7 +20,7 @@ A, B, C = ("a" * 64, "b" * 64, "c" * 64)
 
 
 def test_the_least_recently_used_goes_until_the_rest_fits() -> None:
-    entries = [Entry(name=name, size_bytes=10, used_s=used_s) for name, used_s in (("x", 3), ("y", 1), ("z", 2))]
+    entries = [CacheEntry(name=name, size_bytes=10, used_s=used_s) for name, used_s in (("x", 3), ("y", 1), ("z", 2))]
     assert evicted(entries, 30) == []
     assert evicted(entries, 29) == ["y"]
     assert evicted(entries, 10) == ["y", "z"]

@@ -13,7 +13,7 @@ from pscluster.step.layout import Layout, TensorSpec
 from pscluster.v1.plan_pb2 import AuditMismatch, Plan, ProcessReport, ShardRange, TrainerPlacement
 from pscluster.wire.protocol import LeafDigest
 from psserver.partition.actions import RequestDigest
-from psserver.partition.coordinator.audits import MAX_WAIT_S, Audits
+from psserver.partition.coordinator.audits import MAX_WAIT_S, OpenAudit
 
 LAYOUT = Layout(
     tuple(TensorSpec(names=(name,), shape=(4,), dtype="float32", kind="trained") for name in ("first.w", "second.w"))
@@ -41,7 +41,7 @@ class Case:
     def __init__(self, num_trainers: int, on_mismatch: str | None = None, **fields: Any) -> None:
         self.num_trainers = num_trainers
         self.plan = audited_plan(num_trainers, **fields)
-        self.audits = Audits(played_spec(num_trainers, audit={"share": 1.0, "on_mismatch": on_mismatch}))
+        self.audits = OpenAudit(played_spec(num_trainers, audit={"share": 1.0, "on_mismatch": on_mismatch}))
         self.audits.open_step(0, self.plan)
         shard = audited_shard(0, 0, 1.0, num_trainers)
         assert shard is not None
@@ -239,7 +239,7 @@ def test_a_step_that_was_decided_elsewhere_leaves_its_audit_unfinished() -> None
 
 
 def test_nothing_is_audited_by_default() -> None:
-    audits = Audits(played_spec(3))
+    audits = OpenAudit(played_spec(3))
     for step in range(50):
         audits.open_step(step, audited_plan(3))
         assert not audits.holds_step

@@ -14,7 +14,7 @@ from pscluster.wire.frame import FrameKind, Header, job_number
 from pscluster.wire.protocol import Channel, Directive, Hello
 
 WorkKey = tuple[int, int, int, str]  # restore_generation, version, moved_generation, action
-NO_AUDITS = AuditRule()
+NEVER_AUDITED = AuditRule()
 Done = Mapping[WorkKey, Set[int]]  # shards that were computed, by what they were computed for
 
 
@@ -61,7 +61,7 @@ def find_work(
     empty_partitions: Set[int],
     rank: int,
     done: Done,
-    audits: AuditRule = NO_AUDITS,
+    audits: AuditRule = NEVER_AUDITED,
     arbitration: tuple[int, int] | None = None,
 ) -> Work | None:
     """What is left to do, or None.
@@ -115,7 +115,7 @@ class Agenda:
 
     The reactor's thread writes, the main thread reads; both hold `changed`, which every write notifies."""
 
-    def __init__(self, start: ProcessSpec, audits: AuditRule = NO_AUDITS) -> None:
+    def __init__(self, start: ProcessSpec, audits: AuditRule = NEVER_AUDITED) -> None:
         self.changed = threading.Condition()
         self.job = job_number(start.job_id)
         self.rank = start.rank

@@ -113,7 +113,7 @@ def judge(audit: Audit) -> Mismatch | None:
     return Mismatch(step=audit.step, shard=audit.shard, first=first, cause=cause, named=named)
 
 
-class Audits:
+class OpenAudit:
     """The audit of the coordinator's open step, and what is to be reported of those before.
 
     `pending`: None when the open step is not audited, or its audit has ended. `is_rejected`: a mismatch was found for

@@ -20,7 +20,7 @@ from pscluster.wire.protocol import Action as Activity
 from pscluster.wire.protocol import Directive, LeafDigest, Outcome, pack_statistics
 from psserver.partition import actions
 from psserver.partition.actions import Action
-from psserver.partition.coordinator.audits import Audits
+from psserver.partition.coordinator.audits import OpenAudit
 from psserver.partition.replication.in_sync import MAX_RECORDS, ReplicatedMetadata
 from psserver.partition.step import voting
 from psserver.partition.step.optimizer import learning_rate
@@ -45,7 +45,7 @@ class Coordinator:
     merged: Statistics | None = None
     records: list[StepRecord] = field(default_factory=list)
     summaries: dict[int, Summary] = field(default_factory=dict)  # of the open step and the one before
-    audits: Audits = field(init=False)
+    audits: OpenAudit = field(init=False)
     _audited_votes: dict[int, Vote] = field(default_factory=dict)  # on the open step; they wait for its audit
     _statistics: Sums[Statistics] | None = None
     _evaluating: int = -1  # the version that `_statistics` and `merged` are of
@@ -54,7 +54,7 @@ class Coordinator:
     _is_over: bool = False
 
     def __post_init__(self) -> None:
-        self.audits = Audits(self.spec)
+        self.audits = OpenAudit(self.spec)
         self.audits.open_step(self.version, self.plan)
 
     @classmethod
