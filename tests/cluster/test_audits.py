@@ -122,6 +122,7 @@ def audited(answer: dict[str, Any]) -> tuple[int, int, int]:
     return audits["equal"], audits["differing"], audits["unfinished"]
 
 
+@pytest.mark.slow
 def test_a_clean_job_is_vouched_for(cluster: LocalCluster, digest: str, tmp_path: Path) -> None:
     job = cluster.submit(small_spec(3) | {"audit": {"share": 1.0}}, tmp_path)
     cluster.wait(job, "succeeded")
@@ -156,12 +157,13 @@ def test_the_sick_node_is_left_out_and_the_job_ends_with_the_undisturbed_bits(
     ("workers", "on_mismatch", "order", "kind"),
     [
         (3, "stop", "armed", "node"),
-        pytest.param(3, "exclude", "impure", "code", marks=pytest.mark.slow),
-        pytest.param(2, "stop", "armed", "either", marks=pytest.mark.slow),
-        pytest.param(2, "exclude", "armed", "either", marks=pytest.mark.slow),
+        (3, "exclude", "impure", "code"),
+        (2, "stop", "armed", "either"),
+        (2, "exclude", "armed", "either"),
         (1, "stop", "armed", "alone"),
     ],
 )
+@pytest.mark.slow
 def test_the_job_stops_and_names_who_may_be_at_fault(
     workers: int, on_mismatch: str, order: str, kind: str, cluster: LocalCluster, tmp_path: Path
 ) -> None:

@@ -243,6 +243,7 @@ def link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
     return info
 
 
+@pytest.mark.slow
 def test_an_archive_that_leads_out_of_its_directory_is_never_unpacked(cluster: LocalCluster, tmp_path: Path) -> None:
     """The agent refuses it before any process of the job starts."""
     outside = tmp_path / "outside"
@@ -328,6 +329,7 @@ def fill(place: Path) -> Path:
             return filler
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_reported_and_the_job_resumes_with_space(
     cluster: LocalCluster, tmp_path: Path, disk: Path
 ) -> None:

@@ -40,6 +40,7 @@ def reasons(answer: dict[str, object]) -> list[str]:
     return [event["reason"] for event in events]
 
 
+@pytest.mark.slow
 def test_a_trainer_is_killed(digest: str, tmp_path: Path) -> None:
     with local_cluster(tmp_path, workers=2, servers=2) as cluster:
         job = cluster.submit(slow_spec(), tmp_path)
@@ -51,6 +52,7 @@ def test_a_trainer_is_killed(digest: str, tmp_path: Path) -> None:
         assert "RolledBack" not in reasons(answer)
 
 
+@pytest.mark.slow
 def test_a_worker_agent_is_killed_and_its_trainer_dies_with_it(digest: str, tmp_path: Path) -> None:
     with local_cluster(tmp_path, workers=2, servers=2) as cluster:
         job = cluster.submit(slow_spec(), tmp_path)
@@ -73,6 +75,7 @@ def test_a_partition_is_killed(digest: str, tmp_path: Path) -> None:
         assert lines.count('"loss"') >= STEPS
 
 
+@pytest.mark.slow
 def test_the_master_is_killed_and_steps_go_on_meanwhile(digest: str, tmp_path: Path) -> None:
     with local_cluster(tmp_path, workers=2, servers=2) as cluster:
         job = cluster.submit(slow_spec(), tmp_path)

@@ -80,6 +80,7 @@ def read_until(process: subprocess.Popen[str], beginning: str) -> None:
     pytest.fail(f"the demo ended before {beginning!r}:\n{''.join(lines)}")
 
 
+@pytest.mark.slow
 def test_an_interrupted_demo_leaves_nothing(demo: Demo, tmp_path: Path) -> None:
     process = demo.start(steps=5000)
     read_until(process, "step ")

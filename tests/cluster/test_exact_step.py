@@ -46,7 +46,11 @@ def test_language_model_has_the_bits_of_a_plain_loop(
         assert seen == [(index, transport) for index in range(partitions)]
 
 
-CODECS = [("bf16", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")]
+CODECS = [
+    pytest.param("bf16", "fp32", marks=pytest.mark.slow),
+    pytest.param("fp32", "bf16", marks=pytest.mark.slow),
+    ("bf16", "bf16"),
+]
 
 
 @pytest.mark.parametrize(("push", "pull"), CODECS)
@@ -207,6 +211,7 @@ def test_a_partition_killed_takes_the_job_back_to_a_snapshot(victim: int, lm_dig
         assert job.wait_finished() == lm_digest
 
 
+@pytest.mark.slow
 def test_a_partition_killed_before_any_snapshot_starts_again_from_the_seed(lm_digest: str, tmp_path: Path) -> None:
     spec = lm_spec(partitions=2, pause_s=0.1) | {"durability": {"every_steps": 100}, "evaluate": {"every_steps": 100}}
     with StaticJob(spec, 2, tmp_path) as job:

@@ -241,6 +241,7 @@ def test_ctrl_c_detaches_a_follower_and_the_job_continues(wide: Wide, cluster: L
     assert cluster.describe(wide.job)["state"] == "RUNNING"
 
 
+@pytest.mark.slow
 def test_the_next_job_is_queued_and_a_stopped_one_resumes_with_the_same_bits(
     wide: Wide, cluster: LocalCluster, root: Path, plain: Plain
 ) -> None:

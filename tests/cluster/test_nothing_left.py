@@ -101,6 +101,7 @@ def started(site: Site) -> int:
     return count
 
 
+@pytest.mark.slow
 def test_after_down_in_the_middle_of_a_job(site: Site, tmp_path: Path) -> None:
     site.up(1, 1)
     hold_a_job(site, tmp_path)

@@ -15,6 +15,7 @@ from pscluster.job.bundle import Bundle, pack
 from pscluster.job.spec import parse_spec
 
 WITHIN_S = 60.0
+pytestmark = pytest.mark.slow  # one cluster and two jobs for all of them
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,6 @@ def test_working_and_scratch_directories_end_with_the_job(cluster: LocalCluster,
     eventually(lambda: not any(path.exists() for path in kept), f"{jobs} left {kept}")
 
 
-@pytest.mark.slow
 def test_bundles_go_with_the_last_job_that_has_them(cluster: LocalCluster, jobs: list[str]) -> None:
     def archives() -> list[Path]:
         return [path for path in cluster.state_dir.glob("*/bundles/*") if path.is_file()]

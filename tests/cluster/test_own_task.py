@@ -164,6 +164,7 @@ def files_of(traceback: str) -> list[str]:
 # ---- what runs ----
 
 
+@pytest.mark.slow
 def test_init_writes_a_job_that_runs_from_any_directory(cluster: LocalCluster, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     cluster.psctl("init", "first", cwd=tmp_path)
@@ -177,6 +178,7 @@ def test_init_writes_a_job_that_runs_from_any_directory(cluster: LocalCluster, t
     assert evaluated["metrics"] == answer["metrics"]
 
 
+@pytest.mark.slow
 def test_the_bundle_is_the_directory_without_what_git_ignores(cluster: LocalCluster, jobs: dict[str, str]) -> None:
     """Two modules and a relative path to data work; the logs have what the task prints, and end with the job."""
     followed = cluster.psctl("logs", "-f", jobs["skip"]).stdout

@@ -182,6 +182,7 @@ def test_every_job_is_read_as_it_was(state: Path) -> None:
             client.health()
 
 
+@pytest.mark.slow
 def test_live_and_stopped_jobs_go_on_to_the_same_bits(state: Path, tmp_path: Path) -> None:
     assert {facts["state"] for facts in JOBS.values()} == {"QUEUED", "STARTING", "RUNNING", *ENDED}
     ids = {name: facts["job_id"] for name, facts in JOBS.items()}
