@@ -11,18 +11,8 @@ import click
 
 from pscluster import __version__
 from pscluster.cli import formatting as fmt
-from pscluster.cli.session import (
-    DOCUMENTS,
-    Group,
-    Session,
-    Verb,
-    output_option,
-    pass_session,
-    print_answer,
-    print_document,
-    print_info,
-    print_records,
-)
+from pscluster.cli.output import DOCUMENTS, output_option, print_answer, print_document, print_info, print_records
+from pscluster.cli.session import Group, Session, Verb, pass_session
 from pscluster.errors import PsError, UnhealthyError
 
 if TYPE_CHECKING:
