@@ -6,25 +6,24 @@ import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from pscluster.cli.output import print_error, print_info
 from pscluster.errors import InternalError, PsError, UnreachableError
-from pscluster.settings import ClientSettings, LocatedCluster, Resolved, resolve_with_origins
 from pscluster.spelling import nearest
 
 if TYPE_CHECKING:
     from pscluster.client import Cluster
+    from pscluster.settings import ClientSettings, LocatedCluster, Resolved
 
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
-_DEFAULT_CONFIG = Path("~/.config/pscluster/config.toml")
 _GLOBALS: tuple[tuple[str, str, str], ...] = (
+    ("--context", "NAME", "a cluster of `psctl context list` [PS_CONTEXT]"),
     ("--state-dir", "DIR", "state directory of the local cluster [PS_STATE_DIR]"),
     ("--address", "ADDR", "master of another cluster: host:port or unix:/path [PS_ADDRESS]"),
     ("--token-file", "FILE", "its token [PS_TOKEN_FILE]"),
@@ -38,14 +37,10 @@ class Session:
         self.flags: dict[str, str] = {}
 
     def resolved(self) -> Resolved[ClientSettings]:
-        """The client settings with their origins. Raises SettingsError."""
-        return resolve_with_origins(ClientSettings, self.flags, os.environ, self.config_file())
+        """The client settings with their origins. Raises SettingsError, NotFoundError for an unknown context."""
+        from pscluster.client.contexts import resolve_client
 
-    def config_file(self) -> Path | None:
-        """The file in PS_CONFIG, which must exist, or the user's default file, if there is one."""
-        named = os.environ.get("PS_CONFIG")
-        usual = _DEFAULT_CONFIG.expanduser()
-        return Path(named) if named else (usual if usual.is_file() else None)
+        return resolve_client(self.flags, os.environ)
 
     def located(self) -> LocatedCluster:
         return self.resolved().settings.located(os.environ)
@@ -53,7 +48,12 @@ class Session:
     def address_undo_hint(self) -> str:
         """What selects another cluster than the local one, and how to undo that; empty for the local one."""
         origin = self.resolved().origins["address"]
-        undo = {"environment": "is set: unset it", "file": "sets it: remove `address`", "flag": "sets it: omit it"}
+        undo = {
+            "environment": "is set: unset it",
+            "file": "sets it: remove `address`",
+            "flag": "sets it: omit it",
+            "context": "is the selected context: give --context local",
+        }
         return f"{origin.name} {undo[origin.kind]} to use the local cluster" if origin.kind in undo else ""
 
     def connect(self) -> Cluster:
@@ -84,7 +84,8 @@ class Verb(click.Command):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.params.extend(global_options(hidden=True))
+        own = {param.name for param in self.params}
+        self.params.extend(option for option in global_options(hidden=True) if option.name not in own)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         with _options_suggested(self):

@@ -167,6 +167,7 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
             problems=problems,
             started_s=self._started_s,
             metrics_address=self._metrics_address,
+            time_s=self._core.now().unix_s,
         )
 
     def _find(self, name: str) -> Job:
