@@ -61,12 +61,12 @@ def next_steps(state_dir: Path, sha256: str) -> list[str]:
     socket = f"unix:{state_dir / 'master.sock'}"
     if len(socket) - len("unix:") > _LONGEST_SOCKET:
         socket = "unix:/PATH/master.sock"
+    files = f"--state-dir {state_dir} --token-file {state_dir / 'token'}"
     return [
         f"certificate authority {sha256[:16]}... in {state_dir / 'certs'}",
         "whoever has its ca.key can become any member: keep a copy of this directory in a safe place, and no other",
         "next, on this host (ADDRESS: where other hosts reach it):",
-        f"  psmaster --state-dir {state_dir} --token-file {state_dir / 'token'} --listen {socket} "
-        "--listen ADDRESS:7070",
+        f"  psmaster {files} --listen {socket} --listen ADDRESS:7070",
         f"  psctl context add admin --address {socket} --token-file {state_dir / 'token'}",
         "  psctl --context admin token create --role worker",
     ]

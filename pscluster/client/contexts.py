@@ -209,7 +209,9 @@ def _contexts_in(table: Mapping[str, Any], path: Path) -> Contexts:
         keys = {key.replace("-", "_"): value for key, value in found.items()} if isinstance(found, dict) else {"": ""}
         if wrong := [key for key, value in keys.items() if key not in known or not isinstance(value, str)]:
             raise SettingsError(f"context {name} in {path} has a key that does not exist, or no text: {wrong[0]!r}")
-        given: dict[str, Any] = {key: value if key == "address" else Path(value).expanduser() for key, value in keys.items()}
+        given: dict[str, Any] = {
+            key: value if key == "address" else Path(value).expanduser() for key, value in keys.items()
+        }
         by_name[name] = Context(name=name, **given)
     overriding = tuple(key for key in (*_SELECTING, *_CREDENTIALS) if key in table)
     return Contexts(current=current, by_name=by_name, overridden_by=overriding)
