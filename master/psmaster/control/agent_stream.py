@@ -4,24 +4,57 @@ also answers heartbeats. `psmaster.api` converts both to protobuf."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass, field
 
-from psmaster.scheduling.reconcile import Desired
+from pscluster.security.credentials import Credentials
+from psmaster.control.security import ClusterSecurity
+from psmaster.model.state import State
+from psmaster.scheduling.reconcile import Desired, desired
 
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """All that one node is to run. `depots`: (node, address) of those with copies; `deleted`: jobs whose may go."""
+    """All that one node is to run. `depots`: (node, address) of those with copies; `deleted`: jobs whose may go;
+    `revoked`: serials of certificates that its depot must refuse; `credentials`: of its processes, by process id;
+    `cluster_id`, `data_security`: the same for all of them."""
 
     revision: int
     processes: tuple[Desired, ...]
     depots: tuple[tuple[str, str], ...] = ()
     deleted: tuple[str, ...] = ()
+    revoked: tuple[str, ...] = ()
+    cluster_id: str = ""
+    data_security: str = ""
+    credentials: Mapping[str, Credentials] = field(default_factory=dict, repr=False)
 
     def names(self) -> tuple[object, ...]:
         """What an agent acts on; an assignment with equal names need not be sent."""
-        return self.depots, self.deleted, *((process.process_id, process.plan) for process in self.processes)
+        issued = {process_id: credentials.serial for process_id, credentials in self.credentials.items()}
+        processes = ((own.process_id, own.plan, issued.get(own.process_id)) for own in self.processes)
+        return self.depots, self.deleted, self.revoked, *processes
+
+
+def assignment_of(
+    state: State, node_id: str, all_deleted: tuple[str, ...], security: ClusterSecurity, now_s: float
+) -> Assignment:
+    """A node's assignment, still without a revision. Its processes get their credentials here."""
+    wanted = tuple(
+        process for job in state.jobs.values() for process in desired(job) if process.placement.node_id == node_id
+    )
+    has_depot = bool(state.nodes[node_id].depot_address)
+    nodes = state.nodes.values() if has_depot else ()
+    issued = {own.process_id: security.process_credentials(own.process_id, now_s) for own in wanted}
+    return Assignment(
+        revision=0,
+        processes=wanted,
+        depots=tuple(sorted((other.node_id, other.depot_address) for other in nodes if other.depot_address)),
+        deleted=all_deleted if has_depot else (),
+        revoked=state.access.revoked_serials if has_depot else (),
+        cluster_id=security.cluster_id,
+        data_security=security.data_security if security.secured else "",
+        credentials={process_id: held for process_id, held in issued.items() if held is not None},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

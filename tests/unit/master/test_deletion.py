@@ -15,9 +15,12 @@ from typing import Any
 import pytest
 
 from pscluster.errors import NotFoundError, StateError
+from pscluster.rpc.access import CALLER
+from pscluster.rpc.access import LOCAL as LOCAL_CALLER
 from pscluster.v1 import jobs_pb2
 from psmaster.api.jobs import JobsService
 from psmaster.control.loop import ControlLoop
+from psmaster.control.security import Addresses
 from psmaster.model.job import Instant, Job, JobState
 from psmaster.model.plan import Part
 from psmaster.model.state import MAX_DELETED_SENT, NODE_WAIT_S, Deletion, newest_deleted
@@ -30,7 +33,7 @@ from psmaster.storage.store import Batch
 from tests.harness.master_world import World, make_job, make_spec
 from tests.unit.master.fake_agent import DEADLINE_S, FakeAgent
 from tests.unit.master.test_rebuild import save
-from tests.unit.master.test_service import TOKEN, Client, with_master
+from tests.unit.master.test_service import LOCAL, Client, with_master
 
 CODE = b"code"
 SHA256 = hashlib.sha256(CODE).hexdigest()
@@ -79,7 +82,8 @@ def test_a_job_submitted_while_its_bundle_goes_has_it_or_is_refused(
 
     async def test(client: Client, core: ControlLoop) -> None:
         shelf = BundleShelf(site.state_dir / "bundles")
-        service = JobsService(core, shelf, "")
+        service = JobsService(core, shelf, "", Addresses())
+        CALLER.set(LOCAL_CALLER)
         await upload(client)
         deleting = asyncio.create_task(service.Delete(jobs_pb2.GetRequest(job=await submit(client)), None))
         assert await asyncio.to_thread(removing.wait, DEADLINE_S)
@@ -167,7 +171,7 @@ def test_a_node_that_was_away_hears_from_another_master_of_all_that_was_deleted(
         await upload(client)
         job_id = await submit(client)
         await client.call("Delete", jobs_pb2.GetRequest(job=job_id))
-        agent = FakeAgent(site.listen[0], TOKEN, "server-0")
+        agent = FakeAgent(site.listen[0], LOCAL, "server-0")
         agent.node.depot_address = "127.0.0.1:1"
         await agent.open_stream()
         await agent.until(lambda _: bool(agent.deleted))
