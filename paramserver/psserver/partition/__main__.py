@@ -15,7 +15,8 @@ from pscluster.errors import PsError
 from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.v1.plan_pb2 import PartitionReady, ProcessReport
 from pscluster.wire.reactor import Reactor
-from pscluster.wire.transport import check_congestion_control
+from pscluster.wire.tls import DataSecurity
+from pscluster.wire.transport import check_congestion_control, tcp_address
 from psserver.partition.process import PartitionService
 from psserver.partition.step.optimizer import numerics_class
 from psserver.partition.telemetry import PartitionCounters
@@ -30,8 +31,9 @@ def main() -> int:
     spec = parse_spec(json.loads(link.start.spec_json))
     _settle_numerics()
     counters = PartitionCounters()
-    reactor = Reactor(counters.phase, spec.network.congestion_control)
-    service = PartitionService(link, spec, reactor, counters)
+    security = DataSecurity.of(link.start)
+    reactor = Reactor(counters.phase, spec.network.congestion_control, security)
+    service = PartitionService(link, spec, reactor, counters, security)
     try:
         check_congestion_control(spec.network.congestion_control)
         wanted = _addresses(spec, link.start.data_host)
@@ -61,7 +63,7 @@ def _addresses(spec: JobSpec, host: str) -> list[str]:
 
     Shared memory is arranged over the Unix socket."""
     directory = Path(os.environ["PS_SOCKET_DIR"])
-    choice = {"unix": f"unix:{directory}/data.sock", "tcp": f"tcp:{host or '127.0.0.1'}:0"}
+    choice = {"unix": f"unix:{directory}/data.sock", "tcp": tcp_address(host or "127.0.0.1", 0)}
     wanted = "unix" if spec.network.transport == "shm" else spec.network.transport
     return [address for kind, address in choice.items() if wanted in ("auto", kind)]
 
