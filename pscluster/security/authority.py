@@ -10,15 +10,23 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from pscluster.errors import AuthError, StateError, StorageError
-from pscluster.security.credentials import Credentials, new_request, parse_certificate, pem_of_key, write_private
+from pscluster.security.credentials import (
+    BACKDATED_S,
+    Credentials,
+    new_request,
+    parse_certificate,
+    pem_of_key,
+    write_private,
+)
 from pscluster.security.identity import LISTENING, Identity, dns_name_of
 
 CERTIFICATE, KEY = "ca.pem", "ca.key"
 CLUSTER_ID = "cluster-id"
 _CA_LIFE = datetime.timedelta(days=3650)
-_SKEW = datetime.timedelta(minutes=5)  # by which a member's clock may be behind
+_BACKDATED = datetime.timedelta(seconds=BACKDATED_S)
 
 
 class Authority:
@@ -41,7 +49,7 @@ class Authority:
                 action="keep it: every member's certificate would be void with another",
             )
         key = ec.generate_private_key(ec.SECP256R1())
-        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, f"pscluster {cluster_id}")])
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"pscluster {cluster_id}")])
         now = datetime.datetime.now(datetime.UTC)
         usage = x509.KeyUsage(
             digital_signature=True, key_cert_sign=True, crl_sign=True, content_commitment=False,
@@ -54,7 +62,7 @@ class Authority:
             .issuer_name(name)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - _SKEW)
+            .not_valid_before(now - _BACKDATED)
             .not_valid_after(now + _CA_LIFE)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(usage, critical=True)
@@ -88,7 +96,7 @@ class Authority:
             raise AuthError(f"{directory / KEY} does not parse: {error}") from None
         if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
             raise AuthError(f"{directory / KEY} is not the key of {CERTIFICATE}")
-        name = str(certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)[0].value)
+        name = str(certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
         return cls(key, certificate, name.removeprefix("pscluster "))
 
     def sign(self, csr_pem: bytes, identity: Identity, lifetime_s: float) -> bytes:
@@ -115,18 +123,16 @@ class Authority:
 
     def _signed(self, key: ec.EllipticCurvePublicKey, identity: Identity, lifetime_s: float) -> bytes:
         now = datetime.datetime.now(datetime.UTC)
-        # A clock that is behind must not refuse a new certificate; a short-lived one must not begin long ago.
-        begins = now - min(_SKEW, datetime.timedelta(seconds=lifetime_s))
         names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(identity.uri)]
         names += [x509.DNSName(dns_name_of(identity.role))] if identity.role in LISTENING else []
-        purposes = [x509.ExtendedKeyUsageOID.CLIENT_AUTH, x509.ExtendedKeyUsageOID.SERVER_AUTH]
+        purposes = [ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]
         certificate = (
             x509.CertificateBuilder()
-            .subject_name(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, identity.name[:64])]))
+            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, identity.name[:64])]))
             .issuer_name(self._certificate.subject)
             .public_key(key)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(begins)
+            .not_valid_before(now - _BACKDATED)
             .not_valid_after(now + datetime.timedelta(seconds=lifetime_s))
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)

@@ -11,11 +11,14 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from pscluster.errors import AuthError, StorageError
 from pscluster.security.identity import Identity
 
 KEY, CERTIFICATE, AUTHORITY = "key.pem", "certificate.pem", "authority.pem"
+BACKDATED_S = 300.0
+"""A certificate begins this long before it is made, so that a member whose clock is behind accepts it."""
 _RENEW_AT = 2 / 3  # of a certificate's life
 
 
@@ -53,7 +56,8 @@ class Credentials:
     @property
     def renew_at_s(self) -> float:
         """Unix time at which a new certificate should be asked for: after two thirds of its life."""
-        return self.not_before_s + (self.not_after_s - self.not_before_s) * _RENEW_AT
+        made_s = self.not_before_s + BACKDATED_S
+        return made_s + (self.not_after_s - made_s) * _RENEW_AT
 
     def save(self, directory: Path) -> None:
         """Write the three files, mode 0600, into a directory of mode 0700. A reader finds the old or the new files: a
@@ -107,7 +111,7 @@ def new_request(name: str) -> tuple[bytes, bytes]:
     """A new private key and a request for a certificate, as PEM. `name` is for people: the authority decides on the
     identity."""
     key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name[:64])])
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
     request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
     return pem_of_key(key), request.public_bytes(serialization.Encoding.PEM)
 
