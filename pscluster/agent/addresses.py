@@ -127,6 +127,22 @@ def choose_automatically(towards: Iterable[Address], present: Sequence[Interface
     return usable[0].address
 
 
+def depot_choices(listen: str | None, secured: bool, ports: PortRange | None) -> list[str]:
+    """Where a depot tries to listen, in this order. Without certificates on loopback alone; with them at every address
+    of the host, which may change, and on the ports that are open to others. Pure. Raises SettingsError for an address
+    of another kind that would need certificates."""
+    if listen is not None:
+        if not secured and not is_local(listen):
+            raise SettingsError(
+                f"depot_listen {listen} is not on loopback, and this node has no certificate",
+                action="join with --join TOKEN, or give --depot-listen 127.0.0.1:PORT",
+            )
+        return [listen]
+    if not secured:
+        return [f"{LOOPBACK}:0"]
+    return [f"{host}:{port}" for host in ("[::]", "0.0.0.0") for port in (ports or (0,))]  # noqa: S104 - members alone
+
+
 def is_gone(host: str, present: Collection[Interface]) -> bool:
     """Whether an address that this node advertised, as `shown` writes it, is no longer one of its own. Loopback always
     is its own."""
