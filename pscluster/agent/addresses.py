@@ -140,7 +140,7 @@ def depot_choices(listen: str | None, secured: bool, ports: PortRange | None) ->
         return [listen]
     if not secured:
         return [f"{LOOPBACK}:0"]
-    return [f"{host}:{port}" for host in ("[::]", "0.0.0.0") for port in (ports or (0,))]  # noqa: S104 - members alone
+    return [f"{host}:{port}" for host in ("[::]", "0.0.0.0") for port in (ports or (0,))]
 
 
 def is_gone(host: str, present: Collection[Interface]) -> bool:
