@@ -254,9 +254,9 @@ class Transaction:
         """A certificate was made for the holder of a token: it may be handed out. AuthError, StateError."""
         self.access = access.join(self.access, digest, made, self.now.unix_s)
 
-    def renew(self, made: CertificateRecord) -> None:
-        """A certificate was made for a member that had one. StateError."""
-        self.access = access.add_certificate(self.access, made, self.now.unix_s)
+    def renew(self, made: CertificateRecord, serial: str) -> None:
+        """A certificate was made for the holder of another, `serial`. AuthError, StateError."""
+        self.access = access.renew(self.access, serial, made, self.now.unix_s)
 
     def revoke_certificates(self, name: str, role: Role | None) -> tuple[CertificateRecord, ...]:
         """Refuse a member from now on; its certificates. A node counts as lost at once. NotFoundError."""

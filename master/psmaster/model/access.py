@@ -115,6 +115,19 @@ def join(access: AccessRecords, digest: str, made: CertificateRecord, now_s: flo
     return add_certificate(replace(access, tokens={**access.tokens, digest: used}), made, now_s)
 
 
+def renew(access: AccessRecords, serial: str, made: CertificateRecord, now_s: float) -> AccessRecords:
+    """With a certificate that was made for the holder of another, `serial`. Raises AuthError when that was revoked
+    meanwhile; StateError when it has renewed too often."""
+    held = access.certificates.get(serial)
+    if held is not None and held.revoked:
+        raise AuthError(
+            f"the certificate of {made.role} {made.name} was revoked",
+            action="join again with a new token: psctl token create",
+            details={"missing": "valid certificate", "reason": "revoked"},
+        )
+    return add_certificate(access, made, now_s)
+
+
 def add_certificate(access: AccessRecords, made: CertificateRecord, now_s: float) -> AccessRecords:
     """With one more certificate. Raises StateError when there are too many, or too many of this name."""
     if len(access.certificates) >= MAX_CERTIFICATES:

@@ -13,7 +13,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from pscluster.errors import DamagedError, PsError, StateError, StorageError
-from pscluster.storage import SnapshotStore, open_store
+from pscluster.security.authority import cluster_id_of
+from pscluster.storage import SnapshotStore, below, open_store
 from pscluster.storage.snapshot import verify_file
 from psmaster.model.access import AccessRecords
 from psmaster.model.job import Event, Job, JobState
@@ -53,8 +54,10 @@ def rebuild(state_dir: Path, stores: Iterable[str], now_s: float) -> list[Found]
     StorageError when a store cannot be read: then nothing was changed."""
     deletions, access = _refuse_a_sound_one(state_dir / DATABASE)
     locations = [str(path) for path in sorted(state_dir.glob("jobs/*/snapshots"))]
+    cluster_id = cluster_id_of(state_dir)
     for root in stores:
-        locations += open_store(root).below()
+        # Jobs of version 0.1 lie in the store itself, later ones below their cluster's id.
+        locations += [*open_store(root).below(), *open_store(below(root, cluster_id)).below()]
     found: dict[str, Found] = {}
     for location in locations:
         one = read_job(open_store(location), now_s)
