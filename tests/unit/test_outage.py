@@ -55,9 +55,9 @@ TEXTS = {
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_reason_and_the_side_are_told(text: str) -> None:
     reason, words = TEXTS[text]
-    found, told = reason_in(text)
+    found, shown = reason_in(text)
     assert found == reason
-    assert words in told
+    assert words in shown
     error = outage(text, "the master", "10.0.0.1:7070")
     assert (error.details["reason"], error.details["address"]) == (reason, "10.0.0.1:7070")
     assert "the master at 10.0.0.1:7070" in error.cause
