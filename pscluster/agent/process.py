@@ -18,6 +18,7 @@ from pscluster.agent import metrics, resources
 from pscluster.agent.child import Child, GracePeriods
 from pscluster.agent.copies import Copies
 from pscluster.agent.directories import AgentDirectories, BundleCache
+from pscluster.agent.isolation import Isolation
 from pscluster.agent.launch import BUNDLE_DIR, SOCKET_DIR
 from pscluster.agent.position import last_position, stack_of
 from pscluster.agent.report_queue import Backlog
@@ -58,6 +59,7 @@ class AgentContext:
     bundles: BundleCache
     devices: DeviceLedger
     copies: Copies
+    isolation: Isolation
     metrics: metrics.ProcessMetrics
     emit: Callable[[AgentMessage], None]
     log_bytes: Callable[[], int]
@@ -235,6 +237,7 @@ class Process:
         if is_trainer:
             scratch = self._context.directories.scratch / self.spec.job_id
             _make(scratch, exist_ok=True)
+            await self._give(scratch)
             self.spec.scratch_dir, self.spec.cache_dir = str(scratch), str(self._context.directories.cache)
             self.spec.device = await self._context.devices.claim(self.spec.process_id, wanted_device(self.spec))
         self._copies = self._context.copies.use_own_store(self.spec)
@@ -244,6 +247,14 @@ class Process:
             await self._unpack_bundle()
         else:
             _make(self._directory)
+        if is_trainer:
+            await self._give(self._sockets)
+            await self._give(self._directory)
+        else:
+            self._context.isolation.admit(self._sockets)
+
+    async def _give(self, directory: Path) -> None:
+        await asyncio.to_thread(self._context.isolation.give, directory)
 
     async def _unpack_bundle(self) -> None:
         """Write the job's code to a directory of this process alone. Waits for the master if it must be downloaded."""
@@ -271,6 +282,8 @@ class Process:
             "PYTHONUNBUFFERED": "1",
             "PYTHONFAULTHANDLER": "1",
         }
+        if self.spec.kind == ProcessSpec.KIND_TRAINER:
+            environment |= self._context.isolation.environment()
         context = self._context
         return Child.start(
             self.spec, context.command, self._directory, environment, self._handle_report, self._handle_line

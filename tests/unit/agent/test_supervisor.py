@@ -14,8 +14,10 @@ import pytest
 
 from pscluster.agent import metrics
 from pscluster.agent.child import GracePeriods
+from pscluster.agent.confine import Mode
 from pscluster.agent.copies import Copies
 from pscluster.agent.directories import AgentDirectories, BundleCache
+from pscluster.agent.isolation import Isolation
 from pscluster.agent.process import AgentContext
 from pscluster.agent.resources import DeviceLedger
 from pscluster.agent.status import NONE, SILENT
@@ -67,6 +69,7 @@ def run(bench: Any, body: Callable[[Supervisor, Received], Awaitable[None]], dev
             bundles=BundleCache(directories.bundles, nothing),
             devices=DeviceLedger(devices),
             copies=Copies("server-0", "", None),
+            isolation=Isolation(mode=Mode.NONE, hidden=(), account=None, home=""),
             metrics=metrics.ProcessMetrics(),
             emit=received.emit,
             log_bytes=lambda: 0,
