@@ -14,6 +14,7 @@ from pscluster.agent.link import ProcessLink
 from pscluster.errors import AddressInUseError, PsError
 from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.v1.plan_pb2 import PartitionReady, ProcessReport, ProcessSpec
+from pscluster.wire.connection import ConnectionHandler
 from pscluster.wire.reactor import Reactor
 from pscluster.wire.tls import DataSecurity
 from pscluster.wire.transport import check_congestion_control, tcp_address
@@ -36,7 +37,8 @@ def main() -> int:
     service = PartitionService(link, spec, reactor, counters, security)
     try:
         check_congestion_control(spec.network.congestion_control)
-        addresses = [_listen(reactor, address, service) for address in _addresses(spec, link.start)]
+        wanted = _addresses(spec, link.start)
+        addresses = [_listen(reactor, address, service.handler) for address in wanted]
         digest, detail = numerics_class()
         ready = PartitionReady(addresses=addresses, numerics_class=digest, numerics_detail=detail)
         link.report(ProcessReport(partition_ready=ready))
@@ -58,19 +60,25 @@ def _settle_numerics() -> None:
 
 
 def _addresses(spec: JobSpec, start: ProcessSpec) -> list[str]:
-    """Where to listen: a Unix socket, TCP on the data host (empty: loopback), or both, best first.
+    """Where to listen: a Unix socket, TCP on the data host (empty: loopback) and a port of its range, or both, best
+    first.
 
     Shared memory is arranged over the Unix socket."""
     directory = Path(os.environ["PS_SOCKET_DIR"])
-    ports = f"{start.data_port_first}-{start.data_port_last}"  # 0-0: any
-    choice = {"unix": f"unix:{directory}/data.sock", "tcp": tcp_address(start.data_host or "127.0.0.1", ports)}
+    port = f"{start.data_port_first}-{start.data_port_last}" if start.data_port_first else 0
+    choice = {"unix": f"unix:{directory}/data.sock", "tcp": tcp_address(start.data_host or "127.0.0.1", port)}
     wanted = "unix" if spec.network.transport == "shm" else spec.network.transport
     return [address for kind, address in choice.items() if wanted in ("auto", kind)]
 
 
-def _listen(reactor: Reactor, address: str, service: PartitionService) -> str:
+def _listen(reactor: Reactor, address: str, handler: ConnectionHandler) -> str:
+    """Listen at an address; returns the one that peers dial. Raises AddressInUseError."""
     try:
-        return reactor.listen(address, service.handler, HANDSHAKE_S)
+        return reactor.listen(address, handler, HANDSHAKE_S)
+    except AddressInUseError as error:
+        if address.startswith("tcp:"):
+            error.action = "widen the --data-ports of this server"
+        raise
     except OSError as error:
         raise AddressInUseError(f"cannot listen on {address}: {error.strerror}") from None
 

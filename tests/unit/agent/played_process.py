@@ -1,5 +1,6 @@
 """What the agents under test run in place of a trainer: plays the mode that its spec names."""
 
+import hashlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from pscluster.agent.link import HeartbeatThread, ProcessLink
 from pscluster.v1 import plan_pb2 as plan
@@ -26,6 +28,26 @@ def serve(link: ProcessLink) -> None:
     adopt(link, link.start.plan)
     while (order := link.receive()) is not None and not order.HasField("shutdown"):
         adopt(link, order.plan)
+        if order.HasField("credentials"):
+            show(link, order.credentials)
+
+
+def show(link: ProcessLink, credentials: plan.Credentials) -> None:
+    """Report which certificate it has, and whether its key is where user code finds it."""
+    found = any(credentials.key_pem in value for value in map(str.encode, os.environ.values()))
+    with open("/proc/self/cmdline", "rb") as file:
+        found = found or credentials.key_pem in file.read()
+    digest = hashlib.sha256(credentials.key_pem + credentials.certificate_pem).hexdigest()
+    link.report(plan.ProcessReport(evaluated=plan.Evaluated(step=int(found), metrics={digest: 0.0})))
+
+
+def listening(link: ProcessLink) -> None:
+    """Report, as a partition does, where it was told to listen, and its certificate."""
+    start = link.start
+    ports = f"{start.data_port_first}-{start.data_port_last}"
+    link.report(plan.ProcessReport(partition_ready=plan.PartitionReady(addresses=[start.data_host, ports])))
+    show(link, start.credentials)
+    serve(link)
 
 
 def adopt(link: ProcessLink, newest: plan.Plan) -> None:
@@ -117,6 +139,18 @@ def use_bundle(link: ProcessLink) -> None:
     serve(link)
 
 
+def spy(link: ProcessLink) -> None:
+    """Try to read the agent's key, which the job's code names; print what came of it, and who this process is."""
+    try:
+        got = Path(json.loads(link.start.spec_json)["key"]).read_text()
+    except OSError as error:
+        got = type(error).__name__
+    own = {"scratch": os.access(link.start.scratch_dir, os.W_OK), "cache": os.access(link.start.cache_dir, os.W_OK)}
+    join = any("PS_JOIN" in name or "secret" in value for name, value in os.environ.items())
+    print(f"spied {json.dumps({'got': got, 'uid': os.getuid(), 'join': join, **own})}")
+    serve(link)
+
+
 def talk_nonsense(link: ProcessLink) -> None:
     os.write(link.fileno(), b"\xff\xff\xff\xff rubbish")
     serve(link)
@@ -133,8 +167,10 @@ MODES: dict[str, Callable[[ProcessLink], None]] = {
     "count": count,
     "beating": beating,
     "cut_off": cut_off,
+    "listening": listening,
     "measuring": measuring,
     "use_bundle": use_bundle,
+    "spy": spy,
     "talk_nonsense": talk_nonsense,
 }
 
