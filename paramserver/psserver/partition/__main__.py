@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import secrets
 import sys
 from pathlib import Path
 
@@ -59,9 +60,10 @@ def _settle_numerics() -> None:
 def _addresses(spec: JobSpec, host: str) -> list[str]:
     """Where to listen: a Unix socket, TCP on `host` (empty: loopback), or both, best first.
 
-    Shared memory is arranged over the Unix socket."""
-    directory = Path(os.environ["PS_SOCKET_DIR"])
-    choice = {"unix": f"unix:{directory}/data.sock", "tcp": f"tcp:{host or '127.0.0.1'}:0"}
+    Shared memory is arranged over the Unix socket. Its name is random: where it exists, it is this one. The directories
+    of two hosts have the same paths."""
+    path = Path(os.environ["PS_SOCKET_DIR"]) / f"data-{secrets.token_hex(4)}.sock"
+    choice = {"unix": f"unix:{path}", "tcp": f"tcp:{host or '127.0.0.1'}:0"}
     wanted = "unix" if spec.network.transport == "shm" else spec.network.transport
     return [address for kind, address in choice.items() if wanted in ("auto", kind)]
 
