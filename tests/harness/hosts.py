@@ -65,11 +65,15 @@ class Host:
         return {**ours, "HOME": str(self.home), "TMPDIR": str(self.tmp), "NO_COLOR": "1", **(more or {})}
 
     def run(
-        self, *command: str, environment: Mapping[str, str] | None = None, timeout_s: float = 150.0
+        self,
+        *command: str,
+        environment: Mapping[str, str] | None = None,
+        timeout_s: float = 150.0,
+        cwd: Path | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command there, in its home, to its end."""
+        """Run a command there to its end, in its home or the directory `cwd` of that host."""
         return subprocess.run(
-            [*self.enter, *command], env=self.environment(environment), cwd=self.outside / "home",
+            [*self.enter, "env", f"--chdir={cwd or self.home}", *command], env=self.environment(environment),
             capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL, check=False,
         )  # fmt: skip
 
@@ -77,7 +81,7 @@ class Host:
         """Start a command there, in its home, with its output appended to `log`; its pid is that of the command."""
         with log.open("ab") as output:
             return subprocess.Popen(
-                [*self.enter, *command], env=self.environment(environment), cwd=self.outside / "home",
+                [*self.enter, "env", f"--chdir={self.home}", *command], env=self.environment(environment),
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
             )  # fmt: skip
 
