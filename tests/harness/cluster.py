@@ -66,6 +66,15 @@ class LocalCluster:
         self.psctl("up", "--workers", str(workers), "--servers", str(servers))
         self.note_processes()
 
+    def down(self) -> None:
+        """End all daemons; fails when that fails."""
+        self.psctl("down")
+
+    @property
+    def shared(self) -> Path:
+        """A directory that psctl, the daemons and the test see at the same path."""
+        return self.state_dir.parent
+
     def submit(self, spec: Mapping[str, Any], directory: Path, *arguments: str) -> str:
         """Submit a spec as a file of `directory`; the job id."""
         path = directory / f"spec-{time.monotonic_ns()}.json"
@@ -209,7 +218,7 @@ def local_cluster(
         yield cluster
         cluster.note_processes()
     finally:
-        cluster.psctl("down")
+        cluster.down()
     assert cluster.remaining() == []
 
 
