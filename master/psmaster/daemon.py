@@ -77,10 +77,28 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--state-dir", type=Path, metavar="DIR", help="what the master keeps on disk")
     parser.add_argument(
-        "--listen", action="append", metavar="ADDR", help="unix:/path or host:port (default 127.0.0.1:7070); repeatable"
+        "--listen",
+        action="append",
+        metavar="ADDR",
+        help="unix:/path or host:port (default 127.0.0.1:7070), [::]:7070 for IPv6; repeatable. Other hosts reach the "
+        "master only if the state directory has certificates: psctl certs init",
+    )
+    parser.add_argument("--join-listen", metavar="HOST:PORT", help="where new members join (default: the next port)")
+    parser.add_argument(
+        "--certificate-lifetime-s", type=float, metavar="S", help="of nodes and users (default 604800, 7 days)"
+    )
+    parser.add_argument(
+        "--data-security",
+        choices=("tls", "plain"),
+        help="of data connections between hosts; plain: only their handshake is encrypted (default tls)",
     )
     parser.add_argument("--metrics-listen", metavar="HOST:PORT", help="where to serve /metrics (default 127.0.0.1:0)")
-    parser.add_argument("--token-file", type=Path, metavar="FILE", help="the cluster's token, mode 0600")
+    parser.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="the token for Unix sockets, mode 0600 (default: in --state-dir)",
+    )
     parser.add_argument("--suspicion-s", type=float, metavar="S", help="silence that means a node is dead (default 3)")
     parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning, error or critical (default info)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of the same settings")

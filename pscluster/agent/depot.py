@@ -15,8 +15,9 @@ from typing import Any
 import grpc
 
 from pscluster.errors import AddressInUseError, DamagedError, FrameError, NotFoundError, StateError, StorageError
-from pscluster.rpc import SERVER_OPTIONS, error_of, open_aio_channel
+from pscluster.rpc import SERVER_OPTIONS, Access, error_of, open_aio_channel
 from pscluster.rpc.server import ErrorInterceptor, TokenInterceptor
+from pscluster.security.identity import Role
 from pscluster.storage import Written
 from pscluster.storage.directory import DirectoryStore, Incoming
 from pscluster.storage.snapshot import parse_part_name, verify_file
@@ -98,7 +99,7 @@ async def get(address: str, token: str, job_id: str, part: SnapshotPart, directo
 
 @asynccontextmanager
 async def _connected(address: str, token: str) -> AsyncIterator[Any]:
-    async with open_aio_channel(address, token) as channel:
+    async with open_aio_channel(address, Access(token=token), Role.SERVER) as channel:
         try:
             yield depot_pb2_grpc.DepotStub(channel)  # type: ignore[no-untyped-call]
         except grpc.RpcError as failure:

@@ -16,7 +16,7 @@ from pscluster.agent import metrics, resources
 from pscluster.agent.report_queue import ReportQueue
 from pscluster.agent.supervisor import Supervisor
 from pscluster.errors import PsError, StateError, UnreachableError
-from pscluster.rpc import DEADLINE_S, TRANSFER_DEADLINE_S, error_of, open_aio_channel
+from pscluster.rpc import DEADLINE_S, TRANSFER_DEADLINE_S, Access, error_of, open_aio_channel
 from pscluster.v1.agents_pb2 import (
     AgentMessage,
     DownloadBundleRequest,
@@ -83,7 +83,7 @@ class MasterConnection:
 
     async def download_bundle(self, sha256: str) -> AsyncIterator[bytes]:
         """The chunks of a code bundle. Raises PsError."""
-        async with open_aio_channel(self._address, self._token) as channel:
+        async with open_aio_channel(self._address, Access(token=self._token)) as channel:
             stub: Any = AgentsStub(channel)  # type: ignore[no-untyped-call]
             try:
                 request = DownloadBundleRequest(sha256=sha256)
@@ -94,7 +94,7 @@ class MasterConnection:
 
     async def find_unused(self, bundles: Sequence[str], jobs: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
         """Of these bundles and jobs, the bundles that no job has, and the jobs that have ended. Raises PsError."""
-        async with open_aio_channel(self._address, self._token) as channel:
+        async with open_aio_channel(self._address, Access(token=self._token)) as channel:
             stub: Any = AgentsStub(channel)  # type: ignore[no-untyped-call]
             try:
                 request = FindUnusedRequest(bundles=bundles, jobs=jobs)
@@ -106,7 +106,7 @@ class MasterConnection:
     async def _session(self, supervisor: Supervisor) -> None:
         """One registration and one stream, until it breaks: grpc.RpcError, UnreachableError, or StateError when
         superseded."""
-        async with open_aio_channel(self._address, self._token) as channel:
+        async with open_aio_channel(self._address, Access(token=self._token)) as channel:
             stub: Any = AgentsStub(channel)  # type: ignore[no-untyped-call]
             beat_interval_s = await self._register(stub)
             call = stub.Attend()

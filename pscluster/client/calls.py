@@ -16,6 +16,7 @@ from pscluster import rpc
 from pscluster.client.records import LogLine, SnapshotPart
 from pscluster.errors import NotFoundError, PsError, UnreachableError
 from pscluster.job.bundle import Bundle
+from pscluster.security.identity import Role
 from pscluster.storage import Written
 from pscluster.storage.directory import Incoming
 from pscluster.v1 import depot_pb2, depot_pb2_grpc, jobs_pb2, plan_pb2
@@ -81,7 +82,7 @@ def _fetch(address: str, token: str, job_id: str, part: SnapshotPart, directory:
     wanted = plan_pb2.SnapshotPart(path=part.path, size_bytes=part.size_bytes, checksum=part.checksum)
     incoming = Incoming(directory, part.path)
     try:
-        with rpc.open_channel(address, token) as channel:
+        with rpc.open_channel(address, rpc.Access(token=token), Role.SERVER) as channel:
             stub: Any = depot_pb2_grpc.DepotStub(channel)  # type: ignore[no-untyped-call]
             request = depot_pb2.GetPartRequest(job_id=job_id, part=wanted)
             for chunk in stream(stub.GetPart, request, server=f"the depot at {address}"):

@@ -66,7 +66,7 @@ class Cluster:
         if located.local and not Path(located.address.removeprefix("unix:")).exists():
             raise errors.UnreachableError(f"no cluster runs with state directory {located.state_dir}")
         known = token or rpc.read_token(located.token_file)
-        cluster = cls(rpc.open_channel(located.address, known), known)
+        cluster = cls(rpc.open_channel(located.address, rpc.Access(token=known)), known)
         try:
             cluster._check_protocol(located, deadline_s)
         except errors.PsError:

@@ -1,4 +1,5 @@
-"""gRPC between our processes: channels with the cluster's token and our options; errors mapped in one place, both ways.
+"""gRPC between our processes: channels with a member's credentials and our options; errors mapped in one place, both
+ways.
 
 Callers pass the grpc error to `error_of` and get the PsError that the handler raised. `pscluster.rpc.server` has the
 server's side, for grpc.aio."""
@@ -6,9 +7,10 @@ server's side, for grpc.aio."""
 from __future__ import annotations
 
 import stat
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -17,6 +19,10 @@ from grpc_status import rpc_status
 
 from pscluster import errors
 from pscluster.errors import PsError
+from pscluster.security.identity import Role, dns_name_of
+
+if TYPE_CHECKING:  # cryptography is imported by those who have credentials
+    from pscluster.security.credentials import CredentialSource
 
 _DOMAIN = "pscluster"
 _MAX_TEXT = 4096
@@ -85,14 +91,40 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
 ]
 
 
-def open_channel(address: str, token: str) -> grpc.Channel:
-    """A channel to "unix:/path" or "host:port" that sends the token. Never blocks; the caller closes it."""
-    return _send_token(grpc.insecure_channel(address, options=CHANNEL_OPTIONS), token)
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """How a process shows who it is. `token`: the cluster's, for Unix sockets, and for loopback in a cluster without
+    certificates. `source`: its certificate, for TCP; None in a cluster without certificates."""
+
+    token: str = field(default="", repr=False)
+    source: CredentialSource | None = None
 
 
-def open_aio_channel(address: str, token: str) -> grpc.aio.Channel:
+def open_channel(address: str, access: Access, server: Role = Role.MASTER) -> grpc.Channel:
+    """A channel to "unix:/path" or "host:port". Over TCP with a certificate it is TLS, with the newest credentials of
+    `access`, and the other end must be a `server` of the same cluster. Never blocks; the caller closes it."""
+    credentials, options = _channel_credentials(address, access, server)
+    if credentials is None:
+        return _send_token(grpc.insecure_channel(address, options=options), access.token)
+    return grpc.secure_channel(address, credentials, options=options)
+
+
+def open_aio_channel(address: str, access: Access, server: Role = Role.MASTER) -> grpc.aio.Channel:
     """The same for asyncio. Belongs to the running loop; the caller closes it with `await channel.close()`."""
-    return _send_token(grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS), token)
+    credentials, options = _channel_credentials(address, access, server)
+    if credentials is None:
+        return _send_token(grpc.aio.insecure_channel(address, options=options), access.token)
+    return grpc.aio.secure_channel(address, credentials, options=options)
+
+
+def _channel_credentials(
+    address: str, access: Access, server: Role
+) -> tuple[grpc.ChannelCredentials | None, list[tuple[str, Any]]]:
+    if access.source is None or address.startswith("unix:"):
+        return None, CHANNEL_OPTIONS
+    own = access.source.get()
+    credentials = grpc.ssl_channel_credentials(own.authority_pem, own.key_pem, own.certificate_pem)
+    return credentials, [*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", dns_name_of(server))]
 
 
 def _send_token(channel: C, token: str) -> C:

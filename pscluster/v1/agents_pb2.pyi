@@ -30,7 +30,7 @@ class Resources(_message.Message):
     def __init__(self, cpu_cores: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., devices: _Optional[_Iterable[str]] = ..., slots: _Optional[int] = ...) -> None: ...
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("node_id", "role", "incarnation", "resources", "version", "protocol", "hostname", "metrics_address", "depot_address")
+    __slots__ = ("node_id", "role", "incarnation", "resources", "version", "protocol", "hostname", "metrics_address", "depot_address", "advertised_host", "isolation")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +40,8 @@ class RegisterRequest(_message.Message):
     HOSTNAME_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     DEPOT_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    ADVERTISED_HOST_FIELD_NUMBER: _ClassVar[int]
+    ISOLATION_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     role: Role
     incarnation: str
@@ -49,7 +51,9 @@ class RegisterRequest(_message.Message):
     hostname: str
     metrics_address: str
     depot_address: str
-    def __init__(self, node_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., incarnation: _Optional[str] = ..., resources: _Optional[_Union[Resources, _Mapping]] = ..., version: _Optional[str] = ..., protocol: _Optional[int] = ..., hostname: _Optional[str] = ..., metrics_address: _Optional[str] = ..., depot_address: _Optional[str] = ...) -> None: ...
+    advertised_host: str
+    isolation: str
+    def __init__(self, node_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., incarnation: _Optional[str] = ..., resources: _Optional[_Union[Resources, _Mapping]] = ..., version: _Optional[str] = ..., protocol: _Optional[int] = ..., hostname: _Optional[str] = ..., metrics_address: _Optional[str] = ..., depot_address: _Optional[str] = ..., advertised_host: _Optional[str] = ..., isolation: _Optional[str] = ...) -> None: ...
 
 class RegisterReply(_message.Message):
     __slots__ = ("beat_interval_s", "suspicion_s")
@@ -203,16 +207,18 @@ class MasterMessage(_message.Message):
     def __init__(self, assignment: _Optional[_Union[Assignment, _Mapping]] = ..., ack: _Optional[_Union[Acknowledged, _Mapping]] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("revision", "processes", "depots", "deleted_jobs")
+    __slots__ = ("revision", "processes", "depots", "deleted_jobs", "revoked_serials")
     REVISION_FIELD_NUMBER: _ClassVar[int]
     PROCESSES_FIELD_NUMBER: _ClassVar[int]
     DEPOTS_FIELD_NUMBER: _ClassVar[int]
     DELETED_JOBS_FIELD_NUMBER: _ClassVar[int]
+    REVOKED_SERIALS_FIELD_NUMBER: _ClassVar[int]
     revision: int
     processes: _containers.RepeatedCompositeFieldContainer[_plan_pb2.ProcessSpec]
     depots: _containers.RepeatedCompositeFieldContainer[DepotAddress]
     deleted_jobs: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, revision: _Optional[int] = ..., processes: _Optional[_Iterable[_Union[_plan_pb2.ProcessSpec, _Mapping]]] = ..., depots: _Optional[_Iterable[_Union[DepotAddress, _Mapping]]] = ..., deleted_jobs: _Optional[_Iterable[str]] = ...) -> None: ...
+    revoked_serials: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, revision: _Optional[int] = ..., processes: _Optional[_Iterable[_Union[_plan_pb2.ProcessSpec, _Mapping]]] = ..., depots: _Optional[_Iterable[_Union[DepotAddress, _Mapping]]] = ..., deleted_jobs: _Optional[_Iterable[str]] = ..., revoked_serials: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DepotAddress(_message.Message):
     __slots__ = ("node_id", "address")

@@ -27,7 +27,7 @@ JOB_STATE_FAILED: JobState
 JOB_STATE_STOPPED: JobState
 
 class Job(_message.Message):
-    __slots__ = ("job_id", "name", "state", "reason", "created_s", "started_s", "ended_s", "spec_json", "bundle_sha256", "generation", "step", "final_step", "loss", "steps_per_s", "samples_per_s", "weight_per_s", "workers_active", "workers_wanted", "conditions", "events", "plan", "error", "traceback", "parameters_sha256", "numerics", "metrics", "metrics_step", "best", "store", "directory", "connections", "checks", "revision", "audits")
+    __slots__ = ("job_id", "name", "state", "reason", "created_s", "started_s", "ended_s", "spec_json", "bundle_sha256", "generation", "step", "final_step", "loss", "steps_per_s", "samples_per_s", "weight_per_s", "workers_active", "workers_wanted", "conditions", "events", "plan", "error", "traceback", "parameters_sha256", "numerics", "metrics", "metrics_step", "best", "store", "directory", "connections", "checks", "revision", "audits", "owner")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +69,7 @@ class Job(_message.Message):
     CHECKS_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     AUDITS_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     name: str
     state: JobState
@@ -103,7 +104,8 @@ class Job(_message.Message):
     checks: _containers.RepeatedCompositeFieldContainer[_plan_pb2.PreflightCheck]
     revision: int
     audits: Audits
-    def __init__(self, job_id: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., reason: _Optional[str] = ..., created_s: _Optional[float] = ..., started_s: _Optional[float] = ..., ended_s: _Optional[float] = ..., spec_json: _Optional[str] = ..., bundle_sha256: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., final_step: _Optional[int] = ..., loss: _Optional[float] = ..., steps_per_s: _Optional[float] = ..., samples_per_s: _Optional[float] = ..., weight_per_s: _Optional[float] = ..., workers_active: _Optional[int] = ..., workers_wanted: _Optional[int] = ..., conditions: _Optional[_Iterable[_Union[Condition, _Mapping]]] = ..., events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., plan: _Optional[_Union[_plan_pb2.Plan, _Mapping]] = ..., error: _Optional[_Union[_plan_pb2.ErrorDetail, _Mapping]] = ..., traceback: _Optional[str] = ..., parameters_sha256: _Optional[str] = ..., numerics: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ..., metrics_step: _Optional[int] = ..., best: _Optional[_Union[_plan_pb2.BestSnapshot, _Mapping]] = ..., store: _Optional[str] = ..., directory: _Optional[str] = ..., connections: _Optional[_Iterable[_Union[_plan_pb2.Connection, _Mapping]]] = ..., checks: _Optional[_Iterable[_Union[_plan_pb2.PreflightCheck, _Mapping]]] = ..., revision: _Optional[int] = ..., audits: _Optional[_Union[Audits, _Mapping]] = ...) -> None: ...
+    owner: str
+    def __init__(self, job_id: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., reason: _Optional[str] = ..., created_s: _Optional[float] = ..., started_s: _Optional[float] = ..., ended_s: _Optional[float] = ..., spec_json: _Optional[str] = ..., bundle_sha256: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., final_step: _Optional[int] = ..., loss: _Optional[float] = ..., steps_per_s: _Optional[float] = ..., samples_per_s: _Optional[float] = ..., weight_per_s: _Optional[float] = ..., workers_active: _Optional[int] = ..., workers_wanted: _Optional[int] = ..., conditions: _Optional[_Iterable[_Union[Condition, _Mapping]]] = ..., events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., plan: _Optional[_Union[_plan_pb2.Plan, _Mapping]] = ..., error: _Optional[_Union[_plan_pb2.ErrorDetail, _Mapping]] = ..., traceback: _Optional[str] = ..., parameters_sha256: _Optional[str] = ..., numerics: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ..., metrics_step: _Optional[int] = ..., best: _Optional[_Union[_plan_pb2.BestSnapshot, _Mapping]] = ..., store: _Optional[str] = ..., directory: _Optional[str] = ..., connections: _Optional[_Iterable[_Union[_plan_pb2.Connection, _Mapping]]] = ..., checks: _Optional[_Iterable[_Union[_plan_pb2.PreflightCheck, _Mapping]]] = ..., revision: _Optional[int] = ..., audits: _Optional[_Union[Audits, _Mapping]] = ..., owner: _Optional[str] = ...) -> None: ...
 
 class Audits(_message.Message):
     __slots__ = ("equal", "differing", "unfinished", "vouched")
@@ -292,7 +294,7 @@ class ListNodesReply(_message.Message):
     def __init__(self, nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ...) -> None: ...
 
 class Node(_message.Message):
-    __slots__ = ("node_id", "role", "ready", "incarnation", "resources", "last_beat_s", "version", "hostname", "processes", "metrics_address", "depot_address", "drain", "waits_for")
+    __slots__ = ("node_id", "role", "ready", "incarnation", "resources", "last_beat_s", "version", "hostname", "processes", "metrics_address", "depot_address", "drain", "waits_for", "advertised_host", "isolation")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -306,6 +308,8 @@ class Node(_message.Message):
     DEPOT_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     DRAIN_FIELD_NUMBER: _ClassVar[int]
     WAITS_FOR_FIELD_NUMBER: _ClassVar[int]
+    ADVERTISED_HOST_FIELD_NUMBER: _ClassVar[int]
+    ISOLATION_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     role: _agents_pb2.Role
     ready: bool
@@ -319,7 +323,9 @@ class Node(_message.Message):
     depot_address: str
     drain: str
     waits_for: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, node_id: _Optional[str] = ..., role: _Optional[_Union[_agents_pb2.Role, str]] = ..., ready: bool = ..., incarnation: _Optional[str] = ..., resources: _Optional[_Union[_agents_pb2.Resources, _Mapping]] = ..., last_beat_s: _Optional[float] = ..., version: _Optional[str] = ..., hostname: _Optional[str] = ..., processes: _Optional[_Iterable[str]] = ..., metrics_address: _Optional[str] = ..., depot_address: _Optional[str] = ..., drain: _Optional[str] = ..., waits_for: _Optional[_Iterable[str]] = ...) -> None: ...
+    advertised_host: str
+    isolation: str
+    def __init__(self, node_id: _Optional[str] = ..., role: _Optional[_Union[_agents_pb2.Role, str]] = ..., ready: bool = ..., incarnation: _Optional[str] = ..., resources: _Optional[_Union[_agents_pb2.Resources, _Mapping]] = ..., last_beat_s: _Optional[float] = ..., version: _Optional[str] = ..., hostname: _Optional[str] = ..., processes: _Optional[_Iterable[str]] = ..., metrics_address: _Optional[str] = ..., depot_address: _Optional[str] = ..., drain: _Optional[str] = ..., waits_for: _Optional[_Iterable[str]] = ..., advertised_host: _Optional[str] = ..., isolation: _Optional[str] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("node_id", "undo")
@@ -334,17 +340,21 @@ class GetClusterRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Cluster(_message.Message):
-    __slots__ = ("version", "protocol", "healthy", "problems", "started_s", "metrics_address")
+    __slots__ = ("version", "protocol", "healthy", "problems", "started_s", "metrics_address", "cluster_id", "secured")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     HEALTHY_FIELD_NUMBER: _ClassVar[int]
     PROBLEMS_FIELD_NUMBER: _ClassVar[int]
     STARTED_S_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    CLUSTER_ID_FIELD_NUMBER: _ClassVar[int]
+    SECURED_FIELD_NUMBER: _ClassVar[int]
     version: str
     protocol: int
     healthy: bool
     problems: _containers.RepeatedScalarFieldContainer[str]
     started_s: float
     metrics_address: str
-    def __init__(self, version: _Optional[str] = ..., protocol: _Optional[int] = ..., healthy: bool = ..., problems: _Optional[_Iterable[str]] = ..., started_s: _Optional[float] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+    cluster_id: str
+    secured: bool
+    def __init__(self, version: _Optional[str] = ..., protocol: _Optional[int] = ..., healthy: bool = ..., problems: _Optional[_Iterable[str]] = ..., started_s: _Optional[float] = ..., metrics_address: _Optional[str] = ..., cluster_id: _Optional[str] = ..., secured: bool = ...) -> None: ...

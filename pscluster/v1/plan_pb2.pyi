@@ -124,7 +124,7 @@ class SnapshotPart(_message.Message):
     def __init__(self, step: _Optional[int] = ..., partition: _Optional[int] = ..., generation: _Optional[int] = ..., path: _Optional[str] = ..., size_bytes: _Optional[int] = ..., checksum: _Optional[str] = ..., nodes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ProcessSpec(_message.Message):
-    __slots__ = ("process_id", "kind", "job_id", "rank", "attempt", "spec_json", "bundle_sha256", "store", "plan", "data_host", "device", "own_store", "scratch_dir", "cache_dir")
+    __slots__ = ("process_id", "kind", "job_id", "rank", "attempt", "spec_json", "bundle_sha256", "store", "plan", "data_host", "device", "own_store", "scratch_dir", "cache_dir", "credentials", "cluster_id", "data_security")
     class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         KIND_UNSPECIFIED: _ClassVar[ProcessSpec.Kind]
@@ -147,6 +147,9 @@ class ProcessSpec(_message.Message):
     OWN_STORE_FIELD_NUMBER: _ClassVar[int]
     SCRATCH_DIR_FIELD_NUMBER: _ClassVar[int]
     CACHE_DIR_FIELD_NUMBER: _ClassVar[int]
+    CREDENTIALS_FIELD_NUMBER: _ClassVar[int]
+    CLUSTER_ID_FIELD_NUMBER: _ClassVar[int]
+    DATA_SECURITY_FIELD_NUMBER: _ClassVar[int]
     process_id: str
     kind: ProcessSpec.Kind
     job_id: str
@@ -161,7 +164,20 @@ class ProcessSpec(_message.Message):
     own_store: bool
     scratch_dir: str
     cache_dir: str
-    def __init__(self, process_id: _Optional[str] = ..., kind: _Optional[_Union[ProcessSpec.Kind, str]] = ..., job_id: _Optional[str] = ..., rank: _Optional[int] = ..., attempt: _Optional[int] = ..., spec_json: _Optional[str] = ..., bundle_sha256: _Optional[str] = ..., store: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., data_host: _Optional[str] = ..., device: _Optional[str] = ..., own_store: bool = ..., scratch_dir: _Optional[str] = ..., cache_dir: _Optional[str] = ...) -> None: ...
+    credentials: Credentials
+    cluster_id: str
+    data_security: str
+    def __init__(self, process_id: _Optional[str] = ..., kind: _Optional[_Union[ProcessSpec.Kind, str]] = ..., job_id: _Optional[str] = ..., rank: _Optional[int] = ..., attempt: _Optional[int] = ..., spec_json: _Optional[str] = ..., bundle_sha256: _Optional[str] = ..., store: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., data_host: _Optional[str] = ..., device: _Optional[str] = ..., own_store: bool = ..., scratch_dir: _Optional[str] = ..., cache_dir: _Optional[str] = ..., credentials: _Optional[_Union[Credentials, _Mapping]] = ..., cluster_id: _Optional[str] = ..., data_security: _Optional[str] = ...) -> None: ...
+
+class Credentials(_message.Message):
+    __slots__ = ("key_pem", "certificate_pem", "authority_pem")
+    KEY_PEM_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_PEM_FIELD_NUMBER: _ClassVar[int]
+    AUTHORITY_PEM_FIELD_NUMBER: _ClassVar[int]
+    key_pem: bytes
+    certificate_pem: bytes
+    authority_pem: bytes
+    def __init__(self, key_pem: _Optional[bytes] = ..., certificate_pem: _Optional[bytes] = ..., authority_pem: _Optional[bytes] = ...) -> None: ...
 
 class ProcessReport(_message.Message):
     __slots__ = ("trainer_ready", "partition_ready", "progress", "evaluated", "snapshot_part", "finished", "failure", "counters", "beat", "plan_adopted", "warning", "connected", "standby_state", "audit_mismatch")
@@ -482,16 +498,18 @@ class PlanAdopted(_message.Message):
     def __init__(self, generation: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
 
 class ProcessOrder(_message.Message):
-    __slots__ = ("start", "plan", "shutdown", "settled")
+    __slots__ = ("start", "plan", "shutdown", "settled", "credentials")
     START_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     SHUTDOWN_FIELD_NUMBER: _ClassVar[int]
     SETTLED_FIELD_NUMBER: _ClassVar[int]
+    CREDENTIALS_FIELD_NUMBER: _ClassVar[int]
     start: ProcessSpec
     plan: Plan
     shutdown: Shutdown
     settled: PartSettled
-    def __init__(self, start: _Optional[_Union[ProcessSpec, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., shutdown: _Optional[_Union[Shutdown, _Mapping]] = ..., settled: _Optional[_Union[PartSettled, _Mapping]] = ...) -> None: ...
+    credentials: Credentials
+    def __init__(self, start: _Optional[_Union[ProcessSpec, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., shutdown: _Optional[_Union[Shutdown, _Mapping]] = ..., settled: _Optional[_Union[PartSettled, _Mapping]] = ..., credentials: _Optional[_Union[Credentials, _Mapping]] = ...) -> None: ...
 
 class PartSettled(_message.Message):
     __slots__ = ("path",)

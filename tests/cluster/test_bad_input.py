@@ -26,7 +26,7 @@ from harness.plain import train_plainly
 from pscluster.errors import AuthError, BundleError, NotFoundError, PsError, SpecError
 from pscluster.job.bundle import Bundle
 from pscluster.job.spec import parse_spec
-from pscluster.rpc import error_of, open_channel
+from pscluster.rpc import Access, error_of, open_channel
 from pscluster.settings import runtime_dir
 from pscluster.v1 import jobs_pb2, jobs_pb2_grpc
 
@@ -117,7 +117,7 @@ class raw_jobs:  # noqa: N801 - reads as a statement
 
     def __init__(self, cluster: LocalCluster, token: str | None) -> None:
         address = f"unix:{runtime_dir(cluster.state_dir)}/master.sock"
-        self.channel = grpc.insecure_channel(address) if token is None else open_channel(address, token)
+        self.channel = grpc.insecure_channel(address) if token is None else open_channel(address, Access(token=token))
 
     def __enter__(self) -> Any:
         return jobs_pb2_grpc.JobsStub(self.channel)  # type: ignore[no-untyped-call]

@@ -33,12 +33,13 @@ FOLDERS: Mapping[str, Mapping[str, set[str]]] = {
     },
     "pscluster": {
         ROOT_FOLDER: {"client", "job"},  # the names that `import pscluster` offers
-        "cli": {ROOT_FOLDER, "agent", "client", "job", "storage"},
-        "agent": {ROOT_FOLDER, "job", "rpc", "storage", "wire"},
-        "client": {ROOT_FOLDER, "job", "rpc", "storage", "wire"},
+        "cli": {ROOT_FOLDER, "agent", "client", "job", "security", "storage"},
+        "agent": {ROOT_FOLDER, "job", "rpc", "security", "storage", "wire"},
+        "client": {ROOT_FOLDER, "job", "rpc", "security", "storage", "wire"},
         "job": {ROOT_FOLDER, "storage"},
-        "rpc": {ROOT_FOLDER},
-        "wire": {ROOT_FOLDER, "step"},
+        "rpc": {ROOT_FOLDER, "security"},
+        "wire": {ROOT_FOLDER, "security", "step"},
+        "security": {ROOT_FOLDER},
         "storage": {ROOT_FOLDER, "step"},
         "step": {ROOT_FOLDER},
     },

@@ -13,7 +13,7 @@ import pytest
 
 from harness.proxy import CuttingProxy
 from pscluster import errors
-from pscluster.rpc import SERVER_OPTIONS, error_of, open_aio_channel, open_channel, read_token, status_of
+from pscluster.rpc import SERVER_OPTIONS, Access, error_of, open_aio_channel, open_channel, read_token, status_of
 from pscluster.rpc.server import ErrorInterceptor, TokenInterceptor
 
 TOKEN = "t0ken"
@@ -100,7 +100,7 @@ def serve(tmp_path: Path, body: Callable[[str, Calls], Awaitable[None]]) -> None
 async def call_every_kind(address: str, payload: bytes, token: str = TOKEN) -> list[Any]:
     """What each kind of call gave, as bytes or as the error mapped."""
     outcomes: list[Any] = []
-    async with open_aio_channel(address, token) as untyped:
+    async with open_aio_channel(address, Access(token=token)) as untyped:
         channel: Any = untyped
 
         async def stream() -> AsyncIterator[bytes]:
@@ -172,7 +172,7 @@ def test_a_long_error_still_arrives(tmp_path: Path) -> None:
 def test_nobody_enters_without_the_token(tmp_path: Path, token: str) -> None:
     def refused(address: str) -> list[type[errors.PsError]]:
         outcomes = []
-        with open_channel(address, token) as untyped:
+        with open_channel(address, Access(token=token)) as untyped:
             channel: Any = untyped
             for start in (
                 lambda: channel.unary_unary("/test.Echo/Unary")(b"x", timeout=5),
@@ -194,7 +194,7 @@ def test_nobody_enters_without_the_token(tmp_path: Path, token: str) -> None:
 
 def test_a_stream_that_sends_nothing_is_refused_at_once(tmp_path: Path) -> None:
     async def body(address: str, _calls: Calls) -> None:
-        async with open_aio_channel(address, "wrong") as untyped:
+        async with open_aio_channel(address, Access(token="wrong")) as untyped:
             channel: Any = untyped
             call = channel.stream_stream("/test.Echo/Both")()
             with pytest.raises(grpc.RpcError) as caught:
@@ -206,7 +206,7 @@ def test_a_stream_that_sends_nothing_is_refused_at_once(tmp_path: Path) -> None:
 
 def test_a_blocking_channel_carries_token_and_errors(tmp_path: Path) -> None:
     def blocking(address: str) -> None:
-        with open_channel(address, TOKEN) as untyped:
+        with open_channel(address, Access(token=TOKEN)) as untyped:
             channel: Any = untyped
             assert channel.unary_unary("/test.Echo/Unary")(b"x", timeout=5) == b"x"
             assert list(channel.stream_stream("/test.Echo/Both")(iter([b"a", b"b"]), timeout=5)) == [b"a", b"b"]
@@ -231,7 +231,7 @@ def test_a_master_half_a_world_away_is_reached_at_the_first_try(tmp_path: Path) 
         proxy = CuttingProxy(address)
         proxy.slow_down(bytes_per_s=1e9, delay_s=0.2)
         try:
-            async with open_aio_channel(proxy.address, TOKEN) as untyped:
+            async with open_aio_channel(proxy.address, Access(token=TOKEN)) as untyped:
                 channel: Any = untyped
                 assert await channel.unary_unary("/test.Echo/Unary", echo, echo)(b"far", timeout=10) == b"far"
         finally:
@@ -241,7 +241,7 @@ def test_a_master_half_a_world_away_is_reached_at_the_first_try(tmp_path: Path) 
 
 
 def test_nobody_listening_is_unreachable(tmp_path: Path) -> None:
-    with open_channel(f"unix:{tmp_path}/nobody", TOKEN) as untyped:
+    with open_channel(f"unix:{tmp_path}/nobody", Access(token=TOKEN)) as untyped:
         channel: Any = untyped
         with pytest.raises(grpc.RpcError) as caught:
             channel.unary_unary("/test.Echo/Unary")(b"x", timeout=5)

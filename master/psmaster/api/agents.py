@@ -7,8 +7,10 @@ import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from pscluster.errors import CallerError, VersionSkewError
+from pscluster.errors import CallerError, NotFoundError, VersionSkewError
 from pscluster.rpc import PROTOCOL
+from pscluster.rpc.access import CALLER, Caller, require_node
+from pscluster.security.identity import Role
 from pscluster.v1 import agents_pb2, agents_pb2_grpc
 from psmaster.api import proto
 from psmaster.control.agent_stream import AgentStream
@@ -35,6 +37,7 @@ class AgentsService(agents_pb2_grpc.AgentsServicer):
                 f"this master {PROTOCOL}"
             )
         node = proto.node(request)
+        require_node(CALLER.get(), node.node_id, Role(node.role))
         await self._core.ask(lambda tx: tx.register(node))
         suspicion_s = self._core.limits.suspicion_s
         return agents_pb2.RegisterReply(beat_interval_s=min(BEAT_INTERVAL_S, suspicion_s / 3), suspicion_s=suspicion_s)
@@ -46,6 +49,7 @@ class AgentsService(agents_pb2_grpc.AgentsServicer):
         if first is None or not first.HasField("hello"):
             raise CallerError("a stream begins with a hello")
         hello = first.hello
+        require_node(CALLER.get(), hello.node_id)
         processes = proto.processes(hello.node_id, hello.processes)
         stream = await self._core.open_stream(hello.node_id, hello.incarnation, processes)
         reading = asyncio.create_task(self._read(stream, request_iterator))
@@ -80,9 +84,18 @@ class AgentsService(agents_pb2_grpc.AgentsServicer):
     async def DownloadBundle(
         self, request: agents_pb2.DownloadBundleRequest, context: Any
     ) -> AsyncIterator[agents_pb2.BundleChunk]:
+        self._require_use(CALLER.get(), request.sha256)
         chunks = self._shelf.chunks(request.sha256)
         while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
             yield agents_pb2.BundleChunk(data=chunk)
+
+    def _require_use(self, caller: Caller, sha256: str) -> None:
+        """Raises NotFoundError unless a process that needs the bundle is placed on the calling node."""
+        if caller.local:
+            return
+        jobs = (job for job in self._core.state.jobs.values() if job.bundle_sha256 == sha256)
+        if not any(placement.node_id == caller.name for job in jobs for placement in job.placements):
+            raise NotFoundError(f"no job with bundle {sha256[:12]!r} has a process on {caller.name}")
 
     async def FindUnused(self, request: agents_pb2.FindUnusedRequest, context: Any) -> agents_pb2.FindUnusedReply:
         jobs = self._core.state.jobs

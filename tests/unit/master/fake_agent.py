@@ -45,7 +45,7 @@ class FakeAgent:
 
     async def open_stream(self, states: Iterable[agents_pb2.ProcessState] = ()) -> None:
         """Register, open the stream, and send again what was not acknowledged."""
-        self._channel = rpc.open_aio_channel(self._address, self._token)
+        self._channel = rpc.open_aio_channel(self._address, rpc.Access(token=self._token))
         stub: Any = agents_pb2_grpc.AgentsStub(self._channel)  # type: ignore[no-untyped-call]
         await stub.Register(self.node, timeout=DEADLINE_S)
         self._call = stub.Attend()

@@ -17,7 +17,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from pscluster.errors import AddressInUseError, SettingsError, StorageError
 from pscluster.settings import resolve
-from psmaster.server import MasterSettings, bind, claim
+from psmaster.listening import bind
+from psmaster.server import MasterSettings, claim
 
 DEADLINE_S = 30.0
 REQUIRED = {"state_dir": Path("/s"), "token_file": Path("/t")}

@@ -53,7 +53,7 @@ class Client:
     """The Jobs service, with errors as they were raised."""
 
     def __init__(self, address: str, token: str = TOKEN) -> None:
-        self._channel = rpc.open_aio_channel(address, token)
+        self._channel = rpc.open_aio_channel(address, rpc.Access(token=token))
         self._stub: Any = jobs_pb2_grpc.JobsStub(self._channel)  # type: ignore[no-untyped-call]
 
     async def close(self) -> None:
@@ -306,7 +306,7 @@ def test_bundles_go_up_and_come_down(site: MasterSettings) -> None:
         spec = make_spec().canonical_json()
         request = jobs_pb2.SubmitRequest(spec_json=spec, bundle_sha256=digest)
         job_id = (await client.call("Submit", request)).job_id
-        async with rpc.open_aio_channel(site.listen[0], TOKEN) as channel:
+        async with rpc.open_aio_channel(site.listen[0], rpc.Access(token=TOKEN)) as channel:
             stub: Any = agents_pb2_grpc.AgentsStub(channel)  # type: ignore[no-untyped-call]
             down = agents_pb2.DownloadBundleRequest(sha256=digest)
             assert b"".join([chunk.data async for chunk in stub.DownloadBundle(down)]) == data

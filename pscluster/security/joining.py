@@ -1,0 +1,90 @@
+"""The client of the master's join endpoint: a join token becomes a certificate.
+
+One JSON line each way over TLS. The first connection asks for the authority's certificate and does not trust the
+answer: it must have the hash that the token carries. The second is verified with it, and sends the secret."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import socket
+import ssl
+from typing import Any
+
+from pscluster import errors
+from pscluster.errors import AuthError, PsError
+from pscluster.reachability import reason_of, unreachable
+from pscluster.security.authority import sha256_of
+from pscluster.security.credentials import Credentials, new_request, parse_certificate
+from pscluster.security.identity import Identity, Role
+from pscluster.security.join_token import JoinToken
+from pscluster.security.tls import identity_of, joining_context
+
+DEADLINE_S = 10.0
+MAX_LINE_BYTES = 64 * 1024
+
+
+def join(token: JoinToken, name: str, protocol: int) -> Credentials:
+    """Become the member `name` in the token's role. Tries the token's addresses in turn; blocks up to 20 s for each.
+    The key is made here and never sent. Raises AuthError when the token or the name is refused, or the authority there
+    is another one; UnreachableError when nobody answers."""
+    Identity(cluster_id=token.cluster_id, role=token.role, name=name)  # or say what is wrong with the name at once
+    failure: PsError = AuthError("the join token names no address")
+    for address in token.addresses:
+        try:
+            return _join_at(address, token, name, protocol)
+        except OSError as error:
+            failure = unreachable(error, "the master", address)
+            if reason_of(error) == "tls":
+                raise failure from None
+    raise failure
+
+
+def _join_at(address: str, token: JoinToken, name: str, protocol: int) -> Credentials:
+    authority_pem = str(_ask(address, {"ask": "authority"}, None)["authority_pem"]).encode()
+    found = sha256_of(parse_certificate(authority_pem))
+    if not hmac.compare_digest(found, token.authority_sha256):
+        raise AuthError(
+            f"the master at {address} belongs to another cluster, or somebody answers in its place: its certificate "
+            f"authority has the SHA-256 {found[:16]}..., the token names {token.authority_sha256[:16]}...",
+            action="make a new token on the master's host: psctl token create",
+            details={"field": "authority"},
+        )
+    key_pem, csr_pem = new_request(name)
+    request = {"ask": "join", "secret": token.secret, "name": name, "csr_pem": csr_pem.decode(), "protocol": protocol}
+    answer = _ask(address, request, authority_pem)
+    made = Credentials(
+        key_pem=key_pem, certificate_pem=str(answer["certificate_pem"]).encode(), authority_pem=authority_pem
+    )
+    wanted = Identity(cluster_id=token.cluster_id, role=token.role, name=name)
+    if made.identity != wanted:
+        raise AuthError(f"the master made a certificate for {made.identity.uri}, not {wanted.uri}")
+    return made
+
+
+def _ask(address: str, request: dict[str, Any], authority_pem: bytes | None) -> dict[str, Any]:
+    """One request on a connection of its own. Raises OSError, or the PsError that the master answers with."""
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host.strip("[]"), int(port)), DEADLINE_S) as plain:
+        with joining_context(authority_pem).wrap_socket(plain) as tls:
+            if authority_pem is not None and identity_of(tls).role is not Role.MASTER:
+                raise AuthError(f"{address} is answered by {identity_of(tls).uri}, which is not the master")
+            tls.sendall(json.dumps(request).encode() + b"\n")
+            line = _read_line(tls)
+    try:
+        answer = json.loads(line)
+        if "error" in answer:
+            raise errors.from_dict(answer["error"])
+    except (ValueError, TypeError, RecursionError):
+        raise AuthError(f"{address} does not answer as a master's join endpoint does") from None
+    return dict(answer)
+
+
+def _read_line(tls: ssl.SSLSocket) -> bytes:
+    line = bytearray()
+    while not line.endswith(b"\n") and len(line) <= MAX_LINE_BYTES:
+        data = tls.recv(4096)
+        if not data:
+            break
+        line += data
+    return bytes(line)
