@@ -35,16 +35,19 @@ def run(argv: Sequence[str]) -> int:
         return failure.exit_code
 
 
-def _serve(arguments: dict[str, object]) -> int:
+def _serve(arguments: dict[str, Any]) -> int:
     import asyncio
 
     import pscluster
-    from pscluster import telemetry
+    from pscluster import settings_report, telemetry
     from pscluster.settings import resolve
     from psmaster.server import MasterSettings, serve
 
-    file = arguments.pop("config")
-    settings = resolve(MasterSettings, arguments, os.environ, file if isinstance(file, Path) else None)
+    file, shows = arguments.pop("config"), arguments.pop("show_settings")
+    if shows:
+        print(settings_report.to_json(MasterSettings, arguments, os.environ, file))
+        return 0
+    settings = resolve(MasterSettings, arguments, os.environ, file)
     os.umask(0o077)  # state, sockets and tokens are this user's alone
     telemetry.configure_logging("master", settings.log_level)
     telemetry.record_build("master", pscluster.__version__)
@@ -102,6 +105,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--suspicion-s", type=float, metavar="S", help="silence that means a node is dead (default 3)")
     parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning, error or critical (default info)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of the same settings")
+    parser.add_argument(
+        "--show-settings", action="store_true", help="print the settings and where each comes from, as JSON, and exit"
+    )
     return parser.parse_args(argv)
 
 

@@ -70,9 +70,13 @@ def run(role: AgentRole, argv: Sequence[str]) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         # Late, so that --help answers without loading grpc.
+        from pscluster import settings_report
         from pscluster.settings import environment_name, resolve
 
-        file = arguments.pop("config")
+        file, shows = arguments.pop("config"), arguments.pop("show_settings")
+        if shows:
+            print(settings_report.to_json(AgentSettings, arguments, os.environ, file))
+            return 0
         settings = resolve(AgentSettings, arguments, os.environ, file)
         own = {environment_name(field.name) for field in fields(AgentSettings)}
         inherited = {name: value for name, value in os.environ.items() if name not in own}
@@ -128,4 +132,7 @@ def parse(role: AgentRole, argv: Sequence[str]) -> argparse.Namespace:
         )
     parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning, error or critical (default info)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of the same settings")
+    parser.add_argument(
+        "--show-settings", action="store_true", help="print the settings and where each comes from, as JSON, and exit"
+    )
     return parser.parse_args(argv)

@@ -180,6 +180,7 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
             metrics_address=self._metrics_address,
             cluster_id=self._core.security.cluster_id,
             secured=self._core.security.secured,
+            time_s=self._core.now().unix_s,
         )
 
     def _visible(self) -> Mapping[str, Job]:

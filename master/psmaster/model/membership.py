@@ -53,6 +53,7 @@ class Node:
     depot_address: str = ""
     advertised_host: str = ""
     isolation: str = ""
+    data_ports: str = ""
     connected: bool = False
     leaving: bool = False
     seen_s: float = 0.0
