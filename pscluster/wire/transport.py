@@ -44,7 +44,8 @@ def bind(address: str) -> tuple[socket.socket, str]:
             bound = address
         else:
             host, _, port = rest.rpartition(":")
-            listener = socket.create_server((host, int(port)), backlog=_BACKLOG)
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            listener = socket.create_server((host.strip("[]"), int(port)), family=family, backlog=_BACKLOG)
             bound = f"tcp:{host}:{listener.getsockname()[1]}"
     except OSError as error:
         if error.errno == errno.EADDRINUSE:

@@ -7,14 +7,16 @@ import json
 import os
 import secrets
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from pscluster.agent.link import ProcessLink
-from pscluster.errors import PsError
+from pscluster.errors import AddressInUseError, PsError
 from pscluster.job.spec import JobSpec, parse_spec
-from pscluster.v1.plan_pb2 import PartitionReady, ProcessReport
+from pscluster.v1.plan_pb2 import PartitionReady, ProcessReport, ProcessSpec
+from pscluster.wire.connection import ConnectionHandler
 from pscluster.wire.reactor import Reactor
 from pscluster.wire.transport import check_congestion_control
 from psserver.partition.process import PartitionService
@@ -35,8 +37,8 @@ def main() -> int:
     service = PartitionService(link, spec, reactor, counters)
     try:
         check_congestion_control(spec.network.congestion_control)
-        wanted = _addresses(spec, link.start.data_host)
-        addresses = [reactor.listen(address, service.handler, HANDSHAKE_S) for address in wanted]
+        wanted = _addresses(spec, link.start)
+        addresses = [_listen(reactor, choices, service.handler) for choices in wanted]
         digest, detail = numerics_class()
         ready = PartitionReady(addresses=addresses, numerics_class=digest, numerics_detail=detail)
         link.report(ProcessReport(partition_ready=ready))
@@ -57,15 +59,34 @@ def _settle_numerics() -> None:
     torch.set_deterministic_debug_mode("error")  # the same switch, without importing the compiler (1.3 s)
 
 
-def _addresses(spec: JobSpec, host: str) -> list[str]:
-    """Where to listen: a Unix socket, TCP on `host` (empty: loopback), or both, best first.
+def _addresses(spec: JobSpec, start: ProcessSpec) -> list[list[str]]:
+    """Where to listen: a Unix socket, TCP on the data host (empty: loopback), or both, best first; for each, the
+    addresses of which the first free one is taken.
 
     Shared memory is arranged over the Unix socket. Its name is random: where it exists, it is this one. The directories
     of two hosts have the same paths."""
     path = Path(os.environ["PS_SOCKET_DIR"]) / f"data-{secrets.token_hex(4)}.sock"
-    choice = {"unix": f"unix:{path}", "tcp": f"tcp:{host or '127.0.0.1'}:0"}
+    host = start.data_host or "127.0.0.1"
+    ports = range(start.data_port_first, start.data_port_last + 1)  # 0 alone: any port
+    choice = {"unix": [f"unix:{path}"], "tcp": [f"tcp:{host}:{port}" for port in ports]}
     wanted = "unix" if spec.network.transport == "shm" else spec.network.transport
-    return [address for kind, address in choice.items() if wanted in ("auto", kind)]
+    return [addresses for kind, addresses in choice.items() if wanted in ("auto", kind)]
+
+
+def _listen(reactor: Reactor, choices: Sequence[str], handler: ConnectionHandler) -> str:
+    """Listen at the first of these addresses that is free; returns it. Raises AddressInUseError when none is."""
+    for address in choices:
+        try:
+            return reactor.listen(address, handler, HANDSHAKE_S)
+        except AddressInUseError:
+            if len(choices) == 1:
+                raise
+        except OSError as error:
+            raise AddressInUseError(f"cannot listen on {address}: {error.strerror}") from None
+    raise AddressInUseError(
+        f"none of the {len(choices)} ports from {choices[0]} to {choices[-1]} is free",
+        action="widen the --data-ports of this server",
+    )
 
 
 if __name__ == "__main__":

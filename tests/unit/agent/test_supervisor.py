@@ -14,12 +14,14 @@ import pytest
 
 from pscluster.agent import metrics
 from pscluster.agent.child import GracePeriods
+from pscluster.agent.addresses import NodeAddress
+from pscluster.agent.context import AgentContext, NodeNetwork
 from pscluster.agent.copies import Copies
 from pscluster.agent.directories import AgentDirectories, BundleCache
-from pscluster.agent.process import AgentContext
 from pscluster.agent.resources import DeviceLedger
 from pscluster.agent.status import NONE, SILENT
 from pscluster.agent.supervisor import Supervisor
+from pscluster.rpc import Access
 from pscluster.v1.agents_pb2 import AgentMessage, Assignment, ProcessStatus
 from pscluster.v1.plan_pb2 import Beat, ProcessReport, ProcessSpec, TrainerReady
 
@@ -66,10 +68,11 @@ def run(bench: Any, body: Callable[[Supervisor, Received], Awaitable[None]], dev
             directories=directories,
             bundles=BundleCache(directories.bundles, nothing),
             devices=DeviceLedger(devices),
-            copies=Copies("server-0", "", None),
+            copies=Copies("server-0", Access(), None),
             metrics=metrics.ProcessMetrics(),
             emit=received.emit,
             log_bytes=lambda: 0,
+            network=NodeNetwork(address=NodeAddress(master="unix:/m", advertise="127.0.0.1")),
         )
         supervisor = Supervisor(context, GracePeriods(terminate_s=0.2, kill_s=0.4))
         try:
