@@ -10,6 +10,7 @@ import ipaddress
 import socket
 import time
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,12 @@ from pscluster.rpc.server import (
 from pscluster.security.credentials import CredentialSource
 from pscluster.telemetry import split_address
 from pscluster.v1 import access_pb2_grpc, agents_pb2_grpc, jobs_pb2_grpc
-from psmaster.api.access import AccessService, Addresses
+from psmaster.api.access import AccessService
 from psmaster.api.agents import AgentsService
 from psmaster.api.jobs import JobsService
 from psmaster.api.join import JoinEndpoint
 from psmaster.control.loop import ControlLoop
-from psmaster.control.security import ClusterSecurity
+from psmaster.control.security import Addresses, ClusterSecurity
 from psmaster.model.job import Event
 from psmaster.model.state import State
 
@@ -77,42 +78,42 @@ def refuse_exposed(listen: tuple[str, ...], state_dir: Path) -> None:
             )
 
 
-async def listen(
-    stack: AsyncExitStack,
-    core: ControlLoop,
-    token: str,
-    addresses: tuple[str, ...],
-    join_listen: str | None,
-    jobs: JobsService,
-    agents: AgentsService,
-    health: Any,
-) -> None:
-    """Serve at `addresses` until the stack is closed. Raises AddressInUseError."""
-    plain = grpc.aio.server(interceptors=[ErrorInterceptor(), TokenInterceptor(token)], options=rpc.SERVER_OPTIONS)
-    servers, members, tls = [plain], plain, None
-    if core.security.secured:
-        source = CredentialSource(core.security.master_credentials())
-        _start(stack, _keep_fresh(core.security, source))
-        members, tls = _member_server(stack, core), server_credentials(source)
-        servers.append(members)
-    reached: list[tuple[str, int]] = []
-    for address in addresses:
-        if address.startswith(_UNIX):
-            bind(plain, address)
-            stack.callback(Path(address.removeprefix(_UNIX)).unlink, missing_ok=True)
-        else:
-            reached.append((split_address(address)[0], bind(members, address, tls)))
-    named = None
-    if core.security.secured and reached:
-        named = _take_joins(stack, JoinEndpoint(core, source), reached, join_listen)
-    access = AccessService(core, named)
-    for server in servers:
-        jobs_pb2_grpc.add_JobsServicer_to_server(jobs, server)  # type: ignore[no-untyped-call]
-        agents_pb2_grpc.add_AgentsServicer_to_server(agents, server)  # type: ignore[no-untyped-call]
-        access_pb2_grpc.add_AccessServicer_to_server(access, server)  # type: ignore[no-untyped-call]
-        health_pb2_grpc.add_HealthServicer_to_server(health, server)  # type: ignore[no-untyped-call]
-        await server.start()
-        stack.push_async_callback(server.stop, STOP_GRACE_S)
+class Listening:
+    """Bound addresses, which are served from `serve` on. Everything is released with `stack`."""
+
+    def __init__(
+        self, stack: AsyncExitStack, core: ControlLoop, token: str, listen: tuple[str, ...], join_listen: str | None
+    ) -> None:
+        """Raises AddressInUseError."""
+        self._stack = stack
+        interceptors = [ErrorInterceptor(), TokenInterceptor(token)]
+        plain = grpc.aio.server(interceptors=interceptors, options=rpc.SERVER_OPTIONS)
+        self._servers, members, tls = [plain], plain, None
+        source = CredentialSource(core.security.master_credentials()) if core.security.secured else None
+        if source is not None:
+            members, tls = _member_server(stack, core), server_credentials(source)
+            self._servers.append(members)
+            _start(stack, _keep_fresh(core.security, source))
+        bound = {address: bind(plain if address.startswith(_UNIX) else members, address, tls) for address in listen}
+        for path in [address.removeprefix(_UNIX) for address in listen if address.startswith(_UNIX)]:
+            stack.callback(Path(path).unlink, missing_ok=True)
+        reached = [(split_address(one)[0], port) for one, port in bound.items() if not one.startswith(_UNIX)]
+        self.addresses = Addresses(
+            listening=tuple(one if one.startswith(_UNIX) else f"{one.rpartition(':')[0]}:{bound[one]}" for one in bound)
+        )
+        if source is not None and reached:
+            joins = _take_joins(stack, JoinEndpoint(core, source), reached[0], join_listen)
+            self.addresses = replace(self.addresses, master=_named(*reached[0])[0], joins=joins)
+
+    async def serve(self, jobs: JobsService, agents: AgentsService, access: AccessService, health: Any) -> None:
+        """Answer calls from now on."""
+        for server in self._servers:
+            jobs_pb2_grpc.add_JobsServicer_to_server(jobs, server)  # type: ignore[no-untyped-call]
+            agents_pb2_grpc.add_AgentsServicer_to_server(agents, server)  # type: ignore[no-untyped-call]
+            access_pb2_grpc.add_AccessServicer_to_server(access, server)  # type: ignore[no-untyped-call]
+            health_pb2_grpc.add_HealthServicer_to_server(health, server)  # type: ignore[no-untyped-call]
+            await server.start()
+            self._stack.push_async_callback(server.stop, STOP_GRACE_S)
 
 
 def _member_server(stack: AsyncExitStack, core: ControlLoop) -> grpc.aio.Server:
@@ -130,17 +131,12 @@ def _member_server(stack: AsyncExitStack, core: ControlLoop) -> grpc.aio.Server:
 
 
 def _take_joins(
-    stack: AsyncExitStack, endpoint: JoinEndpoint, reached: list[tuple[str, int]], join_listen: str | None
-) -> Addresses:
-    """Open the join endpoint, by default beside the first of the addresses at which members are served; where to find
-    both."""
-    if join_listen is not None:
-        host, port = split_address(join_listen)
-    else:
-        host, port = reached[0][0], reached[0][1] + 1
+    stack: AsyncExitStack, endpoint: JoinEndpoint, members: tuple[str, int], join_listen: str | None
+) -> tuple[str, ...]:
+    """Open the join endpoint, by default beside the first address at which members are served; where to find it."""
+    host, port = split_address(join_listen) if join_listen is not None else (members[0], members[1] + 1)
     stack.push_async_callback(endpoint.close)
-    port = endpoint.listen(host, port)
-    return Addresses(master=_named(*reached[0])[0], joins=_named(host, port))
+    return _named(host, endpoint.listen(host, port))
 
 
 def _named(host: str, port: int) -> tuple[str, ...]:
@@ -173,10 +169,11 @@ def _start(stack: AsyncExitStack, work: Any) -> None:
 
 
 def bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
-    """Listen on an address; its port. A socket file that a killed master left is replaced. Raises AddressInUseError
-    when another process serves there."""
+    """Listen on an address; its port. A Unix socket needs no `credentials`; a file that a killed master left is
+    replaced. Raises AddressInUseError when another process serves there."""
     if address.startswith(_UNIX):
         _replace_stale(Path(address.removeprefix(_UNIX)))
+        credentials = None
     try:
         port = (
             server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)

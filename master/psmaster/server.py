@@ -22,12 +22,13 @@ from pscluster import rpc, telemetry
 from pscluster.errors import StorageError
 from pscluster.security.credentials import write_private
 from pscluster.settings import token_file
+from psmaster.api.access import AccessService
 from psmaster.api.agents import AgentsService
 from psmaster.api.jobs import JobsService
 from psmaster.api.metrics import MasterMetrics
 from psmaster.control.loop import ControlLoop
 from psmaster.control.security import LIFETIME_S, ClusterSecurity, open_security
-from psmaster.listening import check_address, listen, refuse_exposed
+from psmaster.listening import Listening, check_address, refuse_exposed
 from psmaster.scheduling.draft import Limits
 from psmaster.storage.bundles import BundleShelf
 from psmaster.storage.orphans import may_go, refuse_unclaimed
@@ -100,11 +101,14 @@ async def assembled(settings: MasterSettings) -> AsyncIterator[tuple[ControlLoop
         endpoint = telemetry.MetricsEndpoint(settings.metrics_listen)
         stack.callback(endpoint.close)
         health = health_aio.HealthServicer()
-        services = (JobsService(core, shelf, endpoint.address), AgentsService(core, shelf), health)
-        await listen(stack, core, token, settings.listen, settings.join_listen, *services)
+        listening = Listening(stack, core, token, settings.listen, settings.join_listen)
+        addresses = listening.addresses
+        jobs = JobsService(core, shelf, endpoint.address, addresses)
+        await listening.serve(jobs, AgentsService(core, shelf), AccessService(core, addresses), health)
         _log.info(
             "serves",
-            listen=list(settings.listen),
+            listen=list(addresses.listening),
+            joins=list(addresses.joins),
             metrics=endpoint.address,
             jobs=len(core.state.jobs),
             cluster=security.cluster_id,

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from pscluster.errors import CallerError, StateError
@@ -14,29 +13,23 @@ from pscluster.security.identity import JOINABLE, Role
 from pscluster.security.join_token import JoinToken
 from pscluster.v1 import access_pb2, access_pb2_grpc
 from psmaster.control.loop import ControlLoop
+from psmaster.control.security import Addresses
 from psmaster.model.access import CertificateRecord, TokenRecord, usable_tokens
 
 _SECRET_BYTES = 32
 
 
-@dataclass(frozen=True, kw_only=True)
-class Addresses:
-    """Where members reach the master, "host:port" each: join tokens name them. `joins`: its join endpoint."""
-
-    master: str
-    joins: tuple[str, ...]
-
-
 class AccessService(access_pb2_grpc.AccessServicer):
-    """Raises PsError from every method; the server's interceptor maps it. `addresses` None: no certificates."""
+    """Raises PsError from every method; the server's interceptor maps it."""
 
-    def __init__(self, core: ControlLoop, addresses: Addresses | None) -> None:
+    def __init__(self, core: ControlLoop, addresses: Addresses) -> None:
+        """`addresses`: join tokens name them."""
         self._core = core
         self._addresses = addresses
 
     async def CreateToken(self, request: access_pb2.CreateTokenRequest, context: Any) -> access_pb2.CreateTokenReply:
         authority, addresses = self._core.security.require_authority(), self._addresses
-        if addresses is None:
+        if not addresses.joins:
             raise StateError("nobody can join: the master listens at no TCP address", action="give psmaster --listen")
         now_s = self._core.now().unix_s
         made = JoinToken(

@@ -14,6 +14,7 @@ from pscluster.rpc.access import CALLER
 from pscluster.v1 import jobs_pb2, jobs_pb2_grpc
 from psmaster.api import log_tail, proto
 from psmaster.control.loop import ControlLoop
+from psmaster.control.security import Addresses
 from psmaster.control.submission import new_job
 from psmaster.model import membership
 from psmaster.model.job import Job
@@ -30,12 +31,13 @@ _beside_progress = attrgetter("state", "reason", "generation", "conditions")  # 
 class JobsService(jobs_pb2_grpc.JobsServicer):
     """Raises PsError from every method; the server's interceptor maps it."""
 
-    def __init__(self, core: ControlLoop, shelf: BundleShelf, metrics_address: str) -> None:
-        """`metrics_address`: where the master's metrics are, which `GetCluster` reports."""
+    def __init__(self, core: ControlLoop, shelf: BundleShelf, metrics_address: str, addresses: Addresses) -> None:
+        """`metrics_address`: where the master's metrics are; `GetCluster` reports it, and `addresses`."""
         self._core = core
         self._shelf = shelf
         self._started_s = core.now().unix_s
         self._metrics_address = metrics_address
+        self._addresses = addresses
         # Held from the check for a bundle to its use: an accepted job must find its code.
         self._claiming = asyncio.Lock()
 
@@ -181,6 +183,8 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
             cluster_id=self._core.security.cluster_id,
             secured=self._core.security.secured,
             time_s=self._core.now().unix_s,
+            addresses=self._addresses.listening,
+            join_addresses=self._addresses.joins,
         )
 
     def _visible(self) -> Mapping[str, Job]:

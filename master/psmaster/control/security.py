@@ -20,6 +20,16 @@ LIFETIME_S = 7 * 24 * 3600.0  # of a member's certificate
 PROCESS_LIFETIME_S = 24 * 3600.0  # of a trainer's or partition's; another one is made at half of it
 
 
+@dataclass(frozen=True, kw_only=True)
+class Addresses:
+    """Where the master is reached. `listening`: "unix:/path" or "host:port", as asked for, with the ports that were
+    found. `master`, `joins`: where other hosts reach it, and its join endpoint; empty where they do not."""
+
+    listening: tuple[str, ...] = ()
+    master: str = ""
+    joins: tuple[str, ...] = ()
+
+
 @dataclass(kw_only=True)
 class ClusterSecurity:
     """`authority` None: the cluster has no certificates. `data_security`: of data connections, "tls" or "plain"; see
