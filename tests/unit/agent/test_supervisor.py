@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from pscluster.agent import metrics
-from pscluster.agent.child import GracePeriods
 from pscluster.agent.addresses import NodeAddress
+from pscluster.agent.child import GracePeriods
 from pscluster.agent.context import AgentContext, NodeNetwork
 from pscluster.agent.copies import Copies
 from pscluster.agent.directories import AgentDirectories, BundleCache
