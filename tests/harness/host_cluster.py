@@ -71,7 +71,8 @@ class HostCluster(LocalCluster):
 
     @property
     def _socket(self) -> Path:
-        return self._master.home / "pscluster" / "master.sock"
+        """Where the master's own host speaks to it, beside the admin's token."""
+        return self._master.home / "pscluster" / "master" / "master.sock"
 
     # ---- psctl ----
 
@@ -102,7 +103,8 @@ class HostCluster(LocalCluster):
 
     def client(self) -> Client:
         return Client.connect(
-            address=f"unix:{self.state_dir / 'master.sock'}", token=(self.state_dir / "token").read_text().strip()
+            address=f"unix:{self.daemon_dir('master') / 'master.sock'}",
+            token=(self.daemon_dir("master") / "token").read_text().strip(),
         )
 
     # ---- daemons ----
@@ -114,13 +116,14 @@ class HostCluster(LocalCluster):
         for host in self.network.hosts:
             (host.outside / "home" / "pscluster").mkdir(mode=0o700)
         (self.state_dir / "logs").mkdir()
-        self.psctl_on(self._master, "certs", "init", "--state-dir", str(self._socket.with_name("master")))
+        self.psctl_on(self._master, "certs", "init", "--state-dir", str(self._socket.parent))
         self.start_daemon("master")
         for role in ("worker", "server", "user"):
             self._tokens[role] = self.make_token(role)
         for name in self.names[1:]:
             self.start_daemon(name)
         self.psctl("context", "add", "lab", "--join", self._tokens["user"], "--user", "tester")
+        self.psctl("context", "use", "lab")
         self.wait_ready()
 
     def make_token(self, role: str) -> str:

@@ -24,19 +24,15 @@ def records(*tokens: TokenRecord) -> AccessRecords:
     return found
 
 
-def certificate(name: str = "worker-0", role: Role = Role.WORKER, serial: str = "1", key: str = "k") -> CertificateRecord:
-    return CertificateRecord(
-        serial=serial, role=role, name=name, key_sha256=key, issued_s=NOW_S, expires_s=NOW_S + 100
-    )
+def certificate(
+    name: str = "worker-0", role: Role = Role.WORKER, serial: str = "1", key: str = "k"
+) -> CertificateRecord:
+    return CertificateRecord(serial=serial, role=role, name=name, key_sha256=key, issued_s=NOW_S, expires_s=NOW_S + 100)
 
 
 @pytest.mark.parametrize(
     ("digest", "now_s", "reason"),
-    [
-        ("ff" * 32, NOW_S, "unknown"),
-        (WORKER.digest, NOW_S + 60, "expired"),
-        (USER.digest, NOW_S, "used up or revoked"),
-    ],
+    [("ff" * 32, NOW_S, "unknown"), (WORKER.digest, NOW_S + 60, "expired"), (USER.digest, NOW_S, "used up or revoked")],
 )
 def test_a_useless_token_lets_nobody_in(digest: str, now_s: float, reason: str) -> None:
     held = records(WORKER, replace(USER, uses_left=0))
