@@ -478,12 +478,14 @@ class Beat(_message.Message):
     def __init__(self, progress: _Optional[int] = ..., speed: _Optional[_Union[Speed, _Mapping]] = ..., busy_s: _Optional[float] = ..., typical_s: _Optional[float] = ..., unreached: _Optional[_Union[Unreached, _Mapping]] = ...) -> None: ...
 
 class Unreached(_message.Message):
-    __slots__ = ("generation", "partitions")
+    __slots__ = ("generation", "partitions", "reasons")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     PARTITIONS_FIELD_NUMBER: _ClassVar[int]
+    REASONS_FIELD_NUMBER: _ClassVar[int]
     generation: int
     partitions: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, generation: _Optional[int] = ..., partitions: _Optional[_Iterable[int]] = ...) -> None: ...
+    reasons: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, generation: _Optional[int] = ..., partitions: _Optional[_Iterable[int]] = ..., reasons: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Speed(_message.Message):
     __slots__ = ("microbatch_s", "microbatches")

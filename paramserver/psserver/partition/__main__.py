@@ -18,7 +18,8 @@ from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.v1.plan_pb2 import PartitionReady, ProcessReport, ProcessSpec
 from pscluster.wire.connection import ConnectionHandler
 from pscluster.wire.reactor import Reactor
-from pscluster.wire.transport import check_congestion_control
+from pscluster.wire.tls import DataSecurity
+from pscluster.wire.transport import check_congestion_control, tcp_address
 from psserver.partition.process import PartitionService
 from psserver.partition.step.optimizer import numerics_class
 from psserver.partition.telemetry import PartitionCounters
@@ -33,8 +34,9 @@ def main() -> int:
     spec = parse_spec(json.loads(link.start.spec_json))
     _settle_numerics()
     counters = PartitionCounters()
-    reactor = Reactor(counters.phase, spec.network.congestion_control)
-    service = PartitionService(link, spec, reactor, counters)
+    security = DataSecurity.of(link.start)
+    reactor = Reactor(counters.phase, spec.network.congestion_control, security)
+    service = PartitionService(link, spec, reactor, counters, security)
     try:
         check_congestion_control(spec.network.congestion_control)
         wanted = _addresses(spec, link.start)
@@ -68,7 +70,7 @@ def _addresses(spec: JobSpec, start: ProcessSpec) -> list[list[str]]:
     path = Path(os.environ["PS_SOCKET_DIR"]) / f"data-{secrets.token_hex(4)}.sock"
     host = start.data_host or "127.0.0.1"
     ports = range(start.data_port_first, start.data_port_last + 1)  # 0 alone: any port
-    choice = {"unix": [f"unix:{path}"], "tcp": [f"tcp:{host}:{port}" for port in ports]}
+    choice = {"unix": [f"unix:{path}"], "tcp": [tcp_address(host, port) for port in ports]}
     wanted = "unix" if spec.network.transport == "shm" else spec.network.transport
     return [addresses for kind, addresses in choice.items() if wanted in ("auto", kind)]
 
