@@ -59,6 +59,7 @@ def _rebuild(arguments: dict[str, Any]) -> int:
     import time
 
     from pscluster.settings import resolve
+    from psmaster.control.security import CERTIFICATES
     from psmaster.server import claim
     from psmaster.storage import rebuild
     from psmaster.storage.rebuild import RebuildSettings
@@ -68,6 +69,8 @@ def _rebuild(arguments: dict[str, Any]) -> int:
     with claim(settings.state_dir):
         found = rebuild.rebuild(settings.state_dir, settings.store, time.time())
     print(rebuild.report(found))
+    if (settings.state_dir / CERTIFICATES).is_dir():
+        print("revocations are not in snapshots: repeat `psctl certs revoke`; join tokens must be made again")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,13 @@ async def call(channel: Any, method: Method) -> PsError | None:
             await answer
     except grpc.RpcError as error:
         return error_of(error)
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        # A call that could not send its stream is cancelled by grpc.aio itself.
+        nothing = grpc.aio.Metadata()
+        return error_of(grpc.aio.AioRpcError(await answer.code(), nothing, nothing, await answer.details()))
     return None
 
 

@@ -7,6 +7,8 @@ import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import structlog
+
 from pscluster.errors import CallerError, NotFoundError, VersionSkewError
 from pscluster.rpc import PROTOCOL
 from pscluster.rpc.access import CALLER, Caller, require_node
@@ -20,6 +22,7 @@ from psmaster.storage.bundles import BundleShelf
 from psmaster.storage.logs import LogMessage
 
 BEAT_INTERVAL_S = 1.0
+_log = structlog.get_logger(__name__)
 _PROCESS_ID = re.compile(r"([a-z0-9-]+)/((?:trainer|partition)-\d+)/(\d+)")
 
 
@@ -72,7 +75,12 @@ class AgentsService(agents_pb2_grpc.AgentsServicer):
             stream.close()
 
     async def _submit(self, stream: AgentStream, message: agents_pb2.AgentMessage) -> None:
-        """Queue one message. One without meaning is acknowledged, since the agent would otherwise repeat it."""
+        """Queue one message. One without meaning is acknowledged, since the agent would otherwise repeat it; so is one
+        on a process that the node never had."""
+        process_id = _process_of(message)
+        if process_id and not (CALLER.get().local or self._core.was_assigned(stream.node_id, process_id)):
+            _log.warning("a node reports on a process that it never had", node=stream.node_id, process=process_id[:200])
+            message = agents_pb2.AgentMessage(sequence=message.sequence)
         log = _log_message(message) if message.HasField("log") else None
         if log is not None:
             await self._core.write_log(stream, message.sequence, *log)
@@ -105,6 +113,12 @@ class AgentsService(agents_pb2_grpc.AgentsServicer):
             bundles=[sha256 for sha256 in request.bundles if sha256 not in used],
             jobs=[job_id for job_id in request.jobs if job_id not in lasting],
         )
+
+
+def _process_of(message: agents_pb2.AgentMessage) -> str:
+    """Whom a message is about; empty: the node."""
+    kind = message.WhichOneof("body")
+    return str(getattr(message, kind).process_id) if kind in ("status", "event", "log") else ""
 
 
 def _change(stream: AgentStream, message: agents_pb2.AgentMessage) -> Callable[[Transaction], None]:

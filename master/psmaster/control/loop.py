@@ -37,6 +37,7 @@ TICK_S = 0.25  # at most; a short suspicion makes it shorter
 RETRY_S = 1.0
 CATCH_UP_S = 0.25  # after a stall, for the newest reports to arrive before older ones lead to decisions
 MAX_WAITING = 4096  # pending inputs at which agents' streams are no longer read
+MAX_REMEMBERED = 1000  # processes of a node that it may still report on
 _MAX_BATCH = 512
 _log = structlog.get_logger(__name__)
 
@@ -74,6 +75,7 @@ class ControlLoop:
         self.news = asyncio.Event()
         """Set and replaced with each published transaction: wait on it, then read `state` again."""
         self._streams: dict[str, AgentStream] = {}
+        self._assigned: dict[str, dict[str, None]] = {}  # by node its processes of late, the newest last
         self._inputs: deque[Input] = deque()
         self._arrived = asyncio.Event()
         self._accepts = asyncio.Event()  # cleared while too many inputs are pending
@@ -208,6 +210,7 @@ class ControlLoop:
         self.security.keep_processes({own.process_id(job.job_id) for job in jobs for own in job.placements})
         for stream in self._streams.values():
             self._assign(stream, deleted)
+        self._assigned = {k: known for k, known in self._assigned.items() if k in self.state.nodes}
         for listener in self.listeners:
             listener(self.state, events)
         self.news.set()
@@ -247,6 +250,14 @@ class ControlLoop:
         if stream.assigned != assignment.names():
             self._revision += 1
             stream.assign(replace(assignment, revision=self._revision))
+            known = self._assigned.setdefault(stream.node_id, {})
+            known |= {process.process_id: None for process in assignment.processes}
+            for process_id in list(known)[:-MAX_REMEMBERED]:
+                del known[process_id]
+
+    def was_assigned(self, node_id: str, process_id: str) -> bool:
+        """Whether a process was assigned to a node since this master started; the newest ones of a node count."""
+        return process_id in self._assigned.get(node_id, ())
 
     def _publish_failed(self, job_id: str, step: int, error: PsError) -> None:
         """A complete snapshot's manifest could not be written: warn, and continue training."""

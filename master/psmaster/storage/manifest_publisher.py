@@ -7,6 +7,7 @@ manifest names what is not there.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 import time
@@ -190,3 +191,6 @@ def _remove(request: _ManifestRequest) -> None:
         what = f"cannot remove {request.store}: there is no directory {root}"
         raise StorageError(what, action="mount it where psmaster runs")
     open_store(request.store).remove()
+    if _CLUSTER.fullmatch(root.name) and not request.store.startswith("s3://"):
+        with contextlib.suppress(OSError):  # another job of the cluster is there
+            root.rmdir()
