@@ -194,8 +194,8 @@ class NodeAddress:
         except OSError as error:
             raise unreachable(error, "the master", self.master) from None
         if not found:
-            error = OSError(errno.ENETUNREACH, "this host has no route to it")
-            raise unreachable(error, "the master", self.master)
+            no_route = OSError(errno.ENETUNREACH, "this host has no route to it")
+            raise unreachable(no_route, "the master", self.master)
         return found + elsewhere
 
 

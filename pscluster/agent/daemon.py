@@ -144,7 +144,8 @@ def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--join",
         metavar="TOKEN|@FILE",
-        help="join token for the first start (psctl token create); the identity is then kept in the state directory",
+        help="join token (psctl token create) for the first start; the identity is then kept in the state directory. "
+        "What stands on a command line can be read by everybody on this host: prefer @FILE",
     )
     group.add_argument(
         "--master", metavar="ADDR", help="where the master listens: unix:/path or host:port (default: as it joined)"

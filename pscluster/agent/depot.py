@@ -81,7 +81,7 @@ async def serving(
     """Serve the depot of `directory` while the context lasts, at the first of these addresses that is free, which it
     yields. With a certificate only TLS is served, to members whose role allows it and that are not revoked; without
     one, holders of the token. Raises AddressInUseError."""
-    admission = TokenInterceptor(access.token)
+    admission: grpc.aio.ServerInterceptor = TokenInterceptor(access.token)
     if access.source is not None:
         admission = CertificateInterceptor(access.source.get().identity.cluster_id, revocations)
     server = grpc.aio.server(interceptors=[ErrorInterceptor(), admission], options=SERVER_OPTIONS)

@@ -218,10 +218,12 @@ class MasterConnection:
 
     def _log_outage(self, error: PsError) -> None:
         """Log an outage once for each reason, not at every retry."""
-        kind = (error.code, error.details.get("reason", ""))
-        if self._reported != kind:
-            self._reported = kind
-            _log.warning("waiting for the master", address=self._address, code=error.code, cause=error.cause)
+        reason = error.details.get("reason", "")
+        if self._reported != (error.code, reason):
+            self._reported = (error.code, reason)
+            _log.warning(
+                "waiting for the master", address=self._address, code=error.code, reason=reason, cause=error.cause
+            )
 
 
 def _heartbeat(supervisor: Supervisor) -> NodeBeat:

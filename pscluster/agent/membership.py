@@ -61,10 +61,11 @@ async def become_member(role: Role, settings: AgentSettings) -> Membership:
     held = Credentials.load(directory) if (directory / stored.KEY).exists() else None
     if must_join(held, token, role, settings.node_id, time.time()):
         assert token is not None, "there is nothing to join with"
-        held = await _join(token, settings.node_id or default_node_id(socket.gethostname()), directory)
+        known = held.identity.name if held is not None else default_node_id(socket.gethostname())
+        held = await _join(token, settings.node_id or known, directory)
     if held is None:
         return _by_token(settings, directory)
-    master = settings.master or _known_master(directory)
+    master = settings.master or (token.master if token is not None else "") or _known_master(directory)
     if not master or master.startswith("unix:"):
         raise SettingsError(
             f"{held.identity.name} has a certificate, and needs the TCP address of the master",

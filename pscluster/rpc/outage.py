@@ -15,7 +15,7 @@ _LOCAL = re.compile(r"\bunix:")
 _HANDSHAKE = re.compile(r"handshake failed|SSL_ERROR|verification check failed|Hostname Verification", re.IGNORECASE)
 _VERIFY = re.compile(r"CERTIFICATE_VERIFY_FAILED: ([^:]*)")
 _ROUTINE = re.compile(r"OPENSSL_internal:([A-Z0-9_]+)")
-_CLOSED = "it closed the connection: it is ending, or does not accept the certificate of this side, or only one side speaks TLS"
+_CLOSED = "it closed the connection: it is ending, does not accept this side's certificate, or only one side speaks TLS"
 _TEXTS: tuple[tuple[str, Reason, str], ...] = (
     # In this order: a text about a handshake names the cause of its end, too.
     (r"resol\w+ |name not found|lookup failed", "dns", "the name does not resolve"),

@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -40,7 +39,7 @@ def main() -> int:
     try:
         check_congestion_control(spec.network.congestion_control)
         wanted = _addresses(spec, link.start)
-        addresses = [_listen(reactor, choices, service.handler) for choices in wanted]
+        addresses = [_listen(reactor, address, service.handler) for address in wanted]
         digest, detail = numerics_class()
         ready = PartitionReady(addresses=addresses, numerics_class=digest, numerics_detail=detail)
         link.report(ProcessReport(partition_ready=ready))
@@ -61,34 +60,29 @@ def _settle_numerics() -> None:
     torch.set_deterministic_debug_mode("error")  # the same switch, without importing the compiler (1.3 s)
 
 
-def _addresses(spec: JobSpec, start: ProcessSpec) -> list[list[str]]:
-    """Where to listen: a Unix socket, TCP on the data host (empty: loopback), or both, best first; for each, the
-    addresses of which the first free one is taken.
+def _addresses(spec: JobSpec, start: ProcessSpec) -> list[str]:
+    """Where to listen: a Unix socket, TCP on the data host (empty: loopback) and a port of its range, or both, best
+    first.
 
     Shared memory is arranged over the Unix socket. Its name is random: where it exists, it is this one. The directories
     of two hosts have the same paths."""
     path = Path(os.environ["PS_SOCKET_DIR"]) / f"data-{secrets.token_hex(4)}.sock"
-    host = start.data_host or "127.0.0.1"
-    ports = range(start.data_port_first, start.data_port_last + 1)  # 0 alone: any port
-    choice = {"unix": [f"unix:{path}"], "tcp": [tcp_address(host, port) for port in ports]}
+    port = f"{start.data_port_first}-{start.data_port_last}" if start.data_port_first else 0
+    choice = {"unix": f"unix:{path}", "tcp": tcp_address(start.data_host or "127.0.0.1", port)}
     wanted = "unix" if spec.network.transport == "shm" else spec.network.transport
-    return [addresses for kind, addresses in choice.items() if wanted in ("auto", kind)]
+    return [address for kind, address in choice.items() if wanted in ("auto", kind)]
 
 
-def _listen(reactor: Reactor, choices: Sequence[str], handler: ConnectionHandler) -> str:
-    """Listen at the first of these addresses that is free; returns it. Raises AddressInUseError when none is."""
-    for address in choices:
-        try:
-            return reactor.listen(address, handler, HANDSHAKE_S)
-        except AddressInUseError:
-            if len(choices) == 1:
-                raise
-        except OSError as error:
-            raise AddressInUseError(f"cannot listen on {address}: {error.strerror}") from None
-    raise AddressInUseError(
-        f"none of the {len(choices)} ports from {choices[0]} to {choices[-1]} is free",
-        action="widen the --data-ports of this server",
-    )
+def _listen(reactor: Reactor, address: str, handler: ConnectionHandler) -> str:
+    """Listen at an address; returns the one that peers dial. Raises AddressInUseError."""
+    try:
+        return reactor.listen(address, handler, HANDSHAKE_S)
+    except AddressInUseError as error:
+        if address.startswith("tcp:"):
+            error.action = "widen the --data-ports of this server"
+        raise
+    except OSError as error:
+        raise AddressInUseError(f"cannot listen on {address}: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -373,7 +373,7 @@ def test_a_job_id_that_leads_elsewhere_and_a_wrong_token_are_refused(tmp_path: P
             with pytest.raises(AuthError):
                 await made.take("server-1", part, access=Access(token="wrong"))
             with pytest.raises(AuthError):
-                await depot.get(made.addresses["server-0"], "wrong", "job-a", part, here)
+                await depot.get(made.addresses["server-0"], Access(token="wrong"), "job-a", part, here)
             with pytest.raises(NotFoundError):
                 await depot.get(made.addresses["server-1"], ACCESS, "job-a", part, here)
             assert not (tmp_path / "server-1").exists()
@@ -406,10 +406,10 @@ def test_psctl_gets_a_part_from_whichever_node_answers(tmp_path: Path) -> None:
                 partition=0, path=part.path, size_bytes=part.size_bytes, checksum=part.checksum,
                 nodes=("server-0", "server-1"),
             )  # fmt: skip
-            found = await asyncio.to_thread(calls.fetch, made.addresses, TOKEN, "job-a", record, tmp_path / "here")
+            found = await asyncio.to_thread(calls.fetch, made.addresses, ACCESS, "job-a", record, tmp_path / "here")
             assert found.read_bytes() == DATA
             with pytest.raises(NotFoundError, match="is on server-0, server-1"):
-                await asyncio.to_thread(calls.fetch, {}, TOKEN, "job-a", record, tmp_path / "here")
+                await asyncio.to_thread(calls.fetch, {}, ACCESS, "job-a", record, tmp_path / "here")
 
     run(test())
 

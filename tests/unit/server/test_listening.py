@@ -28,8 +28,8 @@ def reactor() -> Iterator[Reactor]:
 
 def listen(reactor: Reactor, **start: object) -> str:
     spec = parse_spec(lm_spec(partitions=1, steps=1, transport="tcp"))
-    (choices,) = _addresses(spec, ProcessSpec(**start))  # type: ignore[arg-type]
-    return _listen(reactor, choices, UNUSED)
+    (address,) = _addresses(spec, ProcessSpec(**start))  # type: ignore[arg-type]
+    return _listen(reactor, address, UNUSED)
 
 
 @pytest.fixture
