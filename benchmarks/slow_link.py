@@ -12,6 +12,7 @@ counts. Needs an otherwise idle machine and takes about ten minutes.
     gbit_fp32_speedup      seconds a step: DDP / ours, both fp32
     gbit_bf16_speedup      seconds a step: DDP in fp32 / ours with push_codec and pull_codec bf16
     gbit_ddp_bf16_speedup  seconds a step: DDP in fp32 / DDP with its bf16 compress hook
+    tls_step_over_plain    seconds a step: ours in fp32 with TLS between the hosts / without certificates (<= 1.10)
 
 Also recorded: megabytes (1e6) that one host sends over the link in a step, the mean of all steps.
 """
@@ -37,15 +38,18 @@ KEYS = {
     "gbit_fp32_speedup": Key(what="step_s", of=DDP_FP32, over=("ours_fp32",)),
     "gbit_bf16_speedup": Key(what="step_s", of=DDP_FP32, over=("ours_bf16",)),
     "gbit_ddp_bf16_speedup": Key(what="step_s", of=DDP_FP32, over=DDP_BF16),
+    "tls_step_over_plain": Key(what="step_s", of=("ours_tls",), over=("ours_fp32",)),
 }
 
 
-def ours(steps: int, codec: str) -> dict[str, float]:
-    """2 trainers x 2 partitions, one of each a host."""
+def ours(steps: int, codec: str, data_security: str = "") -> dict[str, float]:
+    """2 trainers x 2 partitions, one of each a host; `data_security`: as in ProcessSpec."""
     job_spec = spec(workers=2, partitions=2, steps=steps, transport="auto", codec=codec)
     with tempfile.TemporaryDirectory(prefix="psb-") as directory, _hosts.joined(Path(directory)) as hosts:
         places = [Place(prefix=host.enter, environment={"PS_SOCKET_DIR": str(host.sockets)}) for host in hosts]
-        with started(job_spec, Starter(places=places), data_hosts=[host.address for host in hosts]) as (job, _):
+        addresses = [host.address for host in hosts]
+        starter = Starter(places=places)
+        with started(job_spec, starter, data_hosts=addresses, data_security=data_security) as (job, _):
             fill(job)
             before = hosts[0].sent_bytes()
             times = train(job, SKIP)
@@ -75,6 +79,7 @@ def sides(steps: int) -> dict[str, Side]:
     return {
         **ddp_sides("ddp_fp32", Loop(world=2, steps=steps), ddp),
         "ours_fp32": partial(ours, steps, "fp32"),
+        "ours_tls": partial(ours, steps, "fp32", "tls"),
         **ddp_sides("ddp_bf16", Loop(world=2, steps=steps, bf16=True), ddp),
         "ours_bf16": partial(ours, steps, "bf16"),
     }

@@ -40,6 +40,7 @@ from psmaster.model.job import Event
 from psmaster.model.state import State
 
 STOP_GRACE_S = 0.5  # how long calls in progress may take when the master ends
+HANDSHAKE_MS = 10_000  # for a stranger to complete TLS
 MAX_ADDRESSES = 8  # that a join token names
 _LONGEST_SLEEP_S = 60.0  # between two looks at the clock, which may be set
 _UNIX = "unix:"
@@ -127,7 +128,8 @@ def _member_server(stack: AsyncExitStack, core: ControlLoop) -> grpc.aio.Server:
     core.listeners.append(follow)
     stack.callback(core.listeners.remove, follow)
     interceptors = [ErrorInterceptor(), CertificateInterceptor(core.security.cluster_id, revocations)]
-    return grpc.aio.server(interceptors=interceptors, options=rpc.SERVER_OPTIONS)
+    options = [*rpc.SERVER_OPTIONS, ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS)]
+    return grpc.aio.server(interceptors=interceptors, options=options)
 
 
 def _take_joins(

@@ -93,14 +93,14 @@ class JoinEndpoint:
                 continue
             host = str(address[0])
             if sum(1 for other in self._connections.values() if other == host) >= MAX_OF_ONE_HOST:
-                self._give_way(host)
+                self._end_oldest(host)
             elif len(self._connections) >= MAX_CONNECTIONS:
-                self._give_way("")
+                self._end_oldest("")
             task = asyncio.create_task(self._serve(peer, host))
             self._connections[task] = host
             task.add_done_callback(lambda done: self._connections.pop(done, None))
 
-    def _give_way(self, host: str) -> None:
+    def _end_oldest(self, host: str) -> None:
         """End the oldest connection, of one host or of all."""
         for task, other in self._connections.items():
             if host in ("", other):

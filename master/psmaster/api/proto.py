@@ -54,7 +54,7 @@ _wire = Wire()
 _wire.pair(PreflightCheck, plan_pb2.PreflightCheck)
 _wire.pair(DataConnection, plan_pb2.Connection)
 _PART = _wire.pair(Part, plan_pb2.SnapshotPart)
-_UNREACHED = _wire.pair(Unreached, plan_pb2.Unreached, only_value=["since_s"])
+_UNREACHED = _wire.pair(Unreached, plan_pb2.Unreached, only_value=["since_s"], only_message=["reasons"])
 _ERROR = _wire.pair(ErrorInfo, plan_pb2.ErrorDetail)
 _wire.adapt(
     ErrorInfo, plan_pb2.ErrorDetail, lambda m: _ERROR.decode(m, code=m.code or InternalError.code), _ERROR.encode

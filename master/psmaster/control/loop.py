@@ -206,7 +206,7 @@ class ControlLoop:
             log = _log.warning if event.warning else _log.info
             log("job event", job=job_id, reason=event.reason, message=event.message)
         deleted = newest_deleted(self.state.deletions)
-        jobs = self.state.jobs.values()
+        jobs = self.state.jobs.values() if self.security.secured else ()
         self.security.keep_processes({own.process_id(job.job_id) for job in jobs for own in job.placements})
         for stream in self._streams.values():
             self._assign(stream, deleted)
@@ -242,6 +242,8 @@ class ControlLoop:
 
     def _assign(self, stream: AgentStream, all_deleted: tuple[str, ...]) -> None:
         """Send the node its assignment if that has changed; nothing before its Hello was applied."""
+        if stream.node_id not in self.state.nodes:
+            stream.close()  # its certificate was revoked; an agent that may come back registers again
         if not is_current(self.state.nodes, stream.node_id, stream.incarnation):
             return
         if not self.state.nodes[stream.node_id].connected:

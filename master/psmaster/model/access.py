@@ -6,6 +6,7 @@ and there are limits to how much there can be."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -62,6 +63,13 @@ class AccessRecords:
     def revoked_serials(self) -> tuple[str, ...]:
         """The certificates that every daemon must refuse, in order."""
         return tuple(sorted(serial for serial, one in self.certificates.items() if one.revoked))
+
+    @cached_property
+    def prune_at_s(self) -> float:
+        """The Unix time at which the first of them is dropped."""
+        ends_s = [token.expires_s for token in self.tokens.values()]
+        ends_s += [one.expires_s + KEEP_S for one in self.certificates.values()]
+        return min(ends_s, default=math.inf)
 
 
 def add_token(access: AccessRecords, token: TokenRecord, now_s: float) -> AccessRecords:
@@ -161,11 +169,12 @@ def live_certificates(access: AccessRecords, name: str, now_s: float) -> list[Ce
 
 def prune_access(access: AccessRecords, now_s: float) -> AccessRecords:
     """Without what has expired; the same object when nothing has."""
-    tokens = {key: one for key, one in access.tokens.items() if one.expires_s > now_s}
-    certificates = {key: one for key, one in access.certificates.items() if one.expires_s + KEEP_S > now_s}
-    if len(tokens) == len(access.tokens) and len(certificates) == len(access.certificates):
+    if now_s < access.prune_at_s:
         return access
-    return AccessRecords(tokens=tokens, certificates=certificates)
+    return AccessRecords(
+        tokens={key: one for key, one in access.tokens.items() if one.expires_s > now_s},
+        certificates={key: one for key, one in access.certificates.items() if one.expires_s + KEEP_S > now_s},
+    )
 
 
 def _usable(access: AccessRecords, digest: str, now_s: float) -> TokenRecord:
