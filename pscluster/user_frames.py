@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import os
 import re
+import stat
 import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 
 def _directories(package: str) -> Iterator[str]:
@@ -45,16 +49,50 @@ class Frame:
         """With the file relative to `code`, if it is there, and the text of its line."""
         if not self.file.startswith(f"{code}/"):
             return self
-        return replace(self, file=self.file.removeprefix(f"{code}/"), text=_line(Path(self.file), self.line))
+        file = self.file.removeprefix(f"{code}/")
+        return replace(self, file=file, text=_line(code, file, self.line))
 
 
-def _line(file: Path, number: int) -> str:
+_MAX_SOURCE_BYTES = 4 << 20
+
+
+def _line(code: Path, file: str, number: int) -> str:
     """One line of a file; empty if it cannot be read. Not by linecache, which would keep the file for ever."""
     try:
-        lines = file.read_bytes().splitlines() if file.is_file() else []
+        with open_below(code, file) as source:
+            lines = source.read(_MAX_SOURCE_BYTES).splitlines()
     except OSError:
         return ""
     return lines[number - 1].decode("utf-8", "replace").strip() if 0 < number <= len(lines) else ""
+
+
+def open_below(directory: Path, relative: str) -> BinaryIO:
+    """Open a regular file below a directory that user code may have written: an agent that followed a link there, or
+    `..`, could be made to show what user code must not read. Never blocks. Raises OSError."""
+    *folders, name = relative.split("/")
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        for folder in folders:
+            below = os.open(_no_parent(folder), os.O_RDONLY | os.O_DIRECTORY | _CAREFUL, dir_fd=handle)
+            os.close(handle)
+            handle = below
+        found = os.open(_no_parent(name), os.O_RDONLY | os.O_NONBLOCK | _CAREFUL, dir_fd=handle)
+    finally:
+        os.close(handle)
+    file = os.fdopen(found, "rb")
+    if not stat.S_ISREG(os.fstat(found).st_mode):
+        file.close()
+        raise FileNotFoundError(errno.ENOENT, "it is no regular file", relative)
+    return file
+
+
+_CAREFUL = os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def _no_parent(name: str) -> str:
+    if name in ("", "..") or "\0" in name:
+        raise FileNotFoundError(errno.ENOENT, "it is no plain name", name)
+    return name
 
 
 def is_users(file: str) -> bool:

@@ -9,6 +9,7 @@ from pscluster.agent import metrics
 from pscluster.agent.addresses import NodeAddress, PortRange
 from pscluster.agent.copies import Copies
 from pscluster.agent.directories import AgentDirectories, BundleCache
+from pscluster.agent.isolation import Isolation
 from pscluster.agent.resources import DeviceLedger
 from pscluster.rpc.server import Revocations
 from pscluster.v1.agents_pb2 import AgentMessage
@@ -34,6 +35,7 @@ class AgentContext:
     bundles: BundleCache
     devices: DeviceLedger
     copies: Copies
+    isolation: Isolation
     metrics: metrics.ProcessMetrics
     emit: Callable[[AgentMessage], None]
     log_bytes: Callable[[], int]

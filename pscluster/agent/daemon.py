@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from pscluster.agent.cache import DEFAULT_BYTES
+from pscluster.agent.isolation import AUTO, CHOICES
 from pscluster.errors import InternalError, PsError
 
 LEAVE_S = 4.0
@@ -28,6 +29,7 @@ class AgentRole:
     default_slots: int
     one_per_device: bool = False
     keeps_snapshots: bool = False
+    runs_user_code: bool = False
 
     def slots(self, num_devices: int) -> int:
         """How many processes run at once on a node with this many CUDA devices, unless a setting says otherwise."""
@@ -43,7 +45,8 @@ class AgentSettings:
     address at which other hosts reach this one (see `pscluster.agent.addresses`). `data_ports`: where partitions and
     the depot listen; None: any port. `own_store`: a server's disk is not shared; it keeps snapshots of jobs without a
     durability.store there, and copies each to a second node. `cache_bytes`: how much a worker keeps of what tasks put
-    into their cache_dir."""
+    into their cache_dir. `isolation`, `run_as`: how a worker keeps user code from its key, and whom a root agent's
+    trainers run as; of a root server, whose trainers may connect to its sockets."""
 
     state_dir: Path
     node_id: str | None = None
@@ -59,16 +62,25 @@ class AgentSettings:
     depot_listen: str | None = None
     log_level: str = "info"
     cache_bytes: int = DEFAULT_BYTES
+    isolation: str = AUTO
+    run_as: str | None = None
 
     def __post_init__(self) -> None:
         if self.slots is not None and self.slots < 1:
             raise ValueError(f"slots must be at least 1, not {self.slots}")
         if self.cache_bytes < 0:
             raise ValueError(f"cache_bytes must not be negative, as {self.cache_bytes} is")
+        if self.isolation not in CHOICES:
+            raise ValueError(f"isolation must be one of {', '.join(CHOICES)}, not {self.isolation!r}")
         if self.node_id is not None and (not self.node_id or "/" in self.node_id):
             raise ValueError(f"node_id {self.node_id!r} is empty or contains a slash")
         if self.master is not None and ":" not in self.master:
             raise ValueError(f"master {self.master!r} is neither host:port nor unix:/path")
+
+    @property
+    def join_file(self) -> Path | None:
+        """The file of the join token, if `join` names one."""
+        return Path(self.join[1:]).expanduser() if self.join is not None and self.join.startswith("@") else None
 
 
 def run(role: AgentRole, argv: Sequence[str]) -> int:
@@ -127,8 +139,14 @@ def parse(role: AgentRole, argv: Sequence[str]) -> argparse.Namespace:
         _add_store_flags(parser)
     else:
         parser.add_argument(
+            "--isolation", choices=CHOICES, help="how user code is kept from this node's key (default auto)"
+        )
+        parser.add_argument(
             "--cache-bytes", type=int, metavar="N", help="how much to keep of what tasks put into cache_dir (10 GiB)"
         )
+    parser.add_argument(
+        "--run-as", metavar="USER", help="whom trainers run as, when this agent is root (default pscluster, or nobody)"
+    )
     parser.add_argument("--metrics-listen", metavar="HOST:PORT", help="where to serve /metrics (default 127.0.0.1:0)")
     parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning, error or critical (default info)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of the same settings")

@@ -49,7 +49,7 @@ class AgentDirectories:
         self.cache = state_dir / "cache"
         self.snapshots = state_dir / "snapshots"
         self.runtime = runtime
-        self._state_dir = state_dir
+        self.state_dir = state_dir
         self._lock = lock
 
     @classmethod
@@ -75,8 +75,18 @@ class AgentDirectories:
 
     def release(self) -> None:
         """Remove the sockets' directory and release the lock."""
-        remove_runtime_dir(self._state_dir)
+        remove_runtime_dir(self.state_dir)
         os.close(self._lock)
+
+    def let_others_pass(self, allowed: bool) -> None:
+        """Whether processes of another user may pass through these directories to those that are given to them; they
+        cannot list them. Raises StorageError."""
+        for directory in (self.state_dir, self.jobs, self.scratch, self.runtime):
+            _set_mode(directory, 0o711 if allowed else 0o700)
+
+    def let_others_pass_to_sockets(self) -> None:
+        """Processes of another user may pass to the sockets that they are admitted to. Raises StorageError."""
+        _set_mode(self.runtime, 0o711)
 
     def _clear(self) -> None:
         """Remove working directories, and bundles and snapshot parts that were not written completely."""
@@ -91,6 +101,13 @@ class AgentDirectories:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         for location in DirectoryStore(self.snapshots).below():
             DirectoryStore(Path(location)).sweep(lambda _: True)
+
+
+def _set_mode(directory: Path, mode: int) -> None:
+    try:
+        directory.chmod(mode)
+    except OSError as error:
+        raise StorageError(f"cannot change the mode of {directory}: {error.strerror}") from None
 
 
 class BundleCache:

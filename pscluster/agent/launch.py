@@ -1,4 +1,5 @@
-"""The first code of a process that an agent starts: it ties its life to the agent's, then runs the given module.
+"""The first code of a process that an agent starts: it ties its life to the agent's, confines itself if the agent says
+so, then runs the given module.
 
     python -P -m pscluster.agent.launch psworker.trainer
 
@@ -15,6 +16,8 @@ import os
 import runpy
 import signal
 import sys
+
+from pscluster.agent.confine import CONFINEMENT, Confinement, confine
 
 CONTROL_FD = "PS_CONTROL_FD"
 AGENT_PID = "PS_AGENT_PID"
@@ -39,6 +42,10 @@ def end_with_agent() -> None:
 
 def main() -> None:
     end_with_agent()
+    confinement = os.environ.pop(CONFINEMENT, "")
+    if confinement:
+        confine(Confinement.from_json(confinement))
+        end_with_agent()  # a change of user has cleared it
     module = sys.argv[1]
     importlib.import_module(module.partition(".")[0])
     bundle = os.environ.get(BUNDLE_DIR, "")

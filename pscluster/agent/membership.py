@@ -57,7 +57,7 @@ async def become_member(role: Role, settings: AgentSettings) -> Membership:
     it joins, and waits as long as the master is away. Raises SettingsError, and AuthError when the token or the name is
     refused, or another cluster answers."""
     directory = settings.state_dir / IDENTITY
-    token = read_join_token(settings.join) if settings.join else None
+    token = read_join_token(settings.join, settings.join_file) if settings.join else None
     held = Credentials.load(directory) if (directory / stored.KEY).exists() else None
     if must_join(held, token, role, settings.node_id, time.time()):
         assert token is not None, "there is nothing to join with"
@@ -75,11 +75,10 @@ async def become_member(role: Role, settings: AgentSettings) -> Membership:
     return Membership(node_id=held.identity.name, master=master, access=access, directory=directory)
 
 
-def read_join_token(text: str) -> JoinToken:
-    """The token of a setting: its text, or "@FILE" with it. Blocks. Raises SettingsError, AuthError."""
-    if not text.startswith("@"):
+def read_join_token(text: str, path: Path | None) -> JoinToken:
+    """The token in the file `path`, if there is one, else in `text`. Blocks. Raises SettingsError, AuthError."""
+    if path is None:
         return JoinToken.parse(text)
-    path = Path(text[1:]).expanduser()
     try:
         return JoinToken.parse(path.read_text(encoding="ascii"))
     except (OSError, UnicodeDecodeError) as error:

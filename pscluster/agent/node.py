@@ -23,6 +23,8 @@ from pscluster.agent.context import AgentContext, NodeNetwork
 from pscluster.agent.copies import Copies
 from pscluster.agent.depot import serving
 from pscluster.agent.directories import AgentDirectories, BundleCache
+from pscluster.agent.isolation import Isolation
+from pscluster.agent.isolation_trial import Trial, isolation_of, without_user_code
 from pscluster.agent.master_connection import MasterConnection
 from pscluster.agent.membership import Membership, Renewal, become_member
 from pscluster.agent.resources import DeviceLedger
@@ -37,6 +39,8 @@ from pscluster.v1.agents_pb2 import AgentMessage, Goodbye, Leaving, RegisterRequ
 if TYPE_CHECKING:
     from pscluster.agent.daemon import AgentRole, AgentSettings
 
+LAUNCH = (sys.executable, "-P", "-m", "pscluster.agent.launch")
+"""The command of every process, up to its module."""
 FLUSH_S = 5.0
 """How long an agent that ends waits for the master to acknowledge the last messages."""
 
@@ -60,13 +64,15 @@ async def run_agent(role: AgentRole, settings: AgentSettings, environ: Mapping[s
         if member is None:
             return
         network = network_of(settings, member)
+        isolation = await _isolate(role, settings, directories, environ)
         node = registration(role, settings, member.node_id, environ, endpoint.address)
+        node.isolation = isolation.mode if role.runs_user_code else ""
         if role.keeps_snapshots and settings.own_store:
             secured = member.access.source is not None
             choices = depot_choices(settings.depot_listen, secured, network.data_ports)
             depot = serving(directories.snapshots, choices, member.access, network.revocations)
             node.depot_address = await stack.enter_async_context(depot)
-        await _Agent(role, settings, member, network, node, directories, environ, grace).run(stop)
+        await _Agent(role, settings, member, network, node, directories, isolation, environ, grace).run(stop)
 
 
 async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
@@ -91,6 +97,16 @@ def network_of(settings: AgentSettings, member: Membership) -> NodeNetwork:
         )
     except ValueError as error:
         raise SettingsError(str(error)) from None
+
+
+async def _isolate(
+    role: AgentRole, settings: AgentSettings, directories: AgentDirectories, environ: Mapping[str, str]
+) -> Isolation:
+    """How user code is kept from this agent's key. Called once the key is there, before any process starts."""
+    if not role.runs_user_code:
+        return without_user_code(settings, directories)
+    trial = Trial(launch=LAUNCH, modules=(role.module, "torch"), environ=environ, directories=directories)
+    return await asyncio.to_thread(isolation_of, settings, trial)
 
 
 def registration(
@@ -119,6 +135,7 @@ class _Agent:
         network: NodeNetwork,
         node: RegisterRequest,
         directories: AgentDirectories,
+        isolation: Isolation,
         environ: Mapping[str, str],
         grace: GracePeriods,
     ) -> None:
@@ -131,12 +148,13 @@ class _Agent:
         bundles = BundleCache(directories.bundles, self._master.download_bundle)
         self._cleanup = Cleanup(directories, bundles, settings.cache_bytes, self._master.find_unused)
         context = AgentContext(
-            command=(sys.executable, "-P", "-m", "pscluster.agent.launch", role.module),
+            command=(*LAUNCH, role.module),
             environ=environ,
             directories=directories,
             bundles=bundles,
             devices=DeviceLedger(node.resources.devices),
             copies=self._copies,
+            isolation=isolation,
             metrics=self._metrics,
             emit=self._master.emit,
             log_bytes=self._master.log_bytes,

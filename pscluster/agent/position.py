@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from pscluster.user_frames import Frame, traceback_of
+from pscluster.user_frames import Frame, open_below, traceback_of
 from pscluster.v1.plan_pb2 import LastPosition
 
 POSITION, STACK = "position", "stack"
@@ -97,7 +97,8 @@ def last_position(directory: Path, code: Path) -> LastPosition | None:
     """Where the process that kept its position in `directory` was when it ended; None: it kept none, or no user code
     was loaded by then. `code`: where the user's own files are."""
     try:
-        noted = (directory / POSITION).read_bytes()
+        with open_below(directory, POSITION) as file:
+            noted = file.read(_SIZE)
     except OSError:
         return None
     if len(noted) < _SIZE:
@@ -110,14 +111,15 @@ def last_position(directory: Path, code: Path) -> LastPosition | None:
         version=version,
         shard=shard,
         call=_text(noted[_CALL]),
-        traceback=traceback_of(user_frames_of(stack_of(directory), code.resolve())),
+        # Not what user code may have put in the place of the directory since: a link to what it must not read.
+        traceback=traceback_of(user_frames_of(stack_of(directory), code.parent.resolve() / code.name)),
     )
 
 
 def stack_of(directory: Path) -> str:
     """What was written to the stack file; empty: nothing was."""
     try:
-        with (directory / STACK).open("rb") as file:
+        with open_below(directory, STACK) as file:
             return file.read(_MAX_STACK_BYTES).decode("utf-8", "replace")
     except OSError:
         return ""

@@ -251,6 +251,7 @@ class Process:
         if is_trainer:
             scratch = self._context.directories.scratch / self.spec.job_id
             _make(scratch, exist_ok=True)
+            await self._give(scratch)
             self.spec.scratch_dir, self.spec.cache_dir = str(scratch), str(self._context.directories.cache)
             self.spec.device = await self._context.devices.claim(self.spec.process_id, wanted_device(self.spec))
         self._copies = self._context.copies.use_own_store(self.spec)
@@ -262,6 +263,14 @@ class Process:
             await self._unpack_bundle()
         else:
             _make(self._directory)
+        if is_trainer:
+            await self._give(self._sockets)
+            await self._give(self._directory)
+        else:
+            self._context.isolation.admit(self._sockets)
+
+    async def _give(self, directory: Path) -> None:
+        await asyncio.to_thread(self._context.isolation.give, directory)
 
     async def _open_to_hosts(self) -> None:
         """Have a partition listen for other hosts, too. Never without certificates."""
@@ -296,6 +305,8 @@ class Process:
             "PYTHONUNBUFFERED": "1",
             "PYTHONFAULTHANDLER": "1",
         }
+        if self.spec.kind == ProcessSpec.KIND_TRAINER:
+            environment |= self._context.isolation.environment()
         context = self._context
         return Child.start(
             self.spec, context.command, self._directory, environment, self._handle_report, self._handle_line

@@ -156,7 +156,9 @@ class Psctl(Group):
 
 def _with_origin(error: PsError, session: Session) -> PsError:
     """The error. When another cluster is selected, the hint to start a local one becomes what selected the other."""
-    unhelped = isinstance(error, UnreachableError) and error.action == UnreachableError.default_action
-    if unhelped and (given := session.address_undo_hint()):
-        error.action = f"check that a master listens at {session.located().address} ({given})"
+    if isinstance(error, UnreachableError) and (given := session.address_undo_hint()):
+        if error.action == UnreachableError.default_action:
+            error.action = f"check that a master listens at {session.located().address} ({given})"
+        elif "reason" in error.details:  # it was dialled once more, to say why
+            error.action = f"{error.action} ({given})"
     return error

@@ -70,6 +70,7 @@ def _bind_unix(path: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.bind(path)
+        os.chmod(path, 0o660)  # its directory says who may come here; a group may have been admitted
     except OSError:
         listener.close()
         raise

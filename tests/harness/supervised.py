@@ -10,9 +10,11 @@ from typing import Any
 from pscluster.agent import metrics
 from pscluster.agent.addresses import NodeAddress
 from pscluster.agent.child import GracePeriods
+from pscluster.agent.confine import Mode
 from pscluster.agent.context import AgentContext, NodeNetwork
 from pscluster.agent.copies import Copies
 from pscluster.agent.directories import AgentDirectories, BundleCache
+from pscluster.agent.isolation import Isolation
 from pscluster.agent.resources import DeviceLedger
 from pscluster.agent.supervisor import Supervisor
 from pscluster.rpc import Access
@@ -68,6 +70,7 @@ def supervise(
             bundles=BundleCache(directories.bundles, nothing),
             devices=DeviceLedger(devices),
             copies=Copies("server-0", Access(), None),
+            isolation=Isolation(mode=Mode.NONE, hidden=(), account=None, home=""),
             metrics=metrics.ProcessMetrics(),
             emit=received.emit,
             log_bytes=lambda: 0,

@@ -6,7 +6,9 @@ import sys
 
 from pscluster.agent.daemon import AgentRole, run
 
-WORKER = AgentRole(name="worker", module="psworker.trainer", runs="trainers", default_slots=1, one_per_device=True)
+WORKER = AgentRole(
+    name="worker", module="psworker.trainer", runs="trainers", default_slots=1, one_per_device=True, runs_user_code=True
+)
 
 
 def main() -> None:

@@ -63,9 +63,11 @@ def test_a_token_becomes_an_identity_that_others_cannot_read(tmp_path: Path, pla
 def test_a_token_is_read_from_a_file(tmp_path: Path, played: PlayedAuthority) -> None:
     token = played.token(Role.SERVER, "10.0.0.1:7071")
     (tmp_path / "token").write_text(token.encode() + "\n")
-    assert read_join_token(f"@{tmp_path / 'token'}") == token
+    for text in (token.encode(), f"@{tmp_path / 'token'}"):
+        given = settings(tmp_path, join=text)
+        assert read_join_token(text, given.join_file) == token
     with pytest.raises(SettingsError, match="cannot read"):
-        read_join_token("@/nowhere/token")
+        become(settings(tmp_path, join="@/nowhere/token"))
 
 
 def test_a_join_token_is_not_shown(tmp_path: Path, played: PlayedAuthority) -> None:

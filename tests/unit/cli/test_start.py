@@ -123,8 +123,10 @@ def test_an_address_that_nobody_answers_says_who_gave_it(
     monkeypatch.setenv("PS_TOKEN_FILE", str(serving.token_file))
 
     def hints(*arguments: str) -> list[str]:
-        lines = [run_alone(*arguments, verb).stderr.splitlines()[-1] for verb in ("list", "up", "down")]
-        assert lines[0].startswith("hint: ") and address in lines[0]
+        printed = [run_alone(*arguments, verb).stderr for verb in ("list", "up", "down")]
+        assert address in printed[0]
+        lines = [text.splitlines()[-1] for text in printed]
+        assert lines[0].startswith("hint: ")
         assert lines[1] == lines[2]
         return [
             lines[0].partition("(")[2].rstrip(")").partition(":")[0],
