@@ -50,8 +50,8 @@ class Terminal:
         process = host.start("sh", "-c", f"exec env {command}", log=log, environment=self.tokens)
         self._stack.callback(_end, process, log)
 
-    def run(self, host: Host, command: str) -> str:
-        """Run a command in the checkout, again while the master does not answer yet; what it prints on stdout."""
+    def run(self, host: Host, command: str) -> tuple[str, str]:
+        """Run a command in the checkout, again while the master does not answer yet; what it prints."""
         deadline = time.monotonic() + READY_S
         while True:
             done = host.run("sh", "-c", command, environment=self.tokens, cwd=ROOT)
@@ -59,7 +59,7 @@ class Terminal:
                 break
         shown = "\n".join(log.read_text()[-1500:] for log in self.logs)
         assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}\n{shown}"
-        return done.stdout
+        return done.stdout, done.stderr
 
 
 def _end(process: subprocess.Popen[bytes], log: Path) -> None:
@@ -81,10 +81,10 @@ def test_the_first_cluster_takes_ten_commands(tmp_path: Path) -> None:
             if command.endswith("&"):
                 terminal.start(hosts[letter], command.removesuffix("&").strip())
                 continue
-            said = terminal.run(hosts[letter], command)
+            answer, told = terminal.run(hosts[letter], command)
             if found := re.search(r"token create --role (\w+)", command):
-                terminal.tokens[f"{found[1].upper()}_TOKEN"] = said.strip()
+                terminal.tokens[f"{found[1].upper()}_TOKEN"] = answer.strip()
             if command.endswith("--follow"):
-                (job,) = re.findall(r"^(stdlib-lm-\w+) SUCCEEDED at step 40\b", said, flags=re.MULTILINE)
-                shown = terminal.run(hosts[letter], f"psctl --context lab describe {job}")
+                (job,) = re.findall(r"^(stdlib-lm-\w+) SUCCEEDED at step 40\b", answer + told, flags=re.MULTILINE)
+                shown, _ = terminal.run(hosts[letter], f"psctl --context lab describe {job}")
     assert "tcp: trainer-partition 0-1, 1-0" in shown
