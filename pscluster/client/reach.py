@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import socket
-import ssl
 
 from pscluster.errors import AuthError
-from pscluster.reachability import unreachable
+from pscluster.reachability import because, unreachable
 from pscluster.rpc import Access
 from pscluster.security.identity import Role
 
@@ -53,6 +52,6 @@ def _shake_hands(plain: socket.socket, address: str, access: Access, server: Rol
                 f"{address} is answered by {found.role} {found.name}, not by {what}", details={"address": address}
             )
         # In TLS 1.3 the handshake ends here before the server has looked at this side's certificate. A gRPC server
-        # that accepts it sends its settings at once.
+        # that accepts it sends its settings at once; one that does not closes the connection without an alert.
         if not tls.recv(1):
-            raise ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "the connection was closed after the handshake")
+            raise because("tls", "TLS: it refused this side's certificate", what, address)

@@ -220,7 +220,8 @@ def test_config_show_tells_origins(run_alone: Psctl, tmp_path: Path, monkeypatch
     monkeypatch.setenv("PS_TOKEN_FILE", "/t")
     result = run_alone("--state-dir", "/s", "config", "show", "--origin", "-o", "json")
     found = json.loads(result.stdout)
-    assert found["values"] == {"state_dir": "/s", "address": "host:7000", "token_file": "/t"}
+    values = {key: value for key, value in found["values"].items() if value is not None}
+    assert values == {"state_dir": "/s", "address": "host:7000", "token_file": "/t"}
     assert found["origins"] == {
         "state_dir": "flag --state-dir",
         "address": f"file {file}",
