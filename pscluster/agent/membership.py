@@ -206,10 +206,10 @@ class Renewal:
     async def run(self) -> None:
         """Renew whenever two thirds of a certificate's life are over; never returns. Connections that are opened later
         use the new one. Raises AuthError when the certificate expires: the master accepts no renewal any more."""
+        CERTIFICATE_EXPIRES.set(self._source.get().not_after_s)
         failures = 0
         while True:
             held = self._source.get()
-            CERTIFICATE_EXPIRES.set(held.not_after_s)
             await asyncio.sleep(wait_s(held, time.time(), failures, random.random()))
             now_s = time.time()
             if now_s < held.renew_at_s:
@@ -237,6 +237,7 @@ class Renewal:
         if made.identity != held.identity:
             raise AuthError(f"the master renewed {held.identity.uri} as {made.identity.uri}")
         self._source.replace(made)
+        CERTIFICATE_EXPIRES.set(made.not_after_s)
         _log.info("renewed the certificate", serial=made.serial, expires_s=round(made.not_after_s))
         try:
             await asyncio.to_thread(made.save, self._member.directory)

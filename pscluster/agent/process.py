@@ -189,7 +189,8 @@ class Process:
             self._log.info("a process recovered")
         if unreached is not None and reported is None:
             metrics.SUSPICIONS.labels(kind="cut off").inc()
-            self._log.warning("a process cannot reach partitions", partitions=list(unreached.partitions))
+            why = {"partitions": list(unreached.partitions), "reasons": list(unreached.reasons)}
+            self._log.warning("a process cannot reach partitions", **why)
         elif unreached is None and reported is not None:
             self._log.info("a process reaches all partitions again")
         self._status.suspicion = found

@@ -225,7 +225,7 @@ class Connection:
         """Read into the memory to be filled; descriptors come with the first byte of a header."""
         if self._header is not None or not self._takes_fds:
             return self.socket.recv_into(self._into[self._filled :])
-        count, ancillary, _, _ = self.socket.recvmsg_into(  # type: ignore[union-attr] - TLS is not over Unix sockets
+        count, ancillary, _, _ = self.socket.recvmsg_into(  # type: ignore[union-attr]  # TLS is not over Unix sockets
             [self._into[self._filled :]], socket.CMSG_SPACE(_MAX_FDS * _FD.itemsize), socket.MSG_CMSG_CLOEXEC
         )
         for level, kind, data in ancillary:

@@ -193,8 +193,8 @@ class Reactor:
             self.call_later(_ACCEPT_AGAIN_S, lambda: self._listen_on(listener, handler, newcomers))
             return
         if sock is not None:
-            plain = self._security is None or sock.family == socket.AF_UNIX
-            newcomers.add(self.adopt(sock if plain else self._security.accepted(sock), handler))
+            security = self._security if sock.family != socket.AF_UNIX else None
+            newcomers.add(self.adopt(sock if security is None else security.accepted(sock), handler))
 
     def _close_late(self, newcomers: Newcomers) -> None:
         newcomers.close_late()

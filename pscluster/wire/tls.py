@@ -99,7 +99,7 @@ class TlsStream:
     def fileno(self) -> int:
         return self._socket.fileno()
 
-    def setsockopt(self, level: int, option: int, value: int) -> None:
+    def setsockopt(self, level: int, option: int, value: int | bytes) -> None:
         self._socket.setsockopt(level, option, value)
 
     def shake_hands(self) -> None:

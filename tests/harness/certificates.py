@@ -19,9 +19,13 @@ from pscluster.wire.tls import DataSecurity
 CLUSTER = "00c1a57e00c1a57e"
 
 
-@functools.cache
 def authority(cluster_id: str = CLUSTER, key: int = 0) -> Authority:
     """Of a cluster; another `key` gives another authority that says it is of the same one."""
+    return _authority(cluster_id, key)
+
+
+@functools.cache
+def _authority(cluster_id: str, key: int) -> Authority:
     with tempfile.TemporaryDirectory() as directory:
         return Authority.create(Path(directory) / f"certs-{key}", cluster_id)
 

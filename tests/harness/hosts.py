@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,9 +61,12 @@ class Host:
         return self.addresses[0]
 
     def environment(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
-        """The variables of its commands: ours, without those of the product or of our user's directories."""
+        """The variables of its commands: ours, without those of the product or of our user's directories, with our
+        Python's programs first on the path."""
         ours = {name: value for name, value in os.environ.items() if not name.startswith(("PS_", "XDG_"))}
-        return {**ours, "HOME": str(self.home), "TMPDIR": str(self.tmp), "NO_COLOR": "1", **(more or {})}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        own = {"HOME": str(self.home), "TMPDIR": str(self.tmp), "PATH": path, "NO_COLOR": "1"}
+        return {**ours, **own, **(more or {})}
 
     def run(
         self,

@@ -99,6 +99,8 @@ def test_a_worker_a_process_and_a_user_may_not_write_copies(tmp_path: Path) -> N
             for role, name in ((Role.WORKER, "w"), (Role.PROCESS, "job-a/trainer-0/1")):
                 with pytest.raises(AuthError):
                     await made.get(made.access(role, name))
+            for role in (Role.USER, Role.ADMIN):
+                assert await made.get(made.access(role, "u")) == DATA
         assert not (tmp_path / "server-1").exists()
 
     run(test())
