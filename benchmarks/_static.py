@@ -55,15 +55,23 @@ class Starter:
 
 @contextmanager
 def started(
-    spec: Mapping[str, Any], starter: Starter, *, data_hosts: Sequence[str] = (), device: str = ""
+    spec: Mapping[str, Any],
+    starter: Starter,
+    *,
+    data_hosts: Sequence[str] = (),
+    device: str = "",
+    data_security: str = "",
 ) -> Iterator[tuple[StaticJob, dict[str, int]]]:
     """A job's processes, ready and without a plan, and their pids by name; all are gone at the end.
 
-    `device` is the trainers'. The store is in memory, so that no disk disturbs what is measured."""
+    `device` is the trainers'; `data_security`: as in ProcessSpec. The store is in memory, so that no disk disturbs
+    what is measured."""
     workers = spec["workers"]["max"]
     with tempfile.TemporaryDirectory(prefix="psb-", dir="/dev/shm") as directory:
         root = Path(directory)
-        with StaticJob(spec, workers, root, launch=starter, data_hosts=data_hosts, device=device) as job:
+        with StaticJob(
+            spec, workers, root, launch=starter, data_hosts=data_hosts, device=device, data_security=data_security
+        ) as job:
             job.wait_ready()
             yield job, {name: child.process.pid for name, child in job.children.items()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 import ssl
+from collections.abc import Mapping
 from typing import Literal
 
 from pscluster.errors import UnreachableError
@@ -44,11 +45,18 @@ def reason_of(error: BaseException) -> Reason:
 def unreachable(error: BaseException, what: str, address: str) -> UnreachableError:
     """The error for a person. `what`: whom was dialled, "the master"; `address`: where."""
     reason = reason_of(error)
-    text = f"{_words(error, reason)}"
+    return because(reason, _words(error, reason), what, address)
+
+
+def because(
+    reason: Reason, words: str, what: str, address: str, details: Mapping[str, str] | None = None
+) -> UnreachableError:
+    """The error for a known reason. `address`: empty if it is not known."""
+    where = f" at {address}" if address else ""
     return UnreachableError(
-        f"cannot connect to {what} at {address}: {text}",
+        f"cannot connect to {what}{where}: {words}",
         action=_ACTIONS.get(reason, ""),
-        details={"reason": reason, "address": address},
+        details={"reason": reason, "address": address, **(details or {})},
     )
 
 

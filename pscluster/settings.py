@@ -17,7 +17,7 @@ import tempfile
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -34,7 +34,7 @@ _LONGEST_RUNTIME_DIR = 80
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where a value came from: `kind` is "flag", "environment", "file" or "default", `name` which one."""
+    """Where a value came from: `kind` is "flag", "environment", "file", "context" or "default", `name` which one."""
 
     kind: str
     name: str
@@ -54,14 +54,20 @@ def resolve(cls: type[S], flags: Mapping[str, Any], environ: Mapping[str, str], 
 
 
 def resolve_with_origins(
-    cls: type[S], flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None = None
+    cls: type[S],
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str],
+    file: Path | None = None,
+    *,
+    sections: Collection[str] = (),
 ) -> Resolved[S]:
     """Fill dataclass `cls` and return where each value came from. `flags`: parsed values by field, None where not
-    given. `file`: a TOML file, which must exist. Paths come out absolute. Raises SettingsError for an unknown or
-    missing key, a wrong type, or what `cls` refuses by ValueError."""
+    given. `file`: a TOML file, which must exist; `sections` are keys of it that have another reader. Paths come out
+    absolute. Raises SettingsError for an unknown or missing key, a wrong type, or what `cls` refuses by ValueError."""
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
-    table = _read_table(file) if file is not None else {}
+    table = read_table(file) if file is not None else {}
+    table = {key: value for key, value in table.items() if key not in sections}
     _refuse_unknown(table, fields, f"{file}")
     _refuse_unknown(flags, fields, "the command line")
     values: dict[str, Any] = {}
@@ -104,7 +110,8 @@ def _lookup(
     return None
 
 
-def _read_table(file: Path) -> dict[str, Any]:
+def read_table(file: Path) -> dict[str, Any]:
+    """The keys of a settings file, with underscores. Raises SettingsError."""
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -214,13 +221,24 @@ def token_file(state_dir: Path) -> Path:
     return state_dir / "token"
 
 
+def client_config_file(environ: Mapping[str, str]) -> Path:
+    """The settings file of psctl and notebooks: $PS_CONFIG, else $XDG_CONFIG_HOME/pscluster/config.toml."""
+    if environ.get("PS_CONFIG"):
+        return Path(environ["PS_CONFIG"]).expanduser().absolute()
+    base = environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return (Path(base).expanduser() / "pscluster" / "config.toml").absolute()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClientSettings:
-    """The cluster that a client uses. Without address and token file: the local one of `state_dir`."""
+    """The cluster that a client uses. `context`: a cluster that the settings file describes under a name; what is set
+    beside it takes precedence (see `pscluster.client.contexts`). Without address: the local one of `state_dir`."""
 
+    context: str | None = None
     state_dir: Path | None = None
     address: str | None = None
     token_file: Path | None = None
+    credentials_dir: Path | None = None
 
     def __post_init__(self) -> None:
         if self.address is not None and ":" not in self.address:
@@ -230,18 +248,23 @@ class ClientSettings:
         """The settings with defaults filled in."""
         state_dir = (self.state_dir or default_state_dir(environ)).expanduser().absolute()
         return LocatedCluster(
+            context=self.context,
             state_dir=state_dir,
             address=self.address or master_address(state_dir),
             token_file=self.token_file or token_file(state_dir),
+            credentials_dir=self.credentials_dir,
             local=self.address is None,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocatedCluster:
-    """One cluster: its master's address, its token's file, and whether it is the local one of `state_dir`."""
+    """One cluster: its master's address, its token's file or the directory of the user's certificate, and whether it
+    is the local one of `state_dir`. `context`: the name under which it was selected, if it was."""
 
+    context: str | None = None
     state_dir: Path
     address: str
     token_file: Path
+    credentials_dir: Path | None = None
     local: bool

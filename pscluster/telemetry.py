@@ -29,6 +29,9 @@ prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]  # half of
 
 BUILD_INFO = Gauge("ps_build_info", "Always 1; the labels identify the build.", ["version", "role", "python"])
 LOG_MESSAGES = Counter("ps_log_messages_total", "Log lines written.", ["level"])
+CERTIFICATE_EXPIRES = Gauge(
+    "ps_cert_expiry_timestamp_seconds", "When the daemon's certificate expires; 0: it has none."
+)
 RPC_SECONDS = Histogram("ps_rpc_seconds", "Duration of answered calls that are not streams.", ["method"])
 RPC_ERRORS = Counter("ps_rpc_errors_total", "Calls that ended in an error.", ["method", "code"])
 

@@ -35,16 +35,19 @@ def run(argv: Sequence[str]) -> int:
         return failure.exit_code
 
 
-def _serve(arguments: dict[str, object]) -> int:
+def _serve(arguments: dict[str, Any]) -> int:
     import asyncio
 
     import pscluster
-    from pscluster import telemetry
+    from pscluster import settings_report, telemetry
     from pscluster.settings import resolve
     from psmaster.server import MasterSettings, serve
 
-    file = arguments.pop("config")
-    settings = resolve(MasterSettings, arguments, os.environ, file if isinstance(file, Path) else None)
+    file, shows = arguments.pop("config"), arguments.pop("show_settings")
+    if shows:
+        print(settings_report.to_json(MasterSettings, arguments, os.environ, file))
+        return 0
+    settings = resolve(MasterSettings, arguments, os.environ, file)
     os.umask(0o077)  # state, sockets and tokens are this user's alone
     telemetry.configure_logging("master", settings.log_level)
     telemetry.record_build("master", pscluster.__version__)
@@ -56,6 +59,7 @@ def _rebuild(arguments: dict[str, Any]) -> int:
     import time
 
     from pscluster.settings import resolve
+    from psmaster.control.security import CERTIFICATES
     from psmaster.server import claim
     from psmaster.storage import rebuild
     from psmaster.storage.rebuild import RebuildSettings
@@ -65,6 +69,8 @@ def _rebuild(arguments: dict[str, Any]) -> int:
     with claim(settings.state_dir):
         found = rebuild.rebuild(settings.state_dir, settings.store, time.time())
     print(rebuild.report(found))
+    if (settings.state_dir / CERTIFICATES).is_dir():
+        print("revocations are not in snapshots: repeat `psctl certs revoke`; join tokens must be made again")
     return 0
 
 
@@ -77,13 +83,34 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--state-dir", type=Path, metavar="DIR", help="what the master keeps on disk")
     parser.add_argument(
-        "--listen", action="append", metavar="ADDR", help="unix:/path or host:port (default 127.0.0.1:7070); repeatable"
+        "--listen",
+        action="append",
+        metavar="ADDR",
+        help="unix:/path or host:port (default 127.0.0.1:7070), [::]:7070 for IPv6; repeatable. Other hosts reach the "
+        "master only if the state directory has certificates: psctl certs init",
+    )
+    parser.add_argument("--join-listen", metavar="HOST:PORT", help="where new members join (default: the next port)")
+    parser.add_argument(
+        "--certificate-lifetime-s", type=float, metavar="S", help="of nodes and users (default 604800, 7 days)"
+    )
+    parser.add_argument(
+        "--data-security",
+        choices=("tls", "plain"),
+        help="of data connections between hosts; plain: only their handshake is encrypted (default tls)",
     )
     parser.add_argument("--metrics-listen", metavar="HOST:PORT", help="where to serve /metrics (default 127.0.0.1:0)")
-    parser.add_argument("--token-file", type=Path, metavar="FILE", help="the cluster's token, mode 0600")
+    parser.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="the token for Unix sockets, mode 0600 (default: in --state-dir)",
+    )
     parser.add_argument("--suspicion-s", type=float, metavar="S", help="silence that means a node is dead (default 3)")
     parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning, error or critical (default info)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of the same settings")
+    parser.add_argument(
+        "--show-settings", action="store_true", help="print the settings and where each comes from, as JSON, and exit"
+    )
     return parser.parse_args(argv)
 
 

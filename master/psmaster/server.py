@@ -5,28 +5,30 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import secrets
 import shutil
 import signal
-import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import grpc
 import structlog
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined]
 
 from pscluster import rpc, telemetry
-from pscluster.errors import AddressInUseError, StorageError
-from pscluster.rpc.server import ErrorInterceptor, TokenInterceptor
-from pscluster.v1 import agents_pb2_grpc, jobs_pb2_grpc
+from pscluster.errors import StorageError
+from pscluster.security.credentials import write_private
+from pscluster.settings import token_file
+from psmaster.api.access import AccessService
 from psmaster.api.agents import AgentsService
 from psmaster.api.jobs import JobsService
 from psmaster.api.metrics import MasterMetrics
 from psmaster.control.loop import ControlLoop
+from psmaster.control.security import LIFETIME_S, ClusterSecurity, open_security
+from psmaster.listening import Listening, check_address, refuse_exposed
 from psmaster.scheduling.draft import Limits
 from psmaster.storage.bundles import BundleShelf
 from psmaster.storage.orphans import may_go, refuse_unclaimed
@@ -34,41 +36,41 @@ from psmaster.storage.persistence import Archive
 from psmaster.storage.sqlite import DATABASE, SqliteStore
 from psmaster.storage.store import Batch
 
-STOP_GRACE_S = 0.5  # how long calls in progress may take when the master ends
 UNCLAIMED_S = 24 * 3600.0  # a bundle that no job names is removed after this long
 _log = structlog.get_logger(__name__)
-_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+MAX_LIFETIME_S = 366 * 24 * 3600.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class MasterSettings:
-    """`listen`: "unix:/path" or "host:port", each; a host is a loopback one, because nothing encrypts the token yet."""
+    """`listen`: "unix:/path" or "host:port", each; a host that others reach only in a cluster with certificates (see
+    `psctl certs init`). `token_file` None: "token" in the state directory, made where it is missing. `join_listen`
+    None: the first TCP address, with the next port."""
 
     state_dir: Path
-    token_file: Path
+    token_file: Path | None = None
     listen: tuple[str, ...] = ("127.0.0.1:7070",)
+    join_listen: str | None = None
     metrics_listen: str = "127.0.0.1:0"
+    certificate_lifetime_s: float = LIFETIME_S  # of members; they renew them before they expire
+    data_security: str = "tls"  # of data connections over TCP; "plain": TLS for their handshake alone
     suspicion_s: float = 3.0  # of silence, after which a node is taken for dead
     log_level: str = "info"
 
     def __post_init__(self) -> None:
         if not self.listen:
             raise ValueError("listen names no address")
-        for address in self.listen:
-            self._check(address)
+        for address in (*self.listen, *filter(None, [self.join_listen])):
+            check_address(address)
+        if self.join_listen is not None and self.join_listen.startswith("unix:"):
+            raise ValueError("join_listen must be a TCP address: who joins is on another host")
         if not 0.5 <= self.suspicion_s <= 3600:
             raise ValueError(f"suspicion_s must lie between 0.5 and 3600, not {self.suspicion_s:g}")
-
-    def _check(self, address: str) -> None:
-        if address.startswith("unix:"):
-            if len(address) <= len("unix:") or len(address) > len("unix:") + 107:
-                raise ValueError(f"{address!r} is no path that a Unix socket can have (1 to 107 characters)")
-            return
-        host, separator, port = address.rpartition(":")
-        if not separator or not port.isdecimal() or int(port) > 65535:
-            raise ValueError(f"{address!r} is neither host:port nor unix:/path")
-        if host not in _LOOPBACK:
-            raise ValueError(f"{address!r} is not a loopback address; other hosts must wait for encrypted connections")
+        lifetime_s = self.certificate_lifetime_s
+        if not 10 <= lifetime_s <= MAX_LIFETIME_S:
+            raise ValueError(f"certificate_lifetime_s must lie between 10 and {MAX_LIFETIME_S:g}, not {lifetime_s:g}")
+        if self.data_security not in ("tls", "plain"):
+            raise ValueError(f"data_security is {self.data_security!r}, neither tls nor plain")
 
 
 async def serve(settings: MasterSettings) -> None:
@@ -86,26 +88,53 @@ async def assembled(settings: MasterSettings) -> AsyncIterator[tuple[ControlLoop
     """The master, which listens and has its state, and its health service; `run_transactions` makes it work.
     Everything is released at the end. Raises PsError when it cannot start."""
     async with AsyncExitStack() as stack:
-        token = rpc.read_token(settings.token_file)
         lock = claim(settings.state_dir)
         stack.callback(lock.close)
+        token = read_token(settings)
+        security = open_security(settings.state_dir, settings.certificate_lifetime_s, settings.data_security)
+        if not security.secured:
+            refuse_exposed(settings.listen, settings.state_dir)
         shelf = BundleShelf(settings.state_dir / "bundles")
-        core = await _load(stack, settings, shelf)
+        core = await _load(stack, settings, security, shelf)
         metrics = MasterMetrics(core)
         stack.callback(metrics.close)
         endpoint = telemetry.MetricsEndpoint(settings.metrics_listen)
         stack.callback(endpoint.close)
         health = health_aio.HealthServicer()
-        services = (JobsService(core, shelf, endpoint.address), AgentsService(core, shelf), health)
-        await _listen(stack, settings, token, *services)
-        _log.info("serves", listen=list(settings.listen), metrics=endpoint.address, jobs=len(core.state.jobs))
+        listening = Listening(stack, core, token, settings.listen, settings.join_listen)
+        addresses = listening.addresses
+        jobs = JobsService(core, shelf, endpoint.address, addresses)
+        await listening.serve(jobs, AgentsService(core, shelf), AccessService(core, addresses), health)
+        _log.info(
+            "serves",
+            listen=list(addresses.listening),
+            joins=list(addresses.joins),
+            metrics=endpoint.address,
+            jobs=len(core.state.jobs),
+            cluster=security.cluster_id,
+            secured=security.secured,
+        )
         yield core, health
 
 
-async def _load(stack: AsyncExitStack, settings: MasterSettings, shelf: BundleShelf) -> ControlLoop:
+def read_token(settings: MasterSettings) -> str:
+    """The cluster's token; one is made where the settings name none and there is none. Raises AuthError,
+    StorageError."""
+    path = settings.token_file or token_file(settings.state_dir)
+    if settings.token_file is None and not path.exists():
+        try:
+            write_private(path, f"{secrets.token_urlsafe(32)}\n".encode())
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error.strerror}") from None
+    return rpc.read_token(path)
+
+
+async def _load(
+    stack: AsyncExitStack, settings: MasterSettings, security: ClusterSecurity, shelf: BundleShelf
+) -> ControlLoop:
     refuse_unclaimed(settings.state_dir)
     archive = Archive(SqliteStore(settings.state_dir / DATABASE), settings.state_dir)
-    core = ControlLoop(archive, Limits(suspicion_s=settings.suspicion_s))
+    core = ControlLoop(archive, Limits(suspicion_s=settings.suspicion_s), security=security)
     stack.push_async_callback(core.close)
     await core.load()
     await core.on_disk(tidy, core, shelf, settings.state_dir / "jobs")
@@ -148,21 +177,6 @@ async def run_transactions(core: ControlLoop, health: Any, ending: asyncio.Event
         await asyncio.gather(running, ended, return_exceptions=True)
 
 
-async def _listen(
-    stack: AsyncExitStack, settings: MasterSettings, token: str, jobs: JobsService, agents: AgentsService, health: Any
-) -> None:
-    server = grpc.aio.server(interceptors=[ErrorInterceptor(), TokenInterceptor(token)], options=rpc.SERVER_OPTIONS)
-    jobs_pb2_grpc.add_JobsServicer_to_server(jobs, server)  # type: ignore[no-untyped-call]
-    agents_pb2_grpc.add_AgentsServicer_to_server(agents, server)  # type: ignore[no-untyped-call]
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)  # type: ignore[no-untyped-call]
-    for address in settings.listen:
-        bind(server, address)
-        if address.startswith("unix:"):
-            stack.callback(Path(address.removeprefix("unix:")).unlink, missing_ok=True)
-    await server.start()
-    stack.push_async_callback(server.stop, STOP_GRACE_S)
-
-
 def claim(state_dir: Path) -> IO[str]:
     """Create the state directory and lock it for this process; closing the file unlocks it. Raises StorageError when
     it cannot be written or another master has it."""
@@ -184,31 +198,3 @@ def claim(state_dir: Path) -> IO[str]:
     lock.write(str(os.getpid()))
     lock.flush()
     return lock
-
-
-def bind(server: grpc.aio.Server, address: str) -> int:
-    """Listen on an address; its port. A socket file that a killed master left is replaced. Raises AddressInUseError
-    when another process serves there."""
-    if address.startswith("unix:"):
-        _replace_stale(Path(address.removeprefix("unix:")))
-    try:
-        port = server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise AddressInUseError(f"cannot listen on {address}: it is taken, or not ours", details={}) from error
-    if port == 0:
-        raise AddressInUseError(f"cannot listen on {address}")
-    return port
-
-
-def _replace_stale(path: Path) -> None:
-    if not path.exists():
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink(missing_ok=True)
-            return
-        except OSError as error:
-            raise AddressInUseError(f"cannot listen on {path}: {error.strerror}") from None
-    raise AddressInUseError(f"{path} is served by another process")

@@ -23,7 +23,7 @@ from pscluster.agent.link import FrameSplitter, encode_frame
 from pscluster.agent.report_queue import LineSplitter
 from pscluster.agent.status import Exit
 from pscluster.errors import FrameError
-from pscluster.v1.plan_pb2 import PartSettled, Plan, ProcessOrder, ProcessReport, ProcessSpec, Shutdown
+from pscluster.v1.plan_pb2 import Credentials, PartSettled, Plan, ProcessOrder, ProcessReport, ProcessSpec, Shutdown
 
 _READ_BYTES = 1 << 16
 _STDERR_TAIL_LINES = 40
@@ -63,6 +63,7 @@ class Child:
         self._wake = asyncio.Event()
         self._start: ProcessSpec | None = None
         self._plan: Plan | None = None
+        self._credentials: Credentials | None = None
         self._settled: list[str] = []
         self._shutdown = False
 
@@ -110,6 +111,15 @@ class Child:
         """Send a newer plan; never blocks. Of the plans not sent yet only the newest is sent."""
         self._plan = plan
         self._wake.set()
+
+    def renew(self, credentials: Credentials) -> None:
+        """Send newer credentials, for connections that it opens from then on; never blocks."""
+        self._credentials = credentials
+        self._wake.set()
+
+    def kill(self) -> None:
+        """End the whole group at once; `wait` returns soon after. Safe to repeat."""
+        self._signal(signal.SIGKILL)
 
     def settle(self, path: str) -> None:
         """Send a partition that the transfer of a part is over; never blocks."""
@@ -205,12 +215,14 @@ class Child:
         orders = []
         if self._start is not None:
             orders.append(ProcessOrder(start=self._start))
+        if self._credentials is not None:  # before the plan, which may name peers that trust only these
+            orders.append(ProcessOrder(credentials=self._credentials))
         if self._plan is not None:
             orders.append(ProcessOrder(plan=self._plan))
         orders += [ProcessOrder(settled=PartSettled(path=path)) for path in self._settled]
         if self._shutdown:
             orders.append(ProcessOrder(shutdown=Shutdown()))
-        self._start, self._plan, self._settled, self._shutdown = None, None, [], False
+        self._start, self._credentials, self._plan, self._settled, self._shutdown = None, None, None, [], False
         return orders
 
     async def _close(self) -> None:

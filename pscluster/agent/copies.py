@@ -16,6 +16,7 @@ import structlog
 from pscluster import errors
 from pscluster.agent import depot
 from pscluster.agent.status import detail_of
+from pscluster.rpc import Access
 from pscluster.storage.directory import DirectoryStore
 from pscluster.v1.agents_pb2 import DepotAddress
 from pscluster.v1.depot_pb2 import TakePartRequest
@@ -33,10 +34,10 @@ _log = structlog.get_logger(__name__)
 @dataclass
 class Copies:
     """Used from the agent's loop. `directory` None: the store is shared, and nothing is copied. `address`: of this
-    node's depot."""
+    node's depot, which may change with the node's."""
 
     node_id: str
-    token: str = field(repr=False)
+    access: Access
     directory: Path | None
     address: str = ""
     _peers: dict[str, str] = field(default_factory=dict)
@@ -147,7 +148,7 @@ class Copies:
             peers = dict(self._peers)  # nodes added meanwhile are tried next time
             for node_id in _ring_order(self.node_id, peers):
                 try:
-                    await depot.give(peers[node_id], self.token, request)
+                    await depot.give(peers[node_id], self.access, request)
                     return node_id
                 except errors.PsError as error:
                     why = f"{node_id}: {error.cause}"
@@ -182,7 +183,7 @@ class Copies:
             try:
                 if node_id not in self._peers:
                     raise errors.UnreachableError("it is not connected")
-                await depot.get(self._peers[node_id], self.token, job_id, part, directory)
+                await depot.get(self._peers[node_id], self.access, job_id, part, directory)
                 return None
             except (errors.NotFoundError, errors.DamagedError, errors.FrameError) as error:
                 _log.warning("a node no longer has a part", node=node_id, part=part.path, cause=error.cause)

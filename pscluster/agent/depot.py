@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,13 @@ import grpc
 
 from pscluster.errors import AddressInUseError, DamagedError, FrameError, NotFoundError, StateError, StorageError
 from pscluster.rpc import SERVER_OPTIONS, Access, error_of, open_aio_channel
-from pscluster.rpc.server import ErrorInterceptor, TokenInterceptor
+from pscluster.rpc.server import (
+    CertificateInterceptor,
+    ErrorInterceptor,
+    Revocations,
+    TokenInterceptor,
+    server_credentials,
+)
 from pscluster.security.identity import Role
 from pscluster.storage import Written
 from pscluster.storage.directory import DirectoryStore, Incoming
@@ -34,9 +40,9 @@ _JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 class DepotService(depot_pb2_grpc.DepotServicer):
     """Keeps files in `directory`/JOB, beside those of this node's partitions. A transfer holds one chunk in memory."""
 
-    def __init__(self, directory: Path, token: str) -> None:
+    def __init__(self, directory: Path, access: Access) -> None:
         self._directory = directory
-        self._token = token
+        self._access = access
         self._arriving: set[tuple[str, str]] = set()
 
     async def TakePart(  # noqa: N802
@@ -51,7 +57,7 @@ class DepotService(depot_pb2_grpc.DepotServicer):
         self._arriving.add(key)
         try:
             await asyncio.to_thread(tidy, job, request.part.partition, list(request.kept_steps))
-            await get(request.source, self._token, request.job_id, request.part, job)
+            await get(request.source, self._access, request.job_id, request.part, job)
         finally:
             self._arriving.discard(key)
         return depot_pb2.TakePartReply()
@@ -69,37 +75,54 @@ class DepotService(depot_pb2_grpc.DepotServicer):
 
 
 @asynccontextmanager
-async def serving(directory: Path, listen: str, token: str) -> AsyncIterator[str]:
-    """Serve the depot of `directory` while the context lasts; yields its address. Raises AddressInUseError."""
-    server = grpc.aio.server(interceptors=[ErrorInterceptor(), TokenInterceptor(token)], options=SERVER_OPTIONS)
-    depot_pb2_grpc.add_DepotServicer_to_server(DepotService(directory, token), server)  # type: ignore[no-untyped-call]
-    try:
-        port = server.add_insecure_port(listen)
-    except RuntimeError as error:
-        raise AddressInUseError(f"cannot listen on {listen}: it is taken, or no address of this machine") from error
+async def serving(
+    directory: Path, choices: Sequence[str], access: Access, revocations: Revocations
+) -> AsyncIterator[str]:
+    """Serve the depot of `directory` while the context lasts, at the first of these addresses that is free, which it
+    yields. With a certificate only TLS is served, to members whose role allows it and that are not revoked; without
+    one, holders of the token. Raises AddressInUseError."""
+    admission: grpc.aio.ServerInterceptor = TokenInterceptor(access.token)
+    if access.source is not None:
+        admission = CertificateInterceptor(access.source.get().identity.cluster_id, revocations)
+    server = grpc.aio.server(interceptors=[ErrorInterceptor(), admission], options=SERVER_OPTIONS)
+    depot_pb2_grpc.add_DepotServicer_to_server(DepotService(directory, access), server)  # type: ignore[no-untyped-call]
+    address = _bind(server, choices, access)
     await server.start()
     try:
-        yield f"{listen.rpartition(':')[0]}:{port}"
+        yield address
     finally:
         await server.stop(_STOP_GRACE_S)
 
 
-async def give(address: str, token: str, request: depot_pb2.TakePartRequest) -> None:
+def _bind(server: grpc.aio.Server, choices: Sequence[str], access: Access) -> str:
+    for listen in choices:
+        try:
+            if access.source is None:
+                port = server.add_insecure_port(listen)
+            else:
+                port = server.add_secure_port(listen, server_credentials(access.source))
+        except RuntimeError:
+            continue  # grpc does not say why; the others are tried
+        return f"{listen.rpartition(':')[0]}:{port}"
+    raise AddressInUseError(f"cannot listen on {' or '.join(choices[:3])}: it is taken, or no address of this machine")
+
+
+async def give(address: str, access: Access, request: depot_pb2.TakePartRequest) -> None:
     """Have the depot at `address` fetch a copy of a part; it is durable there on return. Raises PsError."""
-    async with _connected(address, token) as stub:
+    async with _connected(address, access) as stub:
         await stub.TakePart(request, timeout=_deadline_s(request.part))
 
 
-async def get(address: str, token: str, job_id: str, part: SnapshotPart, directory: Path) -> None:
+async def get(address: str, access: Access, job_id: str, part: SnapshotPart, directory: Path) -> None:
     """Copy a part from another node into `directory`, complete and verified. Raises PsError."""
-    async with _connected(address, token) as stub:
+    async with _connected(address, access) as stub:
         call = stub.GetPart(depot_pb2.GetPartRequest(job_id=job_id, part=part), timeout=_deadline_s(part))
         await _receive(directory, written_of(part), (chunk.data async for chunk in call))
 
 
 @asynccontextmanager
-async def _connected(address: str, token: str) -> AsyncIterator[Any]:
-    async with open_aio_channel(address, Access(token=token), Role.SERVER) as channel:
+async def _connected(address: str, access: Access) -> AsyncIterator[Any]:
+    async with open_aio_channel(address, access, Role.SERVER) as channel:
         try:
             yield depot_pb2_grpc.DepotStub(channel)  # type: ignore[no-untyped-call]
         except grpc.RpcError as failure:

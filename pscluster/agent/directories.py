@@ -1,6 +1,7 @@
 """An agent's directories: its bundles, and the removal of what a killed predecessor left.
 
     <state_dir>/agent.lock   locked while an agent runs: two cannot share a state directory
+    <state_dir>/identity/    of a member of a cluster with certificates: see `pscluster.agent.membership`
     <state_dir>/bundles/     archives of code, by content
     <state_dir>/jobs/        working directories, one for each process, with a copy of the job's code
     <state_dir>/scratch/     what the processes of a job share here (Task.scratch_dir), removed with the job

@@ -128,15 +128,15 @@ def account_of(run_as: str | None, *, default: bool) -> Account | None:
     return Account(name=run_as, uid=user.pw_uid, gid=user.pw_gid, home=user.pw_dir)
 
 
-def hidden_paths(state_dir: Path, environ: Mapping[str, str], token_file: Path | None) -> tuple[str, ...]:
+def hidden_paths(state_dir: Path, environ: Mapping[str, str], *secrets: Path | None) -> tuple[str, ...]:
     """What trainers of the agent's own user must not reach, if it exists: the keys of this agent, of daemons whose
-    state directories lie beside its own, and of the user; for root the devices that hold the disk or the memory."""
+    state directories lie beside its own, and of the user, and the files `secrets`; for root the devices that hold the
+    disk or the memory."""
     neighbours = [path for path in _listed(state_dir.parent) if path.is_dir()]
     found = [directory / name for directory in (state_dir.parent, *neighbours, state_dir) for name in _SECRETS]
     config = environ.get("XDG_CONFIG_HOME") or os.path.join(environ.get("HOME", "/"), ".config")
     found.append(Path(config) / "pscluster")
-    if token_file is not None:
-        found.append(token_file)
+    found += [path for path in secrets if path is not None]
     if os.geteuid() == 0:
         devices = _listed(Path("/dev"))
         found += [path for path in devices if path.is_block_device() or path.name in _DEVICES]

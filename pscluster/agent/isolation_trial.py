@@ -89,8 +89,9 @@ def isolation_of(settings: AgentSettings, trial: Trial) -> Isolation:
     if has_identity or modes != (Mode.NONE,):
         protect_memory()
     failures: list[str] = []
+    secrets = (settings.token_file, settings.join_file)
     for mode in modes:
-        hidden = hidden_paths(settings.state_dir, trial.environ, settings.token_file) if mode is not Mode.NONE else ()
+        hidden = hidden_paths(settings.state_dir, trial.environ, *secrets) if mode is not Mode.NONE else ()
         isolation = Isolation(mode=mode, hidden=hidden, account=account, home=str(trial.directories.cache))
         trial.directories.let_others_pass(mode is Mode.UID)
         isolation.give(trial.directories.cache)

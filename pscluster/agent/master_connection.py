@@ -7,16 +7,18 @@ import random
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import structlog
 
 from pscluster.agent import metrics, resources
+from pscluster.agent.addresses import NodeAddress, interfaces
 from pscluster.agent.report_queue import ReportQueue
 from pscluster.agent.supervisor import Supervisor
-from pscluster.errors import PsError, StateError, UnreachableError
+from pscluster.errors import AuthError, PsError, SettingsError, StateError, UnreachableError
 from pscluster.rpc import DEADLINE_S, TRANSFER_DEADLINE_S, Access, error_of, open_aio_channel
+from pscluster.security.credentials import Credentials
 from pscluster.v1.agents_pb2 import (
     AgentMessage,
     DownloadBundleRequest,
@@ -37,10 +39,12 @@ _log = structlog.get_logger(__name__)
 class MasterConnection:
     """Registers the node, sends heartbeats and queued messages, applies assignments. Used from the agent's loop."""
 
-    def __init__(self, address: str, token: str, node: RegisterRequest) -> None:
-        self._address = address
-        self._token = token
+    def __init__(self, master: str, access: Access, node: RegisterRequest, location: NodeAddress) -> None:
+        """`node` is registered, with the addresses that `location` finds each time."""
+        self._address = master
+        self._access = access
         self._node = node
+        self._location = location
         self._queue = ReportQueue()
         self._queued = asyncio.Event()
         self.flushed = asyncio.Event()
@@ -50,7 +54,7 @@ class MasterConnection:
         """Set while no stream is open."""
         self.disconnected.set()
         self._failures = 0
-        self._reported_code = ""
+        self._reported: tuple[str, str] | None = None
 
     def emit(self, message: AgentMessage) -> None:
         """Queue a durable message. It reaches the master at least once, in order, unless a newer one supersedes it (see
@@ -70,20 +74,24 @@ class MasterConnection:
 
     async def run(self, supervisor: Supervisor) -> None:
         """Keep a stream open and pass assignments to `supervisor`; never returns. Raises StateError when a newer
-        incarnation of this node has registered."""
+        incarnation of this node has registered, AuthError when this node's certificate is revoked."""
         while True:
             try:
                 await self._session(supervisor)
+                continue  # at once, with the newer certificate
             except grpc.RpcError as failure:
-                self._log_outage(error_of(failure))
-            except UnreachableError as error:
+                error = error_of(failure, address=self._address)
+                if isinstance(error, AuthError) and error.details.get("reason") == "revoked":
+                    raise error from None
+                self._log_outage(error)
+            except (UnreachableError, SettingsError) as error:
                 self._log_outage(error)
             self._failures += 1
             await asyncio.sleep(delay_s(self._failures, random.random()))
 
     async def download_bundle(self, sha256: str) -> AsyncIterator[bytes]:
         """The chunks of a code bundle. Raises PsError."""
-        async with open_aio_channel(self._address, Access(token=self._token)) as channel:
+        async with open_aio_channel(self._address, self._access) as channel:
             stub: Any = AgentsStub(channel)  # type: ignore[no-untyped-call]
             try:
                 request = DownloadBundleRequest(sha256=sha256)
@@ -94,7 +102,7 @@ class MasterConnection:
 
     async def find_unused(self, bundles: Sequence[str], jobs: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
         """Of these bundles and jobs, the bundles that no job has, and the jobs that have ended. Raises PsError."""
-        async with open_aio_channel(self._address, Access(token=self._token)) as channel:
+        async with open_aio_channel(self._address, self._access) as channel:
             stub: Any = AgentsStub(channel)  # type: ignore[no-untyped-call]
             try:
                 request = FindUnusedRequest(bundles=bundles, jobs=jobs)
@@ -104,9 +112,11 @@ class MasterConnection:
         return reply.bundles, reply.jobs
 
     async def _session(self, supervisor: Supervisor) -> None:
-        """One registration and one stream, until it breaks: grpc.RpcError, UnreachableError, or StateError when
-        superseded."""
-        async with open_aio_channel(self._address, Access(token=self._token)) as channel:
+        """One registration and one stream, until its certificate is replaced or expires, or it breaks: grpc.RpcError,
+        UnreachableError, SettingsError when this node has no address, StateError when superseded."""
+        await self._locate(supervisor)
+        used = self._access.source.get() if self._access.source is not None else None
+        async with open_aio_channel(self._address, self._access) as channel:
             stub: Any = AgentsStub(channel)  # type: ignore[no-untyped-call]
             beat_interval_s = await self._register(stub)
             call = stub.Attend()
@@ -114,12 +124,21 @@ class MasterConnection:
             await call.write(AgentMessage(hello=hello))
             sender = asyncio.create_task(self._send(call, supervisor, beat_interval_s))
             try:
-                await self._receive(call, supervisor)
+                await self._receive(call, supervisor, used)
             finally:
                 self._set_connected(False)
                 sender.cancel()
                 await asyncio.gather(sender, return_exceptions=True)
                 call.cancel()
+
+    async def _locate(self, supervisor: Supervisor) -> None:
+        """Look where this node is: it may have another address than before the stream broke."""
+        if self._access.source is not None:
+            host = await asyncio.to_thread(self._location.locate)
+            self._node.advertised_host = host
+            if self._node.depot_address:
+                self._node.depot_address = f"{host}:{self._node.depot_address.rpartition(':')[2]}"
+        supervisor.relocate(self._node.depot_address, await asyncio.to_thread(interfaces))
 
     async def _register(self, stub: Any) -> float:
         """Register the node; returns the seconds between heartbeats."""
@@ -132,15 +151,16 @@ class MasterConnection:
             raise
         return float(reply.beat_interval_s) or 1.0
 
-    async def _receive(self, call: Any, supervisor: Supervisor) -> None:
-        while True:
+    async def _receive(self, call: Any, supervisor: Supervisor, used: Credentials | None) -> None:
+        """Returns when the stream must be opened again because `used`, its certificate, was replaced or expires."""
+        while used is None or not self._is_outdated(used):
             try:
                 async with asyncio.timeout(SILENCE_S):
                     message = await call.read()
             except TimeoutError:
                 raise UnreachableError(f"no message from the master for {SILENCE_S:g} s") from None
             if message is grpc.aio.EOF:
-                break
+                await self._raise_end(call)
             if not self.connected:
                 self._set_connected(True)
             if message.HasField("assignment"):
@@ -150,6 +170,12 @@ class MasterConnection:
                 if not len(self._queue):
                     self.flushed.set()
                 self._measure()
+
+    def _is_outdated(self, used: Credentials) -> bool:
+        assert self._access.source is not None, "a certificate was used"
+        return self._access.source.get() is not used or time.time() >= used.not_after_s
+
+    async def _raise_end(self, call: Any) -> NoReturn:
         code = await call.code()
         if code is not grpc.StatusCode.OK:
             raise grpc.aio.AioRpcError(
@@ -183,7 +209,7 @@ class MasterConnection:
     def _set_connected(self, connected: bool) -> None:
         if connected:
             self._failures = 0
-            self._reported_code = ""
+            self._reported = None
             self.disconnected.clear()
             _log.info("connected to the master", address=self._address)
         else:
@@ -191,10 +217,13 @@ class MasterConnection:
         metrics.MASTER_CONNECTED.set(int(connected))
 
     def _log_outage(self, error: PsError) -> None:
-        """Log an outage once, not at every retry."""
-        if self._reported_code != error.code:
-            self._reported_code = error.code
-            _log.warning("waiting for the master", address=self._address, code=error.code, cause=error.cause)
+        """Log an outage once for each reason, not at every retry."""
+        reason = error.details.get("reason", "")
+        if self._reported != (error.code, reason):
+            self._reported = (error.code, reason)
+            _log.warning(
+                "waiting for the master", address=self._address, code=error.code, reason=reason, cause=error.cause
+            )
 
 
 def _heartbeat(supervisor: Supervisor) -> NodeBeat:

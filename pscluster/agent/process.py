@@ -7,8 +7,8 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,10 @@ import structlog
 
 from pscluster.agent import metrics, resources
 from pscluster.agent.child import Child, GracePeriods
-from pscluster.agent.copies import Copies
-from pscluster.agent.directories import AgentDirectories, BundleCache
-from pscluster.agent.isolation import Isolation
+from pscluster.agent.context import AgentContext
 from pscluster.agent.launch import BUNDLE_DIR, SOCKET_DIR
 from pscluster.agent.position import last_position, stack_of
 from pscluster.agent.report_queue import Backlog
-from pscluster.agent.resources import DeviceLedger
 from pscluster.agent.status import (
     LOADING_SILENCE_S,
     NONE,
@@ -37,7 +34,7 @@ from pscluster.agent.status import (
 from pscluster.devices import AUTO
 from pscluster.errors import InternalError, PsError, StorageError, UnreachableError
 from pscluster.v1.agents_pb2 import AgentMessage, LogLine, ProcessEvent, ProcessState, ProcessStatus
-from pscluster.v1.plan_pb2 import Failure, Plan, ProcessReport, ProcessSpec, Speed
+from pscluster.v1.plan_pb2 import Credentials, Failure, Plan, ProcessReport, ProcessSpec, Speed
 from pscluster.wire.backoff import delay_s
 
 FLUSH_S = 0.2
@@ -49,20 +46,11 @@ _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class AgentContext:
-    """What all processes of an agent share. `emit` queues a message for the master; `log_bytes` returns the bytes of
-    output that the master has not acknowledged."""
+class Held:
+    """What a process, or one that is being started, was sent last; None: nothing yet."""
 
-    command: tuple[str, ...]
-    environ: Mapping[str, str]
-    directories: AgentDirectories
-    bundles: BundleCache
-    devices: DeviceLedger
-    copies: Copies
-    isolation: Isolation
-    metrics: metrics.ProcessMetrics
-    emit: Callable[[AgentMessage], None]
-    log_bytes: Callable[[], int]
+    plan: Plan | None = None
+    credentials: Credentials | None = field(default=None, repr=False)
 
 
 class Process:
@@ -79,6 +67,7 @@ class Process:
         self._status = ProcessStatus(process_id=spec.process_id)
         self._ready: ProcessReport | None = None
         self._failure: Failure | None = None
+        self._lost: PsError | None = None
         self._child: Child | None = None
         self._preparation: asyncio.Task[None] | None = None
         self._ending = False
@@ -92,6 +81,16 @@ class Process:
     def is_active(self) -> bool:
         """Whether it runs, or is about to."""
         return self._status.phase != ProcessStatus.PHASE_EXITED
+
+    @property
+    def held(self) -> Held:
+        credentials = self.spec.credentials if self.spec.HasField("credentials") else None
+        return Held(plan=self.plan, credentials=credentials)
+
+    @property
+    def data_host(self) -> str:
+        """Where a partition listens for other hosts; empty: it does not."""
+        return self.spec.data_host if self._child is not None else ""
 
     @property
     def speed(self) -> Speed | None:
@@ -116,7 +115,8 @@ class Process:
         else:
             self._report_running(self._child)
             seen = await self._child.wait()
-            seen = replace(seen, oom_kills=resources.oom_kills() - kills_before, failure=self._failure)
+            kills = resources.oom_kills() - kills_before
+            seen = replace(seen, oom_kills=kills, failure=self._failure, lost=self._lost)
             if self.spec.kind == ProcessSpec.KIND_TRAINER:
                 seen = replace(seen, position=await asyncio.to_thread(last_position, self._sockets, self._directory))
                 for line in stack_of(self._sockets).splitlines():
@@ -154,6 +154,20 @@ class Process:
         else:
             self._child.forward(plan)
 
+    def renew(self, credentials: Credentials) -> None:
+        """Send newer credentials; those that arrive before the start are sent with it."""
+        self.spec.credentials.CopyFrom(credentials)
+        if self._child is not None:
+            self._child.renew(credentials)
+
+    def lose(self, error: PsError) -> None:
+        """Kill a running process, which cannot do its work any more; its exit is reported with `error`. Safe to
+        repeat."""
+        if self._child is not None and not self._ending:
+            self._lost = error
+            self._log.warning("a process is of no use any more", cause=error.cause)
+            self._child.kill()
+
     @property
     def is_suspected(self) -> bool:
         """Whether the master was told that it is silent or stalled."""
@@ -175,7 +189,8 @@ class Process:
             self._log.info("a process recovered")
         if unreached is not None and reported is None:
             metrics.SUSPICIONS.labels(kind="cut off").inc()
-            self._log.warning("a process cannot reach partitions", partitions=list(unreached.partitions))
+            why = {"partitions": list(unreached.partitions), "reasons": list(unreached.reasons)}
+            self._log.warning("a process cannot reach partitions", **why)
         elif unreached is None and reported is not None:
             self._log.info("a process reaches all partitions again")
         self._status.suspicion = found
@@ -243,6 +258,8 @@ class Process:
         self._copies = self._context.copies.use_own_store(self.spec)
         if self._copies:
             await self._context.copies.wait_for_part(self.spec, lambda: self.spec.plan, self._emit_event)
+        if self.spec.kind == ProcessSpec.KIND_PARTITION and self.spec.HasField("credentials"):
+            await self._open_to_hosts()
         if is_trainer and self.spec.bundle_sha256:
             await self._unpack_bundle()
         else:
@@ -255,6 +272,13 @@ class Process:
 
     async def _give(self, directory: Path) -> None:
         await asyncio.to_thread(self._context.isolation.give, directory)
+
+    async def _open_to_hosts(self) -> None:
+        """Have a partition listen for other hosts, too. Never without certificates."""
+        network = self._context.network
+        self.spec.data_host = await asyncio.to_thread(network.address.locate)
+        if (ports := network.data_ports) is not None:
+            self.spec.data_port_first, self.spec.data_port_last = ports.first, ports.last
 
     async def _unpack_bundle(self) -> None:
         """Write the job's code to a directory of this process alone. Waits for the master if it must be downloaded."""

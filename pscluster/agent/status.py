@@ -49,7 +49,8 @@ FIRST_STALL_S = 30.0
 class Exit:
     """How a process exited. `returncode` is the exit code, or minus the signal. `expected`: its agent ended it.
     `oom_kills`: processes of this control group that the kernel killed for lack of memory meanwhile. `failure`: the
-    last one that it reported. `stderr_tail`: oldest line first. `position`: where a trainer was."""
+    last one that it reported. `stderr_tail`: oldest line first. `position`: where a trainer was. `lost`: why its agent
+    killed it, and counts it as lost."""
 
     returncode: int
     expected: bool
@@ -57,6 +58,7 @@ class Exit:
     failure: Failure | None = None
     stderr_tail: Sequence[str] = ()
     position: LastPosition | None = None
+    lost: PsError | None = None
 
     @property
     def by_user_code(self) -> bool:
@@ -95,12 +97,22 @@ def not_started(process_id: str, error: PsError | None = None, *, expected: bool
     return status
 
 
+def address_gone(process_id: str, host: str) -> PsError:
+    """Why a partition is lost whose node has another address now."""
+    return ProcessLostError(
+        f"{_short(process_id)} listened on {host}, which is no longer an address of its node",
+        details={"process_id": process_id, "address": host},
+    )
+
+
 def detail_of(error: PsError) -> ErrorDetail:
     """The error as a message; `pscluster.client.records` has the inverse."""
     return ErrorDetail(**error.to_dict())
 
 
 def _out_of_memory(seen: Exit, number: int) -> bool:
+    if seen.lost is not None:
+        return False
     if number == signal.SIGKILL:
         return seen.oom_kills > 0
     lines = list(seen.stderr_tail)
@@ -114,6 +126,8 @@ def _out_of_memory(seen: Exit, number: int) -> bool:
 def _error(process_id: str, seen: Exit, number: int, memory: bool) -> PsError:
     stderr = "\n".join(seen.stderr_tail)[-_MAX_STDERR:]
     details = {"process_id": process_id, "stderr": stderr} if stderr else {"process_id": process_id}
+    if seen.lost is not None:
+        return seen.lost
     how = f"ended by {_signal_name(number)}" if number else f"exited with code {seen.returncode}"
     if memory:
         return OutOfMemoryError(f"{_short(process_id)} ran out of memory ({how})", details=details)

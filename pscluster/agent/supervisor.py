@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Container, Coroutine, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Container, Coroutine, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from pscluster.agent import metrics
+from pscluster.agent.addresses import Interface, is_gone
 from pscluster.agent.child import GracePeriods
+from pscluster.agent.context import AgentContext
 from pscluster.agent.copies import spawn
-from pscluster.agent.process import AgentContext, Process, wanted_device
-from pscluster.agent.status import not_started
+from pscluster.agent.process import Held, Process, wanted_device
+from pscluster.agent.status import address_gone, not_started
 from pscluster.devices import device_priority
 from pscluster.v1.agents_pb2 import AgentMessage, Assignment, ProcessState
-from pscluster.v1.plan_pb2 import Plan, ProcessSpec, Speed
+from pscluster.v1.plan_pb2 import Credentials, Plan, ProcessSpec, Speed
 
 WATCH_S = 0.25
 AT_ONCE = GracePeriods(terminate_s=0.0, kill_s=0.0)
@@ -42,7 +44,8 @@ class Supervisor:
             return
         self._context.copies.update_peers(assignment.depots)
         self._context.copies.forget(assignment.deleted_jobs)
-        running = {id_: process.plan for id_, process in self._processes.items() if process.is_active}
+        self._context.network.revocations.replace(assignment.revoked_serials)
+        running = {id_: process.held for id_, process in self._processes.items() if process.is_active}
         actions = reconcile(assignment.processes, running, self._ever_ran)
         for process_id in actions.stop:
             process = self._processes[process_id]
@@ -57,12 +60,22 @@ class Supervisor:
             self._spawn(self._run(process))
         for process_id, plan in actions.forward:
             self._processes[process_id].forward(plan)
+        for process_id, credentials in actions.renew:
+            self._processes[process_id].renew(credentials)
         for spec in assignment.processes:
             if spec.process_id not in self._processes:
                 # It has exited and is forgotten: a master with an older database assigns it again.
                 self._context.emit(AgentMessage(status=not_started(spec.process_id, expected=True)))
         named = {spec.process_id for spec in assignment.processes}
         self._processes = {id_: p for id_, p in self._processes.items() if p.is_active or id_ in named}
+
+    def relocate(self, depot_address: str, present: Collection[Interface]) -> None:
+        """The node is at these addresses now. A partition that listens at none of them is reached by nobody: it is
+        killed, and reported as lost; the master starts another, here or elsewhere."""
+        self._context.copies.address = depot_address
+        for process in self._processes.values():
+            if process.is_active and process.data_host and is_gone(process.data_host, present):
+                process.lose(address_gone(process.spec.process_id, process.data_host))
 
     def states(self) -> list[ProcessState]:
         """Every process that runs, or has exited and is still in the newest assignment."""
@@ -135,18 +148,20 @@ def _device_priority(spec: ProcessSpec) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Actions:
-    """What an agent does to match an assignment; the three lists name disjoint processes."""
+    """What an agent does to match an assignment; no process that is started or stopped is in another list. Its text
+    leaves the processes' keys out."""
 
-    start: tuple[ProcessSpec, ...] = ()
+    start: tuple[ProcessSpec, ...] = field(default=(), repr=False)
     stop: tuple[str, ...] = ()
-    forward: tuple[tuple[str, Plan], ...] = ()
+    forward: tuple[tuple[str, Plan], ...] = field(default=(), repr=False)
+    renew: tuple[tuple[str, Credentials], ...] = field(default=(), repr=False)
 
 
-def reconcile(desired: Iterable[ProcessSpec], running: Mapping[str, Plan | None], ever_ran: Container[str]) -> Actions:
+def reconcile(desired: Iterable[ProcessSpec], running: Mapping[str, Held], ever_ran: Container[str]) -> Actions:
     """The actions that turn `running` into `desired`. Pure; after applying them there are none left.
 
-    `running`: the newest plan sent to each process that runs, or is being started; None before the first. `ever_ran`:
-    all ids started here before; none is started twice, because the master decides on a new attempt."""
+    `running`: what was sent last to each process that runs, or is being started. `ever_ran`: all ids started here
+    before; none is started twice, because the master decides on a new attempt."""
     wanted: dict[str, ProcessSpec] = {}
     for spec in desired:
         wanted.setdefault(spec.process_id, spec)
@@ -154,7 +169,14 @@ def reconcile(desired: Iterable[ProcessSpec], running: Mapping[str, Plan | None]
         start=tuple(spec for id_, spec in wanted.items() if id_ not in running and id_ not in ever_ran),
         stop=tuple(id_ for id_ in running if id_ not in wanted),
         forward=tuple(
-            (id_, wanted[id_].plan) for id_, held in running.items() if id_ in wanted and _is_news(wanted[id_], held)
+            (id_, wanted[id_].plan)
+            for id_, held in running.items()
+            if id_ in wanted and _is_news(wanted[id_], held.plan)
+        ),
+        renew=tuple(
+            (id_, wanted[id_].credentials)
+            for id_, held in running.items()
+            if id_ in wanted and wanted[id_].HasField("credentials") and wanted[id_].credentials != held.credentials
         ),
     )
 

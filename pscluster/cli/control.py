@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from pscluster.cli.formatting import parse_duration
-from pscluster.cli.session import Session, Verb, pass_session, print_answer, print_info
+from pscluster.cli.output import print_answer, print_info
+from pscluster.cli.session import Session, Verb, pass_session
 from pscluster.errors import SettingsError
 
 if TYPE_CHECKING:

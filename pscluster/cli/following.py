@@ -10,7 +10,8 @@ import click
 from pscluster.cli import formatting as fmt
 from pscluster.cli.describe import counts_tokens, eta_s
 from pscluster.cli.evaluations import Evaluations
-from pscluster.cli.session import INTERRUPTED, print_info, stderr_is_terminal
+from pscluster.cli.output import print_info, stderr_is_terminal
+from pscluster.cli.session import INTERRUPTED
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pscluster.cli import formatting as fmt
-from pscluster.cli.session import Session, Verb, output_option, pass_session, print_answer, print_document, print_info
+from pscluster.cli.output import output_option, print_answer, print_document, print_info
+from pscluster.cli.session import Session, Verb, pass_session
 from pscluster.errors import SettingsError
 
 if TYPE_CHECKING:

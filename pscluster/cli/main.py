@@ -7,7 +7,8 @@ import os
 import click
 
 from pscluster import __version__
-from pscluster.cli import control, logs, results, show, submission, updown
+from pscluster.cli import access, contexts, control, logs, network, results, settings, show, submission, updown
+from pscluster.cli.doctor import verb as doctor
 from pscluster.cli.session import Psctl
 
 
@@ -23,12 +24,12 @@ from pscluster.cli.session import Psctl
 def psctl() -> None:
     """Train models on a pscluster: start a cluster, submit jobs, watch them, use the trained models.
 
-    Without --address it uses the local cluster of --state-dir (default ~/.local/state/pscluster), which `psctl up`
-    starts.
+    Without --context and --address it uses the context that `psctl context use` selected, else the local cluster of
+    --state-dir (default ~/.local/state/pscluster), which `psctl up` starts.
     """
 
 
-for _module in (updown, submission, show, logs, control, results):
+for _module in (updown, submission, show, logs, control, results, contexts, access, network, doctor, settings):
     for _command in _module.COMMANDS:
         psctl.add_command(_command)
 

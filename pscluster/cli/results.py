@@ -17,7 +17,8 @@ import click
 
 from pscluster.agent.cache import DEFAULT_BYTES, evict
 from pscluster.cli import formatting as fmt
-from pscluster.cli.session import Session, Verb, output_option, pass_session, print_answer, print_document, print_info
+from pscluster.cli.output import output_option, print_answer, print_document, print_info
+from pscluster.cli.session import Session, Verb, pass_session
 from pscluster.errors import InternalError, ProcessLostError, StorageError, from_dict
 from pscluster.storage.exports import DEFAULT_FORMAT, SUFFIXES, check_free, format_of
 

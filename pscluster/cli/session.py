@@ -1,47 +1,33 @@
-"""What every verb shares: the cluster it is for, the forms of its answer, and how an error becomes an exit code.
-
-An answer is a table for people, versioned JSON or YAML for programs, or names for pipes.
-"""
+"""What every verb shares: the cluster it is for, and how an error becomes an exit code."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from pscluster.cli import formatting as fmt
+from pscluster.cli.output import print_error, print_info
 from pscluster.errors import InternalError, PsError, UnreachableError
-from pscluster.settings import ClientSettings, LocatedCluster, Resolved, resolve_with_origins
 from pscluster.spelling import nearest
-from pscluster.user_frames import place_of
 
 if TYPE_CHECKING:
     from pscluster.client import Cluster
+    from pscluster.settings import ClientSettings, LocatedCluster, Resolved
 
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
-_DEFAULT_CONFIG = Path("~/.config/pscluster/config.toml")
 _GLOBALS: tuple[tuple[str, str, str], ...] = (
+    ("--context", "NAME", "a cluster of `psctl context list` [PS_CONTEXT]"),
     ("--state-dir", "DIR", "state directory of the local cluster [PS_STATE_DIR]"),
     ("--address", "ADDR", "master of another cluster: host:port or unix:/path [PS_ADDRESS]"),
     ("--token-file", "FILE", "its token [PS_TOKEN_FILE]"),
 )
-F = TypeVar("F", bound=Callable[..., Any])
-API_VERSION = "ps/v1"
-DOCUMENTS = ("json", "yaml")
-FORMATS = ("table", "wide", *DOCUMENTS, "name")
-Table = Callable[[Any, bool, float], str]
-"""Formats records, wide or not, at a Unix time."""
 
 
 class Session:
@@ -51,14 +37,10 @@ class Session:
         self.flags: dict[str, str] = {}
 
     def resolved(self) -> Resolved[ClientSettings]:
-        """The client settings with their origins. Raises SettingsError."""
-        return resolve_with_origins(ClientSettings, self.flags, os.environ, self.config_file())
+        """The client settings with their origins. Raises SettingsError, NotFoundError for an unknown context."""
+        from pscluster.client.contexts import resolve_client
 
-    def config_file(self) -> Path | None:
-        """The file in PS_CONFIG, which must exist, or the user's default file, if there is one."""
-        named = os.environ.get("PS_CONFIG")
-        usual = _DEFAULT_CONFIG.expanduser()
-        return Path(named) if named else (usual if usual.is_file() else None)
+        return resolve_client(self.flags, os.environ)
 
     def located(self) -> LocatedCluster:
         return self.resolved().settings.located(os.environ)
@@ -66,7 +48,12 @@ class Session:
     def address_undo_hint(self) -> str:
         """What selects another cluster than the local one, and how to undo that; empty for the local one."""
         origin = self.resolved().origins["address"]
-        undo = {"environment": "is set: unset it", "file": "sets it: remove `address`", "flag": "sets it: omit it"}
+        undo = {
+            "environment": "is set: unset it",
+            "file": "sets it: remove `address`",
+            "flag": "sets it: omit it",
+            "context": "is the selected context: give --context local",
+        }
         return f"{origin.name} {undo[origin.kind]} to use the local cluster" if origin.kind in undo else ""
 
     def connect(self) -> Cluster:
@@ -79,6 +66,17 @@ class Session:
 pass_session = click.make_pass_decorator(Session, ensure=True)
 
 
+def complete_context(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """The names of contexts, for the shell. None for a settings file that cannot be read: a shell shows no errors."""
+    from pscluster.client.contexts import LOCAL, ContextFile
+
+    try:
+        names = {LOCAL, *ContextFile.of(os.environ).read().by_name}
+    except PsError:
+        return []
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
 def _remember(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     if value is not None and param.name is not None:
         ctx.ensure_object(Session).flags[param.name] = value
@@ -87,7 +85,15 @@ def _remember(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 def global_options(hidden: bool) -> list[click.Option]:
     """The options that select a cluster. Verbs accept them too (hidden), since people write them last."""
     return [
-        click.Option([flag], metavar=metavar, help=text, expose_value=False, callback=_remember, hidden=hidden)
+        click.Option(
+            [flag],
+            metavar=metavar,
+            help=text,
+            expose_value=False,
+            callback=_remember,
+            hidden=hidden,
+            shell_complete=complete_context if flag == "--context" else None,
+        )
         for flag, metavar, text in _GLOBALS
     ]
 
@@ -97,7 +103,8 @@ class Verb(click.Command):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.params.extend(global_options(hidden=True))
+        own = {param.name for param in self.params}
+        self.params.extend(option for option in global_options(hidden=True) if option.name not in own)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         with _options_suggested(self):
@@ -166,64 +173,11 @@ class Psctl(Group):
             ctx.exit(wrapped.exit_code)
 
 
-def print_error(error: PsError) -> None:
-    """Print an error on stderr: code and cause, where the user's code raised, then what to do."""
-    click.echo(f"{click.style('error:', fg='red', bold=True)} {error.code}: {error.cause}", err=True)
-    if frame := place_of(error.details):
-        click.echo(f"{click.style('at:', fg='red')} {fmt.one_line(frame)}", err=True)
-    if error.action:
-        click.echo(f"{click.style('hint:', fg='cyan')} {error.action}", err=True)
-
-
 def _with_origin(error: PsError, session: Session) -> PsError:
     """The error. When another cluster is selected, the hint to start a local one becomes what selected the other."""
-    unhelped = isinstance(error, UnreachableError) and error.action == UnreachableError.default_action
-    if unhelped and (given := session.address_undo_hint()):
-        error.action = f"check that a master listens at {session.located().address} ({given})"
+    if isinstance(error, UnreachableError) and (given := session.address_undo_hint()):
+        if error.action == UnreachableError.default_action:
+            error.action = f"check that a master listens at {session.located().address} ({given})"
+        elif "reason" in error.details:  # it was dialled once more, to say why
+            error.action = f"{error.action} ({given})"
     return error
-
-
-def print_info(text: str) -> None:
-    """Print a line for a person on stderr; stdout is for answers."""
-    click.echo(text, err=True)
-
-
-def print_answer(text: str) -> None:
-    click.echo(text)
-
-
-def stderr_is_terminal() -> bool:
-    """Whether colours and bars make sense. TERM=dumb says they do not."""
-    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-
-
-def output_option(*formats: str) -> Callable[[F], F]:
-    """-o/--output with the given formats; the first is the default."""
-    choice = click.Choice(formats or FORMATS)
-    default = (formats or FORMATS)[0]
-    return click.option("-o", "--output", "form", type=choice, default=default, help="form of the answer")
-
-
-def print_records(kind: str, records: Sequence[Any], form: str, id_field: str, table: Table, otherwise: str) -> None:
-    """Print a list of records: as a table for people; without any, `otherwise` on stderr."""
-    if form == "name":
-        for record in records:
-            print_answer(getattr(record, id_field))
-    elif form in DOCUMENTS:
-        items = [{"apiVersion": API_VERSION, "kind": kind, **record.to_dict()} for record in records]
-        print_document(f"{kind}List", {"items": items}, form)
-    elif records:
-        print_answer(table(records, form == "wide", time.time()))
-    else:
-        print_info(otherwise)
-
-
-def print_document(kind: str, body: dict[str, Any], form: str) -> None:
-    """Print as "json" or "yaml" on stdout, versioned: keys are only ever added within an apiVersion."""
-    body = {"apiVersion": API_VERSION, "kind": kind, **body}
-    if form == "json":
-        print_answer(json.dumps(body, indent=2, allow_nan=False))
-        return
-    import yaml
-
-    print_answer(yaml.safe_dump(body, sort_keys=False, allow_unicode=True).rstrip())

@@ -1,9 +1,7 @@
-"""Verbs that show the state of jobs, nodes and psctl: list, status, describe, nodes, health, version, config."""
+"""Verbs that show the state of jobs, nodes and versions: list, status, describe, nodes, health, version."""
 
 from __future__ import annotations
 
-import dataclasses
-import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -11,18 +9,8 @@ import click
 
 from pscluster import __version__
 from pscluster.cli import formatting as fmt
-from pscluster.cli.session import (
-    DOCUMENTS,
-    Group,
-    Session,
-    Verb,
-    output_option,
-    pass_session,
-    print_answer,
-    print_document,
-    print_info,
-    print_records,
-)
+from pscluster.cli.output import DOCUMENTS, output_option, print_answer, print_document, print_info, print_records
+from pscluster.cli.session import Session, Verb, pass_session
 from pscluster.errors import PsError, UnhealthyError
 
 if TYPE_CHECKING:
@@ -169,32 +157,4 @@ def version(session: Session, client: bool, form: str) -> None:
         print_answer(f"psmaster {body['master']} (protocol {body['protocol']})")
 
 
-@click.group("config", cls=Group)
-def config() -> None:
-    """Show psctl's settings."""
-
-
-@config.command("show", cls=Verb)
-@click.option("--origin", is_flag=True, help="also print where each value comes from")
-@output_option("table", "json", "yaml")
-@pass_session
-def show(session: Session, origin: bool, form: str) -> None:
-    """Print the settings in effect. A flag overrides the environment, then the file, then the default."""
-    resolved = session.resolved()
-    located = resolved.settings.located(os.environ)
-    rows = []
-    for field in dataclasses.fields(resolved.settings):
-        source = resolved.origins[field.name]
-        value = str(getattr(located, field.name))
-        rows.append([field.name, value, f"{source.kind} {source.name}".strip()])
-    if form == "table":
-        columns = ("KEY", "VALUE", "ORIGIN") if origin else ("KEY", "VALUE")
-        print_answer(fmt.table(columns, [row[: len(columns)] for row in rows]))
-        return
-    body: dict[str, Any] = {"values": {key: value for key, value, _ in rows}}
-    if origin:
-        body["origins"] = {key: source for key, _, source in rows}
-    print_document("Config", body, form)
-
-
-COMMANDS = (list_jobs, status, describe, nodes, health, version, config)
+COMMANDS = (list_jobs, status, describe, nodes, health, version)

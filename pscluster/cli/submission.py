@@ -13,7 +13,8 @@ import click
 
 from pscluster.cli import formatting as fmt
 from pscluster.cli.control import duration_option
-from pscluster.cli.session import Session, Verb, pass_session, print_answer, print_document, print_info
+from pscluster.cli.output import print_answer, print_document, print_info
+from pscluster.cli.session import Session, Verb, pass_session
 from pscluster.errors import SpecError, StateError, StorageError
 
 if TYPE_CHECKING:

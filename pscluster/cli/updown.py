@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import click
 
-from pscluster.cli.session import Session, Verb, pass_session, print_answer, print_info
+from pscluster.cli.output import print_answer, print_info
+from pscluster.cli.session import Session, Verb, pass_session
 from pscluster.errors import PsError, SettingsError
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ def up(session: Session, workers: int | None, servers: int | None, foreground: b
     cluster = _local(session)
     with interruptible_once():
         fresh = cluster.up(workers, servers)
+        _register(cluster)
         if foreground:
             _stay(cluster, fresh)
         else:
@@ -68,6 +71,16 @@ def _local(session: Session) -> LocalCluster:
     if not located.local:
         raise SettingsError(f"{located.address} is not a local cluster", action=session.address_undo_hint())
     return LocalCluster(located=located, print_info=print_info)
+
+
+def _register(cluster: LocalCluster) -> None:
+    """Make it the context `local`. The cluster is up in any case: an unwritable settings file is only printed."""
+    from pscluster.client.contexts import register_local
+
+    try:
+        register_local(cluster.state_dir, os.environ)
+    except PsError as error:
+        print_info(f"it is not written down as a context: {error.cause}")
 
 
 def _print_summary(cluster: LocalCluster, fresh: bool) -> None:

@@ -64,13 +64,13 @@ def upload_messages(bundle: Bundle) -> Iterator[jobs_pb2.UploadBundleRequest]:
         yield jobs_pb2.UploadBundleRequest(data=bytes(view[start : start + CHUNK_BYTES]))
 
 
-def fetch(depots: Mapping[str, str], token: str, job_id: str, part: SnapshotPart, directory: Path) -> Path:
+def fetch(depots: Mapping[str, str], access: rpc.Access, job_id: str, part: SnapshotPart, directory: Path) -> Path:
     """Write the part into `directory`, complete and verified, from any node that has it. `depots`: the nodes'
     addresses. Blocks. Raises NotFoundError when no node delivers it."""
     why = "none of them is connected"
     for address in (depots[node_id] for node_id in part.nodes if depots.get(node_id)):
         try:
-            return _fetch(address, token, job_id, part, directory)
+            return _fetch(address, access, job_id, part, directory)
         except PsError as error:
             why = str(error)
     raise NotFoundError(
@@ -78,11 +78,11 @@ def fetch(depots: Mapping[str, str], token: str, job_id: str, part: SnapshotPart
     )
 
 
-def _fetch(address: str, token: str, job_id: str, part: SnapshotPart, directory: Path) -> Path:
+def _fetch(address: str, access: rpc.Access, job_id: str, part: SnapshotPart, directory: Path) -> Path:
     wanted = plan_pb2.SnapshotPart(path=part.path, size_bytes=part.size_bytes, checksum=part.checksum)
     incoming = Incoming(directory, part.path)
     try:
-        with rpc.open_channel(address, rpc.Access(token=token), Role.SERVER) as channel:
+        with rpc.open_channel(address, access, Role.SERVER) as channel:
             stub: Any = depot_pb2_grpc.DepotStub(channel)  # type: ignore[no-untyped-call]
             request = depot_pb2.GetPartRequest(job_id=job_id, part=wanted)
             for chunk in stream(stub.GetPart, request, server=f"the depot at {address}"):

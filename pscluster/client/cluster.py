@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +17,16 @@ import grpc
 from pscluster import errors, rpc
 from pscluster.client import calls, records
 from pscluster.client.calls import STREAM_DEADLINE_S, LogCursor, ReconnectingStream
+from pscluster.client.contexts import resolve_client
+from pscluster.client.credentials import access_to, renew_when_due
 from pscluster.client.goals import Goal, parse_goal, reached, wait_drained
+from pscluster.client.members import Members
+from pscluster.client.reach import probe
 from pscluster.client.records import Health, Job, LogLine, Node, Snapshot
 from pscluster.job.bundle import Bundle
 from pscluster.job.spec import JobSpec
-from pscluster.settings import ClientSettings, LocatedCluster, resolve
+from pscluster.security.identity import Role
+from pscluster.settings import LocatedCluster
 from pscluster.storage import below
 from pscluster.v1 import agents_pb2, agents_pb2_grpc, jobs_pb2, jobs_pb2_grpc
 
@@ -35,10 +41,11 @@ class Cluster:
     Every call has a deadline and raises a `PsError`: UnreachableError, AuthError, NotFoundError for an unknown job,
     StateError for what a job cannot do now. A job is named by its id, or by a name that only one job has."""
 
-    def __init__(self, channel: grpc.Channel, token: str = "") -> None:
-        """Wrap an open channel and own it. Use `connect`."""
+    def __init__(self, channel: grpc.Channel, access: rpc.Access) -> None:
+        """Wrap an open channel and own it. Use `connect`. `members`: who may talk to the cluster."""
         self._channel = channel
-        self._token = token
+        self._access = access
+        self.members = Members(channel)
         self._jobs = jobs_pb2_grpc.JobsStub(channel)  # type: ignore[no-untyped-call]
         self._agents = agents_pb2_grpc.AgentsStub(channel)  # type: ignore[no-untyped-call]
 
@@ -48,27 +55,30 @@ class Cluster:
         address: str | None = None,
         token: str | None = None,
         *,
+        context: str | None = None,
         state_dir: Path | None = None,
         token_file: Path | None = None,
     ) -> Cluster:
         """Connect to a master and check that it speaks our protocol. Blocks up to 5 seconds. Raises UnreachableError,
-        AuthError or VersionSkewError. Missing arguments come from PS_ADDRESS, PS_TOKEN_FILE and PS_STATE_DIR; without
-        any, the local cluster."""
-        flags = {"address": address, "state_dir": state_dir, "token_file": token_file}
-        located = resolve(ClientSettings, flags, os.environ).located(os.environ)
+        AuthError or VersionSkewError. Arguments beat what psctl uses without options: PS_* variables, the settings
+        file, the context that it selects (see `pscluster.client.contexts`); without any, the local cluster."""
+        flags = {"context": context, "address": address, "state_dir": state_dir, "token_file": token_file}
+        located = resolve_client(flags, os.environ).settings.located(os.environ)
         return cls.connect_to(located, token)
 
     @classmethod
     def connect_to(
         cls, located: LocatedCluster, token: str | None = None, *, deadline_s: float = _CONNECT_DEADLINE_S
     ) -> Cluster:
-        """The same for settings already resolved, up to `deadline_s`."""
+        """The same for settings already resolved, up to `deadline_s`. A certificate that is due for renewal is renewed
+        and stored."""
         if located.local and not Path(located.address.removeprefix("unix:")).exists():
             raise errors.UnreachableError(f"no cluster runs with state directory {located.state_dir}")
-        known = token or rpc.read_token(located.token_file)
-        cluster = cls(rpc.open_channel(located.address, rpc.Access(token=known)), known)
+        access = rpc.Access(token=token) if token else access_to(located)
+        cluster = cls(rpc.open_channel(located.address, access), access)
         try:
             cluster._check_protocol(located, deadline_s)
+            renew_when_due(cluster.members, access, located, time.time())
         except errors.PsError:
             cluster.close()
             raise
@@ -79,6 +89,7 @@ class Cluster:
             health = self.health(deadline_s)
         except errors.UnreachableError as error:
             if not located.local:
+                probe(located.address, self._access, Role.MASTER, "the master")  # says more than gRPC does
                 raise
             raise errors.UnreachableError(
                 f"the master of the local cluster in {located.state_dir} does not answer",
@@ -242,7 +253,7 @@ class Cluster:
         if not any(part.nodes for part in snapshot.parts):
             return [below(job.store, part.path) for part in snapshot.parts]
         depots = {node.node_id: node.depot_address for node in self.nodes()}
-        return [str(calls.fetch(depots, self._token, job.job_id, part, directory)) for part in snapshot.parts]
+        return [str(calls.fetch(depots, self._access, job.job_id, part, directory)) for part in snapshot.parts]
 
     def download_bundle(self, sha256: str, path: Path) -> None:
         """Write a code bundle to `path`. Raises BundleError when it does not match the digest."""

@@ -17,7 +17,9 @@ ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 """The states in which nothing of a job runs."""
 
 
-class _Record:
+class Record:
+    """Plain data that a client reads."""
+
     def to_dict(self) -> dict[str, Any]:
         """The record as plain JSON types, keys in the order of its fields."""
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
@@ -25,7 +27,7 @@ class _Record:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, _Record | PsError):
+    if isinstance(value, Record | PsError):
         return value.to_dict()
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
@@ -37,7 +39,7 @@ def _plain(value: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Condition(_Record):
+class Condition(Record):
     type: str
     status: bool
     reason: str
@@ -46,7 +48,7 @@ class Condition(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Event(_Record):
+class Event(Record):
     time_s: float
     reason: str
     message: str
@@ -54,7 +56,7 @@ class Event(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainerPlacement(_Record):
+class TrainerPlacement(Record):
     """`shards` holds (first, count) runs; `device` is "cpu" or "cuda:0", None while it is not active; `microbatch_s`:
     seconds of its own computing that a microbatch takes it, None before that is known."""
 
@@ -68,7 +70,7 @@ class TrainerPlacement(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standby(_Record):
+class Standby(Record):
     """`in_sync`: nothing is lost when it takes over."""
 
     node_id: str
@@ -78,7 +80,7 @@ class Standby(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartitionPlacement(_Record):
+class PartitionPlacement(Record):
     """`standby`: None where nobody stands by, or nobody yet."""
 
     index: int
@@ -89,7 +91,7 @@ class PartitionPlacement(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan(_Record):
+class Plan(Record):
     generation: int
     restore_generation: int
     resume_step: int
@@ -99,14 +101,14 @@ class Plan(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConnection(_Record):
+class DataConnection(Record):
     trainer: int
     partition: int
     transport: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreflightCheck(_Record):
+class PreflightCheck(Record):
     node_id: str
     name: str
     ok: bool
@@ -115,13 +117,13 @@ class PreflightCheck(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Best(_Record):
+class Best(Record):
     step: int
     value: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class VouchedNode(_Record):
+class VouchedNode(Record):
     """`step`: the newest in which the node's trainer computed the same as another; `alone`: as itself, a second
     time."""
 
@@ -131,7 +133,7 @@ class VouchedNode(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Audits(_Record):
+class Audits(Record):
     """Counts of audits by result."""
 
     equal: int = 0
@@ -141,7 +143,7 @@ class Audits(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job(_Record):
+class Job(Record):
     """One job at one moment. `plan` is there only when the job was asked for by itself."""
 
     job_id: str
@@ -177,6 +179,7 @@ class Job(_Record):
     bundle_sha256: str | None
     revision: int
     audits: Audits
+    owner: str
     spec: dict[str, Any]
 
     @property
@@ -186,9 +189,11 @@ class Job(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Node(_Record):
+class Node(Record):
     """`drain`: "draining" while jobs run there that are to go, "drained" then, None when it takes processes;
-    `waits_for` says what a draining node waits for. `incarnation` is empty for a node that is drained and away."""
+    `waits_for` says what a draining node waits for. `incarnation` is empty for a node that is drained and away.
+    `advertised_host`: where other hosts reach it, empty if none do; `data_ports`: "first-last", empty if any port is
+    used; `isolation`: how user code is kept from the node's key, empty for a node that does not say."""
 
     node_id: str
     role: str
@@ -206,10 +211,13 @@ class Node(_Record):
     depot_address: str = ""
     drain: str | None = None
     waits_for: tuple[str, ...] = ()
+    advertised_host: str = ""
+    isolation: str = ""
+    data_ports: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SnapshotPart(_Record):
+class SnapshotPart(Record):
     """`path` is below the job's store; or each of `nodes` has it for itself."""
 
     partition: int
@@ -220,24 +228,31 @@ class SnapshotPart(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Snapshot(_Record):
+class Snapshot(Record):
     step: int
     best: bool
     parts: tuple[SnapshotPart, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Health(_Record):
+class Health(Record):
+    """`time_s`: the master's clock when it answered; `addresses` and `join_addresses`: where it listens."""
+
     healthy: bool
     problems: tuple[str, ...]
     version: str
     protocol: int
     started_s: float
     metrics_address: str
+    cluster_id: str
+    secured: bool
+    time_s: float
+    addresses: tuple[str, ...]
+    join_addresses: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogLine(_Record):
+class LogLine(Record):
     """`source` is the role and rank of the process: "trainer-0"."""
 
     source: str

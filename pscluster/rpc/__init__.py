@@ -19,6 +19,7 @@ from grpc_status import rpc_status
 
 from pscluster import errors
 from pscluster.errors import PsError
+from pscluster.rpc.outage import outage
 from pscluster.security.identity import Role, dns_name_of
 
 if TYPE_CHECKING:  # cryptography is imported by those who have credentials
@@ -159,9 +160,10 @@ def read_token(path: Path) -> str:
     return token
 
 
-def error_of(failure: grpc.RpcError, server: str = "the master") -> PsError:
+def error_of(failure: grpc.RpcError, server: str = "the master", address: str = "") -> PsError:
     """The PsError of a failed call of grpc or grpc.aio: the one that the server raised, or one that matches the status,
-    which is an UnreachableError when nobody answered. `server`: whom to name then."""
+    which is an UnreachableError when nobody answered: its detail "reason" is one of `pscluster.reachability`.
+    `server`, `address`: whom to name then, and where."""
     status = _rich_status(failure)
     if status is not None:
         for detail in status.details:
@@ -172,6 +174,8 @@ def error_of(failure: grpc.RpcError, server: str = "the master") -> PsError:
     text = getattr(failure, "details", lambda: "")() or "no details"
     if code is grpc.StatusCode.INTERNAL and text == _CUT_SHORT:
         return errors.UnreachableError(f"{server} ended the call", details={"grpc_code": code.name})
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return outage(text, server, address)
     kind = _KINDS.get(code, errors.InternalError)
     return kind(_cause(code, text, server), details={"grpc_code": code.name})
 
@@ -208,8 +212,6 @@ def _rich_status(failure: grpc.RpcError) -> status_pb2.Status | None:
 
 
 def _cause(code: grpc.StatusCode, text: str, server: str) -> str:
-    if code is grpc.StatusCode.UNAVAILABLE:
-        return f"{server} does not answer: {text}"
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return f"{server} did not answer in time"
     if code is grpc.StatusCode.CANCELLED:

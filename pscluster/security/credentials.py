@@ -107,13 +107,23 @@ class CredentialSource:
             self._credentials = credentials
 
 
-def new_request(name: str) -> tuple[bytes, bytes]:
-    """A new private key and a request for a certificate, as PEM. `name` is for people: the authority decides on the
-    identity."""
-    key = ec.generate_private_key(ec.SECP256R1())
+def new_request(name: str, key_pem: bytes = b"") -> tuple[bytes, bytes]:
+    """A private key, made here unless it is given, and a request for a certificate, as PEM. `name` is for people: the
+    authority decides on the identity. Raises AuthError for a key that does not parse."""
+    key = _parse_key(key_pem) if key_pem else ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
     request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
     return pem_of_key(key), request.public_bytes(serialization.Encoding.PEM)
+
+
+def _parse_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
+    try:
+        key = serialization.load_pem_private_key(pem, None)
+    except ValueError as error:
+        raise AuthError(f"a private key does not parse: {error}", details={"field": "key"}) from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise AuthError("a private key is not of the kind that members have", details={"field": "key"})
+    return key
 
 
 def pem_of_key(key: ec.EllipticCurvePrivateKey) -> bytes:

@@ -24,15 +24,16 @@ DEADLINE_S = 10.0
 MAX_LINE_BYTES = 64 * 1024
 
 
-def join(token: JoinToken, name: str, protocol: int) -> Credentials:
+def join(token: JoinToken, name: str, protocol: int, key_pem: bytes = b"") -> Credentials:
     """Become the member `name` in the token's role. Tries the token's addresses in turn; blocks up to 20 s for each.
-    The key is made here and never sent. Raises AuthError when the token or the name is refused, or the authority there
-    is another one; UnreachableError when nobody answers."""
+    The key is made here, unless it is given, and never sent; with the same key it is safe to repeat. Raises
+    AuthError when the token or the name is refused, or the authority there is another one; UnreachableError when
+    nobody answers."""
     Identity(cluster_id=token.cluster_id, role=token.role, name=name)  # or say what is wrong with the name at once
     failure: PsError = AuthError("the join token names no address")
     for address in token.addresses:
         try:
-            return _join_at(address, token, name, protocol)
+            return _join_at(address, token, name, protocol, key_pem)
         except OSError as error:
             failure = unreachable(error, "the master", address)
             if reason_of(error) == "tls":
@@ -40,7 +41,7 @@ def join(token: JoinToken, name: str, protocol: int) -> Credentials:
     raise failure
 
 
-def _join_at(address: str, token: JoinToken, name: str, protocol: int) -> Credentials:
+def _join_at(address: str, token: JoinToken, name: str, protocol: int, key_pem: bytes) -> Credentials:
     authority_pem = str(_ask(address, {"ask": "authority"}, None)["authority_pem"]).encode()
     found = sha256_of(parse_certificate(authority_pem))
     if not hmac.compare_digest(found, token.authority_sha256):
@@ -50,7 +51,7 @@ def _join_at(address: str, token: JoinToken, name: str, protocol: int) -> Creden
             action="make a new token on the master's host: psctl token create",
             details={"field": "authority"},
         )
-    key_pem, csr_pem = new_request(name)
+    key_pem, csr_pem = new_request(name, key_pem)
     request = {"ask": "join", "secret": token.secret, "name": name, "csr_pem": csr_pem.decode(), "protocol": protocol}
     answer = _ask(address, request, authority_pem)
     made = Credentials(

@@ -30,7 +30,7 @@ class Resources(_message.Message):
     def __init__(self, cpu_cores: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., devices: _Optional[_Iterable[str]] = ..., slots: _Optional[int] = ...) -> None: ...
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("node_id", "role", "incarnation", "resources", "version", "protocol", "hostname", "metrics_address", "depot_address", "advertised_host", "isolation")
+    __slots__ = ("node_id", "role", "incarnation", "resources", "version", "protocol", "hostname", "metrics_address", "depot_address", "advertised_host", "isolation", "data_ports")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +42,7 @@ class RegisterRequest(_message.Message):
     DEPOT_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     ADVERTISED_HOST_FIELD_NUMBER: _ClassVar[int]
     ISOLATION_FIELD_NUMBER: _ClassVar[int]
+    DATA_PORTS_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     role: Role
     incarnation: str
@@ -53,7 +54,8 @@ class RegisterRequest(_message.Message):
     depot_address: str
     advertised_host: str
     isolation: str
-    def __init__(self, node_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., incarnation: _Optional[str] = ..., resources: _Optional[_Union[Resources, _Mapping]] = ..., version: _Optional[str] = ..., protocol: _Optional[int] = ..., hostname: _Optional[str] = ..., metrics_address: _Optional[str] = ..., depot_address: _Optional[str] = ..., advertised_host: _Optional[str] = ..., isolation: _Optional[str] = ...) -> None: ...
+    data_ports: str
+    def __init__(self, node_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., incarnation: _Optional[str] = ..., resources: _Optional[_Union[Resources, _Mapping]] = ..., version: _Optional[str] = ..., protocol: _Optional[int] = ..., hostname: _Optional[str] = ..., metrics_address: _Optional[str] = ..., depot_address: _Optional[str] = ..., advertised_host: _Optional[str] = ..., isolation: _Optional[str] = ..., data_ports: _Optional[str] = ...) -> None: ...
 
 class RegisterReply(_message.Message):
     __slots__ = ("beat_interval_s", "suspicion_s")

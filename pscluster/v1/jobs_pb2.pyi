@@ -294,7 +294,7 @@ class ListNodesReply(_message.Message):
     def __init__(self, nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ...) -> None: ...
 
 class Node(_message.Message):
-    __slots__ = ("node_id", "role", "ready", "incarnation", "resources", "last_beat_s", "version", "hostname", "processes", "metrics_address", "depot_address", "drain", "waits_for", "advertised_host", "isolation")
+    __slots__ = ("node_id", "role", "ready", "incarnation", "resources", "last_beat_s", "version", "hostname", "processes", "metrics_address", "depot_address", "drain", "waits_for", "advertised_host", "isolation", "data_ports")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -310,6 +310,7 @@ class Node(_message.Message):
     WAITS_FOR_FIELD_NUMBER: _ClassVar[int]
     ADVERTISED_HOST_FIELD_NUMBER: _ClassVar[int]
     ISOLATION_FIELD_NUMBER: _ClassVar[int]
+    DATA_PORTS_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     role: _agents_pb2.Role
     ready: bool
@@ -325,7 +326,8 @@ class Node(_message.Message):
     waits_for: _containers.RepeatedScalarFieldContainer[str]
     advertised_host: str
     isolation: str
-    def __init__(self, node_id: _Optional[str] = ..., role: _Optional[_Union[_agents_pb2.Role, str]] = ..., ready: bool = ..., incarnation: _Optional[str] = ..., resources: _Optional[_Union[_agents_pb2.Resources, _Mapping]] = ..., last_beat_s: _Optional[float] = ..., version: _Optional[str] = ..., hostname: _Optional[str] = ..., processes: _Optional[_Iterable[str]] = ..., metrics_address: _Optional[str] = ..., depot_address: _Optional[str] = ..., drain: _Optional[str] = ..., waits_for: _Optional[_Iterable[str]] = ..., advertised_host: _Optional[str] = ..., isolation: _Optional[str] = ...) -> None: ...
+    data_ports: str
+    def __init__(self, node_id: _Optional[str] = ..., role: _Optional[_Union[_agents_pb2.Role, str]] = ..., ready: bool = ..., incarnation: _Optional[str] = ..., resources: _Optional[_Union[_agents_pb2.Resources, _Mapping]] = ..., last_beat_s: _Optional[float] = ..., version: _Optional[str] = ..., hostname: _Optional[str] = ..., processes: _Optional[_Iterable[str]] = ..., metrics_address: _Optional[str] = ..., depot_address: _Optional[str] = ..., drain: _Optional[str] = ..., waits_for: _Optional[_Iterable[str]] = ..., advertised_host: _Optional[str] = ..., isolation: _Optional[str] = ..., data_ports: _Optional[str] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("node_id", "undo")
@@ -340,7 +342,7 @@ class GetClusterRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Cluster(_message.Message):
-    __slots__ = ("version", "protocol", "healthy", "problems", "started_s", "metrics_address", "cluster_id", "secured")
+    __slots__ = ("version", "protocol", "healthy", "problems", "started_s", "metrics_address", "cluster_id", "secured", "time_s", "addresses", "join_addresses")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     HEALTHY_FIELD_NUMBER: _ClassVar[int]
@@ -349,6 +351,9 @@ class Cluster(_message.Message):
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     CLUSTER_ID_FIELD_NUMBER: _ClassVar[int]
     SECURED_FIELD_NUMBER: _ClassVar[int]
+    TIME_S_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    JOIN_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     version: str
     protocol: int
     healthy: bool
@@ -357,4 +362,7 @@ class Cluster(_message.Message):
     metrics_address: str
     cluster_id: str
     secured: bool
-    def __init__(self, version: _Optional[str] = ..., protocol: _Optional[int] = ..., healthy: bool = ..., problems: _Optional[_Iterable[str]] = ..., started_s: _Optional[float] = ..., metrics_address: _Optional[str] = ..., cluster_id: _Optional[str] = ..., secured: bool = ...) -> None: ...
+    time_s: float
+    addresses: _containers.RepeatedScalarFieldContainer[str]
+    join_addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, version: _Optional[str] = ..., protocol: _Optional[int] = ..., healthy: bool = ..., problems: _Optional[_Iterable[str]] = ..., started_s: _Optional[float] = ..., metrics_address: _Optional[str] = ..., cluster_id: _Optional[str] = ..., secured: bool = ..., time_s: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ..., join_addresses: _Optional[_Iterable[str]] = ...) -> None: ...

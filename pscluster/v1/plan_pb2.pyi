@@ -124,7 +124,7 @@ class SnapshotPart(_message.Message):
     def __init__(self, step: _Optional[int] = ..., partition: _Optional[int] = ..., generation: _Optional[int] = ..., path: _Optional[str] = ..., size_bytes: _Optional[int] = ..., checksum: _Optional[str] = ..., nodes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ProcessSpec(_message.Message):
-    __slots__ = ("process_id", "kind", "job_id", "rank", "attempt", "spec_json", "bundle_sha256", "store", "plan", "data_host", "device", "own_store", "scratch_dir", "cache_dir", "credentials", "cluster_id", "data_security")
+    __slots__ = ("process_id", "kind", "job_id", "rank", "attempt", "spec_json", "bundle_sha256", "store", "plan", "data_host", "device", "own_store", "scratch_dir", "cache_dir", "credentials", "cluster_id", "data_security", "data_port_first", "data_port_last")
     class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         KIND_UNSPECIFIED: _ClassVar[ProcessSpec.Kind]
@@ -150,6 +150,8 @@ class ProcessSpec(_message.Message):
     CREDENTIALS_FIELD_NUMBER: _ClassVar[int]
     CLUSTER_ID_FIELD_NUMBER: _ClassVar[int]
     DATA_SECURITY_FIELD_NUMBER: _ClassVar[int]
+    DATA_PORT_FIRST_FIELD_NUMBER: _ClassVar[int]
+    DATA_PORT_LAST_FIELD_NUMBER: _ClassVar[int]
     process_id: str
     kind: ProcessSpec.Kind
     job_id: str
@@ -167,7 +169,9 @@ class ProcessSpec(_message.Message):
     credentials: Credentials
     cluster_id: str
     data_security: str
-    def __init__(self, process_id: _Optional[str] = ..., kind: _Optional[_Union[ProcessSpec.Kind, str]] = ..., job_id: _Optional[str] = ..., rank: _Optional[int] = ..., attempt: _Optional[int] = ..., spec_json: _Optional[str] = ..., bundle_sha256: _Optional[str] = ..., store: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., data_host: _Optional[str] = ..., device: _Optional[str] = ..., own_store: bool = ..., scratch_dir: _Optional[str] = ..., cache_dir: _Optional[str] = ..., credentials: _Optional[_Union[Credentials, _Mapping]] = ..., cluster_id: _Optional[str] = ..., data_security: _Optional[str] = ...) -> None: ...
+    data_port_first: int
+    data_port_last: int
+    def __init__(self, process_id: _Optional[str] = ..., kind: _Optional[_Union[ProcessSpec.Kind, str]] = ..., job_id: _Optional[str] = ..., rank: _Optional[int] = ..., attempt: _Optional[int] = ..., spec_json: _Optional[str] = ..., bundle_sha256: _Optional[str] = ..., store: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., data_host: _Optional[str] = ..., device: _Optional[str] = ..., own_store: bool = ..., scratch_dir: _Optional[str] = ..., cache_dir: _Optional[str] = ..., credentials: _Optional[_Union[Credentials, _Mapping]] = ..., cluster_id: _Optional[str] = ..., data_security: _Optional[str] = ..., data_port_first: _Optional[int] = ..., data_port_last: _Optional[int] = ...) -> None: ...
 
 class Credentials(_message.Message):
     __slots__ = ("key_pem", "certificate_pem", "authority_pem")
@@ -474,12 +478,14 @@ class Beat(_message.Message):
     def __init__(self, progress: _Optional[int] = ..., speed: _Optional[_Union[Speed, _Mapping]] = ..., busy_s: _Optional[float] = ..., typical_s: _Optional[float] = ..., unreached: _Optional[_Union[Unreached, _Mapping]] = ...) -> None: ...
 
 class Unreached(_message.Message):
-    __slots__ = ("generation", "partitions")
+    __slots__ = ("generation", "partitions", "reasons")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     PARTITIONS_FIELD_NUMBER: _ClassVar[int]
+    REASONS_FIELD_NUMBER: _ClassVar[int]
     generation: int
     partitions: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, generation: _Optional[int] = ..., partitions: _Optional[_Iterable[int]] = ...) -> None: ...
+    reasons: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, generation: _Optional[int] = ..., partitions: _Optional[_Iterable[int]] = ..., reasons: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Speed(_message.Message):
     __slots__ = ("microbatch_s", "microbatches")

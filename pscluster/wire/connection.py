@@ -10,10 +10,14 @@ import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pscluster.errors import FrameError, PsError
 from pscluster.wire.frame import HEADER_BYTES, Buffer, Header, checksum, pack, unpack
+
+if TYPE_CHECKING:
+    from pscluster.security.identity import Identity
+    from pscluster.wire.tls import TlsStream
 
 _MAX_GATHER = 512  # buffers per sendmsg; Linux takes 1024
 _READ_BUDGET_BYTES = 16 << 20  # read from one connection before the next one is served
@@ -50,26 +54,31 @@ class _Outgoing:
 
 
 class Connection:
-    """A connected non-blocking stream socket under a reactor. Made by `Reactor.adopt`.
+    """A connected non-blocking stream socket, or a `TlsStream` over one, under a reactor. Made by `Reactor.adopt`.
 
     `takes_fds`: file descriptors that come with a frame (over Unix sockets) are kept for `take_fds`; otherwise the
     kernel drops them."""
 
     def __init__(
         self,
-        sock: socket.socket,
+        sock: socket.socket | TlsStream,
         handler: ConnectionHandler,
         wants: Callable[[Connection], None],
         *,
         takes_fds: bool = False,
+        read_soon: Callable[[Connection], None] | None = None,
     ) -> None:
+        """`read_soon`: has `readable` called in the next turn; for a TlsStream, which may hold what it has decrypted
+        while the kernel has nothing to read."""
         self.socket = sock
+        self.tls = None if isinstance(sock, socket.socket) else sock
         self.handler = handler
         self.context: object = None  # the handler's: set once the peer has identified itself
         self.is_open = True
         self.reading = True
         self.sent_bytes = 0
         self._wants = wants  # called when interest in reading or writing may have changed
+        self._read_soon = read_soon
         self._outgoing: deque[_Outgoing] = deque()
         self._header_bytes = bytearray(HEADER_BYTES)
         self._into = memoryview(self._header_bytes)
@@ -85,6 +94,11 @@ class Connection:
     def is_local(self) -> bool:
         """Whether the other end is on this host for sure, so that memory can be shared with it."""
         return self.socket.family == socket.AF_UNIX
+
+    @property
+    def identity(self) -> Identity | None:
+        """Of the other end's certificate; None: the connection is not over TLS."""
+        return self.tls.identity if self.tls is not None else None
 
     @property
     def wants_write(self) -> bool:
@@ -131,6 +145,8 @@ class Connection:
     def resume_reading(self) -> None:
         self.reading = True
         self._wants(self)
+        if self._read_soon is not None:
+            self._read_soon(self)
 
     def flush(self) -> None:
         try:
@@ -164,6 +180,8 @@ class Connection:
                     self._sum_up()
                 if self._filled == self._into.nbytes:
                     self._filled_up()
+            if self._read_soon is not None and self.is_open and self.reading:
+                self._read_soon(self)
         except BlockingIOError:
             pass  # everything read; the reactor calls again
         except OSError as error:
@@ -195,15 +213,19 @@ class Connection:
         """Have the kernel wake us for a large part of the body instead of each segment; for a header at once."""
         missing = self._into.nbytes - self._filled if self._header is not None else 1
         wake_at = min(missing, _WAKE_BYTES)
-        if wake_at != self._wakes_at and self.socket.family != socket.AF_UNIX:
+        if wake_at != self._wakes_at and self.socket.family != socket.AF_UNIX and self._reads_from_kernel():
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wake_at)
             self._wakes_at = wake_at
+
+    def _reads_from_kernel(self) -> bool:
+        """Whether the bytes that it counts are those of frames."""
+        return self.tls is None or self.tls.reads_plainly
 
     def _receive(self) -> int:
         """Read into the memory to be filled; descriptors come with the first byte of a header."""
         if self._header is not None or not self._takes_fds:
             return self.socket.recv_into(self._into[self._filled :])
-        count, ancillary, _, _ = self.socket.recvmsg_into(
+        count, ancillary, _, _ = self.socket.recvmsg_into(  # type: ignore[union-attr]  # TLS is not over Unix sockets
             [self._into[self._filled :]], socket.CMSG_SPACE(_MAX_FDS * _FD.itemsize), socket.MSG_CMSG_CLOEXEC
         )
         for level, kind, data in ancillary:

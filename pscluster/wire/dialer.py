@@ -35,9 +35,11 @@ class Receiver(Protocol):
 
 
 class ReconnectingConnection:
-    """At most one connection, to the addresses of the last `follow`. On the reactor's thread, but for `unreached_s`.
+    """At most one connection, to the addresses of the last `follow`. On the reactor's thread, but for `unreached_s` and
+    `failure`.
 
-    `connection` is set from WELCOME until it is lost. `dialed`: the address that was dialed last."""
+    `connection` is set from WELCOME until it is lost. `dialed`: the address that was dialed last. `failure`: why the
+    last dial gave no connection, or the other end refused it; None: it has accepted."""
 
     def __init__(
         self,
@@ -55,6 +57,7 @@ class ReconnectingConnection:
         before the second dial, and the longest one. `body_target(header)`: memory for a body, None: it is small."""
         self.connection: Connection | None = None
         self.dialed = ""
+        self.failure: PsError | None = None
         self._reactor = reactor
         self._receiver = receiver
         self._make_hello = make_hello
@@ -64,15 +67,17 @@ class ReconnectingConnection:
         self._first_s, self._cap_s = retry_s
         self._body_target = body_target
         self.addresses: list[str] = []  # what is dialed; empty: nothing
+        self.peer = ""  # the process that must answer there, where certificates show who does
         self._pending: Connection | None = None  # its HELLO was sent
         self._dials = 0  # only the newest one counts
         self._failures = 0
         self._unreached_since_s: float | None = None  # monotonic; None: there is a connection, or none is wanted
 
-    def follow(self, addresses: list[str]) -> None:
-        """Connect to these addresses from now on. A connection to others is closed; nothing that it sent is read."""
-        self.addresses = addresses
-        self._failures = 0
+    def follow(self, addresses: list[str], peer: str = "") -> None:
+        """Connect to the process `peer` at these addresses from now on. A connection to others is closed; nothing that
+        it sent is read."""
+        self.addresses, self.peer = addresses, peer
+        self._failures, self.failure = 0, None
         self._dials += 1
         connections, self._pending, self.connection = (self._pending, self.connection), None, None
         for connection in connections:
@@ -99,13 +104,14 @@ class ReconnectingConnection:
         except FrameError:
             self._retry()
             return
-        self._reactor.dial(self.dialed, self, lambda connection, _: self._connected(number, connection))
+        self._reactor.dial(self.dialed, self, lambda *answer: self._connected(number, *answer), self.peer)
 
-    def _connected(self, number: int, connection: Connection | None) -> None:
+    def _connected(self, number: int, connection: Connection | None, failure: PsError | None) -> None:
         if number != self._dials:
             if connection is not None:
                 connection.close()
         elif connection is None:
+            self.failure = failure
             self._retry()
         else:
             self._pending = connection
@@ -133,7 +139,7 @@ class ReconnectingConnection:
         if connection is not self._pending and connection is not self.connection:
             connection.close()  # it was replaced while this was on its way
         elif header.kind is FrameKind.WELCOME:
-            self._pending, self.connection, self._failures = None, connection, 0
+            self._pending, self.connection, self._failures, self.failure = None, connection, 0, None
             self._receiver.welcomed(header, body)
         else:
             self._receiver.frame(header, body)
@@ -141,7 +147,7 @@ class ReconnectingConnection:
     def closed(self, connection: Connection, error: PsError | None) -> None:
         if connection is self.connection or connection is self._pending:
             self._pending = self.connection = None
-            self._unreached_since_s = time.monotonic()
+            self._unreached_since_s, self.failure = time.monotonic(), error
             self._retry()
             self._receiver.lost(error)
 

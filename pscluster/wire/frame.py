@@ -20,7 +20,7 @@ from pscluster.errors import FrameError, VersionSkewError
 from pscluster.step.tree import TreeNode
 
 MAGIC = b"PSDP"
-PROTOCOL = 2
+PROTOCOL = 3  # 3: HELLO names the cluster
 SUMMARY = 0xFFFF_FFFF  # the bucket number of a step's summary: loss, weight, touched bits
 MAX_SMALL_BYTES = 1 << 20  # of the kinds whose size the layout does not fix
 _HEADER = struct.Struct("<4sHBBHHQQQIIIQI")

@@ -102,13 +102,18 @@ class JsonBody:
 # ---- handshake ----
 
 
+def process_id(job_id: str, role: str, number: int, attempt: int) -> str:
+    """The name of a trainer or partition in its certificate, and to the master."""
+    return f"{job_id}/{role}-{number}/{attempt}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Hello(JsonBody):
     """The first frame of the side that dials.
 
-    `token`: the job's, in hex. `role`: "trainer" or "partition"; no receiver reads it yet, it is kept for certificates
-    of jobs on several hosts. `attempt`: which process of its placement it is. `share`: it can map the receiver's
-    memory; `num_lanes`: how many lanes for gradients it then asks for."""
+    `token`: the job's, in hex. `role`: "trainer" or "partition"; `attempt`: which process of its placement it is: over
+    TLS the certificate must say the same. `share`: it can map the receiver's memory; `num_lanes`: how many lanes for
+    gradients it then asks for. `cluster`: the id of its cluster."""
 
     token: str
     role: str
@@ -117,6 +122,7 @@ class Hello(JsonBody):
     restore_generation: int
     share: bool = False
     num_lanes: int = 0
+    cluster: str = ""
 
     @classmethod
     def unpack(cls, body: Buffer) -> Self:

@@ -14,30 +14,54 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from pscluster.errors import FrameError
+from pscluster.errors import PsError
+from pscluster.reachability import unreachable
 from pscluster.wire.connection import Connection, ConnectionHandler
+from pscluster.wire.newcomers import Newcomers
 from pscluster.wire.transport import accept, bind, control_congestion, start_dial
+
+if TYPE_CHECKING:
+    from pscluster.wire.tls import DataSecurity, TlsStream
 
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _ACCEPT_AGAIN_S = 0.1
 DIAL_S = 5.0  # in which a connection must be made; the kernel would try for minutes, with long pauses
+
+Dialed = Callable[[Connection | None, PsError | None], None]
+"""Called once: with the connection, or with why there is none."""
+
+
+@dataclass(eq=False)
+class _Dial:
+    """A connection on its way: first the socket's, then the handshake of TLS. `peer`: the process that must answer."""
+
+    address: str
+    peer: str
+    handler: ConnectionHandler
+    done: Dialed
+    stream: socket.socket | TlsStream
+    fd: int  # the stream's, as the selector knows it
 
 
 class Reactor:
     """Runs on one thread; only `post` may be called from others.
 
     `phase(name)` is entered around moving bytes: "receive", which includes what the handlers do, and "send".
-    `congestion_control`: of TCP connections, checked before; None is the host's default."""
+    `congestion_control`: of TCP connections, checked before; None is the host's default.
+    `security`: of TCP connections, both ways; None: they are plain, and nobody's identity is known."""
 
     def __init__(
         self,
         phase: Callable[[str], AbstractContextManager[object]] = nullcontext,
         congestion_control: str | None = None,
+        security: DataSecurity | None = None,
     ) -> None:
         self._phase = phase
+        self._security = security
         self._congestion_control = congestion_control
         self._selector = selectors.DefaultSelector()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -46,7 +70,7 @@ class Reactor:
         self._order = itertools.count()
         self._interest: dict[Connection, int] = {}
         self._listeners: list[tuple[socket.socket, str]] = []
-        self._dialling: set[socket.socket] = set()
+        self._dialling: set[_Dial] = set()
         self._stopped = False
         self._closed = False
         self._closing = threading.Lock()  # keeps `post` from writing to a descriptor that was closed and reused
@@ -97,35 +121,46 @@ class Reactor:
 
     def listen(self, address: str, handler: ConnectionHandler, handshake_s: float = math.inf) -> str:
         """Accept connections at `address` for `handler`; returns the address that peers dial (port resolved). One
-        without a `context` after `handshake_s` is closed: its peer has not identified itself. Raises
-        AddressInUseError."""
+        without a `context` after `handshake_s` is closed: its peer has not identified itself; so is the oldest of
+        these when there are too many. Raises AddressInUseError."""
         listener, bound = bind(address)
         self._listeners.append((listener, bound))
-        self._listen_on(listener, handler, handshake_s)
+        newcomers = Newcomers(handshake_s)
+        self._listen_on(listener, handler, newcomers)
+        if math.isfinite(handshake_s):
+            self._close_late(newcomers)
         return bound
 
-    def dial(self, address: str, handler: ConnectionHandler, done: Callable[[Connection | None, str], None]) -> None:
-        """Connect to `address` within `DIAL_S`; `done` is called once with the connection, or with None and the reason.
+    def dial(self, address: str, handler: ConnectionHandler, done: Dialed, peer: str = "") -> None:
+        """Connect to `address` within `DIAL_S`; over TLS only if the other end is the process `peer`.
 
         File descriptors are taken from the listening side only."""
         try:
             sock, connected = start_dial(address)
         except OSError as error:
-            self.post(lambda reason=str(error): done(None, reason))  # type: ignore[misc]
+            reason = unreachable(error, peer or "a peer", address)
+            self.post(lambda: done(None, reason))
             return
+        dial = _Dial(address, peer, handler, done, sock, sock.fileno())
+        self._dialling.add(dial)
+        if sock.family != socket.AF_UNIX:
+            self.call_later(DIAL_S, lambda: self._end_dial(dial, TimeoutError()))
         if connected:
-            self.post(lambda: done(self.adopt(sock, handler, takes_fds=True), ""))
-            return
-        self._dialling.add(sock)
-        self._selector.register(sock, selectors.EVENT_WRITE, lambda: self._dialled(sock, handler, done))
-        self.call_later(DIAL_S, lambda: self._end_dial(sock, done))
+            self.post(lambda: self._connected(dial))
+        else:
+            self._selector.register(dial.fd, selectors.EVENT_WRITE, lambda: self._connected(dial))
 
-    def adopt(self, sock: socket.socket, handler: ConnectionHandler, *, takes_fds: bool = False) -> Connection:
+    def adopt(
+        self, stream: socket.socket | TlsStream, handler: ConnectionHandler, *, takes_fds: bool = False
+    ) -> Connection:
         """Drive a connected socket from now on. The reactor owns it."""
-        sock.setblocking(False)
         if self._congestion_control is not None:
-            control_congestion(sock, self._congestion_control)
-        connection = Connection(sock, handler, self._update_interest, takes_fds=takes_fds)
+            control_congestion(stream, self._congestion_control)
+        if isinstance(stream, socket.socket):
+            stream.setblocking(False)
+            connection = Connection(stream, handler, self._update_interest, takes_fds=takes_fds)
+        else:
+            connection = Connection(stream, handler, self._update_interest, read_soon=self._read_soon)
         self._update_interest(connection)
         return connection
 
@@ -137,17 +172,17 @@ class Reactor:
             listener.close()
             if bound.startswith("unix:"):
                 Path(bound.removeprefix("unix:")).unlink(missing_ok=True)
-        for sock in self._dialling:
-            sock.close()
+        for dial in self._dialling:
+            dial.stream.close()
         with self._closing:
             self._closed = True
             self._selector.close()
             os.close(self._wake)
 
-    def _listen_on(self, listener: socket.socket, handler: ConnectionHandler, handshake_s: float) -> None:
-        self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener, handler, handshake_s))
+    def _listen_on(self, listener: socket.socket, handler: ConnectionHandler, newcomers: Newcomers) -> None:
+        self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener, handler, newcomers))
 
-    def _accept(self, listener: socket.socket, handler: ConnectionHandler, handshake_s: float) -> None:
+    def _accept(self, listener: socket.socket, handler: ConnectionHandler, newcomers: Newcomers) -> None:
         try:
             sock = accept(listener)
         except OSError as error:
@@ -155,34 +190,69 @@ class Reactor:
                 raise
             # New connections wait in the kernel's queue; open ones are still served.
             self._selector.unregister(listener)
-            self.call_later(_ACCEPT_AGAIN_S, lambda: self._listen_on(listener, handler, handshake_s))
+            self.call_later(_ACCEPT_AGAIN_S, lambda: self._listen_on(listener, handler, newcomers))
             return
         if sock is not None:
-            connection = self.adopt(sock, handler)
-            if math.isfinite(handshake_s):
-                self.call_later(handshake_s, lambda: self._close_unless_accepted(connection))
+            security = self._security if sock.family != socket.AF_UNIX else None
+            newcomers.add(self.adopt(sock if security is None else security.accepted(sock), handler))
 
-    def _close_unless_accepted(self, connection: Connection) -> None:
-        if connection.context is None:
-            connection.close(FrameError("a connection without a HELLO", details={"field": "handshake"}))
+    def _close_late(self, newcomers: Newcomers) -> None:
+        newcomers.close_late()
+        self.call_later(newcomers.next_s(), lambda: self._close_late(newcomers))
 
-    def _dialled(self, sock: socket.socket, handler: ConnectionHandler, done: Callable[..., Any]) -> None:
-        self._selector.unregister(sock)
-        self._dialling.discard(sock)
-        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if error:
-            sock.close()
-            done(None, os.strerror(error))
+    def _connected(self, dial: _Dial) -> None:
+        """The socket is connected, or cannot be."""
+        if dial not in self._dialling:
+            return
+        sock = dial.stream
+        assert isinstance(sock, socket.socket)
+        self._stop_watching(dial)
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            self._end_dial(dial, OSError(code, os.strerror(code)))
+        elif self._security is None or sock.family == socket.AF_UNIX:
+            self._dialled(dial)
         else:
-            done(self.adopt(sock, handler, takes_fds=True), "")
+            dial.stream = self._security.dialled(sock, dial.peer)
+            self._selector.register(dial.fd, selectors.EVENT_READ, lambda: self._shake_hands(dial))
+            self._shake_hands(dial)
 
-    def _end_dial(self, sock: socket.socket, done: Callable[..., Any]) -> None:
-        """The time limit of a dial that is still pending."""
-        if sock in self._dialling:
-            self._selector.unregister(sock)
-            self._dialling.discard(sock)
-            sock.close()
-            done(None, f"no answer within {DIAL_S:g} s")
+    def _shake_hands(self, dial: _Dial) -> None:
+        assert not isinstance(dial.stream, socket.socket)
+        try:
+            dial.stream.shake_hands()
+        except BlockingIOError:
+            return
+        except (OSError, PsError) as error:
+            self._end_dial(dial, error)
+        else:
+            self._stop_watching(dial)
+            self._dialled(dial)
+
+    def _dialled(self, dial: _Dial) -> None:
+        self._dialling.discard(dial)
+        dial.done(self.adopt(dial.stream, dial.handler, takes_fds=True), None)
+
+    def _end_dial(self, dial: _Dial, error: OSError | PsError) -> None:
+        """It cannot be made, or its time is up. Nothing happens once it has ended."""
+        if dial in self._dialling:
+            self._dialling.discard(dial)
+            self._stop_watching(dial)
+            dial.stream.close()
+            known = error if isinstance(error, PsError) else unreachable(error, dial.peer or "a peer", dial.address)
+            dial.done(None, known)
+
+    def _stop_watching(self, dial: _Dial) -> None:
+        if dial.fd in self._selector.get_map():
+            self._selector.unregister(dial.fd)
+
+    def _receive(self, connection: Connection) -> None:
+        if connection.is_open:
+            with self._phase("receive"):
+                connection.readable()
+
+    def _read_soon(self, connection: Connection) -> None:
+        self.post(lambda: self._receive(connection))
 
     def _drain_posted(self) -> None:
         os.eventfd_read(self._wake)

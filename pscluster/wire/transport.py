@@ -1,4 +1,4 @@
-"""Addresses and sockets of the data plane: "unix:/path" and "tcp:host:port"."""
+"""Addresses and sockets of the data plane: "unix:/path", "tcp:host:port" and "tcp:[host]:port" for IPv6."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import errno
 import os
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pscluster.errors import AddressInUseError, FrameError, StateError
+
+if TYPE_CHECKING:
+    from pscluster.wire.tls import TlsStream
 
 _BACKLOG = 512
 DEAD_S = 10
@@ -35,20 +39,27 @@ def choose_address(addresses: list[str], transport: str) -> str:
     raise FrameError(f"no {transport} address among {addresses}", details={"field": "address"})
 
 
+def tcp_address(host: str, port: int | str) -> str:
+    """The address of a TCP port; `host` with or without the brackets of IPv6. `port` "A-B": to bind, one of these."""
+    return f"tcp:[{host}]:{port}" if ":" in host and not host.startswith("[") else f"tcp:{host}:{port}"
+
+
 def bind(address: str) -> tuple[socket.socket, str]:
-    """A listening non-blocking socket and the address that peers dial (port 0 resolved)."""
+    """A listening non-blocking socket and the address that peers dial: port 0 resolved, of a range "A-B" the first port
+    that is free. Raises AddressInUseError, OSError."""
     kind, _, rest = address.partition(":")
     try:
         if kind == "unix":
             listener = _bind_unix(rest)
             bound = address
         else:
-            host, _, port = rest.rpartition(":")
-            listener = socket.create_server((host, int(port)), backlog=_BACKLOG)
-            bound = f"tcp:{host}:{listener.getsockname()[1]}"
+            host, _, ports = rest.rpartition(":")
+            listener = _bind_tcp(host.strip("[]"), ports)
+            bound = tcp_address(host, listener.getsockname()[1])
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise AddressInUseError(f"{address} is in use") from None
+            action = "give the server more --data-ports" if kind == "tcp" and "-" in rest.rpartition(":")[2] else ""
+            raise AddressInUseError(f"{address} is in use", action=action) from None
         raise
     listener.listen(_BACKLOG)
     listener.setblocking(False)
@@ -64,6 +75,18 @@ def _bind_unix(path: str) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+def _bind_tcp(host: str, ports: str) -> socket.socket:
+    first, _, last = ports.partition("-")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for port in range(int(first), int(last or first) + 1):
+        try:
+            return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 
 def accept(listener: socket.socket) -> socket.socket | None:
@@ -112,7 +135,7 @@ def check_congestion_control(name: str | None) -> None:
             ) from None
 
 
-def control_congestion(sock: socket.socket, name: str) -> None:
+def control_congestion(sock: socket.socket | TlsStream, name: str) -> None:
     """Have a TCP socket use this algorithm for what it sends; a Unix socket has none. Raises OSError."""
     if sock.family != socket.AF_UNIX:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())

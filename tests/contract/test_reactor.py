@@ -15,7 +15,7 @@ import pytest
 
 import pscluster.wire.reactor
 from harness.wire import DEADLINE_S, Recorder, World, header
-from pscluster.errors import AddressInUseError
+from pscluster.errors import AddressInUseError, PsError, UnreachableError
 from pscluster.wire.connection import Connection
 from pscluster.wire.frame import pack
 from pscluster.wire.reactor import Reactor
@@ -25,12 +25,13 @@ def test_nobody_listening_is_an_answer(world: World) -> None:
     kind = world.address.partition(":")[0]
     with socket.create_server(("127.0.0.1", 0)) as free:
         nowhere = "unix:/nowhere/s" if kind == "unix" else f"tcp:127.0.0.1:{free.getsockname()[1]}"
-    answers: list[tuple[Connection | None, str]] = []
+    answers: list[tuple[Connection | None, PsError | None]] = []
     world.reactor.dial(nowhere, world.dialling, lambda *answer: answers.append(answer))
     world.until(lambda: bool(answers))
 
-    assert answers[0][0] is None
-    assert answers[0][1]
+    connection, why = answers[0]
+    assert connection is None and isinstance(why, UnreachableError)
+    assert why.details["address"] == nowhere and why.details["reason"] == ("other" if kind == "unix" else "refused")
     assert world.dialling.ends == []
 
 
@@ -48,7 +49,7 @@ def test_a_dial_that_gets_no_answer_has_an_end(monkeypatch: pytest.MonkeyPatch) 
         deadline_s = time.monotonic() + DEADLINE_S
         while not answers and time.monotonic() < deadline_s:
             reactor.poll(0.05)
-        assert answers == [(None, "no answer within 0.1 s")]
+        assert [(made, why.details["reason"]) for made, why in answers if why is not None] == [(None, "timed out")]
 
 
 def test_calls_from_other_threads_run_in_order_on_the_reactors_thread(world: World) -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from pscluster.errors import StateError, StorageError
+from pscluster.security.identity import Role
 from psmaster.model import job as jobs
+from psmaster.model.access import AccessRecords, CertificateRecord, TokenRecord
 from psmaster.model.job import Event, Recovery
 from psmaster.model.plan import Part, ProcessKind
 from psmaster.model.state import Deletion
@@ -136,6 +138,27 @@ def test_deletions_are_kept_in_their_order_and_forgotten(store: Store) -> None:
     gone = replace(first, removed=True)
     store.write(Batch(deletions=(gone,), forgotten_deletions=("a", "nobody")))
     assert store.deletions() == {"b": gone}
+
+
+def test_tokens_and_certificates_are_kept_replaced_and_dropped(store: Store) -> None:
+    assert store.access() == AccessRecords()
+    token = TokenRecord(digest="a1", role=Role.WORKER, created_s=1.5, expires_s=9.5)
+    older = TokenRecord(digest="b2", role=Role.ADMIN, created_s=0.5, expires_s=9.5, uses_left=3)
+    made = CertificateRecord(
+        serial="ff", role=Role.USER, name="alice", key_sha256="k", issued_s=2.5, expires_s=8.5, revoked=True
+    )
+    first = replace(made, serial="ee", issued_s=1.5, revoked=False)
+    store.write(Batch(tokens=(token, older), certificates=(made, first)))
+    found = store.access()
+    assert list(found.tokens.items()) == [("b2", older), ("a1", token)]
+    assert list(found.certificates.items()) == [("ee", first), ("ff", made)]
+    used, refused = replace(older, uses_left=2), replace(first, revoked=True)
+    store.write(
+        Batch(
+            tokens=(used,), certificates=(refused,), dropped_tokens=("a1", "nobody"), dropped_certificates=("ff", "0")
+        )
+    )
+    assert store.access() == AccessRecords(tokens={"b2": used}, certificates={"ee": refused})
 
 
 # what only the durable one promises

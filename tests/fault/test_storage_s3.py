@@ -37,7 +37,7 @@ def test_a_job_uses_its_snapshots_in_s3(tmp_path: Path) -> None:
         assert answer["parameters_sha256"] == train_plainly(lm_spec(steps=STEPS, d_model=64)).digest
         exported = cluster.psctl("export", job, "-o", str(tmp_path / "model.safetensors"))
         assert answer["parameters_sha256"] in exported.stderr
-        names = {Path(path).name for path in s3.file_system().find(f"{BUCKET}/prefix/{job}")}
+        names = {Path(path).name for path in s3.file_system().find(answer["store"].removeprefix("s3://"))}
         assert f"step-{STEPS:010d}.manifest" in names
         assert sum(name.endswith(".snapshot") for name in names) <= 2 * 4, "old parts are deleted there too"
         cluster.psctl("delete", job)

@@ -16,6 +16,7 @@ class FrameEnd:
         self.context: object = None
         self.is_open = True
         self.is_local = is_local
+        self.identity = None  # there are no certificates
         self.wants_write = False
         self.sent_bytes = 0
         self.reading = True

@@ -97,6 +97,7 @@ def full_job() -> Job:
         request_id="r",
         bundle_sha256="ab",
         data_token=b"token",
+        owner="alice",
         store="/store",
         directory="/directory",
         state=JobState.RUNNING,

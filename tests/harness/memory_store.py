@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pscluster.errors import StateError
+from psmaster.model.access import AccessRecords
 from psmaster.model.job import MAX_EVENTS, VOLATILE, Event, Job
 from psmaster.model.plan import Part
 from psmaster.model.state import Changes, Deletion, Deletions
 from psmaster.storage.persistence import Archive, Writes
 from psmaster.storage.store import Batch, BundleRecord, Store
+
+T = TypeVar("T")
 
 
 class MemoryStore(Store):
@@ -25,6 +28,7 @@ class MemoryStore(Store):
         self._bundles: dict[str, BundleRecord] = {}
         self._drains: dict[str, float] = {}
         self._deletions: dict[str, Deletion] = {}
+        self._access = AccessRecords()
 
     def write(self, batch: Batch) -> None:
         self._refuse_conflicts(batch)
@@ -46,6 +50,12 @@ class MemoryStore(Store):
         self._deletions |= {one.job_id: one for one in batch.deletions}
         for job_id in batch.forgotten_deletions:
             self._deletions.pop(job_id, None)
+        self._access = AccessRecords(
+            tokens=_updated(self._access.tokens, {one.digest: one for one in batch.tokens}, batch.dropped_tokens),
+            certificates=_updated(
+                self._access.certificates, {one.serial: one for one in batch.certificates}, batch.dropped_certificates
+            ),
+        )
         for job_id in batch.deleted_jobs:
             self._jobs.pop(job_id, None)
             self._events.pop(job_id, None)
@@ -76,8 +86,20 @@ class MemoryStore(Store):
         ordered = sorted(self._deletions.values(), key=lambda one: (one.deleted_s, one.job_id))
         return {one.job_id: one for one in ordered}
 
+    def access(self) -> AccessRecords:
+        tokens = sorted(self._access.tokens.values(), key=lambda one: (one.created_s, one.digest))
+        certificates = sorted(self._access.certificates.values(), key=lambda one: (one.issued_s, one.serial))
+        return AccessRecords(
+            tokens={one.digest: one for one in tokens}, certificates={one.serial: one for one in certificates}
+        )
+
     def close(self) -> None:
         """Nothing is held."""
+
+
+def _updated(held: Mapping[str, T], new: Mapping[str, T], dropped: Iterable[str]) -> dict[str, T]:
+    gone = set(dropped)
+    return {key: one for key, one in {**held, **new}.items() if key not in gone}
 
 
 class MemoryArchive(Archive):

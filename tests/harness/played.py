@@ -14,11 +14,12 @@ from typing import Any
 
 import psserver.partition.process
 from harness.frame_end import FrameEnd, joined
-from pscluster.errors import FrameError, PsError
+from pscluster.errors import FrameError, PsError, UnreachableError
 from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.step.layout import Layout
 from pscluster.v1.plan_pb2 import PartitionPlacement, Plan, ProcessReport, ProcessSpec, ShardRange, TrainerPlacement
 from pscluster.wire.frame import IN_MEMORY, Buffer, FrameKind, Header, checksum, job_number, pack, unpack
+from pscluster.wire.reactor import Dialed
 from psserver.partition.actions import JoinJob
 from psserver.partition.process import PartitionService
 from psserver.partition.telemetry import PartitionCounters
@@ -156,14 +157,14 @@ class Network:
         self.connections += (near, far)
         return near, far
 
-    def dial(self, address: str, handler: Any, done: Callable[[Any, str], None]) -> None:
+    def dial(self, address: str, handler: Any, done: Dialed, peer: str = "") -> None:  # noqa: ARG002 - no certificates
         kind, _, name = address.partition(":")
 
         def dialled() -> None:
             if name not in self.listeners:
-                done(None, "nobody listens")
+                done(None, UnreachableError("nobody listens"))
             else:
-                done(self.connect(handler, self.listeners[name], local=kind == "unix")[0], "")
+                done(self.connect(handler, self.listeners[name], local=kind == "unix")[0], None)  # type: ignore[arg-type]
 
         self.post(dialled)
 

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from harness import zygote
+from harness.certificates import CLUSTER, credentials, message
 from pscluster.agent.link import FrameSplitter, encode_frame
 from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.storage.snapshot import read_parts
@@ -84,7 +85,8 @@ class StaticJob:
     """Starts the processes of one job, sends them plans, and waits for their reports. A context manager.
 
     `launch` starts them; `data_hosts[i]` is where partition i listens for TCP, when not on loopback; `device` is where
-    trainers compute, when not where the spec says."""
+    trainers compute, when not where the spec says. `data_security`: of TCP data connections, as in ProcessSpec; each
+    process then has a certificate of its own."""
 
     def __init__(
         self,
@@ -95,6 +97,7 @@ class StaticJob:
         launch: Launch = _fork,
         data_hosts: Sequence[str] = (),
         device: str = "",
+        data_security: str = "",
     ) -> None:
         self.spec: JobSpec = parse_spec(spec)
         self.store = root / "store"
@@ -110,6 +113,7 @@ class StaticJob:
         self._launch = launch
         self._data_hosts = data_hosts
         self._device = device
+        self._data_security = data_security
         self.reroute: Callable[[str], str] = lambda address: address  # of partitions, as the plan tells them
         root.mkdir(parents=True, exist_ok=True)
 
@@ -152,9 +156,18 @@ class StaticJob:
             data_host=self._data_hosts[number] if kind == "partition" and self._data_hosts else "",
             device=self._device if kind == "trainer" else "",
         )  # fmt: skip
+        if self._data_security:
+            spec.cluster_id, spec.data_security = CLUSTER, self._data_security
+            spec.credentials.CopyFrom(message(credentials(spec.process_id)))
         child.order(ProcessOrder(start=spec))
         threading.Thread(target=self._read, args=(child,), daemon=True).start()
         return child
+
+    def renew_credentials(self) -> None:
+        """Every process gets a new certificate, for connections that are made from now on."""
+        for name, child in self.children.items():
+            held = credentials(f"{JOB}/{name}/{self._attempts[name]}")
+            child.order(ProcessOrder(credentials=message(held)))
 
     def kill(self, name: str) -> None:
         """Send SIGKILL and wait until the process is gone."""
@@ -204,12 +217,14 @@ class StaticJob:
             job_id=JOB, generation=self.generation, layout_json=ready.layout_json, data_token=TOKEN, stop=stop,
             restore_generation=self.restore_generation, resume_step=self.resume_step, final_step=ready.final_step,
             trainers=[
-                TrainerPlacement(rank=rank, active=f"trainer-{rank}" in self.children,
+                TrainerPlacement(rank=rank, attempt=self._attempt(f"trainer-{rank}"),
+                            active=f"trainer-{rank}" in self.children,
                             shards=[ShardRange(first=first, count=count) for first, count in runs])
                 for rank, runs in enumerate(shards)
             ],
             partitions=[
-                PartitionPlacement(index=i, addresses=[self.reroute(address) for address in
+                PartitionPlacement(index=i, attempt=self._attempt(f"partition-{i}"),
+                              addresses=[self.reroute(address) for address in
                               self.reported(f"partition-{i}", "partition_ready")[-1].addresses])
                 for i in range(self.spec.servers.partitions)
             ],
@@ -219,6 +234,9 @@ class StaticJob:
             plan.restore.CopyFrom(RestorePoint(step=self.resume_step, parts=[found[i] for i in sorted(found)]))
         for child in self.children.values():
             child.order(ProcessOrder(plan=plan))
+
+    def _attempt(self, name: str) -> int:
+        return self._attempts.get(name, 0)
 
     def complete_steps(self) -> list[int]:
         """The steps whose parts all partitions have written."""

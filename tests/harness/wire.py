@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from harness.certificates import credentials, security
 from pscluster.errors import FrameError, PsError
+from pscluster.security.tls import client_context, server_context
 from pscluster.wire.connection import Connection
 from pscluster.wire.frame import IN_MEMORY, Buffer, FrameKind, Header, in_lane, lane_of
 from pscluster.wire.memory import PAGE_BYTES, Arena, Lanes, Segment
 from pscluster.wire.reactor import Reactor
 
-TRANSPORTS = ("unix", "tcp", "shm")
+TRANSPORTS = ("unix", "tcp", "shm", "tls")
+PROCESS = "job-a/trainer-0/1"  # that both ends are, over TLS
 DEADLINE_S = 20.0
 MIB = 1 << 20
 NUM_LANES = 3
@@ -145,8 +150,9 @@ class World:
 
     @classmethod
     def create(cls, transport: str, directory: Path, **fields: Any) -> World:
-        reactor, listening = Reactor(), Recorder()
-        address = f"unix:{directory}/s" if transport != "tcp" else "tcp:127.0.0.1:0"
+        listening = Recorder()
+        reactor = Reactor(security=security(PROCESS) if transport == "tls" else None)
+        address = "tcp:127.0.0.1:0" if transport in ("tcp", "tls") else f"unix:{directory}/s"
         return cls(reactor, transport, reactor.listen(address, listening, **fields), listening, Recorder())
 
     def until(self, condition: Callable[[], bool]) -> None:
@@ -158,8 +164,8 @@ class World:
 
     def dial(self, address: str | None = None) -> Connection:
         """A connection, with shared memory if the transport has it."""
-        answers: list[tuple[Connection | None, str]] = []
-        self.reactor.dial(address or self.address, self.dialling, lambda *answer: answers.append(answer))
+        answers: list[tuple[Connection | None, PsError | None]] = []
+        self.reactor.dial(address or self.address, self.dialling, lambda *answer: answers.append(answer), PROCESS)
         self.until(lambda: bool(answers))
         connection, why = answers[0]
         assert connection is not None, why
@@ -198,7 +204,18 @@ class World:
             connection.send(replace(head, flags=IN_MEMORY))
 
     def raw(self) -> socket.socket:
-        """A blocking socket to the listener, for peers that break the protocol."""
+        """A blocking socket to the listener, for peers that break the protocol; over TLS after its handshake."""
+        sock = self.connect()
+        if self.transport != "tls":
+            return sock
+        tls = client_context(credentials(PROCESS)).wrap_socket(sock, do_handshake_on_connect=False)
+        tls.setblocking(False)
+        self.until(lambda: _is_done(tls.do_handshake))
+        tls.settimeout(DEADLINE_S)
+        return tls
+
+    def connect(self) -> socket.socket:
+        """A blocking socket to the listener, on which nothing was sent."""
         kind, _, rest = self.address.partition(":")
         sock = socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET)
         sock.settimeout(DEADLINE_S)
@@ -213,7 +230,7 @@ class World:
             assert time.monotonic() < deadline, "nobody reads"
             try:
                 left = left[peer.send(left) :]
-            except BlockingIOError:
+            except (BlockingIOError, ssl.SSLWantWriteError):
                 self.reactor.poll(0.05)
         peer.settimeout(DEADLINE_S)
 
@@ -227,10 +244,26 @@ class World:
         else:
             listener = socket.create_server(("127.0.0.1", 0))
             address = f"tcp:127.0.0.1:{listener.getsockname()[1]}"
-        with listener:
+        with listener, ThreadPoolExecutor(1) as thread:
+            answer = thread.submit(self._answer, listener)
             connection = self.dial(address)
-            peer, _ = listener.accept()
+            peer = answer.result(DEADLINE_S)
         if self.address.startswith("unix:"):
             os.unlink(path)
         peer.settimeout(DEADLINE_S)
         return connection, peer
+
+    def _answer(self, listener: socket.socket) -> socket.socket:
+        peer, _ = listener.accept()
+        if self.transport != "tls":
+            return peer
+        peer.settimeout(DEADLINE_S)
+        return server_context(credentials(PROCESS)).wrap_socket(peer, server_side=True)
+
+
+def _is_done(call: Callable[[], object]) -> bool:
+    try:
+        call()
+    except ssl.SSLWantReadError:
+        return False
+    return True

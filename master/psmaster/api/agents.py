@@ -7,8 +7,12 @@ import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from pscluster.errors import CallerError, VersionSkewError
+import structlog
+
+from pscluster.errors import CallerError, NotFoundError, VersionSkewError
 from pscluster.rpc import PROTOCOL
+from pscluster.rpc.access import CALLER, Caller, require_node
+from pscluster.security.identity import Role
 from pscluster.v1 import agents_pb2, agents_pb2_grpc
 from psmaster.api import proto
 from psmaster.control.agent_stream import AgentStream
@@ -18,6 +22,7 @@ from psmaster.storage.bundles import BundleShelf
 from psmaster.storage.logs import LogMessage
 
 BEAT_INTERVAL_S = 1.0
+_log = structlog.get_logger(__name__)
 _PROCESS_ID = re.compile(r"([a-z0-9-]+)/((?:trainer|partition)-\d+)/(\d+)")
 
 
@@ -35,6 +40,7 @@ class AgentsService(agents_pb2_grpc.AgentsServicer):
                 f"this master {PROTOCOL}"
             )
         node = proto.node(request)
+        require_node(CALLER.get(), node.node_id, Role(node.role))
         await self._core.ask(lambda tx: tx.register(node))
         suspicion_s = self._core.limits.suspicion_s
         return agents_pb2.RegisterReply(beat_interval_s=min(BEAT_INTERVAL_S, suspicion_s / 3), suspicion_s=suspicion_s)
@@ -46,6 +52,7 @@ class AgentsService(agents_pb2_grpc.AgentsServicer):
         if first is None or not first.HasField("hello"):
             raise CallerError("a stream begins with a hello")
         hello = first.hello
+        require_node(CALLER.get(), hello.node_id)
         processes = proto.processes(hello.node_id, hello.processes)
         stream = await self._core.open_stream(hello.node_id, hello.incarnation, processes)
         reading = asyncio.create_task(self._read(stream, request_iterator))
@@ -68,7 +75,12 @@ class AgentsService(agents_pb2_grpc.AgentsServicer):
             stream.close()
 
     async def _submit(self, stream: AgentStream, message: agents_pb2.AgentMessage) -> None:
-        """Queue one message. One without meaning is acknowledged, since the agent would otherwise repeat it."""
+        """Queue one message. One without meaning is acknowledged, since the agent would otherwise repeat it; so is one
+        on a process that the node never had."""
+        process_id = _process_of(message)
+        if process_id and not (CALLER.get().local or self._core.was_assigned(stream.node_id, process_id)):
+            _log.warning("a node reports on a process that it never had", node=stream.node_id, process=process_id[:200])
+            message = agents_pb2.AgentMessage(sequence=message.sequence)
         log = _log_message(message) if message.HasField("log") else None
         if log is not None:
             await self._core.write_log(stream, message.sequence, *log)
@@ -80,9 +92,18 @@ class AgentsService(agents_pb2_grpc.AgentsServicer):
     async def DownloadBundle(
         self, request: agents_pb2.DownloadBundleRequest, context: Any
     ) -> AsyncIterator[agents_pb2.BundleChunk]:
+        self._require_use(CALLER.get(), request.sha256)
         chunks = self._shelf.chunks(request.sha256)
         while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
             yield agents_pb2.BundleChunk(data=chunk)
+
+    def _require_use(self, caller: Caller, sha256: str) -> None:
+        """Raises NotFoundError unless a process that needs the bundle is placed on the calling node."""
+        if caller.local:
+            return
+        jobs = (job for job in self._core.state.jobs.values() if job.bundle_sha256 == sha256)
+        if not any(placement.node_id == caller.name for job in jobs for placement in job.placements):
+            raise NotFoundError(f"no job with bundle {sha256[:12]!r} has a process on {caller.name}")
 
     async def FindUnused(self, request: agents_pb2.FindUnusedRequest, context: Any) -> agents_pb2.FindUnusedReply:
         jobs = self._core.state.jobs
@@ -92,6 +113,12 @@ class AgentsService(agents_pb2_grpc.AgentsServicer):
             bundles=[sha256 for sha256 in request.bundles if sha256 not in used],
             jobs=[job_id for job_id in request.jobs if job_id not in lasting],
         )
+
+
+def _process_of(message: agents_pb2.AgentMessage) -> str:
+    """Whom a message is about; empty: the node."""
+    kind = message.WhichOneof("body")
+    return str(getattr(message, kind).process_id) if kind in ("status", "event", "log") else ""
 
 
 def _change(stream: AgentStream, message: agents_pb2.AgentMessage) -> Callable[[Transaction], None]:

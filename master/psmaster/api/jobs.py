@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from operator import attrgetter
 from typing import Any
 
 import pscluster
 from pscluster.errors import BundleError, NotFoundError
 from pscluster.rpc import PROTOCOL
+from pscluster.rpc.access import CALLER
 from pscluster.v1 import jobs_pb2, jobs_pb2_grpc
 from psmaster.api import log_tail, proto
 from psmaster.control.loop import ControlLoop
+from psmaster.control.security import Addresses
 from psmaster.control.submission import new_job
 from psmaster.model import membership
 from psmaster.model.job import Job
@@ -29,12 +31,13 @@ _beside_progress = attrgetter("state", "reason", "generation", "conditions")  # 
 class JobsService(jobs_pb2_grpc.JobsServicer):
     """Raises PsError from every method; the server's interceptor maps it."""
 
-    def __init__(self, core: ControlLoop, shelf: BundleShelf, metrics_address: str) -> None:
-        """`metrics_address`: where the master's metrics are, which `GetCluster` reports."""
+    def __init__(self, core: ControlLoop, shelf: BundleShelf, metrics_address: str, addresses: Addresses) -> None:
+        """`metrics_address`: where the master's metrics are; `GetCluster` reports it, and `addresses`."""
         self._core = core
         self._shelf = shelf
         self._started_s = core.now().unix_s
         self._metrics_address = metrics_address
+        self._addresses = addresses
         # Held from the check for a bundle to its use: an accepted job must find its code.
         self._claiming = asyncio.Lock()
 
@@ -43,7 +46,15 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         async with self._claiming:
             if sha256 and not await asyncio.to_thread(self._shelf.has, sha256):
                 raise NotFoundError(f"there is no bundle {sha256[:80]!r}", action="upload it, then submit")
-            job = new_job(request.spec_json, sha256, request.request_id, jobs_directory, self._core.now())
+            job = new_job(
+                request.spec_json,
+                sha256,
+                request.request_id,
+                jobs_directory,
+                self._core.now(),
+                owner=CALLER.get().name,
+                cluster_id=self._core.security.cluster_id,
+            )
             return jobs_pb2.SubmitReply(job_id=await self._core.ask(lambda tx: tx.submit(job)))
 
     async def HasBundle(self, request: jobs_pb2.HasBundleRequest, context: Any) -> jobs_pb2.HasBundleReply:
@@ -71,7 +82,7 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         return self._message(self._find(request.job), full=True)
 
     async def List(self, request: jobs_pb2.ListRequest, context: Any) -> jobs_pb2.ListReply:
-        newest_first = sorted(self._core.state.jobs.values(), key=lambda job: (-job.created_s, job.job_id))
+        newest_first = sorted(self._visible().values(), key=lambda job: (-job.created_s, job.job_id))
         return jobs_pb2.ListReply(jobs=[self._message(job, full=False) for job in newest_first])
 
     async def Watch(self, request: jobs_pb2.GetRequest, context: Any) -> AsyncIterator[jobs_pb2.Job]:
@@ -93,36 +104,38 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
             await log_tail.wait(news, wait_s if job.revision != shown.revision else None)
 
     async def Stop(self, request: jobs_pb2.GetRequest, context: Any) -> jobs_pb2.Job:
-        job_id = await self._core.ask(lambda tx: tx.stop(request.job))
+        job_id = self._find(request.job).job_id
+        await self._core.ask(lambda tx: tx.stop(job_id))
         return self._message(self._find(job_id), full=True)
 
     async def Resume(self, request: jobs_pb2.GetRequest, context: Any) -> jobs_pb2.Job:
-        job_id = await self._core.ask(lambda tx: tx.resume(request.job))
+        job_id = self._find(request.job).job_id
+        await self._core.ask(lambda tx: tx.resume(job_id))
         return self._message(self._find(job_id), full=True)
 
     async def Delete(self, request: jobs_pb2.GetRequest, context: Any) -> jobs_pb2.DeleteReply:
         # To its end even when the caller hangs up: the lock must outlast a removal that has begun.
-        return jobs_pb2.DeleteReply(job_id=await asyncio.shield(self._delete(request.job)))
+        return jobs_pb2.DeleteReply(job_id=await asyncio.shield(self._delete(self._find(request.job).job_id)))
 
-    async def _delete(self, name: str) -> str:
+    async def _delete(self, job_id: str) -> str:
         """Delete a job, and its bundle if no other has it; the job's id."""
         async with self._claiming:
-            job = await self._core.ask(lambda tx: tx.delete(name))
+            job = await self._core.ask(lambda tx: tx.delete(job_id))
             used = {other.bundle_sha256 for other in self._core.state.jobs.values()}
             if job.bundle_sha256 and job.bundle_sha256 not in used:
                 await asyncio.to_thread(self._shelf.remove, job.bundle_sha256)
                 batch = Batch(deleted_bundles=(job.bundle_sha256,))
                 await self._core.on_disk(self._core.archive.store.write, batch)
-        return job.job_id
+        return job_id
 
     async def ReadLogs(self, request: jobs_pb2.ReadLogsRequest, context: Any) -> AsyncIterator[jobs_pb2.LogRecord]:
-        async for record in log_tail.logs(self._core, request):
+        async for record in log_tail.logs(self._core, self._find(request.job).job_id, request):
             yield record
 
     async def ReadMetrics(
         self, request: jobs_pb2.ReadMetricsRequest, context: Any
     ) -> AsyncIterator[jobs_pb2.MetricsLines]:
-        async for lines in log_tail.metrics(self._core, request):
+        async for lines in log_tail.metrics(self._core, self._find(request.job).job_id, request):
             yield lines
 
     async def ListSnapshots(self, request: jobs_pb2.GetRequest, context: Any) -> jobs_pb2.ListSnapshotsReply:
@@ -146,7 +159,7 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         state, now, suspicion_s = self._core.state, self._core.now(), self._core.limits.suspicion_s
         running = [
             placement.process_id(job.job_id)
-            for job in state.jobs.values()
+            for job in self._visible().values()
             for placement in job.placements
             if placement.node_id == node.node_id
         ]
@@ -155,7 +168,7 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
             ready=membership.health(node, now.mono_s, suspicion_s) is membership.Health.READY,
             processes=sorted(running),
             drain=drain.status(state, node),
-            waits_for=drain.waits_for(state, node, now, suspicion_s),
+            waits_for=() if CALLER.get().is_user else drain.waits_for(state, node, now, suspicion_s),
         )
 
     async def GetCluster(self, request: jobs_pb2.GetClusterRequest, context: Any) -> jobs_pb2.Cluster:
@@ -167,10 +180,21 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
             problems=problems,
             started_s=self._started_s,
             metrics_address=self._metrics_address,
+            cluster_id=self._core.security.cluster_id,
+            secured=self._core.security.secured,
+            time_s=self._core.now().unix_s,
+            addresses=self._addresses.listening,
+            join_addresses=self._addresses.joins,
         )
 
+    def _visible(self) -> Mapping[str, Job]:
+        """The jobs that the caller may know of."""
+        caller, jobs = CALLER.get(), self._core.state.jobs
+        return {k: job for k, job in jobs.items() if job.owner == caller.name} if caller.is_user else jobs
+
     def _find(self, name: str) -> Job:
-        return find(self._core.state.jobs, name, self._core.now())
+        """Raises NotFoundError, for another user's job too."""
+        return find(self._visible(), name, self._core.now())
 
     def _message(self, job: Job, *, full: bool) -> jobs_pb2.Job:
         state = self._core.state

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from pscluster.v1 import agents_pb2, jobs_pb2
 from psmaster.control.loop import ControlLoop
-from psmaster.model.state import find
 from psmaster.storage.logs import LogReader, whole_lines
 from psmaster.storage.metrics_file import FILE_NAME, step_and_kind
 
@@ -25,9 +24,8 @@ async def wait(news: asyncio.Event, seconds: float | None) -> None:
             await news.wait()
 
 
-async def logs(core: ControlLoop, request: jobs_pb2.ReadLogsRequest) -> AsyncIterator[jobs_pb2.LogRecord]:
-    """A job's output, oldest first; with `follow`, on until the job has ended. Raises NotFoundError."""
-    job_id = find(core.state.jobs, request.job, core.now()).job_id
+async def logs(core: ControlLoop, job_id: str, request: jobs_pb2.ReadLogsRequest) -> AsyncIterator[jobs_pb2.LogRecord]:
+    """A job's output, oldest first; with `follow`, on until the job has ended. Of `request`, not the job."""
     reader = LogReader(core.archive.logs_directory(job_id), request.kind, request.rank)
     first, lingered = True, False
     while True:
@@ -49,11 +47,12 @@ async def logs(core: ControlLoop, request: jobs_pb2.ReadLogsRequest) -> AsyncIte
         await wait(news, None)
 
 
-async def metrics(core: ControlLoop, request: jobs_pb2.ReadMetricsRequest) -> AsyncIterator[jobs_pb2.MetricsLines]:
-    """The lines of a job's metrics.jsonl above a step; with `follow`, on until the job has ended. Raises NotFoundError.
+async def metrics(
+    core: ControlLoop, job_id: str, request: jobs_pb2.ReadMetricsRequest
+) -> AsyncIterator[jobs_pb2.MetricsLines]:
+    """The lines of a job's metrics.jsonl above a step; with `follow`, on until the job has ended.
 
     A step after a rollback is sent again only if the file has a new line for it."""
-    job_id = find(core.state.jobs, request.job, core.now()).job_id
     tail = MetricsTail(core.archive.directory(job_id) / FILE_NAME, request.from_step)
     while True:
         news, job = core.news, core.state.jobs.get(job_id)

@@ -11,6 +11,7 @@ from typing import Any
 
 from pscluster.errors import CallerError, InternalError
 from pscluster.rpc.codec import Codec, Wire
+from pscluster.security.credentials import Credentials
 from pscluster.v1 import agents_pb2, jobs_pb2, plan_pb2
 from psmaster.control.agent_stream import Acknowledgement, Assignment
 from psmaster.control.transaction import Report
@@ -53,7 +54,7 @@ _wire = Wire()
 _wire.pair(PreflightCheck, plan_pb2.PreflightCheck)
 _wire.pair(DataConnection, plan_pb2.Connection)
 _PART = _wire.pair(Part, plan_pb2.SnapshotPart)
-_UNREACHED = _wire.pair(Unreached, plan_pb2.Unreached, only_value=["since_s"])
+_UNREACHED = _wire.pair(Unreached, plan_pb2.Unreached, only_value=["since_s"], only_message=["reasons"])
 _ERROR = _wire.pair(ErrorInfo, plan_pb2.ErrorDetail)
 _wire.adapt(
     ErrorInfo, plan_pb2.ErrorDetail, lambda m: _ERROR.decode(m, code=m.code or InternalError.code), _ERROR.encode
@@ -176,6 +177,7 @@ _STANDBY = _wire.pair(
 _PLAN = _wire.pair(
     Plan, plan_pb2.Plan, only_value=["standbys"], only_message=["job_id", "layout_json", "data_token", "mixed"]
 )
+_CREDENTIALS = _wire.pair(Credentials, plan_pb2.Credentials)
 _KINDS = {
     ProcessKind.TRAINER: plan_pb2.ProcessSpec.KIND_TRAINER,
     ProcessKind.PARTITION: plan_pb2.ProcessSpec.KIND_PARTITION,
@@ -188,15 +190,16 @@ def master_message(message: Assignment | Acknowledgement) -> agents_pb2.MasterMe
         return agents_pb2.MasterMessage(ack=agents_pb2.Acknowledged(sequence=message.sequence))
     assignment = agents_pb2.Assignment(
         revision=message.revision,
-        processes=map(_process_spec, message.processes),
+        processes=[_process_spec(process, message) for process in message.processes],
         depots=[agents_pb2.DepotAddress(node_id=node_id, address=address) for node_id, address in message.depots],
         deleted_jobs=message.deleted,
+        revoked_serials=message.revoked,
     )
     return agents_pb2.MasterMessage(assignment=assignment)
 
 
-def _process_spec(process: Desired) -> plan_pb2.ProcessSpec:
-    job = process.job
+def _process_spec(process: Desired, assignment: Assignment) -> plan_pb2.ProcessSpec:
+    job, credentials = process.job, assignment.credentials.get(process.process_id)
     spec = plan_pb2.ProcessSpec(
         process_id=process.process_id,
         kind=_KINDS[process.placement.kind],
@@ -206,6 +209,9 @@ def _process_spec(process: Desired) -> plan_pb2.ProcessSpec:
         spec_json=job.spec.canonical_json(),
         bundle_sha256=job.bundle_sha256,
         store=job.store,
+        cluster_id=assignment.cluster_id,
+        data_security=assignment.data_security,
+        credentials=None if credentials is None else _CREDENTIALS.encode(credentials),
     )
     if process.plan is not None:
         spec.plan.CopyFrom(plan(job, process.plan))

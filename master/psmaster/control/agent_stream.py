@@ -4,24 +4,33 @@ also answers heartbeats. `psmaster.api` converts both to protobuf."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass, field
 
+from pscluster.security.credentials import Credentials
 from psmaster.scheduling.reconcile import Desired
 
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """All that one node is to run. `depots`: (node, address) of those with copies; `deleted`: jobs whose may go."""
+    """All that one node is to run. `depots`: (node, address) of those with copies; `deleted`: jobs whose may go;
+    `revoked`: serials of certificates that its depot must refuse; `credentials`: of its processes, by process id;
+    `cluster_id`, `data_security`: the same for all of them."""
 
     revision: int
     processes: tuple[Desired, ...]
     depots: tuple[tuple[str, str], ...] = ()
     deleted: tuple[str, ...] = ()
+    revoked: tuple[str, ...] = ()
+    cluster_id: str = ""
+    data_security: str = ""
+    credentials: Mapping[str, Credentials] = field(default_factory=dict, repr=False)
 
     def names(self) -> tuple[object, ...]:
         """What an agent acts on; an assignment with equal names need not be sent."""
-        return self.depots, self.deleted, *((process.process_id, process.plan) for process in self.processes)
+        issued = {process_id: credentials.serial for process_id, credentials in self.credentials.items()}
+        processes = ((own.process_id, own.plan, issued.get(own.process_id)) for own in self.processes)
+        return self.depots, self.deleted, self.revoked, *processes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,20 +13,21 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import structlog
 
 from pscluster.errors import PsError, StorageError, UnreachableError
-from psmaster.control.agent_stream import AgentStream, Assignment
+from psmaster.control.agent_stream import AgentStream
+from psmaster.control.assignments import assignment_of
+from psmaster.control.security import NO_CERTIFICATES, ClusterSecurity
 from psmaster.control.transaction import Transaction
 from psmaster.model.job import ErrorInfo, Event, Instant, JobWarning
 from psmaster.model.membership import is_current, require_current
 from psmaster.model.process import Process
 from psmaster.model.state import State, newest_deleted
 from psmaster.scheduling.draft import Limits
-from psmaster.scheduling.reconcile import desired
 from psmaster.storage.logs import LogMessage
 from psmaster.storage.persistence import Archive, Writes, batch_of
 
@@ -36,6 +37,7 @@ TICK_S = 0.25  # at most; a short suspicion makes it shorter
 RETRY_S = 1.0
 CATCH_UP_S = 0.25  # after a stall, for the newest reports to arrive before older ones lead to decisions
 MAX_WAITING = 4096  # pending inputs at which agents' streams are no longer read
+MAX_REMEMBERED = 1000  # processes of a node that it may still report on
 _MAX_BATCH = 512
 _log = structlog.get_logger(__name__)
 
@@ -58,14 +60,22 @@ class Input:
 class ControlLoop:
     """Belongs to one event loop. `state` is always the newest durable one and may be read from any thread."""
 
-    def __init__(self, archive: Archive, limits: Limits, now: Callable[[], Instant] = clock) -> None:
+    def __init__(
+        self,
+        archive: Archive,
+        limits: Limits,
+        now: Callable[[], Instant] = clock,
+        security: ClusterSecurity = NO_CERTIFICATES,
+    ) -> None:
         self.archive = archive
         self.limits = limits
         self.now = now
+        self.security = security
         self.state = State()
         self.news = asyncio.Event()
         """Set and replaced with each published transaction: wait on it, then read `state` again."""
         self._streams: dict[str, AgentStream] = {}
+        self._assigned: dict[str, dict[str, None]] = {}  # by node its processes of late, the newest last
         self._inputs: deque[Input] = deque()
         self._arrived = asyncio.Event()
         self._accepts = asyncio.Event()  # cleared while too many inputs are pending
@@ -196,8 +206,11 @@ class ControlLoop:
             log = _log.warning if event.warning else _log.info
             log("job event", job=job_id, reason=event.reason, message=event.message)
         deleted = newest_deleted(self.state.deletions)
+        jobs = self.state.jobs.values() if self.security.secured else ()
+        self.security.keep_processes({own.process_id(job.job_id) for job in jobs for own in job.placements})
         for stream in self._streams.values():
             self._assign(stream, deleted)
+        self._assigned = {k: known for k, known in self._assigned.items() if k in self.state.nodes}
         for listener in self.listeners:
             listener(self.state, events)
         self.news.set()
@@ -229,24 +242,24 @@ class ControlLoop:
 
     def _assign(self, stream: AgentStream, all_deleted: tuple[str, ...]) -> None:
         """Send the node its assignment if that has changed; nothing before its Hello was applied."""
+        if stream.node_id not in self.state.nodes:
+            stream.close()  # its certificate was revoked; an agent that may come back registers again
         if not is_current(self.state.nodes, stream.node_id, stream.incarnation):
             return
-        node = self.state.nodes[stream.node_id]
-        if not node.connected:
+        if not self.state.nodes[stream.node_id].connected:
             return
-        wanted = tuple(
-            process
-            for job in self.state.jobs.values()
-            for process in desired(job)
-            if process.placement.node_id == stream.node_id
-        )
-        nodes = self.state.nodes.values() if node.depot_address else ()
-        depots = tuple(sorted((other.node_id, other.depot_address) for other in nodes if other.depot_address))
-        deleted = all_deleted if node.depot_address else ()
-        assignment = Assignment(revision=self._revision + 1, processes=wanted, depots=depots, deleted=deleted)
+        assignment = assignment_of(self.state, stream.node_id, all_deleted, self.security, self.now().unix_s)
         if stream.assigned != assignment.names():
             self._revision += 1
-            stream.assign(assignment)
+            stream.assign(replace(assignment, revision=self._revision))
+            known = self._assigned.setdefault(stream.node_id, {})
+            known |= {process.process_id: None for process in assignment.processes}
+            for process_id in list(known)[:-MAX_REMEMBERED]:
+                del known[process_id]
+
+    def was_assigned(self, node_id: str, process_id: str) -> bool:
+        """Whether a process was assigned to a node since this master started; the newest ones of a node count."""
+        return process_id in self._assigned.get(node_id, ())
 
     def _publish_failed(self, job_id: str, step: int, error: PsError) -> None:
         """A complete snapshot's manifest could not be written: warn, and continue training."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from pscluster.errors import SpecError
 from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.storage import below
-from psmaster.model.job import Instant, Job
+from psmaster.model.job import LOCAL_OWNER, Instant, Job
 
 
 def new_job(
@@ -21,8 +21,12 @@ def new_job(
     jobs_directory: Path,
     now: Instant,
     random_bytes: Callable[[int], bytes] = secrets.token_bytes,
+    *,
+    owner: str = LOCAL_OWNER,
+    cluster_id: str = "",
 ) -> Job:
-    """A queued job of a name of its own: "<spec's name>-<6 characters>". Raises SpecError."""
+    """A queued job of a name of its own: "<spec's name>-<6 characters>". In a store that clusters may share, its files
+    are below the cluster's id. Raises SpecError."""
     spec = read_spec(spec_json)
     suffix = base64.b32encode(random_bytes(4)).decode().lower()[:6]
     job_id = f"{spec.name}-{suffix}"
@@ -35,10 +39,15 @@ def new_job(
         request_id=request_id or random_bytes(16).hex(),
         bundle_sha256=bundle_sha256,
         data_token=random_bytes(32),
-        store=below(chosen, job_id) if chosen is not None else str(directory / "snapshots"),
+        owner=owner,
+        store=below(_of_cluster(chosen, cluster_id), job_id) if chosen is not None else str(directory / "snapshots"),
         directory=str(directory),
         reason="waits for its turn",
     )
+
+
+def _of_cluster(store: str, cluster_id: str) -> str:
+    return below(store, cluster_id) if cluster_id else store
 
 
 def read_spec(spec_json: str) -> JobSpec:

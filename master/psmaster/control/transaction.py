@@ -10,7 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 from pscluster.errors import NotFoundError, StateError
-from psmaster.model import membership, reports
+from pscluster.security.identity import Role
+from psmaster.model import access, membership, reports
+from psmaster.model.access import CertificateRecord, TokenRecord
 from psmaster.model.job import (
     MAX_EVENTS,
     AuditMismatch,
@@ -59,6 +61,7 @@ class Transaction:
         self.processes = dict(state.processes)
         self.drains = state.drains
         self.deletions = state.deletions
+        self.access = state.access
         self._events: list[tuple[str, Event]] = []
         self._lines: list[tuple[str, MetricLine]] = []
         self._cuts: dict[str, int] = {}
@@ -193,6 +196,8 @@ class Transaction:
         """Add a new job; its id. A repeated request gives the first one's id. StateError: the id is taken."""
         for held in self.jobs.values():
             if job.request_id and held.request_id == job.request_id:
+                if held.owner != job.owner:
+                    raise StateError("another user's request has this id", action="submit again with an id of your own")
                 return held.job_id
         if job.job_id in self.jobs or job.job_id in self.deletions:
             raise StateError(f"job id {job.job_id} is taken", action="submit again")
@@ -235,6 +240,32 @@ class Transaction:
         self.drains = {k: since_s for k, since_s in drains.items() if not (undo and k == node_id)}
         self._unsettled = True
 
+    # who may be a member
+
+    def create_token(self, token: TokenRecord) -> None:
+        """Let whoever has the secret of a token join. CallerError, StateError."""
+        self.access = access.add_token(self.access, token, self.now.unix_s)
+
+    def revoke_token(self, token_id: str) -> None:
+        """Make a token useless. NotFoundError."""
+        self.access = access.revoke_token(self.access, token_id)
+
+    def join(self, digest: str, made: CertificateRecord) -> None:
+        """A certificate was made for the holder of a token: it may be handed out. AuthError, StateError."""
+        self.access = access.join(self.access, digest, made, self.now.unix_s)
+
+    def renew(self, made: CertificateRecord, serial: str) -> None:
+        """A certificate was made for the holder of another, `serial`. AuthError, StateError."""
+        self.access = access.renew(self.access, serial, made, self.now.unix_s)
+
+    def revoke_certificates(self, name: str, role: Role | None) -> tuple[CertificateRecord, ...]:
+        """Refuse a member from now on; its certificates. A node counts as lost at once. NotFoundError."""
+        self.access, refused = access.revoke_certificates(self.access, name, role)
+        for node_id in {one.name for one in refused if one.role in (Role.WORKER, Role.SERVER)}:
+            self.nodes = {held: node for held, node in self.nodes.items() if held != node_id}
+            self._unsettled = True
+        return refused
+
     def _asked(self, job: Job, event: Event | None) -> str:
         if event is not None:
             self._take(Applied(job=job, events=(event,)))
@@ -267,6 +298,7 @@ class Transaction:
             processes=self.processes,
             drains=self.drains,
             deletions=prune_deletions(self.deletions, self.now.unix_s),
+            access=access.prune_access(self.access, self.now.unix_s),
         )
         return Changes(state=state, events=events, lines=tuple(self._lines), cuts=self._cuts)
 

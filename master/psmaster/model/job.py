@@ -19,6 +19,7 @@ from pscluster.job.spec import JobSpec
 from psmaster.model.audits import NO_AUDITS, Audits
 from psmaster.model.plan import Placement, Plan, ProcessKind
 
+LOCAL_OWNER = "local"  # who submits over a Unix socket; older versions knew no other
 MAX_EVENTS = 200  # how many events of a job are remembered, the newest
 
 
@@ -206,6 +207,7 @@ class Job:
     request_id: str = ""
     bundle_sha256: str = ""
     data_token: bytes = field(default=b"", repr=False)
+    owner: str = LOCAL_OWNER
     store: str = ""
     directory: str = ""
     state: JobState = JobState.QUEUED

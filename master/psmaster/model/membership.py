@@ -51,6 +51,9 @@ class Node:
     hostname: str = ""
     metrics_address: str = ""
     depot_address: str = ""
+    advertised_host: str = ""
+    isolation: str = ""
+    data_ports: str = ""
     connected: bool = False
     leaving: bool = False
     seen_s: float = 0.0

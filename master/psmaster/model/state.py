@@ -10,6 +10,7 @@ from itertools import islice
 from pscluster.devices import AUTO, CPU, CUDA
 from pscluster.errors import NotFoundError
 from psmaster.model import membership
+from psmaster.model.access import AccessRecords
 from psmaster.model.job import Event, Instant, Job, JobState
 from psmaster.model.membership import Health, Node, Nodes, NodeView, Role
 from psmaster.model.plan import ProcessKind
@@ -63,6 +64,7 @@ class State:
     processes: Processes = field(default_factory=dict)
     drains: Mapping[str, float] = field(default_factory=dict)  # on request, with the Unix time of that
     deletions: Deletions = field(default_factory=dict)  # of which a store or a node may still have something
+    access: AccessRecords = field(default_factory=AccessRecords)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,8 @@ _COLUMNS = {
     "bundles": "sha256, size_bytes, created_s",
     "drains": "node_id, since_s",
     "deletions": "job_id, store, deleted_s, removed",
+    "tokens": "digest, role, created_s, expires_s, uses_left",
+    "certificates": "serial, role, name, key_sha256, issued_s, expires_s, revoked",
 }
 _WITHOUT_CHECKSUMS = ("jobs", "layouts", "events", "parts", "bundles", "drains")  # the tables of schema 2
 _NOT_DAMAGE = {

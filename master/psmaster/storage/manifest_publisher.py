@@ -7,6 +7,8 @@ manifest names what is not there.
 
 from __future__ import annotations
 
+import contextlib
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -29,6 +31,7 @@ from psmaster.storage.manifest import Manifest
 PATIENCE_S = 5.0  # how long a transaction waits for its manifests
 RETRY_S = 5.0
 MAX_RETRY_S = 600.0  # of a removal, which is not urgent: a store that hangs must not delay other writes
+_CLUSTER = re.compile(r"[0-9a-f]{16}")  # the id of a cluster: the directory of its jobs in a shared store
 _log = structlog.get_logger(__name__)
 
 _Held = dict[str, tuple[RestorePoint, int] | None]
@@ -182,7 +185,12 @@ def _remove(request: _ManifestRequest) -> None:
     if not request.store:
         return
     root = Path(request.store.removeprefix("file://")).parent
+    if _CLUSTER.fullmatch(root.name) and not root.exists():  # nothing of this cluster is there: is the store itself?
+        root = root.parent
     if not request.store.startswith("s3://") and not root.is_dir():
         what = f"cannot remove {request.store}: there is no directory {root}"
         raise StorageError(what, action="mount it where psmaster runs")
     open_store(request.store).remove()
+    if _CLUSTER.fullmatch(root.name) and not request.store.startswith("s3://"):
+        with contextlib.suppress(OSError):  # another job of the cluster is there
+            root.rmdir()

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import structlog
 
 from pscluster.errors import StorageError
+from psmaster.model.access import AccessRecords
 from psmaster.model.job import Instant, Job
 from psmaster.model.membership import presumed
 from psmaster.model.plan import Part
@@ -51,7 +53,20 @@ def batch_of(before: State, changes: Changes) -> Batch:
         undrained=tuple(node_id for node_id in before.drains if node_id not in after.drains),
         deletions=tuple(one for job_id, one in after.deletions.items() if before.deletions.get(job_id) != one),
         forgotten_deletions=tuple(job_id for job_id in before.deletions if job_id not in after.deletions),
+        **_access_changes(before.access, after.access),
     )
+
+
+def _access_changes(before: AccessRecords, after: AccessRecords) -> dict[str, Any]:
+    """The fields of a Batch."""
+    if before is after:
+        return {}
+    return {
+        "tokens": tuple(one for key, one in after.tokens.items() if before.tokens.get(key) != one),
+        "dropped_tokens": tuple(key for key in before.tokens if key not in after.tokens),
+        "certificates": tuple(one for key, one in after.certificates.items() if before.certificates.get(key) != one),
+        "dropped_certificates": tuple(key for key in before.certificates if key not in after.certificates),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +135,7 @@ class Archive:
             nodes=presumed(jobs, now),
             drains=self.store.drains(),
             deletions=deleted,
+            access=self.store.access(),
         )
 
     def _catalogue(self, job: Job) -> Catalogue:

@@ -13,8 +13,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 from pscluster.errors import DamagedError, PsError, StateError, StorageError
-from pscluster.storage import SnapshotStore, open_store
+from pscluster.security.authority import cluster_id_of
+from pscluster.storage import SnapshotStore, below, open_store
 from pscluster.storage.snapshot import verify_file
+from psmaster.model.access import AccessRecords
 from psmaster.model.job import Event, Job, JobState
 from psmaster.model.plan import RestorePoint
 from psmaster.model.snapshot_catalog import Catalogue
@@ -50,10 +52,12 @@ def rebuild(state_dir: Path, stores: Iterable[str], now_s: float) -> list[Found]
 
     A damaged database is kept beside the new one. Raises StateError when there is a sound one with jobs in it,
     StorageError when a store cannot be read: then nothing was changed."""
-    deletions = _refuse_a_sound_one(state_dir / DATABASE)
+    deletions, access = _refuse_a_sound_one(state_dir / DATABASE)
     locations = [str(path) for path in sorted(state_dir.glob("jobs/*/snapshots"))]
+    cluster_id = cluster_id_of(state_dir)
     for root in stores:
-        locations += open_store(root).below()
+        # Jobs of version 0.1 lie in the store itself, later ones below their cluster's id.
+        locations += [*open_store(root).below(), *open_store(below(root, cluster_id)).below()]
     found: dict[str, Found] = {}
     for location in locations:
         one = read_job(open_store(location), now_s)
@@ -68,7 +72,13 @@ def rebuild(state_dir: Path, stores: Iterable[str], now_s: float) -> list[Found]
         for k, one in found.items()
     ]
     _put_aside(state_dir, {one.job.job_id for one in kept}, now_s)
-    _write(state_dir / DATABASE, replace(_batch(kept, state_dir, now_s), deletions=tuple(deletions.values())))
+    batch = replace(
+        _batch(kept, state_dir, now_s),
+        deletions=tuple(deletions.values()),
+        tokens=tuple(access.tokens.values()),
+        certificates=tuple(access.certificates.values()),
+    )
+    _write(state_dir / DATABASE, batch)
     return sorted(kept, key=lambda one: (one.job.created_s, one.job.job_id))
 
 
@@ -146,23 +156,24 @@ def _with_bundle(one: Found, shelf: BundleShelf) -> Found:
     return one
 
 
-def _refuse_a_sound_one(database: Path) -> Deletions:
-    """Raises StateError for one that has jobs. The deletions of a sound one, whose jobs must not come back."""
+def _refuse_a_sound_one(database: Path) -> tuple[Deletions, AccessRecords]:
+    """Raises StateError for one that has jobs. The deletions of a sound one, whose jobs must not come back, and who is
+    a member."""
     if not database.exists():
-        return {}
+        return {}, AccessRecords()
     try:
         store = SqliteStore(database)
     except DamagedError:
-        return {}
+        return {}, AccessRecords()
     try:
-        jobs, deletions = store.jobs(), store.deletions()
+        jobs, deletions, access = store.jobs(), store.deletions(), store.access()
     finally:
         store.close()
     if jobs:
         raise StateError(
             f"{database} is sound and has {len(jobs)} jobs", action="start psmaster; or move the file away first"
         )
-    return deletions
+    return deletions, access
 
 
 def _put_aside(state_dir: Path, kept: set[str], now_s: float) -> None:

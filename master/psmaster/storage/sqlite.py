@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pscluster.errors import StateError, StorageError
+from pscluster.security.identity import Role
+from psmaster.model.access import AccessRecords, CertificateRecord, TokenRecord
 from psmaster.model.job import MAX_EVENTS, Event, Job
 from psmaster.model.plan import Part
 from psmaster.model.state import Deletion, Deletions
@@ -54,6 +56,18 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
         *integrity.keep_books("deletions"),
     ),
     (),  # fields of records were renamed: `records` reads both names, a 0.1 master would lose the new ones
+    (
+        """CREATE TABLE tokens (
+            digest TEXT PRIMARY KEY, role TEXT NOT NULL, created_s REAL NOT NULL, expires_s REAL NOT NULL,
+            uses_left INTEGER, crc INTEGER NOT NULL
+        ) WITHOUT ROWID""",
+        *integrity.keep_books("tokens"),
+        """CREATE TABLE certificates (
+            serial TEXT PRIMARY KEY, role TEXT NOT NULL, name TEXT NOT NULL, key_sha256 TEXT NOT NULL,
+            issued_s REAL NOT NULL, expires_s REAL NOT NULL, revoked INTEGER NOT NULL, crc INTEGER NOT NULL
+        ) WITHOUT ROWID""",
+        *integrity.keep_books("certificates"),
+    ),
 )
 
 
@@ -118,6 +132,14 @@ class SqliteStore(Store):
             self._db.executemany(integrity.replace("deletions"), map(astuple, batch.deletions))
             forgotten = [(job_id,) for job_id in batch.forgotten_deletions]
             self._db.executemany("DELETE FROM deletions WHERE job_id=?", forgotten)
+            self._write_access(batch)
+
+    def _write_access(self, batch: Batch) -> None:
+        self._db.executemany(integrity.replace("tokens"), map(astuple, batch.tokens))
+        self._db.executemany("DELETE FROM tokens WHERE digest=?", [(digest,) for digest in batch.dropped_tokens])
+        self._db.executemany(integrity.replace("certificates"), map(astuple, batch.certificates))
+        dropped = [(serial,) for serial in batch.dropped_certificates]
+        self._db.executemany("DELETE FROM certificates WHERE serial=?", dropped)
 
     def _write_job(self, job: Job) -> None:
         try:
@@ -175,6 +197,27 @@ class SqliteStore(Store):
             job_id: Deletion(job_id=job_id, store=store, deleted_s=deleted_s, removed=bool(removed))
             for job_id, store, deleted_s, removed in rows
         }
+
+    def access(self) -> AccessRecords:
+        tokens = [
+            TokenRecord(digest=digest, role=Role(role), created_s=created_s, expires_s=expires_s, uses_left=uses_left)
+            for digest, role, created_s, expires_s, uses_left in self._rows(
+                "SELECT digest, role, created_s, expires_s, uses_left FROM tokens ORDER BY created_s, digest"
+            )
+        ]
+        certificates = [
+            CertificateRecord(
+                serial=serial, role=Role(role), name=name, key_sha256=key, issued_s=issued_s, expires_s=expires_s,
+                revoked=bool(revoked),
+            )
+            for serial, role, name, key, issued_s, expires_s, revoked in self._rows(
+                "SELECT serial, role, name, key_sha256, issued_s, expires_s, revoked FROM certificates "
+                "ORDER BY issued_s, serial"
+            )
+        ]  # fmt: skip
+        return AccessRecords(
+            tokens={one.digest: one for one in tokens}, certificates={one.serial: one for one in certificates}
+        )
 
     def _rows(self, query: str, *parameters: str) -> list[Any]:
         with self._named("read"):

@@ -10,11 +10,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from psmaster.model.access import AccessRecords, CertificateRecord, TokenRecord
 from psmaster.model.job import Event, Job
 from psmaster.model.plan import Part
 from psmaster.model.state import Deletion, Deletions
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +43,10 @@ class Batch:
     undrained: tuple[str, ...] = ()
     deletions: tuple[Deletion, ...] = ()  # replace what was held under their job's id
     forgotten_deletions: tuple[str, ...] = ()
+    tokens: tuple[TokenRecord, ...] = ()  # replace what was held under their digest
+    dropped_tokens: tuple[str, ...] = ()  # digests
+    certificates: tuple[CertificateRecord, ...] = ()  # replace what was held under their serial
+    dropped_certificates: tuple[str, ...] = ()  # serials
 
     @property
     def empty(self) -> bool:
@@ -49,7 +54,7 @@ class Batch:
 
 
 class Store(ABC):
-    """Jobs, their events and snapshot parts, and which bundles there are."""
+    """Jobs, their events and snapshot parts, which bundles there are, and who may be a member."""
 
     @abstractmethod
     def write(self, batch: Batch) -> None:
@@ -79,6 +84,10 @@ class Store(ABC):
     @abstractmethod
     def deletions(self) -> Deletions:
         """The jobs that were deleted and are not forgotten yet, by id, in the order of their deletion."""
+
+    @abstractmethod
+    def access(self) -> AccessRecords:
+        """The join tokens and certificates, oldest first."""
 
     @abstractmethod
     def close(self) -> None:

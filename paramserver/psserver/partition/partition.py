@@ -5,7 +5,7 @@ from __future__ import annotations
 from pscluster.job.spec import JobSpec
 from pscluster.v1.plan_pb2 import Plan, ProcessSpec
 from pscluster.wire.frame import FrameKind, Header, job_number
-from pscluster.wire.protocol import Channel, Hello
+from pscluster.wire.protocol import Channel, Hello, process_id
 from psserver.partition.coordinator.coordinator import Coordinator
 from psserver.partition.ingress.clients import Clients
 from psserver.partition.replication.in_sync import ReplicatedMetadata
@@ -25,7 +25,9 @@ class Partition:
         self.spec = spec
         self.index = start.rank
         self.attempt = start.attempt  # which process of its placement it is
+        self.job_id = start.job_id
         self.job = job_number(start.job_id)
+        self.cluster_id = start.cluster_id
         self.counters = counters
         self.clients = Clients(self.header)
         self.machine = StepMachine(self.index)
@@ -66,6 +68,10 @@ class Partition:
         generation = self.plan.generation if self.plan else 0
         return Header(job=self.job, generation=generation, sender=self.index, **fields)  # type: ignore[arg-type]
 
+    def process_id_of(self, index: int, attempt: int) -> str:
+        """The name of a process that is, or stands by for, a partition of this job."""
+        return process_id(self.job_id, "partition", index, attempt)
+
     def make_hello(self, channel: Channel) -> tuple[Header, Hello]:
         """The HELLO to open a connection with."""
         assert self.plan is not None
@@ -75,5 +81,6 @@ class Partition:
             channel=channel,
             attempt=self.attempt,
             restore_generation=self.plan.restore_generation,
+            cluster=self.cluster_id,
         )
         return self.header(kind=FrameKind.HELLO), hello

@@ -19,6 +19,7 @@ from pscluster.v1.plan_pb2 import Beat, Counters, Failure, Plan, ProcessReport, 
 from pscluster.wire.frame import FrameKind
 from pscluster.wire.partition_protocol import CommitDecision, Join, Vote
 from pscluster.wire.reactor import Reactor
+from pscluster.wire.tls import DataSecurity
 from psserver.partition import actions
 from psserver.partition.actions import Action
 from psserver.partition.checkpoint.saving import Restoring, Saving
@@ -41,9 +42,18 @@ SLICE_S = 0.0015  # of updates, after which trainers get them: long enough not t
 class PartitionService(Partition):
     """One partition, or its standby. All but the writing of snapshots happens on the reactor's thread."""
 
-    def __init__(self, link: ProcessLink, spec: JobSpec, reactor: Reactor, counters: PartitionCounters) -> None:
+    def __init__(
+        self,
+        link: ProcessLink,
+        spec: JobSpec,
+        reactor: Reactor,
+        counters: PartitionCounters,
+        security: DataSecurity | None = None,
+    ) -> None:
+        """`security`: the reactor's."""
         super().__init__(spec, link.start, counters)
         self.failed = False
+        self._security = security
         self.link = link
         self._reactor = reactor
         self._heartbeat = HeartbeatThread(link, self.beat)
@@ -236,6 +246,8 @@ class PartitionService(Partition):
                 self._reactor.stop()
             elif order.WhichOneof("body") == "plan":
                 self.adopt(order.plan)
+            elif order.WhichOneof("body") == "credentials" and self._security is not None:
+                self._security.renew(order.credentials)
             elif order.WhichOneof("body") == "settled":
                 self.saving.settled(order.settled.path)
 
@@ -258,7 +270,8 @@ class PartitionService(Partition):
         plan, client = self.plan, self._coordinator_client
         beat = Beat(progress=self.machine.progress)
         if plan is not None and client is not None and client.line.unreached_s(time.monotonic()) >= UNREACHED_S:
-            beat.unreached.CopyFrom(Unreached(generation=plan.generation, partitions=[0]))
+            reasons = [str(client.line.failure or "")]
+            beat.unreached.CopyFrom(Unreached(generation=plan.generation, partitions=[0], reasons=reasons))
         return beat
 
     def give_up(self, error: PsError) -> None:
@@ -310,9 +323,7 @@ class PartitionService(Partition):
         if self.coordinator is not None:
             self.carry_out(self.coordinator.adopt(plan))
         elif self._coordinator_client is not None:
-            line, addresses = self._coordinator_client.line, list(plan.partitions[0].addresses)
-            if addresses != line.addresses:
-                line.follow(addresses)
+            self._coordinator_client.follow(plan)
         self.replication.adopt(plan, restored=False)
         self.carry_out(self.machine.vote_again())
         self.carry_out([actions.TryVote()])  # it may have waited for a standby that the plan no longer names
@@ -342,7 +353,7 @@ class PartitionService(Partition):
             if self.index == 0:
                 self.coordinator = Coordinator.at(self.spec, plan)
             else:
-                self._dial_coordinator(plan)
+                self._coordinator_client = CoordinatorClient(self._reactor, self, plan, self.carry_out)
             self.replication.adopt(plan, restored=True)
             if self.state.is_filled:
                 self.carry_out([actions.JoinJob()])
@@ -360,17 +371,13 @@ class PartitionService(Partition):
             for evaluation in self.metadata.evaluations:  # reports of the primary may be lost
                 self.carry_out(self.coordinator.report_evaluated(evaluation))
         else:
-            self._dial_coordinator(plan)
+            self._coordinator_client = CoordinatorClient(self._reactor, self, plan, self.carry_out)
         self.replication.adopt(plan, restored=True)
         if self.metadata.saved == self.version and not self.machine.is_updating:
             self._write_snapshot()  # the primary may not have begun it
         if self.coordinator is not None:
             self.carry_out(self.coordinator.join(0, self.member.step))
         self.carry_out(self.machine.vote_again())
-
-    def _dial_coordinator(self, plan: Plan) -> None:
-        addresses = list(plan.partitions[0].addresses)
-        self._coordinator_client = CoordinatorClient(self._reactor, self, addresses, self.carry_out)
 
     def _disconnect(self) -> None:
         """Close every connection, and drop what is begun."""

@@ -159,7 +159,7 @@ def prepare(state_dir: Path, token_file: Path) -> None:
     try:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not token_file.exists():
-            _write_token(token_file)
+            write_token(token_file)
     except OSError as error:
         raise StorageError(f"cannot write in the state directory {state_dir}: {error.strerror}") from None
     if not os.access(state_dir, os.W_OK | os.X_OK):
@@ -167,8 +167,9 @@ def prepare(state_dir: Path, token_file: Path) -> None:
     make_runtime_dir(state_dir)
 
 
-def _write_token(token_file: Path) -> None:
-    """Written to a temporary file and linked: nobody reads half a token, and two writers agree on one."""
+def write_token(token_file: Path) -> None:
+    """Make a token, mode 0600, unless there is one. Written to a temporary file and linked: nobody reads half a token,
+    and two writers agree on one. Raises OSError."""
     temporary = token_file.with_name(f".{token_file.name}.{secrets.token_hex(4)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:

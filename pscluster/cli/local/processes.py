@@ -26,7 +26,7 @@ _ORPHAN_GRACE_S = 1.0
 _POLL_S = 0.02
 _CLOCK_SLACK_S = 2.0
 _LOG_CAP_BYTES = 16 << 20
-_MODULE = {"master": "psmaster.daemon", "worker": "psworker.daemon", "server": "psserver.daemon"}
+MODULE = {"master": "psmaster.daemon", "worker": "psworker.daemon", "server": "psserver.daemon"}
 WORKER_SLOTS = 1
 """A local worker runs one trainer at a time: a local cluster scales by workers."""
 SERVER_SLOTS = 16
@@ -150,7 +150,7 @@ def daemon_dir(name: str, state_dir: Path) -> Path:
 def command(name: str, state_dir: Path, address: str, token_file: Path) -> list[str]:
     """The command line of one daemon. -P: its working directory is not searched for modules."""
     role = name.partition("-")[0]
-    words = [sys.executable, "-P", "-m", _MODULE[role], "--state-dir", str(daemon_dir(name, state_dir))]
+    words = [sys.executable, "-P", "-m", MODULE[role], "--state-dir", str(daemon_dir(name, state_dir))]
     words += ["--token-file", str(token_file), "--metrics-listen", "127.0.0.1:0"]
     if role == "master":
         return [*words, "--listen", address]
@@ -177,7 +177,7 @@ def name_of(command_line: Sequence[str], state_dir: Path) -> str | None:
         return None
     name = directory.name
     matches = directory == daemon_dir(name, state_dir)
-    return name if matches and module == _MODULE.get(name.partition("-")[0]) else None
+    return name if matches and module == MODULE.get(name.partition("-")[0]) else None
 
 
 def exit_error(name: str, log: Path, offset: int) -> PsError:

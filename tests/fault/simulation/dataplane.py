@@ -14,10 +14,10 @@ from dataclasses import replace
 from typing import Any
 
 from pscluster.agent.link import BEAT_S
-from pscluster.errors import PsError
+from pscluster.errors import PsError, UnreachableError
 from pscluster.v1.plan_pb2 import Beat, Plan, ProcessOrder, ProcessReport, ProcessSpec, Shutdown
 from pscluster.wire.frame import HEADER_BYTES, Buffer, FrameKind, Header
-from pscluster.wire.reactor import DIAL_S
+from pscluster.wire.reactor import DIAL_S, Dialed
 from tests.fault.simulation.network import End, Network
 from tests.fault.simulation.schedule import SOON_S, Life, Schedule
 from tests.harness.frame_end import FrameEnd, joined
@@ -131,7 +131,7 @@ class Reactor:
     def close(self) -> None:
         """Connections end with the process."""
 
-    def dial(self, address: str, handler: Any, done: Callable[[Any, str], None]) -> None:
+    def dial(self, address: str, handler: Any, done: Dialed, peer: str = "") -> None:  # noqa: ARG002 - no certificates
         """See Reactor.dial: it has an end, whatever the network does."""
         answered = False
 
@@ -142,7 +142,10 @@ class Reactor:
                     end.close()
                 return
             answered = True
-            done(None if end is None else Connection(end, handler), "" if end else "nobody listens")
+            if end is None:
+                done(None, UnreachableError("nobody listens"))
+            else:
+                done(Connection(end, handler), None)  # type: ignore[arg-type]
 
         self._network.dial(self.life, self._host, address, dialled)
         self.life.after(DIAL_S, "", lambda: None if answered else dialled(None))

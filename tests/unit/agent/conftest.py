@@ -17,15 +17,27 @@ from typing import Any
 import grpc
 import pytest
 
+from harness.played_authority import PlayedAuthority
 from pscluster.agent.child import GracePeriods
 from pscluster.agent.daemon import AgentRole, AgentSettings
 from pscluster.agent.node import run_agent
 from pscluster.errors import NotFoundError, StateError
 from pscluster.rpc import SERVER_OPTIONS
-from pscluster.rpc.server import ErrorInterceptor, TokenInterceptor
+from pscluster.rpc.access import CALLER, Caller
+from pscluster.rpc.server import (
+    CertificateInterceptor,
+    ErrorInterceptor,
+    Revocations,
+    TokenInterceptor,
+    server_credentials,
+)
+from pscluster.security.credentials import CredentialSource
+from pscluster.security.identity import Identity, Role
 from pscluster.settings import runtime_dir
 from pscluster.v1 import agents_pb2 as pb
 from pscluster.v1 import plan_pb2 as plan
+from pscluster.v1.access_pb2 import RenewReply, RenewRequest
+from pscluster.v1.access_pb2_grpc import AccessServicer, add_AccessServicer_to_server
 from pscluster.v1.agents_pb2_grpc import AgentsServicer, add_AgentsServicer_to_server
 
 TOKEN = "secret"
@@ -37,8 +49,8 @@ ROLE = AgentRole(name="worker", module="played_process", runs="trainers", defaul
 class FakeMaster(AgentsServicer):
     """Records all that an agent says; acknowledges it and answers beats unless told not to."""
 
-    def __init__(self, socket_path: Path) -> None:
-        self.address = f"unix:{socket_path}"
+    def __init__(self, address: str) -> None:
+        self.address = address
         self.registered: list[pb.RegisterRequest] = []
         self.hellos: list[pb.Hello] = []
         self.beats = 0
@@ -57,11 +69,16 @@ class FakeMaster(AgentsServicer):
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> None:
-        interceptors = [ErrorInterceptor(), TokenInterceptor(TOKEN)]
-        self._server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
+        self._server = grpc.aio.server(interceptors=[ErrorInterceptor(), self._admission()], options=SERVER_OPTIONS)
         add_AgentsServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
-        self._server.add_insecure_port(self.address)
+        self._bind(self._server)
         await self._server.start()
+
+    def _admission(self) -> grpc.aio.ServerInterceptor:
+        return TokenInterceptor(TOKEN)
+
+    def _bind(self, server: grpc.aio.Server) -> None:
+        server.add_insecure_port(self.address)
 
     async def stop(self) -> None:
         if self._server is not None:
@@ -153,6 +170,42 @@ class FakeMaster(AgentsServicer):
             self.durable[message.sequence] = message
 
 
+class SecuredMaster(FakeMaster, AccessServicer):
+    """The same over TLS, for members; it renews certificates, for `lifetime_s`, unless there is a `renewal_error`."""
+
+    def __init__(self, played: PlayedAuthority) -> None:
+        super().__init__("127.0.0.1:0")
+        self.played = played
+        self.revocations = Revocations()
+        self.renewals: list[str] = []
+        self.callers: list[Caller] = []
+        self.lifetime_s = 3600.0
+        self.renewal_error: Exception | None = None
+        self._source = CredentialSource(played.member(Role.MASTER, "master"))
+
+    async def Register(self, request: pb.RegisterRequest, context: Any) -> pb.RegisterReply:  # noqa: N802 - the contract's name
+        self.callers.append(CALLER.get())
+        return await super().Register(request, context)
+
+    async def Renew(self, request: RenewRequest, _context: Any) -> RenewReply:  # noqa: N802 - the contract's name
+        caller = CALLER.get()
+        await self._note(lambda: self.renewals.append(caller.serial))
+        if self.renewal_error is not None:
+            raise self.renewal_error
+        authority = self.played.authority
+        identity = Identity(cluster_id=self.played.cluster_id, role=caller.role, name=caller.name)
+        made = authority.sign(request.csr_pem, identity, self.lifetime_s)
+        return RenewReply(certificate_pem=made, authority_pem=authority.certificate_pem)
+
+    def _admission(self) -> grpc.aio.ServerInterceptor:
+        return CertificateInterceptor(self.played.cluster_id, self.revocations)
+
+    def _bind(self, server: grpc.aio.Server) -> None:
+        add_AccessServicer_to_server(self, server)  # type: ignore[no-untyped-call]
+        port = server.add_secure_port(self.address, server_credentials(self._source))
+        self.address = f"127.0.0.1:{port}"
+
+
 class Bench:
     """Directories of one test, a master, and agents against it."""
 
@@ -163,6 +216,7 @@ class Bench:
         self.token_file.write_text(TOKEN)
         self.token_file.chmod(0o600)
         self.runtime_dir = runtime_dir(self.state_dir)
+        self.role = ROLE
 
     async def gone(self, pid: int) -> bool:
         """Wait until a process that is not a child of ours has ended."""
@@ -211,7 +265,7 @@ class Bench:
 
     def master(self) -> FakeMaster:
         """To be made within a loop, and started there."""
-        return FakeMaster(self.directory / "m.sock")
+        return FakeMaster(f"unix:{self.directory / 'm.sock'}")
 
     def environ(self) -> dict[str, str]:
         path = os.pathsep.join([str(CHILD.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -220,7 +274,7 @@ class Bench:
     async def _run(self, body: Callable[[FakeMaster], Any], grace: GracePeriods, signal_end: bool) -> None:
         master = self.master()
         await master.start()
-        agent = asyncio.create_task(run_agent(ROLE, self.settings(master), self.environ(), grace))
+        agent = asyncio.create_task(run_agent(self.role, self.settings(master), self.environ(), grace))
         try:
             await _beside(agent, body(master))
             if signal_end:
@@ -242,6 +296,29 @@ async def _beside(agent: asyncio.Task[None], body: Any) -> None:
         await agent
         raise RuntimeError("the agent ended before the test did")
     await working
+
+
+class SecuredBench(Bench):
+    """The same in a cluster with certificates. The agent is worker-0 by the identity that `identity` has, or joins."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.played = PlayedAuthority(directory / "certs")
+        self.identity = self.state_dir / "identity"
+        self.overrides: dict[str, Any] = {}
+
+    def settings(self, master: FakeMaster) -> AgentSettings:
+        return AgentSettings(
+            state_dir=self.state_dir, **{"master": master.address, "advertise": "127.0.0.1", **self.overrides}
+        )
+
+    def master(self) -> SecuredMaster:
+        return SecuredMaster(self.played)
+
+
+@pytest.fixture
+def secured(bench: Bench) -> SecuredBench:
+    return SecuredBench(bench.directory)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What the agents under test run in place of a trainer: plays the mode that its spec names."""
 
+import hashlib
 import json
 import os
 import signal
@@ -27,6 +28,26 @@ def serve(link: ProcessLink) -> None:
     adopt(link, link.start.plan)
     while (order := link.receive()) is not None and not order.HasField("shutdown"):
         adopt(link, order.plan)
+        if order.HasField("credentials"):
+            show(link, order.credentials)
+
+
+def show(link: ProcessLink, credentials: plan.Credentials) -> None:
+    """Report which certificate it has, and whether its key is where user code finds it."""
+    found = any(credentials.key_pem in value for value in map(str.encode, os.environ.values()))
+    with open("/proc/self/cmdline", "rb") as file:
+        found = found or credentials.key_pem in file.read()
+    digest = hashlib.sha256(credentials.key_pem + credentials.certificate_pem).hexdigest()
+    link.report(plan.ProcessReport(evaluated=plan.Evaluated(step=int(found), metrics={digest: 0.0})))
+
+
+def listening(link: ProcessLink) -> None:
+    """Report, as a partition does, where it was told to listen, and its certificate."""
+    start = link.start
+    ports = f"{start.data_port_first}-{start.data_port_last}"
+    link.report(plan.ProcessReport(partition_ready=plan.PartitionReady(addresses=[start.data_host, ports])))
+    show(link, start.credentials)
+    serve(link)
 
 
 def adopt(link: ProcessLink, newest: plan.Plan) -> None:
@@ -146,6 +167,7 @@ MODES: dict[str, Callable[[ProcessLink], None]] = {
     "count": count,
     "beating": beating,
     "cut_off": cut_off,
+    "listening": listening,
     "measuring": measuring,
     "use_bundle": use_bundle,
     "spy": spy,

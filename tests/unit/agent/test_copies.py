@@ -16,6 +16,8 @@ from pscluster.agent.copies import Copies
 from pscluster.client import calls
 from pscluster.client.records import SnapshotPart as PartRecord
 from pscluster.errors import AuthError, DamagedError, FrameError, NotFoundError, UnreachableError
+from pscluster.rpc import Access
+from pscluster.rpc.server import Revocations
 from pscluster.storage import open_store
 from pscluster.storage.snapshot import part_name, read_part
 from pscluster.v1.agents_pb2 import DepotAddress
@@ -23,6 +25,7 @@ from pscluster.v1.depot_pb2 import TakePartRequest
 from pscluster.v1.plan_pb2 import PartitionPlacement, Plan, ProcessReport, ProcessSpec, RestorePoint, SnapshotPart
 
 TOKEN = "a-token"
+ACCESS = Access(token=TOKEN)
 DATA = bytes(range(256)) * 10_000  # several chunks
 
 
@@ -58,19 +61,19 @@ class Nodes:
     async def start(self, node_id: str) -> None:
         stack = self._stacks[node_id] = AsyncExitStack()
         self.addresses[node_id] = await stack.enter_async_context(
-            depot.serving(self.root / node_id, "127.0.0.1:0", TOKEN)
+            depot.serving(self.root / node_id, ["127.0.0.1:0"], ACCESS, Revocations())
         )
 
     async def stop(self, node_id: str) -> None:
         await self._stacks.pop(node_id).aclose()
 
-    async def take(self, node_id: str, part: SnapshotPart, job_id: str = "job-a", token: str = TOKEN) -> None:
+    async def take(self, node_id: str, part: SnapshotPart, job_id: str = "job-a", access: Access = ACCESS) -> None:
         """Have a node get server-0's part."""
         request = TakePartRequest(job_id=job_id, part=part, source=self.addresses["server-0"])
-        await depot.give(self.addresses[node_id], token, request)
+        await depot.give(self.addresses[node_id], access, request)
 
     def copies(self, node_id: str) -> Copies:
-        made = Copies(node_id, TOKEN, self.root / node_id, self.addresses[node_id])
+        made = Copies(node_id, ACCESS, self.root / node_id, self.addresses[node_id])
         made.update_peers(DepotAddress(node_id=name, address=address) for name, address in self.addresses.items())
         return made
 
@@ -121,13 +124,13 @@ def nothing(_report: ProcessReport) -> None:
 
 
 def test_only_partitions_of_jobs_without_a_store_keep_their_own(tmp_path: Path) -> None:
-    held = Copies("server-0", TOKEN, tmp_path)
+    held = Copies("server-0", ACCESS, tmp_path)
     mine = spec()
     assert held.use_own_store(mine) and mine.own_store and mine.store == str(tmp_path / "job-a")
     for other in (spec("s3://bucket/x"), ProcessSpec(kind=ProcessSpec.KIND_TRAINER, job_id="job-a", spec_json="{}")):
         before = other.store
         assert not held.use_own_store(other) and not other.own_store and other.store == before
-    assert not Copies("server-0", TOKEN, None).use_own_store(spec())
+    assert not Copies("server-0", ACCESS, None).use_own_store(spec())
 
 
 def test_a_part_is_reported_once_a_second_node_has_it(tmp_path: Path) -> None:
@@ -267,7 +270,7 @@ def test_nodes_that_are_away_for_an_hour_count_as_lost(tmp_path: Path, monkeypat
 
 
 def test_a_process_without_a_plan_needs_no_part(tmp_path: Path) -> None:
-    process_spec, held = spec(), Copies("server-0", TOKEN, tmp_path)
+    process_spec, held = spec(), Copies("server-0", ACCESS, tmp_path)
     held.use_own_store(process_spec)
     run(_nothing_to_wait_for(held, process_spec))
 
@@ -279,7 +282,7 @@ async def _nothing_to_wait_for(held: Copies, process_spec: ProcessSpec) -> None:
 def test_a_standby_needs_no_part(tmp_path: Path) -> None:
     part = write(tmp_path / "server-0")
     part.nodes.extend(["server-1", "server-2"])
-    process_spec, held = spec(), Copies("server-0", TOKEN, tmp_path)
+    process_spec, held = spec(), Copies("server-0", ACCESS, tmp_path)
     held.use_own_store(process_spec)
     assert held.must_fetch(process_spec, None, plan(part))
     assert not held.must_fetch(process_spec, None, plan(part, partitions=[PartitionPlacement(attempt=2)]))
@@ -366,13 +369,13 @@ def test_a_job_id_that_leads_elsewhere_and_a_wrong_token_are_refused(tmp_path: P
                 with pytest.raises(FrameError):
                     await made.take("server-1", part, job_id=job_id)
                 with pytest.raises(FrameError):
-                    await depot.get(made.addresses["server-0"], TOKEN, job_id, part, here)
+                    await depot.get(made.addresses["server-0"], ACCESS, job_id, part, here)
             with pytest.raises(AuthError):
-                await made.take("server-1", part, token="wrong")
+                await made.take("server-1", part, access=Access(token="wrong"))
             with pytest.raises(AuthError):
-                await depot.get(made.addresses["server-0"], "wrong", "job-a", part, here)
+                await depot.get(made.addresses["server-0"], Access(token="wrong"), "job-a", part, here)
             with pytest.raises(NotFoundError):
-                await depot.get(made.addresses["server-1"], TOKEN, "job-a", part, here)
+                await depot.get(made.addresses["server-1"], ACCESS, "job-a", part, here)
             assert not (tmp_path / "server-1").exists()
             assert not list(here.glob("*"))
 
@@ -403,10 +406,10 @@ def test_psctl_gets_a_part_from_whichever_node_answers(tmp_path: Path) -> None:
                 partition=0, path=part.path, size_bytes=part.size_bytes, checksum=part.checksum,
                 nodes=("server-0", "server-1"),
             )  # fmt: skip
-            found = await asyncio.to_thread(calls.fetch, made.addresses, TOKEN, "job-a", record, tmp_path / "here")
+            found = await asyncio.to_thread(calls.fetch, made.addresses, ACCESS, "job-a", record, tmp_path / "here")
             assert found.read_bytes() == DATA
             with pytest.raises(NotFoundError, match="is on server-0, server-1"):
-                await asyncio.to_thread(calls.fetch, {}, TOKEN, "job-a", record, tmp_path / "here")
+                await asyncio.to_thread(calls.fetch, {}, ACCESS, "job-a", record, tmp_path / "here")
 
     run(test())
 

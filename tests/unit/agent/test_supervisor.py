@@ -5,83 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from harness.supervised import Received, supervise
 from pscluster.agent import metrics
 from pscluster.agent.child import GracePeriods
-from pscluster.agent.confine import Mode
-from pscluster.agent.copies import Copies
-from pscluster.agent.directories import AgentDirectories, BundleCache
-from pscluster.agent.isolation import Isolation
-from pscluster.agent.process import AgentContext
-from pscluster.agent.resources import DeviceLedger
 from pscluster.agent.status import NONE, SILENT
 from pscluster.agent.supervisor import Supervisor
-from pscluster.v1.agents_pb2 import AgentMessage, Assignment, ProcessStatus
+from pscluster.v1.agents_pb2 import Assignment, ProcessStatus
 from pscluster.v1.plan_pb2 import Beat, ProcessReport, ProcessSpec, TrainerReady
 
 pytestmark = pytest.mark.timeout(60)
-
-
-class Received:
-    """Messages that were emitted, and a way to wait for one."""
-
-    def __init__(self) -> None:
-        self.messages: list[AgentMessage] = []
-        self._arrived = asyncio.Event()
-
-    def emit(self, message: AgentMessage) -> None:
-        self.messages.append(message)
-        self._arrived.set()
-
-    async def until(self, seen: Callable[[], bool]) -> None:
-        async with asyncio.timeout(20):
-            while not seen():
-                self._arrived.clear()
-                await self._arrived.wait()
-
-    def bodies(self) -> list[str]:
-        return [
-            message.event.report.WhichOneof("body") if message.HasField("event") else message.WhichOneof("body")
-            for message in self.messages
-        ]
-
-
-def run(bench: Any, body: Callable[[Supervisor, Received], Awaitable[None]], devices: Sequence[str] = ()) -> None:
-    """Run `body` with the supervisor of a node that has these CUDA devices."""
-
-    async def nothing(_sha256: str) -> AsyncIterator[bytes]:
-        raise RuntimeError("no bundle is asked for here")
-        yield b""
-
-    async def everything() -> None:
-        received = Received()
-        directories = AgentDirectories.claim(bench.state_dir)
-        context = AgentContext(
-            command=(sys.executable, "-P", "-m", "pscluster.agent.launch", "played_process"),
-            environ=bench.environ(),
-            directories=directories,
-            bundles=BundleCache(directories.bundles, nothing),
-            devices=DeviceLedger(devices),
-            copies=Copies("server-0", "", None),
-            isolation=Isolation(mode=Mode.NONE, hidden=(), account=None, home=""),
-            metrics=metrics.ProcessMetrics(),
-            emit=received.emit,
-            log_bytes=lambda: 0,
-        )
-        supervisor = Supervisor(context, GracePeriods(terminate_s=0.2, kill_s=0.4))
-        try:
-            await body(supervisor, received)
-        finally:
-            await supervisor.close()
-            directories.release()
-
-    asyncio.run(everything())
 
 
 def test_a_stopped_process_is_noticed_once(bench: Any) -> None:
@@ -102,7 +39,7 @@ def test_a_stopped_process_is_noticed_once(bench: Any) -> None:
         assert statuses[-1].phase == ProcessStatus.PHASE_RUNNING
         assert supervisor.states()[0].status.suspicion == SILENT
 
-    run(bench, body)
+    supervise(bench, body)
 
 
 def test_a_process_that_stops_before_it_is_ready_is_noticed_later(bench: Any) -> None:
@@ -116,7 +53,7 @@ def test_a_process_that_stops_before_it_is_ready_is_noticed_later(bench: Any) ->
         supervisor.check_heartbeats(process.last_heartbeat.at_s + 121)
         assert supervisor.states()[0].status.suspicion == SILENT
 
-    run(bench, body)
+    supervise(bench, body)
 
 
 def test_a_process_slow_to_load_has_time_for_its_first_heartbeat(bench: Any) -> None:
@@ -132,7 +69,7 @@ def test_a_process_slow_to_load_has_time_for_its_first_heartbeat(bench: Any) -> 
         supervisor.check_heartbeats(asyncio.get_running_loop().time())
         assert supervisor.states()[0].status.suspicion == NONE
 
-    run(bench, body)
+    supervise(bench, body)
 
 
 def test_a_process_that_sends_heartbeats_again_is_no_longer_suspected(bench: Any) -> None:
@@ -147,7 +84,7 @@ def test_a_process_that_sends_heartbeats_again_is_no_longer_suspected(bench: Any
         )
         watching.cancel()
 
-    run(bench, body)
+    supervise(bench, body)
 
 
 def test_unreached_partitions_are_reported_once_and_when_reached_again(bench: Any) -> None:
@@ -165,7 +102,7 @@ def test_unreached_partitions_are_reported_once_and_when_reached_again(bench: An
         assert [(status.generation, list(status.partitions)) for status in statuses] == [(0, []), (3, [1]), (0, [])]
         assert not any(message.status.suspicion for message in received.messages)
 
-    run(bench, body)
+    supervise(bench, body)
 
 
 def test_a_suspected_process_is_killed_at_once(bench: Any) -> None:
@@ -179,7 +116,7 @@ def test_a_suspected_process_is_killed_at_once(bench: Any) -> None:
         await received.until(lambda: received.messages[-1].status.phase == ProcessStatus.PHASE_EXITED)
         assert received.messages[-1].status.signal == signal.SIGKILL
 
-    run(bench, body)
+    supervise(bench, body)
 
 
 def test_close_waits_for_every_exit_and_starts_nothing_more(bench: Any) -> None:
@@ -194,7 +131,7 @@ def test_close_waits_for_every_exit_and_starts_nothing_more(bench: Any) -> None:
         supervisor.apply(Assignment(processes=[bench.trainer("trainer-2", "serve")]))
         assert len(supervisor.states()) == 2
 
-    run(bench, body)
+    supervise(bench, body)
 
 
 def test_a_process_ended_before_its_start_is_reported(bench: Any) -> None:
@@ -207,7 +144,7 @@ def test_a_process_ended_before_its_start_is_reported(bench: Any) -> None:
         supervisor.apply(Assignment())
         assert supervisor.states() == []
 
-    run(bench, body)
+    supervise(bench, body)
 
 
 def test_a_master_with_an_older_database_hears_that_what_it_asks_for_is_over(bench: Any) -> None:
@@ -224,7 +161,7 @@ def test_a_master_with_an_older_database_hears_that_what_it_asks_for_is_over(ben
         assert (status.phase, status.expected, status.exit_code) == (ProcessStatus.PHASE_EXITED, True, 127)
         assert supervisor.states() == []
 
-    run(bench, body)
+    supervise(bench, body)
 
 
 def test_an_unreadable_spec_is_reported(bench: Any) -> None:
@@ -235,7 +172,7 @@ def test_an_unreadable_spec_is_reported(bench: Any) -> None:
         await received.until(lambda: "status" in received.bodies())
         assert received.messages[-1].status.error.code == "PS-9001"
 
-    run(bench, body)
+    supervise(bench, body)
 
 
 # ---- devices ----
@@ -261,7 +198,7 @@ def test_each_trainer_gets_a_device_of_its_own(bench: Any) -> None:
         given = {"trainer-0": "cuda:1", "trainer-1": "cpu", "trainer-2": "cpu", "trainer-3": "cuda:0"}
         assert reported(received) == given
 
-    run(bench, body, ["cuda:0", "cuda:1"])
+    supervise(bench, body, ["cuda:0", "cuda:1"])
 
 
 def test_a_partition_gets_no_device(bench: Any) -> None:
@@ -272,7 +209,7 @@ def test_a_partition_gets_no_device(bench: Any) -> None:
         await received.until(lambda: bool(reported(received)))
         assert reported(received) == {"partition-0": ""}
 
-    run(bench, body, ["cuda:0"])
+    supervise(bench, body, ["cuda:0"])
 
 
 @pytest.mark.parametrize(
@@ -288,7 +225,7 @@ def test_a_trainer_without_its_device_is_not_started_and_says_why(
         assert (status.exit_code, status.pid, status.error.code) == (127, 0, "PS-4004")
         assert cause in status.error.cause
 
-    run(bench, body, present)
+    supervise(bench, body, present)
 
 
 def test_the_next_trainer_waits_until_the_former_one_is_gone(bench: Any) -> None:
@@ -305,4 +242,4 @@ def test_the_next_trainer_waits_until_the_former_one_is_gone(bench: Any) -> None
             ("trainer-1", ProcessStatus.PHASE_RUNNING)
         )
 
-    run(bench, body, ["cuda:0"])
+    supervise(bench, body, ["cuda:0"])

@@ -7,7 +7,10 @@ import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import grpc
+
 from pscluster import rpc
+from pscluster.errors import PsError
 from pscluster.v1 import agents_pb2, agents_pb2_grpc, plan_pb2
 
 DEADLINE_S = 20.0
@@ -19,7 +22,7 @@ Assignment = dict[str, plan_pb2.ProcessSpec]
 class FakeAgent:
     """One node. `assignment` is the newest one; durable messages are numbered and kept until acknowledged."""
 
-    def __init__(self, address: str, token: str, node_id: str, life: str = "1", slots: int = 1) -> None:
+    def __init__(self, address: str, access: rpc.Access, node_id: str, life: str = "1", slots: int = 1) -> None:
         role = agents_pb2.Role.ROLE_WORKER if node_id.startswith("worker") else agents_pb2.Role.ROLE_SERVER
         self.node = agents_pb2.RegisterRequest(
             node_id=node_id,
@@ -37,7 +40,7 @@ class FakeAgent:
         self.kept: dict[int, agents_pb2.AgentMessage] = {}
         self._sequence = 0
         self._address = address
-        self._token = token
+        self._access = access
         self._changed = asyncio.Condition()
         self._channel: Any = None
         self._call: Any = None
@@ -45,7 +48,7 @@ class FakeAgent:
 
     async def open_stream(self, states: Iterable[agents_pb2.ProcessState] = ()) -> None:
         """Register, open the stream, and send again what was not acknowledged."""
-        self._channel = rpc.open_aio_channel(self._address, rpc.Access(token=self._token))
+        self._channel = rpc.open_aio_channel(self._address, self._access)
         stub: Any = agents_pb2_grpc.AgentsStub(self._channel)  # type: ignore[no-untyped-call]
         await stub.Register(self.node, timeout=DEADLINE_S)
         self._call = stub.Attend()
@@ -54,6 +57,13 @@ class FakeAgent:
         for message in list(self.kept.values()):
             await self._call.write(message)
         self._reading = asyncio.create_task(self._read(self._call))
+
+    async def ended(self) -> PsError:
+        """Wait until the master ends the stream; why."""
+        assert self._reading is not None
+        await asyncio.gather(self._reading, return_exceptions=True)
+        status = await self._call.code()
+        return rpc.error_of(grpc.aio.AioRpcError(status, grpc.aio.Metadata(), await self._call.trailing_metadata()))
 
     async def leave(self) -> None:
         """Break the stream."""

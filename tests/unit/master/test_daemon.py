@@ -17,7 +17,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from pscluster.errors import AddressInUseError, SettingsError, StorageError
 from pscluster.settings import resolve
-from psmaster.server import MasterSettings, bind, claim
+from psmaster.listening import bind
+from psmaster.server import MasterSettings, claim
 
 DEADLINE_S = 30.0
 REQUIRED = {"state_dir": Path("/s"), "token_file": Path("/t")}
@@ -26,9 +27,13 @@ REQUIRED = {"state_dir": Path("/s"), "token_file": Path("/t")}
 @pytest.mark.parametrize(
     "flags",
     [
-        {"listen": ["10.0.0.1:7070"]},
-        {"listen": ["0.0.0.0:7070"]},
+        {"listen": ["a.host:7070"]},
+        {"listen": ["::1:7070"]},
+        {"listen": ["[::1]"]},
         {"listen": ["localhost"]},
+        {"join_listen": "unix:/j"},
+        {"certificate_lifetime_s": 1.0},
+        {"data_security": "none"},
         {"listen": ["127.0.0.1:70700"]},
         {"listen": ["unix:"]},
         {"listen": ["unix:/" + "x" * 120]},
@@ -157,7 +162,12 @@ def test_it_ends_in_order_and_leaves_no_socket(
     running.send_signal(number)
     assert running.wait(DEADLINE_S) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["state", "token"]
-    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["bundles", "lock", "master.db"]
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == [
+        "bundles",
+        "cluster-id",
+        "lock",
+        "master.db",
+    ]
 
 
 def test_a_killed_master_starts_again_where_it_was(running: subprocess.Popen[bytes], tmp_path: Path) -> None:

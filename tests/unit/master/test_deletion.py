@@ -30,7 +30,7 @@ from psmaster.storage.store import Batch
 from tests.harness.master_world import World, make_job, make_spec
 from tests.unit.master.fake_agent import DEADLINE_S, FakeAgent
 from tests.unit.master.test_rebuild import save
-from tests.unit.master.test_service import TOKEN, Client, with_master
+from tests.unit.master.test_service import LOCAL, Client, with_master
 
 CODE = b"code"
 SHA256 = hashlib.sha256(CODE).hexdigest()
@@ -167,7 +167,7 @@ def test_a_node_that_was_away_hears_from_another_master_of_all_that_was_deleted(
         await upload(client)
         job_id = await submit(client)
         await client.call("Delete", jobs_pb2.GetRequest(job=job_id))
-        agent = FakeAgent(site.listen[0], TOKEN, "server-0")
+        agent = FakeAgent(site.listen[0], LOCAL, "server-0")
         agent.node.depot_address = "127.0.0.1:1"
         await agent.open_stream()
         await agent.until(lambda _: bool(agent.deleted))

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from pscluster.errors import DamagedError, StorageError
+from pscluster.security.identity import Role
+from psmaster.model.access import AccessRecords, CertificateRecord, TokenRecord
 from psmaster.model.job import Event
 from psmaster.model.plan import Part
 from psmaster.model.state import Deletion
@@ -20,6 +22,8 @@ from psmaster.storage.store import Batch, BundleRecord
 from tests.harness.master_world import make_job
 
 GONE = Deletion(job_id="gone", store="/store/gone", deleted_s=2.0)
+TOKEN = TokenRecord(digest="a1", role=Role.WORKER, created_s=1.0, expires_s=2.0)
+MEMBER = CertificateRecord(serial="ff", role=Role.USER, name="alice", key_sha256="k", issued_s=1.0, expires_s=2.0)
 EVENT = Event(time_s=1.0, reason="Something", message="happened")
 TABLES = ("jobs", "layouts", "events", "parts", "bundles", "deletions")
 
@@ -133,6 +137,9 @@ def test_every_kind_of_change_keeps_the_books(tmp_path: Path) -> None:
         store.write(Batch(events=(("b", EVENT),), deleted_jobs=("a",), deletions=(GONE,)))
         store.write(Batch(deletions=(replace(GONE, removed=True), replace(GONE, job_id="c"))))
         store.write(Batch(forgotten_deletions=("gone",)))
+        store.write(Batch(tokens=(TOKEN,), certificates=(MEMBER,)))
+        store.write(Batch(tokens=(replace(TOKEN, uses_left=1),), certificates=(replace(MEMBER, revoked=True),)))
+        store.write(Batch(tokens=(replace(TOKEN, digest="b2"),), dropped_tokens=("a1",), dropped_certificates=("ff",)))
         integrity.check(store._db, path)
     assert [job.job_id for job in content(path)[0]] == ["b"]  # type: ignore[attr-defined]
 
@@ -167,6 +174,24 @@ def test_a_database_of_schema_3_gets_its_list_of_deletions(tmp_path: Path) -> No
     with closing(SqliteStore(path)) as store:
         assert store.deletions() == {"gone": GONE}
         assert [bundle.sha256 for bundle in store.bundles()] == ["c"]
+
+
+def test_a_database_of_schema_5_gets_its_members(tmp_path: Path) -> None:
+    path = tmp_path / "master.db"
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA journal_mode=WAL")
+        integrity.prepare(db)
+        for statement in [line for lines in sqlite._MIGRATIONS[:5] for line in lines]:
+            db.execute(statement)
+        db.execute(integrity.insert("drains"), ("worker-0", 2.0))
+        db.execute("PRAGMA user_version=5")
+        db.commit()
+    with closing(SqliteStore(path)) as store:
+        assert store.access() == AccessRecords()
+        store.write(Batch(tokens=(TOKEN,), certificates=(MEMBER,)))
+    with closing(SqliteStore(path)) as store:
+        assert store.access() == AccessRecords(tokens={"a1": TOKEN}, certificates={"ff": MEMBER})
+        assert store.drains() == {"worker-0": 2.0}
 
 
 # ---- the log that a killed master leaves ----

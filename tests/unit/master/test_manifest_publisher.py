@@ -204,6 +204,36 @@ def test_a_store_that_is_away_is_removed_when_it_is_back(
     assert os.listdir(root) == []
 
 
+@pytest.mark.parametrize("mounted", [True, False])
+def test_a_job_that_wrote_nothing_below_its_clusters_id_is_gone_if_the_store_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mounted: bool
+) -> None:
+    monkeypatch.setattr(manifest_publisher, "RETRY_S", 0.01)
+    root = tmp_path / "shared"
+    if mounted:
+        root.mkdir()
+    job = make(tmp_path, store=str(root / ("0" * 16) / "a"))
+    outcome: Queue[str] = Queue()
+    with publishing(tmp_path) as made:
+        made.report_error, made.report_removed = lambda *what: outcome.put(what[2].code), outcome.put
+        made.remove(deleted(job), tmp_path / "jobs" / "a")
+        assert outcome.get(timeout=20) == ("a" if mounted else StorageError.code)
+
+
+def test_the_last_job_of_a_cluster_takes_its_directory_in_the_store_with_it(tmp_path: Path) -> None:
+    root = tmp_path / "shared"
+    jobs = [replace(make(tmp_path, store=str(root / ("0" * 16) / job_id)), job_id=job_id) for job_id in ("a", "b")]
+    left = []
+    with publishing(tmp_path) as made:
+        for job in jobs:
+            made.publish({job.job_id: (job, complete(job, 5))})
+        for job in jobs:
+            made.remove(deleted(job), tmp_path / "jobs" / job.job_id)
+            left.append([path.name for path in root.glob("*/*")])
+    assert left == [["b"], []]
+    assert os.listdir(root) == []
+
+
 def test_what_was_removed_before_is_not_looked_for_again(tmp_path: Path) -> None:
     job = make(tmp_path, store=str(tmp_path / "never" / "a"))
     gone: list[str] = []

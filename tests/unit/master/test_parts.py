@@ -120,6 +120,9 @@ def test_a_submission_becomes_a_job_with_a_name_of_its_own(tmp_path_factory: pyt
     assert len(job.data_token) == 32
     elsewhere = new_job(make_spec(durability={"store": "/shared"}).canonical_json(), "", "", directory, NOW)
     assert elsewhere.store == f"/shared/{elsewhere.job_id}"
+    assert (elsewhere.owner, job.owner) == ("local", "local")
+    theirs = new_job(elsewhere.spec.canonical_json(), "", "", directory, NOW, owner="alice", cluster_id="0" * 16)
+    assert (theirs.owner, theirs.store) == ("alice", f"/shared/{'0' * 16}/{theirs.job_id}")
     assert elsewhere.request_id
     with pytest.raises(SpecError):
         new_job("[]", "", "", directory, NOW)

@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 
 from pscluster.errors import DamagedError, StateError
+from pscluster.security.authority import Authority, cluster_id_of
+from pscluster.security.identity import Role
 from pscluster.storage import open_store
 from psmaster import daemon
+from psmaster.control.security import CERTIFICATES
+from psmaster.model.access import TokenRecord
 from psmaster.model.job import Best, Job, JobState
 from psmaster.model.plan import Part, RestorePoint
 from psmaster.storage import manifest, rebuild
@@ -168,6 +172,37 @@ def test_code_that_is_not_what_it_was_is_told(state_dir: Path, data: bytes | Non
     (error,) = run(state_dir)["a"].problems
     assert "its code cannot be restored" in error
     assert not (state_dir / "bundles" / f"{SHA256}.tar.gz").exists()
+
+
+def test_jobs_in_a_shared_store_come_back_from_both_layouts_and_no_other_cluster_s(
+    state_dir: Path, tmp_path: Path
+) -> None:
+    shared, own = tmp_path / "shared", cluster_id_of(state_dir)
+    save(shared / "old", running("old"), 10)
+    save(shared / own / "new", running("new"), 10)
+    save(shared / ("f" * 16) / "theirs", running("theirs"), 10)
+    found = run(state_dir, str(shared))
+    assert {job_id: one.job.store for job_id, one in found.items()} == {
+        "old": str(shared / "old"),
+        "new": str(shared / own / "new"),
+    }
+
+
+def test_members_of_a_sound_database_stay_members(state_dir: Path) -> None:
+    token = TokenRecord(digest="a1", role=Role.WORKER, created_s=1.0, expires_s=2.0)
+    with closing(SqliteStore(state_dir / DATABASE)) as store:
+        store.write(Batch(tokens=(token,)))
+    run(state_dir)
+    with closing(SqliteStore(state_dir / DATABASE)) as store:
+        assert store.access().tokens == {"a1": token}
+
+
+def test_the_command_says_that_revocations_are_lost(state_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Authority.create(state_dir / CERTIFICATES, cluster_id_of(state_dir))
+    (state_dir / DATABASE).write_bytes(b"garbage" * 1000)
+    save(at_home(state_dir), running(), 10)
+    assert daemon.run(["rebuild", "--state-dir", str(state_dir)]) == 0
+    assert "psctl certs revoke" in capsys.readouterr().out
 
 
 def test_a_sound_database_is_not_replaced(state_dir: Path) -> None:

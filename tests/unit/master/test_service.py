@@ -25,6 +25,7 @@ from pscluster.errors import (
     StorageError,
     VersionSkewError,
 )
+from pscluster.rpc import Access
 from pscluster.v1 import agents_pb2, agents_pb2_grpc, jobs_pb2, jobs_pb2_grpc, plan_pb2
 from psmaster.control.agent_stream import AgentStream
 from psmaster.control.loop import ControlLoop
@@ -34,6 +35,7 @@ from tests.harness.master_world import make_spec
 from tests.unit.master.fake_agent import DEADLINE_S, FakeAgent
 
 TOKEN = "a-token"
+LOCAL = Access(token=TOKEN)
 
 
 @asynccontextmanager
@@ -52,8 +54,8 @@ async def master(settings: MasterSettings) -> AsyncIterator[ControlLoop]:
 class Client:
     """The Jobs service, with errors as they were raised."""
 
-    def __init__(self, address: str, token: str = TOKEN) -> None:
-        self._channel = rpc.open_aio_channel(address, rpc.Access(token=token))
+    def __init__(self, address: str, access: Access = LOCAL) -> None:
+        self._channel = rpc.open_aio_channel(address, access)
         self._stub: Any = jobs_pb2_grpc.JobsStub(self._channel)  # type: ignore[no-untyped-call]
 
     async def close(self) -> None:
@@ -122,7 +124,7 @@ def test_a_job_from_submission_over_deaths_and_a_new_master_to_its_end(site: Mas
 async def _whole_life(site: MasterSettings) -> None:
     address = site.listen[0]
     names = ("worker-0", "worker-1", "server-0", "server-1")
-    w0, w1, s0, s1 = agents = [FakeAgent(address, TOKEN, name) for name in names]
+    w0, w1, s0, s1 = agents = [FakeAgent(address, LOCAL, name) for name in names]
     async with AsyncExitStack() as stack:
         for agent in agents:
             stack.push_async_callback(agent.leave)
@@ -265,12 +267,12 @@ def test_wrong_requests_get_their_own_errors(site: MasterSettings) -> None:
 
 def test_nobody_without_the_token_is_heard_but_health_is_open(site: MasterSettings) -> None:
     async def test(_client: Client, _core: ControlLoop) -> None:
-        stranger = Client(site.listen[0], "another-token")
+        stranger = Client(site.listen[0], Access(token="another-token"))
         with pytest.raises(AuthError):
             await stranger.submit()
         await stranger.close()
         with pytest.raises(AuthError):
-            await _as_error(FakeAgent(site.listen[0], "another-token", "worker-0").open_stream())
+            await _as_error(FakeAgent(site.listen[0], Access(token="another-token"), "worker-0").open_stream())
         async with grpc.aio.insecure_channel(site.listen[0]) as channel:
             health: Any = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
             for service in ("", "ready"):
@@ -306,7 +308,7 @@ def test_bundles_go_up_and_come_down(site: MasterSettings) -> None:
         spec = make_spec().canonical_json()
         request = jobs_pb2.SubmitRequest(spec_json=spec, bundle_sha256=digest)
         job_id = (await client.call("Submit", request)).job_id
-        async with rpc.open_aio_channel(site.listen[0], rpc.Access(token=TOKEN)) as channel:
+        async with rpc.open_aio_channel(site.listen[0], LOCAL) as channel:
             stub: Any = agents_pb2_grpc.AgentsStub(channel)  # type: ignore[no-untyped-call]
             down = agents_pb2.DownloadBundleRequest(sha256=digest)
             assert b"".join([chunk.data async for chunk in stub.DownloadBundle(down)]) == data
@@ -320,16 +322,16 @@ def test_bundles_go_up_and_come_down(site: MasterSettings) -> None:
 
 def test_other_protocols_and_older_lives_are_refused(site: MasterSettings) -> None:
     async def test(_client: Client, core: ControlLoop) -> None:
-        stranger = FakeAgent(site.listen[0], TOKEN, "worker-0")
+        stranger = FakeAgent(site.listen[0], LOCAL, "worker-0")
         stranger.node.protocol = rpc.PROTOCOL + 1
         with pytest.raises(VersionSkewError):
             await _as_error(stranger.open_stream())
-        await FakeAgent(site.listen[0], TOKEN, "worker-0", life="1").open_stream()
-        newer = FakeAgent(site.listen[0], TOKEN, "worker-0", life="2")
+        await FakeAgent(site.listen[0], LOCAL, "worker-0", life="1").open_stream()
+        newer = FakeAgent(site.listen[0], LOCAL, "worker-0", life="2")
         await newer.open_stream()
         await newer.until(lambda _: bool(newer.revisions))
         with pytest.raises(StateError):
-            await _as_error(FakeAgent(site.listen[0], TOKEN, "worker-0", life="1").open_stream())
+            await _as_error(FakeAgent(site.listen[0], LOCAL, "worker-0", life="1").open_stream())
         assert core.state.nodes["worker-0"].connected
         await newer.leave()
 
@@ -339,7 +341,7 @@ def test_other_protocols_and_older_lives_are_refused(site: MasterSettings) -> No
 def test_nodes_cluster_and_metrics_tell_the_same(site: MasterSettings) -> None:
     async def test(client: Client, _core: ControlLoop) -> None:
         job_id = await client.submit()
-        agents = [FakeAgent(site.listen[0], TOKEN, name) for name in ("worker-0", "server-0")]
+        agents = [FakeAgent(site.listen[0], LOCAL, name) for name in ("worker-0", "server-0")]
         for agent in agents:
             await agent.open_stream()
             await agent.beat()
@@ -369,7 +371,7 @@ def _scrape(address: str) -> str:
 
 def test_messages_that_make_no_sense_are_acknowledged_and_dropped(site: MasterSettings) -> None:
     async def test(_client: Client, core: ControlLoop) -> None:
-        agent = FakeAgent(site.listen[0], TOKEN, "worker-0")
+        agent = FakeAgent(site.listen[0], LOCAL, "worker-0")
         await agent.open_stream()
         await agent.log("../../etc/trainer-0/1", "escape")
         await agent.log("nobody/trainer-0/1", "stray")
@@ -390,7 +392,7 @@ def test_a_disk_that_cannot_be_written_acknowledges_nothing_and_heals(
     async def test(client: Client, core: ControlLoop) -> None:
         monkeypatch.setattr("psmaster.control.loop.RETRY_S", 0.01)
         job_id = await client.submit()
-        agent = FakeAgent(site.listen[0], TOKEN, "worker-0")
+        agent = FakeAgent(site.listen[0], LOCAL, "worker-0")
         await agent.open_stream()
         await agent.until(lambda _: bool(agent.revisions))
         healthy, tried = core.archive.save, asyncio.Event()

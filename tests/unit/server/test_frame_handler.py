@@ -126,6 +126,16 @@ WRONG_GREETINGS: dict[str, bytes] = {
     "a token of another type": json.dumps({"token": [1], "channel": "push"}).encode(),
     "a channel of no kind": json.dumps({"token": TOKEN.hex(), "channel": "x", "restore_generation": 1}).encode(),
     "a restore generation that is no number": json.dumps({"token": TOKEN.hex(), "restore_generation": "x"}).encode(),
+    "another cluster": json.dumps(
+        {
+            "token": TOKEN.hex(),
+            "role": "trainer",
+            "channel": "push",
+            "attempt": 0,
+            "restore_generation": 1,
+            "cluster": "0123456789abcdef",
+        }
+    ).encode(),
     "too much": b" " * 5000,
     "too deep": b"[" * 4000,
 }

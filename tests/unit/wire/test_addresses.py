@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import socket
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from pscluster.errors import AddressInUseError, FrameError
-from pscluster.wire.transport import bind, choose_address, start_dial, transport_of
+from pscluster.wire.transport import bind, choose_address, start_dial, tcp_address, transport_of
 
 
 @pytest.fixture
@@ -67,6 +68,43 @@ def test_port_zero_is_resolved() -> None:
             pass
     finally:
         listener.close()
+
+
+def test_addresses_of_both_versions_of_ip() -> None:
+    assert tcp_address("10.0.0.1", 80) == "tcp:10.0.0.1:80"
+    assert tcp_address("fd00::1", 80) == tcp_address("[fd00::1]", 80) == "tcp:[fd00::1]:80"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_what_is_bound_can_be_dialled(host: str) -> None:
+    listener, bound = bind(tcp_address(host, 0))
+    with listener:
+        assert bound == tcp_address(host, listener.getsockname()[1])
+        sock, _ = start_dial(bound)
+        with sock, socket.socket(fileno=_accept(listener)) as peer:
+            assert peer.getpeername()[:2] == sock.getsockname()[:2]
+
+
+def _accept(listener: socket.socket) -> int:
+    listener.settimeout(5)
+    return listener.accept()[0].detach()
+
+
+def test_of_a_range_the_first_free_port_is_bound() -> None:
+    with ExitStack() as stack:
+        listener, bound = bind("tcp:127.0.0.1:0")
+        stack.enter_context(listener)
+        taken = int(bound.rpartition(":")[2])
+        ports = f"tcp:127.0.0.1:{taken}-{taken + 20}"
+        found = []
+        for _ in range(2):
+            listener, bound = bind(ports)
+            stack.enter_context(listener)
+            found.append(int(bound.rpartition(":")[2]))
+        assert taken < found[0] < found[1] <= taken + 20
+        with pytest.raises(AddressInUseError) as caught:
+            bind(f"tcp:127.0.0.1:{taken}-{taken}")
+        assert caught.value.action
 
 
 @pytest.mark.parametrize("address", ["unix:" + "x" * 200, "unix:/nowhere/s"])

@@ -65,10 +65,10 @@ def test_a_header_reads_back_as_it_was_written(header: Header) -> None:
 
 def test_the_wire_form_is_what_the_protocol_number_stands_for() -> None:
     """Another layout of the header, or of a body, needs another number."""
-    assert PROTOCOL == 2
+    assert PROTOCOL == 3
     assert pack(HEADER).hex() == (
-        "505344500200040000000000070000000000000003000000000000000900000000000000"
-        "0200000004000000040000004000000000000000010000002e6a85a2"
+        "505344500300040000000000070000000000000003000000000000000900000000000000"
+        "020000000400000004000000400000000000000001000000d6b7cf3c"
     )
 
 

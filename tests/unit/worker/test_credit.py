@@ -16,7 +16,7 @@ from harness.played import JOB, fill, job_header, played_spec
 from harness.played_job import PlayedJob
 from pscluster.step.layout import Layout, TensorSpec
 from pscluster.step.tree import Summary, TreeNode, touched_bits
-from pscluster.v1.plan_pb2 import ProcessSpec
+from pscluster.v1.plan_pb2 import PartitionPlacement, ProcessSpec
 from pscluster.wire.frame import SUMMARY, UNCHANGED, Buffer, FrameKind, Header
 from pscluster.wire.memory import Lanes
 from psworker.replica import BucketMemory
@@ -68,7 +68,8 @@ class LeafTrainer:
         self.shared.num_lanes = NUM_LANES
         values = Values(job.spec, layout, BucketMemory(layout), agenda.changed)
         addresses = list(job.plan.partitions[0].addresses)
-        self.peer = Peer(job.network, agenda, self.shared, values, lambda *_: None, 0, addresses, transport)  # type: ignore[arg-type]
+        placement = PartitionPlacement(addresses=addresses)
+        self.peer = Peer(job.network, agenda, self.shared, values, lambda *_: None, placement, transport)  # type: ignore[arg-type]
 
     @property
     def lanes(self) -> Lanes | None:

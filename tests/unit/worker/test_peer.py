@@ -14,7 +14,7 @@ import pytest
 from harness.played import JOB, Network, PlayedConnection, job_header, played_plan, played_spec
 from pscluster.step.layout import Layout, TensorSpec
 from pscluster.step.tree import TreeNode
-from pscluster.v1.plan_pb2 import ProcessSpec
+from pscluster.v1.plan_pb2 import PartitionPlacement, ProcessSpec
 from pscluster.wire.frame import IN_MEMORY, FrameKind, Header
 from pscluster.wire.memory import PAGE_BYTES, Lanes, Segment
 from pscluster.wire.protocol import Hello, Welcome
@@ -73,7 +73,8 @@ class Trainer:
         self.shared = SharedLanes(spec, LAYOUT, Staging())
         self.memory = BucketMemory(LAYOUT)
         self.values = Values(spec, LAYOUT, self.memory, agenda.changed)
-        self.peer = Peer(network, agenda, self.shared, self.values, lambda *_: None, 0, [address], transport)  # type: ignore[arg-type]
+        placement = PartitionPlacement(addresses=[address])
+        self.peer = Peer(network, agenda, self.shared, self.values, lambda *_: None, placement, transport)  # type: ignore[arg-type]
 
     @property
     def lanes(self) -> dict[int, Lanes]:

@@ -18,6 +18,7 @@ from pscluster.v1.plan_pb2 import Beat, Connected, Connection, PartitionPlacemen
 from pscluster.wire.frame import FrameKind, Header
 from pscluster.wire.protocol import Directive, unpack_statistics
 from pscluster.wire.reactor import Reactor
+from pscluster.wire.tls import DataSecurity
 from psworker.replica import BucketMemory
 from psworker.staging import Staging
 from psworker.trainer.gradients.push import Pusher
@@ -60,7 +61,8 @@ class Exchange:
         self._link = link
         self._transport = spec.network.transport
         self._counters = counters
-        self._reactor = reactor or Reactor(congestion_control=spec.network.congestion_control)
+        self._security = DataSecurity.of(link.start)
+        self._reactor = reactor or Reactor(congestion_control=spec.network.congestion_control, security=self._security)
         self._lanes = SharedLanes(spec, layout, staging)
         self.pusher = Pusher(spec, layout, self.agenda, self._lanes, staging, self._reactor)
         self._thread = threading.Thread(target=self._run, name="exchange", daemon=True)
@@ -175,6 +177,8 @@ class Exchange:
                 self._shut_down()
             elif order.WhichOneof("body") == "plan":
                 self.adopt(order.plan)
+            elif order.WhichOneof("body") == "credentials" and self._security is not None:
+                self._security.renew(order.credentials)
 
     def _shut_down(self) -> None:
         self.agenda.close()
@@ -205,7 +209,10 @@ class Exchange:
             self.pusher.peers = [self._connect(placement) for placement in plan.partitions]
             return
         for index, placement in enumerate(plan.partitions):
-            if list(placement.addresses) != peers[index].addresses:
+            if (
+                placement.addresses != peers[index].placement.addresses
+                or placement.attempt != peers[index].placement.attempt
+            ):
                 peers[index].close()
                 self.values.forget(index)
                 peers[index] = self._connect(placement)
@@ -213,7 +220,7 @@ class Exchange:
     def _connect(self, placement: PartitionPlacement) -> Peer:
         return Peer(
             self._reactor, self.agenda, self._lanes, self.values, self._receive,
-            placement.index, list(placement.addresses), self._transport,
+            placement, self._transport,
         )  # fmt: skip
 
     # ---- reports ----
@@ -241,8 +248,13 @@ class Exchange:
         """On the heartbeat's thread."""
         busy_s, typical_s = self._counters.timer.now()
         plan, peers, now_s = self.agenda.plan, self.pusher.peers, time.monotonic()
-        indices = [peer.index for peer in peers if peer.unreached_s(now_s) >= UNREACHED_S]
+        missing = [peer for peer in peers if peer.unreached_s(now_s) >= UNREACHED_S]
         return Beat(
             progress=self.progress, speed=self._counters.speed(), busy_s=busy_s, typical_s=typical_s,
-            unreached=Unreached(generation=plan.generation, partitions=indices) if plan and indices else None,
+            unreached=_unreached(plan, missing) if plan and missing else None,
         )  # fmt: skip
+
+
+def _unreached(plan: Plan, missing: list[Peer]) -> Unreached:
+    reasons = [str(peer.failure or "") for peer in missing]
+    return Unreached(generation=plan.generation, partitions=[peer.index for peer in missing], reasons=reasons)

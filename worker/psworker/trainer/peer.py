@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from pscluster.errors import FrameError, PsError
+from pscluster.v1.plan_pb2 import PartitionPlacement
 from pscluster.wire.connection import Connection
 from pscluster.wire.dialer import ReconnectingConnection
 from pscluster.wire.frame import IN_MEMORY, Buffer, FrameKind, Header, in_lane
-from pscluster.wire.protocol import Ack, Channel, Hello, Welcome
+from pscluster.wire.protocol import Ack, Channel, Hello, Welcome, process_id
 from pscluster.wire.reactor import Reactor
 from pscluster.wire.transport import transport_of
 from psworker.trainer.gradients.send_queue import Lane, SendQueue, SharedLanes
@@ -22,22 +23,26 @@ _RETRY_S = (0.02, 1.0)
 
 @dataclass(eq=False)
 class Peer:
-    """Partition `index` at its plan's addresses, until it is closed. Pending frames outlive a connection."""
+    """One partition at its plan's addresses, until it is closed. Pending frames outlive a connection."""
 
     reactor: Reactor
     agenda: Agenda
     lanes: SharedLanes
     values: Values
     receive: Callable[[Header, memoryview], None]  # takes a DIRECTIVE, MERGED or ARBITRATE
-    index: int
-    addresses: list[str]
+    placement: PartitionPlacement
     wanted_transport: str  # as `network.transport` of the spec
 
     def __post_init__(self) -> None:
         self.pushes = PushChannel(self)
         self.pulls = PullChannel(self)
+        process = process_id(self.agenda.job_id, "partition", self.index, self.placement.attempt)
         for channel in (self.pushes, self.pulls):
-            channel.line.follow(self.addresses)
+            channel.line.follow(list(self.placement.addresses), process)
+
+    @property
+    def index(self) -> int:
+        return self.placement.index
 
     @property
     def is_connected(self) -> bool:
@@ -58,6 +63,11 @@ class Peer:
         """For how long nothing at the partition's addresses has taken a connection, by the monotonic clock; 0: there is
         one of each kind. From any thread."""
         return max(self.pushes.line.unreached_s(now_s), self.pulls.line.unreached_s(now_s))
+
+    @property
+    def failure(self) -> PsError | None:
+        """Why one of the connections cannot be made."""
+        return self.pushes.line.failure or self.pulls.line.failure
 
     def close(self) -> None:
         """Close the connections and stop dialing."""

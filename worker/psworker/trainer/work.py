@@ -117,6 +117,7 @@ class Agenda:
 
     def __init__(self, start: ProcessSpec, audits: AuditRule = NEVER_AUDITED) -> None:
         self.changed = threading.Condition()
+        self.job_id = start.job_id
         self.job = job_number(start.job_id)
         self.rank = start.rank
         self.plan: Plan | None = None
@@ -126,6 +127,7 @@ class Agenda:
         self.audits = audits
         self.empty_partitions: set[int] = set()  # that hold no values yet
         self._attempt = start.attempt
+        self._cluster_id = start.cluster_id
         self._early: Directive | None = None  # of a generation whose plan is not here yet
         self._closed = False
         self._error: BaseException | None = None
@@ -255,6 +257,7 @@ class Agenda:
             restore_generation=self.plan.restore_generation,
             share=share,
             num_lanes=num_lanes,
+            cluster=self._cluster_id,
         )
         return self.header(FrameKind.HELLO), hello
 

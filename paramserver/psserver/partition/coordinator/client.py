@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pscluster.errors import PsError
+from pscluster.v1.plan_pb2 import Plan
 from pscluster.wire.dialer import ReconnectingConnection
 from pscluster.wire.frame import FrameKind, Header
 from pscluster.wire.partition_protocol import CommitDecision, Join, Vote
@@ -19,7 +20,7 @@ class CoordinatorClient:
     """For one restore generation; on the partition's thread."""
 
     def __init__(
-        self, reactor: Reactor, partition: Partition, addresses: list[str], carry_out: Callable[[list[Action]], None]
+        self, reactor: Reactor, partition: Partition, plan: Plan, carry_out: Callable[[list[Action]], None]
     ) -> None:
         self._partition = partition
         self._carry_out = carry_out
@@ -28,7 +29,14 @@ class CoordinatorClient:
             reactor, self, lambda _: partition.make_hello("vote"), channel="vote", kinds=kinds,
             transport=partition.spec.network.transport, retry_s=_RETRY_S,
         )  # fmt: skip
-        self.line.follow(addresses)
+        self.follow(plan)
+
+    def follow(self, plan: Plan) -> None:
+        """Connect to the coordinator of this plan; the connection stays if it is the same."""
+        placement = plan.partitions[0]
+        addresses, peer = list(placement.addresses), self._partition.process_id_of(0, placement.attempt)
+        if (addresses, peer) != (self.line.addresses, self.line.peer):
+            self.line.follow(addresses, peer)
 
     def join(self) -> None:
         """Send the version that is held, if it is whole, and the decision that made it; repeated at each welcome."""

@@ -8,7 +8,7 @@ from pscluster.errors import AuthError, FrameError
 from pscluster.v1.plan_pb2 import Plan
 from pscluster.wire.frame import FrameKind, Header
 from pscluster.wire.memory import Lanes
-from pscluster.wire.protocol import Hello, Welcome
+from pscluster.wire.protocol import Hello, Welcome, process_id
 from psserver.partition.actions import Action
 from psserver.partition.ingress.clients import Client
 from psserver.partition.partition import Partition
@@ -24,8 +24,11 @@ def shake_hands(partition: Partition, client: Client, header: Header, hello: Hel
     if plan is None or state is None:
         client.connection.close()  # no plan yet
         return []
+    if hello.cluster != partition.cluster_id:
+        raise AuthError(f"a data connection of the cluster {hello.cluster!r}", details={"field": "cluster"})
     if not hmac.compare_digest(hello.token.encode(errors="replace"), plan.data_token.hex().encode()):
         raise AuthError("a data connection without the job's token")
+    _check_certificate(partition, client, header, hello)
     if hello.restore_generation != plan.restore_generation:
         if hello.restore_generation < plan.restore_generation:
             reject_stale(partition, client)
@@ -48,7 +51,7 @@ def _fits_plan(partition: Partition, client: Client, plan: Plan, header: Header,
     stopped and resumed. A caller with a newer plan dials again."""
     channel = hello.channel
     if channel in ("push", "pull"):
-        return partition.standby is None
+        return partition.standby is None and _is_planned_trainer(partition, client, plan, header, hello)
     if channel == "replica" and header.sender != partition.index:
         raise FrameError(
             f"partition {header.sender} replicates to the standby of another partition", details={"field": "sender"}
@@ -68,6 +71,31 @@ def _fits_plan(partition: Partition, client: Client, plan: Plan, header: Header,
         if other.index == header.sender and channel == "replica":
             other.connection.close()  # it has reconnected
     return True
+
+
+def _is_planned_trainer(partition: Partition, client: Client, plan: Plan, header: Header, hello: Hello) -> bool:
+    """Whether the plan names this very process, where a certificate shows which one it is. One that the plan replaced
+    is rejected; one that is newer than this partition's plan dials again."""
+    if client.connection.identity is None:
+        return True
+    known = next((trainer.attempt for trainer in plan.trainers if trainer.rank == header.sender), 0)
+    if hello.attempt < known:
+        reject_stale(partition, client)
+    return hello.attempt == known
+
+
+def _check_certificate(partition: Partition, client: Client, header: Header, hello: Hello) -> None:
+    """Over TLS a caller is what its certificate says, and nothing else."""
+    identity = client.connection.identity
+    if identity is None:
+        return
+    role = "trainer" if hello.channel in ("push", "pull") else "partition"
+    claimed = process_id(partition.job_id, role, header.sender, hello.attempt)
+    if hello.role != role or identity.name != claimed:
+        raise AuthError(
+            f"a {hello.channel} connection in the name of {claimed} with the certificate of {identity.name}",
+            details={"field": "identity"},
+        )
 
 
 def reject_stale(partition: Partition, client: Client) -> None:

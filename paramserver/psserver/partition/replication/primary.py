@@ -63,11 +63,12 @@ class Replication:
         placement = plan.partitions[self._partition.index]
         attempt = placement.standby.attempt if placement.HasField("standby") else 0
         addresses = list(placement.standby.addresses)
+        peer = self._partition.process_id_of(self._partition.index, attempt)
         before, self.in_sync = self.in_sync, in_sync.adopt(self.in_sync, attempt, restored=restored)
-        if self.in_sync is before and addresses == self._dialer.addresses:
+        if self.in_sync is before and (addresses, peer) == (self._dialer.addresses, self._dialer.peer):
             return
         self._forget_connection()
-        self._dialer.follow(addresses)
+        self._dialer.follow(addresses, peer)
         self._gave_up = False
         if addresses:
             self._watch_soon()

@@ -1,0 +1,1 @@
+"""psctl doctor: facts are gathered, then judged by pure checks."""
