@@ -20,13 +20,14 @@ import pytest
 
 from harness.fuzz import changed, fuzz
 from harness.jobs import lm_spec
-from pscluster.errors import AuthError
+from pscluster.errors import PsError
 from pscluster.job.bundle import CAP_BYTES, extract, pack
 from pscluster.job.spec import load_spec
 from pscluster.security.authority import Authority
 from pscluster.security.credentials import identity_in, new_request, parse_certificate
 from pscluster.security.identity import Identity, Role
 from pscluster.security.join_token import JoinToken
+from psmaster.api import join as join_endpoint
 
 pytestmark = pytest.mark.timeout(60 + 3 * float(os.environ.get("PS_FUZZ_SECONDS") or 20))
 
@@ -138,7 +139,7 @@ def recoded(data: bytes, chance: random.Random) -> bytes:
 
 
 def test_what_a_member_shows_is_read_or_refused(tmp_path: Path) -> None:
-    """Join tokens, identities, certificates, and requests for them."""
+    """Join tokens, identities, certificates, requests for them, and lines to the join endpoint."""
     authority = Authority.create(tmp_path / "certs", CLUSTER)
     identity = Identity(cluster_id=CLUSTER, role=Role.WORKER, name="worker-0")
     token = JoinToken(
@@ -149,7 +150,14 @@ def test_what_a_member_shows_is_read_or_refused(tmp_path: Path) -> None:
         addresses=("10.0.0.1:7071",),
     )
     request = new_request("worker-0")[1]
-    seeds = [token.encode().encode(), identity.uri.encode(), authority.issue(identity, 60.0).certificate_pem, request]
+    line = json.dumps({"ask": "join", "secret": "s", "name": "worker-0", "csr_pem": request.decode(), "protocol": 1})
+    seeds = [
+        token.encode().encode(),
+        identity.uri.encode(),
+        authority.issue(identity, 60.0).certificate_pem,
+        request,
+        line.encode(),
+    ]
 
     def read(data: bytes) -> None:
         text = data.decode("utf-8", "replace")
@@ -158,11 +166,12 @@ def test_what_a_member_shows_is_read_or_refused(tmp_path: Path) -> None:
             lambda: Identity.parse(text),
             lambda: identity_in(parse_certificate(data)),
             lambda: authority.sign(data, identity, 60.0),
+            lambda: join_endpoint._parse(data),
         )
         for reader in readers:
             try:
                 reader()
-            except AuthError:
+            except PsError:
                 continue
 
     assert fuzz("joining", read, seeds, recoded) > len(seeds)
