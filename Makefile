@@ -9,7 +9,7 @@ PROTO_VENV := .venv-proto
 PROTO_TOOLS := grpcio-tools==1.73.1 protobuf==6.30.2 setuptools==80.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fix verify test test-slow test-full faults soak simulate bench proto proto-check demo clean
+.PHONY: help setup fix verify test test-slow test-full test-hosts faults soak simulate bench proto proto-check demo clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,19 +37,23 @@ verify: setup proto-check ## format, lint, strict types, proto drift, policy and
 QUICK := tests/policy tests/unit tests/contract tests/fault/simulation
 test: setup ## all tests but the slow ones and those of `make faults` (under 10 minutes on two cores)
 	$(BIN)/pytest -q $(PARALLEL) -m 'not slow' $(QUICK)
-	$(BIN)/pytest -q -m 'not slow' tests/cluster
+	$(BIN)/pytest -q -m 'not slow' tests/cluster tests/hosts
 
 test-slow: setup ## the tests that `make test` leaves out because they take long and rarely break
 	$(BIN)/pytest -q -m slow $(QUICK) tests/cluster
 
 test-full: test test-slow ## `make test`, then the slow tests
 
+test-hosts: setup ## a secured cluster over four hosts, disturbed: needs root, ip, tc, unshare, nsenter (about 10 minutes)
+	$(BIN)/pytest -q tests/hosts
+
 FAULTS ?= tests/fault
 faults: setup ## faults of real processes, disks and networks, and a short soak (about 25 minutes)
 	$(BIN)/pytest -q $(FAULTS) --ignore tests/fault/simulation
 
-soak: setup ## a job under a storm of kills, compared with the undisturbed job (KILLS=200 SEED= TIER=snapshot)
-	$(BIN)/python tests/fault/soak.py --kills $(or $(KILLS),200) $(if $(SEED),--seed $(SEED)) $(if $(TIER),--tier $(TIER))
+soak: setup ## a job under a storm of kills, compared with the undisturbed job (KILLS=200 SEED= TIER=snapshot HOSTS=1)
+	$(BIN)/python tests/fault/soak.py --kills $(or $(KILLS),200) $(if $(SEED),--seed $(SEED)) $(if $(TIER),--tier $(TIER)) \
+	  $(if $(HOSTS),--hosts)
 
 SEEDS ?= 5000
 simulate: setup ## SEEDS=5000 random histories of a simulated cluster with faults; SEED=7 prints one

@@ -61,14 +61,13 @@ def next_steps(state_dir: Path, sha256: str) -> list[str]:
     socket = f"unix:{state_dir / 'master.sock'}"
     if len(socket) - len("unix:") > _LONGEST_SOCKET:
         socket = "unix:/PATH/master.sock"
-    files = f"--state-dir {state_dir} --token-file {state_dir / 'token'}"
     return [
         f"certificate authority {sha256[:16]}... in {state_dir / 'certs'}",
         "whoever has its ca.key can become any member: keep a copy of this directory in a safe place, and no other",
         "next, on this host (ADDRESS: where other hosts reach it):",
-        f"  psmaster {files} --listen {socket} --listen ADDRESS:7070",
-        f"  psctl context add admin --address {socket} --token-file {state_dir / 'token'}",
-        "  psctl --context admin token create --role worker",
+        f"  psmaster --state-dir {state_dir} --listen {socket} --listen ADDRESS:7070",
+        f"  psctl context add lab --address {socket} --token-file {state_dir / 'token'}",
+        "  psctl --context lab token create --role worker",
     ]
 
 
@@ -100,12 +99,17 @@ def revoke(session: Session, name: str, role: str | None, yes: bool) -> None:
         ]
         if not found:
             raise NotFoundError(f"no valid certificate of {name}", action="see `psctl certs list`")
-        if not yes and sys.stdin.isatty():
+        if not yes and stdin_is_terminal():
             roles = ", ".join(sorted({item.role for item in found}))
             click.confirm(f"Revoke {len(found)} of {name} ({roles})? This cannot be undone.", abort=True, err=True)
         revoked = cluster.members.revoke(name, role or "")
     print_info(f"revoked {len(revoked)}; {name} needs a new join token to come back: psctl token create")
     print_answer(name)
+
+
+def stdin_is_terminal() -> bool:
+    """Whether somebody can answer a question."""
+    return sys.stdin.isatty()
 
 
 @click.group("token", cls=Group)

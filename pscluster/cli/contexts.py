@@ -10,7 +10,7 @@ import click
 
 from pscluster.cli import formatting as fmt
 from pscluster.cli.output import output_option, print_answer, print_document, print_info, print_records
-from pscluster.cli.session import Group, Verb
+from pscluster.cli.session import Group, Verb, complete_context
 from pscluster.errors import PsError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _join(file: ContextFile, name: str, token: str, user: str | None) -> None:
 
 
 @context.command("use", cls=Verb)
-@click.argument("name")
+@click.argument("name", shell_complete=complete_context)
 def use(name: str) -> None:
     """Select the context that psctl uses without --context; `local` is the local cluster."""
     from pscluster.client.contexts import ContextFile
@@ -99,7 +99,7 @@ def list_contexts(form: str) -> None:
 
 
 @context.command("show", cls=Verb)
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_context)
 @output_option("text", "json", "yaml")
 def show(name: str | None, form: str) -> None:
     """Show the context NAME, or the selected one: address, user, role, how long its certificate is valid."""
@@ -116,7 +116,7 @@ def show(name: str | None, form: str) -> None:
 
 
 @context.command("remove", cls=Verb)
-@click.argument("name")
+@click.argument("name", shell_complete=complete_context)
 def remove(name: str) -> None:
     """Forget the context NAME, with its key and certificate."""
     from pscluster.client.contexts import ContextFile

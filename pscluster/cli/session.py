@@ -66,6 +66,17 @@ class Session:
 pass_session = click.make_pass_decorator(Session, ensure=True)
 
 
+def complete_context(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """The names of contexts, for the shell. None for a settings file that cannot be read: a shell shows no errors."""
+    from pscluster.client.contexts import LOCAL, ContextFile
+
+    try:
+        names = {LOCAL, *ContextFile.of(os.environ).read().by_name}
+    except PsError:
+        return []
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
 def _remember(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     if value is not None and param.name is not None:
         ctx.ensure_object(Session).flags[param.name] = value
@@ -74,7 +85,15 @@ def _remember(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 def global_options(hidden: bool) -> list[click.Option]:
     """The options that select a cluster. Verbs accept them too (hidden), since people write them last."""
     return [
-        click.Option([flag], metavar=metavar, help=text, expose_value=False, callback=_remember, hidden=hidden)
+        click.Option(
+            [flag],
+            metavar=metavar,
+            help=text,
+            expose_value=False,
+            callback=_remember,
+            hidden=hidden,
+            shell_complete=complete_context if flag == "--context" else None,
+        )
         for flag, metavar, text in _GLOBALS
     ]
 
@@ -156,7 +175,9 @@ class Psctl(Group):
 
 def _with_origin(error: PsError, session: Session) -> PsError:
     """The error. When another cluster is selected, the hint to start a local one becomes what selected the other."""
-    unhelped = isinstance(error, UnreachableError) and error.action == UnreachableError.default_action
-    if unhelped and (given := session.address_undo_hint()):
-        error.action = f"check that a master listens at {session.located().address} ({given})"
+    if isinstance(error, UnreachableError) and (given := session.address_undo_hint()):
+        if error.action == UnreachableError.default_action:
+            error.action = f"check that a master listens at {session.located().address} ({given})"
+        elif "reason" in error.details:  # it was dialled once more, to say why
+            error.action = f"{error.action} ({given})"
     return error

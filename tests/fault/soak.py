@@ -1,11 +1,13 @@
 """`make soak`: a job under a storm of kill -9 and SIGSTOP is compared with the same job undisturbed.
 
-    python tests/fault/soak.py [--kills 200] [--seed N] [--tier snapshot] [--power-loss]
+    python tests/fault/soak.py [--kills 200] [--seed N] [--tier snapshot] [--power-loss] [--hosts]
 
 A cluster of one master, three workers and three servers trains a byte-level language model on the data of
 $PSCLUSTER_DATA, or on synthetic sequences without it: first undisturbed, then while trainers, partitions, agents and
 the master are killed or stopped, each time after at least one step was committed since the last fault. Daemons that
 ended are started again, as a service manager would do; stopped processes are resumed after a while, or stay stopped.
+With --hosts the cluster is a secured one of four hosts (namespaces of this machine, which needs root): the master on
+one, a worker and a server on each of the others, TLS between them.
 
 It fails unless the job ends SUCCEEDED with the same parameters, evaluation and losses of every step, no process grew,
 and nothing is left. A seed gives the same faults at the same steps; the clock decides what they interrupt. The job is
@@ -27,6 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `import harness`
 from harness.faults import KINDS
+from harness.hosts import missing
 from harness.soak import Soak, lm_job, soak
 from harness.storm import Violation
 
@@ -42,6 +45,7 @@ def main() -> int:
         seed=chosen.seed,
         gap=chosen.gap,
         length=chosen.length,
+        hosts=chosen.hosts,
         kinds=(*chosen.kinds, "everything") if chosen.power_loss else tuple(chosen.kinds),
     )
     started = time.monotonic()
@@ -58,7 +62,8 @@ def main() -> int:
         except Exception as error:
             return _failed(plan.seed, traceback.format_exc(), f"{type(error).__name__}: {error}")
     chosen.results.mkdir(parents=True, exist_ok=True)
-    name = "soak.json" if chosen.tier == "snapshot" else f"soak_{chosen.tier}.json"
+    variant = [word for word in (chosen.tier, "hosts" if chosen.hosts else "snapshot") if word != "snapshot"]
+    name = "_".join(["soak", *variant]) + ".json"
     (chosen.results / name).write_text(json.dumps(result, indent=1) + "\n")
     for key, value in result["keys"].items():
         print(f"{key} = {value}")
@@ -82,10 +87,17 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--gap", type=int, default=16, metavar="STEPS", help="between two faults, about (16)")
     parser.add_argument("--length", type=int, metavar="STEPS", help="of a job; one job then follows another")
     parser.add_argument("--power-loss", action="store_true", help="now and then kill everything at once")
+    parser.add_argument("--hosts", action="store_true", help="four hosts in place of this one")
     parser.add_argument(
-        "--results", type=Path, default=RESULTS, metavar="DIR", help="where soak.json, or soak_TIER.json, goes"
+        "--results",
+        type=Path,
+        default=RESULTS,
+        metavar="DIR",
+        help="where soak.json, soak_TIER.json or soak_hosts.json goes",
     )
     chosen = parser.parse_args()
+    if chosen.hosts and (reason := missing()):
+        parser.error(reason)
     if chosen.kills < 1:
         parser.error("--kills must be at least 1")
     return chosen

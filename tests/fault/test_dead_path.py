@@ -3,50 +3,32 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from harness.hosts import HostNetwork, missing
 from harness.jobs import even_split, lm_spec
 from harness.plain import train_plainly
 from harness.static_job import StaticJob
 from pscluster.wire.transport import DEAD_S
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-_hosts = importlib.import_module("_hosts")
 _static = importlib.import_module("_static")
 
 _ESTABLISHED = "01"  # in /proc/net/tcp
-_NOBODY = "02:00:00:00:00:fe"  # a hardware address that no interface has
 
 
 @pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[list[Any]]:
+def network() -> Iterator[HostNetwork]:
     """Two hosts with a link between them."""
-    if reason := _hosts.missing():
+    if reason := missing():
         pytest.skip(reason)
-    directory = tmp_path / "hosts"
-    directory.mkdir()
-    with _hosts.joined(directory) as joined:
-        yield joined
-
-
-def misdirect(hosts: list[Any]) -> None:
-    """Send the packets between the hosts to an unknown address: they are lost without an error."""
-    for host, other in (hosts, hosts[::-1]):
-        answer = f"neighbour replace {other.address} lladdr {_NOBODY} nud permanent dev {host.interface}"
-        subprocess.run([*host.enter, "ip", *answer.split()], check=True)
-
-
-def heal(hosts: list[Any]) -> None:
-    for host, other in (hosts, hosts[::-1]):
-        answer = f"neighbour delete {other.address} dev {host.interface}"
-        subprocess.run([*host.enter, "ip", *answer.split()], check=True)
+    with HostNetwork(2, rate="1gbit") as made:
+        yield made
 
 
 def established(pid: int) -> int:
@@ -64,10 +46,11 @@ def seconds_until(condition: Callable[[], bool], what: str) -> float:
 
 
 def test_connections_over_a_dead_path_are_closed_and_the_job_continues_when_it_recovers(
-    hosts: list[Any], tmp_path: Path
+    network: HostNetwork, tmp_path: Path
 ) -> None:
     spec = lm_spec(partitions=1, pause_s=0.05)
-    places = [_static.Place(prefix=h.enter, environment={"PS_SOCKET_DIR": str(h.sockets)}) for h in hosts]
+    hosts = network.hosts
+    places = [_static.Place(prefix=h.enter, environment={"PS_SOCKET_DIR": str(h.tmp)}) for h in hosts]
     starter = _static.Starter(places=places)
     with StaticJob(spec, 2, tmp_path / "job", launch=starter, data_hosts=[hosts[0].address]) as job:
         job.wait_ready()
@@ -75,10 +58,10 @@ def test_connections_over_a_dead_path_are_closed_and_the_job_continues_when_it_r
         job.publish(even_split(job.spec.train.num_shards, 2))
         job.wait_step(2)
         assert all(established(pid) for pid in pids), "the far trainer is not connected over the cable"
-        misdirect(hosts)
+        network.cut(hosts[1], "both")
         took = [seconds_until(lambda pid=pid: not established(pid), f"{pid} gives up") for pid in pids]  # type: ignore[misc]
         assert DEAD_S / 2 < sum(took) < 2 * DEAD_S
         stood = job.step
-        heal(hosts)
+        assert network.heal(hosts[1]) > 0
         assert job.wait_finished() == train_plainly(spec).digest
         assert stood < job.step

@@ -16,9 +16,12 @@ from typing import Any
 
 import psutil
 
+from pscluster.cli.local import record
+from pscluster.cli.local.processes import command, daemon_dir, variables
+from pscluster.cli.local.record import Daemon
 from pscluster.client import Cluster as Client
 from pscluster.client import Job
-from pscluster.settings import runtime_dir
+from pscluster.settings import master_address, runtime_dir, token_file
 
 PSCTL = str(Path(sys.executable).parent / "psctl")
 DEADLINE_S = 120.0
@@ -32,6 +35,7 @@ class LocalCluster:
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("PS_")}
         self.environment |= {"PS_STATE_DIR": str(state_dir), "NO_COLOR": "1", **(environment or {})}
         self.seen: dict[int, psutil.Process] = {}
+        self._restarted: list[subprocess.Popen[bytes]] = []
 
     # ---- psctl ----
 
@@ -61,6 +65,15 @@ class LocalCluster:
     def up(self, workers: int = 2, servers: int = 1) -> None:
         self.psctl("up", "--workers", str(workers), "--servers", str(servers))
         self.note_processes()
+
+    def down(self) -> None:
+        """End all daemons; fails when that fails."""
+        self.psctl("down")
+
+    @property
+    def shared(self) -> Path:
+        """A directory that psctl, the daemons and the test see at the same path."""
+        return self.state_dir.parent
 
     def submit(self, spec: Mapping[str, Any], directory: Path, *arguments: str) -> str:
         """Submit a spec as a file of `directory`; the job id."""
@@ -116,6 +129,44 @@ class LocalCluster:
                 continue
         return found
 
+    @property
+    def names(self) -> list[str]:
+        """Of all daemons, whether they run or not."""
+        return [daemon.name for daemon in record.load(self.state_dir)]
+
+    def runs(self, name: str) -> bool:
+        """Whether a daemon runs; one that is stopped (SIGSTOP) does."""
+        (daemon,) = [daemon for daemon in record.load(self.state_dir) if daemon.name == name]
+        try:
+            process = psutil.Process(daemon.pid)
+            same = abs(process.create_time() - daemon.created_s) < 0.5
+            return same and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        except psutil.NoSuchProcess:
+            return False
+
+    def start_daemon(self, name: str) -> None:
+        """Start a daemon that has ended with the command of `psctl up`; returns at once."""
+        words = command(name, self.state_dir, master_address(self.state_dir), token_file(self.state_dir))
+        with (self.state_dir / "logs" / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                words,
+                cwd=daemon_dir(name, self.state_dir),
+                env=self.environment | variables(name, ()),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._restarted = [other for other in self._restarted if other.poll() is None]  # collects those that ended
+        self._restarted.append(process)
+        started = Daemon(name=name, pid=process.pid, created_s=psutil.Process(process.pid).create_time())
+        others = [daemon for daemon in record.load(self.state_dir) if daemon.name != name]
+        record.save(self.state_dir, master_address(self.state_dir), (*others, started))
+
+    def directories_of(self, name: str) -> list[Path]:
+        """Where an agent keeps what belongs to the processes of jobs: empty when it has none."""
+        return [runtime_dir(self.state_dir / name), self.state_dir / name / "jobs"]
+
     def child(self, daemon: str) -> psutil.Process:
         """The one trainer or partition that an agent runs now."""
         return next(iter(self.daemon(daemon).children()))
@@ -167,7 +218,7 @@ def local_cluster(
         yield cluster
         cluster.note_processes()
     finally:
-        cluster.psctl("down")
+        cluster.down()
     assert cluster.remaining() == []
 
 

@@ -12,7 +12,6 @@ import psutil
 
 from harness.cluster import LocalCluster
 from harness.faults import Victim
-from pscluster.settings import runtime_dir
 
 WARM_UP_S = 12.0  # of a process's life, in which its growth is not judged
 SPAN_S = 24.0  # a process that was sampled for less time is not judged
@@ -103,7 +102,7 @@ def left_by_jobs(cluster: LocalCluster) -> list[str]:
     found = []
     for name, daemon in cluster.daemons().items():
         found += [f"{name} still runs {child.pid} {child.cmdline()}" for child in daemon.children()]
-        for directory in (runtime_dir(cluster.state_dir / name), cluster.state_dir / name / "jobs"):
-            if name != "master" and directory.is_dir():
+        for directory in cluster.directories_of(name) if name != "master" else ():
+            if directory.is_dir():
                 found += [str(path) for path in directory.iterdir()]
     return found

@@ -11,8 +11,8 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from harness.cluster import LocalCluster
 from harness.commits import Commits, median_step_s
 from harness.faults import KINDS, Fault, Kind, draw_faults
 from harness.growth import left_by_jobs
+from harness.host_cluster import HostCluster
+from harness.hosts import HostNetwork
 from harness.keeper import Keeper
 from harness.metered_task import metered_spec
 from harness.storm import LEAD_STEPS, Log, Storm, Violation
@@ -40,13 +42,15 @@ _EXTRA_FILES = 8  # an idle daemon may hold so many more than before the storm
 
 @dataclass(frozen=True, kw_only=True)
 class Soak:
-    """A soak's settings. `seed` decides the faults; `spec` has no number of steps."""
+    """A soak's settings. `seed` decides the faults; `spec` has no number of steps. `hosts`: a worker and a server on
+    each of `workers` hosts, the master on another one."""
 
     spec: Mapping[str, Any]
     kills: int
     seed: int
     workers: int = 3
     servers: int = 3
+    hosts: bool = False
     kinds: tuple[Kind, ...] = KINDS
     stops: float = 0.3
     gap: int = 16
@@ -129,27 +133,37 @@ def soak(plan: Soak, root: Path, evidence: Path, log: Log, digest: str | None = 
 
     On any failure the state of all processes is written to `evidence`. Raises Violation for a broken invariant."""
     log(f"seed {plan.seed}: {plan.kills} faults in a job of {plan.steps} steps")
-    state_dir = Path(tempfile.mkdtemp(prefix="pst-", dir=root))
-    cluster = LocalCluster(state_dir)
-    try:
-        cluster.up(plan.workers, plan.servers)
-        with cluster.client() as client:
-            result = _soaked(plan, cluster, client, log, digest)
-    except Exception:
-        log(f"the state of all processes is in {autopsy.write_down(cluster, evidence)}")
+    with _prepared(plan, root) as cluster:
+        try:
+            cluster.up(plan.workers, plan.servers)
+            with cluster.client() as client:
+                result = _soaked(plan, cluster, client, log, digest)
+        except Exception:
+            log(f"the state of all processes is in {autopsy.write_down(cluster, evidence)}")
+            _resume_stopped(cluster)
+            with suppress(AssertionError):  # it must not hide the first failure
+                cluster.down()
+            raise
         _resume_stopped(cluster)
-        cluster.psctl("down", expect=None)  # its failure must not hide the first one
-        raise
-    _resume_stopped(cluster)
-    cluster.psctl("down")
-    left = cluster.remaining()
+        cluster.down()
+        left = cluster.remaining()
     if left:
-        raise Violation(f"{len(left)} things are left after `psctl down`, first {left[0]}", "\n".join(left))
+        raise Violation(f"{len(left)} things are left of the cluster, first {left[0]}", "\n".join(left))
     return result
 
 
+@contextmanager
+def _prepared(plan: Soak, root: Path) -> Iterator[LocalCluster]:
+    """A cluster that does not run yet: on this machine, or on hosts of its own, which are gone at the end."""
+    if not plan.hosts:
+        yield LocalCluster(Path(tempfile.mkdtemp(prefix="pst-", dir=root)))
+        return
+    with HostNetwork(plan.workers + 1) as network:
+        yield HostCluster(network)
+
+
 def _soaked(plan: Soak, cluster: LocalCluster, client: Client, log: Log, digest: str | None) -> dict[str, Any]:
-    directory = cluster.state_dir.with_name("soak-job")
+    directory = cluster.shared / "soak-job"
     metered, limit = metered_spec(plan.job_spec(), directory)
     spec, bundle = parse_spec(metered), pack(directory)
     calm = Storm(cluster=cluster, client=client, faults=[], log=log)

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from pscluster.errors import AuthError, StateError
 from pscluster.security.authority import CERTIFICATE, Authority, cluster_id_of
-from pscluster.security.credentials import Credentials, parse_certificate
+from pscluster.security.credentials import BACKDATED_S, Credentials, parse_certificate
 from pscluster.security.identity import Identity, Role
 from psmaster.model.access import CertificateRecord
 
@@ -66,7 +66,7 @@ class ClusterSecurity:
             role=role,
             name=name,
             key_sha256=hashlib.sha256(key).hexdigest(),
-            issued_s=made.not_valid_before_utc.timestamp(),
+            issued_s=made.not_valid_before_utc.timestamp() + BACKDATED_S,
             expires_s=made.not_valid_after_utc.timestamp(),
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import secrets
 import sys
 from pathlib import Path
 
@@ -63,10 +64,11 @@ def _addresses(spec: JobSpec, start: ProcessSpec) -> list[str]:
     """Where to listen: a Unix socket, TCP on the data host (empty: loopback) and a port of its range, or both, best
     first.
 
-    Shared memory is arranged over the Unix socket."""
-    directory = Path(os.environ["PS_SOCKET_DIR"])
+    Shared memory is arranged over the Unix socket. Its name is random: where it exists, it is this one. The directories
+    of two hosts have the same paths."""
+    path = Path(os.environ["PS_SOCKET_DIR"]) / f"data-{secrets.token_hex(4)}.sock"
     port = f"{start.data_port_first}-{start.data_port_last}" if start.data_port_first else 0
-    choice = {"unix": f"unix:{directory}/data.sock", "tcp": tcp_address(start.data_host or "127.0.0.1", port)}
+    choice = {"unix": f"unix:{path}", "tcp": tcp_address(start.data_host or "127.0.0.1", port)}
     wanted = "unix" if spec.network.transport == "shm" else spec.network.transport
     return [address for kind, address in choice.items() if wanted in ("auto", kind)]
 

@@ -16,10 +16,19 @@ Psctl = Callable[..., Result]
 
 @pytest.fixture(autouse=True)
 def _no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("PS_ADDRESS", "PS_TOKEN_FILE", "PS_STATE_DIR", "PS_CONFIG"):
+    for name in (
+        "PS_ADDRESS",
+        "PS_TOKEN_FILE",
+        "PS_STATE_DIR",
+        "PS_CONFIG",
+        "PS_CONTEXT",
+        "PS_JOIN",
+        "PS_CREDENTIALS_DIR",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
 
 
 @pytest.fixture

@@ -16,7 +16,10 @@ import grpc
 
 from pscluster import rpc
 from pscluster.errors import AuthError, NotFoundError, PsError, StateError
-from pscluster.v1 import agents_pb2, agents_pb2_grpc, jobs_pb2, jobs_pb2_grpc, plan_pb2
+from pscluster.security.authority import Authority
+from pscluster.security.credentials import identity_in, parse_certificate
+from pscluster.security.identity import Identity, Role
+from pscluster.v1 import access_pb2, access_pb2_grpc, agents_pb2, agents_pb2_grpc, jobs_pb2, jobs_pb2_grpc, plan_pb2
 
 TOKEN = "a-token"
 SPEC_JSON = (
@@ -62,7 +65,7 @@ def ended_message(state: int = jobs_pb2.JOB_STATE_SUCCEEDED, **changes: Any) -> 
     return job_message(**{**fields, **changes})
 
 
-class FakeMaster(jobs_pb2_grpc.JobsServicer, agents_pb2_grpc.AgentsServicer):
+class FakeMaster(jobs_pb2_grpc.JobsServicer, agents_pb2_grpc.AgentsServicer, access_pb2_grpc.AccessServicer):
     """Holds jobs by id; each call of Watch plays the next of `watches` (the last one again and again)."""
 
     def __init__(self) -> None:
@@ -83,6 +86,13 @@ class FakeMaster(jobs_pb2_grpc.JobsServicer, agents_pb2_grpc.AgentsServicer):
         self.cluster = jobs_pb2.Cluster(version="0.1.0", protocol=rpc.PROTOCOL, healthy=True)
         self.failures: dict[str, list[PsError]] = {}
         self.deleted: list[str] = []
+        self.tokens_created: list[access_pb2.CreateTokenRequest] = []
+        self.tokens: list[access_pb2.Token] = []
+        self.tokens_revoked: list[str] = []
+        self.certificates: list[access_pb2.Certificate] = []
+        self.authority: Authority | None = None
+        """Set: the master asks no token, because only members with its certificates can connect."""
+        self.renewals = 0
 
     # --- the service ---
 
@@ -183,10 +193,47 @@ class FakeMaster(jobs_pb2_grpc.JobsServicer, agents_pb2_grpc.AgentsServicer):
         self._enter("GetCluster", context)
         return self.cluster
 
+    # --- members ---
+
+    def CreateToken(self, request: Any, context: Any) -> Any:
+        self._enter("CreateToken", context)
+        self.tokens_created.append(request)
+        return access_pb2.CreateTokenReply(token="psj1-abc", token_id="0123")
+
+    def ListTokens(self, request: Any, context: Any) -> Any:
+        self._enter("ListTokens", context)
+        return access_pb2.ListTokensReply(tokens=self.tokens)
+
+    def RevokeToken(self, request: Any, context: Any) -> Any:
+        self._enter("RevokeToken", context)
+        self.tokens_revoked.append(request.token_id)
+        return access_pb2.RevokeTokenReply()
+
+    def ListCertificates(self, request: Any, context: Any) -> Any:
+        self._enter("ListCertificates", context)
+        return access_pb2.ListCertificatesReply(certificates=self.certificates)
+
+    def RevokeCertificates(self, request: Any, context: Any) -> Any:
+        self._enter("RevokeCertificates", context)
+        found = [c for c in self.certificates if c.name == request.name and request.role in ("", c.role)]
+        for certificate in found:
+            certificate.revoked = True
+        return access_pb2.RevokeCertificatesReply(certificates=found)
+
+    def Renew(self, request: Any, context: Any) -> Any:
+        self._enter("Renew", context)
+        assert self.authority is not None
+        self.renewals += 1
+        caller = context.auth_context()["x509_pem_cert"][0]
+        identity = identity_in(parse_certificate(caller))
+        made = self.authority.sign(request.csr_pem, identity, 3600.0)
+        return access_pb2.RenewReply(certificate_pem=made, authority_pem=self.authority.certificate_pem)
+
     # --- what stands in for the interceptors ---
 
     def _enter(self, method: str, context: Any) -> None:
-        if dict(context.invocation_metadata()).get("authorization") != f"Bearer {TOKEN}":
+        shown = dict(context.invocation_metadata()).get("authorization")
+        if self.authority is None and shown != f"Bearer {TOKEN}":
             self._fail(context, AuthError("the call carries no token, or a wrong one"))
         if self.failures.get(method):
             self._fail(context, self.failures[method].pop(0))
@@ -200,6 +247,14 @@ class FakeMaster(jobs_pb2_grpc.JobsServicer, agents_pb2_grpc.AgentsServicer):
 
     def _fail(self, context: Any, error: PsError) -> None:
         context.abort_with_status(rpc.status_of(error))
+
+
+def server_credentials(authority: Authority) -> grpc.ServerCredentials:
+    """Of a master that only members can call."""
+    identity = Identity(cluster_id=authority.cluster_id, role=Role.MASTER, name="master")
+    own = authority.issue(identity, 3600.0)
+    pair = (own.key_pem, own.certificate_pem)
+    return grpc.ssl_server_credentials([pair], own.authority_pem, require_client_auth=True)
 
 
 class Serving:
@@ -222,7 +277,12 @@ class Serving:
         self._server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
         jobs_pb2_grpc.add_JobsServicer_to_server(self.fake, self._server)
         agents_pb2_grpc.add_AgentsServicer_to_server(self.fake, self._server)
-        self._port = self._server.add_insecure_port(f"127.0.0.1:{self._port}")
+        access_pb2_grpc.add_AccessServicer_to_server(self.fake, self._server)
+        address = f"127.0.0.1:{self._port}"
+        if self.fake.authority is None:
+            self._port = self._server.add_insecure_port(address)
+        else:
+            self._port = self._server.add_secure_port(address, server_credentials(self.fake.authority))
         self._server.start()
 
     def stop(self) -> None:

@@ -123,8 +123,10 @@ def test_an_address_that_nobody_answers_says_who_gave_it(
     monkeypatch.setenv("PS_TOKEN_FILE", str(serving.token_file))
 
     def hints(*arguments: str) -> list[str]:
-        lines = [run_alone(*arguments, verb).stderr.splitlines()[-1] for verb in ("list", "up", "down")]
-        assert lines[0].startswith("hint: ") and address in lines[0]
+        printed = [run_alone(*arguments, verb).stderr for verb in ("list", "up", "down")]
+        assert address in printed[0]
+        lines = [text.splitlines()[-1] for text in printed]
+        assert lines[0].startswith("hint: ")
         assert lines[1] == lines[2]
         return [
             lines[0].partition("(")[2].rstrip(")").partition(":")[0],
@@ -218,8 +220,9 @@ def test_config_show_tells_origins(run_alone: Psctl, tmp_path: Path, monkeypatch
     monkeypatch.setenv("PS_TOKEN_FILE", "/t")
     result = run_alone("--state-dir", "/s", "config", "show", "--origin", "-o", "json")
     found = json.loads(result.stdout)
-    assert found["values"] == {"state_dir": "/s", "address": "host:7000", "token_file": "/t"}
-    assert found["origins"] == {
+    values = {key: value for key, value in found["values"].items() if value is not None}
+    assert values == {"state_dir": "/s", "address": "host:7000", "token_file": "/t"}
+    assert {key: found["origins"][key] for key in values} == {
         "state_dir": "flag --state-dir",
         "address": f"file {file}",
         "token_file": "environment PS_TOKEN_FILE",
