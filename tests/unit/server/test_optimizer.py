@@ -289,6 +289,26 @@ def test_one_torch_optimizer_with_two_groups_is_the_same(layout: Layout) -> None
         assert torch.equal(padded(mine), other)
 
 
+def test_groups_are_torchs_param_groups(layout: Layout) -> None:
+    """The first group that matches; a group's own decay is in force for its norms and biases, too."""
+    names = [layout.tensors[number].name for number in range(len(SHAPES))]
+    groups = [{"match": [names[0]], "lr": 1e-2, "weight_decay": 0.3}, {"match": [names[0], names[1]], "lr": 0.0}]
+    spec = played_spec(1, train={"optimizer": {**OPTIMIZERS["adamw"], "groups": groups}, "clip_value": 0.2})
+    parameters = [torch.nn.Parameter(padded(values)) for values in drawn(0)]
+    rest = [{"params": [p], "weight_decay": 0.1 * decay} for p, decay in zip(parameters, DECAY, strict=True)]
+    rest[0] |= {"lr": 1e-2, "weight_decay": 0.3}
+    rest[1] |= {"lr": 0.0}
+    optimizer = torch.optim.AdamW(rest, lr=1e-3, fused=True)
+    for step in range(STEPS):
+        for parameter, gradient in zip(parameters, drawn(step + 1), strict=True):
+            parameter.grad = padded(gradient.mul_(1 / 3.0))
+        torch.nn.utils.clip_grad_value_(parameters, 0.2)
+        optimizer.step()
+
+    for mine, other in zip(ours(layout, spec, 3, False), parameters, strict=True):
+        assert torch.equal(padded(mine), other)
+
+
 # ---- runs ----
 
 
@@ -317,6 +337,12 @@ def test_neighbours_that_share_decay_and_age_go_together(run_layout: Layout) -> 
         Run(80, 96, 0, True),
     ]
     assert runs(run_layout, span, [3, 4, 0, 0, 0], ALL, NO_GROUPS)[:2] == [Run(0, 16, 3, True), Run(16, 48, 4, True)]
+
+
+def test_neighbours_of_different_groups_are_apart(run_layout: Layout) -> None:
+    found = runs(run_layout, run_layout.span(0, 0, 1), [0] * 5, ALL, [-1, 0, -1, -1, 0])
+
+    assert [(run.start, run.group) for run in found] == [(0, -1), (16, 0), (48, -1), (80, 0)]
 
 
 def test_untouched_tensors_are_left_out_and_part_their_neighbours(run_layout: Layout) -> None:
