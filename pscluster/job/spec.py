@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
 
 from pscluster.devices import AUTO, is_valid_device
 from pscluster.errors import SpecError
+from pscluster.job.optimizer import OptimizerSection, ScheduleSection
+from pscluster.job.section import Section
 from pscluster.spelling import nearest
 from pscluster.storage import check_location
 
@@ -29,11 +31,7 @@ _MOST_NESTED = 64  # of a task's arguments: far below the recursion limits of js
 _LONGEST_SHOWN = 80
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
-
-
-class TaskSection(_Section):
+class TaskSection(Section):
     """Where the user's code is. `entrypoint` is "module:Class"; `args` go to the class by keyword."""
 
     entrypoint: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
@@ -57,7 +55,7 @@ class TaskSection(_Section):
         return args
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """`uri` is passed to the task as it is. `mode: global`: all shards share one permutation of the data.
 
     `drop_last`: the samples at the end of an epoch that do not fill a microbatch are left out of it."""
@@ -67,37 +65,7 @@ class DataSection(_Section):
     drop_last: bool = False
 
 
-class OptimizerSection(_Section):
-    """`no_decay`: globs of parameter names without weight decay, beside norms and biases (ndim < 2)."""
-
-    name: Literal["adamw", "adam", "sgd"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    nesterov: bool = False
-    decay_norms_and_biases: bool = False
-    no_decay: tuple[str, ...] = ()
-
-    @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> OptimizerSection:
-        if self.nesterov and (self.name != "sgd" or self.momentum == 0):
-            raise ValueError("nesterov needs name: sgd and momentum above 0")
-        if self.momentum and self.name != "sgd":
-            raise ValueError("momentum belongs to name: sgd; adam and adamw have betas")
-        return self
-
-
-class ScheduleSection(_Section):
-    """Learning rate: linear warm-up from 0, then constant, or a half cosine down to `final_ratio` of lr."""
-
-    name: Literal["constant", "cosine"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0, strict=True)] = 0
-    final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
-
-
-class TrainSection(_Section):
+class TrainSection(Section):
     """`max_steps` or `epochs` defines when training ends; with both, whichever comes first.
 
     `autocast`: forward and backward run under torch.autocast in that type; parameters stay float32. `compile`: the
@@ -114,6 +82,7 @@ class TrainSection(_Section):
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     clip_norm: Annotated[float, Field(gt=0)] | None = None
+    clip_value: Annotated[float, Field(gt=0)] | None = None
     autocast: Literal["bf16"] | None = None
     compile: bool = False
     freeze: tuple[str, ...] = ()
@@ -129,6 +98,8 @@ class TrainSection(_Section):
             )
         if self.epochs is None and self.max_steps is None:
             raise ValueError("one of epochs and max_steps is needed")
+        if self.clip_norm is not None and self.clip_value is not None:
+            raise ValueError("clip_norm and clip_value exclude each other")
         return self
 
     @property
@@ -137,7 +108,7 @@ class TrainSection(_Section):
         return self.global_batch // self.microbatch
 
 
-class WorkersSection(_Section):
+class WorkersSection(Section):
     """`device`: where trainers compute; `pscluster.devices` defines the values."""
 
     min: PositiveInt = 1
@@ -159,11 +130,11 @@ class WorkersSection(_Section):
         return self
 
 
-class ServersSection(_Section):
+class ServersSection(Section):
     partitions: PositiveInt = 1
 
 
-class DurabilitySection(_Section):
+class DurabilitySection(Section):
     """`store: null` is the cluster's state directory; else an absolute directory, file:///... or s3://...
     `tier: replica` gives every partition a standby."""
 
@@ -172,7 +143,7 @@ class DurabilitySection(_Section):
     store: Annotated[str, AfterValidator(check_location)] | None = None
 
 
-class EvaluateSection(_Section):
+class EvaluateSection(Section):
     """`every_steps: null`: at the end only. `metric` and `goal` define the best evaluated step."""
 
     every_steps: PositiveInt | None = None
@@ -180,7 +151,7 @@ class EvaluateSection(_Section):
     goal: Literal["min", "max"] = "min"
 
 
-class AuditSection(_Section):
+class AuditSection(Section):
     """`share`: of the steps in which one shard is computed twice. `on_mismatch`: what to do when the two differ; null
     is `stop`, or `warn` for a job of mixed numerics."""
 
@@ -188,7 +159,7 @@ class AuditSection(_Section):
     on_mismatch: Literal["stop", "exclude", "warn"] | None = None
 
 
-class NetworkSection(_Section):
+class NetworkSection(Section):
     """`transport`: between trainer and partition. `auto` takes the best available to a pair: shm, else tcp.
 
     `congestion_control`: of TCP, by the kernel's name; null is the host's default."""
@@ -199,7 +170,7 @@ class NetworkSection(_Section):
     pull_codec: Literal["fp32", "bf16"] = "fp32"
 
 
-class JobSpec(_Section):
+class JobSpec(Section):
     apiVersion: Literal["ps/v1"] = "ps/v1"  # noqa: N815 - as in other specs
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31, strict=True)] = 0

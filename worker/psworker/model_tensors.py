@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pscluster.errors import LayoutError
-from pscluster.job.spec import OptimizerSection
+from pscluster.job.optimizer import OptimizerSection
 from pscluster.step.layout import ITEM_BYTES, BucketKind, TensorSpec
 from psworker.tensor_words import dtype_of, form_of, memory_format_of, parts_of
 

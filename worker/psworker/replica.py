@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pscluster.errors import LayoutError
-from pscluster.job.spec import OptimizerSection
+from pscluster.job.optimizer import OptimizerSection
 from pscluster.step.layout import WORD_BYTES, Layout, NamedBytes, Span, parameters_sha256
 from pscluster.wire.memory import Arena, Segment, page_offsets
 from psworker.live_buffers import LiveBuffers

@@ -30,8 +30,8 @@ from psserver.partition.partition import Partition
 from psserver.partition.replication.in_sync import ReplicatedMetadata
 from psserver.partition.replication.primary import Replication
 from psserver.partition.replication.standby import Standby
+from psserver.partition.step.kernels import moments_of
 from psserver.partition.step.open_step import OpenStep
-from psserver.partition.step.optimizer import moments_of
 from psserver.partition.step.state import PartitionState
 from psserver.partition.telemetry import PartitionCounters
 

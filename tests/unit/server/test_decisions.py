@@ -15,12 +15,12 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
 from harness.played import played_spec
 from pscluster.errors import FrameError
-from pscluster.job.spec import ScheduleSection
+from pscluster.job.optimizer import ScheduleSection
+from pscluster.job.schedule import learning_rate
 from pscluster.step.tree import Summary
 from pscluster.v1.plan_pb2 import Plan
 from pscluster.wire.frame import FrameKind, Header
 from psserver.partition.coordinator.coordinator import decide, evaluates_at, next_activity, snapshots_at
-from psserver.partition.step.optimizer import learning_rate
 from psserver.partition.step.voting import (
     CommitDecision,
     CoordinatorState,

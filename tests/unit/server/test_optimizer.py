@@ -11,14 +11,17 @@ import torch
 
 import pscluster.step.layout
 from harness.played import played_spec
-from pscluster.job.spec import JobSpec, OptimizerSection
+from pscluster.job.optimizer import OptimizerSection
+from pscluster.job.schedule import learning_rate
+from pscluster.job.spec import JobSpec
 from pscluster.step.codec import DTYPES
 from pscluster.step.layout import BLOCK_WORDS, Layout, TensorSpec
 from pscluster.step.tree import Summary, TreeNode, touched_bits
 from pscluster.v1.plan_pb2 import Plan
 from psserver.partition.coordinator.coordinator import decide
+from psserver.partition.step.kernels import moments_of
 from psserver.partition.step.open_step import OpenStep
-from psserver.partition.step.optimizer import CHUNK_WORDS, Run, learning_rate, moments_of, runs
+from psserver.partition.step.optimizer import CHUNK_WORDS, Run, runs
 from psserver.partition.step.state import PartitionState
 from psserver.partition.step.voting import CommitDecision, Vote
 
@@ -166,14 +169,51 @@ def torchs(spec: JobSpec, sometimes: bool, norms: Sequence[float], shaped: Any) 
     return [p.detach().reshape(-1)[: torch.Size(shape).numel()].reshape(shape) for p, shape in found]
 
 
+class _Lion(torch.optim.Optimizer):
+    """Algorithm 2 of Chen et al., 2023, line by line."""
+
+    def __init__(self, params: list[Any], **defaults: Any) -> None:
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # noqa: ARG002 - torch's signature
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                gradient = -p.grad if group["maximize"] else p.grad
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                update = gradient.lerp(mean, beta1).sign()
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+                mean.copy_(mean.lerp(gradient, 1 - beta2))
+
+
+_CLASSES: dict[str, Any] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+    "adadelta": torch.optim.Adadelta,
+    "adamax": torch.optim.Adamax,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
+    "rprop": torch.optim.Rprop,
+    "lion": _Lion,
+}
+_FUSED = {"adamw", "adam", "sgd", "adagrad"}
+
+
 def _torch_optimizer(section: OptimizerSection, parameters: list[Any], decay: bool) -> torch.optim.Optimizer:
-    wd = section.weight_decay if decay else 0.0
-    if section.name == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=section.lr, weight_decay=wd, momentum=section.momentum, nesterov=section.nesterov, fused=True
-        )
-    kind = torch.optim.AdamW if section.name == "adamw" else torch.optim.Adam
-    return kind(parameters, lr=section.lr, betas=section.betas, eps=section.eps, weight_decay=wd, fused=True)
+    """The class of torch with the section's arguments under their own names."""
+    arguments = {key: getattr(section, key) for key in section.own_keys}
+    if not decay and "weight_decay" in arguments:
+        arguments["weight_decay"] = 0.0
+    if section.name in _FUSED:
+        arguments["fused"] = True
+    made: torch.optim.Optimizer = _CLASSES[section.name](parameters, lr=section.lr, **arguments)
+    return made
 
 
 OPTIMIZERS: dict[str, Mapping[str, Any]] = {
@@ -182,6 +222,19 @@ OPTIMIZERS: dict[str, Mapping[str, Any]] = {
     "sgd": {"name": "sgd", "lr": 0.1, "weight_decay": 0.01},
     "momentum": {"name": "sgd", "lr": 0.1, "momentum": 0.9},
     "nesterov": {"name": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+    "dampened": {"name": "sgd", "lr": 0.1, "momentum": 0.9, "dampening": 0.5, "maximize": True},
+    "amsgrad": {"name": "adamw", "amsgrad": True, "weight_decay": 0.1},
+    "adam amsgrad": {"name": "adam", "amsgrad": True, "maximize": True},
+    "rmsprop": {"name": "rmsprop", "weight_decay": 0.01},
+    "rmsprop centered": {"name": "rmsprop", "centered": True, "momentum": 0.9, "alpha": 0.9},
+    "adagrad": {"name": "adagrad", "lr_decay": 0.1, "initial_accumulator_value": 0.1, "weight_decay": 0.01},
+    "adadelta": {"name": "adadelta", "rho": 0.8, "weight_decay": 0.01},
+    "adamax": {"name": "adamax", "weight_decay": 0.01},
+    "nadam": {"name": "nadam", "weight_decay": 0.01},
+    "nadam decoupled": {"name": "nadam", "weight_decay": 0.1, "decoupled_weight_decay": True},
+    "radam": {"name": "radam", "weight_decay": 0.01, "betas": [0.9, 0.9]},
+    "rprop": {"name": "rprop", "etas": [0.4, 1.3]},
+    "lion": {"name": "lion", "weight_decay": 0.1},
 }
 
 
@@ -236,6 +289,26 @@ def test_one_torch_optimizer_with_two_groups_is_the_same(layout: Layout) -> None
         assert torch.equal(padded(mine), other)
 
 
+def test_groups_are_torchs_param_groups(layout: Layout) -> None:
+    """The first group that matches; a group's own decay is in force for its norms and biases, too."""
+    names = [layout.tensors[number].name for number in range(len(SHAPES))]
+    groups = [{"match": [names[0]], "lr": 1e-2, "weight_decay": 0.3}, {"match": [names[0], names[1]], "lr": 0.0}]
+    spec = played_spec(1, train={"optimizer": {**OPTIMIZERS["adamw"], "groups": groups}, "clip_value": 0.2})
+    parameters = [torch.nn.Parameter(padded(values)) for values in drawn(0)]
+    rest = [{"params": [p], "weight_decay": 0.1 * decay} for p, decay in zip(parameters, DECAY, strict=True)]
+    rest[0] |= {"lr": 1e-2, "weight_decay": 0.3}
+    rest[1] |= {"lr": 0.0}
+    optimizer = torch.optim.AdamW(rest, lr=1e-3, fused=True)
+    for step in range(STEPS):
+        for parameter, gradient in zip(parameters, drawn(step + 1), strict=True):
+            parameter.grad = padded(gradient.mul_(1 / 3.0))
+        torch.nn.utils.clip_grad_value_(parameters, 0.2)
+        optimizer.step()
+
+    for mine, other in zip(ours(layout, spec, 3, False), parameters, strict=True):
+        assert torch.equal(padded(mine), other)
+
+
 # ---- runs ----
 
 
@@ -252,33 +325,44 @@ def run_layout(monkeypatch: pytest.MonkeyPatch) -> Layout:
 
 
 ALL = [True] * 5
+NO_GROUPS = [-1] * 5
 
 
 def test_neighbours_that_share_decay_and_age_go_together(run_layout: Layout) -> None:
     span = run_layout.span(0, 0, 1)
 
-    assert runs(run_layout, span, [0] * 5, ALL) == [Run(0, 48, 0, True), Run(48, 80, 0, False), Run(80, 96, 0, True)]
-    assert runs(run_layout, span, [3, 4, 0, 0, 0], ALL)[:2] == [Run(0, 16, 3, True), Run(16, 48, 4, True)]
+    assert runs(run_layout, span, [0] * 5, ALL, NO_GROUPS) == [
+        Run(0, 48, 0, True),
+        Run(48, 80, 0, False),
+        Run(80, 96, 0, True),
+    ]
+    assert runs(run_layout, span, [3, 4, 0, 0, 0], ALL, NO_GROUPS)[:2] == [Run(0, 16, 3, True), Run(16, 48, 4, True)]
+
+
+def test_neighbours_of_different_groups_are_apart(run_layout: Layout) -> None:
+    found = runs(run_layout, run_layout.span(0, 0, 1), [0] * 5, ALL, [-1, 0, -1, -1, 0])
+
+    assert [(run.start, run.group) for run in found] == [(0, -1), (16, 0), (48, -1), (80, 0)]
 
 
 def test_untouched_tensors_are_left_out_and_part_their_neighbours(run_layout: Layout) -> None:
     span = run_layout.span(0, 0, 1)
 
-    assert runs(run_layout, span, [0] * 5, [True, True, True, False, True])[1:] == [
+    assert runs(run_layout, span, [0] * 5, [True, True, True, False, True], NO_GROUPS)[1:] == [
         Run(48, 64, 0, False),
         Run(80, 96, 0, True),
     ]
-    assert runs(run_layout, span, [0] * 5, [False] * 5) == []
+    assert runs(run_layout, span, [0] * 5, [False] * 5, NO_GROUPS) == []
 
 
 def test_the_runs_of_all_spans_are_the_buckets(run_layout: Layout) -> None:
     """Each word is in one run, whatever the number of partitions; runs count from the span's start."""
-    whole = runs(run_layout, run_layout.span(0, 0, 1), [0] * 5, ALL)
+    whole = runs(run_layout, run_layout.span(0, 0, 1), [0] * 5, ALL, NO_GROUPS)
     for count in (2, 3, 5):
         words: dict[int, tuple[int, bool]] = {}
         for partition in range(count):
             span = run_layout.span(0, partition, count)
-            for run in runs(run_layout, span, [0] * 5, ALL):
+            for run in runs(run_layout, span, [0] * 5, ALL, NO_GROUPS):
                 assert run.start % 16 == 0
                 for word in range(span.start + run.start, span.start + run.stop):
                     assert words.setdefault(word, (run.update_count, run.decay)) == (run.update_count, run.decay)
@@ -287,7 +371,17 @@ def test_the_runs_of_all_spans_are_the_buckets(run_layout: Layout) -> None:
 
 @pytest.mark.parametrize(
     ("section", "moments"),
-    [({}, 2), ({"name": "adam"}, 2), ({"name": "sgd"}, 0), ({"name": "sgd", "momentum": 0.5}, 1)],
+    [
+        ({}, 2),
+        ({"name": "adam"}, 2),
+        ({"name": "adam", "amsgrad": True}, 3),
+        ({"name": "sgd"}, 0),
+        ({"name": "sgd", "momentum": 0.5}, 1),
+        ({"name": "sgd", "groups": [{"match": ["*.weight"], "momentum": 0.5}]}, 1),
+        ({"name": "rmsprop"}, 1),
+        ({"name": "rmsprop", "centered": True, "momentum": 0.5}, 3),
+        ({"name": "lion"}, 1),
+    ],
 )
 def test_an_optimizer_says_how_much_state_it_needs(section: dict[str, Any], moments: int) -> None:
     assert moments_of(OptimizerSection(**section)) == moments

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pscluster.step.layout
 from pscluster.errors import TaskError
-from pscluster.job.spec import OptimizerSection
+from pscluster.job.optimizer import OptimizerSection
 from pscluster.step.layout import Layout
 from pscluster.step.tree import Summary, Tree, TreeNode, tree_of
 from psworker.replica import layout_of

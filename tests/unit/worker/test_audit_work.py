@@ -10,7 +10,7 @@ from torch import nn
 
 from harness.played import played_plan
 from harness.played_job import LAYOUT
-from pscluster.job.spec import OptimizerSection
+from pscluster.job.optimizer import OptimizerSection
 from pscluster.step.audit import AuditRule
 from pscluster.step.tree import TreeNode, tree_of
 from pscluster.v1.plan_pb2 import Plan

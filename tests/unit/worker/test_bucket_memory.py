@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pscluster.job.spec import OptimizerSection
+from pscluster.job.optimizer import OptimizerSection
 from pscluster.step.layout import BLOCK_WORDS, Layout, Span, TensorSpec
 from pscluster.wire.memory import PAGE_BYTES, Segment
 from psserver.partition.step.state import PartitionState

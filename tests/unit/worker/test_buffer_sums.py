@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pscluster.job.spec import OptimizerSection
+from pscluster.job.optimizer import OptimizerSection
 from pscluster.step.codec import BufferNode
 from pscluster.step.tree import TreeNode, tree_of
 from psworker.replica import Replica

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pscluster.errors import ModelChangedError
-from pscluster.job.spec import OptimizerSection
+from pscluster.job.optimizer import OptimizerSection
 from psworker.live_buffers import preserved_buffers
 from psworker.replica import Replica
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pscluster.errors import LayoutError
-from pscluster.job.spec import OptimizerSection
+from pscluster.job.optimizer import OptimizerSection
 from pscluster.step.layout import Layout, parameters_sha256
 from psworker.model_tensors import check_kinds, check_overlaps
 from psworker.replica import Replica, layout_of, load_words, named_bytes, state_tensors

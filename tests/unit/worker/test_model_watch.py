@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations
 
 from pscluster.errors import ModelChangedError
-from pscluster.job.spec import OptimizerSection
+from pscluster.job.optimizer import OptimizerSection
 from psworker.replica import Replica
 from psworker.trainer.model_watch import ModelWatch
 

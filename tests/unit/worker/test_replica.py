@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pscluster.errors import LayoutError, ModelChangedError
-from pscluster.job.spec import OptimizerSection
+from pscluster.job.optimizer import OptimizerSection
 from pscluster.step.layout import Layout, parameters_sha256
 from psworker.replica import BucketMemory, Replica, layout_of, load_words, named_bytes, state_tensors
 from psworker.tensor_words import tensor_view

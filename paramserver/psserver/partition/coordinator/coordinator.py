@@ -11,6 +11,7 @@ import numpy as np
 
 from pscluster.agent.status import detail_of
 from pscluster.errors import FrameError, NonFiniteError, TaskError
+from pscluster.job.schedule import learning_rate
 from pscluster.job.spec import JobSpec
 from pscluster.step.audit import AuditRole
 from pscluster.step.tree import Statistics, Summary, TreeNode, add_statistics, tree_of
@@ -23,7 +24,6 @@ from psserver.partition.actions import Action
 from psserver.partition.coordinator.audits import OpenAudit
 from psserver.partition.replication.in_sync import MAX_RECORDS, ReplicatedMetadata
 from psserver.partition.step import voting
-from psserver.partition.step.optimizer import learning_rate
 from psserver.partition.step.sums import Entry, Sums
 from psserver.partition.step.voting import clip_coefficient, global_norm
 

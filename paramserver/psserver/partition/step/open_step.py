@@ -9,12 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
+from pscluster.job.optimizer import OptimizerSection
+from pscluster.job.schedule import learning_rate, momentum
 from pscluster.job.spec import JobSpec
 from pscluster.step.codec import DTYPES, BufferNode
 from pscluster.step.layout import Span
 from pscluster.step.tree import Summary, Tree, TreeNode, tree_of
 from pscluster.wire.frame import SUMMARY
-from psserver.partition.step.optimizer import Run, learning_rate, runs, update_span
+from psserver.partition.step.optimizer import Run, runs, update_span
 from psserver.partition.step.state import PartitionState
 from psserver.partition.step.sums import Entry, Pool, Sums, block_squares
 from psserver.partition.step.voting import CommitDecision
@@ -40,6 +42,7 @@ class OpenStep:
         self.state = state
         self._spec = spec
         self._final_step = final_step
+        self._groups = [spec.train.optimizer.group_of(tensor.names) for tensor in state.layout.tensors]
         self.pool = Pool(DTYPES[spec.network.push_codec])
         tree = tree_of(spec.train.num_shards)
         kinds = [state.layout.buckets[span.bucket].kind for span in state.spans]
@@ -118,7 +121,7 @@ class OpenStep:
             if decision.kind != "commit":
                 root.release()
                 continue
-            run_list = runs(self.state.layout, span, self.state.update_counts, touched)
+            run_list = runs(self.state.layout, span, self.state.update_counts, touched, self._groups)
             self._updates.append(_Update(span, root, run_list))
         if decision.kind == "commit":
             trained = (t.kind == "trained" for t in self.state.layout.tensors)
@@ -137,21 +140,29 @@ class OpenStep:
         bucket, decision, root = item.span.bucket, self._decision, item.root.value
         assert decision is not None
         if isinstance(root, torch.Tensor):
-            train = self._spec.train
-            lr = learning_rate(train.optimizer.lr, train.schedule, decision.step, self._final_step)
+            optimizer, rates = self._in_force(decision.step)
             update_span(
-                train.optimizer,
+                optimizer,
                 item.run_list,
                 self.state.values[bucket],
                 root,
                 self.state.moments[bucket],
                 scale=decision.scale,
-                lr=lr,
+                rates=rates,
+                clip_value=self._spec.train.clip_value,
             )
         elif root.words is not None:
             self._update_buffers(item, root.words)
         self.state.publish(bucket)
         item.root.release()
+
+    def _in_force(self, step: int) -> tuple[OptimizerSection, list[float]]:
+        """The optimizer of a step, and the learning rate of each of its groups, the rest last."""
+        train, final_step = self._spec.train, self._final_step
+        optimizer = train.optimizer
+        rates = [learning_rate(one.lr, train.schedule, step, final_step) for one in optimizer.of_groups]
+        cycled = momentum(optimizer, train.schedule, step, final_step)
+        return optimizer if cycled is None else optimizer.with_momentum(cycled), rates
 
     def _update_buffers(self, item: _Update, words: torch.Tensor) -> None:
         bucket = item.span.bucket

@@ -1,19 +1,20 @@
 """The optimizer's pass over one bucket's span: scale, then a fused update, chunk by chunk while in cache.
 
 A chunk is at most 128 Ki elements and starts on a multiple of 16 elements of the bucket, so that the bits do not
-depend on where it starts. Tensors that are neighbours and share decay and age go together as one run."""
+depend on where it starts. Tensors that are neighbours and share group, decay and age go together as one run."""
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
-from pscluster.job.spec import OptimizerSection, ScheduleSection
+from pscluster.job.optimizer import OptimizerSection
 from pscluster.step.layout import BLOCK_WORDS, Layout, Span, padded
+from psserver.partition.step.kernels import KERNELS, moments_of
 from psserver.partition.step.sums import block_squares
 
 CHUNK_WORDS = 128 * 1024
@@ -28,24 +29,21 @@ _CANARY = (
 class Run:
     """Words start <= w < stop of a span (from the span's start) that one fused call may treat alike.
 
-    `update_count`: updates applied to these tensors before this one; `decay`: weight decay applies."""
+    `update_count`: updates applied to these tensors before this one; `decay`: weight decay applies, unless the group
+    has one of its own; `group`: as `OptimizerSection.group_of`."""
 
     start: int
     stop: int
     update_count: int
     decay: bool
+    group: int = -1
 
 
-def moments_of(optimizer: OptimizerSection) -> int:
-    """How many fp32 words of state an element has beside its value."""
-    if optimizer.name == "sgd":
-        return 1 if optimizer.momentum else 0
-    return 2
-
-
-def runs(layout: Layout, span: Span, update_counts: Sequence[int], touched: Sequence[bool]) -> list[Run]:
+def runs(
+    layout: Layout, span: Span, update_counts: Sequence[int], touched: Sequence[bool], groups: Sequence[int]
+) -> list[Run]:
     """The runs of a trained bucket's span, in order. Tensors that no microbatch touched are left out, as plain
-    PyTorch leaves out a parameter whose gradient is None."""
+    PyTorch leaves out a parameter whose gradient is None. `groups`: of each tensor of the layout."""
     found: list[Run] = []
     for placed in layout.buckets[span.bucket].placed:
         tensor = layout.tensors[placed.tensor]
@@ -53,12 +51,12 @@ def runs(layout: Layout, span: Span, update_counts: Sequence[int], touched: Sequ
         stop = min(placed.offset + padded(tensor.num_words), span.stop) - span.start
         if start >= stop or not touched[placed.tensor]:
             continue
-        update_count, decay = update_counts[placed.tensor], tensor.decay
+        alike = update_counts[placed.tensor], tensor.decay, groups[placed.tensor]
         last = found[-1] if found else None
-        if last and last.stop == start and last.update_count == update_count and last.decay == decay:
-            found[-1] = Run(last.start, stop, update_count, decay)
+        if last and last.stop == start and (last.update_count, last.decay, last.group) == alike:
+            found[-1] = Run(last.start, stop, *alike)
         else:
-            found.append(Run(start, stop, update_count, decay))
+            found.append(Run(start, stop, *alike))
     return found
 
 
@@ -70,89 +68,33 @@ def update_span(
     moments: Sequence[torch.Tensor],
     *,
     scale: float,
-    lr: float,
+    rates: Sequence[float],
+    clip_value: float | None = None,
 ) -> None:
     """Update `values` and `moments` in place from the summed `gradient`, which is overwritten.
 
     All tensors are one-dimensional, of the span's length; fp32, but the gradient, which may be narrower and is widened
-    chunk by chunk. `scale` is clip coefficient / weight."""
+    chunk by chunk. `scale` is clip coefficient / weight; `rates`: the learning rate of each group, and last that of
+    all others; `clip_value`: bounds each element of the scaled gradient."""
+    kernel = KERNELS[optimizer.name]
     for run in run_list:
+        section = _section_of(optimizer, run.group, run.decay)
         for start in range(run.start, run.stop, CHUNK_WORDS):
             part = slice(start, min(start + CHUNK_WORDS, run.stop))
             chunk = gradient[part] if gradient.dtype == torch.float32 else gradient[part].float()
             chunk.mul_(scale)
+            if clip_value is not None:
+                chunk.clamp_(-clip_value, clip_value)
             state = [moment[part] for moment in moments]
-            if optimizer.name == "sgd":
-                _sgd(optimizer, values[part], chunk, state, run, lr)
-            else:
-                _adam(optimizer, values[part], chunk, state, run, lr)
+            kernel(section, values[part], chunk, state, run.update_count + 1, rates[run.group])
 
 
-def _adam(
-    optimizer: OptimizerSection,
-    value: torch.Tensor,
-    gradient: torch.Tensor,
-    moments: Sequence[torch.Tensor],
-    run: Run,
-    lr: float,
-) -> None:
-    """Adam (Kingma and Ba, 2015) or AdamW (Loshchilov and Hutter, 2019), torch's fused kernels."""
-    # The kernel reads the count of this update and does not advance it.
-    step = torch.tensor(float(run.update_count + 1))
-    kernel = torch._fused_adamw_ if optimizer.name == "adamw" else torch._fused_adam_
-    kernel(
-        [value],
-        [gradient],
-        [moments[0]],
-        [moments[1]],
-        [],
-        [step],
-        lr=lr,
-        beta1=optimizer.betas[0],
-        beta2=optimizer.betas[1],
-        weight_decay=optimizer.weight_decay if run.decay else 0.0,
-        eps=optimizer.eps,
-        amsgrad=False,
-        maximize=False,
-    )
-
-
-def _sgd(
-    optimizer: OptimizerSection,
-    value: torch.Tensor,
-    gradient: torch.Tensor,
-    moments: Sequence[torch.Tensor],
-    run: Run,
-    lr: float,
-) -> None:
-    """SGD with optional momentum and Nesterov's variant (Sutskever et al., 2013), torch's fused kernel."""
-    torch._fused_sgd_(
-        [value],
-        [gradient],
-        [moments[0]] if moments else [],
-        weight_decay=optimizer.weight_decay if run.decay else 0.0,
-        momentum=optimizer.momentum,
-        lr=lr,
-        dampening=0.0,
-        nesterov=optimizer.nesterov,
-        maximize=False,
-        is_first_step=run.update_count == 0,
-    )
-
-
-def learning_rate(base: float, schedule: ScheduleSection, step: int, final_step: int) -> float:
-    """Rate of the update that makes version `step` + 1 of `final_step`.
-
-    Warm-up is linear and reaches `base` at update number `warmup_steps`. The cosine (Loshchilov and Hutter, 2017,
-    without restarts) falls from `base` to `final_ratio * base` over the steps after it."""
-    if step < schedule.warmup_steps:
-        return base * (step + 1) / schedule.warmup_steps
-    if schedule.name == "constant":
-        return base
-    length = max(1, final_step - schedule.warmup_steps)
-    progress = min(1.0, (step - schedule.warmup_steps) / length)
-    floor = schedule.final_ratio
-    return base * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+@lru_cache(maxsize=256)
+def _section_of(optimizer: OptimizerSection, group: int, decay: bool) -> OptimizerSection:
+    """What is in force for a run: the group's values, and no weight decay where a tensor has none."""
+    section = optimizer.of_groups[group]
+    has_own = group >= 0 and optimizer.groups[group].weight_decay is not None
+    return section if decay or has_own else section.model_copy(update={"weight_decay": 0.0})
 
 
 def numerics_class() -> tuple[str, str]:
@@ -168,7 +110,7 @@ def numerics_class() -> tuple[str, str]:
             for block, square in block_squares(gradient, 0).items():
                 digest.update(f"{block}:{square.hex()}".encode())
             run_list = [Run(0, num_words, update_count, decay=True)]
-            update_span(optimizer, run_list, values, gradient, moments, scale=0.37, lr=1e-2)
+            update_span(optimizer, run_list, values, gradient, moments, scale=0.37, rates=[1e-2])
         for tensor in (values, *moments):
             digest.update(tensor.numpy().data)
     detail = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
