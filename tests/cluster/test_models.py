@@ -101,6 +101,23 @@ def test_a_step_that_thaws_is_computed_alike_after_kills_and_a_restore(tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["Line", "Prebuilt"])
+def test_a_job_that_goes_back_to_its_first_values_has_them_again(name: str, tmp_path: Path) -> None:
+    data = {**spec(name, max_steps=400), "durability": {"every_steps": 1000}}
+    undisturbed, _ = trained({**data, "task": spec("Line")["task"]}, 1, tmp_path / "undisturbed")
+    with StaticJob(data, 2, tmp_path / "disturbed") as job:
+        job.wait_ready()
+        job.publish(crossed_split(NUM_SHARDS, 2))
+        job.wait_step(3)
+        job.kill("partition-1")
+        assert job.complete_steps() == [] and job.step < 400
+        job.start("partition", 1)
+        job.wait_ready()
+        job.publish(crossed_split(NUM_SHARDS, 2), restore=True)
+        assert job.wait_finished() == undisturbed
+
+
+@pytest.mark.slow
 def test_a_thaw_that_never_comes_leaves_first_values(tmp_path: Path) -> None:
     _, tensors = trained(spec("Line", unfreeze_at={"0.weight": 5}), 1, tmp_path)
     torch.manual_seed(5)

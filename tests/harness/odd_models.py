@@ -72,6 +72,21 @@ class Moves(Line):
         return super().loss(model, batch)
 
 
+class Prebuilt(Line):
+    """The constructor builds the model, and loss() uses that one, whatever it is given."""
+
+    def __init__(self, **args: object) -> None:
+        super().__init__(**args)
+        self.model = super().build_model()
+
+    def build_model(self) -> nn.Module:
+        return self.model
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        del model
+        return super().loss(self.model, batch)
+
+
 class Tied(Task):
     """An embedding and a head of the same weights; `through` data, or as one Parameter."""
 

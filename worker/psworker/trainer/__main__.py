@@ -27,9 +27,9 @@ from psworker.numerics import settle_numerics
 from psworker.replica import Replica
 from psworker.staging import keep_freed_memory, staging_for, usable_device
 from psworker.trainer.data.batches import Batches, EvalBatches
-from psworker.trainer.data.loading import build_model, describe, ran_out_of_memory
+from psworker.trainer.data.loading import describe, ran_out_of_memory
 from psworker.trainer.exchange import Exchange
-from psworker.trainer.first_model import settle_model
+from psworker.trainer.first_model import build_anew, settle_model
 from psworker.trainer.loop import Trainer
 from psworker.trainer.preflight.prepare import Prepared, prepare
 from psworker.trainer.preflight.table import checks_of
@@ -115,8 +115,8 @@ def _train(link: ProcessLink, loading: HeartbeatThread) -> None:
 
 def _rebuild(prepared: Prepared, replica: Replica, spec: JobSpec) -> None:
     """Set the replica's memory to the seeded first values again: the job went back to step 0."""
-    built = build_model(prepared.task)
-    model, _ = settle_model(prepared.task, built, prepared.train, spec, CPU)
+    task, built = build_anew(prepared.task, replica.model, spec)
+    model, _ = settle_model(task, built, prepared.train, spec, CPU)
     fresh = Replica(model, spec.train.optimizer, unfreeze_at=spec.train.unfreeze_at)
     replica.memory.close_windows()
     for mine, theirs in zip(replica.memory.flats, fresh.flats, strict=True):

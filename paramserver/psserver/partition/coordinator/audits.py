@@ -82,7 +82,9 @@ def adopt(audit: Audit, plan: Plan, *, follows: bool) -> Audit:
     if roles is None:  # nobody computes now; the next plan may name somebody
         return audit
     if follows and AuditRole.OWNER in audit.digests and audit.roles.owner not in (roles.owner, roles.auditor):
-        third = next((one for one in (roles.owner, roles.arbiter) if one not in (audit.roles.owner, roles.auditor)), None)
+        third = next(
+            (one for one in (roles.owner, roles.arbiter) if one not in (audit.roles.owner, roles.auditor)), None
+        )
         roles = Roles(audit.roles.owner, roles.auditor, third)
     digests = {role: digest for role, digest in audit.digests.items() if roles[role] == audit.roles[role]}
     return replace(audit, roles=roles, digests=digests)

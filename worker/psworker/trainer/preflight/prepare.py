@@ -25,7 +25,7 @@ from psworker.numerics import arithmetic, numerics_class, precision
 from psworker.replica import layout_of
 from psworker.trainer.data.batches import data_fingerprint, preserved_generators, sampler_of
 from psworker.trainer.data.loading import build_model, load_data, load_task
-from psworker.trainer.first_model import settle_model
+from psworker.trainer.first_model import copy_task, settle_model
 from psworker.trainer.preflight.halving import halves_add_up
 from psworker.trainer.preflight.loss import first_loss, first_metrics, smallest_batches
 from psworker.trainer.preflight.methods import check_methods
@@ -118,6 +118,7 @@ def run_preflight(
 
 def _check_loss(table: Table, probe: Probe) -> None:
     """All that computes. What the first microbatch shows to be wrong is not tried with others."""
+    untouched = copy_task(probe.task)
     before = traces(probe.model)
     first = table.run("loss", lambda: first_loss(probe))
     evaluated = table.run("metrics", lambda: first_metrics(probe)) if first is not None else None
@@ -126,7 +127,7 @@ def _check_loss(table: Table, probe: Probe) -> None:
         return
     table.run("smallest", lambda: smallest_batches(probe, evaluated))
     accepted = (ImpureError,) if probe.spec.train.numerics == "mixed" else ()
-    pure = table.run("purity", lambda: check_purity(probe, first, evaluated), accepted=accepted)
+    pure = table.run("purity", lambda: check_purity(probe, untouched, first, evaluated), accepted=accepted)
     if pure or accepted:
         table.run("halving", lambda: halves_add_up(probe, first.samples, is_pure=bool(pure)))
     else:

@@ -81,6 +81,14 @@ class Probe:
         results = [*leaves_of(value, "the loss"), *leaves_of(weight, "the weight"), *gradients]
         return recorder.computed(results, loss_sum=value, weight=weight)
 
+    def other_microbatch(self) -> tuple[int, int] | None:
+        """(step, shard) of another microbatch than the first; None: the job has none."""
+        train, sampler = self.spec.train, self.sampler
+        final_step = sampler.final_step(train.max_steps, train.epochs)
+        places = [(0, 1)] if train.num_shards > 1 else []
+        places += [(1, 0)] if final_step > 1 else []
+        return next((place for place in places if sampler.indices(*place)), None)
+
     def held_out_batch(self, number: int) -> Computed:
         """The statistics of one held-out batch, in eval mode. There must be one. Raises as evaluation does."""
         self.model.eval()
