@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -47,6 +48,12 @@ class Computed:
     loss_sum: float = math.nan
     weight: float = math.nan
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of the results: equal where loss, weight and gradients have equal bits."""
+        text = "\n".join(f"{leaf.path} {leaf.kind} {leaf.checksum}" for leaf in self.results)
+        return blake2b(text.encode(), digest_size=16, person=b"ps-microbatch").hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

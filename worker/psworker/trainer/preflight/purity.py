@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from pscluster.errors import ImpureError, PsError
@@ -15,6 +17,8 @@ from psworker.trainer.preflight.content import Leaf, first_difference, leaves_of
 from psworker.trainer.preflight.probe import Computed, Inputs, Probe
 
 _DRAW = "draw random numbers from the global generators of torch, numpy and random only: they are seeded for each batch"
+_FEW = 1024
+_NEXT = 1 + 2**-7  # what a step makes of a parameter, about
 _DECLARE = "or declare train.numerics: mixed, which promises no bits"
 
 
@@ -44,7 +48,7 @@ def _other_way_round(probe: Probe, untouched: Task, first: Computed) -> str:
         model, _ = settle_model(task, model, probe.train, probe.spec, probe.device)
         _compare_models(probe.model, model)
         twin = replace(probe, task=task, model=model)
-        twin.train_microbatch(*other, "second")
+        _with_other_values(model, lambda: twin.train_microbatch(*other, "second"))
         again = twin.train_microbatch(0, 0)
     except ImpureError:
         raise
@@ -56,6 +60,54 @@ def _other_way_round(probe: Probe, untouched: Task, first: Computed) -> str:
         where = "look for what the model or the task keeps of the first batch that it sees: fit it in build_model()"
         raise _error("first", name, what, where)
     return "the same after another one"
+
+
+def _with_other_values(model: nn.Module, compute: Callable[[], object]) -> None:
+    """As after a step, since a task may keep what it has seen of the parameters, too."""
+    before = [(parameter, parameter.detach().clone()) for parameter in model.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for parameter, value in before:
+            parameter.copy_(value * _NEXT)
+    compute()
+    with torch.no_grad():
+        for parameter, value in before:
+            parameter.copy_(value)
+
+
+State = Mapping[str, str]
+
+
+def kept_state(task: Task, model: nn.Module) -> State:
+    """What a task and its model keep beside parameters and buffers, by name: numbers, words, small tensors, and how
+    long containers are. Private attributes of modules are torch's or a cache, their tensors what forward computed."""
+    found = {f"task.{name}": _brief(value) for name, value in vars(task).items()}
+    for prefix, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name[0] != "_" and name != "training" and not isinstance(value, torch.Tensor):
+                found[f"model.{prefix}.{name}" if prefix else f"model.{name}"] = _brief(value)
+    return {name: text for name, text in found.items() if text}
+
+
+def _brief(value: object) -> str:
+    if isinstance(value, int | float | str):
+        return repr(value)
+    if isinstance(value, torch.Tensor):
+        return str(leaves_of(value)) if value.numel() <= _FEW else ""
+    return f"{len(value)} entries" if isinstance(value, list | dict | set | deque) else ""
+
+
+def changed_state(before: State, after: State) -> str:
+    """A warning that names what changed from one computation of a microbatch to the next; empty: nothing."""
+    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    if not changed:
+        return ""
+    name = changed[0]
+    one, other = (state.get(name, "nothing")[:40] for state in (before, after))
+    names = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
+    return (
+        f"{names} changed from one computation of a microbatch to the next ({one}, then {other}): where loss() or the "
+        "model use it, the bits depend on which worker computes what; keep it in a buffer, and have audit.share check"
+    )
 
 
 def _not_twice(model: nn.Module, device: str) -> str:
