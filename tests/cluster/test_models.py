@@ -71,7 +71,7 @@ def test_a_model_has_the_bits_of_a_plain_loop_on_any_number_of_workers(case: str
         assert trained(data, workers, tmp_path / str(workers))[0] == plain.digest, workers
 
 
-@pytest.mark.parametrize("name", few(["Lazy", "Grows", "Graphs"], "Lazy"))
+@pytest.mark.parametrize("name", few(["Lazy", "Grows", "Graphs", "Masked"], "Lazy"))
 def test_a_model_has_the_same_bits_on_any_number_of_workers(name: str, tmp_path: Path) -> None:
     (one, tensors), (two, _) = (trained(spec(name), workers, tmp_path / str(workers)) for workers in (1, 2))
 
@@ -123,6 +123,13 @@ def test_a_thaw_that_never_comes_leaves_first_values(tmp_path: Path) -> None:
     torch.manual_seed(5)
     first = odd_models.Line().build_model().state_dict()
     assert [name for name, value in tensors.items() if torch.equal(value, first[name])] == ["0.weight"]
+
+
+@pytest.mark.slow
+def test_a_buffer_that_the_first_batch_initialises_is_exact(tmp_path: Path) -> None:
+    (one, tensors), (two, _) = (trained(spec("Fits"), workers, tmp_path / str(workers)) for workers in (1, 2))
+    assert one == two
+    assert bool(tensors["0.ready"]) and abs(float(tensors["0.mean"])) > 0
 
 
 # ---- what is refused ----

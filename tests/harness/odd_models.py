@@ -169,6 +169,40 @@ class Graphs(Line):
         return (model(x.expand(-1, 6)).mean(dim=1, keepdim=True) - y).square().sum(), len(x)
 
 
+class Fitted(nn.Module):
+    """Its first batch initialises a buffer; another one tells that."""
+
+    mean: Tensor
+    ready: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, 16)
+        self.register_buffer("mean", torch.zeros(1))
+        self.register_buffer("ready", torch.tensor(False))
+
+    def forward(self, x: Tensor) -> Any:
+        if not self.ready:
+            self.mean.copy_(x.mean(dim=0))
+            self.ready.fill_(True)
+        return self.linear(x - self.mean)
+
+
+class Fits(Line):
+    def build_model(self) -> nn.Module:
+        return nn.Sequential(Fitted(), nn.Tanh(), nn.Linear(16, 1))
+
+
+class Masked(Line):
+    """Batch statistics that move beside constants that are not finite."""
+
+    def build_model(self) -> nn.Module:
+        model = nn.Sequential(nn.Linear(1, 16), nn.BatchNorm1d(16), nn.Linear(16, 1))
+        model.register_buffer("mask", torch.full((4, 4), float("-inf")).triu(1))
+        model.register_buffer("none", torch.tensor(float("nan")))
+        return model
+
+
 class Adapter(nn.Module):
     """A frozen base in bfloat16 with a low-rank addition that trains."""
 
