@@ -14,7 +14,8 @@ The same class runs in every trainer, so everything it returns must be a pure fu
 `data_uri` and of `seed`. Random draws (dropout, augmentation) go through the global generators of torch,
 numpy and `random`: they are seeded anew for every (step, shard), which is what makes a step exact on any
 number of workers. A generator of your own, a clock, or a counter that changes a result is found before step 0:
-the preflight reads each sample of a microbatch, and computes the microbatch, twice.
+the preflight reads each sample of a microbatch, and computes the microbatch, twice; then once more after another one,
+with a second model that a copy of the task builds.
 """
 
 from __future__ import annotations

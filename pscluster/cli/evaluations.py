@@ -17,11 +17,14 @@ class Evaluations:
     between two states, or with its end. A step that is evaluated again after a rollback has the same values."""
 
     def __init__(self, cluster: Cluster, stream: ReconnectingStream) -> None:
+        from pscluster.client.calls import MetricsCursor
+
         self._cluster = cluster
         self._stream = stream
         self._printed: int | None = None
         """The last step whose evaluation was printed; None before the first look."""
         self._best: float | None = None
+        self._cursor = MetricsCursor()
 
     def news(self, job: Job) -> list[str]:
         """The lines for the evaluations up to this state of the job that were not returned before.
@@ -31,7 +34,7 @@ class Evaluations:
             return []
         after = self._printed or 0
         try:
-            records = self._stream.retry(lambda: list(self._cluster.metrics(job.job_id, after)))
+            records = self._stream.retry(lambda: list(self._cluster.metrics(job.job_id, after, self._cursor)))
         except NotFoundError:
             if not job.ended:
                 raise

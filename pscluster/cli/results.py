@@ -8,8 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from pscluster.cli import formatting as fmt
 from pscluster.cli.output import output_option, print_answer, print_document, print_info
 from pscluster.cli.session import Session, Verb, pass_session
 from pscluster.errors import InternalError, ProcessLostError, StorageError, from_dict
-from pscluster.storage.exports import DEFAULT_FORMAT, SUFFIXES, check_free, format_of
+from pscluster.storage.exports import DEFAULT_FORMAT, SUFFIXES, aside, check_free, format_of
 
 COMMAND = (sys.executable, "-P", "-m", "psworker.tools")
 _LINES = 12
@@ -61,8 +59,8 @@ def export(session: Session, job: str, step: int | str, form: str | None, output
     path, form = _target(job, form, output)
     check_free(path, force=force)
     request = {"command": "export", "format": form, "output": str(path), "force": force}
-    with _aside(path) as aside:
-        found = _run(session, job, step, {**request, "aside": aside})
+    with aside(path) as directory:
+        found = _run(session, job, step, {**request, "aside": directory})
     print_info(
         f"step {found['step']}: {found.get('tensors', '?')} tensors, {fmt.size(found.get('size_bytes', 0))}, "
         f"parameters_sha256 {found['parameters_sha256']}"
@@ -82,18 +80,6 @@ def _target(job: str, form: str | None, output: str | None) -> tuple[Path, str]:
     if output.endswith(os.sep):
         raise StorageError(f"there is no directory {path}", action=f"mkdir -p {path}")
     return path, format_of(path, form)
-
-
-@contextmanager
-def _aside(path: Path) -> Iterator[str]:
-    """A directory beside `path`, removed with all that is left in it: a process that is killed by Ctrl-C, or for its
-    memory, removes nothing. Raises StorageError."""
-    try:
-        directory = tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".writing", dir=path.parent)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}") from None
-    with directory as name:
-        yield name
 
 
 @click.command("eval", cls=Verb)

@@ -176,6 +176,13 @@ class ReconnectingStream:
             return result
 
 
+@dataclass
+class MetricsCursor:
+    """Where a reader of a job's metrics is, as the master names it; empty: at their beginning."""
+
+    position: str = ""
+
+
 class LogCursor:
     """Where a reader of a job's log is, so that a reopened stream repeats no line and loses none: it remembers the
     lines of the last OVERLAP_S seconds (of log time). Bounded."""

@@ -16,7 +16,7 @@ import grpc
 
 from pscluster import errors, rpc
 from pscluster.client import calls, records
-from pscluster.client.calls import STREAM_DEADLINE_S, LogCursor, ReconnectingStream
+from pscluster.client.calls import STREAM_DEADLINE_S, LogCursor, MetricsCursor, ReconnectingStream
 from pscluster.client.contexts import resolve_client
 from pscluster.client.credentials import access_to, renew_when_due
 from pscluster.client.goals import Goal, parse_goal, reached, wait_drained
@@ -229,15 +229,19 @@ class Cluster:
             if cursor.is_new(line):
                 yield line
 
-    def metrics(self, job: str, from_step: int = 0) -> Iterator[dict[str, Any]]:
-        """The committed steps and evaluations above `from_step`, oldest first, as in metrics.jsonl."""
-        request = jobs_pb2.ReadMetricsRequest(job=job, from_step=from_step)
+    def metrics(self, job: str, from_step: int = 0, cursor: MetricsCursor | None = None) -> Iterator[dict[str, Any]]:
+        """The committed steps and evaluations above `from_step`, oldest first, as in metrics.jsonl. With a `cursor`
+        only what was added since it was used; it moves when all has been read."""
+        cursor = cursor or MetricsCursor()
+        request = jobs_pb2.ReadMetricsRequest(job=job, from_step=from_step, position=cursor.position)
         for message in calls.stream(self._jobs.ReadMetrics, request):
             for line in message.lines:
                 try:
                     yield json.loads(line)
                 except ValueError:
                     raise errors.InternalError(f"a line of {job}'s metrics is not JSON: {line[:80]!r}") from None
+            request.position = message.position or request.position
+        cursor.position = request.position
 
     def snapshots(self, job: str) -> list[Snapshot]:
         """The complete snapshots, oldest first."""

@@ -253,20 +253,24 @@ class LogRecord(_message.Message):
     def __init__(self, source: _Optional[str] = ..., line: _Optional[_Union[_agents_pb2.LogLine, _Mapping]] = ...) -> None: ...
 
 class ReadMetricsRequest(_message.Message):
-    __slots__ = ("job", "follow", "from_step")
+    __slots__ = ("job", "follow", "from_step", "position")
     JOB_FIELD_NUMBER: _ClassVar[int]
     FOLLOW_FIELD_NUMBER: _ClassVar[int]
     FROM_STEP_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
     job: str
     follow: bool
     from_step: int
-    def __init__(self, job: _Optional[str] = ..., follow: bool = ..., from_step: _Optional[int] = ...) -> None: ...
+    position: str
+    def __init__(self, job: _Optional[str] = ..., follow: bool = ..., from_step: _Optional[int] = ..., position: _Optional[str] = ...) -> None: ...
 
 class MetricsLines(_message.Message):
-    __slots__ = ("lines",)
+    __slots__ = ("lines", "position")
     LINES_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
     lines: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, lines: _Optional[_Iterable[str]] = ...) -> None: ...
+    position: str
+    def __init__(self, lines: _Optional[_Iterable[str]] = ..., position: _Optional[str] = ...) -> None: ...
 
 class ListSnapshotsReply(_message.Message):
     __slots__ = ("snapshots",)

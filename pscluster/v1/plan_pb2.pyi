@@ -230,7 +230,7 @@ class PreflightCheck(_message.Message):
     def __init__(self, name: _Optional[str] = ..., ok: bool = ..., detail: _Optional[str] = ..., node_id: _Optional[str] = ..., warning: bool = ...) -> None: ...
 
 class TrainerReady(_message.Message):
-    __slots__ = ("layout_json", "layout_sha256", "data_fingerprint", "numerics_class", "numerics_detail", "num_samples", "checks", "device", "final_step")
+    __slots__ = ("layout_json", "layout_sha256", "data_fingerprint", "numerics_class", "numerics_detail", "num_samples", "checks", "device", "final_step", "microbatch_digest")
     LAYOUT_JSON_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_SHA256_FIELD_NUMBER: _ClassVar[int]
     DATA_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -240,6 +240,7 @@ class TrainerReady(_message.Message):
     CHECKS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     FINAL_STEP_FIELD_NUMBER: _ClassVar[int]
+    MICROBATCH_DIGEST_FIELD_NUMBER: _ClassVar[int]
     layout_json: bytes
     layout_sha256: str
     data_fingerprint: str
@@ -249,7 +250,8 @@ class TrainerReady(_message.Message):
     checks: _containers.RepeatedCompositeFieldContainer[PreflightCheck]
     device: str
     final_step: int
-    def __init__(self, layout_json: _Optional[bytes] = ..., layout_sha256: _Optional[str] = ..., data_fingerprint: _Optional[str] = ..., numerics_class: _Optional[str] = ..., numerics_detail: _Optional[str] = ..., num_samples: _Optional[int] = ..., checks: _Optional[_Iterable[_Union[PreflightCheck, _Mapping]]] = ..., device: _Optional[str] = ..., final_step: _Optional[int] = ...) -> None: ...
+    microbatch_digest: str
+    def __init__(self, layout_json: _Optional[bytes] = ..., layout_sha256: _Optional[str] = ..., data_fingerprint: _Optional[str] = ..., numerics_class: _Optional[str] = ..., numerics_detail: _Optional[str] = ..., num_samples: _Optional[int] = ..., checks: _Optional[_Iterable[_Union[PreflightCheck, _Mapping]]] = ..., device: _Optional[str] = ..., final_step: _Optional[int] = ..., microbatch_digest: _Optional[str] = ...) -> None: ...
 
 class PartitionReady(_message.Message):
     __slots__ = ("addresses", "numerics_class", "numerics_detail")

@@ -110,6 +110,15 @@ def test_a_fault_in_an_evaluation_names_the_evaluated_step(
     assert (found.step, recorded(cluster, found.job_id)) == (20, list(range(1, 21)))
 
 
+def test_an_exception_that_ends_a_thread_is_a_warning_with_its_place(cluster: LocalCluster, directory: Path) -> None:
+    job = cluster.submit(author_spec("thread raises", "loss", 2, SHARD, 1), directory, "--wait")
+    line = line_of('raise ValueError("no such thread")')
+    (message,) = [event["message"] for event in cluster.describe(job)["events"] if event["warning"]]
+    place = f"no such thread in author_task.py:{line} in raise_in_thread"
+    assert re.match(r"trainer-0, step 2: PS-2001: a thread of the task raised ValueError", message)
+    assert place in message
+
+
 def test_follow_and_describe_show_it_once(cluster: LocalCluster, directory: Path) -> None:
     job = author_spec("raise", "loss", STEP, SHARD, 1)
     (directory / "spec.json").write_text(json.dumps({**job, "name": "shown"}))

@@ -71,7 +71,7 @@ def test_a_model_has_the_bits_of_a_plain_loop_on_any_number_of_workers(case: str
         assert trained(data, workers, tmp_path / str(workers))[0] == plain.digest, workers
 
 
-@pytest.mark.parametrize("name", few(["Lazy", "Grows", "Graphs"], "Lazy"))
+@pytest.mark.parametrize("name", few(["Lazy", "Grows", "Graphs", "Masked"], "Lazy"))
 def test_a_model_has_the_same_bits_on_any_number_of_workers(name: str, tmp_path: Path) -> None:
     (one, tensors), (two, _) = (trained(spec(name), workers, tmp_path / str(workers)) for workers in (1, 2))
 
@@ -101,11 +101,35 @@ def test_a_step_that_thaws_is_computed_alike_after_kills_and_a_restore(tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["Line", "Prebuilt"])
+def test_a_job_that_goes_back_to_its_first_values_has_them_again(name: str, tmp_path: Path) -> None:
+    data = {**spec(name, max_steps=400), "durability": {"every_steps": 1000}}
+    undisturbed, _ = trained({**data, "task": spec("Line")["task"]}, 1, tmp_path / "undisturbed")
+    with StaticJob(data, 2, tmp_path / "disturbed") as job:
+        job.wait_ready()
+        job.publish(crossed_split(NUM_SHARDS, 2))
+        job.wait_step(3)
+        job.kill("partition-1")
+        assert job.complete_steps() == [] and job.step < 400
+        job.start("partition", 1)
+        job.wait_ready()
+        job.publish(crossed_split(NUM_SHARDS, 2), restore=True)
+        assert job.wait_finished() == undisturbed
+
+
+@pytest.mark.slow
 def test_a_thaw_that_never_comes_leaves_first_values(tmp_path: Path) -> None:
     _, tensors = trained(spec("Line", unfreeze_at={"0.weight": 5}), 1, tmp_path)
     torch.manual_seed(5)
     first = odd_models.Line().build_model().state_dict()
     assert [name for name, value in tensors.items() if torch.equal(value, first[name])] == ["0.weight"]
+
+
+@pytest.mark.slow
+def test_a_buffer_that_the_first_batch_initialises_is_exact(tmp_path: Path) -> None:
+    (one, tensors), (two, _) = (trained(spec("Fits"), workers, tmp_path / str(workers)) for workers in (1, 2))
+    assert one == two
+    assert bool(tensors["0.ready"]) and abs(float(tensors["0.mean"])) > 0
 
 
 # ---- what is refused ----

@@ -13,6 +13,8 @@ from pscluster.job.bundle import pack
 from pscluster.job.spec import parse_spec
 
 TASKS = """
+import os
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -53,6 +55,12 @@ class NoisyLoss(Line):
     def loss(self, model, batch):
         x, y = batch
         return super().loss(model, (x + 0.5 * torch.randn_like(x), y))
+
+
+class OfProcess(Line):
+    def loss(self, model, batch):
+        x, y = batch
+        return super().loss(model, (x + 1e-3 * os.getpid(), y))
 
 
 class LastOne(Line):
@@ -99,6 +107,7 @@ def jobs(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> dic
         spec("mixed", "OwnGenerator", 2, **mixed),
         spec("optimizer", "OwnOptimizer", 1),
         spec("word", "Misspelt", 1),
+        spec("process", "OfProcess", 2),
     ]
     for workers in (1, 2):
         specs += [
@@ -142,6 +151,17 @@ def test_what_cannot_be_right_fails_before_step_0_in_the_same_way(
         assert [c.name for c in found.checks if not c.ok] == [check] * workers
         hint = {"own": "train.numerics: mixed", "last": "data.drop_last: true"}[name]
         assert hint in found.error.action
+
+
+@pytest.mark.slow
+def test_bits_that_differ_between_processes_are_found_before_step_0(
+    cluster: LocalCluster, jobs: dict[str, str]
+) -> None:
+    found = ended(cluster, jobs["process"])
+    assert (found.state, found.step) == ("FAILED", 0)
+    assert found.error is not None
+    assert (found.error.code, found.error.details["part"]) == ("PS-2007", "process")
+    assert "trainer-0 on worker-" in found.error.cause and "trainer-1 on worker-" in found.error.cause
 
 
 @pytest.mark.slow

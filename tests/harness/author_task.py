@@ -80,12 +80,19 @@ class Wrong(Task):
             thread = threading.Thread(target=self.end_all)
             thread.start()
             thread.join()
+        if self.way == "thread raises":
+            thread = threading.Thread(target=self.raise_in_thread)
+            thread.start()
+            thread.join()
         if self.way == "SIGSEGV":
             ctypes.string_at(0)
         if self.way == "SIGABRT":
             os.abort()
         if self.way == "SIGKILL":
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def raise_in_thread(self) -> None:
+        raise ValueError("no such thread")
 
     def end_all(self) -> None:
         os._exit(4)
@@ -111,7 +118,7 @@ def author_spec(way: str, where: str, step: int, shard: int, workers: int) -> di
     sampler = ShardSampler(SAMPLES, SHARDS, MICROBATCH, SEED)
     usual = {(SAMPLES - 1) * k // 7 for k in range(8)}  # read by the preflight, too
     sample = next(index for index in sampler.indices(step - 1, shard) if index not in usual)
-    name = f"{way}-{where}-{workers}".lower().translate(str.maketrans({"_": "", ".": "", "(": "", ")": ""}))
+    name = f"{way}-{where}-{workers}".lower().translate(str.maketrans({"_": "", ".": "", "(": "", ")": "", " ": "-"}))
     train = {"global_batch": SHARDS * MICROBATCH, "microbatch": MICROBATCH, "max_steps": 30, "seed": SEED}
     return {
         "name": name,

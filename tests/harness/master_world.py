@@ -115,6 +115,7 @@ def full_job() -> Job:
         layout_json=b"\x00layout",
         layout_sha256="L",
         data_fingerprint="D",
+        microbatch_digest="M",
         numerics_mode="mixed",
         numerics_class="N",
         optimizer_class="O",

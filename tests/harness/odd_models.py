@@ -72,6 +72,21 @@ class Moves(Line):
         return super().loss(model, batch)
 
 
+class Prebuilt(Line):
+    """The constructor builds the model, and loss() uses that one, whatever it is given."""
+
+    def __init__(self, **args: object) -> None:
+        super().__init__(**args)
+        self.model = super().build_model()
+
+    def build_model(self) -> nn.Module:
+        return self.model
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        del model
+        return super().loss(self.model, batch)
+
+
 class Tied(Task):
     """An embedding and a head of the same weights; `through` data, or as one Parameter."""
 
@@ -152,6 +167,40 @@ class Graphs(Line):
     def loss(self, model: Any, batch: Any) -> Any:
         x, y = batch
         return (model(x.expand(-1, 6)).mean(dim=1, keepdim=True) - y).square().sum(), len(x)
+
+
+class Fitted(nn.Module):
+    """Its first batch initialises a buffer; another one tells that."""
+
+    mean: Tensor
+    ready: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, 16)
+        self.register_buffer("mean", torch.zeros(1))
+        self.register_buffer("ready", torch.tensor(False))
+
+    def forward(self, x: Tensor) -> Any:
+        if not self.ready:
+            self.mean.copy_(x.mean(dim=0))
+            self.ready.fill_(True)
+        return self.linear(x - self.mean)
+
+
+class Fits(Line):
+    def build_model(self) -> nn.Module:
+        return nn.Sequential(Fitted(), nn.Tanh(), nn.Linear(16, 1))
+
+
+class Masked(Line):
+    """Batch statistics that move beside constants that are not finite."""
+
+    def build_model(self) -> nn.Module:
+        model = nn.Sequential(nn.Linear(1, 16), nn.BatchNorm1d(16), nn.Linear(16, 1))
+        model.register_buffer("mask", torch.full((4, 4), float("-inf")).triu(1))
+        model.register_buffer("none", torch.tensor(float("nan")))
+        return model
 
 
 class Adapter(nn.Module):

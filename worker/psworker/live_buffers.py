@@ -69,8 +69,11 @@ class LiveBuffers:
             live = self._live(number)
             if live is None:
                 continue
-            if one.spec.kind == "averaged" and not torch.equal(live.detach(), self._committed[number][0]):
-                touched.append(number)
+            if one.spec.kind == "averaged":
+                mine, committed = live.detach(), self._committed[number][0]
+                # By value, and NaN is the same as itself.
+                if not (torch.equal(mine, committed) or same_bits(mine, committed)):
+                    touched.append(number)
             elif one.spec.kind == "frozen":
                 self._check_constant(number, live)
         self._is_intact = True

@@ -160,6 +160,29 @@ def check_overlaps(model: nn.Module) -> None:
             _check_apart(places)
 
 
+def check_views(model: nn.Module) -> None:
+    """Raises LayoutError for a plain attribute of a module that shares memory with a parameter: the parameter gets
+    other memory, and the attribute would keep the first values. Called after a loss, which may have made it anew."""
+    parameters = {id(place.tensor): place for place in places_of(model) if place.is_parameter}
+    storages = {
+        one.tensor.untyped_storage().data_ptr(): one
+        for one in parameters.values()
+        if one.tensor.layout == torch.strided and one.tensor.numel()
+    }
+    for prefix, module in model.named_modules():
+        for name, value in vars(module).items():
+            for tensor in value if isinstance(value, list | tuple) else [value]:
+                if not isinstance(tensor, torch.Tensor) or id(tensor) in parameters or tensor.layout != torch.strided:
+                    continue
+                shared = storages.get(tensor.untyped_storage().data_ptr()) if not is_lazy(tensor) else None
+                if shared is not None:
+                    raise LayoutError(
+                        f"the attribute {f'{prefix}.{name}' if prefix else name} shares the memory of the parameter "
+                        f"{shared.name}",
+                        action="compute it from the parameter in forward",
+                    )
+
+
 def _bytes_of(tensor: torch.Tensor) -> tuple[int, int]:
     """The first byte of a storage that a dense tensor uses, and the one behind its last."""
     last = sum((int(n) - 1) * int(stride) for n, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pscluster.agent.resources import memory_available_bytes, memory_limit_bytes
 from pscluster.devices import AUTO, CPU
 from pscluster.errors import DeviceError, InternalError
 
@@ -124,6 +125,13 @@ def usable_device(chosen: str, wanted: str) -> str:
         raise DeviceError(cause, action="install a torch that fits the node's driver, or set workers.device: cpu")
     print(f"{cause}; computes on the CPU", file=sys.stderr)
     return CPU
+
+
+def available_bytes(device: str) -> int:
+    """The memory that can still be allocated where the model is: on the device, or on this node, its limit included."""
+    if device != CPU:
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min(memory_available_bytes(), memory_limit_bytes() or sys.maxsize)
 
 
 def keep_freed_memory() -> bool:

@@ -53,12 +53,14 @@ async def metrics(
     """The lines of a job's metrics.jsonl above a step; with `follow`, on until the job has ended.
 
     A step after a rollback is sent again only if the file has a new line for it."""
-    tail = MetricsTail(core.archive.directory(job_id) / FILE_NAME, request.from_step)
+    tail = MetricsTail(core.archive.directory(job_id) / FILE_NAME, request.from_step, request.position)
     while True:
         news, job = core.news, core.state.jobs.get(job_id)
         lines = await asyncio.to_thread(tail.read)
         for start in range(0, len(lines), _LINES_PER_MESSAGE):
             yield jobs_pb2.MetricsLines(lines=lines[start : start + _LINES_PER_MESSAGE])
+        if not request.follow:
+            yield jobs_pb2.MetricsLines(position=tail.position)
         if not request.follow or job is None or job.state.ended:
             return
         await asyncio.sleep(_MIN_PAUSE_S)
@@ -68,11 +70,18 @@ async def metrics(
 class MetricsTail:
     """Reads a growing metrics.jsonl; a file that was cut back and replaced is read on without repeating steps."""
 
-    def __init__(self, path: Path, from_step: int) -> None:
+    def __init__(self, path: Path, from_step: int, position: str = "") -> None:
+        """`position`: where another one has ended; what is none is as if there were none."""
         self._path = path
         self._sent = {False: from_step, True: from_step}  # the last step sent, by whether it is an evaluation
-        self._inode = 0
-        self._offset = 0
+        inode, _, offset = position.partition(":")
+        known = inode.isdecimal() and offset.isdecimal()
+        self._inode, self._offset = (int(inode), int(offset)) if known else (0, 0)
+
+    @property
+    def position(self) -> str:
+        """Of the end of what was read."""
+        return f"{self._inode}:{self._offset}"
 
     def read(self) -> list[str]:
         """The lines that were not read yet. Blocks on the disk."""

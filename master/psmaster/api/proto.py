@@ -266,9 +266,9 @@ _JOB = _wire.pair(
     jobs_pb2.Job,
     only_value=[
         *VOLATILE, "spec", "request_id", "data_token", "stopping", "trainers", "partitions", "standbys", "attempts",
-        "excluded", "layout_json", "layout_sha256", "data_fingerprint", "numerics_mode", "numerics_class",
-        "optimizer_class", "high_step", "grad_norm", "nonfinite", "next_best", "finished", "snapshot_warning", "saving",
-        "held", "crashes", "mismatch", "going_back",
+        "excluded", "layout_json", "layout_sha256", "data_fingerprint", "microbatch_digest", "numerics_mode",
+        "numerics_class", "optimizer_class", "high_step", "grad_norm", "nonfinite", "next_best", "finished",
+        "snapshot_warning", "saving", "held", "crashes", "mismatch", "going_back",
     ],
     only_message=["spec_json", "workers_active", "workers_wanted", "events", *reports.Rates._fields],
 )  # fmt: skip

@@ -225,6 +225,7 @@ class Job:
     layout_json: bytes = field(default=b"", repr=False)
     layout_sha256: str = ""
     data_fingerprint: str = ""
+    microbatch_digest: str = ""  # of the first microbatch, as its first trainer computed it
     numerics_mode: str = ""
     numerics_class: str = ""
     optimizer_class: str = ""
@@ -314,8 +315,8 @@ _ALLOWED: dict[JobState, frozenset[JobState]] = {
 _WHILE_LIVE = """trainers partitions standbys excluded stopping deadline_s recovery assignment saving held held_s
     window mismatch going_back"""
 _OF_LAST_RUN = "ended_s crashes plan finished snapshot_warning error traceback parameters_sha256 checks connections"
-_OF_SNAPSHOTS = """layout_json layout_sha256 data_fingerprint numerics_mode numerics_class optimizer_class
-    numerics"""
+_OF_SNAPSHOTS = """layout_json layout_sha256 data_fingerprint microbatch_digest numerics_mode numerics_class
+    optimizer_class numerics"""
 
 
 def _defaults(names: str) -> dict[str, Any]:

@@ -77,6 +77,7 @@ class TrainerFacts:
     checks: tuple[PreflightCheck, ...] = ()
     device: str = "cpu"
     final_step: int = 0
+    microbatch_digest: str = ""
 
     def activate(self, placement: Placement) -> Placement:
         """`placement` as active, with what this process reported."""

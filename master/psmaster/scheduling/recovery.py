@@ -236,4 +236,7 @@ def _unfit(job: Job, facts: TrainerFacts | PartitionFacts) -> str:
         return "it built another model than the job's"
     if facts.data_fingerprint != job.data_fingerprint:
         return "its data differ from the job's"
+    is_alike = facts.numerics_class == job.numerics_class
+    if is_alike and len({facts.microbatch_digest, job.microbatch_digest} - {""}) > 1:
+        return "it computes other bits of the first microbatch than the job's first trainer did"
     return numerics.differs(job.numerics_mode, job.numerics_class, facts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from pscluster.errors import DataError, LayoutError
+from pscluster.errors import DataError, ImpureError, LayoutError
 from psmaster.model.job import ErrorInfo, Job
 from psmaster.model.plan import Placement
 from psmaster.model.process import PartitionFacts, TrainerFacts, ready_facts
@@ -49,8 +49,8 @@ def ready(draft: Draft, view: View) -> tuple[ReadyTrainers, ReadyPartitions]:
 
 
 def disagreement(job: Job, trainers: ReadyTrainers) -> ErrorInfo | None:
-    """The error when trainers built different models or see different data, from each other or from what the job's
-    snapshots hold."""
+    """The error when trainers built different models, see different data or compute other bits, than each other or than
+    what the job's snapshots hold."""
     first_placement, first = trainers[0]
     where = data_where = f"{first_placement.name} on {first_placement.node_id}"
     wanted_json, wanted, data = first.layout_json, first.layout_sha256, first.data_fingerprint
@@ -66,6 +66,27 @@ def disagreement(job: Job, trainers: ReadyTrainers) -> ErrorInfo | None:
         if facts.data_fingerprint != data:
             found = facts.data_fingerprint[:12]
             return ErrorInfo.of(DataError(f"{name} sees other data ({found}) than {data_where} ({data[:12]})"))
+    return _other_bits(trainers)
+
+
+def _other_bits(trainers: ReadyTrainers) -> ErrorInfo | None:
+    """The error when trainers of one numerics class computed different bits of the job's first microbatch."""
+    known: dict[str, tuple[Placement, str]] = {}
+    for placement, facts in trainers:
+        if not facts.microbatch_digest:
+            continue
+        first, digest = known.setdefault(facts.numerics_class, (placement, facts.microbatch_digest))
+        if facts.microbatch_digest != digest:
+            names = [f"{one.name} on {one.node_id}" for one in (placement, first)]
+            error = ImpureError(
+                f"impure: {names[0]} and {names[1]} compute different bits of the same microbatch, and each the same "
+                "bits again",
+                action="look for what differs between processes (process ids, unseeded generators, environment, files "
+                "of a node), or declare train.numerics: mixed, which promises no bits; if there is none, test the "
+                "machines",
+                details={"part": "process", "differs": "the first microbatch"},
+            )
+            return ErrorInfo.of(error)
     return None
 
 
@@ -126,6 +147,7 @@ def _adopt(draft: Draft, trainers: ReadyTrainers, partitions: ReadyPartitions) -
         layout_json=first.layout_json,
         layout_sha256=first.layout_sha256,
         data_fingerprint=first.data_fingerprint,
+        microbatch_digest=first.microbatch_digest,
         final_step=first.final_step,
         checks=tuple(replace(check, node_id=own.node_id) for own, facts in trainers for check in facts.checks),
         deadline_s=None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from pscluster.cli import results
 from pscluster.cli.results import run_tool
 from pscluster.errors import InternalError, TaskError
+from pscluster.storage.exports import aside
 from tests.unit.cli.conftest import Psctl
 from tests.unit.cli.fake_master import FakeMaster, ended_message, snapshot_message
 
@@ -159,6 +161,23 @@ def test_ctrl_c_during_an_export_leaves_nothing(
     assert run("export", "lm", "-o", str(tmp_path / "out")).exit_code == 130
     assert list((tmp_path / "out").iterdir()) == []
     assert asked == []
+
+
+def test_what_a_killed_export_has_left_goes_with_the_next_one_to_the_same_file(
+    run: Psctl, asked: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    path = tmp_path / "m[1].pth"
+    killed = "import os, sys; from pathlib import Path; from pscluster.storage.exports import aside\n"
+    killed += "with aside(Path(sys.argv[1])) as d: open(d + '/half', 'w').write('half'); os.kill(os.getpid(), 9)"
+    for target in (path, tmp_path / "other.pth"):
+        assert subprocess.run([sys.executable, "-c", killed, str(target)], check=False).returncode == -9
+    (tmp_path / ".m[1].pth.file.writing").touch()
+    assert len(list(tmp_path.glob(".*.writing/half"))) == 2
+    with aside(path) as writing:
+        assert run("export", "lm", "-o", str(path)).exit_code == 0
+        assert Path(writing).is_dir() and asked[0]["aside"] != writing
+        assert sorted(p.name.split(".")[1] for p in tmp_path.glob(".*.writing")) == ["m[1]", "m[1]", "other"]
+    assert [p.name for p in tmp_path.glob(".m*.writing")] == [".m[1].pth.file.writing"], "which is no directory"
 
 
 def test_the_step_chooses_the_snapshot(run: Psctl, asked: list[dict[str, Any]]) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from pscluster.errors import BundleError, NotFoundError
+from psmaster.api import log_tail
 from psmaster.api.log_tail import MetricsTail
 from psmaster.model.reports import Evaluated
 from psmaster.storage.bundles import BundleShelf
 from psmaster.storage.logs import LogMessage, LogReader, ProcessLog, older, paths_of
-from psmaster.storage.metrics_file import MetricsFile, line_of
+from psmaster.storage.metrics_file import MetricsFile, line_of, step_and_kind
 from tests.harness.master_world import make_record
 
 
@@ -87,6 +88,22 @@ def test_a_follower_reads_on_over_a_cut_without_repeating(tmp_path: Path) -> Non
     assert tail.read() == []
     file.append([make_record(5), make_record(6)])
     assert [json.loads(line)["step"] for line in tail.read()] == [6]
+
+
+def test_a_reader_goes_on_where_another_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = MetricsFile(tmp_path)
+    file.append([make_record(step) for step in range(1, 6)])
+    first = MetricsTail(file.path, 0)
+    assert len(first.read()) == 5
+    file.append([make_record(6)])
+    parsed: list[str] = []
+    monkeypatch.setattr(log_tail, "step_and_kind", lambda line: parsed.append(line) or step_and_kind(line))
+    second = MetricsTail(file.path, 0, first.position)
+    assert [json.loads(line)["step"] for line in second.read()] == [6] and len(parsed) == 1
+    file.cut(3)
+    file.append([make_record(4)])
+    assert [json.loads(line)["step"] for line in MetricsTail(file.path, 3, second.position).read()] == [4]
+    assert len(MetricsTail(file.path, 0, "no position").read()) == 4
 
 
 # logs

@@ -270,6 +270,27 @@ def test_other_data_on_a_node_fail_the_start(world: World) -> None:
     assert error.code == "PS-2003"
 
 
+def test_trainers_that_compute_other_bits_of_one_microbatch_fail_the_start(world: World) -> None:
+    world.cluster()
+    world.submit()
+    for rank, digest in enumerate("ab"):
+        world.report(f"trainer-{rank}", replace(TRAINER, microbatch_digest=digest))
+    world.ready()
+    error = world.job().error
+    assert error is not None
+    assert (error.code, error.detail("part")) == ("PS-2007", "process")
+    assert re.search(r"trainer-1 on worker-1 and trainer-0 on worker-0 compute different bits", error.cause)
+
+
+def test_trainers_of_other_classes_or_that_promise_no_bits_may_differ(world: World) -> None:
+    world.cluster()
+    world.submit()
+    world.report("trainer-0", replace(TRAINER, microbatch_digest="a"))
+    world.report("trainer-1", replace(TRAINER, microbatch_digest="b", numerics_class="other"))
+    world.ready()
+    assert world.job().error is None and world.job().microbatch_digest == "a"
+
+
 def test_a_warning_of_the_preflight_becomes_an_event_once(world: World) -> None:
     world.cluster(2)
     world.submit()

@@ -96,7 +96,7 @@ def test_a_warning_lets_the_step_be_decided() -> None:
     assert (warning.step, warning.error.code) == (1, "PS-3007")
 
 
-def test_a_plan_under_which_another_audits_releases_the_votes() -> None:
+def test_under_a_new_plan_the_step_is_audited_again() -> None:
     played = PlayedAudit(2).open()
     played.digest(AuditRole.OWNER)
     played.vote()
@@ -104,6 +104,8 @@ def test_a_plan_under_which_another_audits_releases_the_votes() -> None:
     played.adopt(played.plan(2))
     assert played.decisions() == [], "votes of the older generation count no more"
     played.vote(generation=2)
+    assert played.decisions() == [], "trainer 0 has to compute it now"
+    played.digest(AuditRole.AUDITOR)
     assert played.decisions() == [0, 0]
 
 

@@ -160,23 +160,92 @@ def test_the_first_difference_is_named(digest: LeafDigest, first: int | str) -> 
 # ---- what is lost ----
 
 
-@pytest.mark.parametrize("lost", [OWNER, AUDITOR])
+def roles(case: Case) -> list[int]:
+    assert case.audits.pending is not None
+    return [-1 if one is None else one.rank for one in case.audits.pending.roles]
+
+
 @pytest.mark.parametrize("answers", [[], [OWNER], [AUDITOR]])
-def test_an_audit_lost_with_a_trainer_is_unfinished(lost: AuditRole, answers: list[AuditRole]) -> None:
+def test_an_audit_lost_with_its_auditor_is_made_by_the_next(answers: list[AuditRole]) -> None:
     case = Case(3)
     for role in answers:
         case.take(role, RIGHT)
-    case.audits.adopt(audited_plan(3, 2, gone=case.rank(lost)))
-    assert not case.audits.holds_step and case.results() == ["unfinished"]
-    for role in AuditRole:  # what is late changes nothing
-        assert case.take(role, WRONG) is None
-    assert case.results() == ["unfinished"]
+    case.plan = audited_plan(3, 2, gone=case.rank(AUDITOR))
+    case.audits.adopt(case.plan)
+    assert case.audits.holds_step and roles(case) == [case.rank(OWNER), case.rank(ARBITER), -1]
+    case.take(AUDITOR, WRONG)  # what the lost one sent counts for nothing
+    if OWNER not in answers:
+        case.take(OWNER, RIGHT)
+    assert case.results() == []
+    case.audits.take(case.shard, AUDITOR, case.rank(ARBITER), RIGHT)
+    assert case.audits.settle(case.plan) is None and case.results() == ["equal"]
+
+
+@pytest.mark.parametrize("answers", [[], [AUDITOR]])
+def test_an_owner_that_is_lost_before_its_digest_is_replaced(answers: list[AuditRole]) -> None:
+    """Its auditor has the shard now, and another one computes it a second time."""
+    case = Case(3)
+    for role in answers:
+        case.take(role, RIGHT)
+    case.plan = audited_plan(3, 2, gone=case.rank(OWNER))
+    case.audits.adopt(case.plan)
+    assert roles(case) == [case.rank(AUDITOR), case.rank(ARBITER), -1]
+    for role, rank in ((OWNER, case.rank(AUDITOR)), (AUDITOR, case.rank(ARBITER))):
+        assert case.results() == []
+        case.audits.take(case.shard, role, rank, RIGHT)
+        assert case.audits.settle(case.plan) is None
+    assert case.results() == ["equal"]
+
+
+def test_the_digest_of_an_owner_that_is_lost_counts_on_for_its_gradient_may_be_in_the_sum() -> None:
+    case = Case(3, "exclude")
+    case.take(OWNER, WRONG)
+    case.plan = audited_plan(3, 2, gone=case.rank(OWNER))
+    case.audits.adopt(case.plan)
+    assert roles(case) == [case.rank(OWNER), case.rank(ARBITER), case.rank(AUDITOR)]
+    case.take(OWNER, RIGHT)
+    case.audits.take(case.shard, OWNER, case.rank(AUDITOR), RIGHT)
+    case.audits.take(case.shard, AUDITOR, case.rank(ARBITER), RIGHT)
+    assert case.audits.settle(case.plan) is None
+    assert case.audits.requests() == [RequestDigest(case.rank(AUDITOR), 0, case.shard)]
+    case.audits.take(case.shard, ARBITER, case.rank(AUDITOR), RIGHT)
+    report = case.audits.settle(case.plan)
+    assert report is not None
+    assert details(report.audit_mismatch)["trainers"] == f"trainer-{case.rank(OWNER)} on worker-{case.rank(OWNER)}"
+
+
+def test_a_trainer_that_is_left_alone_keeps_the_digest_that_it_has_sent() -> None:
+    case = Case(2)
+    case.take(AUDITOR, RIGHT)
+    case.plan = audited_plan(2, 2, gone=case.rank(OWNER))
+    case.audits.adopt(case.plan)
+    assert roles(case) == [case.rank(AUDITOR), case.rank(AUDITOR), -1]
+    case.audits.take(case.shard, OWNER, case.rank(AUDITOR), RIGHT)
+    assert case.audits.settle(case.plan) is None and case.results() == ["equal"]
 
 
 def test_a_process_that_was_replaced_is_another_one() -> None:
     case = Case(3)
+    case.take(AUDITOR, RIGHT)
     case.audits.adopt(audited_plan(3, 2, attempt=2))
-    assert case.results() == ["unfinished"]
+    assert case.take(OWNER, RIGHT) is None and case.results() == [], "its digest is that of the process before"
+    case.take(AUDITOR, RIGHT)
+    assert case.results() == ["equal"]
+
+
+def test_without_any_trainer_the_step_waits_for_the_next() -> None:
+    case = Case(2)
+    case.take(OWNER, RIGHT)
+    case.audits.adopt(Plan(generation=2, final_step=100))
+    assert case.audits.holds_step
+    case.audits.adopt(audited_plan(2, 3))
+    case.take(AUDITOR, RIGHT)
+    assert case.results() == ["equal"]
+
+    case.audits.open_step(1, Plan(generation=4, final_step=100))
+    assert case.audits.holds_step and case.audits.pending is None
+    case.audits.adopt(audited_plan(2, 5))
+    assert case.audits.pending is not None and case.audits.pending.step == 1
 
 
 def test_an_audit_survives_a_plan_that_does_not_concern_it() -> None:
@@ -187,10 +256,11 @@ def test_an_audit_survives_a_plan_that_does_not_concern_it() -> None:
     assert case.results() == ["equal"]
 
 
-def test_under_a_plan_that_was_skipped_another_may_have_computed_the_shard() -> None:
+def test_after_a_plan_that_was_skipped_the_digest_of_a_former_owner_counts_no_more() -> None:
     case = Case(3)
-    case.audits.adopt(audited_plan(3, 3))
-    assert case.results() == ["unfinished"]
+    case.take(OWNER, WRONG)
+    case.audits.adopt(audited_plan(3, 3, gone=case.rank(OWNER)))
+    assert roles(case) == [case.rank(AUDITOR), case.rank(ARBITER), -1]
 
 
 def test_an_arbiter_that_is_lost_is_not_waited_for() -> None:
@@ -219,6 +289,12 @@ def test_waits_are_bounded() -> None:
         case.audits.expire(now_s, waits=True)
     report = case.audits.settle(case.plan)
     assert report is not None and details(report.audit_mismatch)["kind"] == "either"
+
+    case = Case(3)
+    case.audits.open_step(1, Plan(generation=1, final_step=100))
+    for now_s in (0.0, MAX_WAIT_S):
+        case.audits.expire(now_s, waits=True)
+    assert not case.audits.holds_step and case.results() == ["unfinished", "unfinished"]
 
 
 def test_a_digest_of_another_trainer_or_shard_counts_for_nothing() -> None:

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from pscluster.errors import TaskError
+from pscluster.task import Task
 from psworker.tasks.synthetic import SyntheticNorm
 from psworker.trainer.data.batches import EvalBatches
 from psworker.trainer.evaluation import (
     batch_statistics,
     evaluate,
     finalised,
+    loss_of,
     pack_statistics,
     shard_statistics,
     unpack_metrics,
@@ -26,6 +28,16 @@ def held_out(task: SyntheticNorm, num_shards: int, microbatch: int = 4) -> EvalB
     data = task.eval_data()
     assert data is not None
     return EvalBatches(data, task.collate, num_shards, microbatch, 0)
+
+
+@pytest.mark.parametrize("weight", [np.float32(2), np.int64(2), np.array(2.0)[()], torch.tensor([2])])
+def test_a_weight_is_any_real_number(weight: Any) -> None:
+    class Weighted(Task):
+        def loss(self, model: Any, batch: Any) -> Any:
+            del model
+            return batch.sum(), weight
+
+    assert loss_of(Weighted(), torch.nn.Identity(), torch.ones(2))[1] == 2.0
 
 
 def test_metrics_do_not_depend_on_how_batches_are_cut() -> None:

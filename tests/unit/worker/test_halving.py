@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from pscluster.errors import LossContractError
 from pscluster.task import Task
+from psworker.trainer.data.loading import build_model
 from psworker.trainer.preflight.prepare import run_preflight
 
 SIZE = 6  # of a microbatch: halves of three
@@ -41,7 +42,7 @@ def halving(task: Task, make_spec: Any) -> str:
     """The detail of the check; raises its error."""
     spec = make_spec(train={"global_batch": 2 * SIZE, "microbatch": SIZE})
     torch.manual_seed(0)
-    checks = run_preflight(task, task.build_model(), task.train_data(), None, spec, "cpu").checks
+    checks = run_preflight(task, build_model(task), task.train_data(), None, spec, "cpu").checks
     return next(check.detail for check in checks if check.name == "halving")
 
 

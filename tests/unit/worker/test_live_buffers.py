@@ -56,6 +56,16 @@ def test_caches_outside_the_state_dict_are_the_microbatchs_own() -> None:
     assert {replica.layout.tensors[n].name for n in range(3)} == {"linear.weight", "linear.bias", "cosine"}
 
 
+def test_a_constant_of_nan_has_not_moved() -> None:
+    model = nn.Linear(1, 1)
+    model.register_buffer("mask", torch.tensor([float("nan"), float("-inf")]))
+    buffers = Replica(model, SGD).buffers
+    buffers.restore()
+    assert buffers.check() == []
+    model.mask[0] = 1.0  # type: ignore[index, operator]
+    assert len(buffers.check()) == 1
+
+
 class Holding(nn.Module):
     """One buffer, of the state dict, and what a test does to it."""
 

@@ -11,7 +11,7 @@ from torch import nn
 from pscluster.errors import LayoutError
 from pscluster.job.optimizer import OptimizerSection
 from pscluster.step.layout import Layout, parameters_sha256
-from psworker.model_tensors import check_kinds, check_overlaps
+from psworker.model_tensors import check_kinds, check_overlaps, check_views
 from psworker.replica import Replica, layout_of, load_words, named_bytes, state_tensors
 from psworker.trainer.gradients.push import gather
 
@@ -93,6 +93,15 @@ def test_views_of_one_storage_that_share_no_element_are_two_tensors(one: Any, ot
 
     assert [t.name for t in replica.layout.tensors] == ["one", "other"]
     assert torch.equal(model.one.data, one.clone()) and torch.equal(model.other.data, other.clone())  # type: ignore[operator, union-attr]
+
+
+@pytest.mark.parametrize("keep", [lambda w: w.data, lambda w: w.t(), lambda w: [w.detach()[0]]])
+def test_an_attribute_that_is_a_view_of_a_parameter_is_refused(keep: Any) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.LSTM(2, 2))
+    check_views(model)
+    model[0].kept = keep(model[0].weight)
+    with pytest.raises(LayoutError, match=r"attribute 0\.kept shares the memory of the parameter 0\.weight"):
+        check_views(model)
 
 
 def test_a_buffer_that_is_a_parameters_memory_is_refused_by_both_names() -> None:

@@ -153,6 +153,21 @@ def test_a_change_between_two_microbatches_is_found_in_the_next() -> None:
         watch.check_parameters(2)
 
 
+def test_every_microbatch_begins_in_train_mode_as_the_model_has_it() -> None:
+    class Steady(nn.Sequential):
+        def train(self, mode: bool = True) -> Any:
+            super().train(mode)
+            self[1].eval()
+            return self
+
+    model = Steady(*net())
+    watch = ModelWatch(Replica(model, SGD))
+    watch.enter_train_mode()
+    model.eval()
+    watch.begin(1)
+    assert [module.training for module in model.modules()] == [True, True, False, True]
+
+
 def test_values_that_land_are_no_change() -> None:
     model = net()
     replica = Replica(model, SGD)

@@ -23,6 +23,7 @@ from pscluster.errors import (
     from_dict,
 )
 from pscluster.task import Task
+from psworker.trainer.data.loading import build_model
 from psworker.trainer.first_model import settle_model
 from psworker.trainer.preflight.prepare import prepare, run_preflight
 from psworker.trainer.preflight.table import CheckResult, checks_of
@@ -49,7 +50,7 @@ class Squares(Task):
 
 
 def check(task: Task, spec: Any, held_out: Any = None) -> tuple[CheckResult, ...]:
-    model, _ = settle_model(task, task.build_model(), task.train_data(), spec, "cpu")
+    model, _ = settle_model(task, build_model(task), task.train_data(), spec, "cpu")
     return run_preflight(task, model, task.train_data(), held_out, spec, "cpu").checks
 
 
@@ -75,7 +76,7 @@ def test_an_honest_task_passes_every_check(make_spec: Any, entrypoint: str) -> N
 def test_the_model_and_the_generators_are_as_before(make_spec: Any) -> None:
     spec = make_spec(NORM)
     checked = prepare(spec, None, "cpu")
-    task, model = checked.task, checked.task.build_model()
+    task, model = checked.task, build_model(checked.task)
     model.eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     torch.manual_seed(4)

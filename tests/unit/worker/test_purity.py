@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pscluster.errors import ImpureError, LossContractError, PsError
 from pscluster.task import Task
+from psworker.trainer.data.loading import build_model
 from psworker.trainer.first_model import settle_model
 from psworker.trainer.preflight.content import first_difference, leaves_of
 from psworker.trainer.preflight.prepare import run_preflight
@@ -65,8 +66,7 @@ class Line(Task):
 
 
 def checks(task: Task, spec: Any, held_out: Any = None) -> dict[str, CheckResult]:
-    torch.manual_seed(0)
-    model, _ = settle_model(task, task.build_model(), task.train_data(), spec, "cpu")
+    model, _ = settle_model(task, build_model(task), task.train_data(), spec, "cpu")
     return {c.name: c for c in run_preflight(task, model, task.train_data(), held_out, spec, "cpu").checks}
 
 
@@ -367,7 +367,7 @@ def test_with_mixed_the_fingerprint_covers_what_is_the_same_everywhere(make_spec
     def fingerprint(make: Callable[[int], Any], length: int) -> str:
         task = Line(make)
         found = run_preflight(
-            task, task.build_model(), Lines(make, length), None, make_spec(train={"numerics": "mixed"}), "cpu"
+            task, build_model(task), Lines(make, length), None, make_spec(train={"numerics": "mixed"}), "cpu"
         )
         return found.fingerprint
 
@@ -450,8 +450,8 @@ def test_a_pure_model_is_not_accused(make_spec: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["batch norm", "spectral norm", "growing cache", "moving average"])
 def test_the_buffers_are_as_before(make_spec: Any, name: str) -> None:
-    task = Line()
-    model = MODELS[name]()
+    task = Line(build_model=MODELS[name])
+    model = build_model(task)
     before = {key: (value, value.clone()) for key, value in model.named_buffers()}
     run_preflight(task, model, task.train_data(), None, make_spec(), "cpu")
     for key, value in model.named_buffers():
@@ -532,7 +532,8 @@ def test_state_that_changes_nothing_is_fine(make_spec: Any) -> None:
 
 
 def test_three_microbatches_are_computed_in_train_mode(make_spec: Any) -> None:
-    """As the tasks of other tests count on: the first, the smallest, the first again."""
+    """As the tasks of other tests count on: the first, the smallest, the first again; then a copy of the task computes
+    another and the first."""
     sizes = []
 
     class Counted(Line):
@@ -542,10 +543,10 @@ def test_three_microbatches_are_computed_in_train_mode(make_spec: Any) -> None:
             return super().loss(model, batch)
 
     checks(Counted(), make_spec(train={"max_steps": 1}))
-    assert sizes == [4, 4, 4]
+    assert sizes == [4, 4, 4, 4, 4]
     sizes.clear()
     checks(Counted(), make_spec(train={"max_steps": 2}))
-    assert sizes == [4, 2, 4]
+    assert sizes == [4, 2, 4, 4, 4]
 
 
 def test_leaves_of_equal_things_are_equal_and_of_others_are_not() -> None:

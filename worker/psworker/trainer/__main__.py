@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import traceback
 from dataclasses import asdict
 from pathlib import Path
@@ -20,22 +21,24 @@ from pscluster.errors import InternalError, OutOfMemoryError, PreflightError, Ps
 from pscluster.job.spec import JobSpec, parse_spec
 from pscluster.step.sampling import ShardSampler
 from pscluster.task import Task
-from pscluster.user_frames import frame_details, is_users, relative_to, user_traceback
+from pscluster.user_frames import frame_details, is_users, place_of, relative_to, user_traceback
 from pscluster.v1.plan_pb2 import Beat, Failure, PreflightCheck, ProcessReport, TrainerReady
+from pscluster.v1.plan_pb2 import Warning as WarningReport
 from pscluster.wire.transport import check_congestion_control
 from psworker.numerics import settle_numerics
 from psworker.replica import Replica
 from psworker.staging import keep_freed_memory, staging_for, usable_device
 from psworker.trainer.data.batches import Batches, EvalBatches
-from psworker.trainer.data.loading import build_model, describe, ran_out_of_memory
+from psworker.trainer.data.loading import describe, ran_out_of_memory
 from psworker.trainer.exchange import Exchange
-from psworker.trainer.first_model import settle_model
+from psworker.trainer.first_model import build_anew, settle_model
 from psworker.trainer.loop import Trainer
 from psworker.trainer.preflight.prepare import Prepared, prepare
 from psworker.trainer.preflight.table import checks_of
 from psworker.trainer.telemetry import TrainerCounters
 
 EXIT_FAILED = 1
+_MOST_REPORTED = 20  # places at which threads ended
 
 
 def main() -> int:
@@ -47,6 +50,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     loading = HeartbeatThread(link, Beat)
     loading.start()
+    _report_errors_of_threads(link, code)
     try:
         with hold(Path(link.start.cache_dir)):
             _train(link, loading)
@@ -58,7 +62,27 @@ def main() -> int:
     return 0
 
 
-def _named(error: BaseException) -> PsError:
+def _report_errors_of_threads(link: ProcessLink, code: Path) -> None:
+    """Have an exception that ends a thread become a warning of the job, once for each place: training goes on without
+    that thread, as Python has it."""
+    reported: set[str] = set()
+
+    def report(raised: threading.ExceptHookArgs) -> None:
+        threading.__excepthook__(raised)
+        if raised.exc_value is None or isinstance(raised.exc_value, SystemExit):
+            return
+        error = _named(raised.exc_value, "a thread of the task")
+        error.details |= frame_details(relative_to(code, error.details.pop("traceback", "")))
+        place = place_of(error.details)
+        if place not in reported and len(reported) < _MOST_REPORTED:
+            reported.add(place)
+            error.cause += f" in {place}, and ended" if place else ", and ended"
+            link.report(ProcessReport(warning=WarningReport(error=detail_of(error), step=position.step)))
+
+    threading.excepthook = report
+
+
+def _named(error: BaseException, who: str = "the task") -> PsError:
     """The error to report. One that has no name yet was raised by ourselves, or by user code that we call without
     knowing it, such as a model's own train()."""
     if isinstance(error, PsError):
@@ -67,7 +91,7 @@ def _named(error: BaseException) -> PsError:
     if ran_out_of_memory(error):
         return OutOfMemoryError(f"a trainer ran out of memory: {describe(error)}", details=details)
     if any(is_users(frame.filename) for frame in traceback.extract_tb(error.__traceback__)):
-        return TaskError(f"the task raised {describe(error)}", details=details)
+        return TaskError(f"{who} raised {describe(error)}", details=details)
     return InternalError(f"a trainer raised {describe(error)}", details=details)
 
 
@@ -115,8 +139,8 @@ def _train(link: ProcessLink, loading: HeartbeatThread) -> None:
 
 def _rebuild(prepared: Prepared, replica: Replica, spec: JobSpec) -> None:
     """Set the replica's memory to the seeded first values again: the job went back to step 0."""
-    built = build_model(prepared.task)
-    model, _ = settle_model(prepared.task, built, prepared.train, spec, CPU)
+    task, built = build_anew(prepared.task, replica.model, spec)
+    model, _ = settle_model(task, built, prepared.train, spec, CPU)
     fresh = Replica(model, spec.train.optimizer, unfreeze_at=spec.train.unfreeze_at)
     replica.memory.close_windows()
     for mine, theirs in zip(replica.memory.flats, fresh.flats, strict=True):
@@ -134,6 +158,7 @@ def _ready(prepared: Prepared, replica: Replica, spec: JobSpec, sampler: ShardSa
         checks=[PreflightCheck(**asdict(check)) for check in preflight.checks],
         device=device,
         final_step=sampler.final_step(spec.train.max_steps, spec.train.epochs),
+        microbatch_digest=preflight.microbatch_digest,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ def loss_of(task: Task, model: nn.Module, batch: Any) -> tuple[Tensor, float]:
 
 def _weight(weight: object) -> float:
     scalar = isinstance(weight, Tensor) and weight.numel() == 1
-    if not (scalar or (isinstance(weight, int | float) and not isinstance(weight, bool))):
+    if not (scalar or (isinstance(weight, Real) and not isinstance(weight, bool))):
         raise LossContractError(f"loss() returned {_shape_of(weight)} as weight, not a number")
     value = float(weight.detach() if isinstance(weight, Tensor) else weight)  # type: ignore[arg-type]
     if not math.isfinite(value) or value < 0:
@@ -82,7 +83,7 @@ def finalised(task: Task, statistics: Mapping[str, Tensor]) -> dict[str, float]:
     if not isinstance(returned, Mapping):
         raise TaskError(f"finalise() returned {_shape_of(returned)}, not a mapping of names to numbers")
     for name, value in returned.items():
-        if not isinstance(value, int | float) and not (isinstance(value, Tensor) and value.numel() == 1):
+        if not isinstance(value, Real) and not (isinstance(value, Tensor) and value.numel() == 1):
             raise TaskError(f"finalise() returned {_shape_of(value)} as {name!r}, not a number")
         metrics[str(name)] = float(value)
     return metrics
@@ -160,7 +161,7 @@ def check_metric(metrics: Mapping[str, float], wanted: str) -> None:
 def _float64(name: str, value: object) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach().to(device="cpu", dtype=torch.float64)
-    if isinstance(value, int | float):
+    if isinstance(value, Real):
         return torch.tensor(float(value), dtype=torch.float64)
     raise TaskError(f"metrics() returned {_shape_of(value)} as {name!r}, not a number or tensor")
 

@@ -3,20 +3,24 @@ frozen, and the model moves to its device. The same values in every process: a p
 
 from __future__ import annotations
 
+import copy
 import fnmatch
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 
-from pscluster.errors import SpecError
+from pscluster.errors import SpecError, TaskError
 from pscluster.job.spec import JobSpec
 from pscluster.spelling import did_you_mean
 from pscluster.task import MapDataset, Task
 from psworker.live_buffers import preserved_buffers
 from psworker.model_tensors import check_overlaps, is_lazy, parameters_by_memory, trains_from
 from psworker.trainer.data.batches import preserved_generators, sampler_of, seed_step
-from psworker.trainer.data.loading import user_code
+from psworker.trainer.data.loading import build_model, make_task, user_code
+
+_MOST_COPIED = 1 << 16  # what is longer holds data
 
 
 def settle_model(task: Task, model: nn.Module, train: MapDataset, spec: JobSpec, device: str) -> tuple[nn.Module, str]:
@@ -35,6 +39,35 @@ def settle_model(task: Task, model: nn.Module, train: MapDataset, spec: JobSpec,
         for other in others:  # moved one by one, they would be parted
             other.data = first.data
     return model, detail
+
+
+def copy_task(task: Task) -> Task:
+    """A copy in which attributes may be set, and its containers filled, without a trace in `task`. What they hold is
+    the same: data are not copied."""
+    twin = copy.copy(task)
+    for name, value in vars(task).items():
+        if isinstance(value, dict | list | set | deque) and len(value) <= _MOST_COPIED:
+            vars(twin)[name] = copy.copy(value)
+    return twin
+
+
+def build_anew(task: Task, model: nn.Module, spec: JobSpec) -> tuple[Task, nn.Module]:
+    """A second model beside `model`, on the CPU, and the task that built it: a copy of `task`, which does not change.
+    Where that gives parameters of `model` again, as when the constructor builds the model, a task that is made anew.
+
+    Raises TaskError, also where that one gives them again."""
+    known = {id(parameter) for parameter in model.parameters()}
+    twin = copy_task(task)
+    built = build_model(twin)
+    if any(id(parameter) in known for parameter in built.parameters()):
+        twin = make_task(type(task), spec)
+        built = build_model(twin)
+    if any(id(parameter) in known for parameter in built.parameters()):
+        raise TaskError(
+            "build_model() returned parameters that it has returned before",
+            action="build the model in build_model(), not while the module is imported",
+        )
+    return twin, built
 
 
 def freeze(model: nn.Module, spec: JobSpec) -> str:

@@ -134,7 +134,7 @@ class Trainer:
         self._accumulator.begin_run(work, roots)
         self._summaries.begin(roots)
         self._buffers.begin_run(roots)
-        self._replica.model.train()
+        self._watch.enter_train_mode()
         for shard in work.shards:
             if not self._exchange.agenda.is_current(work):
                 break
@@ -153,7 +153,7 @@ class Trainer:
 
     def _audit(self, work: Work) -> None:
         """Compute one shard for its digest alone: nothing of it is pushed or counted."""
-        self._replica.model.train()
+        self._watch.enter_train_mode()
         for shard in work.shards:
             with self._counters.timer.computing("train"):
                 self._microbatch(work, shard)

@@ -37,11 +37,20 @@ class ModelWatch:
         self._trains = [parameter.requires_grad for parameter in self._parameters]
         steps = [replica.thaws.get(parameter) for parameter in self._parameters]
         self._thaws = [(place, step) for place, step in enumerate(steps) if step is not None]
+        self._modes = [module.training for _, module, _ in self._modules]
         self._note()
+
+    def enter_train_mode(self) -> None:
+        """As the model's own train() does it; every microbatch begins so."""
+        self._replica.model.train()
+        self._modes = [module.training for _, module, _ in self._modules]
 
     def begin(self, version: int) -> None:
         """Have those parameters train that do in the step that starts from `version`, and no others; drop what the last
-        microbatch made of the buffers. Raises ModelChangedError."""
+        microbatch made of the buffers and of the modules' modes. Raises ModelChangedError."""
+        if [module.training for _, module, _ in self._modules] != self._modes:
+            for (_, module, _), mode in zip(self._modules, self._modes, strict=True):
+                module.training = mode
         for place, step in self._thaws:
             if self._trains[place] is not (version >= step):
                 self._trains[place] = version >= step

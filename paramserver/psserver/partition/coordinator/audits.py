@@ -2,7 +2,8 @@
 
 A step is not decided while its audit is pending, so its values are still there for a third trainer when two digests
 differ. Usually nothing waits for that: both trainers send their digest before the summary without which the step is
-not complete. A plan that gives a role to another process ends the audit as unfinished, and so does MAX_WAIT_S."""
+not complete. A plan that gives a role to another process has that one compute the shard again. An audit ends as
+unfinished when digests do not arrive within MAX_WAIT_S."""
 
 from __future__ import annotations
 
@@ -73,16 +74,19 @@ def take(audit: Audit, role: AuditRole, rank: int, digest: LeafDigest) -> Audit:
     return replace(audit, digests={**audit.digests, role: digest})
 
 
-def adopt(audit: Audit, plan: Plan) -> Audit | None:
-    """The audit under a new plan; None: another process owns or audits the shard, so that it cannot be finished."""
+def adopt(audit: Audit, plan: Plan, *, follows: bool) -> Audit:
+    """The audit under a new plan. Who keeps a role does not compute the shard again: its digest counts on. So does that
+    of a former owner, whose gradient is the one that the sums have; unless the plan does not follow the last one known
+    here, so that a third trainer may have been the owner meanwhile."""
     roles = roles_of(plan, audit.shard)
-    if roles is None or (roles.owner, roles.auditor) != (audit.roles.owner, audit.roles.auditor):
-        return None
-    if roles.arbiter == audit.roles.arbiter:
+    if roles is None:  # nobody computes now; the next plan may name somebody
         return audit
-    digests: dict[AuditRole, LeafDigest] = {
-        role: digest for role, digest in audit.digests.items() if role != AuditRole.ARBITER
-    }
+    if follows and AuditRole.OWNER in audit.digests and audit.roles.owner not in (roles.owner, roles.auditor):
+        third = next(
+            (one for one in (roles.owner, roles.arbiter) if one not in (audit.roles.owner, roles.auditor)), None
+        )
+        roles = Roles(audit.roles.owner, roles.auditor, third)
+    digests = {role: digest for role, digest in audit.digests.items() if roles[role] == audit.roles[role]}
     return replace(audit, roles=roles, digests=digests)
 
 
@@ -116,8 +120,9 @@ def judge(audit: Audit) -> Mismatch | None:
 class OpenAudit:
     """The audit of the coordinator's open step, and what is to be reported of those before.
 
-    `pending`: None when the open step is not audited, or its audit has ended. `is_rejected`: a mismatch was found for
-    which the step is never committed; a plan with a restore follows, or the job's end."""
+    `pending`: None when the open step is not audited, its audit has ended, or no trainer has had the shard yet.
+    `is_rejected`: a mismatch was found for which the step is never committed; a plan with a restore follows, or the
+    job's end."""
 
     def __init__(self, spec: JobSpec) -> None:
         self.pending: Audit | None = None
@@ -125,30 +130,30 @@ class OpenAudit:
         self.records: list[AuditRecord] = []
         self._rule = AuditRule(seed=spec.train.seed, share=spec.audit.share, num_shards=spec.train.num_shards)
         self._on_mismatch = spec.audit.on_mismatch
+        self._due: tuple[int, int] | None = None  # step and shard of the audit that has not ended
         self._generation = 0
         self._waits_since_s: float | None = None
 
     @property
     def holds_step(self) -> bool:
         """Whether the open step must not be decided now."""
-        return self.pending is not None or self.is_rejected
+        return self._due is not None or self.is_rejected
 
     def open_step(self, step: int, plan: Plan) -> None:
         """The step that starts from version `step` is open under this plan; nothing of the one before is pending."""
         self._end("unfinished")
-        self._generation, self._waits_since_s = plan.generation, None
         shard = self._rule.shard_of(step) if step < plan.final_step else None
-        roles = roles_of(plan, shard) if shard is not None else None
-        if shard is not None and roles is not None:
-            self.pending = Audit(step=step, shard=shard, roles=roles)
+        self._due = (step, shard) if shard is not None else None
+        self.adopt(plan)
 
     def adopt(self, plan: Plan) -> None:
-        """A new plan without a restore. Under one that was skipped, another trainer may have computed the shard."""
+        """A new plan without a restore: the audit goes on with whom it names."""
         follows, self._generation = plan.generation == self._generation + 1, plan.generation
-        kept = adopt(self.pending, plan) if self.pending is not None and follows else None
-        if kept is None:
-            self._end("unfinished")
-        self.pending = kept
+        self._waits_since_s = None
+        if self.pending is not None:
+            self.pending = adopt(self.pending, plan, follows=follows)
+        elif self._due is not None and (roles := roles_of(plan, self._due[1])) is not None:
+            self.pending = Audit(step=self._due[0], shard=self._due[1], roles=roles)
 
     def take(self, shard: int, role: AuditRole, rank: int, digest: LeafDigest) -> None:
         """A digest of a shard of the open step arrived."""
@@ -157,13 +162,13 @@ class OpenAudit:
 
     def expire(self, now_s: float, *, waits: bool) -> None:
         """Time has passed; `waits`: the step is complete but for its audit. Gives up who has not answered in time."""
-        if self.pending is None or not waits:
+        if self._due is None or not waits:
             return
         if self._waits_since_s is None:
             self._waits_since_s = now_s
         if now_s - self._waits_since_s < MAX_WAIT_S:
             return
-        if self.pending.needs_arbiter:
+        if self.pending is not None and self.pending.needs_arbiter:
             self.pending = replace(self.pending, roles=self.pending.roles._replace(arbiter=None))
         else:
             self._end("unfinished")
@@ -198,11 +203,13 @@ class OpenAudit:
         return records
 
     def _end(self, result: Literal["equal", "differing", "unfinished"]) -> None:
+        due, self._due = self._due, None
         audit, self.pending = self.pending, None
-        if audit is None:
+        if due is None:
             return
-        nodes = dict.fromkeys(role.node_id for role in (audit.roles.owner, audit.roles.auditor))
-        self.records.append(AuditRecord(step=audit.step + 1, result=result, nodes=list(nodes)))
+        roles = audit.roles[:2] if audit is not None else ()
+        nodes = list(dict.fromkeys(role.node_id for role in roles))
+        self.records.append(AuditRecord(step=due[0] + 1, result=result, nodes=nodes))
         del self.records[:-MAX_RECORDS]
 
 

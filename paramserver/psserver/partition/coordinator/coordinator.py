@@ -330,7 +330,7 @@ def step_record(spec: JobSpec, final_step: int, decision: CommitDecision, summar
 
 
 def _non_finite(step: int, summary: Summary) -> Failure:
-    what = "the loss" if not np.isfinite(summary.loss_sum) else "a gradient"
+    what = "the loss" if not np.isfinite(summary.loss_sum) else "a gradient, or a buffer that moved,"
     error = NonFiniteError(f"{what} is not finite in step {step + 1}", details={"step": str(step + 1)})
     return Failure(error=detail_of(error), step=step + 1)
 

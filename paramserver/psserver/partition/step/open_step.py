@@ -98,12 +98,15 @@ class OpenStep:
         return self.summary.offer(node, Entry(summary))
 
     def make_vote(self) -> tuple[dict[int, float], bool]:
-        """What to vote: squares by block, and whether everything is finite. Only when complete."""
+        """What to vote: squares by block, and whether everything that changes is finite. Only when complete."""
         squares = {block: square for found in self._squares.values() for block, square in found.items()}
         finite = all(math.isfinite(square) for square in squares.values())
-        for sums in self.averaged.values():
-            words = sums.root.words
-            finite = finite and (words is None or bool(torch.isfinite(words).all()))
+        touched = [self.summary.root.is_touched(number) for number in range(len(self.state.layout.tensors))]
+        for span in self.state.spans:
+            words = self.averaged[span.bucket].root.words if span.bucket in self.averaged else None
+            if words is not None:  # a mask of -inf that lies beside what moved is no fault
+                moved = runs(self.state.layout, span, self.state.update_counts, touched)
+                finite = finite and all(bool(torch.isfinite(words[run.start : run.stop]).all()) for run in moved)
         return squares, finite
 
     def decide(self, decision: CommitDecision) -> None:

@@ -41,9 +41,14 @@ def load_task(spec: JobSpec, bundle_dir: Path | None) -> Task:
     module = _import(module_name, bundle_dir)
     kind = _find_class(module, class_name)
     _check_args(kind, spec)
+    return make_task(kind, spec)
+
+
+def make_task(kind: type[Task], spec: JobSpec) -> Task:
+    """A task of this class, from seeded generators. Raises TaskError, or DataError when it misses a file."""
     _seed_generators(spec.train.seed)
-    with user_code(f"{class_name}(...)", data=True):
-        task: Task = kind(**spec.task.args)
+    with user_code(f"{kind.__name__}(...)", data=True):
+        task = kind(**spec.task.args)
     task.data_uri = spec.data.uri
     task.seed = spec.train.seed
     return task

@@ -56,6 +56,6 @@ def check_unwritten(before: Mapping[str, Trace], after: Mapping[str, Trace]) -> 
             f"forward or backward writes to the parameter{'s' if len(written) > 1 else ''} {named}",
             action="constrain weights in the task's loss by computing a new tensor, e.g. "
             "torch.nn.functional.normalize(weight), instead of writing to the parameter (as max_norm of nn.Embedding "
-            "does)",
+            "does); keep a moving average of weights in buffers",
         )
     return f"{len(before)} unchanged by forward and backward"

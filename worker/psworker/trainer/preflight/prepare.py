@@ -20,18 +20,18 @@ from pscluster.errors import ImpureError, InternalError, LayoutError
 from pscluster.job.spec import JobSpec
 from pscluster.step.sampling import ShardSampler
 from pscluster.task import MapDataset, Task
-from psworker.model_tensors import check_kinds, is_lazy, parameter_names
+from psworker.model_tensors import check_kinds, check_views, is_lazy, parameter_names
 from psworker.numerics import arithmetic, numerics_class, precision
 from psworker.replica import layout_of
 from psworker.trainer.data.batches import data_fingerprint, preserved_generators, sampler_of
 from psworker.trainer.data.loading import build_model, load_data, load_task
-from psworker.trainer.first_model import settle_model
+from psworker.trainer.first_model import copy_task, settle_model
 from psworker.trainer.preflight.halving import halves_add_up
 from psworker.trainer.preflight.loss import first_loss, first_metrics, smallest_batches
 from psworker.trainer.preflight.methods import check_methods
 from psworker.trainer.preflight.parameters import check_unwritten, traces
-from psworker.trainer.preflight.probe import Probe, preserved_model
-from psworker.trainer.preflight.purity import check_purity
+from psworker.trainer.preflight.probe import Computed, Probe, preserved_model
+from psworker.trainer.preflight.purity import changed_state, check_purity, kept_state
 from psworker.trainer.preflight.table import CheckResult, Table
 
 
@@ -43,6 +43,7 @@ class Preflight:
     fingerprint: str
     numerics_class: str
     numerics_detail: str
+    microbatch_digest: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,33 +105,42 @@ def run_preflight(
             task=task, model=model, train=train, held_out=held_out, spec=spec, device=device,
             sampler=sampler_of(spec, len(train)),
         )  # fmt: skip
-        _check_loss(table, probe)
+        first = _check_loss(table, probe)
         # After the loss, whose forward must not add parameters.
         table.run("layout", lambda: _layout(model, spec, named))
     canary = table.run("canary", lambda: _canary(spec, device))
     table.raise_failures()
-    if fingerprint is None or canary is None:
+    if fingerprint is None or canary is None or first is None:
         raise InternalError("a check that failed left no error")
     return Preflight(
-        checks=tuple(table.checks), fingerprint=fingerprint, numerics_class=canary[0], numerics_detail=canary[1]
+        checks=tuple(table.checks),
+        fingerprint=fingerprint,
+        numerics_class=canary[0],
+        numerics_detail=canary[1],
+        microbatch_digest="" if spec.train.numerics == "mixed" else first.digest,
     )
 
 
-def _check_loss(table: Table, probe: Probe) -> None:
-    """All that computes. What the first microbatch shows to be wrong is not tried with others."""
+def _check_loss(table: Table, probe: Probe) -> Computed | None:
+    """All that computes; the first microbatch. What that shows to be wrong is not tried with others."""
+    untouched = copy_task(probe.task)
     before = traces(probe.model)
     first = table.run("loss", lambda: first_loss(probe))
+    kept = kept_state(probe.task, probe.model)
     evaluated = table.run("metrics", lambda: first_metrics(probe)) if first is not None else None
     steady = table.run("parameters", lambda: (True, check_unwritten(before, traces(probe.model))))
     if first is None or not steady:  # else all that follows would be computed with other parameters
-        return
+        return None
     table.run("smallest", lambda: smallest_batches(probe, evaluated))
     accepted = (ImpureError,) if probe.spec.train.numerics == "mixed" else ()
-    pure = table.run("purity", lambda: check_purity(probe, first, evaluated), accepted=accepted)
+    pure = table.run("purity", lambda: check_purity(probe, untouched, first, evaluated), accepted=accepted)
+    if pure and (warning := changed_state(kept, kept_state(probe.task, probe.model))):
+        table.warn("state", warning)
     if pure or accepted:
         table.run("halving", lambda: halves_add_up(probe, first.samples, is_pure=bool(pure)))
     else:
         table.skip("halving", "the task is not pure")
+    return first
 
 
 def _imports(spec: JobSpec, bundle_dir: Path | None) -> tuple[Task, str]:
@@ -185,6 +195,7 @@ def _layout(model: nn.Module, spec: JobSpec, named: Set[str]) -> tuple[None, str
             f"forward {'adds' if name in now else 'removes'} the parameter {name}",
             action="give the module all its parameters in its constructor, or use one of torch's lazy modules",
         )
+    check_views(model)
     layout = layout_of(model, spec.train.optimizer, spec.train.unfreeze_at)
     buckets = len(layout.buckets)
     sizes = f"{len(layout.tensors)} tensors in {buckets} bucket{'s' if buckets > 1 else ''}"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -48,6 +49,12 @@ class Computed:
     weight: float = math.nan
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def digest(self) -> str:
+        """Hex digest of the results: equal where loss, weight and gradients have equal bits."""
+        text = "\n".join(f"{leaf.path} {leaf.kind} {leaf.checksum}" for leaf in self.results)
+        return blake2b(text.encode(), digest_size=16, person=b"ps-microbatch").hexdigest()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
@@ -80,6 +87,14 @@ class Probe:
         value = float(loss_sum.detach())
         results = [*leaves_of(value, "the loss"), *leaves_of(weight, "the weight"), *gradients]
         return recorder.computed(results, loss_sum=value, weight=weight)
+
+    def other_microbatch(self) -> tuple[int, int] | None:
+        """(step, shard) of another microbatch than the first; None: the job has none."""
+        train, sampler = self.spec.train, self.sampler
+        final_step = sampler.final_step(train.max_steps, train.epochs)
+        places = [(0, 1)] if train.num_shards > 1 else []
+        places += [(1, 0)] if final_step > 1 else []
+        return next((place for place in places if sampler.indices(*place)), None)
 
     def held_out_batch(self, number: int) -> Computed:
         """The statistics of one held-out batch, in eval mode. There must be one. Raises as evaluation does."""
