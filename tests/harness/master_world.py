@@ -89,6 +89,7 @@ def full_job() -> Job:
     partition = replace(trainer, kind=ProcessKind.PARTITION, shards=(), device="", addresses=("unix:/x", "tcp:h:1"))
     standby = replace(partition, node_id="s2", standby=True, synced=True, attempt=3)
     error = ErrorInfo(code="PS-2001", cause="c", action="a", details=(("k", "v"),))
+    vouched = VouchedNode(node_id="w", step=29, alone=True)
     return Job(
         job_id="job-aaaaaa",
         name="job",
@@ -137,9 +138,7 @@ def full_job() -> Job:
         traceback="Traceback",
         saving=True,
         held=20,
-        audits=Audits(
-            equal=3, differing=1, unfinished=2, vouched=(VouchedNode(node_id="w", step=29, alone=True),), step=30
-        ),
+        audits=Audits(equal=3, differing=1, unfinished=2, vouched=(vouched,), step=30),
         mismatch=AuditMismatch(generation=7, step=31, node_id="w", error=error),
         going_back=True,
         parameters_sha256="f00d",

@@ -105,7 +105,7 @@ class OpenStep:
         for span in self.state.spans:
             words = self.averaged[span.bucket].root.words if span.bucket in self.averaged else None
             if words is not None:  # a mask of -inf that lies beside what moved is no fault
-                moved = runs(self.state.layout, span, self.state.update_counts, touched)
+                moved = runs(self.state.layout, span, self.state.update_counts, touched, self._groups)
                 finite = finite and all(bool(torch.isfinite(words[run.start : run.stop]).all()) for run in moved)
         return squares, finite
 
