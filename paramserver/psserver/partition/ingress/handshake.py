@@ -58,8 +58,6 @@ def _fits_plan(partition: Partition, client: Client, plan: Plan, header: Header,
         )
     if header.sender >= len(plan.partitions):
         raise FrameError(f"partition {header.sender} of {len(plan.partitions)}", details={"field": "sender"})
-    if channel == "vote" and header.sender == partition.index:
-        raise FrameError("a vote in the name of the coordinator itself", details={"field": "sender"})
     known = plan.partitions[header.sender].attempt
     if known and hello.attempt != known:
         if hello.attempt < known:
