@@ -9,6 +9,7 @@ import asyncio
 import ipaddress
 import socket
 import time
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import Any
 
 import grpc
 import psutil
-from grpc_health.v1 import health_pb2_grpc
 
 from pscluster import rpc
 from pscluster.errors import AddressInUseError, SettingsError
@@ -29,10 +29,6 @@ from pscluster.rpc.server import (
 )
 from pscluster.security.credentials import CredentialSource
 from pscluster.telemetry import split_address
-from pscluster.v1 import access_pb2_grpc, agents_pb2_grpc, jobs_pb2_grpc
-from psmaster.api.access import AccessService
-from psmaster.api.agents import AgentsService
-from psmaster.api.jobs import JobsService
 from psmaster.api.join import JoinEndpoint
 from psmaster.control.loop import ControlLoop
 from psmaster.control.security import Addresses, ClusterSecurity
@@ -106,13 +102,11 @@ class Listening:
             joins = _take_joins(stack, JoinEndpoint(core, source), reached[0], join_listen)
             self.addresses = replace(self.addresses, master=_named(*reached[0])[0], joins=joins)
 
-    async def serve(self, jobs: JobsService, agents: AgentsService, access: AccessService, health: Any) -> None:
-        """Answer calls from now on."""
+    async def serve(self, *services: Callable[[grpc.aio.Server], None]) -> None:
+        """Answer calls from now on. `services`: each adds one to a server."""
         for server in self._servers:
-            jobs_pb2_grpc.add_JobsServicer_to_server(jobs, server)  # type: ignore[no-untyped-call]
-            agents_pb2_grpc.add_AgentsServicer_to_server(agents, server)  # type: ignore[no-untyped-call]
-            access_pb2_grpc.add_AccessServicer_to_server(access, server)  # type: ignore[no-untyped-call]
-            health_pb2_grpc.add_HealthServicer_to_server(health, server)  # type: ignore[no-untyped-call]
+            for add_to in services:
+                add_to(server)
             await server.start()
             self._stack.push_async_callback(server.stop, STOP_GRACE_S)
 

@@ -11,17 +11,19 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import structlog
-from grpc_health.v1 import health_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined]
 
 from pscluster import rpc, telemetry
 from pscluster.errors import StorageError
 from pscluster.security.credentials import write_private
 from pscluster.settings import token_file
+from pscluster.v1 import access_pb2_grpc, agents_pb2_grpc, jobs_pb2_grpc
 from psmaster.api.access import AccessService
 from psmaster.api.agents import AgentsService
 from psmaster.api.jobs import JobsService
@@ -104,7 +106,12 @@ async def assembled(settings: MasterSettings) -> AsyncIterator[tuple[ControlLoop
         listening = Listening(stack, core, token, settings.listen, settings.join_listen)
         addresses = listening.addresses
         jobs = JobsService(core, shelf, endpoint.address, addresses)
-        await listening.serve(jobs, AgentsService(core, shelf), AccessService(core, addresses), health)
+        await listening.serve(
+            partial(jobs_pb2_grpc.add_JobsServicer_to_server, jobs),
+            partial(agents_pb2_grpc.add_AgentsServicer_to_server, AgentsService(core, shelf)),
+            partial(access_pb2_grpc.add_AccessServicer_to_server, AccessService(core, addresses)),
+            partial(health_pb2_grpc.add_HealthServicer_to_server, health),
+        )
         _log.info(
             "serves",
             listen=list(addresses.listening),

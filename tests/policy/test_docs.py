@@ -20,6 +20,7 @@ import pscluster.telemetry  # noqa: F401 - registers every daemon's
 from pscluster import errors
 from pscluster.cli.main import psctl
 from pscluster.job.spec import JobSpec, load_spec
+from psmaster.api.join import JOINS
 from psmaster.api.metrics import MasterMetrics
 from psmaster.control.loop import clock
 from psmaster.model.state import State
@@ -172,7 +173,7 @@ def exported() -> dict[str, str]:
     core: Any = SimpleNamespace(state=State(), limits=Limits(), now=clock, listeners=[])
     registry = CollectorRegistry()
     MasterMetrics(core, registry)
-    families = [*registry.collect(), *REGISTRY.collect()]
+    families = [*registry.collect(), *JOINS.collect(), *REGISTRY.collect()]
     found = {
         family.name + ("_total" if family.type == "counter" else ""): family.type
         for family in families

@@ -19,7 +19,7 @@ import ssl
 from typing import Any
 
 import structlog
-from prometheus_client import REGISTRY, CollectorRegistry, Counter
+from prometheus_client import Counter
 
 from pscluster.errors import AddressInUseError, AuthError, CallerError, InternalError, PsError, VersionSkewError
 from pscluster.rpc import PROTOCOL
@@ -35,20 +35,19 @@ MAX_LINE_BYTES = 64 * 1024
 REFUSAL_DELAY_S = 1.0  # before a wrong secret is answered: guesses are slow, and seen in the metrics
 _BACKLOG = 128
 _ACCEPT_PAUSE_S = 0.1  # after a failed accept: out of descriptors, most likely
+JOINS = Counter("ps_joins_total", "Attempts to become a member.", ["result"])
+for _result in ("joined", "refused", "broken"):
+    JOINS.labels(result=_result)
 _log = structlog.get_logger(__name__)
 
 
 class JoinEndpoint:
     """Belongs to one event loop. `close` ends everything that it started."""
 
-    def __init__(self, core: ControlLoop, source: CredentialSource, metrics: CollectorRegistry = REGISTRY) -> None:
+    def __init__(self, core: ControlLoop, source: CredentialSource) -> None:
         self._core = core
         self._source = source
         self._context: tuple[Credentials, ssl.SSLContext] | None = None
-        self._registry = metrics
-        self._joins = Counter("ps_joins_total", "Attempts to join.", ["result"], registry=metrics)
-        for result in ("joined", "refused", "broken"):
-            self._joins.labels(result=result)
         self._connections: dict[asyncio.Task[None], str] = {}  # by task the peer's host; the oldest first
         self._accepting: asyncio.Task[None] | None = None
         self._listener: socket.socket | None = None
@@ -80,7 +79,6 @@ class JoinEndpoint:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
-            self._registry.unregister(self._joins)
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -120,7 +118,7 @@ class JoinEndpoint:
                 writer.close()
                 await writer.wait_closed()
         except (OSError, TimeoutError, ValueError, asyncio.CancelledError) as error:
-            self._joins.labels(result="broken").inc()
+            JOINS.labels(result="broken").inc()
             _log.debug("a connection to the join endpoint broke", host=host, cause=repr(error))
         finally:
             if writer is None:
@@ -151,7 +149,7 @@ class JoinEndpoint:
                 return {"authority_pem": self._source.get().authority_pem.decode()}
             answer = await self._join(request)
         except PsError as error:
-            self._joins.labels(result="refused").inc()
+            JOINS.labels(result="refused").inc()
             _log.warning("a join was refused", host=host, code=error.code, cause=error.cause)
             if isinstance(error, AuthError):
                 await asyncio.sleep(REFUSAL_DELAY_S)
@@ -159,7 +157,7 @@ class JoinEndpoint:
         except Exception as error:
             _log.exception("a join failed")
             return {"error": InternalError(f"the join failed: {type(error).__name__}").to_dict()}
-        self._joins.labels(result="joined").inc()
+        JOINS.labels(result="joined").inc()
         _log.info("a member joined", host=host, name=request["name"])
         return answer
 

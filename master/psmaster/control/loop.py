@@ -19,8 +19,7 @@ from typing import Any, TypeVar
 import structlog
 
 from pscluster.errors import PsError, StorageError, UnreachableError
-from psmaster.control.agent_stream import AgentStream
-from psmaster.control.assignments import assignment_of
+from psmaster.control.agent_stream import AgentStream, assignment_of
 from psmaster.control.security import NO_CERTIFICATES, ClusterSecurity
 from psmaster.control.transaction import Transaction
 from psmaster.model.job import ErrorInfo, Event, Instant, JobWarning

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pscluster.errors import PsError, StorageError
+from pscluster.rpc.access import CALLER, LOCAL
 from pscluster.v1.agents_pb2 import AgentMessage, RegisterRequest
 from psmaster.api import proto
 from psmaster.api.agents import AgentsService
@@ -45,6 +46,7 @@ class Master:
         self.core = SimulatedLoop(sim.disk.archive(), LIMITS, self.now)
         self.core.master = self
         self.service = AgentsService(self.core, None)  # type: ignore[arg-type]
+        CALLER.set(LOCAL)
         self._streams: dict[AgentStream, End] = {}
         self._is_busy = False  # a transaction is on its way to the disk
         self._is_awake = False  # one is due

@@ -15,9 +15,12 @@ from typing import Any
 import pytest
 
 from pscluster.errors import NotFoundError, StateError
+from pscluster.rpc.access import CALLER
+from pscluster.rpc.access import LOCAL as LOCAL_CALLER
 from pscluster.v1 import jobs_pb2
 from psmaster.api.jobs import JobsService
 from psmaster.control.loop import ControlLoop
+from psmaster.control.security import Addresses
 from psmaster.model.job import Instant, Job, JobState
 from psmaster.model.plan import Part
 from psmaster.model.state import MAX_DELETED_SENT, NODE_WAIT_S, Deletion, newest_deleted
@@ -79,7 +82,8 @@ def test_a_job_submitted_while_its_bundle_goes_has_it_or_is_refused(
 
     async def test(client: Client, core: ControlLoop) -> None:
         shelf = BundleShelf(site.state_dir / "bundles")
-        service = JobsService(core, shelf, "")
+        service = JobsService(core, shelf, "", Addresses())
+        CALLER.set(LOCAL_CALLER)
         await upload(client)
         deleting = asyncio.create_task(service.Delete(jobs_pb2.GetRequest(job=await submit(client)), None))
         assert await asyncio.to_thread(removing.wait, DEADLINE_S)
