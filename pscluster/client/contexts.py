@@ -187,9 +187,9 @@ def resolve_client(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Reso
 
 
 def register_local(state_dir: Path, environ: Mapping[str, str]) -> None:
-    """Write the context of the local cluster, if `state_dir` is the default one: another is selected by its path.
-    Raises SettingsError, StorageError."""
-    if state_dir == default_state_dir(environ):
+    """Write the context of the local cluster, if `state_dir` is the user's own default: a cluster elsewhere, which
+    --state-dir or PS_STATE_DIR names, is selected by its path. Raises SettingsError, StorageError."""
+    if state_dir == default_state_dir({name: value for name, value in environ.items() if name != "PS_STATE_DIR"}):
         ContextFile.of(environ).replace(Context(name=LOCAL, state_dir=state_dir))
 
 

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import socket
+from typing import TYPE_CHECKING
 
 from pscluster.errors import AuthError
 from pscluster.reachability import because, unreachable
 from pscluster.rpc import Access
 from pscluster.security.identity import Role
 
+if TYPE_CHECKING:  # loads cryptography
+    from pscluster.security.credentials import Credentials
+
 _DEADLINE_S = 3.0
 
 
-def probe(address: str, access: Access, server: Role, what: str, deadline_s: float = _DEADLINE_S) -> None:
+def probe(address: str, access: Access | None, server: Role, what: str, deadline_s: float = _DEADLINE_S) -> None:
     """Connect to "host:port" or "unix:/path" and, with a certificate, do the TLS handshake as gRPC does; send nothing.
+    Without `access` the connection is all that is tried.
     Returns when `what`, a `server` of the cluster, is reached. Blocks up to `deadline_s` for each step. Raises
     UnreachableError with details["reason"], AuthError when another member answers."""
     try:
         with _connected(address, deadline_s) as plain:
-            if access.source is not None and not address.startswith("unix:"):
-                _shake_hands(plain, address, access, server, what)
+            if access is not None and access.source is not None and not address.startswith("unix:"):
+                _shake_hands(plain, address, access.source.get(), server, what)
     except OSError as error:
         raise unreachable(error, what, address) from None
 
@@ -38,12 +43,10 @@ def _connected(address: str, deadline_s: float) -> socket.socket:
     return socket.create_connection((host.strip("[]"), int(port)), deadline_s)
 
 
-def _shake_hands(plain: socket.socket, address: str, access: Access, server: Role, what: str) -> None:
+def _shake_hands(plain: socket.socket, address: str, own: Credentials, server: Role, what: str) -> None:
     from pscluster.security.tls import client_context, identity_of
 
-    if access.source is None:
-        return
-    context = client_context(access.source.get())
+    context = client_context(own)
     context.set_alpn_protocols(["h2"])
     with context.wrap_socket(plain) as tls:
         found = identity_of(tls)

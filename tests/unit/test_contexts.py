@@ -172,11 +172,12 @@ def test_local_exists_without_being_written(file: ContextFile) -> None:
 
 
 def test_only_the_default_state_directory_is_registered(file: ContextFile, tmp_path: Path) -> None:
-    environ = environ_of(file, PS_STATE_DIR=str(tmp_path / "state"))
+    state = tmp_path / "state" / "pscluster"
+    environ = environ_of(file, XDG_STATE_HOME=str(tmp_path / "state"), PS_STATE_DIR=str(tmp_path / "other"))
     register_local(tmp_path / "other", environ)
     assert not file.path.exists()
-    register_local(tmp_path / "state", environ)
+    register_local(state, environ)
     written = file.path.stat().st_mtime_ns
-    register_local(tmp_path / "state", environ)
-    assert file.read().by_name == {"local": Context(name="local", state_dir=tmp_path / "state")}
+    register_local(state, environ)
+    assert file.read().by_name == {"local": Context(name="local", state_dir=state)}
     assert file.path.stat().st_mtime_ns == written

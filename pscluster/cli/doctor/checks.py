@@ -142,7 +142,7 @@ def heartbeats(facts: Facts) -> Iterator[Finding]:
             action="look at its log there and restart it, or remove it: psctl drain " + node.node_id,
         )  # fmt: skip
     if not silent:
-        yield Finding(check="nodes", level="ok", text=f"{_nodes(facts.nodes)} send heartbeats")
+        yield Finding(check="nodes", level="ok", text=f"heartbeats come from {_nodes(facts.nodes)}")
 
 
 def addresses(facts: Facts) -> Iterator[Finding]:
@@ -191,10 +191,10 @@ def certificates(facts: Facts) -> Iterator[Finding]:
 
 
 def isolation(facts: Facts) -> Iterator[Finding]:
-    """Whether user code can read the key of its node; there is none in a cluster without certificates."""
+    """Whether user code can read its node's key. Servers run no user code; without certificates there are no keys."""
     if facts.health is None or not facts.health.secured:
         return
-    for mode, nodes in _by(facts.nodes, "isolation").items():
+    for mode, nodes in _by([node for node in facts.nodes if node.role == "worker"], "isolation").items():
         named = ", ".join(node.node_id for node in nodes)
         if mode in _ISOLATED:
             yield Finding(check="isolation", level="ok", text=f"{named}: {_ISOLATED[mode]}")
@@ -217,7 +217,7 @@ def devices(facts: Facts) -> Iterator[Finding]:
         if node.devices:
             yield Finding(check="devices", level="ok", text=f"{node.node_id}: {', '.join(node.devices)}")
     if workers and not any(node.devices for node in workers):
-        yield Finding(check="devices", level="ok", text=f"{_nodes(workers)} compute on CPUs")
+        yield Finding(check="devices", level="ok", text=f"no worker of {len(workers)} has a GPU: they compute on CPUs")
 
 
 def disks(facts: Facts) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pscluster
 from pscluster.agent.resources import visible_devices
@@ -19,9 +19,11 @@ from pscluster.client import Cluster
 from pscluster.client.credentials import access_to
 from pscluster.client.reach import probe
 from pscluster.errors import AuthError, PsError
-from pscluster.rpc import Access
 from pscluster.security.identity import Role
 from pscluster.settings import LocatedCluster, client_config_file
+
+if TYPE_CHECKING:
+    from pscluster.rpc import Access
 
 _DIALLERS = 16
 _RENEWAL = 2 / 3  # of a certificate's life; see Credentials.renew_at_s
@@ -78,13 +80,13 @@ def _newest(cluster: Cluster) -> list[Any]:
 
 def _dial(depots: list[tuple[str, str]], access: Access, joins: tuple[str, ...]) -> tuple[Dialled, ...]:
     """Each depot as a client of it, each join endpoint by TCP alone, at once."""
-    asked = [(what, address, access, Role.SERVER) for what, address in depots]
-    asked += [("the join endpoint", address, Access(), Role.MASTER) for address in joins]
+    asked: list[tuple[str, str, Access | None, Role]] = [(*depot, access, Role.SERVER) for depot in depots]
+    asked += [("the join endpoint", address, None, Role.MASTER) for address in joins]
     with ThreadPoolExecutor(_DIALLERS) as threads:
         return tuple(threads.map(lambda one: _dial_one(*one), asked))
 
 
-def _dial_one(what: str, address: str, access: Access, server: Role) -> Dialled:
+def _dial_one(what: str, address: str, access: Access | None, server: Role) -> Dialled:
     try:
         probe(address, access, server, what)
     except PsError as error:

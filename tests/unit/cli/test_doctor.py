@@ -90,7 +90,12 @@ def test_certificates() -> None:
 
 
 def test_isolation() -> None:
-    nodes = (node(), node("worker-1", isolation="none"), node("worker-2", isolation=""))
+    nodes = (
+        node(),
+        node("worker-1", isolation="none"),
+        node("worker-2", isolation=""),
+        node("server-0", "server", isolation=""),
+    )
     assert levels(checks.isolation, nodes=nodes) == ["ok", "warn", "warn"]
     assert levels(checks.isolation, nodes=nodes, health=replace(HEALTH, secured=False)) == []
 
