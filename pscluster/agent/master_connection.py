@@ -33,6 +33,10 @@ from pscluster.wire.backoff import delay_s
 SILENCE_S = 6.0
 """The master answers every heartbeat. Without a message from it for this long the stream is reopened: on a network that
 carries only the agent's messages, the node would get no assignments while the master considers it connected."""
+_JOIN_AGAIN = (
+    "to let this node back in, remove `identity` in its state directory, and start it with --join and a new token "
+    "(psctl token create)"
+)
 _log = structlog.get_logger(__name__)
 
 
@@ -82,6 +86,7 @@ class MasterConnection:
             except grpc.RpcError as failure:
                 error = error_of(failure, address=self._address)
                 if isinstance(error, AuthError) and error.details.get("reason") == "revoked":
+                    error.action = _JOIN_AGAIN
                     raise error from None
                 self._log_outage(error)
             except (UnreachableError, SettingsError) as error:

@@ -173,14 +173,14 @@ class FakeMaster(AgentsServicer):
 class SecuredMaster(FakeMaster, AccessServicer):
     """The same over TLS, for members; it renews certificates, for `lifetime_s`, unless there is a `renewal_error`."""
 
-    def __init__(self, played: PlayedAuthority) -> None:
+    def __init__(self, played: PlayedAuthority, renewal_error: Exception | None) -> None:
         super().__init__("127.0.0.1:0")
         self.played = played
         self.revocations = Revocations()
         self.renewals: list[str] = []
         self.callers: list[Caller] = []
         self.lifetime_s = 3600.0
-        self.renewal_error: Exception | None = None
+        self.renewal_error = renewal_error
         self._source = CredentialSource(played.member(Role.MASTER, "master"))
 
     async def Register(self, request: pb.RegisterRequest, context: Any) -> pb.RegisterReply:  # noqa: N802 - the contract's name
@@ -306,6 +306,7 @@ class SecuredBench(Bench):
         self.played = PlayedAuthority(directory / "certs")
         self.identity = self.state_dir / "identity"
         self.overrides: dict[str, Any] = {}
+        self.renewal_error: Exception | None = None
 
     def settings(self, master: FakeMaster) -> AgentSettings:
         return AgentSettings(
@@ -313,7 +314,7 @@ class SecuredBench(Bench):
         )
 
     def master(self) -> SecuredMaster:
-        return SecuredMaster(self.played)
+        return SecuredMaster(self.played, self.renewal_error)
 
 
 @pytest.fixture

@@ -31,8 +31,9 @@ def run(bench: Any, isolation: str, body: Body, runs_user_code: bool = True) -> 
     """Run `body(master, agent)` beside an agent process that has a key."""
     identity = bench.state_dir / "identity"
     identity.mkdir(parents=True, mode=0o700)
-    (identity / "key.pem").write_text("the secret key")
-    (identity / "key.pem").chmod(0o600)
+    # The key of a join that was begun: with it alone an agent is no member yet, and takes the token.
+    (identity / "request.pem").write_text("the secret key")
+    (identity / "request.pem").chmod(0o600)
 
     async def everything() -> None:
         master = bench.master()
@@ -59,7 +60,7 @@ def run(bench: Any, isolation: str, body: Body, runs_user_code: bool = True) -> 
 async def spied(bench: Any, master: Any) -> Mapping[str, Any]:
     """What a trainer reported that tried to read the key."""
     spec = bench.trainer("trainer-0", "spy")
-    spec.spec_json = json.dumps({"mode": "spy", "key": str(bench.state_dir / "identity/key.pem")})
+    spec.spec_json = json.dumps({"mode": "spy", "key": str(bench.state_dir / "identity/request.pem")})
     await master.assign(spec)
     lines = await master.until(lambda: [line for line in master.lines() if line.startswith("spied ")])
     found: Mapping[str, Any] = json.loads(lines[0].removeprefix("spied "))

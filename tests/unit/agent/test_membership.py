@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from harness.played_authority import CLUSTER, PlayedAuthority, PlayedJoinEndpoint
 from pscluster.agent import membership
 from pscluster.agent.daemon import AgentSettings
+from pscluster.agent.master_connection import MasterConnection
 from pscluster.agent.membership import Membership, become_member, default_node_id, must_join, read_join_token, wait_s
-from pscluster.errors import AuthError, PsError, SettingsError
-from pscluster.security.credentials import Credentials
+from pscluster.errors import AuthError, PsError, SettingsError, StorageError
+from pscluster.rpc import Access
+from pscluster.security.credentials import Credentials, CredentialSource
 from pscluster.security.identity import Role
 
 MASTER = "master.example:7070"
+UNUSED: Any = (None, None)  # the registration and the address of a connection that is not opened
 
 
 @pytest.fixture
@@ -205,32 +209,57 @@ def save(secured: Any, lifetime_s: float) -> Credentials:
     return held
 
 
-def test_a_certificate_is_renewed_stored_and_used_for_a_new_stream(secured: Any) -> None:
-    first = save(secured, 2.0)
+def due_at_once(first: Credentials, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have one certificate be renewed now, and others when they should be."""
+    usual = Credentials.renew_at_s.fget
+    assert usual is not None
+    due = property(lambda held: 0.0 if held.serial == first.serial else usual(held))
+    monkeypatch.setattr(Credentials, "renew_at_s", due)
+
+
+def test_a_certificate_is_renewed_stored_and_used_for_a_new_stream(
+    secured: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = save(secured, 3600.0)
+    due_at_once(first, monkeypatch)
     shown: list[str] = []
 
     async def body(master: Any) -> None:
-        await master.until(lambda: master.renewals and len(master.hellos) > 1)
+        await master.until(lambda: master.renewals and master.callers and master.callers[-1].serial != first.serial)
         assert master.renewals == [first.serial]
         shown.extend(caller.serial for caller in master.callers)
         assert membership.CERTIFICATE_EXPIRES._value.get() == pytest.approx(time.time() + 3600, abs=60)
 
     secured.run(body)
     stored = Credentials.load(secured.identity)
-    assert shown == [first.serial, stored.serial]
+    assert shown[-1] == stored.serial
     assert stored.key_pem != first.key_pem
 
 
-def test_a_failed_renewal_is_repeated(secured: Any) -> None:
-    save(secured, 6.0)
+def test_a_failed_renewal_is_repeated(secured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = save(secured, 3600.0)
+    due_at_once(first, monkeypatch)
 
     async def body(master: Any) -> None:
-        master.renewal_error = RuntimeError("the disk is full")
         await master.until(lambda: len(master.renewals) > 1)
         master.renewal_error = None
-        await master.until(lambda: len(master.hellos) > 1)
+        await master.until(lambda: master.callers and master.callers[-1].serial != first.serial)
 
-    secured.run(body)
+    secured.renewal_error = StorageError("the disk is full")
+    with capture_logs() as lines:
+        secured.run(body)
+    assert [line["code"] for line in lines if line["event"] == "cannot renew the certificate"][:1] == ["PS-4002"]
+
+
+def test_a_stream_does_not_outlive_its_certificate(secured: Any) -> None:
+    """Also when it cannot be renewed: the clock decides, not the next failure."""
+    used, expired = (secured.played.member(Role.WORKER, "w", lifetime_s) for lifetime_s in (60.0, -1.0))
+    source = CredentialSource(used)
+    master = MasterConnection("127.0.0.1:1", Access(source=source), *UNUSED)
+    assert not master._is_outdated(used)
+    assert master._is_outdated(expired), "another one is in use by now"
+    source.replace(expired)
+    assert master._is_outdated(expired)
 
 
 def test_an_agent_whose_certificate_expires_ends_with_the_reason(secured: Any) -> None:
