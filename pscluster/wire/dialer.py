@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from pscluster.errors import FrameError, PsError
+from pscluster.errors import AuthError, FrameError, PsError
 from pscluster.wire.backoff import delay_s
 from pscluster.wire.connection import Connection
 from pscluster.wire.frame import MAX_SMALL_BYTES, FrameKind, Header
@@ -72,6 +72,7 @@ class ReconnectingConnection:
         self._dials = 0  # only the newest one counts
         self._failures = 0
         self._unreached_since_s: float | None = None  # monotonic; None: there is a connection, or none is wanted
+        self._refused_since_s: float | None = None  # the same, before the pending connection
 
     def follow(self, addresses: list[str], peer: str = "") -> None:
         """Connect to the process `peer` at these addresses from now on. A connection to others is closed; nothing that
@@ -115,7 +116,7 @@ class ReconnectingConnection:
             self._retry()
         else:
             self._pending = connection
-            self._unreached_since_s = None
+            self._refused_since_s, self._unreached_since_s = self._unreached_since_s, None
             header, hello = self._make_hello(connection)
             connection.send(header, [hello.pack()])
 
@@ -146,8 +147,11 @@ class ReconnectingConnection:
 
     def closed(self, connection: Connection, error: PsError | None) -> None:
         if connection is self.connection or connection is self._pending:
-            self._pending = self.connection = None
-            self._unreached_since_s, self.failure = time.monotonic(), error
+            # A client of TLS learns only after its handshake that its certificate is refused: no connection was taken.
+            is_refused = connection is self._pending and isinstance(error, AuthError)
+            since_s = self._refused_since_s if is_refused else None
+            self._unreached_since_s = since_s if since_s is not None else time.monotonic()
+            self._pending, self.connection, self.failure = None, None, error
             self._retry()
             self._receiver.lost(error)
 

@@ -10,7 +10,7 @@ import pytest
 
 import pscluster.wire.dialer
 from harness.played import Network, PlayedConnection, job_header
-from pscluster.errors import FrameError, PsError
+from pscluster.errors import AuthError, FrameError, PsError
 from pscluster.wire.dialer import ReconnectingConnection
 from pscluster.wire.frame import MAX_SMALL_BYTES, FrameKind, Header
 from pscluster.wire.protocol import Hello
@@ -183,6 +183,21 @@ def test_it_is_known_for_how_long_nothing_took_a_connection(network: Network, th
     assert here.welcomes == 1 and here.line.unreached_s(far_s) == 0
     there.callers[0].close()
     assert here.line.unreached_s(far_s) > 0
+
+
+def test_a_connection_that_ends_because_of_its_certificate_was_not_taken(
+    network: Network, there: Listening, here: Dialing
+) -> None:
+    here.line.follow(["tcp:a"])
+    since_s = here.line._unreached_since_s
+    for _ in range(3):
+        network.posted.popleft()()
+        assert here.line._pending is not None
+        here.line._pending.close(AuthError("refused"))
+        network.fire_timers()
+
+    assert since_s is not None and here.line._unreached_since_s == since_s
+    assert here.line.failure is not None and here.line.failure.code == "PS-1005" and there.callers == []
 
 
 def test_waits_grow_from_failure_to_failure_and_begin_anew_after_a_welcome(
