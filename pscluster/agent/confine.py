@@ -197,6 +197,17 @@ def protect_memory() -> None:
     _prctl(_PR_SET_DUMPABLE, 0)
 
 
+def conceal_argument(secret: str) -> None:
+    """Overwrite a secret in this process's command line, which every user of the host can read while it runs."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    start, end = (int(field) for field in fields[45:47])  # arg_start, arg_end: see proc(5)
+    shown = ctypes.string_at(start, end - start) if start else b""
+    at = shown.find(secret.encode())
+    while secret and at >= 0:
+        ctypes.memset(start + at, ord("x"), len(secret.encode()))
+        at = shown.find(secret.encode(), at + 1)
+
+
 def _prctl(option: int, value: int) -> None:
     zero = ctypes.c_ulong(0)
     _call("prctl", option, ctypes.c_ulong(value), zero, zero, zero)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from pscluster.agent.cache import DEFAULT_BYTES
+from pscluster.agent.confine import conceal_argument
 from pscluster.agent.isolation import AUTO, CHOICES
 from pscluster.errors import InternalError, PsError
 
@@ -87,6 +88,8 @@ def run(role: AgentRole, argv: Sequence[str]) -> int:
     """Run the agent that `argv` describes, on the main thread; returns the exit code. An error that keeps it from
     starting is printed on stderr, in one line."""
     arguments = vars(parse(role, argv))
+    if arguments["join"]:
+        conceal_argument(arguments["join"])
     # Read when grpc is imported: its core logs every broken connection, which we do ourselves.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:

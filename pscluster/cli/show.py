@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _JOB_COLUMNS = ("NAME", "STATE", "STEP", "LOSS", "AGE")
 _JOB_COLUMNS_WIDE = (*_JOB_COLUMNS, "WORKERS", "SAMPLES/S", "GENERATION", "NUMERICS", "REASON")
 _NODE_COLUMNS = ("NAME", "ROLE", "READY", "USED", "LAST-BEAT", "VERSION")
-_NODE_COLUMNS_WIDE = (*_NODE_COLUMNS, "HOST", "CORES", "MEMORY", "DEVICES", "METRICS", "INCARNATION")
+_NODE_COLUMNS_WIDE = (*_NODE_COLUMNS, "HOST", "CORES", "MEMORY", "DEVICES", "ISOLATION", "METRICS", "INCARNATION")
 
 
 @click.command("list", cls=Verb)
@@ -128,7 +128,7 @@ def nodes_table(found: list[Node], wide: bool, now_s: float) -> str:
         if wide:
             devices = ",".join(node.devices) or "cpu"
             memory = fmt.size(node.memory_bytes)
-            row += [node.hostname, str(node.cpu_cores), memory, devices, node.metrics_address]
+            row += [node.hostname, str(node.cpu_cores), memory, devices, node.isolation or "-", node.metrics_address]
             row.append(node.incarnation[:8])
         rows.append(row)
     return fmt.table(_NODE_COLUMNS_WIDE if wide else _NODE_COLUMNS, rows)

@@ -255,7 +255,7 @@ def read_spec_file(path: Path) -> dict[str, Any]:
         raise SpecError(f"cannot read {path}: {error}") from None
     try:
         data = tomllib.loads(text) if path.suffix == ".toml" else _Loader.read(text)
-    except (yaml.YAMLError, tomllib.TOMLDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of tomllib, also for numbers of many digits
         raise SpecError(f"{path} does not parse: {error}") from None
     if not isinstance(data, dict):
         raise SpecError(f"{path} holds no mapping at its top")
@@ -268,11 +268,15 @@ class _Loader(yaml.SafeLoader):
     @classmethod
     def read(cls, text: str) -> Any:
         """The one document in `text`. Raises yaml.YAMLError."""
-        loader = cls(text)
         try:
-            return loader.get_single_data()
-        finally:
-            loader.dispose()
+            loader = cls(text)
+            try:
+                return loader.get_single_data()
+            finally:
+                loader.dispose()
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            # What its constructors raise for a value that is not of the type that its tag or its look says.
+            raise yaml.YAMLError(f"a value cannot be read: {error}") from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -290,7 +294,7 @@ def apply_override(data: dict[str, Any], pair: str) -> None:
     if not separator or not key:
         raise SpecError(f"--set {pair!r} is not of the form key=value")
     try:
-        parsed = yaml.safe_load(value)
+        parsed = _Loader.read(value)
     except yaml.YAMLError as error:
         raise SpecError(f"--set {key}: the value does not parse: {error}") from None
     *parents, last = key.split(".")

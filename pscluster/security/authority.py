@@ -7,7 +7,7 @@ import secrets
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -106,7 +106,7 @@ class Authority:
             request = x509.load_pem_x509_csr(csr_pem)
             valid = request.is_signature_valid
             key = request.public_key()
-        except (ValueError, InvalidSignature) as error:
+        except (ValueError, InvalidSignature, UnsupportedAlgorithm, x509.InvalidVersion) as error:
             raise AuthError(f"a certificate request does not parse: {error}", details={"field": "csr"}) from None
         if not valid or not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != ec.SECP256R1.name:
             raise AuthError("a certificate request must be signed by its P-256 key", details={"field": "csr"})

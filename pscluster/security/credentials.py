@@ -136,7 +136,7 @@ def parse_certificate(pem: bytes) -> x509.Certificate:
     """Raises AuthError."""
     try:
         return x509.load_pem_x509_certificate(pem)
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion) as error:
         raise AuthError(f"a certificate does not parse: {error}", details={"field": "certificate"}) from None
 
 
@@ -145,7 +145,7 @@ def identity_in(certificate: x509.Certificate) -> Identity:
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         uris = names.get_values_for_type(x509.UniformResourceIdentifier)
-    except (x509.ExtensionNotFound, ValueError):
+    except (x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType, ValueError):
         uris = []
     if len(uris) != 1:
         raise AuthError("a certificate without the identity of a member", details={"field": "uri"})

@@ -214,3 +214,16 @@ def test_a_file_below_is_read_but_not_below_a_link(place: Path) -> None:
         assert file.read() == b"text"
     with pytest.raises(OSError):  # noqa: PT011 - a link is ELOOP, which has no class of its own
         open_below(place / "link", "folder/file")
+
+
+def test_a_join_token_on_the_command_line_is_overwritten() -> None:
+    code = (
+        "import sys; from pathlib import Path; from pscluster.agent.confine import conceal_argument;"
+        "conceal_argument(sys.argv[1].partition('=')[2]); print(Path('/proc/self/cmdline').read_bytes())"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code, "--join=psj1-secret", "other"], capture_output=True, text=True, check=True
+    ).stdout
+    assert "psj1" not in shown
+    assert "--join=xxxxxxxxxxx" in shown
+    assert "other" in shown

@@ -139,6 +139,9 @@ class FrameHandler:
         if coordinator is None:
             what = f"{header.kind.name} sent to a partition that is not the coordinator"
             raise FrameError(what, details={"field": "kind"})
+        if client.channel == "vote" and client.index == self._partition.index:
+            what = f"a {header.kind.name} in the name of the coordinator itself"
+            raise FrameError(what, details={"field": "sender"})
         if header.kind is FrameKind.VOTE:
             self._carry_out(coordinator.vote(Vote.unpack(header, body)))
         elif header.kind is FrameKind.JOIN:
