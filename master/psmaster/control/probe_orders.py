@@ -6,8 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pscluster.errors import StateError, UnreachableError
-from psmaster.model.job import ErrorInfo
+from pscluster.errors import StateError
 from psmaster.model.probe import ProbeAnswer
 
 
@@ -29,21 +28,15 @@ class ProbeOrders:
         finally:
             self._probing = False
 
-    async def answer_to(self, order_id: str, node_id: str, timeout_s: float) -> ProbeAnswer:
-        """Wait for a node's answer to an order that was just sent. Where none comes, it has an error that names the
-        node."""
+    async def answer_to(self, order_id: str, timeout_s: float) -> ProbeAnswer | None:
+        """Wait for the answer to an order that was just sent; None: there is none in time."""
         answered: asyncio.Future[ProbeAnswer] = asyncio.get_running_loop().create_future()
         self._waiting[order_id] = answered
         try:
             async with asyncio.timeout(timeout_s):
                 return await answered
         except TimeoutError:
-            error = UnreachableError(
-                f"{node_id} did not answer the order to measure within {timeout_s:g} s",
-                action="an agent older than this master does not know it: see VERSION in `psctl nodes`",
-                details={"reason": "timed out"},
-            )
-            return ProbeAnswer(order_id=order_id, error=ErrorInfo.of(error))
+            return None
         finally:
             del self._waiting[order_id]
 

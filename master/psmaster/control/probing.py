@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, S
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from pscluster.errors import StateError, UnreachableError
+from pscluster.errors import PsError, StateError, UnreachableError
 from psmaster.control.loop import ControlLoop
 from psmaster.model.job import ErrorInfo, Job
 from psmaster.model.membership import Node
@@ -34,15 +34,15 @@ async def probe(
     """The extent, then each result. Raises StateError while another probe runs, and while jobs do, unless
     `beside_jobs`. Closing it gives up; what agents are measuring ends by itself."""
     _require_idle(core.state.jobs, beside_jobs)
-    limits = timeouts or ProbeTimeouts()
+    orders = _Orders(core, timeouts or ProbeTimeouts())
     with core.probe_orders.one_probe():
         planned = schedule(core.state.nodes, core.now().mono_s, core.limits.suspicion_s)
         yield planned.extent
         for pairs in planned.pairs:
-            async for measured in _each([_measure_pair(core, pair, limits) for pair in pairs]):
+            async for measured in _each([orders.measure_pair(pair) for pair in pairs]):
                 yield measured
         for workers in planned.workers:
-            async for computed in _each([_measure_compute(core, worker, limits) for worker in workers]):
+            async for computed in _each([orders.measure_compute(worker) for worker in workers]):
                 yield computed
 
 
@@ -57,32 +57,54 @@ def _require_idle(jobs: Mapping[str, Job], beside_jobs: bool) -> None:
         )
 
 
-async def _measure_pair(core: ControlLoop, pair: NodePair, timeouts: ProbeTimeouts) -> PairProbe:
-    dialer, listener, token = pair.dialer.node_id, pair.listener.node_id, secrets.token_hex(16)
-    found = PairProbe(dialer=dialer, listener=listener, same_host=len(pair.hosts) == 1)
-    listen = ProbeOrder(kind=OrderKind.LISTEN, token=token, peer=dialer)
-    ready = await _give(core, listener, listen, timeouts.listen_s)
-    if ready.error is not None:
-        return replace(found, error=ready.error)
-    dial = ProbeOrder(kind=OrderKind.DIAL, token=token, peer=listener, address=ready.address)
-    measured = await _give(core, dialer, dial, timeouts.dial_s)
-    return replace(found, figures=measured.figures, error=measured.error)
+class _Orders:
+    """The orders of one probe. A node that did not answer one is not asked again: its agent does not know them."""
+
+    def __init__(self, core: ControlLoop, timeouts: ProbeTimeouts) -> None:
+        self._core = core
+        self._timeouts = timeouts
+        self._silent: dict[str, ProbeAnswer] = {}
+
+    async def measure_pair(self, pair: NodePair) -> PairProbe:
+        dialer, listener, token = pair.dialer.node_id, pair.listener.node_id, secrets.token_hex(16)
+        found = PairProbe(dialer=dialer, listener=listener, same_host=len(pair.hosts) == 1)
+        if dialer in self._silent:
+            return replace(found, error=self._silent[dialer].error)
+        listen = ProbeOrder(kind=OrderKind.LISTEN, token=token, peer=dialer)
+        ready = await self._give(listener, listen, self._timeouts.listen_s)
+        if ready.error is not None:
+            return replace(found, error=ready.error)
+        dial = ProbeOrder(kind=OrderKind.DIAL, token=token, peer=listener, address=ready.address)
+        measured = await self._give(dialer, dial, self._timeouts.dial_s)
+        return replace(found, figures=measured.figures, error=measured.error)
+
+    async def measure_compute(self, worker: Node) -> ComputeProbe:
+        timeout_s = self._timeouts.compute_s * max(1, len(worker.devices))
+        answer = await self._give(worker.node_id, ProbeOrder(kind=OrderKind.COMPUTE), timeout_s)
+        return ComputeProbe(node_id=worker.node_id, devices=answer.devices, busy=answer.busy, error=answer.error)
+
+    async def _give(self, node_id: str, order: ProbeOrder, timeout_s: float) -> ProbeAnswer:
+        """Send an order to a node, under an id of its own, and wait for the answer. Where none comes, it has an error
+        that names the node."""
+        if node_id in self._silent:
+            return self._silent[node_id]
+        stream, order_id = self._core.stream_of(node_id), secrets.token_hex(8)
+        if stream is None or stream.closed:
+            return _failed(UnreachableError(f"{node_id} is not connected", action="see `psctl nodes`"))
+        stream.probe(replace(order, order_id=order_id))
+        answer = await self._core.probe_orders.answer_to(order_id, timeout_s)
+        if answer is None:
+            error = UnreachableError(
+                f"{node_id} did not answer the order to measure within {timeout_s:g} s",
+                action="an agent older than this master does not know it: see VERSION in `psctl nodes`",
+                details={"reason": "timed out"},
+            )
+            answer = self._silent[node_id] = _failed(error)
+        return answer
 
 
-async def _measure_compute(core: ControlLoop, worker: Node, timeouts: ProbeTimeouts) -> ComputeProbe:
-    timeout_s = timeouts.compute_s * max(1, len(worker.devices))
-    answer = await _give(core, worker.node_id, ProbeOrder(kind=OrderKind.COMPUTE), timeout_s)
-    return ComputeProbe(node_id=worker.node_id, devices=answer.devices, busy=answer.busy, error=answer.error)
-
-
-async def _give(core: ControlLoop, node_id: str, order: ProbeOrder, timeout_s: float) -> ProbeAnswer:
-    """Send an order to a node, under an id of its own, and wait for the answer."""
-    stream, order_id = core.stream_of(node_id), secrets.token_hex(8)
-    if stream is None or stream.closed:
-        error = UnreachableError(f"{node_id} is not connected", action="see `psctl nodes`")
-        return ProbeAnswer(order_id=order_id, error=ErrorInfo.of(error))
-    stream.probe(replace(order, order_id=order_id))
-    return await core.probe_orders.answer_to(order_id, node_id, timeout_s)
+def _failed(error: PsError) -> ProbeAnswer:
+    return ProbeAnswer(order_id="", error=ErrorInfo.of(error))
 
 
 async def _each(works: Sequence[Coroutine[Any, Any, T]]) -> AsyncIterator[T]:

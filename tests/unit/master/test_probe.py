@@ -149,6 +149,7 @@ def test_an_agent_that_does_not_know_the_order_is_named_and_the_rest_is_measured
                 assert late.error is not None
                 assert (late.error.code, late.error.detail("reason")) == ("PS-3001", "timed out")
                 assert "worker-0" in late.error.cause
+            assert len(agents["worker-0"].probes) == 1
             assert pairs["worker-1"].figures is not None
             assert nodes["worker-1"].devices[0].device == "cpu"
 
