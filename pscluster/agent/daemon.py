@@ -22,7 +22,8 @@ LEAVE_S = 4.0
 @dataclass(frozen=True, kw_only=True)
 class AgentRole:
     """`name` is "worker" or "server"; `module` is what its processes run; `runs` names them in the plural.
-    `default_slots`: how many run at once; with `one_per_device`, one for each CUDA device if there are more."""
+    `default_slots`: how many run at once; with `one_per_device`, one for each CUDA device if there are more.
+    `compute_probe`: the module that measures a device; empty where nothing computes."""
 
     name: str
     module: str
@@ -31,6 +32,7 @@ class AgentRole:
     one_per_device: bool = False
     keeps_snapshots: bool = False
     runs_user_code: bool = False
+    compute_probe: str = ""
 
     def slots(self, num_devices: int) -> int:
         """How many processes run at once on a node with this many CUDA devices, unless a setting says otherwise."""

@@ -14,6 +14,7 @@ import structlog
 
 from pscluster.agent import metrics, resources
 from pscluster.agent.addresses import NodeAddress, interfaces
+from pscluster.agent.probe.prober import Prober
 from pscluster.agent.report_queue import ReportQueue
 from pscluster.agent.supervisor import Supervisor
 from pscluster.errors import AuthError, PsError, SettingsError, StateError, UnreachableError
@@ -76,12 +77,13 @@ class MasterConnection:
         """Bytes of output that the master has not acknowledged."""
         return self._queue.log_bytes
 
-    async def run(self, supervisor: Supervisor) -> None:
-        """Keep a stream open and pass assignments to `supervisor`; never returns. Raises StateError when a newer
-        incarnation of this node has registered, AuthError when this node's certificate is revoked."""
+    async def run(self, supervisor: Supervisor, prober: Prober) -> None:
+        """Keep a stream open and pass assignments to `supervisor`, orders to measure to `prober`; never returns. Raises
+        StateError when a newer incarnation of this node has registered, AuthError when this node's certificate is
+        revoked."""
         while True:
             try:
-                await self._session(supervisor)
+                await self._session(supervisor, prober)
                 continue  # at once, with the newer certificate
             except grpc.RpcError as failure:
                 error = error_of(failure, address=self._address)
@@ -116,7 +118,7 @@ class MasterConnection:
                 raise error_of(failure) from None
         return reply.bundles, reply.jobs
 
-    async def _session(self, supervisor: Supervisor) -> None:
+    async def _session(self, supervisor: Supervisor, prober: Prober) -> None:
         """One registration and one stream, until its certificate is replaced or expires, or it breaks: grpc.RpcError,
         UnreachableError, SettingsError when this node has no address, StateError when superseded."""
         await self._locate(supervisor)
@@ -129,7 +131,7 @@ class MasterConnection:
             await call.write(AgentMessage(hello=hello))
             sender = asyncio.create_task(self._send(call, supervisor, beat_interval_s))
             try:
-                await self._receive(call, supervisor, used)
+                await self._receive(call, supervisor, prober, used)
             finally:
                 self._set_connected(False)
                 sender.cancel()
@@ -156,7 +158,7 @@ class MasterConnection:
             raise
         return float(reply.beat_interval_s) or 1.0
 
-    async def _receive(self, call: Any, supervisor: Supervisor, used: Credentials | None) -> None:
+    async def _receive(self, call: Any, supervisor: Supervisor, prober: Prober, used: Credentials | None) -> None:
         """Returns when the stream must be opened again because `used`, its certificate, was replaced or expires."""
         while used is None or not self._is_outdated(used):
             try:
@@ -170,6 +172,8 @@ class MasterConnection:
                 self._set_connected(True)
             if message.HasField("assignment"):
                 supervisor.apply(message.assignment)
+            if message.HasField("probe"):
+                prober.handle(message.probe, self._node.advertised_host, busy=not supervisor.is_empty)
             if message.HasField("ack"):
                 self._queue.acknowledge(message.ack.sequence)
                 if not len(self._queue):

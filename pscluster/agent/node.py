@@ -27,6 +27,9 @@ from pscluster.agent.isolation import Isolation
 from pscluster.agent.isolation_trial import Trial, isolation_of, without_user_code
 from pscluster.agent.master_connection import MasterConnection
 from pscluster.agent.membership import Membership, Renewal, become_member
+from pscluster.agent.probe.compute import DeviceMeter
+from pscluster.agent.probe.pairs import ANY_PORT, ListenPlace
+from pscluster.agent.probe.prober import Prober
 from pscluster.agent.resources import DeviceLedger
 from pscluster.agent.supervisor import Supervisor
 from pscluster.errors import SettingsError
@@ -161,12 +164,17 @@ class _Agent:
             network=network,
         )
         self._supervisor = Supervisor(context, grace)
+        compute = DeviceMeter(
+            module=role.compute_probe, devices=node.resources.devices, threads=node.resources.cpu_cores, environ=environ
+        )
+        place = ListenPlace(ports=network.data_ports or ANY_PORT, source=source)
+        self._prober = Prober(self._master.emit, place, compute)
         self._grace = grace
 
     async def run(self, stop: asyncio.Event) -> None:
         """Supervise until `stop`, or until something fails; then end every process."""
         REGISTRY.register(self._metrics)
-        connection = asyncio.create_task(self._master.run(self._supervisor))
+        connection = asyncio.create_task(self._master.run(self._supervisor, self._prober))
         watching = asyncio.create_task(self._supervisor.watch())
         stopping = asyncio.create_task(stop.wait())
         cleaning = asyncio.create_task(self._cleanup.run(self._supervisor))
@@ -186,6 +194,7 @@ class _Agent:
                 task.result()
         finally:
             await self._copies.close()
+            await self._prober.close()
             tasks = (*vital, cleaning)
             for task in tasks:
                 task.cancel()

@@ -73,10 +73,24 @@ def describe(session: Session, job: str, form: str) -> None:
 
 
 @click.command("nodes", cls=Verb)
+@click.option("--probe", is_flag=True, help="measure the network between nodes and how fast workers compute")
+@click.option("--yes", is_flag=True, help="with --probe: also while jobs run, which it slows down")
 @output_option()
 @pass_session
-def nodes(session: Session, form: str) -> None:
-    """List the nodes of the cluster."""
+def nodes(session: Session, probe: bool, yes: bool, form: str) -> None:
+    """List the nodes of the cluster.
+
+    With --probe, measure each connection that jobs may use (bandwidth both ways, round trip) and the devices of each
+    worker, and name what is out of line with the rest. It takes a few seconds for each pair of nodes, and slows down
+    jobs that run meanwhile.
+    """
+    if yes and not probe:
+        raise click.UsageError("--yes belongs to --probe")
+    if probe:
+        from pscluster.cli import probing
+
+        probing.probe(session, form, beside_jobs=yes)
+        return
     with session.connect() as cluster:
         found = cluster.nodes()
     print_records("Node", found, form, "node_id", nodes_table, "no nodes have registered")

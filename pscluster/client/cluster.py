@@ -21,6 +21,7 @@ from pscluster.client.contexts import resolve_client
 from pscluster.client.credentials import access_to, renew_when_due
 from pscluster.client.goals import Goal, parse_goal, reached, wait_drained
 from pscluster.client.members import Members
+from pscluster.client.probe import ProbedNode, ProbedPair, ProbeExtent, result_of
 from pscluster.client.reach import probe
 from pscluster.client.records import Health, Job, LogLine, Node, Snapshot
 from pscluster.job.bundle import Bundle
@@ -28,7 +29,7 @@ from pscluster.job.spec import JobSpec
 from pscluster.security.identity import Role
 from pscluster.settings import LocatedCluster
 from pscluster.storage import below
-from pscluster.v1 import agents_pb2, agents_pb2_grpc, jobs_pb2, jobs_pb2_grpc
+from pscluster.v1 import agents_pb2, agents_pb2_grpc, jobs_pb2, jobs_pb2_grpc, probe_pb2
 
 _CONNECT_DEADLINE_S = 5.0
 _SUBMIT_OUTAGE_S = 15.0
@@ -290,6 +291,15 @@ class Cluster:
         """Yield `asked`, which `drain` returned, then the node after each change, until it is drained or has left.
         Blocks. Raises WaitTimeoutError after `timeout_s`, StateError when it is not, or no longer, being drained."""
         return wait_drained(self.nodes, asked, timeout_s)
+
+    def probe(self, *, beside_jobs: bool = False) -> Iterator[ProbeExtent | ProbedPair | ProbedNode]:
+        """Measure the connection of each pair of nodes that jobs may use, and each worker's devices: first the extent,
+        then each result as it is there; `ProbeReport.of` judges them. Blocks in between. Closing it gives up. Raises
+        StateError while another probe runs, and while jobs do, which it slows down, unless `beside_jobs`."""
+        request = probe_pb2.ProbeRequest(beside_jobs=beside_jobs)
+        for message in calls.stream(self._jobs.Probe, request, STREAM_DEADLINE_S):
+            if (result := result_of(message)) is not None:
+                yield result
 
     def health(self, deadline_s: float = rpc.DEADLINE_S) -> Health:
         """Whether the master and the nodes are healthy, and which version runs."""

@@ -23,9 +23,10 @@ _sym_db = _symbol_database.Default()
 
 
 from pscluster.v1 import plan_pb2 as pscluster_dot_v1_dot_plan__pb2
+from pscluster.v1 import probe_pb2 as pscluster_dot_v1_dot_probe__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19pscluster/v1/agents.proto\x12\x0cpscluster.v1\x1a\x17pscluster/v1/plan.proto\"T\n\tResources\x12\x11\n\tcpu_cores\x18\x01 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\x0f\n\x07\x64\x65vices\x18\x03 \x03(\t\x12\r\n\x05slots\x18\x04 \x01(\r\"\xb0\x02\n\x0fRegisterRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12 \n\x04role\x18\x02 \x01(\x0e\x32\x12.pscluster.v1.Role\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12*\n\tresources\x18\x05 \x01(\x0b\x32\x17.pscluster.v1.Resources\x12\x0f\n\x07version\x18\x06 \x01(\t\x12\x10\n\x08protocol\x18\x07 \x01(\r\x12\x10\n\x08hostname\x18\x08 \x01(\t\x12\x17\n\x0fmetrics_address\x18\t \x01(\t\x12\x15\n\rdepot_address\x18\x0c \x01(\t\x12\x17\n\x0f\x61\x64vertised_host\x18\x1e \x01(\t\x12\x11\n\tisolation\x18\x37 \x01(\t\x12\x12\n\ndata_ports\x18\x46 \x01(\tJ\x04\x08\x04\x10\x05\"=\n\rRegisterReply\x12\x17\n\x0f\x62\x65\x61t_interval_s\x18\x01 \x01(\x01\x12\x13\n\x0bsuspicion_s\x18\x02 \x01(\x01\"\xcd\x02\n\x0c\x41gentMessage\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12$\n\x05hello\x18\x02 \x01(\x0b\x32\x13.pscluster.v1.HelloH\x00\x12&\n\x04\x62\x65\x61t\x18\x03 \x01(\x0b\x32\x16.pscluster.v1.NodeBeatH\x00\x12-\n\x06status\x18\x04 \x01(\x0b\x32\x1b.pscluster.v1.ProcessStatusH\x00\x12+\n\x05\x65vent\x18\x05 \x01(\x0b\x32\x1a.pscluster.v1.ProcessEventH\x00\x12%\n\x03log\x18\x06 \x01(\x0b\x32\x16.pscluster.v1.LogLinesH\x00\x12(\n\x07goodbye\x18\x07 \x01(\x0b\x32\x15.pscluster.v1.GoodbyeH\x00\x12(\n\x07leaving\x18\x08 \x01(\x0b\x32\x15.pscluster.v1.LeavingH\x00\x42\x06\n\x04\x62ody\"\\\n\x05Hello\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12-\n\tprocesses\x18\x03 \x03(\x0b\x32\x1a.pscluster.v1.ProcessState\"{\n\x0cProcessState\x12+\n\x06status\x18\x01 \x01(\x0b\x32\x1b.pscluster.v1.ProcessStatus\x12*\n\x05ready\x18\x02 \x01(\x0b\x32\x1b.pscluster.v1.ProcessReport\x12\x12\n\ngeneration\x18\x03 \x01(\x04\"\xb2\x01\n\x08NodeBeat\x12\x0e\n\x06sent_s\x18\x01 \x01(\x01\x12\x1e\n\x16memory_available_bytes\x18\x02 \x01(\x04\x12\x32\n\x06speeds\x18\x03 \x03(\x0b\x32\".pscluster.v1.NodeBeat.SpeedsEntry\x1a\x42\n\x0bSpeedsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.pscluster.v1.Speed:\x02\x38\x01\"\t\n\x07Goodbye\"\t\n\x07Leaving\"\xff\x03\n\rProcessStatus\x12\x12\n\nprocess_id\x18\x01 \x01(\t\x12\x30\n\x05phase\x18\x02 \x01(\x0e\x32!.pscluster.v1.ProcessStatus.Phase\x12\x11\n\texit_code\x18\x03 \x01(\x05\x12\x0e\n\x06signal\x18\x04 \x01(\x05\x12\x15\n\rout_of_memory\x18\x05 \x01(\x08\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12(\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x19.pscluster.v1.ErrorDetail\x12\x10\n\x08\x65xpected\x18\x08 \x01(\x08\x12\x38\n\tsuspicion\x18\t \x01(\x0e\x32%.pscluster.v1.ProcessStatus.Suspicion\x12*\n\tunreached\x18\n \x01(\x0b\x32\x17.pscluster.v1.Unreached\x12,\n\x08position\x18\x14 \x01(\x0b\x32\x1a.pscluster.v1.LastPosition\"C\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n\rPHASE_RUNNING\x10\x01\x12\x10\n\x0cPHASE_EXITED\x10\x02\"L\n\tSuspicion\x12\x12\n\x0eSUSPICION_NONE\x10\x00\x12\x14\n\x10SUSPICION_SILENT\x10\x01\x12\x15\n\x11SUSPICION_STALLED\x10\x02\"O\n\x0cProcessEvent\x12\x12\n\nprocess_id\x18\x01 \x01(\t\x12+\n\x06report\x18\x02 \x01(\x0b\x32\x1b.pscluster.v1.ProcessReport\"U\n\x08LogLines\x12\x12\n\nprocess_id\x18\x01 \x01(\t\x12$\n\x05lines\x18\x02 \x03(\x0b\x32\x15.pscluster.v1.LogLine\x12\x0f\n\x07\x64ropped\x18\x03 \x01(\x04\"7\n\x07LogLine\x12\x0e\n\x06time_s\x18\x01 \x01(\x01\x12\x0e\n\x06stream\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\"r\n\rMasterMessage\x12.\n\nassignment\x18\x01 \x01(\x0b\x32\x18.pscluster.v1.AssignmentH\x00\x12)\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x1a.pscluster.v1.AcknowledgedH\x00\x42\x06\n\x04\x62ody\"\xa7\x01\n\nAssignment\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12,\n\tprocesses\x18\x02 \x03(\x0b\x32\x19.pscluster.v1.ProcessSpec\x12*\n\x06\x64\x65pots\x18\x0c \x03(\x0b\x32\x1a.pscluster.v1.DepotAddress\x12\x14\n\x0c\x64\x65leted_jobs\x18\r \x03(\t\x12\x17\n\x0frevoked_serials\x18\x1e \x03(\t\"0\n\x0c\x44\x65potAddress\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\" \n\x0c\x41\x63knowledged\x12\x10\n\x08sequence\x18\x01 \x01(\x04\"\'\n\x15\x44ownloadBundleRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\"\x1b\n\x0b\x42undleChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"2\n\x11\x46indUnusedRequest\x12\x0f\n\x07\x62undles\x18\x01 \x03(\t\x12\x0c\n\x04jobs\x18\x02 \x03(\t\"0\n\x0f\x46indUnusedReply\x12\x0f\n\x07\x62undles\x18\x01 \x03(\t\x12\x0c\n\x04jobs\x18\x02 \x03(\t*>\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_WORKER\x10\x01\x12\x0f\n\x0bROLE_SERVER\x10\x02\x32\xb9\x02\n\x06\x41gents\x12\x46\n\x08Register\x12\x1d.pscluster.v1.RegisterRequest\x1a\x1b.pscluster.v1.RegisterReply\x12\x45\n\x06\x41ttend\x12\x1a.pscluster.v1.AgentMessage\x1a\x1b.pscluster.v1.MasterMessage(\x01\x30\x01\x12R\n\x0e\x44ownloadBundle\x12#.pscluster.v1.DownloadBundleRequest\x1a\x19.pscluster.v1.BundleChunk0\x01\x12L\n\nFindUnused\x12\x1f.pscluster.v1.FindUnusedRequest\x1a\x1d.pscluster.v1.FindUnusedReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19pscluster/v1/agents.proto\x12\x0cpscluster.v1\x1a\x17pscluster/v1/plan.proto\x1a\x18pscluster/v1/probe.proto\"T\n\tResources\x12\x11\n\tcpu_cores\x18\x01 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\x0f\n\x07\x64\x65vices\x18\x03 \x03(\t\x12\r\n\x05slots\x18\x04 \x01(\r\"\xb0\x02\n\x0fRegisterRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12 \n\x04role\x18\x02 \x01(\x0e\x32\x12.pscluster.v1.Role\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12*\n\tresources\x18\x05 \x01(\x0b\x32\x17.pscluster.v1.Resources\x12\x0f\n\x07version\x18\x06 \x01(\t\x12\x10\n\x08protocol\x18\x07 \x01(\r\x12\x10\n\x08hostname\x18\x08 \x01(\t\x12\x17\n\x0fmetrics_address\x18\t \x01(\t\x12\x15\n\rdepot_address\x18\x0c \x01(\t\x12\x17\n\x0f\x61\x64vertised_host\x18\x1e \x01(\t\x12\x11\n\tisolation\x18\x37 \x01(\t\x12\x12\n\ndata_ports\x18\x46 \x01(\tJ\x04\x08\x04\x10\x05\"=\n\rRegisterReply\x12\x17\n\x0f\x62\x65\x61t_interval_s\x18\x01 \x01(\x01\x12\x13\n\x0bsuspicion_s\x18\x02 \x01(\x01\"\xf9\x02\n\x0c\x41gentMessage\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12$\n\x05hello\x18\x02 \x01(\x0b\x32\x13.pscluster.v1.HelloH\x00\x12&\n\x04\x62\x65\x61t\x18\x03 \x01(\x0b\x32\x16.pscluster.v1.NodeBeatH\x00\x12-\n\x06status\x18\x04 \x01(\x0b\x32\x1b.pscluster.v1.ProcessStatusH\x00\x12+\n\x05\x65vent\x18\x05 \x01(\x0b\x32\x1a.pscluster.v1.ProcessEventH\x00\x12%\n\x03log\x18\x06 \x01(\x0b\x32\x16.pscluster.v1.LogLinesH\x00\x12(\n\x07goodbye\x18\x07 \x01(\x0b\x32\x15.pscluster.v1.GoodbyeH\x00\x12(\n\x07leaving\x18\x08 \x01(\x0b\x32\x15.pscluster.v1.LeavingH\x00\x12*\n\x05probe\x18P \x01(\x0b\x32\x19.pscluster.v1.ProbeAnswerH\x00\x42\x06\n\x04\x62ody\"\\\n\x05Hello\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12-\n\tprocesses\x18\x03 \x03(\x0b\x32\x1a.pscluster.v1.ProcessState\"{\n\x0cProcessState\x12+\n\x06status\x18\x01 \x01(\x0b\x32\x1b.pscluster.v1.ProcessStatus\x12*\n\x05ready\x18\x02 \x01(\x0b\x32\x1b.pscluster.v1.ProcessReport\x12\x12\n\ngeneration\x18\x03 \x01(\x04\"\xb2\x01\n\x08NodeBeat\x12\x0e\n\x06sent_s\x18\x01 \x01(\x01\x12\x1e\n\x16memory_available_bytes\x18\x02 \x01(\x04\x12\x32\n\x06speeds\x18\x03 \x03(\x0b\x32\".pscluster.v1.NodeBeat.SpeedsEntry\x1a\x42\n\x0bSpeedsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.pscluster.v1.Speed:\x02\x38\x01\"\t\n\x07Goodbye\"\t\n\x07Leaving\"\xff\x03\n\rProcessStatus\x12\x12\n\nprocess_id\x18\x01 \x01(\t\x12\x30\n\x05phase\x18\x02 \x01(\x0e\x32!.pscluster.v1.ProcessStatus.Phase\x12\x11\n\texit_code\x18\x03 \x01(\x05\x12\x0e\n\x06signal\x18\x04 \x01(\x05\x12\x15\n\rout_of_memory\x18\x05 \x01(\x08\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12(\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x19.pscluster.v1.ErrorDetail\x12\x10\n\x08\x65xpected\x18\x08 \x01(\x08\x12\x38\n\tsuspicion\x18\t \x01(\x0e\x32%.pscluster.v1.ProcessStatus.Suspicion\x12*\n\tunreached\x18\n \x01(\x0b\x32\x17.pscluster.v1.Unreached\x12,\n\x08position\x18\x14 \x01(\x0b\x32\x1a.pscluster.v1.LastPosition\"C\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n\rPHASE_RUNNING\x10\x01\x12\x10\n\x0cPHASE_EXITED\x10\x02\"L\n\tSuspicion\x12\x12\n\x0eSUSPICION_NONE\x10\x00\x12\x14\n\x10SUSPICION_SILENT\x10\x01\x12\x15\n\x11SUSPICION_STALLED\x10\x02\"O\n\x0cProcessEvent\x12\x12\n\nprocess_id\x18\x01 \x01(\t\x12+\n\x06report\x18\x02 \x01(\x0b\x32\x1b.pscluster.v1.ProcessReport\"U\n\x08LogLines\x12\x12\n\nprocess_id\x18\x01 \x01(\t\x12$\n\x05lines\x18\x02 \x03(\x0b\x32\x15.pscluster.v1.LogLine\x12\x0f\n\x07\x64ropped\x18\x03 \x01(\x04\"7\n\x07LogLine\x12\x0e\n\x06time_s\x18\x01 \x01(\x01\x12\x0e\n\x06stream\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\"\x9d\x01\n\rMasterMessage\x12.\n\nassignment\x18\x01 \x01(\x0b\x32\x18.pscluster.v1.AssignmentH\x00\x12)\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x1a.pscluster.v1.AcknowledgedH\x00\x12)\n\x05probe\x18P \x01(\x0b\x32\x18.pscluster.v1.ProbeOrderH\x00\x42\x06\n\x04\x62ody\"\xa7\x01\n\nAssignment\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12,\n\tprocesses\x18\x02 \x03(\x0b\x32\x19.pscluster.v1.ProcessSpec\x12*\n\x06\x64\x65pots\x18\x0c \x03(\x0b\x32\x1a.pscluster.v1.DepotAddress\x12\x14\n\x0c\x64\x65leted_jobs\x18\r \x03(\t\x12\x17\n\x0frevoked_serials\x18\x1e \x03(\t\"0\n\x0c\x44\x65potAddress\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\" \n\x0c\x41\x63knowledged\x12\x10\n\x08sequence\x18\x01 \x01(\x04\"\'\n\x15\x44ownloadBundleRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\"\x1b\n\x0b\x42undleChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"2\n\x11\x46indUnusedRequest\x12\x0f\n\x07\x62undles\x18\x01 \x03(\t\x12\x0c\n\x04jobs\x18\x02 \x03(\t\"0\n\x0f\x46indUnusedReply\x12\x0f\n\x07\x62undles\x18\x01 \x03(\t\x12\x0c\n\x04jobs\x18\x02 \x03(\t*>\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_WORKER\x10\x01\x12\x0f\n\x0bROLE_SERVER\x10\x02\x32\xb9\x02\n\x06\x41gents\x12\x46\n\x08Register\x12\x1d.pscluster.v1.RegisterRequest\x1a\x1b.pscluster.v1.RegisterReply\x12\x45\n\x06\x41ttend\x12\x1a.pscluster.v1.AgentMessage\x1a\x1b.pscluster.v1.MasterMessage(\x01\x30\x01\x12R\n\x0e\x44ownloadBundle\x12#.pscluster.v1.DownloadBundleRequest\x1a\x19.pscluster.v1.BundleChunk0\x01\x12L\n\nFindUnused\x12\x1f.pscluster.v1.FindUnusedRequest\x1a\x1d.pscluster.v1.FindUnusedReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,56 +35,56 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_NODEBEAT_SPEEDSENTRY']._loaded_options = None
   _globals['_NODEBEAT_SPEEDSENTRY']._serialized_options = b'8\001'
-  _globals['_ROLE']._serialized_start=2563
-  _globals['_ROLE']._serialized_end=2625
-  _globals['_RESOURCES']._serialized_start=68
-  _globals['_RESOURCES']._serialized_end=152
-  _globals['_REGISTERREQUEST']._serialized_start=155
-  _globals['_REGISTERREQUEST']._serialized_end=459
-  _globals['_REGISTERREPLY']._serialized_start=461
-  _globals['_REGISTERREPLY']._serialized_end=522
-  _globals['_AGENTMESSAGE']._serialized_start=525
-  _globals['_AGENTMESSAGE']._serialized_end=858
-  _globals['_HELLO']._serialized_start=860
-  _globals['_HELLO']._serialized_end=952
-  _globals['_PROCESSSTATE']._serialized_start=954
-  _globals['_PROCESSSTATE']._serialized_end=1077
-  _globals['_NODEBEAT']._serialized_start=1080
-  _globals['_NODEBEAT']._serialized_end=1258
-  _globals['_NODEBEAT_SPEEDSENTRY']._serialized_start=1192
-  _globals['_NODEBEAT_SPEEDSENTRY']._serialized_end=1258
-  _globals['_GOODBYE']._serialized_start=1260
-  _globals['_GOODBYE']._serialized_end=1269
-  _globals['_LEAVING']._serialized_start=1271
-  _globals['_LEAVING']._serialized_end=1280
-  _globals['_PROCESSSTATUS']._serialized_start=1283
-  _globals['_PROCESSSTATUS']._serialized_end=1794
-  _globals['_PROCESSSTATUS_PHASE']._serialized_start=1649
-  _globals['_PROCESSSTATUS_PHASE']._serialized_end=1716
-  _globals['_PROCESSSTATUS_SUSPICION']._serialized_start=1718
-  _globals['_PROCESSSTATUS_SUSPICION']._serialized_end=1794
-  _globals['_PROCESSEVENT']._serialized_start=1796
-  _globals['_PROCESSEVENT']._serialized_end=1875
-  _globals['_LOGLINES']._serialized_start=1877
-  _globals['_LOGLINES']._serialized_end=1962
-  _globals['_LOGLINE']._serialized_start=1964
-  _globals['_LOGLINE']._serialized_end=2019
-  _globals['_MASTERMESSAGE']._serialized_start=2021
-  _globals['_MASTERMESSAGE']._serialized_end=2135
-  _globals['_ASSIGNMENT']._serialized_start=2138
-  _globals['_ASSIGNMENT']._serialized_end=2305
-  _globals['_DEPOTADDRESS']._serialized_start=2307
-  _globals['_DEPOTADDRESS']._serialized_end=2355
-  _globals['_ACKNOWLEDGED']._serialized_start=2357
-  _globals['_ACKNOWLEDGED']._serialized_end=2389
-  _globals['_DOWNLOADBUNDLEREQUEST']._serialized_start=2391
-  _globals['_DOWNLOADBUNDLEREQUEST']._serialized_end=2430
-  _globals['_BUNDLECHUNK']._serialized_start=2432
-  _globals['_BUNDLECHUNK']._serialized_end=2459
-  _globals['_FINDUNUSEDREQUEST']._serialized_start=2461
-  _globals['_FINDUNUSEDREQUEST']._serialized_end=2511
-  _globals['_FINDUNUSEDREPLY']._serialized_start=2513
-  _globals['_FINDUNUSEDREPLY']._serialized_end=2561
-  _globals['_AGENTS']._serialized_start=2628
-  _globals['_AGENTS']._serialized_end=2941
+  _globals['_ROLE']._serialized_start=2677
+  _globals['_ROLE']._serialized_end=2739
+  _globals['_RESOURCES']._serialized_start=94
+  _globals['_RESOURCES']._serialized_end=178
+  _globals['_REGISTERREQUEST']._serialized_start=181
+  _globals['_REGISTERREQUEST']._serialized_end=485
+  _globals['_REGISTERREPLY']._serialized_start=487
+  _globals['_REGISTERREPLY']._serialized_end=548
+  _globals['_AGENTMESSAGE']._serialized_start=551
+  _globals['_AGENTMESSAGE']._serialized_end=928
+  _globals['_HELLO']._serialized_start=930
+  _globals['_HELLO']._serialized_end=1022
+  _globals['_PROCESSSTATE']._serialized_start=1024
+  _globals['_PROCESSSTATE']._serialized_end=1147
+  _globals['_NODEBEAT']._serialized_start=1150
+  _globals['_NODEBEAT']._serialized_end=1328
+  _globals['_NODEBEAT_SPEEDSENTRY']._serialized_start=1262
+  _globals['_NODEBEAT_SPEEDSENTRY']._serialized_end=1328
+  _globals['_GOODBYE']._serialized_start=1330
+  _globals['_GOODBYE']._serialized_end=1339
+  _globals['_LEAVING']._serialized_start=1341
+  _globals['_LEAVING']._serialized_end=1350
+  _globals['_PROCESSSTATUS']._serialized_start=1353
+  _globals['_PROCESSSTATUS']._serialized_end=1864
+  _globals['_PROCESSSTATUS_PHASE']._serialized_start=1719
+  _globals['_PROCESSSTATUS_PHASE']._serialized_end=1786
+  _globals['_PROCESSSTATUS_SUSPICION']._serialized_start=1788
+  _globals['_PROCESSSTATUS_SUSPICION']._serialized_end=1864
+  _globals['_PROCESSEVENT']._serialized_start=1866
+  _globals['_PROCESSEVENT']._serialized_end=1945
+  _globals['_LOGLINES']._serialized_start=1947
+  _globals['_LOGLINES']._serialized_end=2032
+  _globals['_LOGLINE']._serialized_start=2034
+  _globals['_LOGLINE']._serialized_end=2089
+  _globals['_MASTERMESSAGE']._serialized_start=2092
+  _globals['_MASTERMESSAGE']._serialized_end=2249
+  _globals['_ASSIGNMENT']._serialized_start=2252
+  _globals['_ASSIGNMENT']._serialized_end=2419
+  _globals['_DEPOTADDRESS']._serialized_start=2421
+  _globals['_DEPOTADDRESS']._serialized_end=2469
+  _globals['_ACKNOWLEDGED']._serialized_start=2471
+  _globals['_ACKNOWLEDGED']._serialized_end=2503
+  _globals['_DOWNLOADBUNDLEREQUEST']._serialized_start=2505
+  _globals['_DOWNLOADBUNDLEREQUEST']._serialized_end=2544
+  _globals['_BUNDLECHUNK']._serialized_start=2546
+  _globals['_BUNDLECHUNK']._serialized_end=2573
+  _globals['_FINDUNUSEDREQUEST']._serialized_start=2575
+  _globals['_FINDUNUSEDREQUEST']._serialized_end=2625
+  _globals['_FINDUNUSEDREPLY']._serialized_start=2627
+  _globals['_FINDUNUSEDREPLY']._serialized_end=2675
+  _globals['_AGENTS']._serialized_start=2742
+  _globals['_AGENTS']._serialized_end=3055
 # @@protoc_insertion_point(module_scope)

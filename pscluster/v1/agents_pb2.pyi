@@ -1,4 +1,5 @@
 from pscluster.v1 import plan_pb2 as _plan_pb2
+from pscluster.v1 import probe_pb2 as _probe_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -66,7 +67,7 @@ class RegisterReply(_message.Message):
     def __init__(self, beat_interval_s: _Optional[float] = ..., suspicion_s: _Optional[float] = ...) -> None: ...
 
 class AgentMessage(_message.Message):
-    __slots__ = ("sequence", "hello", "beat", "status", "event", "log", "goodbye", "leaving")
+    __slots__ = ("sequence", "hello", "beat", "status", "event", "log", "goodbye", "leaving", "probe")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     BEAT_FIELD_NUMBER: _ClassVar[int]
@@ -75,6 +76,7 @@ class AgentMessage(_message.Message):
     LOG_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     hello: Hello
     beat: NodeBeat
@@ -83,7 +85,8 @@ class AgentMessage(_message.Message):
     log: LogLines
     goodbye: Goodbye
     leaving: Leaving
-    def __init__(self, sequence: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., beat: _Optional[_Union[NodeBeat, _Mapping]] = ..., status: _Optional[_Union[ProcessStatus, _Mapping]] = ..., event: _Optional[_Union[ProcessEvent, _Mapping]] = ..., log: _Optional[_Union[LogLines, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ...) -> None: ...
+    probe: _probe_pb2.ProbeAnswer
+    def __init__(self, sequence: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., beat: _Optional[_Union[NodeBeat, _Mapping]] = ..., status: _Optional[_Union[ProcessStatus, _Mapping]] = ..., event: _Optional[_Union[ProcessEvent, _Mapping]] = ..., log: _Optional[_Union[LogLines, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ..., probe: _Optional[_Union[_probe_pb2.ProbeAnswer, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("node_id", "incarnation", "processes")
@@ -201,12 +204,14 @@ class LogLine(_message.Message):
     def __init__(self, time_s: _Optional[float] = ..., stream: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
 
 class MasterMessage(_message.Message):
-    __slots__ = ("assignment", "ack")
+    __slots__ = ("assignment", "ack", "probe")
     ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
     ACK_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
     assignment: Assignment
     ack: Acknowledged
-    def __init__(self, assignment: _Optional[_Union[Assignment, _Mapping]] = ..., ack: _Optional[_Union[Acknowledged, _Mapping]] = ...) -> None: ...
+    probe: _probe_pb2.ProbeOrder
+    def __init__(self, assignment: _Optional[_Union[Assignment, _Mapping]] = ..., ack: _Optional[_Union[Acknowledged, _Mapping]] = ..., probe: _Optional[_Union[_probe_pb2.ProbeOrder, _Mapping]] = ...) -> None: ...
 
 class Assignment(_message.Message):
     __slots__ = ("revision", "processes", "depots", "deleted_jobs", "revoked_serials")

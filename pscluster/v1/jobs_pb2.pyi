@@ -1,5 +1,6 @@
 from pscluster.v1 import agents_pb2 as _agents_pb2
 from pscluster.v1 import plan_pb2 as _plan_pb2
+from pscluster.v1 import probe_pb2 as _probe_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor

@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from pscluster.v1 import jobs_pb2 as pscluster_dot_v1_dot_jobs__pb2
+from pscluster.v1 import probe_pb2 as pscluster_dot_v1_dot_probe__pb2
 
 GRPC_GENERATED_VERSION = '1.73.1'
 GRPC_VERSION = grpc.__version__
@@ -108,6 +109,11 @@ class JobsStub(object):
                 '/pscluster.v1.Jobs/GetCluster',
                 request_serializer=pscluster_dot_v1_dot_jobs__pb2.GetClusterRequest.SerializeToString,
                 response_deserializer=pscluster_dot_v1_dot_jobs__pb2.Cluster.FromString,
+                _registered_method=True)
+        self.Probe = channel.unary_stream(
+                '/pscluster.v1.Jobs/Probe',
+                request_serializer=pscluster_dot_v1_dot_probe__pb2.ProbeRequest.SerializeToString,
+                response_deserializer=pscluster_dot_v1_dot_probe__pb2.ProbeResult.FromString,
                 _registered_method=True)
 
 
@@ -219,6 +225,14 @@ class JobsServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Probe(self, request, context):
+        """Measures the connection of each pair of nodes that jobs may use, and each worker's devices. One at a time in a
+        cluster; refused while jobs run unless the request allows it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_JobsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -296,6 +310,11 @@ def add_JobsServicer_to_server(servicer, server):
                     servicer.GetCluster,
                     request_deserializer=pscluster_dot_v1_dot_jobs__pb2.GetClusterRequest.FromString,
                     response_serializer=pscluster_dot_v1_dot_jobs__pb2.Cluster.SerializeToString,
+            ),
+            'Probe': grpc.unary_stream_rpc_method_handler(
+                    servicer.Probe,
+                    request_deserializer=pscluster_dot_v1_dot_probe__pb2.ProbeRequest.FromString,
+                    response_serializer=pscluster_dot_v1_dot_probe__pb2.ProbeResult.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -703,6 +722,33 @@ class Jobs(object):
             '/pscluster.v1.Jobs/GetCluster',
             pscluster_dot_v1_dot_jobs__pb2.GetClusterRequest.SerializeToString,
             pscluster_dot_v1_dot_jobs__pb2.Cluster.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Probe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/pscluster.v1.Jobs/Probe',
+            pscluster_dot_v1_dot_probe__pb2.ProbeRequest.SerializeToString,
+            pscluster_dot_v1_dot_probe__pb2.ProbeResult.FromString,
             options,
             channel_credentials,
             insecure,

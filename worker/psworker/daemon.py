@@ -7,7 +7,13 @@ import sys
 from pscluster.agent.daemon import AgentRole, run
 
 WORKER = AgentRole(
-    name="worker", module="psworker.trainer", runs="trainers", default_slots=1, one_per_device=True, runs_user_code=True
+    name="worker",
+    module="psworker.trainer",
+    runs="trainers",
+    default_slots=1,
+    one_per_device=True,
+    runs_user_code=True,
+    compute_probe="psworker.compute_probe",
 )
 
 

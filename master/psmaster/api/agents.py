@@ -14,7 +14,7 @@ from pscluster.rpc import PROTOCOL
 from pscluster.rpc.access import CALLER, Caller, require_node
 from pscluster.security.identity import Role
 from pscluster.v1 import agents_pb2, agents_pb2_grpc
-from psmaster.api import proto
+from psmaster.api import probe_proto, proto
 from psmaster.control.agent_stream import AgentStream
 from psmaster.control.loop import ControlLoop
 from psmaster.control.transaction import Transaction
@@ -85,6 +85,8 @@ class AgentsService(agents_pb2_grpc.AgentsServicer):
         if log is not None:
             await self._core.write_log(stream, message.sequence, *log)
             return
+        if message.HasField("probe"):
+            self._core.probe_orders.answered(probe_proto.answer(message.probe))
         await self._core.submit(stream, message.sequence, _change(stream, message))
         if message.HasField("beat"):
             stream.answer_beat()

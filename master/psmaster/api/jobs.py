@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
 from operator import attrgetter
 from typing import Any
 
@@ -11,8 +12,9 @@ import pscluster
 from pscluster.errors import BundleError, NotFoundError
 from pscluster.rpc import PROTOCOL
 from pscluster.rpc.access import CALLER
-from pscluster.v1 import jobs_pb2, jobs_pb2_grpc
-from psmaster.api import log_tail, proto
+from pscluster.v1 import jobs_pb2, jobs_pb2_grpc, probe_pb2
+from psmaster.api import log_tail, probe_proto, proto
+from psmaster.control import probing
 from psmaster.control.loop import ControlLoop
 from psmaster.control.security import Addresses
 from psmaster.control.submission import new_job
@@ -186,6 +188,11 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
             addresses=self._addresses.listening,
             join_addresses=self._addresses.joins,
         )
+
+    async def Probe(self, request: probe_pb2.ProbeRequest, context: Any) -> AsyncIterator[probe_pb2.ProbeResult]:
+        async with aclosing(probing.probe(self._core, request.beside_jobs)) as results:
+            async for result in results:
+                yield probe_proto.result(result)
 
     def _visible(self) -> Mapping[str, Job]:
         """The jobs that the caller may know of."""

@@ -13,7 +13,8 @@ from pscluster.errors import CallerError, InternalError
 from pscluster.rpc.codec import Codec, Wire
 from pscluster.security.credentials import Credentials
 from pscluster.v1 import agents_pb2, jobs_pb2, plan_pb2
-from psmaster.control.agent_stream import Acknowledgement, Assignment
+from psmaster.api import probe_proto
+from psmaster.control.agent_stream import Acknowledgement, Assignment, StreamMessage
 from psmaster.control.transaction import Report
 from psmaster.model import reports
 from psmaster.model.audits import AuditRecord, Audits, VouchedNode
@@ -34,6 +35,7 @@ from psmaster.model.job import (
 )
 from psmaster.model.membership import Node
 from psmaster.model.plan import Part, Placement, Plan, ProcessKind, RestorePoint, counted_on
+from psmaster.model.probe import ProbeOrder
 from psmaster.model.process import (
     REACHES_ALL,
     Exit,
@@ -184,10 +186,12 @@ _KINDS = {
 }
 
 
-def master_message(message: Assignment | Acknowledgement) -> agents_pb2.MasterMessage:
+def master_message(message: StreamMessage) -> agents_pb2.MasterMessage:
     """What the loop sends on an agent's stream."""
     if isinstance(message, Acknowledgement):
         return agents_pb2.MasterMessage(ack=agents_pb2.Acknowledged(sequence=message.sequence))
+    if isinstance(message, ProbeOrder):
+        return agents_pb2.MasterMessage(probe=probe_proto.order(message))
     assignment = agents_pb2.Assignment(
         revision=message.revision,
         processes=[_process_spec(process, message) for process in message.processes],

@@ -1,5 +1,5 @@
-"""The open stream of one agent, as the loop writes to it: the newest assignment, and the newest acknowledgement, which
-also answers heartbeats. `psmaster.api` converts both to protobuf."""
+"""The open stream of one agent, as the loop writes to it: the newest assignment, the newest acknowledgement, which
+also answers heartbeats, and orders to measure. `psmaster.api` converts them to protobuf."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from pscluster.security.credentials import Credentials
 from psmaster.control.security import ClusterSecurity
+from psmaster.model.probe import ProbeOrder
 from psmaster.model.state import State
 from psmaster.scheduling.reconcile import Desired, desired
 
@@ -64,8 +65,12 @@ class Acknowledgement:
     sequence: int
 
 
+StreamMessage = Assignment | Acknowledgement | ProbeOrder
+
+
 class AgentStream:
-    """Belongs to the master's loop. Pending messages are bounded: newer ones replace older ones. No method blocks."""
+    """Belongs to the master's loop. Pending messages are bounded: newer ones replace older ones, and who orders to
+    measure waits for the answer. No method blocks."""
 
     def __init__(self, node_id: str, incarnation: str) -> None:
         self.node_id = node_id
@@ -76,6 +81,7 @@ class AgentStream:
         self._sequence = 0
         self._acknowledged = 0
         self._beat_received = False
+        self._probes: list[ProbeOrder] = []
         self._changed = asyncio.Event()
 
     def assign(self, assignment: Assignment) -> None:
@@ -93,12 +99,17 @@ class AgentStream:
         self._beat_received = True
         self._changed.set()
 
+    def probe(self, order: ProbeOrder) -> None:
+        """Have the node measure something. It is lost with the stream."""
+        self._probes.append(order)
+        self._changed.set()
+
     def close(self) -> None:
         """End the stream. Safe to repeat."""
         self.closed = True
         self._changed.set()
 
-    def pending(self) -> Iterator[Assignment | Acknowledgement]:
+    def pending(self) -> Iterator[StreamMessage]:
         """Take what is to be sent now."""
         if self._assignment is not None:
             assignment, self._assignment = self._assignment, None
@@ -106,8 +117,10 @@ class AgentStream:
         if self._sequence > self._acknowledged or self._beat_received:
             self._acknowledged, self._beat_received = self._sequence, False
             yield Acknowledgement(sequence=self._acknowledged)
+        probes, self._probes = self._probes, []
+        yield from probes
 
-    async def messages(self) -> AsyncIterator[Assignment | Acknowledgement]:
+    async def messages(self) -> AsyncIterator[StreamMessage]:
         """What to send, until the stream is closed."""
         while True:
             await self._changed.wait()

@@ -20,6 +20,7 @@ import structlog
 
 from pscluster.errors import PsError, StorageError, UnreachableError
 from psmaster.control.agent_stream import AgentStream, assignment_of
+from psmaster.control.probe_orders import ProbeOrders
 from psmaster.control.security import NO_CERTIFICATES, ClusterSecurity
 from psmaster.control.transaction import Transaction
 from psmaster.model.job import ErrorInfo, Event, Instant, JobWarning
@@ -73,6 +74,7 @@ class ControlLoop:
         self.state = State()
         self.news = asyncio.Event()
         """Set and replaced with each published transaction: wait on it, then read `state` again."""
+        self.probe_orders = ProbeOrders()
         self._streams: dict[str, AgentStream] = {}
         self._assigned: dict[str, dict[str, None]] = {}  # by node its processes of late, the newest last
         self._inputs: deque[Input] = deque()
@@ -231,6 +233,10 @@ class ControlLoop:
             self.close_stream(stream)
             raise
         return stream
+
+    def stream_of(self, node_id: str) -> AgentStream | None:
+        """The node's open stream."""
+        return self._streams.get(node_id)
 
     def close_stream(self, stream: AgentStream) -> None:
         """A stream broke or ended. Does nothing for one that a newer stream replaced. Safe to repeat."""

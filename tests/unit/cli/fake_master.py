@@ -19,7 +19,16 @@ from pscluster.errors import AuthError, NotFoundError, PsError, StateError
 from pscluster.security.authority import Authority
 from pscluster.security.credentials import identity_in, parse_certificate
 from pscluster.security.identity import Identity, Role
-from pscluster.v1 import access_pb2, access_pb2_grpc, agents_pb2, agents_pb2_grpc, jobs_pb2, jobs_pb2_grpc, plan_pb2
+from pscluster.v1 import (
+    access_pb2,
+    access_pb2_grpc,
+    agents_pb2,
+    agents_pb2_grpc,
+    jobs_pb2,
+    jobs_pb2_grpc,
+    plan_pb2,
+    probe_pb2,
+)
 
 TOKEN = "a-token"
 SPEC_JSON = (
@@ -93,6 +102,8 @@ class FakeMaster(jobs_pb2_grpc.JobsServicer, agents_pb2_grpc.AgentsServicer, acc
         self.authority: Authority | None = None
         """Set: the master asks no token, because only members with its certificates can connect."""
         self.renewals = 0
+        self.probe_requests: list[probe_pb2.ProbeRequest] = []
+        self.probe_results: list[probe_pb2.ProbeResult] = []
 
     # --- the service ---
 
@@ -228,6 +239,11 @@ class FakeMaster(jobs_pb2_grpc.JobsServicer, agents_pb2_grpc.AgentsServicer, acc
         identity = identity_in(parse_certificate(caller))
         made = self.authority.sign(request.csr_pem, identity, 3600.0)
         return access_pb2.RenewReply(certificate_pem=made, authority_pem=self.authority.certificate_pem)
+
+    def Probe(self, request: Any, context: Any) -> Any:
+        self._enter("Probe", context)
+        self.probe_requests.append(request)
+        yield from self.probe_results
 
     # --- what stands in for the interceptors ---
 

@@ -11,7 +11,7 @@ import grpc
 
 from pscluster import rpc
 from pscluster.errors import PsError
-from pscluster.v1 import agents_pb2, agents_pb2_grpc, plan_pb2
+from pscluster.v1 import agents_pb2, agents_pb2_grpc, plan_pb2, probe_pb2
 
 DEADLINE_S = 20.0
 
@@ -38,6 +38,9 @@ class FakeAgent:
         self.deleted: list[str] = []
         self.acknowledged = 0
         self.kept: dict[int, agents_pb2.AgentMessage] = {}
+        self.probes: list[probe_pb2.ProbeOrder] = []
+        self.answers: Callable[[probe_pb2.ProbeOrder], probe_pb2.ProbeAnswer] | None = None
+        """What it does on an order to measure; None: nothing, as an agent that does not know it."""
         self._sequence = 0
         self._address = address
         self._access = access
@@ -82,6 +85,10 @@ class FakeAgent:
                 await self._take(message)
 
     async def _take(self, message: agents_pb2.MasterMessage) -> None:
+        if message.HasField("probe"):
+            self.probes.append(message.probe)
+            if self.answers is not None:
+                await self._durable(probe=self.answers(message.probe))
         async with self._changed:
             if message.HasField("assignment"):
                 self.revisions.append(message.assignment.revision)
