@@ -40,7 +40,7 @@ ROLES: Mapping[str, frozenset[Role]] = {
     "/pscluster.v1.Jobs/Probe": _ADMINS,  # it slows down everybody's jobs
     "/pscluster.v1.Agents/Register": _NODES,
     "/pscluster.v1.Agents/Attend": _NODES,
-    "/pscluster.v1.Agents/DownloadBundle": _NODES,
+    "/pscluster.v1.Agents/DownloadBundle": _NODES | _PEOPLE,  # to export or evaluate a job of one's own
     "/pscluster.v1.Agents/FindUnused": _NODES,
     "/pscluster.v1.Access/CreateToken": _ADMINS,
     "/pscluster.v1.Access/ListTokens": _ADMINS,

@@ -18,6 +18,7 @@ import psutil
 from harness.cluster import DEADLINE_S, PSCTL, LocalCluster, wait_gone
 from harness.hosts import Family, Host, HostNetwork
 from pscluster.client import Cluster as Client
+from pscluster.errors import UnreachableError
 from pscluster.settings import runtime_dir
 
 PORT = 7070
@@ -39,6 +40,8 @@ class HostCluster(LocalCluster):
         self._tokens: dict[str, str] = {}
         self.user_host = network.hosts[-1]
         """Where `psctl` runs, in a context of its own."""
+        self.is_admin = False
+        """`psctl` runs on the master's host with the token there: the user's certificate may have expired."""
 
     # ---- places ----
 
@@ -79,8 +82,9 @@ class HostCluster(LocalCluster):
     def psctl(
         self, *arguments: str, expect: int | None = 0, cwd: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Run psctl on the user's host. `cwd` must be below `network.shared`."""
-        return self.psctl_on(self.user_host, *arguments, expect=expect, cwd=cwd)
+        """Run psctl on the user's host. `cwd` must be below `shared`."""
+        host = self._master if self.is_admin else self.user_host
+        return self.psctl_on(host, *arguments, expect=expect, cwd=cwd, local=self.is_admin)
 
     def psctl_on(
         self, host: Host, *arguments: str, expect: int | None = 0, cwd: Path | None = None, local: bool = False
@@ -155,17 +159,22 @@ class HostCluster(LocalCluster):
         return ["--node-id", name, "--join", f"@{host.home / 'pscluster' / token.name}", *own]
 
     def wait_ready(self) -> None:
-        """Block until every node is ready."""
+        """Block until the master answers and every node is ready."""
         deadline = time.monotonic() + READY_S
-        wanted = set(self.names[1:])
-        with self.client() as client:
-            while wanted != (ready := {node.node_id for node in client.nodes() if node.ready}):
-                silent = sorted(wanted - ready)
-                assert time.monotonic() < deadline, f"{silent} are not ready: {self.log_end(silent[0])}"
-                ended = [name for name in silent if not self.runs(name)]
-                assert not ended, f"{ended} ended: {self.log_end(ended[0])}"
-                time.sleep(0.05)
+        while silent := self._silent_nodes():
+            assert time.monotonic() < deadline, f"{silent} are not ready: {self.log_end(silent[0])}"
+            ended = [name for name in silent if not self.runs(name)]
+            assert not ended, f"{ended} ended: {self.log_end(ended[0])}"
+            time.sleep(0.05)
         self.note_processes()
+
+    def _silent_nodes(self) -> list[str]:
+        """The nodes that are not ready; the master when it does not answer."""
+        try:
+            with self.client() as client:
+                return sorted(set(self.names[1:]) - {node.node_id for node in client.nodes() if node.ready})
+        except UnreachableError:
+            return ["master"]
 
     def log_end(self, name: str) -> str:
         return (self.state_dir / "logs" / f"{name}.log").read_text()[-3000:]

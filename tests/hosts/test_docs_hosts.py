@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
+import pytest
 
 from harness.hosts import Host, HostNetwork
 
@@ -71,6 +72,7 @@ def _end(process: subprocess.Popen[bytes], log: Path) -> None:
     assert not psutil.wait_procs(children, timeout=10)[1]
 
 
+@pytest.mark.slow
 def test_the_first_cluster_takes_ten_commands(tmp_path: Path) -> None:
     commands = printed_commands()
     assert len(commands) == 10

@@ -100,12 +100,15 @@ class AgentsService(agents_pb2_grpc.AgentsServicer):
             yield agents_pb2.BundleChunk(data=chunk)
 
     def _require_use(self, caller: Caller, sha256: str) -> None:
-        """Raises NotFoundError unless a process that needs the bundle is placed on the calling node."""
-        if caller.local:
-            return
-        jobs = (job for job in self._core.state.jobs.values() if job.bundle_sha256 == sha256)
-        if not any(placement.node_id == caller.name for job in jobs for placement in job.placements):
-            raise NotFoundError(f"no job with bundle {sha256[:12]!r} has a process on {caller.name}")
+        """Raises NotFoundError unless a process that needs the bundle is placed on the calling node, or it is the code
+        of a job that the calling user may see."""
+        jobs = [job for job in self._core.state.jobs.values() if job.bundle_sha256 == sha256]
+        if caller.is_node:
+            jobs = [job for job in jobs if any(placement.node_id == caller.name for placement in job.placements)]
+        elif caller.is_user:
+            jobs = [job for job in jobs if job.owner == caller.name]
+        if not jobs and not caller.local:
+            raise NotFoundError(f"{caller} has no job with bundle {sha256[:12]!r}")
 
     async def FindUnused(self, request: agents_pb2.FindUnusedRequest, context: Any) -> agents_pb2.FindUnusedReply:
         jobs = self._core.state.jobs
