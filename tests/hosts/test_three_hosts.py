@@ -53,10 +53,10 @@ def check_addresses(cluster: HostCluster, job_id: str) -> None:
     with cluster.client() as client:
         plan, nodes = client.job(job_id).plan, client.nodes()
     assert plan is not None
-    told = [address for placement in plan.partitions for address in placement.addresses]
-    told += [node.depot_address for node in nodes if node.depot_address]
-    assert len([address for address in told if address.startswith("tcp:")]) == HOSTS
-    assert not [address for address in told if "127.0.0." in address or "::1" in address.split("]")[0] == "[::1"]
+    advertised = [address for placement in plan.partitions for address in placement.addresses]
+    advertised += [node.depot_address for node in nodes if node.depot_address]
+    assert len([address for address in advertised if address.startswith("tcp:")]) == HOSTS
+    assert not [address for address in advertised if "127.0.0." in address or "::1" in address.split("]")[0] == "[::1"]
 
 
 def check_export(cluster: HostCluster, job_id: str, digest: str) -> None:
