@@ -83,10 +83,10 @@ def test_the_first_cluster_takes_ten_commands(tmp_path: Path) -> None:
             if command.endswith("&"):
                 terminal.start(hosts[letter], command.removesuffix("&").strip())
                 continue
-            answer, printed = terminal.run(hosts[letter], command)
+            answer, messages = terminal.run(hosts[letter], command)
             if found := re.search(r"token create --role (\w+)", command):
                 terminal.tokens[f"{found[1].upper()}_TOKEN"] = answer.strip()
             if command.endswith("--follow"):
-                (job,) = re.findall(r"^(stdlib-lm-\w+) SUCCEEDED at step 40\b", answer + printed, flags=re.MULTILINE)
+                (job,) = re.findall(r"^(stdlib-lm-\w+) SUCCEEDED at step 40\b", answer + messages, flags=re.MULTILINE)
                 shown, _ = terminal.run(hosts[letter], f"psctl --context lab describe {job}")
     assert "tcp: trainer-partition 0-1, 1-0" in shown

@@ -95,6 +95,6 @@ def test_defaults_alone_give_a_rate_within_bounds(name: Any, warmup: int, step: 
     assert 0.0 <= learning_rate(BASE, schedule, step, final) <= BASE
 
 
-@pytest.mark.parametrize("name", set(get_args(ScheduleName)) - {"constant"})
+@pytest.mark.parametrize("name", [name for name in get_args(ScheduleName) if name != "constant"])
 def test_defaults_alone_change_the_rate(name: Any) -> None:
     assert len(set(rates(ScheduleSection(name=name)))) > 1
