@@ -76,7 +76,7 @@ def test_nodes_that_are_away_with_their_disks_are_waited_for(tmp_path: Path) -> 
         for node_id in away:
             cluster.kill(cluster.daemon(node_id))
         answer = cluster.until(
-            job, lambda answer: any("waits for its part" in event.message for event in answer.events)
+            job, lambda answer: any("PS-3001" in event.message for event in answer.events)
         )
         assert all(any(f"{node_id}: " in event.message for event in answer.events) for node_id in away)
         cluster.up(workers=1, servers=3)

@@ -49,7 +49,7 @@ def test_a_stopped_trainer_is_replaced_and_taken_back(digest: str, tmp_path: Pat
         cluster.wait(job, f"step={STOP_AT}")
         stopped = cluster.child("worker-1")
         stopped.send_signal(signal.SIGSTOP)
-        found = cluster.until(job, has_event("TrainerSuspect", "no longer beats"))
+        found = cluster.until(job, has_event("TrainerSuspect"))
         assert stopped.status() == psutil.STATUS_STOPPED
         cluster.wait(job, f"step={found.step + 2}")
         stopped.send_signal(signal.SIGCONT)
@@ -63,7 +63,7 @@ def test_a_trainer_stuck_in_user_code_is_found_although_it_sends_heartbeats(dige
     with local_cluster(tmp_path, workers=2, servers=2) as cluster:
         spec, caught = stuck_spec(slow_spec(), tmp_path, free=22)
         job = cluster.submit(spec, tmp_path)
-        found = cluster.until(job, has_event("TrainerSuspect", "far too long"))
+        found = cluster.until(job, has_event("TrainerSuspect", "stalled"))
         assert caught.exists()
         cluster.wait(job, f"step={found.step + 2}")
         caught.unlink()
@@ -79,7 +79,7 @@ def test_a_stopped_partition_is_replaced_and_what_it_does_later_changes_nothing(
         cluster.wait(job, f"step={STOP_AT}")
         stopped = cluster.child("server-0")  # the coordinator
         stopped.send_signal(signal.SIGSTOP)
-        cluster.until(job, has_event("PartitionLost", "no longer beats"))
+        cluster.until(job, has_event("PartitionLost"))
         wait_gone([stopped])  # stopped as it is, its agent ends it
         assert {"RolledBack"} <= set(finish(cluster, job, digest))
 
