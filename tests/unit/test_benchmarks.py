@@ -149,7 +149,7 @@ def test_the_slow_link_is_skipped_by_name_without_root(
     monkeypatch.setattr(sys, "argv", ["slow_link"])
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     load("slow_link").main()
-    assert capsys.readouterr().out == "slow_link: skipped: needs root\n"
+    assert capsys.readouterr().out == "slow_link: skipped: hosts need root\n"
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])

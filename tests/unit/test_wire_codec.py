@@ -76,10 +76,8 @@ def test_rows_and_what_is_not_known_yet() -> None:
 
 def test_sets_are_sorted_on_the_wire_and_maps_in_the_value() -> None:
     wire = Wire()
-    assert wire.pair(Cut, plan_pb2.Unreached).encode(Cut(generation=1, partitions=frozenset({3, 1}))).partitions == [
-        1,
-        3,
-    ]
+    unreached = wire.pair(Cut, plan_pb2.Unreached, only_message=["reasons"])
+    assert unreached.encode(Cut(generation=1, partitions=frozenset({3, 1}))).partitions == [1, 3]
     evaluated = wire.pair(Evaluated, plan_pb2.Evaluated)
     message = plan_pb2.Evaluated(step=4, metrics={"loss": 1.0, "accuracy": 0.5})
     value = evaluated.decode(message)

@@ -207,7 +207,7 @@ def test_nodes(run: Psctl, fake: FakeMaster) -> None:
     assert lines[1].split() == ["worker-0", "worker", "yes", "1/1", "-", "0.1.0"]
     assert lines[2].split()[:3] == ["server-0", "server", "no"]
     wide = run("nodes", "-o", "wide").stdout.splitlines()[1].split()
-    assert wide[6:] == ["box", "2", "8.0", "GiB", "cpu", "127.0.0.1:9000", "01234567"]
+    assert wide[6:] == ["box", "2", "8.0", "GiB", "cpu", "-", "127.0.0.1:9000", "01234567"]
     found = json.loads(run("nodes", "-o", "json").stdout)
     assert [item["role"] for item in found["items"]] == ["worker", "server"]
     assert run("nodes", "-o", "name").stdout == "worker-0\nserver-0\n"

@@ -101,13 +101,16 @@ class OpenStep:
         """What to vote: squares by block, and whether everything that changes is finite. Only when complete."""
         squares = {block: square for found in self._squares.values() for block, square in found.items()}
         finite = all(math.isfinite(square) for square in squares.values())
-        touched = [self.summary.root.is_touched(number) for number in range(len(self.state.layout.tensors))]
-        for span in self.state.spans:
-            words = self.averaged[span.bucket].root.words if span.bucket in self.averaged else None
-            if words is not None:  # a mask of -inf that lies beside what moved is no fault
-                moved = runs(self.state.layout, span, self.state.update_counts, touched, self._groups)
-                finite = finite and all(bool(torch.isfinite(words[run.start : run.stop]).all()) for run in moved)
-        return squares, finite
+        return squares, finite and all(self._moved_is_finite(bucket) for bucket in self.averaged)
+
+    def _moved_is_finite(self, bucket: int) -> bool:
+        """Whether the buffers of an averaged bucket that moved are finite. A mask of -inf beside them is no fault."""
+        words, summary = self.averaged[bucket].root.words, self.summary.root
+        if words is None:
+            return True
+        touched = [summary.is_touched(number) for number in range(len(self.state.layout.tensors))]
+        moved = runs(self.state.layout, self.state.spans[bucket], self.state.update_counts, touched, self._groups)
+        return all(bool(torch.isfinite(words[run.start : run.stop]).all()) for run in moved)
 
     def decide(self, decision: CommitDecision) -> None:
         """Carry out a decision: the sums become updates (or are dropped), and the next step begins empty."""
