@@ -136,6 +136,7 @@ def test_a_clean_job_is_vouched_for(cluster: LocalCluster, digest: str, tmp_path
     assert "vouched for up to" in cluster.psctl("describe", job).stdout
 
 
+@pytest.mark.slow
 def test_the_sick_node_is_left_out_and_the_job_ends_with_the_undisturbed_bits(
     cluster: LocalCluster, digest: str, tmp_path: Path
 ) -> None:

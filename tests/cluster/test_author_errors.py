@@ -119,6 +119,7 @@ def test_an_exception_that_ends_a_thread_is_a_warning_with_its_place(cluster: Lo
     assert place in message
 
 
+@pytest.mark.slow
 def test_follow_and_describe_show_it_once(cluster: LocalCluster, directory: Path) -> None:
     job = author_spec("raise", "loss", STEP, SHARD, 1)
     (directory / "spec.json").write_text(json.dumps({**job, "name": "shown"}))

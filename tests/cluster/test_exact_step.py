@@ -252,6 +252,7 @@ def test_connections_that_break_again_and_again_change_no_bit(transport: str, lm
         proxy.close()
 
 
+@pytest.mark.slow
 def test_stop_ends_at_a_written_step_and_resume_goes_on_with_the_same_bits(lm_digest: str, tmp_path: Path) -> None:
     with StaticJob(lm_spec(partitions=2, pause_s=0.05), 2, tmp_path) as job:
         job.wait_ready()

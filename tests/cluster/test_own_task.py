@@ -192,6 +192,7 @@ def test_the_bundle_is_the_directory_without_what_git_ignores(cluster: LocalClus
     assert not {"secret.key", "drafts/old.py"} & set(listed)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_is_skipped_and_counted_when_asked(
     cluster: LocalCluster, jobs: dict[str, str]
 ) -> None:
@@ -221,6 +222,7 @@ def test_what_a_task_raises_is_reported_with_its_file_and_line_alone(
     assert found.traceback.rstrip() in cluster.psctl("describe", found.job_id).stdout.replace("\n  ", "\n")
 
 
+@pytest.mark.slow
 def test_a_missing_import_fails_before_step_0_with_its_node(cluster: LocalCluster, jobs: dict[str, str]) -> None:
     found = failed(cluster, jobs["untidy"], "PS-2001")
     assert "No module named 'nothing_like_this'" in wrong_check(cluster, found, "imports")

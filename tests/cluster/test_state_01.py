@@ -199,6 +199,7 @@ def test_live_and_stopped_jobs_go_on_to_the_same_bits(state: Path, tmp_path: Pat
         cluster.psctl("delete", ids["queued"], ids["undisturbed"])
 
 
+@pytest.mark.slow
 def test_the_manifests_alone_give_the_jobs_back(state: Path, tmp_path: Path) -> None:
     for path in (state / "master").glob("master.db*"):
         path.unlink()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
 from harness.host_cluster import HostCluster
 from harness.hosts import INTERFACE
 
@@ -17,6 +19,7 @@ def probed(cluster: HostCluster) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_host_with_a_slow_link_is_named(cluster: HostCluster) -> None:
     slow = cluster.host_of("worker-2")
     added = slow.run("tc", "qdisc", "add", "dev", INTERFACE, "root", "tbf", *SLOW)
@@ -37,6 +40,7 @@ def test_a_host_with_a_slow_link_is_named(cluster: HostCluster) -> None:
     assert all(node["devices"][0]["flops_per_s"] > 0 for node in found["nodes"])
 
 
+@pytest.mark.slow
 def test_a_user_may_not_slow_down_the_jobs_of_all(cluster: HostCluster) -> None:
     refused = cluster.psctl("nodes", "--probe", expect=4)
     assert "PS-1005" in refused.stderr

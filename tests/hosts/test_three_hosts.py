@@ -82,6 +82,7 @@ def train(cluster: HostCluster, digest: str) -> None:
     check_export(cluster, job_id, digest)
 
 
+@pytest.mark.slow
 def test_three_hosts_give_the_bits_of_one_machine(cluster: HostCluster, digest: str) -> None:
     train(cluster, digest)
 
