@@ -32,13 +32,6 @@ NUMERICS = "1" * 16
 PREEMPTION = 0.3  # how often others come first when the loop takes the lock
 
 
-class _Module:
-    """Stands in for the module's own switches."""
-
-    def train(self) -> None:
-        """Nothing here depends on it."""
-
-
 class _Buffers:
     """Stands in for `psworker.live_buffers.LiveBuffers`: there are none beside the committed ones."""
 
@@ -59,7 +52,6 @@ class _Replica:
         self.layout = LAYOUT
         self.memory = BucketMemory(LAYOUT)
         self.buffers = _Buffers(self.memory)
-        self.model = _Module()
         model.first_values(self.memory.flats)
 
     def load_bucket(self, bucket: int) -> None:
@@ -119,6 +111,13 @@ class _NoBuffers:
         """Nothing is held."""
 
 
+class _NoModules:
+    """A model without modules: there is no mode to enter."""
+
+    def enter_train_mode(self) -> None:
+        return
+
+
 class ArithmeticTrainer(Trainer):
     """The product's loop; only what touches torch modules and user code is replaced."""
 
@@ -135,6 +134,7 @@ class ArithmeticTrainer(Trainer):
         self._accumulator: Any = _Accumulation(self._tree, exchange.pusher.gradients)
         self._summaries = Counter(self._tree, Summary.plus)
         self._buffers: Any = _NoBuffers()
+        self._watch: Any = _NoModules()
         self._done: dict[tuple[int, int, str], set[int]] = {}
         self._loaded: set[int] = set()
         self._may_overlap = False
