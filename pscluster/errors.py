@@ -123,7 +123,7 @@ class StateError(CallerError):
 class AuthError(CallerError):
     code = "PS-1005"
     exit_code = 4
-    default_action = "use the token file of this cluster (psctl up writes it with mode 0600)"
+    default_action = "use the certificate of this cluster, or its token file (psctl up writes it with mode 0600)"
 
 
 class SettingsError(CallerError):

@@ -13,7 +13,14 @@ from pscluster.errors import UnreachableError
 Reason = Literal["dns", "refused", "timed out", "no route", "tls", "closed", "other"]
 
 _ROUTES = frozenset({errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN, errno.EADDRNOTAVAIL})
-_ACTIONS: dict[Reason, str] = {
+WORDS: Mapping[Reason, str] = {
+    "dns": "the name does not resolve",
+    "refused": "the connection is refused: nothing listens there",
+    "timed out": "it did not answer in time",
+    "no route": "there is no route to it",
+}
+"""For a person, of the reasons that need no more."""
+_ACTIONS: Mapping[Reason, str] = {
     "dns": "check the name, or give a literal address",
     "refused": "check that it runs there and listens at this address and port",
     "timed out": "check that a firewall lets this port through (`psctl network rules`), and that the host is up",
@@ -61,10 +68,8 @@ def because(
 
 
 def _words(error: BaseException, reason: Reason) -> str:
-    if reason == "dns":
-        return "the name does not resolve"
-    if reason == "timed out":
-        return "no answer in time"
+    if reason in WORDS:
+        return WORDS[reason]
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"TLS: its certificate was refused here: {error.verify_message}"
     if isinstance(error, ssl.SSLError):

@@ -102,7 +102,7 @@ def _empty(directory: Path) -> None:
 
 def ways(wanted: str, *, is_root: bool, has_identity: bool, account: Account | None) -> tuple[Mode, ...]:
     """The modes to try, the best first. Pure."""
-    if wanted != "auto":
+    if wanted != AUTO:
         return (Mode(wanted),)
     if not has_identity and account is None:
         return (Mode.NONE,)

@@ -20,6 +20,7 @@ import grpc
 import structlog
 
 from pscluster.agent.addresses import is_local
+from pscluster.agent.isolation import IDENTITY
 from pscluster.errors import AuthError, PsError, SettingsError, StorageError, UnreachableError
 from pscluster.rpc import DEADLINE_S, PROTOCOL, Access, error_of, open_aio_channel, read_token
 from pscluster.security import credentials as stored
@@ -35,7 +36,7 @@ from pscluster.wire.backoff import delay_s
 if TYPE_CHECKING:
     from pscluster.agent.daemon import AgentSettings
 
-IDENTITY, REQUEST, MASTER = "identity", "request.pem", "master"
+REQUEST, MASTER = "request.pem", "master"
 RETRY_CAP_S = 30.0
 LOOK_S = 60.0
 """The longest wait before the clock is read again: it may be set, or stand still while the host sleeps."""

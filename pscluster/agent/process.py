@@ -170,7 +170,7 @@ class Process:
 
     @property
     def is_suspected(self) -> bool:
-        """Whether the master was told that it is silent or stalled."""
+        """Whether it was reported to the master as silent or stalled."""
         return self._status.suspicion != NONE
 
     def check_heartbeat(self, now_s: float) -> None:

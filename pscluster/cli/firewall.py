@@ -11,7 +11,6 @@ from pscluster.client.records import Health, Node
 KINDS = ("master", "worker", "server", "user")
 ANY_PORT = "32768-60999"
 """Where Linux chooses a port for a listener that is not given one (net.ipv4.ip_local_port_range)."""
-FORMATS = ("text", "iptables", "nftables", "ufw")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,14 +4,14 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pscluster import rpc
 from pscluster.client.exclusive import exclusive
-from pscluster.errors import AuthError, CallerError, PsError, StorageError
+from pscluster.errors import AuthError, CallerError, PsError, StateError, StorageError
 from pscluster.settings import LocatedCluster
 
 if TYPE_CHECKING:
@@ -60,11 +60,19 @@ def access_to(located: LocatedCluster) -> rpc.Access:
 
 def renew_when_due(members: Members, access: rpc.Access, located: LocatedCluster, now_s: float) -> None:
     """Renew the user's certificate after two thirds of its life, in memory and on disk. Two processes do not renew at
-    once. Until it expires, a failure changes nothing: the next call tries again."""
+    once. Until it expires, a failure is a warning: the next call tries again."""
     if access.source is None or located.credentials_dir is None or now_s < access.source.get().renew_at_s:
         return
-    with suppress(PsError, OSError):  # the certificate is still good for the call that is to be made
+    try:
         access.source.replace(_renewed(members, located.credentials_dir, now_s))
+    except StateError:
+        return  # another process renews it now
+    except (PsError, OSError) as error:  # the certificate is still good for the call that is to be made
+        expires = datetime.fromtimestamp(access.source.get().not_after_s, UTC)
+        warnings.warn(
+            f"the certificate in {located.credentials_dir} was not renewed and expires on {expires:%Y-%m-%d}: {error}",
+            stacklevel=2,
+        )
 
 
 def _renewed(members: Members, directory: Path, now_s: float) -> Credentials:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 from pscluster.errors import UnreachableError
-from pscluster.reachability import Reason, because
+from pscluster.reachability import WORDS, Reason, because
 
 _CONNECTING = re.compile(r"failed to connect|resol\w+ |name resolution|lookup failed", re.IGNORECASE)
 _LOCAL = re.compile(r"\bunix:")
@@ -16,13 +16,13 @@ _HANDSHAKE = re.compile(r"handshake failed|SSL_ERROR|verification check failed|H
 _VERIFY = re.compile(r"CERTIFICATE_VERIFY_FAILED: ([^:]*)")
 _ROUTINE = re.compile(r"OPENSSL_internal:([A-Z0-9_]+)")
 _CLOSED = "it closed the connection: it is ending, does not accept this side's certificate, or only one side speaks TLS"
-_TEXTS: tuple[tuple[str, Reason, str], ...] = (
+_PATTERNS: tuple[tuple[str, Reason], ...] = (
     # In this order: a text about a handshake names the cause of its end, too.
-    (r"resol\w+ |name not found|lookup failed", "dns", "the name does not resolve"),
-    (r"Connection refused|No such file or directory", "refused", "the connection is refused: nothing listens there"),
-    (r"No route to host|Network is unreachable|Host is down", "no route", "there is no route to it"),
-    (r"timed out|timeout|Endpoint closing|deadline", "timed out", "it did not answer in time"),
-    (r"Socket closed|closed|Connection reset|Broken pipe|GOAWAY|EOF", "closed", _CLOSED),
+    (r"resol\w+ |name not found|lookup failed", "dns"),
+    (r"Connection refused|No such file or directory", "refused"),
+    (r"No route to host|Network is unreachable|Host is down", "no route"),
+    (r"timed out|timeout|Endpoint closing|deadline", "timed out"),
+    (r"Socket closed|closed|Connection reset|Broken pipe|GOAWAY|EOF", "closed"),
 )
 _ROUTINES = {"WRONG_VERSION_NUMBER": "it does not speak TLS", "UNSUPPORTED_PROTOCOL": "it speaks no TLS 1.3"}
 
@@ -31,9 +31,9 @@ def reason_in(text: str) -> tuple[Reason, str]:
     """The reason in gRPC's text of an UNAVAILABLE call, and words for a person."""
     if _HANDSHAKE.search(text):
         return "tls", _words_on_tls(text)
-    for pattern, reason, words in _TEXTS:
+    for pattern, reason in _PATTERNS:
         if re.search(pattern, text, re.IGNORECASE):
-            return reason, words
+            return reason, WORDS.get(reason, _CLOSED)
     return "other", text
 
 

@@ -19,7 +19,7 @@ from pscluster.security.identity import Identity
 KEY, CERTIFICATE, AUTHORITY = "key.pem", "certificate.pem", "authority.pem"
 BACKDATED_S = 300.0
 """A certificate begins this long before it is made, so that a member whose clock is behind accepts it."""
-_RENEW_AT = 2 / 3  # of a certificate's life
+RENEW_AT = 2 / 3  # of a certificate's life
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Credentials:
     def renew_at_s(self) -> float:
         """Unix time at which a new certificate should be asked for: after two thirds of its life."""
         made_s = self.not_before_s + BACKDATED_S
-        return made_s + (self.not_after_s - made_s) * _RENEW_AT
+        return made_s + (self.not_after_s - made_s) * RENEW_AT
 
     def save(self, directory: Path) -> None:
         """Write the three files, mode 0600, into a directory of mode 0700. A reader finds the old or the new files: a

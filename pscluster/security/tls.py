@@ -51,12 +51,6 @@ def identity_of(tls: ssl.SSLObject | ssl.SSLSocket) -> Identity:
     return Identity.parse(uris[0])
 
 
-def serial_of(tls: ssl.SSLObject | ssl.SSLSocket) -> str:
-    """The serial number of the peer's certificate, in hex digits as `Credentials.serial`."""
-    found: dict[str, Any] = tls.getpeercert() or {}
-    return str(found.get("serialNumber", "")).lower().lstrip("0")
-
-
 def _context(protocol: int, credentials: Credentials) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_3

@@ -191,7 +191,7 @@ class TlsStream:
     def _refusal(self, error: ssl.SSLError) -> AuthError | FrameError:
         reason = (error.reason or str(error)).lower().replace("_", " ")
         details = {"field": "tls", "reason": reason, "side": self._side}
-        if self.identity is None or "alert" in reason:  # a client hears only after its handshake that it is refused
+        if self.identity is None or "alert" in reason:  # a client learns only after its handshake that it is refused
             return AuthError(f"a data connection without valid certificates: {reason}", details=details)
         return FrameError(f"a data connection whose TLS is broken: {reason}", details=details)
 

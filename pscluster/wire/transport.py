@@ -58,8 +58,7 @@ def bind(address: str) -> tuple[socket.socket, str]:
             bound = tcp_address(host, listener.getsockname()[1])
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            action = "give the server more --data-ports" if kind == "tcp" and "-" in rest.rpartition(":")[2] else ""
-            raise AddressInUseError(f"{address} is in use", action=action) from None
+            raise AddressInUseError(f"{address} is in use") from None
         raise
     listener.listen(_BACKLOG)
     listener.setblocking(False)

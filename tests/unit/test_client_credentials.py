@@ -14,7 +14,7 @@ from pscluster import rpc
 from pscluster.client import Cluster
 from pscluster.client.credentials import join_as_user
 from pscluster.client.reach import probe
-from pscluster.errors import AuthError, StateError, UnreachableError
+from pscluster.errors import AuthError, StorageError, UnreachableError
 from pscluster.security.authority import Authority
 from pscluster.security.credentials import Credentials, CredentialSource
 from pscluster.security.identity import Identity, Role
@@ -67,14 +67,16 @@ def test_a_member_calls_over_tls_and_renews_when_due_only(
     assert serving.fake.renewals == 1
 
 
-def test_a_renewal_that_fails_does_not_fail_the_call(
+def test_a_renewal_that_fails_is_a_warning_and_does_not_fail_the_call(
     authority: Authority, serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = authority.issue(ADA, 3600.0)
     first.save(tmp_path / "ada")
     monkeypatch.setattr(time, "time", lambda: first.renew_at_s + 1)
-    serving.fake.failures["Renew"] = [StateError("not now")]
-    with Cluster.connect_to(located(serving, tmp_path / "ada")) as cluster:
+    serving.fake.failures["Renew"] = [StorageError("the disk is full")]
+    with pytest.warns(UserWarning, match="PS-4002"):
+        cluster = Cluster.connect_to(located(serving, tmp_path / "ada"))
+    with cluster:
         assert cluster.jobs() == []
     assert serving.fake.failures["Renew"] == []
     assert Credentials.load(tmp_path / "ada").serial == first.serial

@@ -1,4 +1,4 @@
-"""What the two sides of a measured connection say to each other. Blocks; runs in a thread.
+"""What the two sides of a measured connection send to each other. Blocks; runs in a thread.
 
     dialler                       listener
     token              ->

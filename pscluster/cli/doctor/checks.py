@@ -200,7 +200,7 @@ def isolation(facts: Facts) -> Iterator[Finding]:
             yield Finding(check="isolation", level="ok", text=f"{named}: {_ISOLATED[mode]}")
             continue
         text = "nothing keeps user code from the node's key" if mode == "none" else "how user code is kept is not known"
-        action = "run the agent as root, or on a kernel with Landlock (Linux 5.13): see docs/security.md"
+        action = "run the agent as root, or on a kernel with Landlock (Linux 5.19): see docs/security.md"
         yield Finding(check="isolation", level="warn", text=f"{named}: {text}", action=action)
 
 

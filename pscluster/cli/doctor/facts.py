@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from pscluster.rpc import Access
 
 _DIALLERS = 16
-_RENEWAL = 2 / 3  # of a certificate's life; see Credentials.renew_at_s
 
 
 def gather(located: LocatedCluster, environ: Mapping[str, str]) -> Facts:
@@ -57,12 +56,14 @@ def _of_cluster(cluster: Cluster, access: Access) -> dict[str, Any]:
     dialled = [(f"the depot of {node.node_id}", node.depot_address) for node in nodes if node.depot_address]
     if not health.secured:
         return found | {"nodes": tuple(nodes), "dialled": _dial(dialled, access, ())}
+    from pscluster.security.credentials import RENEW_AT  # loads cryptography
+
     try:
         certificates = tuple(
             Held(
                 owner=f"{item.role} {item.name}",
                 expires_s=item.expires_s,
-                renew_at_s=item.issued_s + (item.expires_s - item.issued_s) * _RENEWAL,
+                renew_at_s=item.issued_s + (item.expires_s - item.issued_s) * RENEW_AT,
             )
             for item in _newest(cluster)
         )
