@@ -36,7 +36,6 @@ from psmaster.model.job import Event
 from psmaster.model.state import State
 
 STOP_GRACE_S = 0.5  # how long calls in progress may take when the master ends
-HANDSHAKE_MS = 10_000  # for a stranger to complete TLS
 MAX_ADDRESSES = 8  # that a join token names
 _LONGEST_SLEEP_S = 60.0  # between two looks at the clock, which may be set
 _UNIX = "unix:"
@@ -122,8 +121,7 @@ def _member_server(stack: AsyncExitStack, core: ControlLoop) -> grpc.aio.Server:
     core.listeners.append(follow)
     stack.callback(core.listeners.remove, follow)
     interceptors = [ErrorInterceptor(), CertificateInterceptor(core.security.cluster_id, revocations)]
-    options = [*rpc.SERVER_OPTIONS, ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS)]
-    return grpc.aio.server(interceptors=interceptors, options=options)
+    return grpc.aio.server(interceptors=interceptors, options=rpc.EXPOSED_OPTIONS)
 
 
 def _take_joins(
@@ -154,8 +152,10 @@ def _own_addresses(*, with_ipv6: bool) -> list[str]:
 async def _keep_fresh(security: ClusterSecurity, source: CredentialSource) -> None:
     """Replace the master's own certificate before it expires; handshakes use the newest."""
     while True:
-        await asyncio.sleep(min(_LONGEST_SLEEP_S, max(0.0, source.get().renew_at_s - time.time())))
-        if time.time() >= source.get().renew_at_s:
+        held, now_s = source.get(), time.time()
+        await asyncio.sleep(min(_LONGEST_SLEEP_S, max(0.0, held.renew_at_s - now_s)))
+        # Also where the clock was ahead when it was made: nobody else would accept it until then.
+        if not held.not_before_s <= time.time() < held.renew_at_s:
             source.replace(security.master_credentials())
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 
 from pscluster.errors import AddressInUseError, DamagedError, FrameError, NotFoundError, StateError, StorageError
-from pscluster.rpc import SERVER_OPTIONS, Access, error_of, open_aio_channel
+from pscluster.rpc import EXPOSED_OPTIONS, Access, error_of, open_aio_channel
 from pscluster.rpc.server import (
     CertificateInterceptor,
     ErrorInterceptor,
@@ -84,7 +84,7 @@ async def serving(
     admission: grpc.aio.ServerInterceptor = TokenInterceptor(access.token)
     if access.source is not None:
         admission = CertificateInterceptor(access.source.get().identity.cluster_id, revocations)
-    server = grpc.aio.server(interceptors=[ErrorInterceptor(), admission], options=SERVER_OPTIONS)
+    server = grpc.aio.server(interceptors=[ErrorInterceptor(), admission], options=EXPOSED_OPTIONS)
     depot_pb2_grpc.add_DepotServicer_to_server(DepotService(directory, access), server)  # type: ignore[no-untyped-call]
     address = _bind(server, choices, access)
     await server.start()

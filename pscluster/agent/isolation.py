@@ -10,7 +10,7 @@ import os
 import pwd
 import shutil
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,19 +42,21 @@ class Account:
 class Isolation:
     """What the agent does for a process. `hidden`: what `namespace` and `landlock` put out of reach. `account`: another
     user's, whom trainers run as in mode `uid`, and whose group may connect to the sockets of partitions. `home`: for an
-    account without one."""
+    account without one. `look`: finds what is to be hidden anew for each process: keys may be made after the start."""
 
     mode: Mode
     hidden: tuple[str, ...]
     account: Account | None
     home: str
+    look: Callable[[], tuple[str, ...]] = tuple
 
     def environment(self) -> dict[str, str]:
-        """The variables of a process with user code, beside those of every process."""
+        """The variables of a process with user code, beside those of every process. Reads some directories."""
         if self.mode is Mode.NONE:
             return {}
         if self.mode is not Mode.UID or self.account is None:
-            return {CONFINEMENT: Confinement(mode=self.mode, hidden=self.hidden).to_json()}
+            hidden = tuple(sorted({*self.hidden, *self.look()}))
+            return {CONFINEMENT: Confinement(mode=self.mode, hidden=hidden).to_json()}
         home = self.account.home if os.path.isdir(self.account.home) else self.home
         confinement = Confinement(mode=self.mode, uid=self.account.uid, gid=self.account.gid)
         named = {"HOME": home, "USER": self.account.name, "LOGNAME": self.account.name}

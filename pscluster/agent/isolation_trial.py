@@ -8,6 +8,7 @@ import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,10 +90,10 @@ def isolation_of(settings: AgentSettings, trial: Trial) -> Isolation:
     if has_identity or modes != (Mode.NONE,):
         protect_memory()
     failures: list[str] = []
-    secrets = (settings.token_file, settings.join_file)
+    look = partial(hidden_paths, settings.state_dir, trial.environ, settings.token_file, settings.join_file)
     for mode in modes:
-        hidden = hidden_paths(settings.state_dir, trial.environ, *secrets) if mode is not Mode.NONE else ()
-        isolation = Isolation(mode=mode, hidden=hidden, account=account, home=str(trial.directories.cache))
+        hidden, home = look() if mode is not Mode.NONE else (), str(trial.directories.cache)
+        isolation = Isolation(mode=mode, hidden=hidden, account=account, home=home, look=look)
         trial.directories.let_others_pass(mode is Mode.UID)
         isolation.give(trial.directories.cache)
         failure = trial.failure(isolation) if mode is not Mode.NONE else ""

@@ -89,7 +89,8 @@ def list_certificates(session: Session, form: str) -> None:
 def revoke(session: Session, name: str, role: str | None, yes: bool) -> None:
     """Revoke every certificate of NAME, a node or user.
 
-    In force on every daemon within a minute: its connections are closed, and it cannot join again with the same key.
+    In force on every daemon within a minute: its connections are closed, and no join token of its role that was
+    made before its newest certificate admits anybody any more.
     """
     with session.connect() as cluster:
         found = [

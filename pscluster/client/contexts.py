@@ -84,7 +84,7 @@ class Contexts:
 
 
 class ContextFile:
-    """The contexts of one settings file, which is 0600 in a directory of 0700 once it was written here. Methods block.
+    """The contexts of one settings file, which is 0600 once it was written here. Methods block.
     Writers exclude each other by a lock, and readers find the old or the new file. What else the file says, comments
     included, stays as it is."""
 
@@ -137,8 +137,7 @@ class ContextFile:
     def _changing(self) -> Iterator[tuple[Contexts, Callable[[str, Context | None, str | None], None]]]:
         """What the file says, and a function that replaces one context and the selection."""
         try:
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.path.parent.chmod(0o700)
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # one that is there stays as it is
             with exclusive(self.path.with_name("config.lock")):
                 yield self.read(), self._write
         except OSError as error:

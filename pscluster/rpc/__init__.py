@@ -80,6 +80,12 @@ SERVER_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
 ]
+EXPOSED_OPTIONS: list[tuple[str, Any]] = [
+    *SERVER_OPTIONS,
+    ("grpc.max_allowed_incoming_connections", 512),  # at a port, with those in their handshake: each has a descriptor
+    ("grpc.server_handshake_timeout_ms", 10_000),
+]
+"""Of servers that strangers reach."""
 CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     *_SIZES,
     ("grpc.enable_http_proxy", 0),  # never use a proxy from the environment

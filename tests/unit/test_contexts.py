@@ -42,6 +42,14 @@ def test_what_is_added_is_read_again_and_private(file: ContextFile) -> None:
         file.add(lab(file))
 
 
+def test_a_directory_that_is_there_keeps_its_mode(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    file = ContextFile(tmp_path / "mine.toml")  # PS_CONFIG may lie in a home directory, or in /etc
+    file.replace(Context(name="local"))
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
+    assert stat.S_IMODE(file.path.stat().st_mode) == 0o600
+
+
 def test_what_else_the_file_says_stays(file: ContextFile) -> None:
     file.path.parent.mkdir()
     file.path.write_text(WRITTEN)

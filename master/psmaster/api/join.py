@@ -163,7 +163,8 @@ class JoinEndpoint:
 
     async def _join(self, request: dict[str, Any]) -> dict[str, Any]:
         if request["protocol"] != PROTOCOL:
-            raise VersionSkewError(f"{request['name']} speaks protocol {request['protocol']}, this master {PROTOCOL}")
+            name, spoken = request["name"][:80], str(request["protocol"])[:20]
+            raise VersionSkewError(f"{name!r} speaks protocol {spoken}, this master {PROTOCOL}")
         security, digest = self._core.security, hashlib.sha256(request["secret"].encode()).hexdigest()
         role = role_of_token(self._core.state.access, digest, self._core.now().unix_s)
         pem, made = security.certify(request["csr_pem"].encode(), role, request["name"])
@@ -183,6 +184,7 @@ def _parse(line: bytes) -> dict[str, Any]:
         request = json.loads(line)
         if not all(type(request[name]) is kind for name, kind in _FIELDS[request["ask"]].items()):
             raise ValueError("a field is of another type")
+        json.dumps(request, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, TypeError, KeyError, RecursionError):
         raise CallerError(
             "this is no request to join a cluster", action="run the same pscluster version on every host"

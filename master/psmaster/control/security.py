@@ -81,7 +81,8 @@ class ClusterSecurity:
         if self.authority is None:
             return None
         held = self._issued.get(process_id)
-        if held is None or now_s > held.not_after_s - PROCESS_LIFETIME_S / 2:
+        # Also where the clock was ahead when they were made: no peer would accept them until then.
+        if held is None or not held.not_before_s <= now_s <= held.not_after_s - PROCESS_LIFETIME_S / 2:
             identity = Identity(cluster_id=self.cluster_id, role=Role.PROCESS, name=process_id)
             held = self._issued[process_id] = self.authority.issue(identity, PROCESS_LIFETIME_S)
         return held

@@ -15,8 +15,9 @@ from pscluster.errors import AuthError, CallerError, NotFoundError, StateError
 from pscluster.security.identity import JOINABLE, Role
 
 MAX_TOKENS = 1_000
-MAX_CERTIFICATES = 20_000
+MAX_CERTIFICATES = 20_000  # at which nobody joins; who has joined still renews
 MAX_OF_ONE = 16  # certificates of one name that are valid at once: it has renewed them far more often than needed
+REPLACE_S = 3600.0  # after the newest of so many, one is revoked for another: their member never got them
 MAX_TTL_S = 366 * 24 * 3600.0
 KEEP_S = 3600.0  # after the end of a certificate, by which clocks may differ
 _ID_DIGITS = 12
@@ -99,14 +100,18 @@ def usable_tokens(access: AccessRecords, now_s: float) -> list[TokenRecord]:
 
 
 def role_of_token(access: AccessRecords, digest: str, now_s: float) -> Role:
-    """What the holder of a token's secret may become. Raises AuthError."""
-    return _usable(access, digest, now_s).role
+    """What the holder of a token's secret may become; of one that is used up, what it became, for a join that is
+    repeated since its answer was lost. Raises AuthError."""
+    return _usable(access, digest, now_s, repeats=True).role
 
 
 def join(access: AccessRecords, digest: str, made: CertificateRecord, now_s: float) -> AccessRecords:
-    """With a certificate that was made for the holder of a token, and the token used once more. Raises AuthError for a
-    token that is unknown, expired or used up; StateError for a name that another key holds."""
-    token = _usable(access, digest, now_s)
+    """With a certificate that was made for the holder of a token, and the token used once more, unless the key has such
+    a certificate already. Raises AuthError for a token that is unknown, expired or used up; StateError for a name that
+    another key holds."""
+    held_keys = {(held.key_sha256, held.role) for held in live_certificates(access, made.name, now_s)}
+    repeats = (made.key_sha256, made.role) in held_keys
+    token = _usable(access, digest, now_s, repeats=repeats)
     if token.role is not made.role:
         raise AuthError(f"the join token is for a {token.role}, not a {made.role}", details={"missing": "role"})
     if made.name in _RESERVED:
@@ -119,7 +124,7 @@ def join(access: AccessRecords, digest: str, made: CertificateRecord, now_s: flo
                 action=f"choose another name; or, if that one is gone for good, psctl certs revoke {made.name}",
                 details={"name": made.name, "role": held.role},
             )
-    used = token if token.uses_left is None else replace(token, uses_left=token.uses_left - 1)
+    used = token if repeats or token.uses_left is None else replace(token, uses_left=token.uses_left - 1)
     return add_certificate(replace(access, tokens={**access.tokens, digest: used}), made, now_s)
 
 
@@ -133,13 +138,22 @@ def renew(access: AccessRecords, serial: str, made: CertificateRecord, now_s: fl
             action="join again with a new token: psctl token create",
             details={"missing": "valid certificate", "reason": "revoked"},
         )
-    return add_certificate(access, made, now_s)
+    # Neither what others joined with nor answers that got lost may keep a member from renewing: it would end.
+    own = [one for one in live_certificates(access, made.name, now_s) if one.role is made.role]
+    if len(own) >= MAX_OF_ONE and now_s - own[-1].issued_s >= REPLACE_S:
+        unused = next(one for one in own if one.serial != serial)
+        access = replace(access, certificates={**access.certificates, unused.serial: replace(unused, revoked=True)})
+    return _add(access, made, now_s)
 
 
 def add_certificate(access: AccessRecords, made: CertificateRecord, now_s: float) -> AccessRecords:
     """With one more certificate. Raises StateError when there are too many, or too many of this name."""
     if len(access.certificates) >= MAX_CERTIFICATES:
         raise StateError(f"there are {MAX_CERTIFICATES} certificates", action="wait until some have expired")
+    return _add(access, made, now_s)
+
+
+def _add(access: AccessRecords, made: CertificateRecord, now_s: float) -> AccessRecords:
     if sum(1 for held in live_certificates(access, made.name, now_s) if held.role is made.role) >= MAX_OF_ONE:
         raise StateError(
             f"the {made.role} {made.name!r} has {MAX_OF_ONE} valid certificates", action="use the newest one"
@@ -150,14 +164,20 @@ def add_certificate(access: AccessRecords, made: CertificateRecord, now_s: float
 def revoke_certificates(
     access: AccessRecords, name: str, role: Role | None
 ) -> tuple[AccessRecords, tuple[CertificateRecord, ...]]:
-    """With all certificates of a name refused, of one role or of all; and these. Repeating it changes nothing. Raises
+    """With all certificates of a name refused, of one role or of all; and these. The tokens by which it may have joined
+    are of no more use, or it would come back at once, under any name. Repeating it changes nothing. Raises
     NotFoundError when the name has none."""
     named = [one for one in access.certificates.values() if one.name == name and role in (None, one.role)]
     if not named:
         what = f"there is no certificate of {name[:80]!r}"
         raise NotFoundError(what + (f" as a {role}" if role else ""), action="see `psctl certs list`")
     refused = {one.serial: replace(one, revoked=True) for one in named}
-    return replace(access, certificates={**access.certificates, **refused}), tuple(refused.values())
+    newest_s = {one.role: one.issued_s for one in sorted(named, key=lambda one: one.issued_s)}
+    # A certificate's time is in whole seconds.
+    known = [one for one in access.tokens.values() if one.created_s <= newest_s.get(one.role, -math.inf) + 1]
+    tokens = {**access.tokens, **{one.digest: replace(one, uses_left=0) for one in known}}
+    changed = replace(access, tokens=tokens, certificates={**access.certificates, **refused})
+    return changed, tuple(refused.values())
 
 
 def live_certificates(access: AccessRecords, name: str, now_s: float) -> list[CertificateRecord]:
@@ -177,11 +197,12 @@ def prune_access(access: AccessRecords, now_s: float) -> AccessRecords:
     )
 
 
-def _usable(access: AccessRecords, digest: str, now_s: float) -> TokenRecord:
+def _usable(access: AccessRecords, digest: str, now_s: float, *, repeats: bool) -> TokenRecord:
     token = access.tokens.get(digest)
     reason = "unknown"
     if token is not None:
-        reason = "expired" if token.expires_s <= now_s else "used up or revoked" if token.uses_left == 0 else ""
+        useless = token.uses_left == 0 and not repeats
+        reason = "expired" if token.expires_s <= now_s else "used up or revoked" if useless else ""
     if token is None or reason:
         raise AuthError(
             f"the join token is {reason}",

@@ -12,12 +12,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pscluster.agent.confine import Mode, ancestors_of
+from pscluster.agent.confine import CONFINEMENT, Mode, ancestors_of
 from pscluster.agent.isolation import Account, Isolation, account_of, hidden_paths, ways
 from pscluster.errors import SettingsError
 from pscluster.user_frames import open_below
@@ -132,6 +133,16 @@ def test_the_ways_in_their_order(
 def test_a_user_that_protects_nothing_is_refused(user: str) -> None:
     with pytest.raises(SettingsError):
         account_of(user, default=True)
+
+
+def test_a_key_that_is_made_later_is_hidden_from_the_next_process(place: Path) -> None:
+    (place / "worker-0/identity").mkdir(parents=True)
+    look = partial(hidden_paths, place / "worker-0", {"HOME": str(place / "home")})
+    isolation = Isolation(mode=Mode.NAMESPACE, hidden=look(), account=None, home="", look=look)
+    later = [place / "server-0/identity", place / "home/.config/pscluster"]
+    for path in later:
+        path.mkdir(parents=True)
+    assert {str(path) for path in later} <= set(json.loads(isolation.environment()[CONFINEMENT])["hidden"])
 
 
 def test_keys_of_neighbours_and_of_the_user_are_hidden(place: Path) -> None:

@@ -26,7 +26,7 @@ CLUSTER_ID = "0123456789abcdef"
 
 def certificate(name: str, role: str = "worker", **changes: object) -> access_pb2.Certificate:
     now = time.time()
-    fields = {"serial": "ab12", "role": role, "name": name, "issued_s": now - 3600, "expires_s": now + 7200.5}
+    fields = {"serial": "ab12", "role": role, "name": name, "issued_s": now - 3600, "expires_s": now + 7259}
     return access_pb2.Certificate(**{**fields, **changes})  # type: ignore[arg-type]
 
 
@@ -111,13 +111,13 @@ def test_token_create_refuses_wrong_usage(run: Psctl, fake: FakeMaster, argument
 
 def test_token_list_and_revoke(run: Psctl, fake: FakeMaster) -> None:
     now = time.time()
-    times = {"created_s": now - 60, "expires_s": now + 3600.5}
+    times = {"created_s": now - 3 * 3600, "expires_s": now + 3659}  # whole hours for a minute to come
     fake.tokens = [
         access_pb2.Token(token_id="01", role="worker", **times),
         access_pb2.Token(token_id="02", role="user", uses_left=1, limited=True, **times),
     ]
     lines = [line.split() for line in run("token", "list").stdout.splitlines()]
-    assert lines[1:] == [["01", "worker", "1m", "1h", "any"], ["02", "user", "1m", "1h", "1"]]
+    assert lines[1:] == [["01", "worker", "3h", "1h", "any"], ["02", "user", "3h", "1h", "1"]]
     assert run("token", "revoke", "01").stdout == "01\n"
     assert fake.tokens_revoked == ["01"]
 
