@@ -76,12 +76,15 @@ def roles_of(plan: Plan, shard: int) -> Roles | None:
     alike = [t for t in (*active[at + 1 :], *active[:at]) if t.numerics_class == owner.numerics_class]
     auditor = next((t for t in alike if t.shards), owner)
     arbiter = next((t for t in alike if t.rank != auditor.rank), None)
-    return Roles(_participant(owner), _participant(auditor), _participant(arbiter) if arbiter is not None else None)
+    return Roles(
+        participant_of(owner), participant_of(auditor), participant_of(arbiter) if arbiter is not None else None
+    )
 
 
 def _owns(trainer: TrainerPlacement, shard: int) -> bool:
     return any(run.first <= shard < run.first + run.count for run in trainer.shards)
 
 
-def _participant(trainer: TrainerPlacement) -> Participant:
+def participant_of(trainer: TrainerPlacement) -> Participant:
+    """The process of a placement, as audits name it."""
     return Participant(trainer.rank, trainer.attempt, trainer.node_id)

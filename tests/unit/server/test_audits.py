@@ -224,6 +224,25 @@ def test_a_trainer_that_is_left_alone_keeps_the_digest_that_it_has_sent() -> Non
     assert case.audits.settle(case.plan) is None and case.results() == ["equal"]
 
 
+@pytest.mark.parametrize("generation", [3, 4])
+def test_a_role_that_comes_back_finds_what_was_sent_before(generation: int) -> None:
+    """The owner computes nothing twice; only after a plan that was skipped another gradient may be in the sums."""
+    case = Case(3)
+    assert case.take(OWNER, RIGHT) is None
+    swapped = audited_plan(3, 2)
+    owner, auditor = case.rank(OWNER), case.rank(AUDITOR)
+    runs = {rank: list(swapped.trainers[rank].shards) for rank in (owner, auditor)}
+    for rank, other in ((owner, auditor), (auditor, owner)):
+        del swapped.trainers[rank].shards[:]
+        swapped.trainers[rank].shards.extend(runs[other])
+    swapped.trainers[case.rank(ARBITER)].active = False
+    case.audits.adopt(swapped)
+    case.audits.adopt(audited_plan(3, generation))
+    assert case.take(AUDITOR, RIGHT) is None
+    assert case.audits.holds_step == (generation == 4)
+    assert [record.result for record in case.audits.take_records()] == ["equal"] * (generation == 3)
+
+
 def test_a_process_that_was_replaced_is_another_one() -> None:
     case = Case(3)
     case.take(AUDITOR, RIGHT)

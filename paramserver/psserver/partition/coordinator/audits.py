@@ -14,7 +14,7 @@ from typing import Literal
 from pscluster.agent.status import detail_of
 from pscluster.errors import AuditError
 from pscluster.job.spec import JobSpec
-from pscluster.step.audit import AuditRole, AuditRule, Participant, Roles, roles_of
+from pscluster.step.audit import AuditRole, AuditRule, Participant, Roles, participant_of, roles_of
 from pscluster.step.layout import Layout
 from pscluster.v1.plan_pb2 import AuditMismatch, AuditRecord, Plan, ProcessReport
 from pscluster.v1.plan_pb2 import Warning as WarningReport
@@ -90,6 +90,12 @@ def adopt(audit: Audit, plan: Plan, *, follows: bool) -> Audit:
     return replace(audit, roles=roles, digests=digests)
 
 
+def recall(audit: Audit, received: Mapping[tuple[AuditRole, Participant], LeafDigest]) -> Audit:
+    """With the digests that trainers have sent in their present role before, under plans that gave it to others."""
+    known = {role: found for role in AuditRole if (who := audit.roles[role]) and (found := received.get((role, who)))}
+    return replace(audit, digests={**known, **audit.digests})
+
+
 def judge(audit: Audit) -> Mismatch | None:
     """What an audit whose first two digests are there has found; None: they are the same."""
     first = audit.difference
@@ -132,6 +138,10 @@ class OpenAudit:
         self._on_mismatch = spec.audit.on_mismatch
         self._due: tuple[int, int] | None = None  # step and shard of the audit that has not ended
         self._generation = 0
+        # Of the open step, also those that no role asked for when they came: a trainer computes nothing twice for a
+        # later plan that gives the role back to it.
+        self._received: dict[tuple[AuditRole, Participant], LeafDigest] = {}
+        self._trainers: dict[int, Participant] = {}  # of the newest plan, by rank
         self._waits_since_s: float | None = None
 
     @property
@@ -144,20 +154,28 @@ class OpenAudit:
         self._end("unfinished")
         shard = self._rule.shard_of(step) if step < plan.final_step else None
         self._due = (step, shard) if shard is not None else None
+        self._received.clear()
         self.adopt(plan)
 
     def adopt(self, plan: Plan) -> None:
         """A new plan without a restore: the audit goes on with whom it names."""
         follows, self._generation = plan.generation == self._generation + 1, plan.generation
         self._waits_since_s = None
+        self._trainers = {trainer.rank: participant_of(trainer) for trainer in plan.trainers}
         if self.pending is not None:
             self.pending = adopt(self.pending, plan, follows=follows)
         elif self._due is not None and (roles := roles_of(plan, self._due[1])) is not None:
             self.pending = Audit(step=self._due[0], shard=self._due[1], roles=roles)
+        if not follows:  # another may have been the owner meanwhile, and its gradient be the one in the sums
+            self._received = {key: found for key, found in self._received.items() if key[0] is not AuditRole.OWNER}
+        if self.pending is not None:
+            self.pending = recall(self.pending, self._received)
 
     def take(self, shard: int, role: AuditRole, rank: int, digest: LeafDigest) -> None:
         """A digest of a shard of the open step arrived."""
         if self.pending is not None and self.pending.shard == shard:
+            if rank in self._trainers:
+                self._received.setdefault((role, self._trainers[rank]), digest)
             self.pending = take(self.pending, role, rank, digest)
 
     def expire(self, now_s: float, *, waits: bool) -> None:
