@@ -250,11 +250,12 @@ class Process:
         is_trainer = self.spec.kind == ProcessSpec.KIND_TRAINER
         _make(self._sockets)
         if is_trainer:
+            # First, before anything waits: processes claim in the order in which they were started.
+            self.spec.device = await self._context.devices.claim(self.spec.process_id, wanted_device(self.spec))
             scratch = self._context.directories.scratch / self.spec.job_id
             _make(scratch, exist_ok=True)
             await self._give(scratch)
             self.spec.scratch_dir, self.spec.cache_dir = str(scratch), str(self._context.directories.cache)
-            self.spec.device = await self._context.devices.claim(self.spec.process_id, wanted_device(self.spec))
         self._copies = self._context.copies.use_own_store(self.spec)
         if self._copies:
             await self._context.copies.wait_for_part(self.spec, lambda: self.spec.plan, self._emit_event)

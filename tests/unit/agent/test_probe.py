@@ -239,7 +239,8 @@ def test_two_agents_measure_each_other_on_order() -> None:
         assert measured.order_id == "2"
         assert measured.figures.up_bytes_per_s > 0
         again = await worker.ask(order_id="3", **dial)  # a token is for one connection
-        assert again.error.code == "PS-3001"
+        # Nobody listens any more, or the listener closes what the kernel had accepted for it.
+        assert again.error.code in ("PS-3001", "PS-1005")
 
     on_a_loop(body)
 
