@@ -19,6 +19,7 @@ import prometheus_client as prometheus
 import structlog
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
+from pscluster.address import join_address, split_address
 from pscluster.errors import AddressInUseError, SettingsError
 
 LEVELS = ("debug", "info", "warning", "error", "critical")
@@ -79,15 +80,6 @@ def observe_rpc(method: str, seconds: float | None, code: str) -> None:
         RPC_ERRORS.labels(method=method, code=code).inc()
 
 
-def split_address(listen: str) -> tuple[str, int]:
-    """("127.0.0.1", 9090) of "127.0.0.1:9090"; an IPv6 host stands in brackets. Raises SettingsError."""
-    host, separator, port = listen.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not separator or not host or not port.isdecimal() or int(port) > 65535:
-        raise SettingsError(f"{listen!r} is not HOST:PORT", action='write it like "127.0.0.1:9090"; port 0 is any')
-    return host, int(port)
-
-
 class MetricsEndpoint:
     """Serves a registry as Prometheus text on http://<address>/metrics, from its own thread."""
 
@@ -105,8 +97,7 @@ class MetricsEndpoint:
 
         self._server = _bind(host, port)
         self._server.set_app(application)
-        shown = f"[{host}]" if ":" in host else host
-        self.address = f"{shown}:{self._server.server_address[1]}"
+        self.address = join_address(host, self._server.server_address[1])
         self._thread = threading.Thread(target=self._server.serve_forever, args=(_POLL_S,), name="metrics", daemon=True)
         self._thread.start()
 

@@ -19,6 +19,7 @@ import grpc
 import psutil
 
 from pscluster import rpc
+from pscluster.address import is_loopback, join_address, split_address
 from pscluster.errors import AddressInUseError, SettingsError
 from pscluster.rpc.server import (
     CertificateInterceptor,
@@ -28,7 +29,6 @@ from pscluster.rpc.server import (
     server_credentials,
 )
 from pscluster.security.credentials import CredentialSource
-from pscluster.telemetry import split_address
 from psmaster.api.join import JoinEndpoint
 from psmaster.control.loop import ControlLoop
 from psmaster.control.security import Addresses, ClusterSecurity
@@ -54,19 +54,15 @@ def check_address(address: str) -> None:
     if ":" in host and not address.startswith("["):
         raise ValueError(f"{address!r}: write an IPv6 host in brackets, [::1]:7070")
     try:
-        _is_loopback(host)
+        _ = host == "localhost" or ipaddress.ip_address(host)
     except ValueError:
         raise ValueError(f"{address!r}: {host!r} is not a literal address, nor localhost") from None
-
-
-def _is_loopback(host: str) -> bool:
-    return host == "localhost" or ipaddress.ip_address(host).is_loopback
 
 
 def refuse_exposed(listen: tuple[str, ...], state_dir: Path) -> None:
     """Raises SettingsError for an address that other hosts reach: without certificates nothing encrypts the token."""
     for address in listen:
-        if not address.startswith(_UNIX) and not _is_loopback(split_address(address)[0]):
+        if not address.startswith(_UNIX) and not is_loopback(split_address(address)[0]):
             raise SettingsError(
                 f"{address} is not a loopback address, and this cluster has no certificates",
                 action=f"run `psctl certs init --state-dir {state_dir}`; then every TCP address is encrypted",
@@ -138,7 +134,7 @@ def _named(host: str, port: int) -> tuple[str, ...]:
     hosts = [host]
     if host != "localhost" and ipaddress.ip_address(host).is_unspecified:
         hosts = _own_addresses(with_ipv6=":" in host)[:MAX_ADDRESSES]
-    return tuple(f"[{one}]:{port}" if ":" in one else f"{one}:{port}" for one in hosts)
+    return tuple(join_address(one, port) for one in hosts)
 
 
 def _own_addresses(*, with_ipv6: bool) -> list[str]:
@@ -146,7 +142,7 @@ def _own_addresses(*, with_ipv6: bool) -> list[str]:
     families = (socket.AF_INET, socket.AF_INET6) if with_ipv6 else (socket.AF_INET,)
     found = [own for owned in psutil.net_if_addrs().values() for own in owned]
     hosts = [own.address for family in families for own in found if own.family == family and "%" not in own.address]
-    return [one for one in hosts if not _is_loopback(one)] or ["::1" if with_ipv6 else "127.0.0.1"]
+    return [one for one in hosts if not is_loopback(one)] or ["::1" if with_ipv6 else "127.0.0.1"]
 
 
 async def _keep_fresh(security: ClusterSecurity, source: CredentialSource) -> None:

@@ -14,9 +14,9 @@ from ipaddress import IPv4Address, IPv6Address
 
 import psutil
 
+from pscluster.address import is_loopback, split_address
 from pscluster.errors import SettingsError
 from pscluster.reachability import unreachable
-from pscluster.telemetry import split_address
 
 AUTO = "auto"
 LOOPBACK = "127.0.0.1"
@@ -80,13 +80,7 @@ def is_local(master: str) -> bool:
     """Whether a master at this address, "unix:/path" or "host:port", runs on this host for certain."""
     if master.startswith("unix:"):
         return True
-    host = split_address(master)[0]
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return is_loopback(split_address(master)[0])
 
 
 def choose_by_interface(wanted: str, present: Sequence[Interface]) -> Address:

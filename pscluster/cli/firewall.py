@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from pscluster.address import is_loopback
 from pscluster.client.records import Health, Node
 
 KINDS = ("master", "worker", "server", "user")
@@ -128,16 +128,6 @@ def _commands(rule: Rule, form: str) -> list[str]:
 def port_of(address: str) -> str:
     """ "7070" of "host:7070"."""
     return address.rpartition(":")[2]
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a literal address, in brackets or not, or "localhost", is of this machine alone."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def _ports(addresses: Iterable[str]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from typing import TYPE_CHECKING
 
+from pscluster.address import split_address
 from pscluster.errors import AuthError
 from pscluster.reachability import because, unreachable
 from pscluster.rpc import Access
@@ -39,8 +40,7 @@ def _connected(address: str, deadline_s: float) -> socket.socket:
             plain.close()
             raise
         return plain
-    host, _, port = address.rpartition(":")
-    return socket.create_connection((host.strip("[]"), int(port)), deadline_s)
+    return socket.create_connection(split_address(address), deadline_s)
 
 
 def _shake_hands(plain: socket.socket, address: str, own: Credentials, server: Role, what: str) -> None:

@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pscluster.address import join_address
 from pscluster.errors import AddressInUseError, FrameError, StateError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def choose_address(addresses: list[str], transport: str) -> str:
 
 def tcp_address(host: str, port: int | str) -> str:
     """The address of a TCP port; `host` with or without the brackets of IPv6. `port` "A-B": to bind, one of these."""
-    return f"tcp:[{host}]:{port}" if ":" in host and not host.startswith("[") else f"tcp:{host}:{port}"
+    return f"tcp:{join_address(host, port)}"
 
 
 def bind(address: str) -> tuple[socket.socket, str]:

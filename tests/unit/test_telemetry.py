@@ -82,10 +82,6 @@ def test_an_address_of_another_machine_is_refused() -> None:
         telemetry.MetricsEndpoint("192.0.2.1:0", CollectorRegistry())
 
 
-def test_addresses() -> None:
-    assert telemetry.split_address("[::1]:9090") == ("::1", 9090)
-
-
 def test_calls_are_observed() -> None:
     telemetry.observe_rpc("/a/B", 0.2, "OK")
     telemetry.observe_rpc("/a/B", None, "NOT_FOUND")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from pscluster.address import join_address, split_address
 from pscluster.agent.addresses import LOOPBACK
 from pscluster.agent.probe import session
 from pscluster.agent.probe.session import MeasuredPair, ProbeLimits, TimedSocket
@@ -79,7 +80,7 @@ class PairListener:
     @property
     def address(self) -> str:
         host, port = self._socket.getsockname()[:2]
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return join_address(host, port)
 
     def serve(self, token: str, peer: str, limits: ProbeLimits) -> None:
         """Wait for the peer, serve it to its end, and stop listening. Blocks for `limits.wait_s` and `total_s` at most.
@@ -112,9 +113,8 @@ def dial(
 ) -> MeasuredPair:
     """Connect to a peer's listener and measure. Blocks for a few times `limits.connect_s`, and `total_s`, at most.
     Raises UnreachableError with the reason, AuthError."""
-    host, _, port = address.rpartition(":")
     try:
-        plain = socket.create_connection((host.strip("[]"), int(port)), timeout=limits.connect_s)
+        plain = socket.create_connection(split_address(address), timeout=limits.connect_s)
         with sockets.holding(_wrapped(plain, source, listens=False)) as opened:
             _authenticate(opened, peer, source, limits)
             session.present(TimedSocket(opened, time.monotonic() + limits.connect_s), token)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from pscluster.address import is_loopback
 from pscluster.cli import formatting as fmt
 from pscluster.client.records import Health, Node
 from pscluster.errors import PsError
@@ -16,7 +17,6 @@ CLOCK_WARN_S, CLOCK_FAIL_S = 2.0, 120.0
 """Logs and ages mislead beyond the first; a certificate may be refused as not valid yet beyond a few minutes."""
 DISK_WARN, DISK_FAIL = 0.10, 0.02
 DISK_ENOUGH_BYTES, DISK_FAIL_BYTES = 100 << 30, 1 << 30
-_LOOPBACK = ("127.", "localhost:", "[::1]:")
 _ISOLATED = {
     "uid": "user code runs as another user",
     "landlock": "Landlock keeps user code from the node's key",
@@ -152,7 +152,7 @@ def addresses(facts: Facts) -> Iterator[Finding]:
             error = dialled.error
             yield Finding(check="addresses", level="fail", text=error.cause, action=error.action)
     for node in facts.nodes:
-        if node.hostname != facts.hostname and node.depot_address.startswith(_LOOPBACK):
+        if node.hostname != facts.hostname and is_loopback(node.depot_address.rpartition(":")[0]):
             yield Finding(
                 check="addresses", level="fail",
                 text=f"{node.node_id} on {node.hostname} advertises {node.depot_address}, which no other host reaches",
