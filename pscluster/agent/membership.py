@@ -193,8 +193,10 @@ def _keep(made: Credentials, master: str, directory: Path) -> None:
 def _known_master(directory: Path) -> str:
     try:
         return (directory / MASTER).read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
+    except FileNotFoundError:
         return ""  # without it, --master must be given
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"cannot read {directory / MASTER}: {error}") from None
 
 
 class Renewal:
@@ -234,9 +236,7 @@ class Renewal:
                 reply = await stub.Renew(RenewRequest(csr_pem=csr_pem), timeout=DEADLINE_S)
             except grpc.RpcError as failure:
                 raise error_of(failure) from None
-        made = Credentials(key_pem=key_pem, certificate_pem=reply.certificate_pem, authority_pem=reply.authority_pem)
-        if made.identity != held.identity:
-            raise AuthError(f"the master renewed {held.identity.uri} as {made.identity.uri}")
+        made = held.renewed(key_pem, reply.certificate_pem, reply.authority_pem)
         self._source.replace(made)
         CERTIFICATE_EXPIRES.set(made.not_after_s)
         _log.info("renewed the certificate", serial=made.serial, expires_s=round(made.not_after_s))

@@ -83,10 +83,7 @@ def _renewed(members: Members, directory: Path, now_s: float) -> Credentials:
         if now_s < stored.renew_at_s:  # another process has renewed it
             return stored
         key_pem, csr_pem = new_request(stored.identity.name)
-        certificate_pem, authority_pem = members.renew(csr_pem)
-        made = Credentials(key_pem=key_pem, certificate_pem=certificate_pem, authority_pem=authority_pem)
-        if made.identity != stored.identity:
-            raise AuthError(f"the master renewed {stored.identity.uri} as {made.identity.uri}")
+        made = stored.renewed(key_pem, *members.renew(csr_pem))
         made.save(directory)
         return made
 

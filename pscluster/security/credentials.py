@@ -59,6 +59,13 @@ class Credentials:
         made_s = self.not_before_s + BACKDATED_S
         return made_s + (self.not_after_s - made_s) * RENEW_AT
 
+    def renewed(self, key_pem: bytes, certificate_pem: bytes, authority_pem: bytes) -> Credentials:
+        """What the master made of a request of this member. Raises AuthError when it is another member's."""
+        made = Credentials(key_pem=key_pem, certificate_pem=certificate_pem, authority_pem=authority_pem)
+        if made.identity != self.identity:
+            raise AuthError(f"the master renewed {self.identity.uri} as {made.identity.uri}")
+        return made
+
     def save(self, directory: Path) -> None:
         """Write the three files, mode 0600, into a directory of mode 0700. A reader finds the old or the new files: a
         key without its certificate is never left. Blocks. Raises StorageError."""

@@ -1,27 +1,30 @@
 """The client of the master's join endpoint: a join token becomes a certificate.
 
-One JSON line each way over TLS. The first connection asks for the authority's certificate and does not trust the
-answer: it must have the hash that the token carries. The second is verified with it, and sends the secret."""
+The first connection asks for the authority's certificate and does not trust the answer: it must have the hash that the
+token carries. The second is verified with it, and sends the secret."""
 
 from __future__ import annotations
 
 import hmac
-import json
 import socket
 import ssl
-from typing import Any
 
-from pscluster import errors
+from pscluster.address import split_address
 from pscluster.errors import AuthError, PsError
 from pscluster.reachability import reason_of, unreachable
 from pscluster.security.authority import sha256_of
 from pscluster.security.credentials import Credentials, new_request, parse_certificate
 from pscluster.security.identity import Identity, Role
+from pscluster.security.join_protocol import (
+    DEADLINE_S,
+    MAX_LINE_BYTES,
+    JoinAnswer,
+    JoinRequest,
+    pack_request,
+    unpack_answer,
+)
 from pscluster.security.join_token import JoinToken
 from pscluster.security.tls import identity_of, joining_context
-
-DEADLINE_S = 10.0
-MAX_LINE_BYTES = 64 * 1024
 
 
 def join(token: JoinToken, name: str, protocol: int, key_pem: bytes = b"") -> Credentials:
@@ -42,7 +45,7 @@ def join(token: JoinToken, name: str, protocol: int, key_pem: bytes = b"") -> Cr
 
 
 def _join_at(address: str, token: JoinToken, name: str, protocol: int, key_pem: bytes) -> Credentials:
-    authority_pem = str(_ask(address, {"ask": "authority"}, None)["authority_pem"]).encode()
+    authority_pem = _ask(address, None, None).authority_pem.encode()
     found = sha256_of(parse_certificate(authority_pem))
     if not hmac.compare_digest(found, token.authority_sha256):
         raise AuthError(
@@ -52,33 +55,24 @@ def _join_at(address: str, token: JoinToken, name: str, protocol: int, key_pem: 
             details={"field": "authority"},
         )
     key_pem, csr_pem = new_request(name, key_pem)
-    request = {"ask": "join", "secret": token.secret, "name": name, "csr_pem": csr_pem.decode(), "protocol": protocol}
-    answer = _ask(address, request, authority_pem)
-    made = Credentials(
-        key_pem=key_pem, certificate_pem=str(answer["certificate_pem"]).encode(), authority_pem=authority_pem
-    )
+    request = JoinRequest(secret=token.secret, name=name, csr_pem=csr_pem.decode(), protocol=protocol)
+    certificate_pem = _ask(address, request, authority_pem).certificate_pem.encode()
+    made = Credentials(key_pem=key_pem, certificate_pem=certificate_pem, authority_pem=authority_pem)
     wanted = Identity(cluster_id=token.cluster_id, role=token.role, name=name)
     if made.identity != wanted:
         raise AuthError(f"the master made a certificate for {made.identity.uri}, not {wanted.uri}")
     return made
 
 
-def _ask(address: str, request: dict[str, Any], authority_pem: bytes | None) -> dict[str, Any]:
+def _ask(address: str, request: JoinRequest | None, authority_pem: bytes | None) -> JoinAnswer:
     """One request on a connection of its own. Raises OSError, or the PsError that the master answers with."""
-    host, _, port = address.rpartition(":")
-    with socket.create_connection((host.strip("[]"), int(port)), DEADLINE_S) as plain:
+    with socket.create_connection(split_address(address), DEADLINE_S) as plain:
         with joining_context(authority_pem).wrap_socket(plain) as tls:
             if authority_pem is not None and identity_of(tls).role is not Role.MASTER:
                 raise AuthError(f"{address} is answered by {identity_of(tls).uri}, which is not the master")
-            tls.sendall(json.dumps(request).encode() + b"\n")
+            tls.sendall(pack_request(request))
             line = _read_line(tls)
-    try:
-        answer = json.loads(line)
-        if "error" in answer:
-            raise errors.from_dict(answer["error"])
-    except (ValueError, TypeError, RecursionError):
-        raise AuthError(f"{address} does not answer as a master's join endpoint does") from None
-    return dict(answer)
+    return unpack_answer(line, address)
 
 
 def _read_line(tls: ssl.SSLSocket) -> bytes:

@@ -26,8 +26,15 @@ from pscluster.job.spec import load_spec
 from pscluster.security.authority import Authority
 from pscluster.security.credentials import identity_in, new_request, parse_certificate
 from pscluster.security.identity import Identity, Role
+from pscluster.security.join_protocol import (
+    JoinAnswer,
+    JoinRequest,
+    pack_answer,
+    pack_request,
+    unpack_answer,
+    unpack_request,
+)
 from pscluster.security.join_token import JoinToken
-from psmaster.api import join as join_endpoint
 
 pytestmark = pytest.mark.timeout(60 + 3 * float(os.environ.get("PS_FUZZ_SECONDS") or 20))
 
@@ -150,13 +157,15 @@ def test_what_a_member_shows_is_read_or_refused(tmp_path: Path) -> None:
         addresses=("10.0.0.1:7071",),
     )
     request = new_request("worker-0")[1]
-    line = json.dumps({"ask": "join", "secret": "s", "name": "worker-0", "csr_pem": request.decode(), "protocol": 1})
+    line = pack_request(JoinRequest(secret="s", name="worker-0", csr_pem=request.decode(), protocol=1))
+    answer = pack_answer(JoinAnswer(authority_pem="a", certificate_pem="c"))
     seeds = [
         token.encode().encode(),
         identity.uri.encode(),
         authority.issue(identity, 60.0).certificate_pem,
         request,
-        line.encode(),
+        line,
+        answer,
     ]
 
     def read(data: bytes) -> None:
@@ -166,7 +175,8 @@ def test_what_a_member_shows_is_read_or_refused(tmp_path: Path) -> None:
             lambda: Identity.parse(text),
             lambda: identity_in(parse_certificate(data)),
             lambda: authority.sign(data, identity, 60.0),
-            lambda: join_endpoint._parse(data),
+            lambda: unpack_request(data),
+            lambda: unpack_answer(data, "10.0.0.1:7071"),
         )
         for reader in readers:
             try:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import socketserver
 import ssl
 import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -18,6 +16,7 @@ from pscluster.errors import AuthError, PsError
 from pscluster.security.authority import Authority
 from pscluster.security.credentials import Credentials
 from pscluster.security.identity import Identity, Role
+from pscluster.security.join_protocol import JoinAnswer, JoinRequest, pack_answer, unpack_request
 from pscluster.security.join_token import JoinToken
 from pscluster.security.tls import public_server_context
 
@@ -51,7 +50,7 @@ class PlayedJoinEndpoint:
     """Listens while the context lasts. `lost_answers`: how many joins it still serves without answering."""
 
     def __init__(self, played: PlayedAuthority, role: Role, port: int = 0) -> None:
-        self.requests: list[dict[str, Any]] = []
+        self.requests: list[JoinRequest] = []
         self.lost_answers = 0
         self.lifetime_s = 3600.0
         self._played = played
@@ -77,29 +76,31 @@ class PlayedJoinEndpoint:
     def serve(self, plain: socket.socket) -> None:
         plain.settimeout(10)
         with self._context.wrap_socket(plain, server_side=True) as tls:
-            request = json.loads(tls.makefile("rb").readline())
+            request = unpack_request(tls.makefile("rb").readline())
+            answer: JoinAnswer | PsError
             try:
                 answer = self._answer(request)
             except PsError as error:
-                answer = {"error": error.to_dict()}
-            if request["ask"] == "join" and self.lost_answers:
+                answer = error
+            if request is not None and self.lost_answers:
                 self.lost_answers -= 1
                 return
-            tls.sendall(json.dumps(answer).encode() + b"\n")
+            tls.sendall(pack_answer(answer))
 
-    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _answer(self, request: JoinRequest | None) -> JoinAnswer:
         authority = self._played.authority
-        if request["ask"] == "authority":
-            return {"authority_pem": authority.certificate_pem.decode()}
+        authority_pem = authority.certificate_pem.decode()
+        if request is None:
+            return JoinAnswer(authority_pem=authority_pem)
         self.requests.append(request)
-        if request["secret"] != SECRET:
+        if request.secret != SECRET:
             raise AuthError("the join token is not known, or has expired")
-        key = x509.load_pem_x509_csr(request["csr_pem"].encode()).public_key().public_bytes(*_PUBLIC)
-        if self._keys.setdefault(request["name"], key) != key:
-            raise AuthError(f"{request['name']} is a member already, with another key")
-        identity = Identity(cluster_id=self._played.cluster_id, role=self._role, name=request["name"])
-        made = authority.sign(request["csr_pem"].encode(), identity, self.lifetime_s)
-        return {"certificate_pem": made.decode(), "authority_pem": authority.certificate_pem.decode()}
+        key = x509.load_pem_x509_csr(request.csr_pem.encode()).public_key().public_bytes(*_PUBLIC)
+        if self._keys.setdefault(request.name, key) != key:
+            raise AuthError(f"{request.name} is a member already, with another key")
+        identity = Identity(cluster_id=self._played.cluster_id, role=self._role, name=request.name)
+        made = authority.sign(request.csr_pem.encode(), identity, self.lifetime_s)
+        return JoinAnswer(authority_pem=authority_pem, certificate_pem=made.decode())
 
 
 class _Server(socketserver.ThreadingTCPServer):

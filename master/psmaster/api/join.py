@@ -1,10 +1,7 @@
 """The join endpoint: who has a join token and no certificate yet becomes a member here.
 
-gRPC cannot serve clients with and without a certificate at one port, so this is a port of its own: TLS, one JSON line
-each way, then the connection is closed. `pscluster.security.joining` is the client.
-
-    {"ask": "authority"} -> {"authority_pem"}
-    {"ask": "join", "secret", "name", "csr_pem", "protocol"} -> {"certificate_pem", "authority_pem"} or {"error"}
+gRPC cannot serve clients with and without a certificate at one port, so this is a port of its own:
+`pscluster.security.join_protocol` over TLS. `pscluster.security.joining` is the client.
 
 Whoever reaches the port may connect, so connections are bounded in number, in time and in bytes. When there are too
 many, the one that has waited longest gives way: a real client is served in milliseconds."""
@@ -13,25 +10,29 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import socket
 import ssl
-from typing import Any
 
 import structlog
 from prometheus_client import Counter
 
-from pscluster.errors import AddressInUseError, AuthError, CallerError, InternalError, PsError, VersionSkewError
+from pscluster.errors import AddressInUseError, AuthError, InternalError, PsError, VersionSkewError
 from pscluster.rpc import PROTOCOL
 from pscluster.security.credentials import Credentials, CredentialSource
+from pscluster.security.join_protocol import (
+    DEADLINE_S,
+    MAX_LINE_BYTES,
+    JoinAnswer,
+    JoinRequest,
+    pack_answer,
+    unpack_request,
+)
 from pscluster.security.tls import public_server_context
 from psmaster.control.loop import ControlLoop
 from psmaster.model.access import role_of_token
 
-DEADLINE_S = 10.0  # for a connection, from accept to close
 MAX_CONNECTIONS = 64
 MAX_OF_ONE_HOST = 16
-MAX_LINE_BYTES = 64 * 1024
 REFUSAL_DELAY_S = 1.0  # before a wrong secret is answered: guesses are slow, and seen in the metrics
 _BACKLOG = 128
 _ACCEPT_PAUSE_S = 0.1  # after a failed accept: out of descriptors, most likely
@@ -112,8 +113,7 @@ class JoinEndpoint:
         try:
             async with asyncio.timeout(DEADLINE_S):
                 reader, writer = await self._connect(peer)
-                answer = await self._answer(await reader.readline(), host)
-                writer.write(json.dumps(answer).encode() + b"\n")
+                writer.write(pack_answer(await self._answer(await reader.readline(), host)))
                 await writer.drain()
                 writer.close()
                 await writer.wait_closed()
@@ -142,51 +142,31 @@ class JoinEndpoint:
             self._context = credentials, public_server_context(credentials)
         return self._context[1]
 
-    async def _answer(self, line: bytes, host: str) -> dict[str, Any]:
+    async def _answer(self, line: bytes, host: str) -> JoinAnswer | PsError:
         try:
-            request = _parse(line)
-            if request["ask"] == "authority":
-                return {"authority_pem": self._source.get().authority_pem.decode()}
+            request = unpack_request(line)
+            if request is None:
+                return JoinAnswer(authority_pem=self._source.get().authority_pem.decode())
             answer = await self._join(request)
         except PsError as error:
             JOINS.labels(result="refused").inc()
             _log.warning("a join was refused", host=host, code=error.code, cause=error.cause)
             if isinstance(error, AuthError):
                 await asyncio.sleep(REFUSAL_DELAY_S)
-            return {"error": error.to_dict()}
+            return error
         except Exception as error:
             _log.exception("a join failed")
-            return {"error": InternalError(f"the join failed: {type(error).__name__}").to_dict()}
+            return InternalError(f"the join failed: {type(error).__name__}")
         JOINS.labels(result="joined").inc()
-        _log.info("a member joined", host=host, name=request["name"])
+        _log.info("a member joined", host=host, name=request.name)
         return answer
 
-    async def _join(self, request: dict[str, Any]) -> dict[str, Any]:
-        if request["protocol"] != PROTOCOL:
-            name, spoken = request["name"][:80], str(request["protocol"])[:20]
+    async def _join(self, request: JoinRequest) -> JoinAnswer:
+        if request.protocol != PROTOCOL:
+            name, spoken = request.name[:80], str(request.protocol)[:20]
             raise VersionSkewError(f"{name!r} speaks protocol {spoken}, this master {PROTOCOL}")
-        security, digest = self._core.security, hashlib.sha256(request["secret"].encode()).hexdigest()
+        security, digest = self._core.security, hashlib.sha256(request.secret.encode()).hexdigest()
         role = role_of_token(self._core.state.access, digest, self._core.now().unix_s)
-        pem, made = security.certify(request["csr_pem"].encode(), role, request["name"])
+        pem, made = security.certify(request.csr_pem.encode(), role, request.name)
         await self._core.ask(lambda tx: tx.join(digest, made))
-        return {"certificate_pem": pem.decode(), "authority_pem": self._source.get().authority_pem.decode()}
-
-
-_FIELDS: dict[str, dict[str, type]] = {
-    "authority": {},
-    "join": {"secret": str, "name": str, "csr_pem": str, "protocol": int},
-}
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    """The request in a line. Raises CallerError for anything else."""
-    try:
-        request = json.loads(line)
-        if not all(type(request[name]) is kind for name, kind in _FIELDS[request["ask"]].items()):
-            raise ValueError("a field is of another type")
-        json.dumps(request, ensure_ascii=False).encode()  # half a surrogate pair is no text
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise CallerError(
-            "this is no request to join a cluster", action="run the same pscluster version on every host"
-        ) from None
-    return dict(request)
+        return JoinAnswer(authority_pem=self._source.get().authority_pem.decode(), certificate_pem=pem.decode())
