@@ -16,6 +16,7 @@ import structlog
 from pscluster import errors
 from pscluster.agent import depot
 from pscluster.agent.status import detail_of
+from pscluster.agent.tasks import spawn
 from pscluster.rpc import Access
 from pscluster.storage.directory import DirectoryStore
 from pscluster.v1.agents_pb2 import DepotAddress
@@ -200,19 +201,6 @@ class Copies:
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         spawn(self._tasks, work, "copying a snapshot failed")
-
-
-def spawn(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None], failure: str) -> None:
-    """Run `work` as one of `tasks`; if it raises, `failure` is logged with the traceback."""
-
-    def finished(task: asyncio.Task[None]) -> None:
-        tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            _log.error(failure, exc_info=task.exception())
-
-    task = asyncio.create_task(work)
-    tasks.add(task)
-    task.add_done_callback(finished)
 
 
 def _part_to_restore(spec: ProcessSpec, plan: Plan | None) -> SnapshotPart | None:

@@ -12,9 +12,9 @@ from pscluster.agent import metrics
 from pscluster.agent.addresses import Interface, is_gone
 from pscluster.agent.child import GracePeriods
 from pscluster.agent.context import AgentContext
-from pscluster.agent.copies import spawn
 from pscluster.agent.process import Held, Process, wanted_device
 from pscluster.agent.status import address_gone, not_started
+from pscluster.agent.tasks import spawn
 from pscluster.devices import device_priority
 from pscluster.v1.agents_pb2 import AgentMessage, Assignment, ProcessState
 from pscluster.v1.plan_pb2 import Credentials, Plan, ProcessSpec, Speed

@@ -9,12 +9,12 @@ from dataclasses import asdict, replace
 import structlog
 
 from pscluster.agent.addresses import LOOPBACK
-from pscluster.agent.copies import spawn
 from pscluster.agent.probe import pairs
 from pscluster.agent.probe.compute import DeviceMeter
 from pscluster.agent.probe.pairs import ListenPlace, OpenSockets, PairListener
 from pscluster.agent.probe.session import ProbeLimits
 from pscluster.agent.status import detail_of
+from pscluster.agent.tasks import spawn
 from pscluster.errors import FrameError, PsError, StateError
 from pscluster.v1.agents_pb2 import AgentMessage
 from pscluster.v1.probe_pb2 import PairFigures, ProbeAnswer, ProbeOrder
