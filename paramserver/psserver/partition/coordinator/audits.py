@@ -43,12 +43,21 @@ class Mismatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """A pending audit of the step that starts from version `step`. The first digest of each role counts."""
+    """A pending audit of the step that starts from version `step`.
+
+    `received`: the first digest of each trainer in each role, under whichever plan it came: a trainer computes nothing
+    twice for a later plan that gives a role back to it."""
 
     step: int
     shard: int
     roles: Roles
-    digests: Mapping[AuditRole, LeafDigest] = field(default_factory=dict)
+    received: Mapping[tuple[AuditRole, Participant], LeafDigest] = field(default_factory=dict)
+
+    @property
+    def digests(self) -> Mapping[AuditRole, LeafDigest]:
+        """Those of the trainers that have the roles now."""
+        owned = ((role, who, self.roles[role]) for role, who in self.received)
+        return {role: self.received[role, who] for role, who, expected in owned if who == expected}
 
     @property
     def needs_arbiter(self) -> bool:
@@ -66,34 +75,28 @@ class Audit:
         return owner.first_difference(auditor) if owner is not None and auditor is not None else None
 
 
-def take(audit: Audit, role: AuditRole, rank: int, digest: LeafDigest) -> Audit:
-    """A digest arrived. A repeat, and one of a trainer that does not have the role, change nothing."""
-    expected = audit.roles[role]
-    if expected is None or expected.rank != rank or role in audit.digests:
-        return audit
-    return replace(audit, digests={**audit.digests, role: digest})
+def take(audit: Audit, role: AuditRole, sender: Participant, digest: LeafDigest) -> Audit:
+    """A digest arrived. A repeat changes nothing."""
+    return replace(audit, received={(role, sender): digest, **audit.received})
 
 
 def adopt(audit: Audit, plan: Plan, *, follows: bool) -> Audit:
-    """The audit under a new plan. Who keeps a role does not compute the shard again: its digest counts on. So does that
-    of a former owner, whose gradient is the one that the sums have; unless the plan does not follow the last one known
-    here, so that a third trainer may have been the owner meanwhile."""
+    """The audit under a new plan. Who has a role again does not compute the shard again: its digest counts. So does
+    that of a former owner, whose gradient is the one that the sums have; unless the plan does not follow the last one
+    known here, so that a third trainer may have been the owner meanwhile."""
     roles = roles_of(plan, audit.shard)
     if roles is None:  # nobody computes now; the next plan may name somebody
         return audit
-    if follows and AuditRole.OWNER in audit.digests and audit.roles.owner not in (roles.owner, roles.auditor):
+    received = audit.received
+    if not follows:
+        stays = {audit.roles.owner} & {roles.owner}
+        received = {key: found for key, found in received.items() if key[0] is not AuditRole.OWNER or key[1] in stays}
+    elif AuditRole.OWNER in audit.digests and audit.roles.owner not in (roles.owner, roles.auditor):
         third = next(
             (one for one in (roles.owner, roles.arbiter) if one not in (audit.roles.owner, roles.auditor)), None
         )
         roles = Roles(audit.roles.owner, roles.auditor, third)
-    digests = {role: digest for role, digest in audit.digests.items() if roles[role] == audit.roles[role]}
-    return replace(audit, roles=roles, digests=digests)
-
-
-def recall(audit: Audit, received: Mapping[tuple[AuditRole, Participant], LeafDigest]) -> Audit:
-    """With the digests that trainers have sent in their present role before, under plans that gave it to others."""
-    known = {role: found for role in AuditRole if (who := audit.roles[role]) and (found := received.get((role, who)))}
-    return replace(audit, digests={**known, **audit.digests})
+    return replace(audit, roles=roles, received=received)
 
 
 def judge(audit: Audit) -> Mismatch | None:
@@ -138,9 +141,6 @@ class OpenAudit:
         self._on_mismatch = spec.audit.on_mismatch
         self._due: tuple[int, int] | None = None  # step and shard of the audit that has not ended
         self._generation = 0
-        # Of the open step, also those that no role asked for when they came: a trainer computes nothing twice for a
-        # later plan that gives the role back to it.
-        self._received: dict[tuple[AuditRole, Participant], LeafDigest] = {}
         self._trainers: dict[int, Participant] = {}  # of the newest plan, by rank
         self._waits_since_s: float | None = None
 
@@ -154,7 +154,6 @@ class OpenAudit:
         self._end("unfinished")
         shard = self._rule.shard_of(step) if step < plan.final_step else None
         self._due = (step, shard) if shard is not None else None
-        self._received.clear()
         self.adopt(plan)
 
     def adopt(self, plan: Plan) -> None:
@@ -166,17 +165,11 @@ class OpenAudit:
             self.pending = adopt(self.pending, plan, follows=follows)
         elif self._due is not None and (roles := roles_of(plan, self._due[1])) is not None:
             self.pending = Audit(step=self._due[0], shard=self._due[1], roles=roles)
-        if not follows:  # another may have been the owner meanwhile, and its gradient be the one in the sums
-            self._received = {key: found for key, found in self._received.items() if key[0] is not AuditRole.OWNER}
-        if self.pending is not None:
-            self.pending = recall(self.pending, self._received)
 
     def take(self, shard: int, role: AuditRole, rank: int, digest: LeafDigest) -> None:
         """A digest of a shard of the open step arrived."""
-        if self.pending is not None and self.pending.shard == shard:
-            if rank in self._trainers:
-                self._received.setdefault((role, self._trainers[rank]), digest)
-            self.pending = take(self.pending, role, rank, digest)
+        if self.pending is not None and self.pending.shard == shard and rank in self._trainers:
+            self.pending = take(self.pending, role, self._trainers[rank], digest)
 
     def expire(self, now_s: float, *, waits: bool) -> None:
         """Time has passed; `waits`: the step is complete but for its audit. Gives up who has not answered in time."""
