@@ -105,17 +105,16 @@ class OpenStep:
 
     def _moved_is_finite(self, bucket: int) -> bool:
         """Whether the buffers of an averaged bucket that moved are finite. A mask of -inf beside them is no fault."""
-        words, summary = self.averaged[bucket].root.words, self.summary.root
+        words = self.averaged[bucket].root.words
         if words is None:
             return True
-        touched = [summary.is_touched(number) for number in range(len(self.state.layout.tensors))]
-        moved = runs(self.state.layout, self.state.spans[bucket], self.state.update_counts, touched, self._groups)
+        moved = self._runs(self.state.spans[bucket], self._touched(self.summary.root))
         return all(bool(torch.isfinite(words[run.start : run.stop]).all()) for run in moved)
 
     def decide(self, decision: CommitDecision) -> None:
         """Carry out a decision: the sums become updates (or are dropped), and the next step begins empty."""
         summary = self.summary.take_root().value
-        touched = [summary.is_touched(t) for t in range(len(self.state.layout.tensors))]
+        touched = self._touched(summary)
         roots: dict[int, Root] = {b: s.take_root() for b, s in self.trained.items()}
         roots |= {b: s.take_root() for sums in (self.averaged, self.carried) for b, s in sums.items()}
         self._squares.clear()
@@ -127,8 +126,7 @@ class OpenStep:
             if decision.kind != "commit":
                 root.release()
                 continue
-            run_list = runs(self.state.layout, span, self.state.update_counts, touched, self._groups)
-            self._updates.append(_Update(span, root, run_list))
+            self._updates.append(_Update(span, root, self._runs(span, touched)))
         if decision.kind == "commit":
             trained = (t.kind == "trained" for t in self.state.layout.tensors)
             self.state.update_counts = [
@@ -161,6 +159,13 @@ class OpenStep:
             self._update_buffers(item, root.words)
         self.state.publish(bucket)
         item.root.release()
+
+    def _touched(self, summary: Summary) -> list[bool]:
+        """By tensor of the layout, whether a microbatch of the step touched it."""
+        return [summary.is_touched(number) for number in range(len(self.state.layout.tensors))]
+
+    def _runs(self, span: Span, touched: list[bool]) -> list[Run]:
+        return runs(self.state.layout, span, self.state.update_counts, touched, self._groups)
 
     def _in_force(self, step: int) -> tuple[OptimizerSection, list[float]]:
         """The optimizer of a step, and the learning rate of each of its groups, the rest last."""
