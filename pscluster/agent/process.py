@@ -46,7 +46,7 @@ _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
+class LastSent:
     """What a process, or one that is being started, was sent last; None: nothing yet."""
 
     plan: Plan | None = None
@@ -83,9 +83,9 @@ class Process:
         return self._status.phase != ProcessStatus.PHASE_EXITED
 
     @property
-    def held(self) -> Held:
+    def last_sent(self) -> LastSent:
         credentials = self.spec.credentials if self.spec.HasField("credentials") else None
-        return Held(plan=self.plan, credentials=credentials)
+        return LastSent(plan=self.plan, credentials=credentials)
 
     @property
     def data_host(self) -> str:

@@ -12,7 +12,7 @@ from pscluster.agent import metrics
 from pscluster.agent.addresses import Interface, is_gone
 from pscluster.agent.child import GracePeriods
 from pscluster.agent.context import AgentContext
-from pscluster.agent.process import Held, Process, wanted_device
+from pscluster.agent.process import LastSent, Process, wanted_device
 from pscluster.agent.status import address_gone, not_started
 from pscluster.agent.tasks import spawn
 from pscluster.devices import device_priority
@@ -45,7 +45,7 @@ class Supervisor:
         self._context.copies.update_peers(assignment.depots)
         self._context.copies.forget(assignment.deleted_jobs)
         self._context.network.revocations.replace(assignment.revoked_serials)
-        running = {id_: process.held for id_, process in self._processes.items() if process.is_active}
+        running = {id_: process.last_sent for id_, process in self._processes.items() if process.is_active}
         actions = reconcile(assignment.processes, running, self._ever_ran)
         for process_id in actions.stop:
             process = self._processes[process_id]
@@ -157,7 +157,7 @@ class Actions:
     renew: tuple[tuple[str, Credentials], ...] = field(default=(), repr=False)
 
 
-def reconcile(desired: Iterable[ProcessSpec], running: Mapping[str, Held], ever_ran: Container[str]) -> Actions:
+def reconcile(desired: Iterable[ProcessSpec], running: Mapping[str, LastSent], ever_ran: Container[str]) -> Actions:
     """The actions that turn `running` into `desired`. Pure; after applying them there are none left.
 
     `running`: what was sent last to each process that runs, or is being started. `ever_ran`: all ids started here

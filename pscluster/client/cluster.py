@@ -22,7 +22,7 @@ from pscluster.client.credentials import access_to, renew_when_due
 from pscluster.client.goals import Goal, parse_goal, reached, wait_drained
 from pscluster.client.members import Members
 from pscluster.client.probe import ProbedNode, ProbedPair, ProbeExtent, result_of
-from pscluster.client.reach import probe
+from pscluster.client.reach import check_reachable
 from pscluster.client.records import Health, Job, LogLine, Node, Snapshot
 from pscluster.job.bundle import Bundle
 from pscluster.job.spec import JobSpec
@@ -90,7 +90,7 @@ class Cluster:
             health = self.health(deadline_s)
         except errors.UnreachableError as error:
             if not located.local:
-                probe(located.address, self._access, Role.MASTER, "the master")  # says more than gRPC does
+                check_reachable(located.address, self._access, Role.MASTER, "the master")  # says more than gRPC does
                 raise
             raise errors.UnreachableError(
                 f"the master of the local cluster in {located.state_dir} does not answer",

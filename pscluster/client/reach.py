@@ -17,7 +17,9 @@ if TYPE_CHECKING:  # loads cryptography
 _DEADLINE_S = 3.0
 
 
-def probe(address: str, access: Access | None, server: Role, what: str, deadline_s: float = _DEADLINE_S) -> None:
+def check_reachable(
+    address: str, access: Access | None, server: Role, what: str, deadline_s: float = _DEADLINE_S
+) -> None:
     """Connect to "host:port" or "unix:/path" and, with a certificate, do the TLS handshake as gRPC does; send nothing.
     Without `access` the connection is all that is tried.
     Returns when `what`, a `server` of the cluster, is reached. Blocks up to `deadline_s` for each step. Raises

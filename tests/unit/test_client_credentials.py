@@ -13,7 +13,7 @@ import pytest
 from pscluster import rpc
 from pscluster.client import Cluster
 from pscluster.client.credentials import join_as_user
-from pscluster.client.reach import probe
+from pscluster.client.reach import check_reachable
 from pscluster.errors import AuthError, StorageError, UnreachableError
 from pscluster.security.authority import Authority
 from pscluster.security.credentials import Credentials, CredentialSource
@@ -101,9 +101,9 @@ def test_a_stranger_is_told_that_tls_refused(serving: Serving, tmp_path: Path) -
 
 def test_a_probe_tells_the_causes_apart(authority: Authority, serving: Serving, tmp_path: Path) -> None:
     member = source_of(authority.issue(ADA, 3600.0))
-    probe(serving.address, member, Role.MASTER, "the master")
+    check_reachable(serving.address, member, Role.MASTER, "the master")
     with pytest.raises(AuthError):
-        probe(serving.address, member, Role.SERVER, "a depot")
+        check_reachable(serving.address, member, Role.SERVER, "a depot")
     stranger = source_of(Authority.create(tmp_path / "x", CLUSTER_ID).issue(ADA, 3600.0))
     mixed = source_of(replace(stranger.source.get(), authority_pem=authority.certificate_pem))  # type: ignore[union-attr]
     reasons = {}
@@ -118,7 +118,7 @@ def test_a_probe_tells_the_causes_apart(authority: Authority, serving: Serving, 
             ("no socket", f"unix:{tmp_path}/none", rpc.Access(token="t")),
         ):
             with pytest.raises(UnreachableError) as caught:
-                probe(address, access, Role.MASTER, "the master", 0.5)
+                check_reachable(address, access, Role.MASTER, "the master", 0.5)
             reasons[name] = caught.value.details["reason"]
     assert reasons.pop("no socket") in ("other", "refused")
     assert reasons == {

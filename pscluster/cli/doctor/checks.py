@@ -48,7 +48,7 @@ class Disk:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
+class CertificateFact:
     """A certificate of `owner`, and when it should have been renewed; None: it is not renewed."""
 
     owner: str
@@ -81,7 +81,7 @@ class Facts:
     round_trip_s: float = 0.0
     nodes: tuple[Node, ...] = ()
     disks: tuple[Disk, ...] = ()
-    certificates: tuple[Held, ...] = ()
+    certificates: tuple[CertificateFact, ...] = ()
     dialled: tuple[Dialled, ...] = ()
     gpus_here: int = 0
     unread: tuple[tuple[str, str], ...] = ()
@@ -166,7 +166,7 @@ def addresses(facts: Facts) -> Iterator[Finding]:
 
 def certificates(facts: Facts) -> Iterator[Finding]:
     """A certificate that is past its renewal is a member that cannot renew, or does not run."""
-    soonest: Held | None = None
+    soonest: CertificateFact | None = None
     for held in facts.certificates:
         left_s = held.expires_s - facts.now_s
         if left_s <= 0:
@@ -238,7 +238,7 @@ def unread(facts: Facts) -> Iterator[Finding]:
         yield Finding(check=what, level="warn", text=f"not checked: {why}", action="run psctl doctor as an admin")
 
 
-def _expires_s(held: Held) -> float:
+def _expires_s(held: CertificateFact) -> float:
     return held.expires_s
 
 

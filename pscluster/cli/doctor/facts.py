@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import pscluster
 from pscluster.agent.resources import visible_devices
-from pscluster.cli.doctor.checks import Dialled, Disk, Facts, Held
+from pscluster.cli.doctor.checks import CertificateFact, Dialled, Disk, Facts
 from pscluster.client import Cluster
 from pscluster.client.credentials import access_to
-from pscluster.client.reach import probe
+from pscluster.client.reach import check_reachable
 from pscluster.errors import AuthError, PsError
 from pscluster.security.identity import Role
 from pscluster.settings import LocatedCluster, client_config_file
@@ -60,7 +60,7 @@ def _of_cluster(cluster: Cluster, access: Access) -> dict[str, Any]:
 
     try:
         certificates = tuple(
-            Held(
+            CertificateFact(
                 owner=f"{item.role} {item.name}",
                 expires_s=item.expires_s,
                 renew_at_s=item.issued_s + (item.expires_s - item.issued_s) * RENEW_AT,
@@ -89,13 +89,13 @@ def _dial(depots: list[tuple[str, str]], access: Access, joins: tuple[str, ...])
 
 def _dial_one(what: str, address: str, access: Access | None, server: Role) -> Dialled:
     try:
-        probe(address, access, server, what)
+        check_reachable(address, access, server, what)
     except PsError as error:
         return Dialled(what=what, address=address, error=error)
     return Dialled(what=what, address=address, error=None)
 
 
-def _own(located: LocatedCluster) -> tuple[Held, ...]:
+def _own(located: LocatedCluster) -> tuple[CertificateFact, ...]:
     """The user's certificate. One that cannot be read is what keeps psctl from connecting, and is found there."""
     if located.credentials_dir is None or not located.credentials_dir.is_dir():
         return ()
@@ -105,10 +105,12 @@ def _own(located: LocatedCluster) -> tuple[Held, ...]:
         own = Credentials.load(located.credentials_dir)
     except AuthError:
         return ()
-    return (Held(owner=f"{own.identity.name} (this user)", expires_s=own.not_after_s, renew_at_s=own.renew_at_s),)
+    return (
+        CertificateFact(owner=f"{own.identity.name} (this user)", expires_s=own.not_after_s, renew_at_s=own.renew_at_s),
+    )
 
 
-def _authority(state_dir: Path) -> tuple[Held, ...]:
+def _authority(state_dir: Path) -> tuple[CertificateFact, ...]:
     """The authority, if the master's state is on this host."""
     from pscluster.security.authority import CERTIFICATE
     from pscluster.security.credentials import parse_certificate
@@ -117,7 +119,9 @@ def _authority(state_dir: Path) -> tuple[Held, ...]:
     for directory in (state_dir / "certs", state_dir / "master" / "certs"):
         if (directory / CERTIFICATE).is_file():
             expires = parse_certificate((directory / CERTIFICATE).read_bytes()).not_valid_after_utc
-            found.append(Held(owner="the certificate authority", expires_s=expires.timestamp(), renew_at_s=None))
+            found.append(
+                CertificateFact(owner="the certificate authority", expires_s=expires.timestamp(), renew_at_s=None)
+            )
     return tuple(found)
 
 

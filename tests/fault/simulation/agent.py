@@ -7,7 +7,7 @@ from collections import OrderedDict
 from typing import Any
 
 from pscluster.agent.master_connection import SILENCE_S
-from pscluster.agent.process import Held
+from pscluster.agent.process import LastSent
 from pscluster.agent.report_queue import ReportQueue
 from pscluster.agent.supervisor import WATCH_S, reconcile
 from pscluster.errors import PsError, StateError
@@ -72,7 +72,7 @@ class Agent:
         """See Supervisor.apply."""
         if self._leaving:
             return
-        living = {id_: Held(plan=child.plan) for id_, child in self.children.items() if child.living}
+        living = {id_: LastSent(plan=child.plan) for id_, child in self.children.items() if child.living}
         actions = reconcile(assignment.processes, living, self._ever_ran)
         for process_id in actions.stop:
             self.children[process_id].end()

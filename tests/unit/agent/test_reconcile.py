@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pscluster.agent.process import Held
+from pscluster.agent.process import LastSent
 from pscluster.agent.supervisor import Actions, reconcile
 from pscluster.v1.plan_pb2 import Credentials, Plan, ProcessSpec
 
@@ -23,7 +23,7 @@ def plan(generation: int, stop: bool = False) -> Plan:
 
 def test_starts_what_is_new_and_ends_what_is_not_wanted() -> None:
     new = spec("new")
-    assert reconcile([new, spec("kept")], {"kept": Held(), "old": Held()}, {"kept", "old"}) == Actions(
+    assert reconcile([new, spec("kept")], {"kept": LastSent(), "old": LastSent()}, {"kept", "old"}) == Actions(
         start=(new,), stop=("old",)
     )
 
@@ -39,13 +39,13 @@ def test_a_process_named_twice_is_started_once() -> None:
 def test_forwards_a_first_plan_a_newer_one_and_a_changed_one() -> None:
     for held, given_plan in ((None, plan(1)), (plan(1), plan(2)), (plan(2), plan(2, stop=True))):
         wanted = spec("a", given_plan.generation, given_plan.stop)
-        assert reconcile([wanted], {"a": Held(plan=held)}, {"a"}).forward == (("a", given_plan),)
+        assert reconcile([wanted], {"a": LastSent(plan=held)}, {"a"}).forward == (("a", given_plan),)
 
 
 def test_forwards_no_equal_no_older_and_no_missing_plan() -> None:
-    assert reconcile([spec("a", 2)], {"a": Held(plan=plan(2))}, {"a"}) == Actions()
-    assert reconcile([spec("a", 1, stop=True)], {"a": Held(plan=plan(2))}, {"a"}) == Actions()
-    assert reconcile([spec("a")], {"a": Held(plan=plan(2))}, {"a"}) == Actions()
+    assert reconcile([spec("a", 2)], {"a": LastSent(plan=plan(2))}, {"a"}) == Actions()
+    assert reconcile([spec("a", 1, stop=True)], {"a": LastSent(plan=plan(2))}, {"a"}) == Actions()
+    assert reconcile([spec("a")], {"a": LastSent(plan=plan(2))}, {"a"}) == Actions()
 
 
 def secured(certificate: bytes) -> ProcessSpec:
@@ -55,19 +55,19 @@ def secured(certificate: bytes) -> ProcessSpec:
 def test_other_credentials_are_sent_to_a_running_process_once() -> None:
     first, second = secured(b"1"), secured(b"2")
     for held in (None, first.credentials):
-        actions = reconcile([second], {"a": Held(credentials=held)}, {"a"})
+        actions = reconcile([second], {"a": LastSent(credentials=held)}, {"a"})
         assert actions == Actions(renew=(("a", second.credentials),))
-        assert reconcile([second], {"a": Held(credentials=second.credentials)}, {"a"}) == Actions()
+        assert reconcile([second], {"a": LastSent(credentials=second.credentials)}, {"a"}) == Actions()
 
 
 def test_a_process_keeps_its_credentials_when_an_assignment_has_none() -> None:
-    assert reconcile([spec("a")], {"a": Held(credentials=secured(b"1").credentials)}, {"a"}) == Actions()
+    assert reconcile([spec("a")], {"a": LastSent(credentials=secured(b"1").credentials)}, {"a"}) == Actions()
 
 
 def test_keys_are_not_shown() -> None:
-    actions = reconcile([secured(b"1")], {"a": Held()}, set())
+    actions = reconcile([secured(b"1")], {"a": LastSent()}, set())
     started = reconcile([secured(b"1")], {}, set())
-    shown = f"{actions} {started} {Held(credentials=secured(b'1').credentials)}"
+    shown = f"{actions} {started} {LastSent(credentials=secured(b'1').credentials)}"
     assert "SECRET" not in shown
 
 
@@ -80,17 +80,17 @@ def test_applying_the_actions_leaves_nothing_to_do(
     wanted: dict[str, int | None], running: dict[str, int | None], ran: set[str]
 ) -> None:
     desired = [spec(name, generation) for name, generation in wanted.items()]
-    held = {name: Held(plan=None if g is None else plan(g)) for name, g in running.items()}
+    held = {name: LastSent(plan=None if g is None else plan(g)) for name, g in running.items()}
     ever = ran | set(running)
     actions = reconcile(desired, held, ever)
     for started in actions.start:
         assert started.process_id not in ever
-        held[started.process_id] = Held(plan=started.plan if started.HasField("plan") else None)
+        held[started.process_id] = LastSent(plan=started.plan if started.HasField("plan") else None)
         ever.add(started.process_id)
     for name in actions.stop:
         assert name not in wanted
         del held[name]
     for name, newer in actions.forward:
-        held[name] = Held(plan=newer)
+        held[name] = LastSent(plan=newer)
     assert set(held) <= set(wanted)
     assert reconcile(desired, held, ever) == Actions()

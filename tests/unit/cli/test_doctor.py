@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pscluster.cli.doctor import checks
-from pscluster.cli.doctor.checks import Dialled, Disk, Facts, Finding, Held
+from pscluster.cli.doctor.checks import CertificateFact, Dialled, Disk, Facts, Finding
 from pscluster.client.records import Health, Node
 from pscluster.errors import UnreachableError
 from tests.unit.cli.conftest import Psctl
@@ -80,11 +80,11 @@ def test_addresses() -> None:
 
 
 def test_certificates() -> None:
-    fresh = Held(owner="a", expires_s=NOW + 900, renew_at_s=NOW + 600)
-    renewing = Held(owner="b", expires_s=NOW + 290, renew_at_s=NOW - 10)
-    stuck = Held(owner="c", expires_s=NOW + 100, renew_at_s=NOW - 200)
-    over = Held(owner="d", expires_s=NOW - 1, renew_at_s=NOW - 300)
-    authority = Held(owner="e", expires_s=NOW + 1, renew_at_s=None)
+    fresh = CertificateFact(owner="a", expires_s=NOW + 900, renew_at_s=NOW + 600)
+    renewing = CertificateFact(owner="b", expires_s=NOW + 290, renew_at_s=NOW - 10)
+    stuck = CertificateFact(owner="c", expires_s=NOW + 100, renew_at_s=NOW - 200)
+    over = CertificateFact(owner="d", expires_s=NOW - 1, renew_at_s=NOW - 300)
+    authority = CertificateFact(owner="e", expires_s=NOW + 1, renew_at_s=None)
     assert levels(checks.certificates, certificates=(fresh, renewing, authority)) == ["ok"]
     assert levels(checks.certificates, certificates=(stuck, over)) == ["warn", "fail"]
 
