@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from pscluster.errors import AuthError
-from pscluster.security.credentials import identity_in, parse_certificate
+from pscluster.security.credentials import identity_in, parse_certificate, serial_of
 from pscluster.security.identity import Role
 
 OPEN_SERVICE = "/grpc.health.v1.Health/"
@@ -103,7 +103,7 @@ def _parse(certificate_pem: bytes) -> tuple[Caller, str]:
     return Caller(
         role=identity.role,
         name=identity.name,
-        serial=f"{certificate.serial_number:x}",
+        serial=serial_of(certificate),
         expires_s=certificate.not_valid_after_utc.timestamp(),
     ), identity.cluster_id
 

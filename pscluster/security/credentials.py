@@ -40,8 +40,8 @@ class Credentials:
 
     @property
     def serial(self) -> str:
-        """In hex digits, as revocations name it."""
-        return f"{self._certificate.serial_number:x}"
+        """As `serial_of`."""
+        return serial_of(self._certificate)
 
     @property
     def not_before_s(self) -> float:
@@ -145,6 +145,11 @@ def parse_certificate(pem: bytes) -> x509.Certificate:
         return x509.load_pem_x509_certificate(pem)
     except (ValueError, x509.InvalidVersion) as error:
         raise AuthError(f"a certificate does not parse: {error}", details={"field": "certificate"}) from None
+
+
+def serial_of(certificate: x509.Certificate) -> str:
+    """A certificate's serial number in hex digits, as revocations name it."""
+    return f"{certificate.serial_number:x}"
 
 
 def identity_in(certificate: x509.Certificate) -> Identity:

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from pscluster.errors import AuthError, StateError
 from pscluster.security.authority import CERTIFICATE, Authority, cluster_id_of
-from pscluster.security.credentials import BACKDATED_S, Credentials, parse_certificate
+from pscluster.security.credentials import BACKDATED_S, Credentials, parse_certificate, serial_of
 from pscluster.security.identity import Identity, Role
 from psmaster.model.access import CertificateRecord
 
@@ -62,7 +62,7 @@ class ClusterSecurity:
         made = parse_certificate(pem)
         key = made.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         return pem, CertificateRecord(
-            serial=f"{made.serial_number:x}",
+            serial=serial_of(made),
             role=role,
             name=name,
             key_sha256=hashlib.sha256(key).hexdigest(),
